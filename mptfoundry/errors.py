@@ -1,0 +1,33 @@
+"""What goes wrong for a reason that the user can mend.
+
+Every error of this family is printed as its text alone, without a traceback (``MPTFOUNDRY_DEBUG=1``
+shows one), and ends the command with its ``exit_code``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class MPTFoundryError(Exception):
+    """Base of all errors whose text is written for the user."""
+
+    exit_code = 1
+
+
+class ConfigError(MPTFoundryError):
+    """One or more values of a configuration are wrong; all that were found are in ``problems``."""
+
+    exit_code = 2
+
+    def __init__(self, problems: str | Sequence[str]) -> None:
+        self.problems = (problems,) if isinstance(problems, str) else tuple(problems)
+        super().__init__("\n".join(self.problems))
+
+
+class DataError(MPTFoundryError):
+    """Text, records or shards can't be read, or don't fit the run."""
+
+
+class CheckpointError(MPTFoundryError):
+    """A checkpoint or an exported folder is missing, damaged, or doesn't fit the model."""

@@ -1,0 +1,304 @@
+"""Each switch of the MPT architecture, once, with its default and its rules.
+
+The names and the defaults are llm-foundry's. The classes hold plain values, import the standard library
+alone and raise ValueError for values that no network can have. Lengths are counted in tokens, widths in
+features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class RotaryScalingConfig:
+    """How rotary positions stretch beyond the trained length.
+
+    Attributes:
+        type: `no_scaling`; `linear` divides positions by `factor`; `dynamic` raises the base once a
+            sequence is longer than `max_seq_len` (NTK-aware).
+        factor: By how much the context grows.
+    """
+
+    type: Literal["no_scaling", "linear", "dynamic"] = "no_scaling"
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"factor: {self.factor} is below 1. Use 1 or more.")
+
+
+@dataclass(frozen=True)
+class RotaryDailConfig:
+    """llm-foundry's options of the `dail` rotary implementation; the mathematics is the same as `hf`.
+
+    Attributes:
+        type: Only the original form (https://arxiv.org/abs/2104.09864); xPos is not supported.
+        pos_idx_in_fp32: Positions are always computed in float32 here.
+        xpos_scale_base: Read for compatibility; only xPos uses it.
+    """
+
+    type: Literal["original"] = "original"
+    pos_idx_in_fp32: Literal[True] = True
+    xpos_scale_base: int = 512
+
+
+@dataclass(frozen=True)
+class AttnConfig:
+    """The attention of every block.
+
+    Attributes:
+        attn_type: Heads for keys and values: one for each query head, one in all, or `kv_n_heads`.
+        attn_pdrop: Dropout probability of the attention weights.
+        attn_impl: The backend that computes attention; all give the same mathematics. `auto` chooses
+            by the hardware and says so at start.
+        qk_ln: Layer-normalise queries and keys over all heads together.
+        qk_gn: Layer-normalise queries and keys head by head.
+        fused_qkv: Queries, keys and values come from one matrix, `Wqkv`. Separate ones aren't supported.
+        clip_qkv: Clamp queries, keys and values to [-clip_qkv, clip_qkv].
+        softmax_scale: Factor on the attention scores. Default: 1 / sqrt(head_dim).
+        attn_uses_sequence_id: Tokens attend only to tokens of their own document in a packed row.
+        sliding_window_size: A token attends to itself and this many tokens before it; -1: to all.
+        attn_logit_softcapping: Scores become cap * tanh(score / cap).
+        alibi: Attention with linear biases (https://arxiv.org/abs/2108.12409) in place of positions.
+        alibi_bias_max: The steepest head's slope is 2 ** (-alibi_bias_max / n_heads).
+        rope: Rotary positions (https://arxiv.org/abs/2104.09864).
+        rope_theta: Base of the rotary frequencies.
+        rope_impl: llm-foundry's two implementations of the same formula.
+        rope_dail_config: Options of `dail`.
+        rope_hf_config: Options of `hf`: scaling beyond the trained length.
+        kv_n_heads: Heads for keys and values, with `grouped_query_attention`.
+        prefix_lm: Tokens marked by the batch's `prefix_mask` attend to one another in both directions.
+    """
+
+    attn_type: Literal["multihead_attention", "multiquery_attention", "grouped_query_attention"] = (
+        "multihead_attention"
+    )
+    attn_pdrop: float = 0.0
+    attn_impl: Literal["auto", "torch", "flash", "triton"] = "auto"
+    qk_ln: bool = False
+    qk_gn: bool = False
+    fused_qkv: Literal[True] = True
+    clip_qkv: float | None = None
+    softmax_scale: float | None = None
+    attn_uses_sequence_id: bool = False
+    sliding_window_size: int = -1
+    attn_logit_softcapping: float | None = None
+    alibi: bool = False
+    alibi_bias_max: int = 8
+    rope: bool = False
+    rope_theta: float = 10000.0
+    rope_impl: Literal["dail", "hf"] = "dail"
+    rope_dail_config: RotaryDailConfig = field(default_factory=RotaryDailConfig)
+    rope_hf_config: RotaryScalingConfig = field(default_factory=RotaryScalingConfig)
+    kv_n_heads: int | None = None
+    prefix_lm: bool = False
+
+    def __post_init__(self) -> None:
+        _check_probability("attn_pdrop", self.attn_pdrop)
+        for name in ("clip_qkv", "softmax_scale", "attn_logit_softcapping"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name}: {value} is not positive. Use a positive number, or null for none.")
+        if self.alibi and self.rope:
+            raise ValueError("alibi and rope are both true. A model has one of them.")
+        if self.qk_ln and self.qk_gn:
+            raise ValueError("qk_ln and qk_gn are both true. A model has one of them.")
+        if self.attn_type == "grouped_query_attention" and self.kv_n_heads is None:
+            raise ValueError("attn_type: grouped_query_attention needs kv_n_heads.")
+        if self.attn_type != "grouped_query_attention" and self.kv_n_heads is not None:
+            raise ValueError(f"kv_n_heads: only grouped_query_attention takes it, not {self.attn_type}.")
+        if self.sliding_window_size < -1:
+            raise ValueError(
+                f"sliding_window_size: {self.sliding_window_size}. Use -1 for none, or 0 and more."
+            )
+
+
+@dataclass(frozen=True)
+class ActivationConfig:
+    """The nonlinearity of the feed-forward network.
+
+    Attributes:
+        name: A function of `torch.nn.functional`, or `quick_gelu`.
+        approximate: For `gelu`: exact, or its tanh approximation.
+    """
+
+    name: Literal["gelu", "quick_gelu", "relu", "silu"] = "gelu"
+    approximate: Literal["none", "tanh"] = "none"
+
+
+@dataclass(frozen=True)
+class FFNConfig:
+    """The feed-forward network of every block.
+
+    Attributes:
+        ffn_type: `mptmlp` has two matrices; `mptglu` multiplies by a third, gating one.
+        ffn_hidden_size: Width of the hidden layer. Default: `expansion_ratio` * `d_model`.
+        ffn_act_fn: The nonlinearity.
+    """
+
+    ffn_type: Literal["mptmlp", "mptglu"] = "mptmlp"
+    ffn_hidden_size: int | None = None
+    ffn_act_fn: ActivationConfig = field(default_factory=ActivationConfig)
+
+
+InitName = Literal[
+    "default_",
+    "baseline_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
+    "neox_init_",
+    "small_init_",
+    "xavier_uniform_",
+    "xavier_normal_",
+]
+
+
+@dataclass(frozen=True)
+class InitConfig:
+    """How a new network's weights are drawn.
+
+    Attributes:
+        name: The scheme for matrices.
+        fan_mode: For the kaiming schemes.
+        init_nonlinearity: For the kaiming schemes.
+        init_div_is_residual: Divide the matrices that write into the residual stream: `true` by
+            sqrt(2 * n_layers), a number by itself.
+        emb_init_std: Standard deviation of the embeddings. Default: as the matrices.
+        emb_init_uniform_lim: Draw the embeddings uniformly from [-lim, lim], or from [low, high].
+        init_std: Standard deviation of the `baseline_` scheme, which needs it.
+        init_gain: Gain of the kaiming (as slope) and xavier schemes.
+    """
+
+    name: InitName = "kaiming_normal_"
+    fan_mode: Literal["fan_in", "fan_out"] = "fan_in"
+    init_nonlinearity: Literal["relu", "leaky_relu", "linear", "tanh", "sigmoid", "selu"] = "relu"
+    init_div_is_residual: bool | float = True
+    emb_init_std: float | None = None
+    emb_init_uniform_lim: float | tuple[float, float] | None = None
+    init_std: float | None = None
+    init_gain: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.name == "baseline_" and self.init_std is None:
+            raise ValueError("name: baseline_ needs init_std.")
+        if self.emb_init_std is not None and self.emb_init_uniform_lim is not None:
+            raise ValueError("emb_init_std and emb_init_uniform_lim are both given. Use one of them.")
+
+
+@dataclass(frozen=True)
+class MPTConfig:
+    """The architecture of an MPT: pre-norm decoder blocks between one embedding and the logits.
+
+    Attributes:
+        d_model: Width of the residual stream.
+        n_heads: Query heads.
+        n_layers: Blocks.
+        head_dim: Width of a head. Default: `d_model` / `n_heads`.
+        expansion_ratio: Hidden width of the feed-forward network over `d_model`.
+        max_seq_len: Longest sequence the model is made for; more only where positions allow it.
+        vocab_size: Rows of the embedding; at least the tokenizer's size.
+        resid_pdrop: Dropout probability where a block writes into the residual stream.
+        emb_pdrop: Dropout probability after the embedding.
+        learned_pos_emb: Learned positions; without effect where `alibi` or `rope` is on, as in MPT.
+        attn_config: The attention.
+        ffn_config: The feed-forward network.
+        logit_scale: Factor on the logits; `inv_sqrt_d_model` is 1 / sqrt(d_model).
+        no_bias: Leave out every bias, of matrices and of norms.
+        attention_bias: Bias of `Wqkv` and `out_proj`. Default: the opposite of `no_bias`.
+        embedding_fraction: Share of the gradient that reaches the embedding
+            (https://arxiv.org/abs/2210.02414).
+        norm_type: The norm; `low_precision_*` computes in the compute dtype under autocast.
+        norm_eps: Added to the variance before its root.
+        init_config: How a new network's weights are drawn.
+        tie_word_embeddings: The logits' matrix is the embedding.
+        final_logit_softcapping: Logits become cap * tanh(logit / cap).
+    """
+
+    d_model: int = 2048
+    n_heads: int = 16
+    n_layers: int = 24
+    head_dim: int | None = None
+    expansion_ratio: float = 4
+    max_seq_len: int = 2048
+    vocab_size: int = 50368
+    resid_pdrop: float = 0.0
+    emb_pdrop: float = 0.0
+    learned_pos_emb: bool = True
+    attn_config: AttnConfig = field(default_factory=AttnConfig)
+    ffn_config: FFNConfig = field(default_factory=FFNConfig)
+    logit_scale: float | Literal["inv_sqrt_d_model"] | None = None
+    no_bias: bool = False
+    attention_bias: bool | None = None
+    embedding_fraction: float = 1.0
+    norm_type: Literal["low_precision_layernorm", "layernorm", "rmsnorm", "low_precision_rmsnorm"] = (
+        "low_precision_layernorm"
+    )
+    norm_eps: float = 1e-5
+    init_config: InitConfig = field(default_factory=InitConfig)
+    tie_word_embeddings: bool = True
+    final_logit_softcapping: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size", "head_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value} is not positive. Use 1 or more.")
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(
+                f"d_model: {self.d_model} does not split over {self.n_heads} heads. Use a multiple of "
+                f"{self.n_heads}, or set head_dim."
+            )
+        if self.n_heads % self.kv_heads:
+            raise ValueError(
+                f"attn_config.kv_n_heads: {self.kv_heads} does not divide n_heads: {self.n_heads}."
+            )
+        if self.ffn_config.ffn_hidden_size is None and self.d_model * self.expansion_ratio % 1:
+            raise ValueError(
+                f"expansion_ratio: {self.expansion_ratio} times d_model: {self.d_model} is not a whole number."
+            )
+        if self.attn_config.rope and self.d_head % 2:
+            raise ValueError(f"head_dim: {self.d_head} is odd; rotary positions turn pairs of features.")
+        if not 0 < self.embedding_fraction <= 1:
+            raise ValueError(f"embedding_fraction: {self.embedding_fraction}. Use a number in (0, 1].")
+        if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
+            raise ValueError(f"final_logit_softcapping: {self.final_logit_softcapping} is not positive.")
+        _check_probability("resid_pdrop", self.resid_pdrop)
+        _check_probability("emb_pdrop", self.emb_pdrop)
+
+    @property
+    def d_head(self) -> int:
+        """Width of one head."""
+        return self.head_dim if self.head_dim is not None else self.d_model // self.n_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads for keys and values."""
+        if self.attn_config.attn_type == "multiquery_attention":
+            return 1
+        return self.attn_config.kv_n_heads or self.n_heads
+
+    @property
+    def d_ffn(self) -> int:
+        """Hidden width of the feed-forward network."""
+        return self.ffn_config.ffn_hidden_size or int(self.d_model * self.expansion_ratio)
+
+    @property
+    def has_learned_positions(self) -> bool:
+        """Whether the network has `wpe`; ALiBi and rotary positions replace it."""
+        return self.learned_pos_emb and not (self.attn_config.alibi or self.attn_config.rope)
+
+    @property
+    def has_attention_bias(self) -> bool:
+        """Whether `Wqkv` and `out_proj` have biases."""
+        return not self.no_bias if self.attention_bias is None else self.attention_bias
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as plain nested values, fit for JSON and YAML."""
+        return asdict(self)
+
+
+def _check_probability(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}: {value} is not a probability. Use 0 or more and less than 1.")
