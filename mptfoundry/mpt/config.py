@@ -256,7 +256,7 @@ class MPTConfig:
             )
         if self.ffn_config.ffn_hidden_size is None and self.d_model * self.expansion_ratio % 1:
             raise ValueError(
-                f"expansion_ratio: {self.expansion_ratio} times d_model: {self.d_model} is not a whole number."
+                f"expansion_ratio: {self.expansion_ratio} times d_model {self.d_model} is no whole number."
             )
         if self.attn_config.rope and self.d_head % 2:
             raise ValueError(f"head_dim: {self.d_head} is odd; rotary positions turn pairs of features.")
