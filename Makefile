@@ -1,0 +1,39 @@
+# make quickstart   install, then run the whole life of a small MPT on this machine's own text
+# make test         install, then format check, lint, types and tests: what CI runs
+# make gpu          on a machine with a GPU: its tests, then the benchmarks
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test gpu clean
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+TEXT ?=
+# The first of these that exists; or PYTHON=/path/to/python3.11 make ...
+PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3.10 python3,$(shell $(p) -c 'import sys; print("$(p)") if (3, 10) <= sys.version_info[:2] <= (3, 12) else None' 2>/dev/null)))
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+$(VENV)/installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "No Python 3.10, 3.11 or 3.12 found. Install one, or name it: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
+	@echo "Installing: about 6.5 GB with PyTorch's CUDA build; five minutes on two cores."
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+install: $(VENV)/installed
+
+quickstart: install
+	$(BIN)/python scripts/quickstart.py text="$(TEXT)"
+
+test: install
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+gpu:
+	python3 scripts/gpu.py
+
+clean:
+	rm -rf quickstart runs

@@ -1,0 +1,8 @@
+"""Continue a prompt: `python scripts/generate.py MODEL prompt=TEXT`."""
+
+import sys
+
+from mptfoundry.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["generate", *sys.argv[1:]]))
