@@ -22,7 +22,7 @@ LLM_FOUNDRY = {
 
 
 def small(*, attn: dict | None = None, ffn: dict | None = None, **fields: object) -> MPTConfig:
-    base: dict = dict(d_model=24, n_heads=4, n_layers=2, max_seq_len=10, vocab_size=37)
+    base: dict = {"d_model": 24, "n_heads": 4, "n_layers": 2, "max_seq_len": 10, "vocab_size": 37}
     return MPTConfig(
         **{**base, **fields}, attn_config=AttnConfig(**(attn or {})), ffn_config=FFNConfig(**(ffn or {}))
     )
