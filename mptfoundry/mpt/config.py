@@ -206,7 +206,8 @@ class MPTConfig:
         ffn_config: The feed-forward network.
         logit_scale: Factor on the logits; `inv_sqrt_d_model` is 1 / sqrt(d_model).
         no_bias: Leave out every bias, of matrices and of norms.
-        attention_bias: Bias of `Wqkv` and `out_proj`. Default: the opposite of `no_bias`.
+        attention_bias: Bias of `Wqkv` alone (`out_proj` follows `no_bias`). Default: the opposite of
+            `no_bias`.
         embedding_fraction: Share of the gradient that reaches the embedding
             (https://arxiv.org/abs/2210.02414).
         norm_type: The norm; `low_precision_*` computes in the compute dtype under autocast.
@@ -290,8 +291,8 @@ class MPTConfig:
         return self.learned_pos_emb and not (self.attn_config.alibi or self.attn_config.rope)
 
     @property
-    def has_attention_bias(self) -> bool:
-        """Whether `Wqkv` and `out_proj` have biases."""
+    def has_qkv_bias(self) -> bool:
+        """Whether `Wqkv` has a bias."""
         return not self.no_bias if self.attention_bias is None else self.attention_bias
 
     def to_dict(self) -> dict[str, Any]:

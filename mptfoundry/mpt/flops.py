@@ -55,7 +55,7 @@ def _embedding(config: MPTConfig) -> int:
 def _attention(config: MPTConfig) -> int:
     queries = config.n_heads * config.d_head
     keys = config.kv_heads * config.d_head
-    bias = config.has_attention_bias
+    bias = config.has_qkv_bias
     count = _linear(config.d_model, queries + 2 * keys, bias) + _linear(queries, config.d_model, bias)
     if config.attn_config.qk_ln:
         count += _norm(config, queries) + _norm(config, keys)
