@@ -1,0 +1,48 @@
+"""Lengths of training as Composer writes them: a number and a unit.
+
+`1000ba` is a thousand batches, `3ep` three epochs, `1000000tok` a million tokens, `0.1dur` a tenth of the
+whole run; a bare integer counts epochs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated
+
+UNITS = {
+    "ep": "epochs",
+    "ba": "batches",
+    "sp": "samples",
+    "tok": "tokens",
+    "iter": "iterations",
+    "sec": "seconds",
+    "dur": "share of the whole run",
+}
+ALLOWED = (
+    "a number and a unit, such as 1000ba (batches), 2ep (epochs), 1000000tok (tokens) or 0.1dur (of the run)"
+)
+_FORM = re.compile(r"\s*(\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\s*([a-z]+)\s*")
+
+Duration = Annotated[int | str, "duration"]
+
+
+def parse_duration(value: int | str) -> tuple[float, str]:
+    """Split a duration into its number and its unit; a bare integer counts epochs.
+
+    Raises:
+        ValueError: The text is no duration; the message says what is allowed.
+    """
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError(f"{value} is negative. Use {ALLOWED}.")
+        return value, "ep"
+    match = _FORM.fullmatch(value)
+    if match is None or match[2] not in UNITS:
+        raise ValueError(f"{value!r} is no duration. Use {ALLOWED}.")
+    number = float(match[1].replace("_", ""))
+    if match[2] == "dur":
+        if number > 1:
+            raise ValueError(f"{value!r} is more than the whole run, which is 1dur.")
+    elif number % 1:
+        raise ValueError(f"{value!r} is no whole number of {UNITS[match[2]]}.")
+    return number if match[2] == "dur" else int(number), match[2]

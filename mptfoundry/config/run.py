@@ -1,0 +1,168 @@
+"""TrainConfig: the whole shape of a training run.
+
+Everything that a YAML of `mptfoundry train` says, typed. Rules inside a section stand in its own class;
+rules between sections stand here. What a section has in common with the run (`max_seq_len`, `seed`) is said
+here once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from mptfoundry.config.data import LoaderConfig
+from mptfoundry.config.durations import Duration, parse_duration
+from mptfoundry.config.model import ModelConfig, TokenizerConfig
+from mptfoundry.config.optim import OptimizerConfig, SchedulerConfig
+from mptfoundry.config.parallel import CompileConfig, FSDPConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run.
+
+    Attributes:
+        run_name: Name of the run's folder; the same at every start, so that a killed run is found again.
+            Default: `$RUN_NAME`, then the config's file name.
+        seed: Seed of the weights, of dropout and of the data's order.
+        max_seq_len: Tokens of a sequence, for model, data and tokenizer alike.
+        model: The network.
+        tokenizer: The tokenizer.
+        train_loader: The training data.
+        eval_loader: The held-out data: none, one loader, or a list of loaders with a `label` each.
+        optimizer: How weights follow gradients.
+        scheduler: How the learning rate changes over the run.
+        algorithms: Composer's algorithms by name, such as `gradient_clipping`.
+        max_duration: Length of the run.
+        global_train_batch_size: Sequences of one step, over all devices.
+        device_train_microbatch_size: Sequences that a device computes at once; changes memory, not results.
+        device_eval_batch_size: Sequences that a device evaluates at once. `auto`: the training microbatch.
+        accumulate_train_batch_on_tokens: Weigh microbatches by their learned tokens rather than sequences.
+        train_subset_num_batches: Batches of an epoch; -1: all.
+        spin_dataloaders: Read up to the resumed batch where a loader can't resume by itself.
+        eval_interval: How often to evaluate.
+        eval_first: Evaluate before the first step.
+        eval_subset_num_batches: Batches of an evaluation; -1: all.
+        precision: Number format of the computation. `auto`: bfloat16 on GPUs that have it, else float32.
+        fsdp_config: Shard the model over devices. Default: every device holds a whole copy.
+        compile_config: Compile the model's blocks. Default: they run as they are.
+        max_split_size_mb: Largest block of GPU memory that the allocator splits, in MiB.
+        expandable_segments: Let the allocator's GPU segments grow; less fragmentation.
+        cuda_load_lazy: Load GPU kernels when first used.
+        dist_timeout: Seconds that a rank waits for the others.
+        save_folder: Folder or URL of the checkpoints; `{run_name}` is filled in. Default: none are saved.
+        save_interval: How often to save a checkpoint.
+        save_num_checkpoints_to_keep: Checkpoints that stay on the local disk; -1: all.
+        save_overwrite: Let checkpoints replace older ones of the same name.
+        save_weights_only: Save no optimizer state; such a checkpoint can't resume a run.
+        save_filename: Name of a checkpoint.
+        save_latest_filename: Name of the link to the newest checkpoint. Default: `latest-rank{rank}.pt`, or
+            `latest-sharded-rank{rank}` for sharded ones.
+        save_ignore_keys: Parts of the state left out of checkpoints, with wildcards.
+        autoresume: Continue from the newest checkpoint in `save_folder`. Default: true where a save folder
+            is given, unless `save_overwrite` or `save_weights_only`.
+        load_path: Checkpoint to start from.
+        load_weights_only: Of that checkpoint take the weights alone.
+        load_strict_model_weights: An error if its weights' names don't match the model's.
+        load_ignore_keys: Parts of that checkpoint to leave, with wildcards.
+        callbacks: Callbacks by name, with their arguments.
+        loggers: Loggers by name, with their arguments.
+        progress_bar: Show a progress bar.
+        log_to_console: Print a line of measurements every `console_log_interval`.
+        console_log_interval: How often to print them.
+        log_config: Send the resolved config to the loggers.
+        python_log_level: What the libraries may print.
+        metadata: Anything about the run, kept with its config.
+        code_paths: Python files that add to the builders' tables; they run only with `allow_code=true`.
+        allow_code: Run the files of `code_paths`. On the command line only.
+        variables: Values that others refer to as `${variables.x}`.
+    """
+
+    run_name: str = "run"
+    seed: int = 17
+    max_seq_len: int
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    train_loader: LoaderConfig
+    eval_loader: LoaderConfig | tuple[LoaderConfig, ...] | None = None
+    optimizer: OptimizerConfig
+    scheduler: SchedulerConfig
+    algorithms: dict[str, Any] = field(default_factory=dict)
+    max_duration: Duration
+    global_train_batch_size: int
+    device_train_microbatch_size: int | Literal["auto"] = "auto"
+    device_eval_batch_size: int | Literal["auto"] = "auto"
+    accumulate_train_batch_on_tokens: bool = True
+    train_subset_num_batches: int = -1
+    spin_dataloaders: bool = True
+    eval_interval: Duration = 1
+    eval_first: bool = False
+    eval_subset_num_batches: int = -1
+    precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"] = "auto"
+    fsdp_config: FSDPConfig | None = None
+    compile_config: CompileConfig | None = None
+    max_split_size_mb: int | None = None
+    expandable_segments: bool = True
+    cuda_load_lazy: bool = False
+    dist_timeout: float = 600.0
+    save_folder: str | None = None
+    save_interval: Duration = "1000ba"
+    save_num_checkpoints_to_keep: int = -1
+    save_overwrite: bool = False
+    save_weights_only: bool = False
+    save_filename: str = "ep{epoch}-ba{batch}-rank{rank}.pt"
+    save_latest_filename: str | None = None
+    save_ignore_keys: tuple[str, ...] | None = None
+    autoresume: bool | None = None
+    load_path: str | None = None
+    load_weights_only: bool = False
+    load_strict_model_weights: bool = True
+    load_ignore_keys: tuple[str, ...] | None = None
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    loggers: dict[str, Any] = field(default_factory=dict)
+    progress_bar: bool = False
+    log_to_console: bool = True
+    console_log_interval: Duration = "1ba"
+    log_config: bool = True
+    python_log_level: Literal["debug", "info", "warning", "error", "critical"] = "warning"
+    metadata: dict[str, Any] = field(default_factory=dict)
+    code_paths: tuple[str, ...] = ()
+    allow_code: bool = False
+    variables: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.resumes and self.save_folder is None:
+            raise ValueError("autoresume: true without save_folder. There is nothing to resume from.")
+
+    @property
+    def eval_loaders(self) -> dict[str, LoaderConfig]:
+        """The evaluation loaders by label; a single one without a label is `eval`."""
+        if self.eval_loader is None:
+            return {}
+        loaders = self.eval_loader if isinstance(self.eval_loader, tuple) else (self.eval_loader,)
+        return {loader.label or "eval": loader for loader in loaders}
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a start continues from the newest checkpoint in the save folder."""
+        if self.autoresume is not None:
+            return self.autoresume
+        return self.save_folder is not None and not self.save_overwrite and not self.save_weights_only
+
+    @property
+    def latest_filename(self) -> str:
+        """Name of the link to the newest checkpoint, which depends on how checkpoints are sharded."""
+        if self.save_latest_filename is not None:
+            return self.save_latest_filename
+        is_sharded = self.fsdp_config is not None and self.fsdp_config.state_dict_type == "sharded"
+        return "latest-sharded-rank{rank}" if is_sharded else "latest-rank{rank}.pt"
+
+    def batches(self) -> int | None:
+        """Steps of the run; None where they depend on the size of the data."""
+        number, unit = parse_duration(self.max_duration)
+        size = {
+            "ba": 1,
+            "sp": self.global_train_batch_size,
+            "tok": self.global_train_batch_size * self.max_seq_len,
+        }
+        return -(-int(number) // size[unit]) if unit in size else None

@@ -1,0 +1,193 @@
+"""The options of the verbs that are not `train`: what `mptfoundry VERB key=value ...` understands."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mptfoundry.config.data import LoaderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Turn text into shards of tokens.
+
+    Attributes:
+        inputs: Files and folders of text, source code, JSONL or Parquet, with wildcards.
+        out: Folder of the shards; those of the split lie in `out/split`.
+        tokenizer: Folder of a tokenizer, or its name on the hub.
+        max_seq_len: Tokens of a sample.
+        split: Subfolder of `out`; of a Hugging Face data set: the split to read.
+        text_key: The field of a record that holds the text.
+        hf_dataset: Name of a Hugging Face data set to read in place of `inputs`.
+        hf_subset: Its subset.
+        include: File name patterns to take from folders. Default: every text format that is known.
+        exclude: File name patterns to leave.
+        eos_text: Text put after each document. Default: the tokenizer's end-of-text token.
+        bos_text: Text put before each document.
+        no_wrap: Start each document in a new sample and drop what does not fill one.
+        workers: Processes. `auto`: one for each processor.
+        shard_bytes: Size of a shard before compression.
+        compression: How shards are compressed, such as `zstd` or `zstd:7`. Default: not.
+        hashes: Hashes written for each shard.
+        max_documents: Stop after this many documents.
+        encoding: Of plain text files.
+        on_bad_record: What a broken record or text does: end the preparation, or be counted and left out.
+        overwrite: Replace shards that were made with other options.
+    """
+
+    inputs: tuple[str, ...] = ()
+    out: str
+    tokenizer: str
+    max_seq_len: int
+    split: str = "train"
+    text_key: str = "text"
+    hf_dataset: str | None = None
+    hf_subset: str | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    eos_text: str | None = None
+    bos_text: str | None = None
+    no_wrap: bool = False
+    workers: int | Literal["auto"] = "auto"
+    shard_bytes: int = 1 << 26
+    compression: str | None = None
+    hashes: tuple[str, ...] = ("xxh64",)
+    max_documents: int | None = None
+    encoding: str = "utf-8"
+    on_bad_record: Literal["stop", "skip"] = "stop"
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if bool(self.inputs) == bool(self.hf_dataset):
+            raise ValueError("inputs: name files or folders to read, or hf_dataset, and not both.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Show samples of a data set as text.
+
+    Attributes:
+        data: Folder of shards, or a training config.
+        tokenizer: Folder of a tokenizer, or its name on the hub. Default: what the shards or the config name.
+        split: Subfolder of `data`.
+        samples: How many samples.
+        start: The first of them.
+        max_characters: Of each sample; the middle is left out. 0: all.
+        loader: Which loader of a config: `train`, or the label of an evaluation loader.
+        picture: File to draw the data mix into, such as `mix.png`.
+    """
+
+    data: str
+    tokenizer: str | None = None
+    split: str | None = None
+    samples: int = 3
+    start: int = 0
+    max_characters: int = 1500
+    loader: str = "train"
+    picture: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig:
+    """Evaluate a model on held-out text.
+
+    Attributes:
+        model: Folder of a run, a checkpoint, or an exported folder.
+        eval_loader: The data: one loader, or a list with a `label` each. Default: as in the run's config.
+        tokenizer: Folder of a tokenizer, or its name on the hub. Default: the run's.
+        max_seq_len: Tokens of a sequence. Default: the model's.
+        device_eval_batch_size: Sequences that a device evaluates at once. `auto` chooses by the memory.
+        eval_subset_num_batches: Batches of an evaluation; -1: all.
+        precision: Number format of the computation. `auto`: bfloat16 on GPUs that have it, else float32.
+        attn_impl: The attention backend; all give the same mathematics.
+        seed: Seed of whatever is drawn.
+        out: JSON file for the results. Default: beside the model.
+        dist_timeout: Seconds that a rank waits for the others.
+        variables: Values that others refer to as `${variables.x}`.
+    """
+
+    model: str
+    eval_loader: LoaderConfig | tuple[LoaderConfig, ...] | None = None
+    tokenizer: str | None = None
+    max_seq_len: int | None = None
+    device_eval_batch_size: int | Literal["auto"] = "auto"
+    eval_subset_num_batches: int = -1
+    precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"] = "auto"
+    attn_impl: Literal["auto", "torch", "flash", "triton"] = "auto"
+    seed: int = 17
+    out: str | None = None
+    dist_timeout: float = 600.0
+    variables: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def eval_loaders(self) -> dict[str, LoaderConfig]:
+        """The evaluation loaders by label; a single one without a label is `eval`."""
+        if self.eval_loader is None:
+            return {}
+        loaders = self.eval_loader if isinstance(self.eval_loader, tuple) else (self.eval_loader,)
+        return {loader.label or "eval": loader for loader in loaders}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Write a model as a Hugging Face folder.
+
+    Attributes:
+        model: Folder of a run, or a checkpoint.
+        out: The folder to write.
+        tokenizer: Folder of a tokenizer, or its name on the hub. Default: the run's.
+        dtype: Number format of the weights.
+        shard_bytes: Largest weight file.
+        overwrite: Replace a folder that is there.
+    """
+
+    model: str
+    out: str
+    tokenizer: str | None = None
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    shard_bytes: int = 5_000_000_000
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Continue a text, or talk.
+
+    Attributes:
+        model: Folder of a run, a checkpoint, or an exported folder.
+        prompts: Texts to continue; `file::PATH` reads one from a file.
+        tokenizer: Folder of a tokenizer, or its name on the hub. Default: the model's.
+        max_new_tokens: Tokens to add at most.
+        temperature: How freely to choose; 0: always the likeliest token.
+        top_k: Choose among this many likeliest tokens; 0: all.
+        top_p: Choose among the likeliest tokens that together have this probability.
+        seed: Seed of the choice.
+        stop: Texts that end a continuation.
+        system: What a chat begins with.
+        dtype: Number format of the weights. `auto`: bfloat16 on GPUs that have it, else float32.
+        attn_impl: The attention backend; all give the same mathematics.
+    """
+
+    model: str
+    prompts: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    max_new_tokens: int = 100
+    temperature: float = 0.8
+    top_k: int = 0
+    top_p: float = 0.95
+    seed: int = 17
+    stop: tuple[str, ...] = ()
+    system: str | None = None
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    attn_impl: Literal["auto", "torch", "flash", "triton"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature: {self.temperature} is negative. Use 0 or more.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p}. Use a number above 0 and up to 1.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: {self.top_k} is negative. Use 0 for all, or more.")
+        if self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: {self.max_new_tokens} is not positive. Use 1 or more.")
