@@ -1,0 +1,305 @@
+"""`mptfoundry VERB ...`: the doors to everything, also used by `scripts/` for the `composer` launcher.
+
+A verb takes words: first its positional ones, then `key=value`. What a verb needs is imported when it runs,
+so that `--help` and `check` answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mptfoundry import __version__
+from mptfoundry.errors import ConfigError, MPTFoundryError
+
+if TYPE_CHECKING:
+    from mptfoundry.config.run import TrainConfig
+
+SECONDS_TO_WAIT_FOR_RANK_0 = 10.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb and returns the exit code: 0, 1 (data, checkpoint ...), 2 (config) or 130 (Ctrl-C)."""
+    arguments = _parser().parse_args(argv)
+    try:
+        VERBS[arguments.verb].run(arguments.words)
+    except MPTFoundryError as error:
+        if os.environ.get("MPTFOUNDRY_DEBUG") == "1":
+            raise
+        _report(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output, such as `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _train(words: list[str]) -> None:
+    config = _load_config(words)
+    from mptfoundry.train import train
+
+    train(config)
+
+
+def _check(words: list[str]) -> None:
+    config = _load_config(words)
+    from mptfoundry.plan import summary_table
+
+    print(summary_table(config))
+
+
+def _eval(words: list[str]) -> None:
+    from mptfoundry.config.load import parse_words
+    from mptfoundry.config.verbs import EvalConfig
+
+    options = parse_words(_name_first(words, "model"), EvalConfig)
+    from mptfoundry.evaluate import evaluate, results_table
+
+    print(results_table(evaluate(options)))
+
+
+def _prepare(words: list[str]) -> None:
+    from mptfoundry.config.load import parse_words
+    from mptfoundry.config.verbs import PrepareConfig
+
+    inputs = [word for word in words if "=" not in word]
+    named = [word for word in words if "=" in word]
+    if inputs:
+        named.insert(0, f"inputs={_quoted_list(inputs)}")
+    options = parse_words(named, PrepareConfig)
+    from mptfoundry.build import build_prepare
+
+    print(build_prepare(options))
+
+
+def _preview(words: list[str]) -> None:
+    from mptfoundry.config.load import parse_words
+    from mptfoundry.config.verbs import PreviewConfig
+
+    options = parse_words(_name_first(words, "data"), PreviewConfig)
+    from mptfoundry.build import build_preview
+
+    print(build_preview(options))
+
+
+def _export(words: list[str]) -> None:
+    from mptfoundry.config.load import parse_words
+    from mptfoundry.config.verbs import ExportConfig
+
+    options = parse_words(_name_first(words, "model", "out"), ExportConfig)
+    from mptfoundry.build import build_export
+
+    print(build_export(options))
+
+
+def _generate(words: list[str]) -> None:
+    from mptfoundry.config.load import parse_words
+    from mptfoundry.config.verbs import GenerateConfig
+
+    options = parse_words(_name_first(words, "model"), GenerateConfig)
+    if not options.prompts:
+        raise ConfigError("prompts: is not given. Say what to continue: prompts='[\"Once upon a time\"]'.")
+    from mptfoundry.build import build_generator
+
+    build_generator(options).print_continuations(options.prompts)
+
+
+def _chat(words: list[str]) -> None:
+    from mptfoundry.config.load import parse_words
+    from mptfoundry.config.verbs import GenerateConfig
+
+    options = parse_words(_name_first(words, "model"), GenerateConfig)
+    from mptfoundry.build import build_generator
+
+    build_generator(options).chat()
+
+
+def _explain(words: list[str]) -> None:
+    from mptfoundry.config.explain import explain
+
+    print(explain(words[0] if words else None))
+
+
+def _doctor(words: list[str]) -> None:
+    if words:
+        raise ConfigError(f"doctor: takes no words, but was given {' '.join(words)}.")
+    from mptfoundry.doctor import doctor
+
+    print(doctor())
+
+
+@dataclass(frozen=True)
+class Verb:
+    """What a verb does, the words it takes, and an example."""
+
+    run: Callable[[list[str]], None]
+    does: str
+    words: str
+    example: str
+
+
+VERBS = {
+    "train": Verb(
+        _train,
+        "train a model",
+        "CONFIG [key=value ...]",
+        "composer scripts/train.py configs/mpt-125m.yaml max_duration=100ba",
+    ),
+    "check": Verb(
+        _check,
+        "check a config and show what its run would be, without starting it",
+        "CONFIG [key=value ...]",
+        "mptfoundry check configs/mpt-7b.yaml optimizer.lr=1e-4",
+    ),
+    "explain": Verb(
+        _explain,
+        "say what a key of a config means",
+        "[KEY]",
+        "mptfoundry explain model.attn_config.alibi",
+    ),
+    "prepare": Verb(
+        _prepare,
+        "turn text into shards of tokens",
+        "INPUT ... out=FOLDER tokenizer=NAME max_seq_len=N [key=value ...]",
+        "mptfoundry prepare my-text/ out=shards tokenizer=EleutherAI/gpt-neox-20b max_seq_len=2048",
+    ),
+    "preview": Verb(
+        _preview,
+        "show samples of a data set as text",
+        "SHARDS_OR_CONFIG [key=value ...]",
+        "mptfoundry preview shards samples=5",
+    ),
+    "eval": Verb(
+        _eval,
+        "evaluate a run, a checkpoint or an exported folder on held-out text",
+        "MODEL [key=value ...]",
+        "composer scripts/eval.py runs/mpt-125m",
+    ),
+    "export": Verb(
+        _export,
+        "write a model as a Hugging Face folder",
+        "RUN_OR_CHECKPOINT OUT [key=value ...]",
+        "mptfoundry export runs/mpt-125m hf/mpt-125m dtype=bf16",
+    ),
+    "generate": Verb(
+        _generate,
+        "continue a text",
+        "MODEL prompts=LIST [key=value ...]",
+        "mptfoundry generate hf/mpt-125m prompts='[\"Once upon a time\"]' temperature=0.7",
+    ),
+    "chat": Verb(_chat, "talk with a model", "MODEL [key=value ...]", "mptfoundry chat hf/mpt-7b-chat"),
+    "doctor": Verb(
+        _doctor, "show what works on this machine, and why the rest does not", "", "mptfoundry doctor"
+    ),
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mptfoundry",
+        description="Pretrain, finetune, evaluate and export MPT models.",
+        epilog="A wrong key or value is reported with its line; MPTFOUNDRY_DEBUG=1 adds a traceback.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"mptfoundry {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, verb in VERBS.items():
+        sub = verbs.add_parser(
+            name,
+            help=verb.does,
+            description=f"{verb.does[0].upper()}{verb.does[1:]}.",
+            usage=f"mptfoundry {name} {verb.words}".rstrip(),
+            epilog=f"Example: {verb.example}",
+            allow_abbrev=False,
+        )
+        sub.add_argument("words", nargs="*", help=argparse.SUPPRESS)
+    return parser
+
+
+def _load_config(words: list[str]) -> TrainConfig:
+    from mptfoundry.config.load import load_train_config
+
+    if not words or "=" in words[0]:
+        raise ConfigError("no config named. Say which YAML file describes the run, before any key=value.")
+    config, notes = load_train_config(words[0], words[1:])
+    if _rank() == 0:
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+    return config
+
+
+def _name_first(words: list[str], *names: str) -> list[str]:
+    """Gives the leading words without `=` their names: `runs/a hf/a dtype=fp32` -> `model=runs/a ...`."""
+    named = list(words)
+    for index, name in enumerate(names):
+        if index >= len(words) or "=" in words[index]:
+            break
+        named[index] = f"{name}={words[index]}"
+    return named
+
+
+def _quoted_list(texts: Sequence[str]) -> str:
+    return "[" + ",".join("'" + text.replace("'", "\\'") + "'" for text in texts) + "]"
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def _report(error: MPTFoundryError) -> None:
+    """Prints an error once where all ranks share it, and with its rank where only one has it.
+
+    A config is the same on every rank, so rank 0 speaks for all. Later errors are told apart by way of the
+    store that the ranks met at.
+    """
+    rank, world_size = _rank(), int(os.environ.get("WORLD_SIZE", 1))
+    lines = [f"error: {line}" for line in str(error).splitlines() if line.strip()]
+    if world_size == 1:
+        print("\n".join(lines), file=sys.stderr)
+        return
+    store = _store()
+    if store is None:
+        if rank == 0:
+            print("\n".join(lines), file=sys.stderr, flush=True)
+        return
+    store.set(f"mptfoundry/error/{rank}", str(error))
+    if rank == 0 or not _same_as_rank_0(store, str(error)):
+        name = "" if rank == 0 and _all_report(store, str(error), world_size) else f"rank {rank}: "
+        print("\n".join(f"{name}{line}" for line in lines), file=sys.stderr, flush=True)
+
+
+def _store() -> Any:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.distributed.is_initialized():
+        return None
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+def _same_as_rank_0(store: Any, text: str) -> bool:
+    return _wait_for(store, ["mptfoundry/error/0"]) and store.get("mptfoundry/error/0").decode() == text
+
+
+def _all_report(store: Any, text: str, world_size: int) -> bool:
+    keys = [f"mptfoundry/error/{rank}" for rank in range(world_size)]
+    return _wait_for(store, keys) and all(store.get(key).decode() == text for key in keys)
+
+
+def _wait_for(store: Any, keys: list[str]) -> bool:
+    until = time.monotonic() + SECONDS_TO_WAIT_FOR_RANK_0
+    while time.monotonic() < until:
+        if store.check(keys):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+if __name__ == "__main__":
+    sys.exit(main())
