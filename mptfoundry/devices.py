@@ -1,0 +1,183 @@
+"""What a run computes on: found on this machine without importing torch, or named for planning.
+
+Words: a device is a GPU, or one process's share of a CPU machine; memory is in bytes, peaks are dense bf16
+FLOP/s as the vendor states them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mptfoundry.errors import ConfigError
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """One kind of device, and how many of them a run has.
+
+    Attributes:
+        kind: `cpu` or `gpu`.
+        name: In words, such as `NVIDIA H100 80GB HBM3`.
+        count: Devices of the run, over all machines; one process drives each.
+        per_node: Devices of the run on one machine.
+        memory: Bytes of one device; on a CPU its share of the machine's memory. None where unknown.
+        peak_flops: Dense bf16 FLOP/s of one device. None where unknown.
+        has_bf16: Whether it multiplies in bf16 faster than in fp32.
+        cores: CPU cores for one device.
+        found: How we know, in words for people.
+    """
+
+    kind: Literal["cpu", "gpu"]
+    name: str
+    count: int = 1
+    per_node: int = 1
+    memory: int | None = None
+    peak_flops: float | None = None
+    has_bf16: bool = False
+    cores: int = 1
+    found: str = "named"
+
+
+# What nvidia-smi says contains the pattern; the first match counts.
+_KNOWN: tuple[tuple[str, str, float, float], ...] = (
+    ("a100-40gb", r"a100.*40\s?gb", 40, 312e12),
+    ("a100", r"a100", 80, 312e12),
+    ("h100-pcie", r"h100.*pcie", 80, 756e12),
+    ("h100", r"h100", 80, 989.4e12),
+    ("h200", r"h200", 140, 989.4e12),
+)
+
+
+def named_device(name: str, count: int = 1, per_node: int = 8) -> Device:
+    """A device by its short name (`cpu`, `a100`, `h100`, `h200` ...), for planning a run elsewhere.
+
+    Raises:
+        ConfigError: for an unknown name; it lists the known ones.
+    """
+    per_node = min(count, per_node)
+    if name == "cpu":
+        return _cpu(count, per_node)
+    for short, _, gib, peak in _KNOWN:
+        if name.lower() == short:
+            return Device("gpu", short, count, per_node, int(gib * GIB), peak, True, 8)
+    known = ", ".join(["cpu", *(row[0] for row in _KNOWN)])
+    raise ConfigError(f"device: {name} is not known. Use one of {known}.")
+
+
+def detect_device(world_size: int | None = None, environ: Mapping[str, str] = os.environ) -> Device:
+    """The devices that a run started here would use.
+
+    Args:
+        world_size: Processes of the run. Default: what a launcher put into the environment; without
+            one, all visible GPUs, since that is what the `composer` launcher would start.
+        environ: The environment variables.
+    """
+    gpus, found = visible_gpus(environ)
+    count = world_size or int(environ.get("WORLD_SIZE") or 0) or max(1, len(gpus))
+    here = int(environ.get("LOCAL_WORLD_SIZE") or 0) or (len(gpus) if gpus else count)
+    per_node = min(count, here)
+    if not gpus:
+        return _cpu(count, per_node, found)
+    name, mib, capability = gpus[0]
+    row = next((row for row in _KNOWN if re.search(row[1], name, re.IGNORECASE)), None)
+    return Device(
+        kind="gpu",
+        name=name,
+        count=count,
+        per_node=per_node,
+        memory=mib * 2**20 if mib else int(row[2] * GIB) if row else None,
+        peak_flops=row[3] if row else None,
+        has_bf16=row is not None or capability >= 8,
+        cores=max(1, _cores() // per_node),
+        found=found,
+    )
+
+
+def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[list[tuple[str, int, float]], str]:
+    """The GPUs that this process may use, each as name, memory in MiB and compute capability (0: unknown),
+    and one phrase on how they were found or why there are none."""
+    gpus = _nvidia_smi()
+    how = "nvidia-smi"
+    if not gpus:
+        gpus = [(name, 0, 0.0) for name in _driver_gpus()]
+        how = "/proc/driver/nvidia"
+    if not gpus:
+        return [], "no GPU found: neither nvidia-smi nor /proc/driver/nvidia names one"
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is None:
+        return gpus, f"found by {how}"
+    visible = []
+    for word in filter(None, chosen.replace(" ", "").split(",")):
+        if word == "-1" or (word.isdigit() and int(word) >= len(gpus)):
+            break  # CUDA itself ignores all that follows an index that does not exist
+        visible.append(gpus[int(word)] if word.isdigit() else gpus[0])
+    if not visible:
+        return [], f"CUDA_VISIBLE_DEVICES={chosen!r} hides the {len(gpus)} GPUs of this machine"
+    return visible, f"found by {how}, chosen by CUDA_VISIBLE_DEVICES={chosen}"
+
+
+def _nvidia_smi() -> list[tuple[str, int, float]]:
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    rows = [line.rsplit(",", 2) for line in answer.splitlines() if line.count(",") >= 2]
+    return [(name.strip(), int(_number(mib)), _number(capability)) for name, mib, capability in rows]
+
+
+def _driver_gpus() -> list[str]:
+    names = []
+    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
+        model = re.search(r"^Model:\s*(.+)$", path.read_text(errors="replace"), re.MULTILINE)
+        names.append(model[1].strip() if model else "NVIDIA GPU")
+    return names
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return 0.0
+
+
+def _cpu(count: int, per_node: int, found: str = "named") -> Device:
+    memory = total_memory()
+    return Device(
+        kind="cpu",
+        name="CPU",
+        count=count,
+        per_node=per_node,
+        memory=memory // per_node if memory else None,
+        cores=max(1, _cores() // per_node),
+        found=found,
+    )
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def total_memory() -> int | None:
+    """Bytes of memory that this machine or container has; None where the system doesn't tell.
+
+    The total, not what happens to be free: a run that starts again has to resolve to the same values.
+    """
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return None
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(path).read_text()))
+        except (OSError, ValueError):
+            continue
+    return total

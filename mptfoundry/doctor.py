@@ -1,0 +1,215 @@
+"""What works on this machine and what does not, in one page.
+
+Versions are read from the packages' metadata; only the attention backends need torch itself, to say
+whether they can run here. Nothing is changed and nothing is sent but one request for the hub's front page.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from importlib import metadata
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+from mptfoundry import __version__
+from mptfoundry.devices import GIB, Device, detect_device, visible_gpus
+from mptfoundry.mpt.config import AttnConfig, MPTConfig
+
+# Name on PyPI, and what it is good for where a run can do without it.
+_PACKAGES: dict[str, str | None] = {
+    "torch": None,
+    "mosaicml": None,
+    "mosaicml-streaming": None,
+    "transformers": None,
+    "tokenizers": None,
+    "datasets": None,
+    "omegaconf": None,
+    "safetensors": None,
+    "numpy": None,
+    "matplotlib": "pictures of a run",
+    "triton": "kernels of our own on NVIDIA GPUs; comes with torch on Linux",
+    "flash-attn": "attn_impl: flash; pip install --no-build-isolation 'mptfoundry[flash]'",
+    "peft": "LoRA; pip install 'mptfoundry[peft]'",
+}
+_HUB_TIMEOUT_SECONDS = 3.0
+
+
+def doctor() -> str:
+    """The page that `mptfoundry doctor` prints. Takes a few seconds, most of them importing torch."""
+    hub: list[str] = []
+    asking = threading.Thread(target=lambda: hub.append(_hub()), daemon=True)
+    asking.start()
+    device = detect_device()
+    sections = {
+        "Packages": _packages(),
+        "Devices": _devices(device),
+        "Attention": _attention(device),
+        "Room": _room(),
+    }
+    asking.join(_HUB_TIMEOUT_SECONDS + 1)
+    sections["Network"] = hub or [f"Hugging Face hub: no answer within {_HUB_TIMEOUT_SECONDS:g} s"]
+    sections["Good to know here"] = _traps(device) or ["nothing in particular"]
+    sections["Trouble"] = troubles() or ["none"]
+    head = f"mptfoundry {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    blocks = ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items()]
+    return "\n\n".join([head, *blocks])
+
+
+def troubles() -> list[str]:
+    """What would keep a run from starting here, one sentence each; `mptfoundry doctor` exits with 1 if any."""
+    found = []
+    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
+        found.append(f"Python {platform.python_version()} is not supported. Use 3.10, 3.11 or 3.12.")
+    for name, purpose in _PACKAGES.items():
+        if purpose is None and _version(name) is None:
+            found.append(f"{name} is not installed. Install the project: pip install -e .")
+    if not os.access(Path.cwd(), os.W_OK):
+        found.append(f"{Path.cwd()} is not writable: runs are kept there unless save_folder says otherwise.")
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _packages() -> list[str]:
+    width = max(map(len, _PACKAGES)) + 2
+    lines = []
+    for name, purpose in _PACKAGES.items():
+        version = _version(name)
+        missing = "MISSING" if purpose is None else f"not installed ({purpose})"
+        lines.append(f"{name:{width}}{version or missing}{_outside(name, version)}")
+    return lines
+
+
+def _outside(name: str, version: str | None) -> str:
+    """Whose declared range the installed version leaves, or nothing."""
+    try:
+        from packaging.requirements import Requirement
+    except ImportError:
+        return ""
+    for owner in ("mptfoundry", "mosaicml", "mosaicml-streaming"):
+        try:
+            wanted = [Requirement(line) for line in metadata.requires(owner) or []]
+        except metadata.PackageNotFoundError:
+            continue
+        for requirement in wanted:
+            applies = requirement.name == name and "extra" not in str(requirement.marker or "")
+            if version and applies and not requirement.specifier.contains(version, prereleases=True):
+                return f"   outside what {owner} declares: {requirement.specifier}"
+    return ""
+
+
+def _devices(device: Device) -> list[str]:
+    gpus, _ = visible_gpus()
+    memory = f"{device.memory / GIB:.1f} GiB" if device.memory else "unknown"
+    if not gpus:
+        return [f"CPU: {device.cores} cores, {memory} memory", device.found]
+    lines = [f"GPU {number}: {name}, {mib / 1024:.1f} GiB" for number, (name, mib, _) in enumerate(gpus)]
+    return [*lines, device.found]
+
+
+def _attention(device: Device) -> list[str]:
+    """Which backends can run an MPT (ALiBi, causal) here; the reasons are the backends' own."""
+    try:
+        from mptfoundry.mpt.attention import BACKENDS, choose_backend
+    except (ImportError, OSError) as error:
+        return [f"cannot tell without torch: {error}"]
+    config = MPTConfig(attn_config=AttnConfig(alibi=True), no_bias=True)
+    device_type = "cuda" if device.kind == "gpu" else "cpu"
+    lines = []
+    for name in get_args(get_type_hints(AttnConfig)["attn_impl"]):
+        if name == "auto":
+            chosen, reason = choose_backend(config, device_type)
+            lines.append(f"auto      takes {chosen}: {reason}")
+        elif name not in BACKENDS:
+            lines.append(f"{name:10}not part of this version")
+        else:
+            reason = BACKENDS[name].cannot(config, device_type)
+            lines.append(f"{name:10}{'works' if reason is None else f'does not work: {reason}'}")
+    return lines
+
+
+def _room() -> list[str]:
+    lines = []
+    for place, meaning in ((Path.cwd(), "runs and shards"), (Path(tempfile.gettempdir()), "temporary files")):
+        lines.append(f"disk: {shutil.disk_usage(place).free / GIB:.1f} GiB free in {place} ({meaning})")
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        usage = shutil.disk_usage(shared)
+        lines.append(f"shared memory: {usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free")
+    soft, hard = _open_files()
+    if soft:
+        lines.append(f"open files: {soft} for a process, {hard} on request (ulimit -n)")
+    return lines
+
+
+def _open_files() -> tuple[int, int]:
+    try:
+        import resource
+    except ImportError:
+        return 0, 0
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+
+def _hub() -> str:
+    """Whether tokenizers and data sets can be fetched by name."""
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(variable, "").upper() in {"1", "ON", "YES", "TRUE"}:
+            return f"Hugging Face hub: switched off by {variable}; folders on this machine are used alone"
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        request = urllib.request.Request(address, method="HEAD")
+        urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_SECONDS).close()
+    except urllib.error.HTTPError as error:
+        return f"Hugging Face hub: {address} answers {error.code}; name tokenizers by a folder if they fail"
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        return f"Hugging Face hub: not reachable ({reason}); name tokenizers and data by folders"
+    return f"Hugging Face hub: reachable at {address}"
+
+
+def _traps(device: Device) -> list[str]:
+    """What surprises people in the installed versions on this machine, and only what applies to it."""
+    torch, numpy, triton = _version("torch") or "", _version("numpy") or "", _version("triton") or ""
+    lines = []
+    if device.kind == "cpu":
+        lines.append("precision: auto is fp32 here; Composer refuses amp_bf16 on a CPU.")
+        lines.append("fsdp_config: only version 2 shards over CPU processes; version 1 needs CUDA.")
+    elif "+cpu" in torch:
+        lines.append(f"torch {torch} is built without CUDA: it will not use the GPU.")
+    if _numbers(torch) >= (2, 7, 1):
+        lines.append(f"torch {torch} is newer than mosaicml declares; installed with --no-deps it works.")
+    if os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}:
+        lines.append("TRITON_INTERPRET is set: Triton's kernels run slowly on the CPU, and wrongly in bf16.")
+        if _numbers(triton) >= (3, 6) and _numbers(numpy) >= (2, 4):
+            lines.append(f"Triton {triton}'s interpreter crashes with numpy {numpy}. Use numpy below 2.4.")
+    if (0,) < _numbers(_version("flash-attn") or "") < (2, 4, 2):
+        lines.append("flash-attn before 2.4.2 has no ALiBi.")
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        if shutil.disk_usage(shared).total < GIB:
+            lines.append(
+                "Shared memory is small: start the container with --shm-size=8g, or use num_workers 0."
+            )
+        left = sum(1 for path in shared.iterdir() if re.match(r"\d{6}_", path.name))
+        if left:
+            lines.append(f"{left} blocks of streaming runs, living or dead, are in shared memory.")
+    if 0 < _open_files()[0] < 1024:
+        lines.append("Few files may be open at once; raise it for data sets of many shards: ulimit -n 4096")
+    return lines
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(digits) for digits in re.findall(r"\d+", version.split("+")[0])[:3]) or (0,)
