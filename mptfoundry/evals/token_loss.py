@@ -1,0 +1,164 @@
+"""Loss, perplexity and bits per byte over a whole data set, exact.
+
+A mean of batches' means is wrong as soon as batches differ in tokens, and a sampler that repeats samples to
+give every rank as many counts them twice. Here every sample leaves one row of sums, the rows of all ranks are
+gathered, repeated samples are dropped, the sums are added up in float64 in the order of the samples and
+divided once: the result doesn't depend on the batch size or on the number of ranks.
+
+Words: a row is (sample_id, loss, tokens, byte_loss, bytes): the sample's number in the data set, the sum of
+its tokens' losses in nats, how many tokens were predicted, the part of the loss that fell on tokens that
+stand for bytes, and how many bytes those are. A special token such as the end of a document stands for no
+byte; it counts in the loss and in the perplexity, not in bits per byte, which so compares across tokenizers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+# A sample without a number is counted every time it comes.
+UNNUMBERED = -1
+
+
+def token_loss_rows(
+    token_loss: Tensor, labels: Tensor, sample_id: Tensor | None = None, token_bytes: Tensor | None = None
+) -> Tensor:
+    """One row of sums for each sample of a batch.
+
+    Args:
+        token_loss: (batch, seq) float32; entry t is the loss of predicting `labels[t + 1]` in nats, 0 where
+            nothing is predicted.
+        labels: (batch, seq) int64, aligned with the inputs; -100 where nothing is predicted.
+        sample_id: (batch,) int64, the samples' numbers in the data set; None: each counts.
+        token_bytes: (vocab_size,) int64, the bytes that each token stands for; None: the bytes are 0.
+
+    Returns:
+        (batch, 5) float64: sample_id, loss, tokens, byte_loss, bytes.
+    """
+    targets = labels[:, 1:]
+    predicted = targets != -100
+    losses = token_loss[:, :-1].double() * predicted
+    if token_bytes is None:
+        target_bytes = torch.zeros_like(targets)
+    else:
+        target_bytes = token_bytes[targets.clamp(min=0)] * predicted
+    if sample_id is None:
+        sample_id = torch.full((len(labels),), UNNUMBERED, device=labels.device)
+    columns = (
+        sample_id.to(labels.device),
+        losses.sum(-1),
+        predicted.sum(-1),
+        (losses * (target_bytes > 0)).sum(-1),
+        target_bytes.sum(-1),
+    )
+    return torch.stack([column.double() for column in columns], dim=-1)
+
+
+def add_up(rows: Tensor) -> dict[str, float]:
+    """The results over all rows, each sample counted once.
+
+    Args:
+        rows: (samples, 5) float64, in any order, repeats included.
+
+    Returns:
+        LanguageCrossEntropy (nats for each token), LanguagePerplexity (its exponential), bits_per_byte,
+        tokens, bytes and samples. A mean over nothing is NaN.
+    """
+    table = rows.detach().cpu().numpy()
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    repeated = np.zeros(len(table), dtype=bool)
+    repeated[1:] = (table[1:, 0] == table[:-1, 0]) & (table[1:, 0] != UNNUMBERED)
+    table = table[~repeated]
+    loss, tokens, byte_loss, text_bytes = (math.fsum(table[:, column]) for column in range(1, 5))
+    cross_entropy = loss / tokens if tokens else math.nan
+    return {
+        "LanguageCrossEntropy": cross_entropy,
+        "LanguagePerplexity": _exp(cross_entropy),
+        "bits_per_byte": byte_loss / math.log(2) / text_bytes if text_bytes else math.nan,
+        "tokens": tokens,
+        "bytes": text_bytes,
+        "samples": float(len(table)),
+    }
+
+
+class TokenLoss(Metric):
+    """Gathers the rows; `compute` gives one of `add_up`'s results.
+
+    Args:
+        token_bytes: (vocab_size,) the bytes that each token stands for; needed for bits per byte.
+    """
+
+    full_state_update = False
+    is_differentiable = False
+    result: str
+    rows: list[Tensor]
+
+    def __init__(self, token_bytes: np.ndarray | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("rows", default=[], dist_reduce_fx="cat")
+        table = None if token_bytes is None else torch.from_numpy(np.asarray(token_bytes, dtype=np.int64))
+        self.register_buffer("token_bytes", table, persistent=False)
+
+    def update(self, batch: Mapping[str, Tensor], outputs: Any) -> None:
+        """Add a batch: `outputs.token_loss` (batch, seq) of the network, and the batch that it was given."""
+        rows = token_loss_rows(outputs.token_loss, batch["labels"], batch.get("sample_id"), self.token_bytes)
+        self.rows.append(rows)
+
+    def compute(self) -> Tensor:
+        """The result over all ranks, float64."""
+        rows = self.rows
+        table = rows if isinstance(rows, Tensor) else torch.cat(rows) if rows else torch.zeros(0, 5)
+        return torch.tensor(add_up(table)[self.result], dtype=torch.float64)
+
+
+class LanguageCrossEntropy(TokenLoss):
+    """Mean loss of a token, in nats."""
+
+    result = "LanguageCrossEntropy"
+
+
+class LanguagePerplexity(TokenLoss):
+    """The exponential of the mean loss of a token."""
+
+    result = "LanguagePerplexity"
+
+
+class BitsPerByte(TokenLoss):
+    """Bits that the text costs for each of its bytes."""
+
+    result = "bits_per_byte"
+
+
+class TokenCount(TokenLoss):
+    """How many tokens were predicted."""
+
+    result = "tokens"
+
+
+def token_loss_metrics(token_bytes: np.ndarray | None = None) -> dict[str, Metric]:
+    """The metrics of a labelled evaluation loader, by the names that they are logged under.
+
+    Args:
+        token_bytes: (vocab_size,) the bytes that each token stands for; without it there is no bits_per_byte.
+    """
+    metrics: dict[str, Metric] = {
+        "LanguageCrossEntropy": LanguageCrossEntropy(),
+        "LanguagePerplexity": LanguagePerplexity(),
+        "tokens": TokenCount(),
+    }
+    if token_bytes is not None:
+        metrics["bits_per_byte"] = BitsPerByte(token_bytes)
+    return metrics
+
+
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf

@@ -1,0 +1,154 @@
+"""LION with weight decay that is decoupled from the learning rate.
+
+LION (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", https://arxiv.org/abs/2302.06675,
+algorithm 2) moves every weight by the same distance, the learning rate, in the direction of a sign:
+
+    u_t     = sign(beta1 * m_{t-1} + (1 - beta1) * g_t)
+    theta_t = (1 - weight_decay * lr_t / lr_0) * theta_{t-1} - lr_t * u_t
+    m_t     = beta2 * m_{t-1} + (1 - beta2) * g_t
+
+The paper shrinks the weights by `lr_t * weight_decay`. Here the decay follows the schedule alone,
+`lr_t / lr_0`, and not the size of the learning rate (Loshchilov & Hutter 2019,
+https://arxiv.org/abs/1711.05101): a weight decay of 1e-4 takes 1e-4 of every weight in a step at full
+learning rate, whatever that rate is, so the two can be tuned one at a time.
+
+One number of state for each weight, against Adam's two; the step reads no value back from the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from mptfoundry.errors import ConfigError
+
+# The signs are a temporary tensor; weights are updated in runs of so many elements at most to keep it small.
+ELEMENTS_AT_ONCE = 1 << 26
+
+
+def lion_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    *,
+    lr: float,
+    initial_lr: float,
+    weight_decay: float,
+    betas: tuple[float, float],
+) -> tuple[Tensor, Tensor]:
+    """The equations above for one tensor, as a pure function: the reference of `DecoupledLionW`.
+
+    Args:
+        param: The weights, of any shape.
+        grad: Their gradient, of the same shape.
+        exp_avg: The momentum `m`, of the same shape; zeros before the first step.
+        lr: The learning rate of this step.
+        initial_lr: The learning rate at the schedule's height, `lr_0`.
+        weight_decay: Share of every weight that is taken in a step at full learning rate.
+        betas: How much of the momentum is kept: for the direction, and in the momentum itself.
+
+    Returns:
+        The new weights and the new momentum.
+    """
+    direction = exp_avg.lerp(grad, 1 - betas[0]).sign()
+    shrunk = param * _shrinkage(lr, initial_lr, weight_decay)
+    return shrunk.add(direction, alpha=-lr), exp_avg.lerp(grad, 1 - betas[1])
+
+
+class DecoupledLionW(torch.optim.Optimizer):
+    """LION for any parameters, sharded (DTensor) ones included; see the equations at the head of this file.
+
+    The state of a parameter is `exp_avg`, and a group has `lr`, `initial_lr`, `betas` and `weight_decay`:
+    the names of llm-foundry's optimizer, whose checkpoints load.
+
+    Args:
+        params: Parameters, or groups of them with options of their own.
+        lr: The learning rate at the schedule's height. LION needs a tenth to a third of Adam's.
+        betas: How much of the momentum is kept: for the direction, and in the momentum itself.
+        weight_decay: Share of every weight that is taken in a step at full learning rate.
+
+    Raises:
+        ConfigError: A value is out of its range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters that share options; what the group leaves out is the optimizer's default."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        if group["lr"] <= 0:
+            raise ConfigError(f"optimizer.lr: {group['lr']} is not positive. Use a number above 0.")
+        if not all(0 <= beta <= 1 for beta in group["betas"]):
+            raise ConfigError(f"optimizer.betas: {list(group['betas'])}. Use two numbers from 0 to 1.")
+        if not 0 <= group["weight_decay"] < 1:
+            raise ConfigError(
+                f"optimizer.weight_decay: {group['weight_decay']}. Use 0 or more and less than 1: it is the "
+                "share of every weight that is taken in a step at full learning rate."
+            )
+        group.setdefault("initial_lr", group["lr"])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient, after calling `closure`, and return its loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for params in _runs([p for p in group["params"] if p.grad is not None]):
+                self._update(params, group)
+        return loss
+
+    def _update(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
+        for param in params:
+            if "exp_avg" not in self.state[param]:
+                self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        weights = [_local(param) for param in params]
+        momenta = [_local(self.state[param]["exp_avg"]) for param in params]
+        grads = [
+            _local(param.grad).to(momentum.dtype)  # type: ignore[arg-type]
+            for param, momentum in zip(params, momenta, strict=True)
+        ]
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        directions = torch._foreach_lerp(momenta, grads, 1 - beta1)
+        torch._foreach_sign_(directions)
+        if group["weight_decay"]:
+            torch._foreach_mul_(weights, _shrinkage(lr, group["initial_lr"], group["weight_decay"]))
+        torch._foreach_add_(weights, directions, alpha=-lr)
+        torch._foreach_lerp_(momenta, grads, 1 - beta2)
+
+
+def _shrinkage(lr: float, initial_lr: float, weight_decay: float) -> float:
+    return 1 - weight_decay * lr / initial_lr
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part: the update is elementwise, so a shard needs nothing from the others."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _runs(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Split into runs of one device and dtype, as PyTorch's foreach kernels want, and of bounded size."""
+    run: list[Tensor] = []
+    elements = 0
+    for param in params:
+        kind, size = (param.device, param.dtype), _local(param).numel()
+        if run and (kind != (run[0].device, run[0].dtype) or elements + size > ELEMENTS_AT_ONCE):
+            yield run
+            run, elements = [], 0
+        run.append(param)
+        elements += size
+    if run:
+        yield run

@@ -1,0 +1,284 @@
+"""How the learning rate moves over a run: a factor `alpha(t)` on the optimizer's `lr`.
+
+Each schedule is an equation over `t`, the time since the start, with all times in one unit. A time is
+written as Composer writes it: `100ba` (batches), `1000000tok` (tokens), `4096sp` (samples), `1ep` (epochs),
+`0.01dur` (a share of `max_duration`); a bare integer counts epochs. Different units may meet in one schedule:
+batches become samples or tokens by the sizes of a batch.
+
+Every schedule warms up in a line from 0, `alpha(t) = t / t_warmup` for `t < t_warmup`; the first step of a
+run that warms up has a learning rate of 0, as in Composer. The equations below say what follows. The factors
+are those of Composer's and llm-foundry's schedulers of these names.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from composer.core import State, Time, Timestamp, TimeUnit
+
+from mptfoundry.errors import ConfigError
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "linear": lambda tau: tau,
+    "cosine": lambda tau: (1 - math.cos(math.pi * tau)) / 2,
+    "sqrt": math.sqrt,
+}
+
+
+@dataclass(frozen=True)
+class BatchSize:
+    """What one batch of the whole run, over all devices, is counted as.
+
+    Attributes:
+        samples: Rows of a batch.
+        tokens: Tokens of a batch, padding included; None if batches differ.
+    """
+
+    samples: int
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A Composer scheduler: called with the trainer's state, it gives the factor on the learning rate.
+
+    Attributes:
+        times: The schedule's times by name, as written; `t_max` and `t_warmup` always among them.
+        alpha: The equation after the warm-up, called with `t` and all `times`, in one unit.
+        batch: Needed only where the units of `times` and of `max_duration` differ.
+        height: Where the warm-up ends.
+    """
+
+    times: Mapping[str, str | int]
+    alpha: Callable[..., float]
+    batch: BatchSize | None = None
+    height: float = 1.0
+
+    def __call__(self, state: State) -> float:
+        """The factor now. Raises ConfigError where the times don't fit `max_duration`."""
+        assert state.max_duration is not None
+        length = None if state.dataloader_len is None else int(state.dataloader_len)
+        return self.factor(state.timestamp, state.max_duration, length)
+
+    def factor(self, now: Timestamp, max_duration: Time, batches_per_epoch: int | None = None) -> float:
+        """The factor at `now` in a run of `max_duration`.
+
+        Args:
+            now: The time since the start, in all units.
+            max_duration: The length of the run.
+            batches_per_epoch: Needed where something is counted in epochs.
+
+        Raises:
+            ConfigError: The times don't fit one another or `max_duration`, or can't be compared with it.
+        """
+        unit = _clock_unit(max_duration)
+        clock = _Clock(unit, max_duration, batches_per_epoch, self.batch)
+        spans = {name: clock.span(f"scheduler.{name}", time) for name, time in self.times.items()}
+        self._check(spans, clock.span("max_duration", str(max_duration)), max_duration)
+        t = float(now.get(unit).value)
+        if t < spans["t_warmup"]:
+            return self.height * t / spans["t_warmup"]
+        return self.alpha(t, **spans)
+
+    def _check(self, spans: dict[str, float], duration: float, max_duration: Time) -> None:
+        t_max = self.times["t_max"]
+        if spans["t_max"] < duration:
+            raise ConfigError(
+                f"scheduler.t_max: {t_max} is shorter than max_duration: {max_duration}. Use 1dur, the whole "
+                "run."
+            )
+        end = f"t_max: {t_max}, where max_duration is {max_duration}"
+        for name in ("t_warmup", "t_decay", "t_cooldown"):
+            if spans.get(name, 0) > spans["t_max"]:
+                raise ConfigError(
+                    f"scheduler.{name}: {self.times[name]} is longer than {end}. Use less, such as 0.1dur."
+                )
+        if spans.get("t_scale") == 0:
+            raise ConfigError(f"scheduler.t_scale: {self.times['t_scale']} is not positive. Use 1ba or more.")
+        if "t_decay" in spans and spans["t_warmup"] + spans["t_decay"] > spans["t_max"]:
+            raise ConfigError(
+                f"scheduler.t_warmup: {self.times['t_warmup']} and t_decay: {self.times['t_decay']} together "
+                f"are longer than {end}. Use less of one of them."
+            )
+
+
+def constant_with_warmup(
+    t_warmup: str | int = "0ba",
+    *,
+    alpha: float = 1.0,
+    t_max: str | int = "1dur",
+    batch: BatchSize | None = None,
+) -> Schedule:
+    """`alpha(t) = alpha`, and the warm-up goes there."""
+    return Schedule({"t_warmup": t_warmup, "t_max": t_max}, lambda t, **_: alpha, batch, height=alpha)
+
+
+def cosine_with_warmup(
+    t_warmup: str | int, *, t_max: str | int = "1dur", alpha_f: float = 0.0, batch: BatchSize | None = None
+) -> Schedule:
+    """`alpha(t) = alpha_f + (1 - alpha_f) * (1 + cos(pi * tau)) / 2`, with
+    `tau = (t - t_warmup) / (t_max - t_warmup)`, at most 1 (https://arxiv.org/abs/1608.03983).
+    """
+
+    def alpha(t: float, *, t_warmup: float, t_max: float) -> float:
+        tau = _share(t - t_warmup, t_max - t_warmup)
+        return alpha_f + (1 - alpha_f) * (1 + math.cos(math.pi * tau)) / 2
+
+    return Schedule({"t_warmup": t_warmup, "t_max": t_max}, alpha, batch)
+
+
+def linear_decay_with_warmup(
+    t_warmup: str | int,
+    *,
+    t_max: str | int = "1dur",
+    alpha_i: float = 1.0,
+    alpha_f: float = 0.0,
+    batch: BatchSize | None = None,
+) -> Schedule:
+    """`alpha(t) = alpha_i + (alpha_f - alpha_i) * tau`, with `tau = (t - t_warmup) / (t_max - t_warmup)`, at
+    most 1. The warm-up goes to `alpha_i`.
+    """
+
+    def alpha(t: float, *, t_warmup: float, t_max: float) -> float:
+        return alpha_i + (alpha_f - alpha_i) * _share(t - t_warmup, t_max - t_warmup)
+
+    return Schedule({"t_warmup": t_warmup, "t_max": t_max}, alpha, batch, height=alpha_i)
+
+
+def inv_sqrt_with_warmup(
+    t_warmup: str | int,
+    *,
+    t_scale: str | int,
+    t_cooldown: str | int,
+    t_max: str | int = "1dur",
+    alpha_f_decay: float = 0.0,
+    alpha_f_cooldown: float = 0.0,
+    batch: BatchSize | None = None,
+) -> Schedule:
+    """Inverse square root, then a line down: made for runs whose end is moved later, as in llm-foundry.
+
+    With `t_c = max(t_warmup, t_max - t_cooldown)`, where the line begins:
+
+        alpha(t) = alpha_f_decay + (1 - alpha_f_decay) / sqrt((t - t_warmup + t_scale) / t_scale)  if t < t_c
+        alpha(t) = alpha(t_c) + (alpha_f_cooldown - alpha(t_c)) * min(1, (t - t_c) / t_cooldown)   after
+    """
+    if alpha_f_decay < alpha_f_cooldown:
+        raise ConfigError(
+            f"scheduler.alpha_f_decay: {alpha_f_decay} is less than alpha_f_cooldown: {alpha_f_cooldown}. "
+            "The learning rate would rise again at the end; use alpha_f_decay >= alpha_f_cooldown."
+        )
+
+    def alpha(t: float, *, t_warmup: float, t_scale: float, t_cooldown: float, t_max: float) -> float:
+        t_line = max(t_warmup, t_max - t_cooldown)
+        decayed = alpha_f_decay + (1 - alpha_f_decay) / math.sqrt(
+            (min(t, t_line) - t_warmup + t_scale) / t_scale
+        )
+        if t < t_line or t_cooldown == 0:
+            return decayed
+        return decayed + (alpha_f_cooldown - decayed) * _share(t - t_line, t_cooldown)
+
+    times = {"t_warmup": t_warmup, "t_scale": t_scale, "t_cooldown": t_cooldown, "t_max": t_max}
+    return Schedule(times, alpha, batch)
+
+
+def warmup_stable_decay(
+    t_warmup: str | int,
+    *,
+    t_decay: str | int = "0.1dur",
+    t_max: str | int = "1dur",
+    alpha_f: float = 0.0,
+    decay: Literal["linear", "cosine", "sqrt"] = "linear",
+    batch: BatchSize | None = None,
+) -> Schedule:
+    """Full height until `t_max - t_decay`, then down to `alpha_f` (https://arxiv.org/abs/2404.06395):
+
+        alpha(t) = 1 - (1 - alpha_f) * f(tau),  tau = (t - (t_max - t_decay)) / t_decay, from 0 to 1
+
+    with `f(tau) = tau` (`linear`), `(1 - cos(pi * tau)) / 2` (`cosine`) or `sqrt(tau)` (`sqrt`,
+    https://arxiv.org/abs/2405.18392).
+    """
+    fall = DECAYS[decay]
+
+    def alpha(t: float, *, t_warmup: float, t_decay: float, t_max: float) -> float:
+        tau = max(0.0, _share(t - (t_max - t_decay), t_decay))
+        return 1 - (1 - alpha_f) * fall(tau)
+
+    return Schedule({"t_warmup": t_warmup, "t_decay": t_decay, "t_max": t_max}, alpha, batch)
+
+
+def curve(
+    schedule: Schedule, max_duration: str, points: int = 200, batches_per_epoch: int | None = None
+) -> tuple[list[float], list[float]]:
+    """The schedule over a whole run, for pictures: times in the unit of `max_duration`, and factors.
+
+    Args:
+        schedule: What to draw.
+        max_duration: The length of the run, such as `1000ba`.
+        points: How many points, from the start to the end of the run.
+        batches_per_epoch: Needed where something is counted in epochs; the times are then batches.
+
+    Raises:
+        ConfigError: The schedule's times don't fit the run.
+    """
+    duration = Time.from_timestring(max_duration)
+    clock = _Clock(_clock_unit(duration), duration, batches_per_epoch, schedule.batch)
+    end = clock.span("max_duration", max_duration)
+    times = [end * i / (points - 1) for i in range(points)]
+    field = {TimeUnit.BATCH: "batch", TimeUnit.SAMPLE: "sample", TimeUnit.TOKEN: "token"}[clock.unit]
+    return times, [schedule.factor(Timestamp(**{field: int(t)}), duration, batches_per_epoch) for t in times]
+
+
+@dataclass(frozen=True)
+class _Clock:
+    """Turns times of any unit into one unit: batches, samples or tokens."""
+
+    unit: TimeUnit
+    max_duration: Time
+    batches_per_epoch: int | None
+    batch: BatchSize | None
+
+    def span(self, name: str, written: str | int) -> float:
+        """A time in the clock's unit, cut to a whole number of it as Composer does."""
+        try:
+            time = Time.from_input(written, TimeUnit.EPOCH)
+        except ValueError as error:
+            raise ConfigError(
+                f"{name}: {written} is not a time. Write a number and ba, sp, tok, ep or dur."
+            ) from error
+        value = float(time.value)
+        if value < 0:
+            raise ConfigError(f"{name}: {written} is negative. Use 0 or more.")
+        if time.unit == TimeUnit.DURATION:
+            return float(int(value * self._convert(name, str(self.max_duration), self.max_duration)))
+        return float(int(self._convert(name, written, time)))
+
+    def _convert(self, name: str, written: str, time: Time) -> float:
+        if time.unit == self.unit:
+            return float(time.value)
+        return float(time.value) * self._size(name, written, time.unit) / self._size(name, written, self.unit)
+
+    def _size(self, name: str, written: str, unit: TimeUnit) -> float:
+        """How many batches one `unit` is, so that times of two units compare."""
+        if unit == TimeUnit.BATCH:
+            return 1.0
+        if unit == TimeUnit.EPOCH and self.batches_per_epoch is not None:
+            return float(self.batches_per_epoch)
+        if unit == TimeUnit.SAMPLE and self.batch is not None:
+            return 1 / self.batch.samples
+        if unit == TimeUnit.TOKEN and self.batch is not None and self.batch.tokens is not None:
+            return 1 / self.batch.tokens
+        raise ConfigError(
+            f"{name}: {written} can't be compared with max_duration: {self.max_duration}, since the length "
+            "of an epoch or the tokens of a batch aren't known beforehand. Use max_duration's unit, or dur."
+        )
+
+
+def _clock_unit(max_duration: Time) -> TimeUnit:
+    return TimeUnit.BATCH if max_duration.unit == TimeUnit.EPOCH else max_duration.unit
+
+
+def _share(part: float, whole: float) -> float:
+    return min(1.0, part / whole) if whole > 0 else 0.0

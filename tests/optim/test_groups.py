@@ -1,0 +1,75 @@
+"""Groups by name pattern, and freezing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mptfoundry.errors import ConfigError
+from mptfoundry.optim.groups import parameter_groups
+
+
+def network() -> nn.Module:
+    return nn.ModuleDict({"wte": nn.Embedding(4, 3), "up_proj": nn.Linear(3, 5), "norm_f": nn.LayerNorm(3)})
+
+
+def test_without_patterns_there_is_one_group_of_all() -> None:
+    module = network()
+    (group,) = parameter_groups(module.named_parameters())
+    assert len(group["params"]) == len(list(module.parameters()))
+
+
+def test_a_parameter_goes_into_the_first_group_that_matches() -> None:
+    module = network()
+    rest, biases, norm = parameter_groups(
+        module.named_parameters(),
+        param_groups=[
+            {"param_str_match": "bias$", "weight_decay": 0.0},
+            {"param_str_match": "norm", "lr": 0.5},
+        ],
+    )
+    assert {id(p) for p in rest["params"]} == {id(module["wte"].weight), id(module["up_proj"].weight)}
+    assert {id(p) for p in biases["params"]} == {id(module["up_proj"].bias), id(module["norm_f"].bias)}
+    assert biases["weight_decay"] == 0.0
+    assert [id(p) for p in norm["params"]] == [id(module["norm_f"].weight)]
+    assert norm["lr"] == 0.5
+    torch.optim.SGD([rest, biases, norm], lr=0.1)
+
+
+def test_frozen_parameters_have_no_gradient_and_no_group() -> None:
+    module = network()
+    (group,) = parameter_groups(module.named_parameters(), disable_grad="^wte|norm")
+    assert not module["wte"].weight.requires_grad
+    assert not module["norm_f"].bias.requires_grad
+    assert {id(p) for p in group["params"]} == {id(p) for p in module["up_proj"].parameters()}
+
+
+def test_a_pattern_that_matches_nothing_names_the_nearest_and_all_are_reported() -> None:
+    with pytest.raises(ConfigError) as error:
+        parameter_groups(
+            network().named_parameters(),
+            disable_grad=["nrom_f.weight"],
+            param_groups=[{"param_str_match": "up_prj.bias"}, {"param_str_match": "(wte"}],
+        )
+    frozen, group, broken = error.value.problems
+    assert frozen.startswith("optimizer.disable_grad: nrom_f.weight matches no parameter.")
+    assert "The nearest names are norm_f.weight," in frozen
+    assert group.startswith("optimizer.param_groups[0].param_str_match: up_prj.bias matches no parameter.")
+    assert "up_proj.bias" in group
+    assert "param_groups[1].param_str_match: (wte is not a regular expression" in broken
+
+
+def test_a_group_that_gets_nothing_is_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"param_groups\[1\].*only parameters that are frozen or in a group"
+    ):
+        parameter_groups(
+            network().named_parameters(),
+            param_groups=[{"param_str_match": "."}, {"param_str_match": "norm"}],
+        )
+
+
+def test_freezing_everything_is_refused() -> None:
+    with pytest.raises(ConfigError, match="every parameter is frozen"):
+        parameter_groups(network().named_parameters(), disable_grad=".")

@@ -1,0 +1,138 @@
+"""LION: the equations by hand, the fast step against the plain one, and its state."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from mptfoundry.errors import ConfigError
+from mptfoundry.optim import lion
+from mptfoundry.optim.lion import DecoupledLionW, lion_step
+
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 1e-3}
+
+
+def parameters(shapes: tuple[tuple[int, ...], ...] = ((5, 3), (7,), (2, 2, 2))) -> list[torch.nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def set_gradients(params: list[torch.nn.Parameter], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for param in params:
+        param.grad = torch.randn(param.shape, generator=generator)
+
+
+def test_one_step_by_hand() -> None:
+    """m = 0.5, g = -2: c = 0.9 * 0.5 - 0.1 * 2 = 0.25, so the weight goes down by lr; m' = 0.495 - 0.02."""
+    weight, momentum = lion_step(
+        torch.tensor([1.0], dtype=torch.float64),
+        torch.tensor([-2.0], dtype=torch.float64),
+        torch.tensor([0.5], dtype=torch.float64),
+        lr=0.01,
+        initial_lr=0.02,
+        weight_decay=0.1,
+        betas=(0.9, 0.99),
+    )
+    assert weight.item() == pytest.approx(1 - 0.1 / 2 - 0.01, abs=1e-15)
+    assert momentum.item() == pytest.approx(0.475, abs=1e-15)
+
+
+@pytest.mark.parametrize("elements_at_once", [1, 1 << 20])
+def test_the_fast_step_is_the_plain_step_bit_for_bit(
+    elements_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lion, "ELEMENTS_AT_ONCE", elements_at_once)
+    params = parameters()
+    optimizer = DecoupledLionW(params, **OPTIONS)
+    weights = [param.detach().clone() for param in params]
+    momenta = [torch.zeros_like(weight) for weight in weights]
+    for step in range(5):
+        set_gradients(params, step)
+        lr = OPTIONS["lr"] * (step + 1) / 5
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        for i, param in enumerate(params):
+            assert param.grad is not None
+            weights[i], momenta[i] = lion_step(
+                weights[i],
+                param.grad,
+                momenta[i],
+                lr=lr,
+                initial_lr=OPTIONS["lr"],
+                weight_decay=OPTIONS["weight_decay"],
+                betas=OPTIONS["betas"],
+            )
+            assert torch.equal(param, weights[i])
+            assert torch.equal(optimizer.state[param]["exp_avg"], momenta[i])
+
+
+@pytest.mark.parametrize("lr", [1e-5, 1e-1])
+def test_the_decay_does_not_depend_on_the_size_of_the_learning_rate(lr: float) -> None:
+    param = torch.nn.Parameter(torch.full((4,), 3.0, dtype=torch.float64))
+    optimizer = DecoupledLionW([param], lr=lr, weight_decay=0.01)
+    param.grad = torch.zeros_like(param)
+    optimizer.param_groups[0]["lr"] = lr / 2
+    optimizer.step()
+    torch.testing.assert_close(param.data, torch.full_like(param, 3.0 * (1 - 0.01 / 2)), rtol=1e-15, atol=0)
+
+
+def test_parameters_without_a_gradient_stay_and_have_no_state() -> None:
+    params = parameters()
+    optimizer = DecoupledLionW(params, **OPTIONS)
+    set_gradients(params, 0)
+    params[1].grad = None
+    before = params[1].detach().clone()
+    optimizer.step()
+    assert torch.equal(params[1], before)
+    assert params[1] not in optimizer.state
+
+
+def test_the_state_goes_round_and_training_goes_on_the_same() -> None:
+    params = parameters()
+    optimizer = DecoupledLionW(params, **OPTIONS)
+    set_gradients(params, 0)
+    optimizer.step()
+    others = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    resumed = DecoupledLionW(others, lr=1.0)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert set(optimizer.state_dict()["state"][0]) == {"exp_avg"}
+    for each, own in ((optimizer, params), (resumed, others)):
+        set_gradients(own, 1)
+        each.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, others, strict=True))
+
+
+def test_groups_have_options_of_their_own() -> None:
+    params = parameters()
+    optimizer = DecoupledLionW([{"params": params[:1], "lr": 0.5}, {"params": params[1:]}], **OPTIONS)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 1e-2]
+    assert [group["initial_lr"] for group in optimizer.param_groups] == [0.5, 1e-2]
+
+
+def test_the_closure_is_called_with_gradients_on() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = DecoupledLionW([param], lr=0.1)
+
+    def closure() -> float:
+        loss = (param**2).sum()
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == 3.0
+    assert torch.equal(param.data, torch.full((3,), 0.9))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": 0.0}, "optimizer.lr: 0.0 is not positive"),
+        ({"lr": 1e-4, "betas": (0.9, 1.5)}, r"optimizer.betas: \[0.9, 1.5\]"),
+        ({"lr": 1e-4, "weight_decay": 1.0}, "optimizer.weight_decay: 1.0. Use 0 or more and less than 1"),
+    ],
+)
+def test_values_out_of_range_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        DecoupledLionW(parameters(), **options)
