@@ -1,0 +1,178 @@
+"""A model's architecture out of the `config.json` of a Hugging Face folder, or a dictionary of its kind.
+
+Three dialects are understood: the published MPT's and llm-foundry's (`norm_eps`), that of transformers' own
+MPT classes (`layer_norm_epsilon`, other defaults), and ours (both keys). A key that is not known is an error:
+it could change the mathematics.
+"""
+
+from __future__ import annotations
+
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from mptfoundry.errors import CheckpointError
+from mptfoundry.mpt.config import InitConfig, MPTConfig
+
+# What transformers' classes assume where their config.json is silent, and MPTConfig assumes otherwise.
+_NATIVE_DEFAULTS: dict[str, Any] = {"no_bias": True}
+_NATIVE_ATTENTION_DEFAULTS: dict[str, Any] = {"alibi": True}
+
+# Keys without influence on what a loaded model computes: how it was made, named, drawn or run.
+_WITHOUT_EFFECT = {
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "_commit_hash",
+    "_name_or_path",
+    "architectures",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "dtype",
+    "eos_token_id",
+    "fc_type",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "id2label",
+    "init_device",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "label2id",
+    "loss_fn",
+    "model_type",
+    "name",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "pad_token_id",
+    "prefix",
+    "problem_type",
+    "return_dict",
+    "sep_token_id",
+    "task_specific_params",
+    "tokenizer_class",
+    "tokenizer_name",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "unk_token_id",
+    "use_cache",
+    "use_pad_tok_in_ffn",
+    "verbose",
+}
+_WITHOUT_EFFECT_IN_ATTENTION = {"attn_impl", "fc_type", "norm_type", "model_type", "transformers_version"}
+_WITHOUT_EFFECT_IN_FFN = {"fc_type"}
+_MODEL_TYPES = ("mpt", "mptfoundry")
+
+
+def config_of_folder(folder: Path) -> MPTConfig:
+    """The architecture of a Hugging Face folder.
+
+    Raises:
+        CheckpointError: `config.json` is missing or damaged, is of another model, or holds a key or value
+            that MPT does not have.
+    """
+    file = folder / "config.json"
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{folder}: config.json is missing.") from error
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{file}: can't be read ({error}).") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file}: not a dictionary.")
+    model_type = values.get("model_type", "mpt")
+    if model_type not in _MODEL_TYPES:
+        raise CheckpointError(f"{file}: model_type is {model_type!r}. Only MPT models are read.")
+    return config_from_dict(values, str(file))
+
+
+def config_from_dict(values: Mapping[str, Any], where: str) -> MPTConfig:
+    """The architecture that `values` describes, in any of the three dialects.
+
+    Args:
+        values: Keys of a `config.json`, or of the `model` section of a run's config.
+        where: Begins every error.
+    """
+    values = {key: value for key, value in values.items() if key not in _WITHOUT_EFFECT}
+    attention = dict(values.pop("attn_config", None) or {})
+    epsilon = values.pop("layer_norm_epsilon", None)
+    if epsilon is not None:
+        if values.setdefault("norm_eps", epsilon) != epsilon:
+            raise CheckpointError(
+                f"{where}: norm_eps is {values['norm_eps']}, layer_norm_epsilon {epsilon}. They are the same."
+            )
+        values = {**_NATIVE_DEFAULTS, **values}
+        attention = {**_NATIVE_ATTENTION_DEFAULTS, **attention}
+    attention = {k: v for k, v in attention.items() if k not in _WITHOUT_EFFECT_IN_ATTENTION}
+    ffn = dict(values.pop("ffn_config", None) or {})
+    values["ffn_config"] = {k: v for k, v in ffn.items() if k not in _WITHOUT_EFFECT_IN_FFN}
+    values["attn_config"] = attention
+    values["init_config"] = _known_init(values.get("init_config") or {})
+    try:
+        return _build(MPTConfig, values, "")
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: {error}") from error
+
+
+def _known_init(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The init scheme, which matters for new weights only: what is not known is left out."""
+    known = {field.name for field in fields(InitConfig)}
+    return {key: value for key, value in values.items() if key in known}
+
+
+def _build(kind: type, values: Mapping[str, Any], path: str) -> Any:
+    """An instance of a dataclass from nested values; an unknown key with null says nothing."""
+    types_of = typing.get_type_hints(kind)
+    given = {}
+    for key, value in values.items():
+        if key not in types_of:
+            if value is None:
+                continue
+            raise ValueError(f"{path}{key}: {value!r}. No such switch of MPT is known here.")
+        inner = next((t for t in _alternatives(types_of[key]) if is_dataclass(t)), None)
+        if inner is None:
+            if not _fits(value, types_of[key]):
+                raise ValueError(f"{path}{key}: {value!r}. Allowed: {_allowed(types_of[key])}.")
+            given[key] = tuple(value) if isinstance(value, list) else value
+        elif isinstance(value, Mapping):
+            given[key] = _build(typing.cast(type, inner), value, f"{path}{key}.")
+        elif value is not None:
+            raise ValueError(f"{path}{key}: {value!r} is not a section.")
+    return kind(**given)
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if is_union else (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    for choice in _alternatives(kind):
+        if typing.get_origin(choice) is typing.Literal:
+            if any(value == v and type(value) is type(v) for v in typing.get_args(choice)):
+                return True
+        elif typing.get_origin(choice) is tuple:
+            if isinstance(value, (list, tuple)) and len(value) == len(typing.get_args(choice)):
+                return True
+        elif choice is float:
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return True
+        elif type(value) is choice:
+            return True
+    return False
+
+
+def _allowed(kind: Any) -> str:
+    words: list[str] = []
+    for choice in _alternatives(kind):
+        if typing.get_origin(choice) is typing.Literal:
+            words += [str(value) for value in typing.get_args(choice)]
+        else:
+            words.append("null" if choice is types.NoneType else getattr(choice, "__name__", str(choice)))
+    return ", ".join(words)

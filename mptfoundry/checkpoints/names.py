@@ -1,0 +1,91 @@
+"""Where the checkpoints of a run lie, what they are called, and which of them is the newest whole one.
+
+Words: a run folder holds `config.yaml` and checkpoints by Composer's names. A whole checkpoint is one file,
+`ep0-ba10-rank0.pt`; a sharded one is a folder, `ep0-ba10`, with `.metadata` and one `__0_0.distcp` per rank.
+Links called `latest-...` point at the last one, but they are only looked at like any other entry: a link can
+be dangling or point at a file that was cut short.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from mptfoundry.checkpoints.sharded import METADATA, why_folder_is_not_whole
+from mptfoundry.checkpoints.torch_files import why_file_is_not_whole
+from mptfoundry.errors import CheckpointError
+
+_PROGRESS = re.compile(r"ep(?P<epoch>\d+)-ba(?P<batch>\d+)(-rank\d+)?(\.pt)?")
+_KNOWN = (
+    "Give a run folder, a checkpoint (ep0-ba10-rank0.pt, or a folder of .distcp files), or a Hugging Face "
+    "folder."
+)
+
+log = logging.getLogger(__name__)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that `path` names: itself, or the newest whole one in a run folder.
+
+    Newest is the one with the most batches in its name; checkpoints named otherwise come after those, by
+    time. Damaged or unfinished ones are passed over, with a warning that names them.
+
+    Returns:
+        A file, or a folder with `.metadata`; links are followed.
+
+    Raises:
+        CheckpointError: Nothing is there, or nothing that is whole.
+    """
+    path = Path(path)
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path}: the link points at {path.readlink()}, which is not there. {_KNOWN}")
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder. {_KNOWN}")
+    path = path.resolve()
+    if path.is_file() or is_sharded(path):
+        return path
+    candidates = checkpoints_in(path)
+    for candidate in candidates:
+        reason = why_not_whole(candidate)
+        if reason is None:
+            return candidate
+        log.warning("%s: %s; passed over.", candidate, reason)
+    if candidates:
+        raise CheckpointError(f"{path}: none of its {len(candidates)} checkpoints is whole.")
+    raise CheckpointError(
+        f"{path}: no checkpoint in it. Looked for *.pt files and for folders with {METADATA}. {_KNOWN}"
+    )
+
+
+def checkpoints_in(run_folder: Path) -> list[Path]:
+    """All entries of a run folder that are named or shaped like checkpoints, newest first, links followed."""
+    entries = {entry.resolve() for entry in run_folder.iterdir() if not entry.name.startswith(".")}
+    return sorted(filter(_looks_like_a_checkpoint, entries), key=_age, reverse=True)
+
+
+def progress_of(path: Path) -> tuple[int, int] | None:
+    """Epochs and batches that a checkpoint's name tells, or None."""
+    match = _PROGRESS.fullmatch(path.name)
+    return (int(match["epoch"]), int(match["batch"])) if match else None
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a folder is a sharded checkpoint."""
+    return (path / METADATA).is_file()
+
+
+def why_not_whole(checkpoint: Path) -> str | None:
+    """What is missing from a checkpoint, from its outline alone (values aren't read); None if nothing is."""
+    return why_folder_is_not_whole(checkpoint) if checkpoint.is_dir() else why_file_is_not_whole(checkpoint)
+
+
+def _looks_like_a_checkpoint(path: Path) -> bool:
+    if path.is_dir():
+        return is_sharded(path) or _PROGRESS.fullmatch(path.name) is not None
+    return path.is_file() and (path.suffix == ".pt" or _PROGRESS.fullmatch(path.name) is not None)
+
+
+def _age(path: Path) -> tuple[int, float]:
+    progress = progress_of(path)
+    return (progress[1] if progress else -1, path.stat().st_mtime)

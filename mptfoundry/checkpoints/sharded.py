@@ -1,0 +1,142 @@
+"""Weights in sharded checkpoints: folders that `torch.distributed.checkpoint` writes, one file per rank.
+
+`.metadata`, a pickle, tells every tensor's size and where its pieces lie. It is read by an unpickler that
+knows the few classes of such an outline and nothing else.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint import metadata as outline
+
+from mptfoundry.checkpoints.weights import TensorOutline, confined
+from mptfoundry.errors import CheckpointError
+
+METADATA = ".metadata"
+_CHILD = "state.model.model."
+_DAMAGE = (RuntimeError, ValueError, KeyError, AssertionError, OSError, EOFError, pickle.UnpicklingError)
+_OUTLINE_CLASSES = {
+    "Metadata",
+    "TensorStorageMetadata",
+    "BytesStorageMetadata",
+    "ChunkStorageMetadata",
+    "TensorProperties",
+    "MetadataIndex",
+    "StorageMeta",
+    "_MEM_FORMAT_ENCODING",
+}
+
+
+class ShardedWeights:
+    """The model of a sharded Composer checkpoint; the optimizer's pieces are never read."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder
+        self._metadata = read_metadata(folder)
+        if reason := why_folder_is_not_whole(folder, self._metadata):
+            raise CheckpointError(f"{folder}: {reason}.")
+        self._entries = {
+            key.removeprefix(_CHILD): entry
+            for key, entry in self._metadata.state_dict_metadata.items()
+            if key.startswith(_CHILD) and isinstance(entry, outline.TensorStorageMetadata)
+        }
+        if not self._entries:
+            raise CheckpointError(f"{folder}: not a Composer checkpoint; it holds no state.model.")
+
+    @property
+    def outlines(self) -> Mapping[str, TensorOutline]:
+        """All tensors, by name."""
+        return {
+            name: TensorOutline(tuple(entry.size), entry.properties.dtype)
+            for name, entry in self._entries.items()
+        }
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One tensor, put together from the pieces of all ranks."""
+        entry = self._entries[name]
+        state = {_CHILD + name: torch.empty(entry.size, dtype=entry.properties.dtype)}
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load(state, storage_reader=_Reader(self.path, self._metadata), no_dist=True)
+        except (*_DAMAGE, dcp.api.CheckpointException) as error:
+            raise CheckpointError(f"{self.path}: damaged, {name} can't be read.") from error
+        return state[_CHILD + name].to(dtype or entry.properties.dtype)
+
+
+def read_metadata(folder: Path) -> outline.Metadata:
+    """The outline of a sharded checkpoint; never runs code, and every file it names lies in the folder."""
+    file = folder / METADATA
+    try:
+        with file.open("rb") as stream:
+            metadata = _OutlineUnpickler(stream).load()
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    except Exception as error:  # a damaged pickle fails in any way
+        raise CheckpointError(f"{file}: damaged, it can't be read ({type(error).__name__}).") from error
+    if not isinstance(metadata, outline.Metadata) or not isinstance(metadata.storage_data, dict):
+        raise CheckpointError(f"{file}: not the outline of a sharded checkpoint.")
+    if getattr(metadata, "storage_meta", None) is None:
+        metadata.storage_meta = outline.StorageMeta()
+    return metadata
+
+
+def why_folder_is_not_whole(folder: Path, metadata: outline.Metadata | None = None) -> str | None:
+    """Which file of a sharded checkpoint is missing or too short; None if none is."""
+    if not (folder / METADATA).is_file():
+        return f"unfinished: {METADATA}, which is written last, is not there"
+    try:
+        metadata = metadata or read_metadata(folder)
+        sizes: dict[str, int] = {}
+        for piece in metadata.storage_data.values():
+            end = piece.offset + piece.length
+            sizes[piece.relative_path] = max(sizes.get(piece.relative_path, 0), end)
+        for name, size in sizes.items():
+            found = confined(folder, name, folder / METADATA).stat().st_size
+            if found < size:
+                return f"{name} was cut short at {found:,} of {size:,} bytes"
+    except CheckpointError as error:
+        return str(error).removeprefix(f"{folder}: ").rstrip(".")
+    return None
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, given an outline that was read safely."""
+
+    def __init__(self, folder: Path, metadata: outline.Metadata) -> None:
+        super().__init__(folder)
+        self._outline = metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> outline.Metadata:
+        return self._outline
+
+
+class _OutlineUnpickler(pickle.Unpickler):
+    """Knows the classes of an outline; everything else that a pickle names is refused."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch.distributed.checkpoint.metadata" and name in _OUTLINE_CLASSES:
+            return getattr(outline, name)
+        if module == "torch.distributed.checkpoint.filesystem" and name == "_StorageInfo":
+            return dcp.filesystem._StorageInfo
+        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
+            return getattr(torch, name)
+        if (module, name) == ("torch.serialization", "_get_layout"):
+            return torch.serialization._get_layout
+        if module in ("pathlib", "pathlib._local") and name.endswith("Path"):
+            return _path_as_text
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        raise CheckpointError(f"refused, since reading it would call {module}.{name}.")
+
+
+def _path_as_text(*parts: str) -> str:
+    """Stands for a path of the machine that wrote the checkpoint, which means nothing here."""
+    return "/".join(parts)

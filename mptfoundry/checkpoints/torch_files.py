@@ -1,0 +1,146 @@
+"""Weights in files of `torch.save`: Composer's whole checkpoints and `pytorch_model.bin`.
+
+Such a file is a zip archive with one pickle and the plain bytes of each tensor. The pickle is read by
+torch's restricted unpickler, which calls nothing but a short list of harmless constructors; the bytes are
+mapped, so that the optimizer's share of a checkpoint is never touched.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import datetime
+import mmap
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.torch_version import TorchVersion
+
+from mptfoundry.checkpoints.weights import TensorOutline
+from mptfoundry.errors import CheckpointError
+
+_CHILD = "model."
+_DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
+
+
+class TorchFile:
+    """The tensors of one file, mapped; `prefix` is cut from their names, others are left out."""
+
+    def __init__(self, path: Path, tensors: Mapping[str, Any], prefix: str = "") -> None:
+        self.path = path
+        self._tensors = {
+            name.removeprefix(prefix): value
+            for name, value in tensors.items()
+            if name.startswith(prefix) and isinstance(value, torch.Tensor)
+        }
+
+    @property
+    def outlines(self) -> Mapping[str, TensorOutline]:
+        """All tensors, by name."""
+        return {name: TensorOutline(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+
+    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """A copy of one tensor; the pages that it was read from are given back at once."""
+        mapped = self._tensors[name]
+        copy = mapped.to(dtype or mapped.dtype, copy=True).contiguous()
+        _give_back(mapped)
+        return copy
+
+
+def open_composer_file(path: Path) -> tuple[TorchFile, dict[str, Any]]:
+    """The model of a Composer checkpoint, and what it knows of Hugging Face (`{}` if nothing).
+
+    llm-foundry's checkpoints have the same layout, and carry their config and tokenizer besides.
+    """
+    content = load_plain(path)
+    state = content.get("state") if isinstance(content, dict) else None
+    model = state.get("model") if isinstance(state, dict) else None
+    if not isinstance(state, dict) or not isinstance(model, dict):
+        raise CheckpointError(f"{path}: not a Composer checkpoint; it holds no state.model.")
+    integrations = state.get("integrations") or {}
+    return TorchFile(path, model, _CHILD), integrations.get("huggingface") or {}
+
+
+def open_state_dict(path: Path) -> TorchFile:
+    """The tensors of a file that holds a state dict alone, such as `pytorch_model.bin`."""
+    content = load_plain(path)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors.")
+    return TorchFile(path, content)
+
+
+def load_plain(path: Path) -> Any:
+    """What `torch.save` wrote, tensors mapped from the file; never runs code.
+
+    Raises:
+        CheckpointError: The file is damaged, or loading it would need more than tensors and plain values.
+    """
+    if reason := why_file_is_not_whole(path):
+        raise CheckpointError(f"{path}: {reason}.")
+    try:
+        with torch.serialization.safe_globals(_harmless()):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(_refusal(path)) from error
+    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, UnicodeError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"{path}: damaged, it can't be read ({first_line}).") from error
+
+
+def why_file_is_not_whole(path: Path) -> str | None:
+    """What is wrong with the outline of a file of `torch.save`; its values aren't read. None: nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/data.pkl") for name in archive.namelist()):
+                return None
+        return "a zip archive that torch.save did not write"
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        size = path.stat().st_size
+        return f"damaged or cut short at {size:,} bytes ({str(error) or type(error).__name__})"
+
+
+def _harmless() -> list[Any]:
+    """What a checkpoint of Composer needs beside tensors: times, random states, versions."""
+    multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray  # type: ignore[attr-defined]
+    reconstruct: Any = multiarray._reconstruct  # type: ignore[attr-defined]
+    scalar: Any = multiarray.scalar  # type: ignore[attr-defined]
+    return [
+        datetime.timedelta,
+        TorchVersion,
+        np.ndarray,
+        np.dtype,
+        *{type(np.dtype(code)) for code in "?bBhHiIlLqQefdSU"},
+        *[(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")],
+        *[(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")],
+    ]
+
+
+def _refusal(path: Path) -> str:
+    """One sentence that names what a refused file wanted to call."""
+    try:
+        with torch.serialization.safe_globals(_harmless()):
+            wanted = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # a damaged pickle may fail in any way here too
+        wanted = []
+    if not wanted:
+        return f"{path}: damaged, its outline can't be read."
+    return (
+        f"{path}: refused, since loading it would call {', '.join(wanted)}. Only tensors and plain "
+        "values are read from a checkpoint."
+    )
+
+
+def _give_back(mapped: torch.Tensor) -> None:
+    """Drop the pages of a file that a mapped tensor lies on, so that reading needs no memory."""
+    if _DONTNEED is None or mapped.numel() == 0:
+        return
+    page = mmap.PAGESIZE
+    start = -(-mapped.data_ptr() // page) * page
+    end = (mapped.data_ptr() + mapped.numel() * mapped.element_size()) // page * page
+    if end > start:
+        madvise = ctypes.CDLL(None, use_errno=True).madvise
+        madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), ctypes.c_int(_DONTNEED))

@@ -1,0 +1,110 @@
+"""Files and folders that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mptfoundry.errors import CheckpointError
+
+
+@contextmanager
+def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Write a file or a folder so that whoever looks sees all of it or nothing.
+
+    Yields a temporary name beside `path`, at which the caller makes a file or a folder. When the block ends
+    well it is flushed to the disk and renamed to `path`; when it ends in an error, or the process dies,
+    `path` stays as it was. What earlier, dead processes of this machine left is removed first.
+
+    Args:
+        path: The final name; its parents are made.
+        overwrite: Replace what is there. Without it only an empty folder is replaced.
+
+    Raises:
+        CheckpointError: Something is there already, or the place can't be written to.
+    """
+    path = Path(path).absolute()
+    refuse_what_is_there(path, overwrite=overwrite)
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be written ({error.strerror}).") from error
+    try:
+        yield temporary
+        _flush(temporary)
+        _put_in_place(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: can't be written ({error.strerror or error}).") from error
+    finally:
+        _remove(temporary)
+
+
+def refuse_what_is_there(path: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError if `path` holds something that may not be replaced."""
+    is_empty_folder = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not overwrite and not is_empty_folder:
+        raise CheckpointError(f"{path}: is there already. Name another place, or set overwrite=true.")
+
+
+def _put_in_place(temporary: Path, path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        old = temporary.with_name(temporary.name.removesuffix(".part") + ".old.part")
+        path.rename(old)
+        try:
+            temporary.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        temporary.replace(path)
+    _flush_one(path.parent)
+
+
+def _flush(path: Path) -> None:
+    """Write a file, or a folder with all that is in it, through to the disk."""
+    if path.is_dir():
+        for entry in path.iterdir():
+            _flush(entry)
+    _flush_one(path)
+
+
+def _flush_one(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(path: Path) -> None:
+    host = re.escape(socket.gethostname())
+    pattern = re.compile(re.escape(f".{path.name}.") + host + r"\.(\d+)(\.old)?\.part")
+    for entry in path.parent.iterdir():
+        match = pattern.fullmatch(entry.name)
+        if match and not _is_alive(int(match[1])):
+            _remove(entry)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
