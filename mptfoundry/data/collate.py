@@ -1,0 +1,92 @@
+"""From samples to a batch.
+
+A sample is `{"input_ids": (tokens,) int64 array, "sample_id": int}` of at most `seq` tokens. A batch has
+`input_ids` (batch, seq) int64; `labels` (batch, seq) int64, aligned with input_ids, -100 where padded;
+`sample_id` (batch,) int64; `attention_mask` (batch, seq) bool if something is padded; `sequence_id`
+(batch, seq) int64 if documents must not see one another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+NOT_LEARNED = -100
+
+
+@dataclass(frozen=True)
+class TextCollator:
+    """Stack samples; pad short ones at the end; number the documents in a sample if asked.
+
+    Attributes:
+        max_seq_len: Length of every row, in tokens.
+        pad_token_id: What fills short rows. It is masked by place, so any id will do.
+        eos_token_id: If given, a document ends with this id, and `sequence_id` is added to the batch.
+        bos_token_id: If given, a document starts with this id, and `sequence_id` is added to the batch.
+    """
+
+    max_seq_len: int
+    pad_token_id: int = 0
+    eos_token_id: int | None = None
+    bos_token_id: int | None = None
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Make a batch (see the head of this file) of samples."""
+        input_ids = np.full((len(samples), self.max_seq_len), self.pad_token_id, np.int64)
+        is_text = np.zeros((len(samples), self.max_seq_len), bool)
+        for row, sample in enumerate(samples):
+            length = len(sample["input_ids"])
+            input_ids[row, :length] = sample["input_ids"]
+            is_text[row, :length] = True
+        batch = {
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(np.where(is_text, input_ids, NOT_LEARNED)),
+            "sample_id": torch.tensor([sample["sample_id"] for sample in samples], dtype=torch.int64),
+        }
+        if not is_text.all():
+            batch["attention_mask"] = torch.from_numpy(is_text)
+        if self.eos_token_id is not None or self.bos_token_id is not None:
+            batch["sequence_id"] = sequence_ids(batch["input_ids"], self.eos_token_id, self.bos_token_id)
+        return batch
+
+
+def sequence_ids(
+    input_ids: torch.Tensor, eos_token_id: int | None = None, bos_token_id: int | None = None
+) -> torch.Tensor:
+    """Number the documents of each row 0, 1, 2, ...
+
+    Args:
+        input_ids: (batch, seq) int64.
+        eos_token_id: Ends a document and belongs to it. Exactly one of the two is given.
+        bos_token_id: Starts a document and belongs to it.
+
+    Returns:
+        (batch, seq) int64.
+    """
+    border = eos_token_id if bos_token_id is None else bos_token_id
+    assert border is not None
+    is_border = torch.eq(input_ids, border).long()
+    borders = is_border.cumsum(dim=1)
+    return borders if bos_token_id is not None else borders - is_border
+
+
+def count_tokens(batch: Mapping[str, torch.Tensor]) -> dict[str, int]:
+    """Tokens in a batch, for Composer's clock (`total`) and its weights of microbatches (`loss_generating`).
+
+    `loss_generating` is the number of labels that are learned once shifted by one, which is what the mean
+    loss divides by. Without padding both follow from the shape, so that a GPU is not waited for.
+    """
+    rows, seq = batch["input_ids"].shape
+    if "attention_mask" not in batch:
+        return {"total": rows * seq, "loss_generating": rows * (seq - 1)}
+    learned = int((batch["labels"][:, 1:] != NOT_LEARNED).sum())
+    return {"total": int(batch["attention_mask"].sum()), "loss_generating": learned}
+
+
+def count_samples(batch: Mapping[str, torch.Tensor]) -> int:
+    """Rows in a batch."""
+    return int(batch["input_ids"].shape[0])

@@ -1,0 +1,158 @@
+"""MDS shards on disk: their index, what `prepare` writes into it, and the checks before a run reads them.
+
+An MDS folder holds `index.json` and shards. `prepare` adds one key, `mptfoundry`, to the index, which other
+readers ignore; it says with which tokenizer and sequence length the shards were made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mptfoundry.errors import DataError
+
+INDEX = "index.json"
+PREPARING = ".preparing"
+META_KEY = "mptfoundry"
+INTEGER_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+
+
+@dataclass(frozen=True)
+class ShardMeta:
+    """What `prepare` knows of a finished folder.
+
+    Attributes:
+        tokenizer: Name or folder, as it was given.
+        fingerprint: Of that tokenizer (`mptfoundry.tokenizer.fingerprint`).
+        vocab_size: Number of ids of that tokenizer.
+        max_seq_len: Tokens in each sample.
+        eos_token_id: The id after each document, if one was added.
+        documents: Documents joined into the samples.
+        samples: Samples of `max_seq_len` tokens.
+        tokens: Tokens in the samples, EOS and BOS included.
+        bytes: UTF-8 bytes of the documents.
+        dropped_tokens: Tokens after the last whole sample.
+        options: Arguments of `prepare` that decide about the bytes.
+        inputs: What was read: number of files or rows, bytes, and a digest of names and sizes.
+    """
+
+    tokenizer: str
+    fingerprint: str
+    vocab_size: int
+    max_seq_len: int
+    eos_token_id: int | None
+    documents: int
+    samples: int
+    tokens: int
+    bytes: int
+    dropped_tokens: int
+    options: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `index.json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """One folder's `index.json`, checked.
+
+    Attributes:
+        folder: The folder that holds it.
+        shards: Its entries for the shards, as streaming writes them.
+        meta: What `prepare` wrote, or None for shards of another maker.
+    """
+
+    folder: Path
+    shards: Sequence[Mapping[str, Any]]
+    meta: ShardMeta | None
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all shards."""
+        return sum(int(shard["samples"]) for shard in self.shards)
+
+
+def narrowest_dtype(vocab_size: int) -> str:
+    """The smallest unsigned integer type that holds the ids 0 to `vocab_size` - 1."""
+    return next(name for name in ("uint8", "uint16", "uint32") if vocab_size - 1 <= np.iinfo(name).max)
+
+
+def read_index(folder: str | Path, where: str) -> ShardIndex:
+    """Read and check `folder/index.json`.
+
+    Args:
+        folder: The folder of one split.
+        where: What the user calls it, for errors: `train_loader.dataset.streams.code`.
+
+    Raises:
+        DataError: It is missing, half prepared, damaged, empty, or names files outside its folder.
+    """
+    folder = Path(folder)
+    path = folder / INDEX
+    if not path.is_file():
+        raise DataError(f"{where}: {_why_no_index(folder)}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        shards = content["shards"]
+        names = [
+            part["basename"] for shard in shards for part in (shard["raw_data"], shard["zip_data"]) if part
+        ]
+        samples = sum(int(shard["samples"]) for shard in shards)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{where}: {path} is damaged ({error!r}). Prepare or fetch the folder again."
+        ) from error
+    for name in names:
+        if Path(name).name != name or name in ("", ".", ".."):
+            raise DataError(
+                f"{where}: {path} names the shard {name!r}, which lies outside its folder. Don't use it."
+            )
+    if samples == 0:
+        raise DataError(f"{where}: {folder} holds no samples. Prepare more text than max_seq_len tokens.")
+    return ShardIndex(folder, shards, _read_meta(content.get(META_KEY), path, where))
+
+
+def find_split(folder: str | Path, split: str | None, where: str) -> Path:
+    """The folder of one split of a local data set.
+
+    Raises:
+        DataError: The folder or the split in it is missing; the splits that exist are named.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise DataError(f"{where}: the folder {folder} is missing. Prepare it with `mptfoundry prepare`.")
+    chosen = folder / split if split else folder
+    if chosen.is_dir():
+        return chosen
+    splits = sorted(entry.name for entry in folder.iterdir() if (entry / INDEX).is_file())
+    have = f"It has {', '.join(splits)}." if splits else "It has no splits."
+    raise DataError(f"{where}: {folder} has no split {split!r}. {have}")
+
+
+def _read_meta(content: Any, path: Path, where: str) -> ShardMeta | None:
+    if content is None:
+        return None
+    try:
+        return ShardMeta(**{field.name: content[field.name] for field in fields(ShardMeta)})
+    except (KeyError, TypeError) as error:
+        raise DataError(
+            f"{where}: the key {META_KEY!r} in {path} is damaged ({error!r}). Prepare again."
+        ) from error
+
+
+def _why_no_index(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"the folder {folder} is missing. Prepare it with `mptfoundry prepare`."
+    if (folder / PREPARING).is_dir():
+        return f"{folder} is half prepared. Run the same `mptfoundry prepare` again, and it goes on."
+    splits = sorted(entry.name for entry in folder.iterdir() if (entry / INDEX).is_file())
+    if splits:
+        return f"{folder} holds splits, not shards. Set split to one of {', '.join(splits)}."
+    return f"{folder} has no {INDEX}. Prepare it with `mptfoundry prepare`."

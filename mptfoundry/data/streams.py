@@ -1,0 +1,127 @@
+"""The streams of a data mix: where each lies, how much of each is read, and whether it fits the run."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mptfoundry.data.shards import ShardIndex, find_split, read_index
+from mptfoundry.errors import ConfigError, DataError
+from mptfoundry.tokenizer import fingerprint
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One stream as it will be read.
+
+    Attributes:
+        where: What the user calls it, for errors: `train_loader.dataset.streams.code`.
+        arguments: Those of streaming's Stream; remote is None if the shards are read in place.
+    """
+
+    where: str
+    arguments: Mapping[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        """Where its index and shards lie on this machine, once fetched."""
+        return Path(self.arguments["local"]) / (self.arguments["split"] or "")
+
+
+def plan_sources(
+    streams: Mapping[str, Mapping[str, Any]] | None,
+    remote: str | None,
+    local: str | None,
+    split: str | None,
+    where: str,
+) -> list[Source]:
+    """Settle where each stream lies, and look at once if that is on this machine.
+
+    Raises:
+        ConfigError: It can't be told what to read.
+        DataError: A local folder, its split or its index is missing, damaged or empty.
+    """
+    if streams and (remote or local):
+        raise ConfigError(f"{where}.dataset: streams and remote/local are both given. Give one of them.")
+    if not streams:
+        return [_plan_source({"remote": remote, "local": local}, split, f"{where}.dataset")]
+    sources = [
+        _plan_source(stream, split, f"{where}.dataset.streams.{name}") for name, stream in streams.items()
+    ]
+    _check_weights(sources, where)
+    return sources
+
+
+def check_shards(source: Source, tokenizer: Any, max_seq_len: int) -> ShardIndex:
+    """Compare what a stream's index says with the run.
+
+    Returns:
+        The index; its `meta` is None for shards of another maker, about which nothing is known.
+
+    Raises:
+        DataError: The shards were made for another sequence length or another tokenizer.
+    """
+    index = read_index(source.folder, source.where)
+    if index.meta is None:
+        return index
+    if index.meta.max_seq_len != max_seq_len:
+        raise DataError(
+            f"{source.where}: the samples of {index.folder} have {index.meta.max_seq_len} tokens, but "
+            f"max_seq_len is {max_seq_len}. Set max_seq_len: {index.meta.max_seq_len}, or prepare again."
+        )
+    if index.meta.fingerprint != fingerprint(tokenizer):
+        raise DataError(
+            f"{source.where}: {index.folder} was prepared with another tokenizer ({index.meta.tokenizer}, "
+            f"{index.meta.vocab_size} ids) than this run's. Use that one, or prepare the text again."
+        )
+    return index
+
+
+def warn_of_unknown(sources: Sequence[Source]) -> None:
+    """Say once, on the first rank, which streams can't be compared with the run's tokenizer."""
+    if sources and os.environ.get("RANK", "0") == "0":
+        log.warning(
+            "%s: made by another tool, so the tokenizer can't be compared; only the ids' range is checked.",
+            ", ".join(source.where for source in sources),
+        )
+
+
+def _plan_source(stream: Mapping[str, Any], split: str | None, where: str) -> Source:
+    arguments = {key: value for key, value in stream.items() if value is not None}
+    arguments.setdefault("split", split)
+    remote, local = arguments.get("remote"), arguments.get("local")
+    if not remote and not local:
+        raise ConfigError(f"{where}: neither local nor remote is given. Give local: a folder of shards.")
+    is_path = remote is not None and "://" not in remote and not remote.startswith("dbfs:")
+    if is_path or remote is None:
+        origin = Path(remote or local or "").expanduser()
+        read_index(find_split(origin, arguments["split"], where), where)
+        kept = Path(local).expanduser() if local else origin
+        arguments.update(remote=None if kept == origin else str(origin), local=str(kept))
+    elif not local:
+        # Streaming's own default refuses to start when an earlier run left its folder behind.
+        digest = hashlib.sha256(f"{remote}\0{arguments['split']}".encode()).hexdigest()[:16]
+        arguments["local"] = str(Path(tempfile.gettempdir()) / "mptfoundry-streams" / digest)
+    return Source(where, arguments)
+
+
+def _check_weights(sources: Sequence[Source], where: str) -> None:
+    without = [source for source in sources if "proportion" not in source.arguments]
+    if without and len(without) < len(sources):
+        names = ", ".join(source.where.rsplit(".", 1)[-1] for source in without)
+        raise ConfigError(
+            f"{where}.dataset.streams: {names} has no proportion while others have one. "
+            f"Give every stream a proportion, or none."
+        )
+    for source in sources:
+        given = [key for key in ("proportion", "repeat", "choose") if key in source.arguments]
+        if len(given) > 1:
+            raise ConfigError(f"{source.where}: {' and '.join(given)} are both given. Give one of them.")

@@ -1,0 +1,295 @@
+"""Batches of text for training and evaluation, from MDS shards that may be a mix of several streams.
+
+Read are the shards of `mptfoundry prepare` and those of llm-foundry: a column `tokens` (an array of any
+integer type, or bytes of the type `token_encoding_type`), or a column `text` that is tokenised on the fly.
+A *stream* is one data set of the mix; a *sample* is one row of it. What one reads here first is
+`build_text_loader`; `TextDataset` says what happens to a sample; the checks before a run are at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+import torch
+from composer.core import DataSpec
+from streaming import Stream, StreamingDataLoader, StreamingDataset
+
+from mptfoundry.data.collate import TextCollator, count_samples, count_tokens
+from mptfoundry.data.shards import INTEGER_DTYPES
+from mptfoundry.data.streams import Source, check_shards, plan_sources, warn_of_unknown
+from mptfoundry.errors import ConfigError, DataError
+
+
+def build_text_loader(
+    *,
+    streams: Mapping[str, Mapping[str, Any]] | None = None,
+    remote: str | None = None,
+    local: str | None = None,
+    split: str | None = None,
+    tokenizer: Any,
+    max_seq_len: int,
+    vocab_size: int,
+    device_batch_size: int,
+    shuffle: bool = False,
+    seed: int = 9176,
+    drop_last: bool = True,
+    num_workers: int = 0,
+    sequence_ids: bool = False,
+    eos_token_id: int | None = None,
+    bos_token_id: int | None = None,
+    token_encoding_type: str = "int64",
+    pin_memory: bool | None = None,
+    prefetch_factor: int = 2,
+    persistent_workers: bool = True,
+    timeout: float = 0,
+    where: str = "train_loader",
+    **streaming: Any,
+) -> DataSpec:
+    """Build the loader of one data set or mix, with everything checked that can be before the first batch.
+
+    Args:
+        streams: Name -> remote, local, split and one of proportion, repeat, choose (streaming's words).
+            Either this or `remote` and `local`.
+        remote: Where shards are fetched from; a folder given without `local` is read in place.
+        local: Where shards lie, or are kept once fetched.
+        split: Folder below each stream's, such as `train`; a stream's own goes before it.
+        tokenizer: transformers' fast tokenizer; its fingerprint must be that of the shards.
+        max_seq_len: Tokens in each row. Longer samples are refused, shorter ones padded; raw text is cut.
+        vocab_size: The model's; each id must be below it.
+        device_batch_size: Rows in a batch of one device.
+        shuffle: Shuffle anew in each epoch, from `seed`.
+        drop_last: Leave out a last batch that is not full.
+        num_workers: Processes that read; 0 reads in the training process.
+        sequence_ids: Add `sequence_id`, so that documents in a row do not see one another.
+        eos_token_id: Ends a document, for `sequence_ids`. Default: the tokenizer's, unless BOS is given.
+        bos_token_id: Starts a document, for `sequence_ids`.
+        token_encoding_type: Type of the ids in a `tokens` column of bytes.
+        pin_memory: Default: only if there is a GPU.
+        where: What the user calls this loader, for errors.
+        streaming: Further arguments of streaming's StreamingDataset.
+
+    Returns:
+        Composer's DataSpec; batches are those of `mptfoundry.data.collate`.
+
+    Raises:
+        ConfigError: The arguments contradict one another.
+        DataError: Shards are missing, damaged, empty, or made for another tokenizer or sequence length.
+    """
+    if token_encoding_type not in INTEGER_DTYPES:
+        raise ConfigError(
+            f"{where}.dataset.token_encoding_type: {token_encoding_type!r} is not an integer type. "
+            f"Use one of {', '.join(INTEGER_DTYPES)}."
+        )
+    sources = plan_sources(streams, remote, local, split, where)
+    dataset = _build_dataset(
+        sources,
+        tokenizer=tokenizer,
+        max_seq_len=max_seq_len,
+        vocab_size=vocab_size,
+        token_encoding_type=token_encoding_type,
+        batch_size=device_batch_size,
+        shuffle=shuffle,
+        shuffle_seed=seed,
+        where=where,
+        **streaming,
+    )
+    _check_streams(dataset, sources, tokenizer)
+    if drop_last and len(dataset) < device_batch_size:
+        raise DataError(
+            f"{where}: {len(dataset)} samples for each device don't fill one batch of {device_batch_size}. "
+            f"Use a smaller batch, more text, or drop_last: false."
+        )
+    loader = TextLoader(
+        dataset,
+        batch_size=device_batch_size,
+        collate_fn=_collator(tokenizer, max_seq_len, sequence_ids, eos_token_id, bos_token_id, where),
+        drop_last=drop_last,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        persistent_workers=persistent_workers and num_workers > 0,
+        timeout=timeout if num_workers else 0,
+        # Its own generator: making an iterator must not advance the random state that dropout uses.
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return DataSpec(loader, get_num_samples_in_batch=count_samples, get_num_tokens_in_batch=count_tokens)
+
+
+class TextDataset(StreamingDataset):
+    """Samples of token ids, each checked as it is read.
+
+    Args:
+        stream_names: What the user calls each stream, for errors.
+        tokenizer: For raw text only.
+        max_seq_len: The most tokens that a sample may have.
+        vocab_size: Each id must be below it.
+        token_encoding_type: Type of the ids where they are stored as bytes.
+        streaming: Arguments of StreamingDataset.
+    """
+
+    def __init__(
+        self,
+        *,
+        stream_names: Sequence[str],
+        tokenizer: Any,
+        max_seq_len: int,
+        vocab_size: int,
+        token_encoding_type: str,
+        **streaming: Any,
+    ) -> None:
+        self.stream_names = list(stream_names)
+        self.tokenizer = tokenizer
+        self.max_seq_len = max_seq_len
+        self.vocab_size = vocab_size
+        self.token_encoding_type = token_encoding_type
+        self.background_error: BaseException | None = None
+        super().__init__(**streaming)
+
+    def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
+        """Read one sample: `input_ids` (tokens,) int64 with 1 <= tokens <= max_seq_len, and `sample_id`.
+
+        Raises:
+            DataError: It is too long, or holds an id that the model has no embedding for.
+        """
+        sample = super().get_item(sample_id, retry)
+        if "tokens" in sample:
+            ids = self._stored_ids(sample["tokens"], sample_id)
+        elif "text" in sample:
+            ids = self._ids_of_text(sample["text"])
+        else:
+            raise DataError(
+                f"{self._place(sample_id)} has the columns {', '.join(sorted(sample))}. "
+                f"Give shards with a column `tokens` or `text`."
+            )
+        if len(ids) > self.max_seq_len:
+            raise DataError(
+                f"{self._place(sample_id)} has {len(ids)} tokens; max_seq_len is {self.max_seq_len}. "
+                f"Set max_seq_len: {len(ids)}, or prepare the text again for {self.max_seq_len}."
+            )
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= self.vocab_size:
+            raise DataError(
+                f"{self._place(sample_id)} has the id {low if low < 0 else high}, but the model's are 0 to "
+                f"{self.vocab_size - 1}. Use the tokenizer (or the token_encoding_type) it was made with."
+            )
+        return {"input_ids": ids, "sample_id": int(sample_id)}
+
+    def on_exception(self, future: Future) -> None:
+        """Keep what failed in the background, so that iteration can raise it."""
+        self.background_error = future.exception() or self.background_error
+        super().on_exception(future)
+
+    def _each_sample_id(self, it: Any) -> Iterator[int]:
+        yield from super()._each_sample_id(it)
+        # Streaming only stops when a shard can't be fetched in the background: the epoch would seem over.
+        if self.background_error is not None:
+            error = self.background_error
+            raise DataError(f"A shard can't be read: {error or type(error).__name__}") from error
+
+    def _stored_ids(self, tokens: Any, sample_id: int) -> np.ndarray:
+        if isinstance(tokens, np.ndarray):
+            ids = tokens
+        else:
+            dtype = np.dtype(self.token_encoding_type)
+            if len(tokens) % dtype.itemsize:
+                raise DataError(
+                    f"{self._place(sample_id)} has {len(tokens)} bytes, which are no whole number of "
+                    f"{dtype.name} ids. Set token_encoding_type to the type they were written with."
+                )
+            ids = np.frombuffer(tokens, dtype)
+        if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+            raise DataError(
+                f"{self._place(sample_id)} has tokens of type {ids.dtype} and shape {ids.shape}. "
+                f"Each sample must be one non-empty row of integers."
+            )
+        return ids.astype(np.int64)
+
+    def _ids_of_text(self, text: str | bytes) -> np.ndarray:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+        ids = self.tokenizer(text, truncation=True, max_length=self.max_seq_len)["input_ids"]
+        # A row of nothing but padding has no attention at all; one EOS has, and nothing to learn.
+        return np.asarray(ids or [filler_id(self.tokenizer)], np.int64)
+
+    def _place(self, sample_id: int) -> str:
+        shard_id, row = self.spanner[sample_id]
+        shard: Any = self.shards[shard_id]
+        return (
+            f"{self.stream_names[self.stream_per_shard[shard_id]]}: sample {row} of {shard.raw_data.basename}"
+        )
+
+
+class TextLoader(StreamingDataLoader):
+    """StreamingDataLoader whose workers' DataErrors arrive as what they say, without a traceback's text."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        try:
+            yield from super().__iter__()
+        except DataError as error:
+            marker = f"{DataError.__module__}.{DataError.__qualname__}: "
+            text = str(error)
+            if marker not in text:
+                raise
+            raise DataError(text.rsplit(marker, 1)[1].strip()) from error
+
+
+def filler_id(tokenizer: Any) -> int:
+    """The id that fills short rows (padding, or else EOS, or else 0); it is masked by place, not by value."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(token_id for token_id in ids if token_id is not None)
+
+
+def _collator(
+    tokenizer: Any,
+    max_seq_len: int,
+    sequence_ids: bool,
+    eos_token_id: int | None,
+    bos_token_id: int | None,
+    where: str,
+) -> TextCollator:
+    if not sequence_ids:
+        return TextCollator(max_seq_len, filler_id(tokenizer))
+    if eos_token_id is not None and bos_token_id is not None:
+        raise ConfigError(
+            f"{where}.dataset: eos_token_id and bos_token_id are both given. Give the one that is at borders."
+        )
+    if eos_token_id is None and bos_token_id is None:
+        eos_token_id = tokenizer.eos_token_id
+    if eos_token_id is None and bos_token_id is None:
+        raise ConfigError(f"{where}.dataset.eos_token_id: the tokenizer has no EOS. Give eos_token_id.")
+    return TextCollator(max_seq_len, filler_id(tokenizer), eos_token_id, bos_token_id)
+
+
+def _build_dataset(sources: Sequence[Source], *, where: str, **arguments: Any) -> TextDataset:
+    try:
+        return TextDataset(
+            streams=[Stream(**source.arguments) for source in sources],
+            stream_names=[source.where for source in sources],
+            **arguments,
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        raise DataError(f"{where}.dataset: {error}") from error
+
+
+def _check_streams(dataset: TextDataset, sources: Sequence[Source], tokenizer: Any) -> None:
+    """Compare each stream's index with the run; look into shards whose index says nothing."""
+    unknown = []
+    for position, source in enumerate(sources):
+        if check_shards(source, tokenizer, dataset.max_seq_len).meta is None:
+            unknown.append(source)
+            _check_some_samples(dataset, position, source)
+    warn_of_unknown(unknown)
+
+
+def _check_some_samples(dataset: TextDataset, position: int, source: Source) -> None:
+    """Read the first and the last sample of a stream, where their shards are on this machine already."""
+    first_shard = int(dataset.shard_offset_per_stream[position])
+    last_shard = first_shard + int(dataset.shards_per_stream[position]) - 1
+    first_sample = int(dataset.sample_offset_per_stream[position])
+    last_sample = first_sample + int(dataset.samples_per_stream[position]) - 1
+    for shard_id, sample_id in ((first_shard, first_sample), (last_shard, last_sample)):
+        shard: Any = dataset.shards[shard_id]
+        if (source.folder / shard.raw_data.basename).is_file():
+            dataset.get_item(sample_id)

@@ -1,0 +1,279 @@
+"""Tokenizers: load one, name its identity, and check what the model relies on.
+
+Words used here: an *id* is an integer that the model reads, a *special token* stands for no text
+(EOS, padding), the *fingerprint* of a tokenizer is equal for two tokenizers that give the same ids.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from mptfoundry.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+PADDING = "<|padding|>"
+UNLIMITED = int(1e30)
+
+
+def load_tokenizer(
+    name: str, kwargs: Mapping[str, Any] | None = None, *, max_seq_len: int | None = None
+) -> PreTrainedTokenizerFast:
+    """Load a tokenizer from a folder or by its name on the Hugging Face hub; none of its code is run.
+
+    Args:
+        name: A folder with a `tokenizer.json` (or what transformers converts to one), or a hub name.
+        kwargs: Passed on to transformers' `from_pretrained`.
+        max_seq_len: Becomes `model_max_length`, in tokens, unless `kwargs` gives another one.
+
+    Raises:
+        ConfigError: Nothing of that name can be read, or it has no fast (Rust) form.
+    """
+    options = {"model_max_length": max_seq_len or UNLIMITED, **(kwargs or {})}
+    if options.pop("trust_remote_code", False):
+        raise ConfigError("tokenizer.kwargs.trust_remote_code: no tokenizer's code is run. Remove the key.")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        tokenizer = _load_from_folder(folder, options)
+    elif name.startswith(("/", "./", "../", "~")) or folder.exists():
+        raise ConfigError(f"tokenizer.name: {name} is not a folder. Give a folder that holds tokenizer.json.")
+    else:
+        tokenizer = _load_from_hub(name, options)
+    if not tokenizer.is_fast:
+        raise ConfigError(
+            f"tokenizer.name: {name} has no tokenizer.json and transformers can't convert it to one. "
+            f"Use a tokenizer with a fast (tokenizers library) form."
+        )
+    return tokenizer
+
+
+def fingerprint(tokenizer: Any) -> str:
+    """Name the mapping from text to ids: 64 hex digits, sha256.
+
+    Equal for equal vocabulary, merges, added tokens, normaliser and pre-tokeniser; independent of the
+    path, of the library's version, of truncation and padding, and of which token plays EOS or padding.
+
+    Args:
+        tokenizer: transformers' fast tokenizer or a `tokenizers.Tokenizer`.
+    """
+    parts = backend_parts(tokenizer)
+    model = dict(parts["model"])
+    vocab = model.pop("vocab", {})
+    merges = model.pop("merges", [])
+    identity = {
+        "vocab": sorted(vocab.items(), key=lambda item: item[1]) if isinstance(vocab, dict) else vocab,
+        "merges": [merge.split(" ") if isinstance(merge, str) else merge for merge in merges],
+        "model": _without_defaults(model),
+        "added": [_without_defaults(token) for token in parts["added_tokens"]],
+        "normalizer": _without_defaults(parts["normalizer"]),
+        "pre_tokenizer": _without_defaults(parts["pre_tokenizer"]),
+    }
+    text = json.dumps(identity, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def backend_parts(tokenizer: Any) -> dict[str, Any]:
+    """The content of the tokenizer's `tokenizer.json`.
+
+    Args:
+        tokenizer: transformers' fast tokenizer or a `tokenizers.Tokenizer`.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    parts: dict[str, Any] = json.loads(backend.to_str())
+    return parts
+
+
+def count_ids(tokenizer: Any) -> int:
+    """One more than the largest id that the tokenizer can give (gaps in the numbering count)."""
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
+    """Refuse a tokenizer that can give ids for which the model has no embedding.
+
+    Raises:
+        ConfigError: It has more than `vocab_size` ids.
+    """
+    needed = count_ids(tokenizer)
+    if needed > vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {vocab_size} is smaller than the tokenizer's {needed} ids. "
+            f"Use {needed} or more; {-(-needed // 128) * 128} is a multiple of 128, which is fastest."
+        )
+
+
+def token_byte_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
+    """How many bytes of UTF-8 text each id stands for; 0 for special tokens and for ids without a token.
+
+    Exact for byte-level BPE (MPT's, GPT-2's) and for byte fallback. For WordPiece the spaces between
+    words, which it does not keep, are not counted.
+
+    Args:
+        tokenizer: transformers' fast tokenizer or a `tokenizers.Tokenizer`.
+        vocab_size: Length of the result; ids past it are left out.
+
+    Returns:
+        (vocab_size,) int64, bytes.
+    """
+    parts = backend_parts(tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    byte_level = any('"ByteLevel"' in json.dumps(parts[key]) for key in ("pre_tokenizer", "decoder"))
+    added = {token["content"]: token["special"] for token in parts["added_tokens"]}
+    lengths = np.zeros(vocab_size, np.int64)
+    for token, token_id in backend.get_vocab(with_added_tokens=True).items():
+        if token_id >= vocab_size or added.get(token, False):
+            continue
+        if token in added:
+            lengths[token_id] = len(token.encode())
+        elif byte_level:
+            lengths[token_id] = len(token)
+        else:
+            lengths[token_id] = _bytes_of_piece(token)
+    return lengths
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer like MPT's on `texts` and save it, whole or not at all.
+
+    Ids 0 and 1 are `<|endoftext|>` (EOS, BOS and unknown in one, as in GPT-NeoX) and `<|padding|>`; the
+    256 bytes follow, so every text has ids and comes back exactly.
+
+    Args:
+        texts: Documents; read once.
+        vocab_size: Number of ids wanted, at least 258. Little text may give fewer.
+        folder: Where `tokenizer.json` and `tokenizer_config.json` go; a folder there is replaced.
+
+    Raises:
+        ConfigError: `vocab_size` is below 258.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    if vocab_size < 258:
+        raise ConfigError(f"vocab_size: {vocab_size} can't hold 256 bytes and 2 special tokens. Use 258.")
+    backend = Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT, PADDING],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer=trainer)
+    tokenizer: Any = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        pad_token=PADDING,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    tokenizer.save_pretrained(staging)
+    staging.chmod(0o755)
+    if folder.exists():
+        shutil.rmtree(folder)
+    staging.rename(folder)
+    return load_tokenizer(str(folder))
+
+
+def _load_from_folder(folder: Path, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+    from transformers.utils import logging
+
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        raise ConfigError(f"tokenizer.name: {folder} holds neither tokenizer.json nor tokenizer_config.json.")
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, **options
+        )
+    except Exception as error:
+        if not (folder / "tokenizer.json").is_file():
+            raise ConfigError(f"tokenizer.name: {folder} can't be read: {_first_line(error)}") from error
+    # The class named in tokenizer_config.json is unknown to this transformers, or needs code; tokenizer.json
+    # alone defines the ids.
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, **options)
+    except Exception as error:
+        raise ConfigError(f"tokenizer.name: {folder} can't be read: {_first_line(error)}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _load_from_hub(name: str, options: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    with contextlib.suppress(Exception):
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True, **options)
+    why = _why_hub_is_out_of_reach()
+    if not why:
+        try:
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
+        except Exception as error:
+            why = _first_line(error)
+    raise ConfigError(
+        f"tokenizer.name: {name} is neither a folder nor in the Hugging Face cache, and can't be fetched: "
+        f"{why}. Give a folder that holds tokenizer.json, or fetch it once while online."
+    )
+
+
+def _why_hub_is_out_of_reach() -> str | None:
+    """Ask the name server once, since the hub's client retries for most of a minute."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        return "HF_HUB_OFFLINE is set"
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return None
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or "huggingface.co"
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return f"this machine is offline ({host} is not known)"
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _without_defaults(part: Any) -> Any:
+    """Drop what changes no ids or only spells out a default, since versions of the library differ in that."""
+    if isinstance(part, dict):
+        kept = {key: _without_defaults(value) for key, value in part.items() if key != "trim_offsets"}
+        return {
+            key: value
+            for key, value in kept.items()
+            if value not in (None, False, "") and not (key == "use_regex" and value is True)
+        }
+    if isinstance(part, list):
+        return [_without_defaults(value) for value in part]
+    return part
+
+
+def _bytes_of_piece(piece: str) -> int:
+    if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return 1
+    return len(piece.removeprefix("##").replace("▁", " ").encode())
