@@ -227,8 +227,9 @@ def curve(
     clock = _Clock(_clock_unit(duration), duration, batches_per_epoch, schedule.batch)
     end = clock.span("max_duration", max_duration)
     times = [end * i / (points - 1) for i in range(points)]
-    field = {TimeUnit.BATCH: "batch", TimeUnit.SAMPLE: "sample", TimeUnit.TOKEN: "token"}[clock.unit]
-    return times, [schedule.factor(Timestamp(**{field: int(t)}), duration, batches_per_epoch) for t in times]
+    return times, [
+        schedule.factor(_timestamp(int(t), clock.unit), duration, batches_per_epoch) for t in times
+    ]
 
 
 @dataclass(frozen=True)
@@ -255,12 +256,12 @@ class _Clock:
             return float(int(value * self._convert(name, str(self.max_duration), self.max_duration)))
         return float(int(self._convert(name, written, time)))
 
-    def _convert(self, name: str, written: str, time: Time) -> float:
+    def _convert(self, name: str, written: str | int, time: Time) -> float:
         if time.unit == self.unit:
             return float(time.value)
         return float(time.value) * self._size(name, written, time.unit) / self._size(name, written, self.unit)
 
-    def _size(self, name: str, written: str, unit: TimeUnit) -> float:
+    def _size(self, name: str, written: str | int, unit: TimeUnit) -> float:
         """How many batches one `unit` is, so that times of two units compare."""
         if unit == TimeUnit.BATCH:
             return 1.0
@@ -274,6 +275,14 @@ class _Clock:
             f"{name}: {written} can't be compared with max_duration: {self.max_duration}, since the length "
             "of an epoch or the tokens of a batch aren't known beforehand. Use max_duration's unit, or dur."
         )
+
+
+def _timestamp(value: int, unit: TimeUnit) -> Timestamp:
+    return Timestamp(
+        batch=value if unit == TimeUnit.BATCH else 0,
+        sample=value if unit == TimeUnit.SAMPLE else 0,
+        token=value if unit == TimeUnit.TOKEN else 0,
+    )
 
 
 def _clock_unit(max_duration: Time) -> TimeUnit:

@@ -146,7 +146,7 @@ def test_times_that_do_not_fit_are_refused(schedule: Schedule, message: str) -> 
 
 
 def test_a_cooldown_that_would_rise_is_refused() -> None:
-    with pytest.raises(ConfigError, match="alpha_f_decay: 0.1 is less than alpha_f_cooldown: 0.2"):
+    with pytest.raises(ConfigError, match=r"alpha_f_decay: 0\.1 is less than alpha_f_cooldown: 0\.2"):
         inv_sqrt_with_warmup("1ba", t_scale="1ba", t_cooldown="1ba", alpha_f_decay=0.1, alpha_f_cooldown=0.2)
 
 
