@@ -20,8 +20,6 @@ from mptfoundry.errors import CheckpointError
 from mptfoundry.mpt.config import MPTConfig
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
-
     from mptfoundry.mpt.network import MPT
 
 RUN_CONFIG = "config.yaml"
@@ -74,7 +72,7 @@ def open_model(path: str | Path) -> ModelSource:
 
 def load_network(
     path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
-) -> tuple[MPT, PreTrainedTokenizerFast | None]:
+) -> tuple[MPT, Any]:
     """The network of a run, a checkpoint or a Hugging Face folder, ready to evaluate, and its tokenizer.
 
     Args:
@@ -107,7 +105,7 @@ def network_of(
     return network.eval()
 
 
-def tokenizer_of(source: ModelSource) -> PreTrainedTokenizerFast | None:
+def tokenizer_of(source: ModelSource) -> Any:
     """The tokenizer of an opened model, or None where there is none."""
     from mptfoundry.tokenizer import load_tokenizer
 

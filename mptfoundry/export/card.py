@@ -1,0 +1,125 @@
+"""The README.md of an exported folder: what the model is, what it was trained on, and how to use it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mptfoundry.checkpoints.names import progress_of
+from mptfoundry.checkpoints.reading import RUN_CONFIG, ModelSource
+from mptfoundry.mpt.flops import count_parameters
+
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}")
+ids = tokenizer("Once upon a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
+```
+
+For sequences longer than {max_seq_len} tokens: `from_pretrained("{name}", max_seq_len=...)`."""
+
+
+def model_card(name: str, source: ModelSource, dtype: torch.dtype, license: str | None) -> str:
+    """The model card: a header for the hub, the architecture, the run's numbers and its data mix.
+
+    Args:
+        name: Of the model.
+        source: The model; what its run folder tells is used if it has one.
+        dtype: Of the exported weights.
+        license: SPDX name; without one the card says that none was stated.
+    """
+    header = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["mpt", "mptfoundry"],
+    }
+    if license is not None:
+        header["license"] = license
+    config = source.config
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {name}",
+        f"An MPT language model with {count_parameters(config):,} parameters: {config.n_layers} layers of "
+        f"width {config.d_model}, {config.n_heads} heads, ALiBi, a vocabulary of {config.vocab_size:,} and "
+        f"sequences of {config.max_seq_len:,} tokens. The weights are {str(dtype).removeprefix('torch.')}.",
+        "## Use",
+        _USE.format(name=name, max_seq_len=config.max_seq_len),
+    ]
+    if source.run_folder is not None:
+        parts += _training(source.run_folder, source.path)
+        parts += _data_mix(source.run_folder)
+    parts += ["## Licence", f"{license}." if license else "None was stated by whoever exported this model."]
+    return "\n\n".join(parts) + "\n"
+
+
+def _training(run_folder: Path, checkpoint: Path) -> list[str]:
+    """What the run measured up to this checkpoint."""
+    progress = progress_of(checkpoint)
+    records = _records(run_folder / "metrics.jsonl", progress[1] if progress else None)
+    rows = []
+    if steps := [record for record in records if "loss" in record]:
+        last = steps[-1]
+        rows.append(("batches", f"{last['batch']:,}"))
+        if "tokens" in last:
+            rows.append(("tokens", f"{last['tokens']:,}"))
+        rows.append(("training loss of the last batch", f"{last['loss']:.4f}"))
+    for label, values in _last_evaluations(records).items():
+        rows += [(f"{label}: {key}", _number(value)) for key, value in values.items()]
+    return ["## Training", _table(("", ""), rows)] if rows else []
+
+
+def _records(metrics: Path, until_batch: int | None) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl up to a batch; a line that was cut short by a kill is left out."""
+    if not metrics.is_file():
+        return []
+    records = []
+    for line in metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if until_batch is None or record.get("batch", 0) <= until_batch:
+            records.append(record)
+    return records
+
+
+def _last_evaluations(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    found: dict[str, dict[str, Any]] = {}
+    for record in records:
+        found.update(record.get("eval", {}))
+    return found
+
+
+def _data_mix(run_folder: Path) -> list[str]:
+    """The streams' names and shares; where they lay is nobody's business."""
+    run = yaml.safe_load((run_folder / RUN_CONFIG).read_text(encoding="utf-8"))
+    dataset = (run.get("train_loader") or {}).get("dataset") or {}
+    rows = []
+    for name, stream in (dataset.get("streams") or {}).items():
+        given = [
+            f"{key} {stream[key]}"
+            for key in ("proportion", "repeat", "choose")
+            if stream.get(key) is not None
+        ]
+        rows.append((name, ", ".join(given) or "by its size"))
+    return ["## Data", _table(("stream", "share"), rows)] if rows else []
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    return "\n".join(f"| {left} | {right} |" for left, right in [head, ("---", "---"), *rows])
+
+
+def _number(value: Any) -> str:
+    return (
+        f"{value:,.4f}"
+        if isinstance(value, float)
+        else f"{value:,}"
+        if isinstance(value, int)
+        else str(value)
+    )

@@ -1,0 +1,146 @@
+"""Does an exported folder compute what its checkpoint computes?
+
+The folder is loaded by transformers' MPT classes, and both sides compute the logits of real text in float64,
+from the weights as they were rounded for the export. There they differ by less than transformers' own
+rounding in float32; a switch that the classes ignore moves them by many thousand times that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mptfoundry.checkpoints.hf_folder import FolderWeights
+from mptfoundry.checkpoints.reading import ModelSource, network_of
+from mptfoundry.errors import CheckpointError
+from mptfoundry.mpt.flops import count_parameters
+
+_TEXT = """A language model reads one token after another and learns to tell which comes next. "Why?", asked
+the reader on 3 May 1994, "and how would one know?" Così è, se vi pare: Größe und Maß, 言葉, naïve façade.
+
+def rows(table):
+    for key, value in sorted(table.items()):
+        yield f"{key}\\t{value / 2:.3f}"  # two columns
+
+The same holds for code, for numbers such as 3.14159, and for lists: first, second, third."""
+_LONGEST = 512
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Logits of an exported folder beside those of its checkpoint, over the tokens of one text.
+
+    Attributes:
+        tokens: Of the text.
+        layers: That were compared, from the first.
+        all_layers: Of the model.
+        difference: Largest difference in float64, both sides from the exported weights.
+        float32_rounding: Root mean square of what float32 changes in transformers' logits.
+        export_rounding: Largest change of a logit by rounding the weights to the exported dtype.
+    """
+
+    tokens: int
+    layers: int
+    all_layers: int
+    difference: float
+    float32_rounding: float
+    export_rounding: float
+
+    def __str__(self) -> str:
+        some = (
+            f", the first {self.layers} of {self.all_layers} layers" if self.layers < self.all_layers else ""
+        )
+        return (
+            f"Logits of transformers and of the checkpoint over {self.tokens} tokens{some}: they differ by "
+            f"at most {self.difference:.1e} (float32 rounds by {self.float32_rounding:.1e}). Rounding the "
+            f"weights moves them by at most {self.export_rounding:.1e}."
+        )
+
+
+def compare_logits(
+    source: ModelSource,
+    folder: Path,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    *,
+    memory_bytes: int = 8 << 30,
+) -> Comparison:
+    """Compare an exported folder with the model that it was made from.
+
+    A model too large for `memory_bytes` in float64 is compared over its first layers, which shows every
+    switch of the architecture, and all its weights bit by bit.
+
+    Raises:
+        CheckpointError: The logits or the weights differ.
+    """
+    config = source.config
+    ids = torch.tensor([tokenizer(_TEXT)["input_ids"][: min(_LONGEST, config.max_seq_len)]])
+    cut = replace(config, n_layers=_layers_within(source, memory_bytes))
+    exact, ours = _our_logits(replace(source, config=cut), ids, dtype)
+    theirs_float32, theirs = _their_logits(folder, ids, cut.n_layers)
+    comparison = Comparison(
+        tokens=ids.shape[1],
+        layers=cut.n_layers,
+        all_layers=config.n_layers,
+        difference=(ours - theirs).abs().max().item(),
+        float32_rounding=_rms(theirs_float32 - theirs),
+        export_rounding=(exact - ours).abs().max().item(),
+    )
+    # Their softmax is float32 even in float64, so that their own rounding is the yardstick here too.
+    if not _rms(ours - theirs) <= 2 * comparison.float32_rounding:
+        raise CheckpointError(
+            f"{folder.name}: the export does not give the checkpoint's logits. {comparison}"
+        )
+    if cut.n_layers < config.n_layers:
+        _check_bits(source, folder, dtype)
+    return comparison
+
+
+def _layers_within(source: ModelSource, memory_bytes: int) -> int:
+    config = source.config
+    one = count_parameters(replace(config, n_layers=1))
+    block = count_parameters(replace(config, n_layers=2)) - one
+    return max(1, min(config.n_layers, 1 + (memory_bytes // 8 - one) // block))
+
+
+@torch.inference_mode()
+def _our_logits(
+    source: ModelSource, ids: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits in float64, from the weights as they are and as they are rounded to `dtype`."""
+    network = network_of(source, dtype=torch.float64)
+    exact = network(ids).logits
+    for parameter in network.parameters():
+        parameter.copy_(parameter.to(dtype))
+    return exact, network(ids).logits
+
+
+@torch.inference_mode()
+def _their_logits(folder: Path, ids: torch.Tensor, n_layers: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of transformers' classes in float32 and in float64, from the folder."""
+    from transformers import AutoTokenizer, MptForCausalLM
+    from transformers.utils import logging as their_logging
+
+    before = their_logging.get_verbosity()
+    their_logging.set_verbosity_error()
+    try:
+        AutoTokenizer.from_pretrained(folder)
+        model: Any = MptForCausalLM.from_pretrained(folder, n_layers=n_layers, torch_dtype=torch.float32)
+    finally:
+        their_logging.set_verbosity(before)
+    model.eval()
+    return model(ids).logits.double(), model.double()(ids).logits
+
+
+def _check_bits(source: ModelSource, folder: Path, dtype: torch.dtype) -> None:
+    written = FolderWeights(folder)
+    for name, tensor in source.tensors(dtype):
+        if not torch.equal(written.read(name), tensor):
+            raise CheckpointError(f"{folder.name}: {name} was not written as it was read.")
+
+
+def _rms(difference: torch.Tensor) -> float:
+    return difference.pow(2).mean().sqrt().item()

@@ -1,0 +1,395 @@
+"""Text out of a network: sampling, streaming, and a chat at the terminal.
+
+The prompts of a batch are padded on the left, so that all continue at the same column. The prompt goes
+through the network once; each further token costs one column, over keys and values kept in a cache of fixed
+size.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mptfoundry.errors import ConfigError
+from mptfoundry.mpt.config import MPTConfig
+
+if TYPE_CHECKING:
+    from mptfoundry.mpt.network import MPT
+
+log = logging.getLogger(__name__)
+
+
+def generate(
+    network: MPT,
+    input_ids: torch.Tensor,
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    eos_token_id: int | Sequence[int] | None = None,
+    seed: int = 17,
+    attention_mask: torch.Tensor | None = None,
+    stream: Callable[[torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Continue token ids.
+
+    Args:
+        network: In eval mode.
+        input_ids: (batch, seq) int64; shorter rows are padded on the left.
+        max_new_tokens: Tokens to add at most.
+        temperature: Logits are divided by it before the draw; 0: always the likeliest token.
+        top_k: Draw among this many likeliest tokens; 0: all.
+        top_p: Draw among the likeliest tokens that together reach this probability
+            (https://arxiv.org/abs/1904.09751).
+        eos_token_id: A row ends after this token, or any of these.
+        seed: Of the draw.
+        attention_mask: (batch, seq) bool, false where a row is padded.
+        stream: Called after each step with the new ids (batch,).
+
+    Returns:
+        (batch, seq + new) int64: the prompts and what follows. A row that ended is filled up with the last
+        of its tokens.
+
+    Raises:
+        ConfigError: Prompt and new tokens don't fit the model's learned positions.
+    """
+    done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+    columns = [input_ids]
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    for ids in _steps(network, input_ids, attention_mask, max_new_tokens, sampling, eos_token_id, done):
+        columns.append(ids[:, None])
+        if stream is not None:
+            stream(ids)
+    return torch.cat(columns, dim=1)
+
+
+def generate_text(
+    network: MPT,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 17,
+    stop: Sequence[str] = (),
+    stream: Callable[[int, str], None] | None = None,
+) -> list[str]:
+    """Continue texts, as one batch.
+
+    Args:
+        network: In eval mode.
+        tokenizer: The network's.
+        prompts: An empty one starts at the tokenizer's beginning-of-text token.
+        max_new_tokens: Tokens to add at most.
+        temperature, top_k, top_p, seed: As in `generate`.
+        stop: A continuation ends before any of these texts.
+        stream: Called with the prompt's number and each new piece of its continuation; whole characters only.
+
+    Returns:
+        The continuations, without the prompts and without special tokens.
+    """
+    encoded = [encode_prompt(tokenizer, prompt, network.config) for prompt in prompts]
+    return _continue(
+        network, tokenizer, encoded, max_new_tokens, Sampling(temperature, top_k, top_p, seed), stop, stream
+    )
+
+
+def encode_prompt(tokenizer: Any, prompt: str, config: MPTConfig) -> list[int]:
+    """The ids of a prompt, at least one; raises ConfigError for ids that the model does not have."""
+    ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if begin is None:
+            raise ConfigError("prompts: an empty prompt needs a tokenizer with a beginning-of-text token.")
+        ids = [begin]
+    if max(ids) >= config.vocab_size:
+        raise ConfigError(
+            f"tokenizer: a prompt has the token id {max(ids)}, the model's vocabulary ends at "
+            f"{config.vocab_size - 1}. Use the model's own tokenizer."
+        )
+    return ids
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen; the fields are those of `generate`."""
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 17
+
+
+def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
+    """The next ids (batch,) from logits (batch, vocab)."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[-1]:
+        kept, ids = logits.topk(sampling.top_k, dim=-1)
+    elif sampling.top_p < 1:
+        kept, ids = logits.sort(dim=-1, descending=True)
+    else:
+        return _draw(logits.softmax(dim=-1), generator)
+    probabilities = kept.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities
+    probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    return ids.gather(-1, _draw(probabilities, generator)[:, None])[:, 0]
+
+
+def _draw(weights: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.multinomial(weights, 1, generator=generator)[:, 0]
+
+
+def _steps(
+    network: MPT,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_token_id: int | Sequence[int] | None,
+    done: torch.Tensor,
+) -> Iterator[torch.Tensor]:
+    """Yield the next ids (batch,) until all rows are done; `done` (batch,) may be set by the caller too."""
+    from mptfoundry.mpt.network import KVCache
+
+    batch, prompt_len = input_ids.shape
+    total = prompt_len + max_new_tokens
+    check_length(network.config, total)
+    device = input_ids.device
+    generator = torch.Generator(device).manual_seed(sampling.seed)
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    end_ids = torch.tensor(ends, dtype=torch.int64, device=device)
+    cache = KVCache(network.config, batch, total, device=device, dtype=next(network.parameters()).dtype)
+    mask = None
+    if attention_mask is not None and not attention_mask.all():
+        mask = torch.ones(batch, total, dtype=torch.bool, device=device)
+        mask[:, :prompt_len] = attention_mask
+    ids, length = input_ids, prompt_len
+    last = input_ids[:, -1]
+    while length < total:
+        with torch.inference_mode():
+            visible = None if mask is None else mask[:, :length]
+            logits = network(ids, attention_mask=visible, cache=cache, last_only=True).logits[:, -1]
+            last = torch.where(done, last, choose(logits, sampling, generator))
+        yield last
+        done |= torch.isin(last, end_ids)
+        if done.all():
+            return
+        ids, length = last[:, None], length + 1
+
+
+def check_length(config: MPTConfig, length: int) -> None:
+    """Raise ConfigError where learned positions end before `length` tokens; warn past what was trained."""
+    if length <= config.max_seq_len:
+        return
+    if config.has_learned_positions:
+        raise ConfigError(
+            f"max_new_tokens: prompt and continuation are {length} tokens, the model has "
+            f"{config.max_seq_len} learned positions. Shorten one of them."
+        )
+    log.warning(
+        "%d tokens are more than the model was made for (max_seq_len: %d).", length, config.max_seq_len
+    )
+
+
+def _continue(
+    network: MPT,
+    tokenizer: Any,
+    encoded: Sequence[list[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: Sequence[str],
+    stream: Callable[[int, str], None] | None,
+) -> list[str]:
+    """The continuations of encoded prompts; the row's number and each piece go to `stream`."""
+    device = next(network.parameters()).device
+    width = max(len(ids) for ids in encoded)
+    input_ids = torch.tensor([[ids[0]] * (width - len(ids)) + ids for ids in encoded], device=device)
+    lengths = torch.tensor([len(ids) for ids in encoded], device=device)
+    mask = torch.arange(width, device=device) >= width - lengths[:, None]
+    done = torch.zeros(len(encoded), dtype=torch.bool, device=device)
+    rows = [TextStream(tokenizer, tuple(stop)) for _ in encoded]
+    end = tokenizer.eos_token_id
+
+    def show(number: int, piece: str) -> None:
+        if piece and stream is not None:
+            stream(number, piece)
+
+    for ids in _steps(network, input_ids, mask, max_new_tokens, sampling, end, done):
+        for number, (row, token) in enumerate(zip(rows, ids.tolist(), strict=True)):
+            if not row.ended:
+                row.ended = token == end
+                show(number, "" if row.ended else row.add(token))
+                done[number] = row.ended
+    for number, row in enumerate(rows):
+        show(number, row.finish())
+    return [row.text for row in rows]
+
+
+@dataclass
+class TextStream:
+    """Turns ids that come one by one into pieces of text that never split a character or a stop text.
+
+    Attributes:
+        tokenizer: Decodes the ids.
+        stop: Texts that end the stream; neither they nor what follows is given out.
+        text: All that was given out.
+        ended: No more is given out.
+    """
+
+    tokenizer: Any
+    stop: tuple[str, ...] = ()
+    text: str = ""
+    ended: bool = False
+    _context: list[int] = field(default_factory=list)
+    _pending: list[int] = field(default_factory=list)
+    _held: str = ""
+
+    def add(self, token: int) -> str:
+        """The text that became certain with this id; often empty within a character of many bytes."""
+        self._pending.append(token)
+        piece = self._decoded()
+        if piece.endswith("\ufffd"):
+            return ""
+        self._context, self._pending = self._pending, []
+        return self._give(piece, is_last=False)
+
+    def finish(self) -> str:
+        """What was held back."""
+        return self._give(self._decoded() if self._pending else "", is_last=True)
+
+    def _decoded(self) -> str:
+        """The pending ids as text, decoded behind those before them: some tokenizers trim the first."""
+        before = self._decode(self._context)
+        return self._decode(self._context + self._pending)[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _give(self, piece: str, *, is_last: bool) -> str:
+        text = self._held + piece
+        found = [place for place in map(text.find, self.stop) if place >= 0]
+        if found:
+            self.ended = True
+            text, self._held = text[: min(found)], ""
+        else:
+            held = 0 if is_last else max((_overlap(text, stop) for stop in self.stop), default=0)
+            text, self._held = text[: len(text) - held], text[len(text) - held :]
+        self.text += text
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` could begin `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _print(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def chat(
+    network: MPT,
+    tokenizer: Any,
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.8,
+    top_k: int = 0,
+    top_p: float = 0.95,
+    seed: int = 17,
+    stop: Sequence[str] = (),
+    system: str | None = None,
+    input_fn: Callable[[str], str] = input,
+    output_fn: Callable[[str], None] = _print,
+) -> None:
+    """Talk with a model until `/quit`, Ctrl-D or Ctrl-C; `/new` begins again.
+
+    A tokenizer with a chat template makes it a talk in turns. Without one each line is continued as plain
+    text. What no longer fits into `max_seq_len` is left out from the front, with a note.
+
+    Args:
+        network: In eval mode.
+        tokenizer: The network's.
+        max_new_tokens: Of an answer.
+        temperature, top_k, top_p, seed: As in `generate`; the seed grows by one with each answer.
+        stop: Texts that end an answer.
+        system: What the talk begins with.
+        input_fn: Asks for a line.
+        output_fn: Shows a piece of text; adds no line break.
+    """
+    talk = _Talk(tokenizer, network.config, system, max_new_tokens)
+    if tokenizer.chat_template is None:
+        output_fn("The tokenizer has no chat template: your lines are continued as plain text.\n")
+    output_fn("/quit ends, /new begins again.\n")
+    try:
+        while True:
+            line = input_fn("> ")
+            if line.strip() == "/quit":
+                return
+            if line.strip() == "/new":
+                talk = _Talk(tokenizer, network.config, system, max_new_tokens)
+                continue
+            ids, left_out = talk.ask(line)
+            if left_out:
+                output_fn(
+                    f"({left_out} tokens from the beginning of the talk no longer fit and are left out.)\n"
+                )
+            sampling = Sampling(temperature, top_k, top_p, seed)
+            seed += 1
+            answer = _continue(
+                network, tokenizer, [ids], max_new_tokens, sampling, stop, lambda _, piece: output_fn(piece)
+            )
+            talk.answered(answer[0])
+            output_fn("\n")
+    except (EOFError, KeyboardInterrupt):
+        output_fn("\n")
+
+
+class _Talk:
+    """What was said so far, and the ids that the next answer continues."""
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: MPTConfig,
+        system: str | None,
+        max_new_tokens: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+        self.system = system
+        self.turns: list[dict[str, str]] = []
+        self.room = max(1, config.max_seq_len - max_new_tokens)
+
+    def ask(self, line: str) -> tuple[list[int], int]:
+        """Add a line; returns the ids to continue, and how many tokens had to be left out."""
+        self.turns.append({"role": "user", "content": line})
+        ids = whole = self._encoded()
+        while len(ids) > self.room and len(self.turns) > 1:
+            del self.turns[:2]
+            ids = self._encoded()
+        ids = ids[-self.room :]
+        return ids, len(whole) - len(ids)
+
+    def answered(self, text: str) -> None:
+        """Add the model's answer."""
+        self.turns.append({"role": "assistant", "content": text})
+
+    def _encoded(self) -> list[int]:
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        if self.tokenizer.chat_template is None:
+            text = "".join(turn["content"] for turn in system + self.turns)
+            return encode_prompt(self.tokenizer, text, self.config)
+        return list(
+            self.tokenizer.apply_chat_template(
+                system + self.turns, add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        )
