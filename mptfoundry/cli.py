@@ -7,7 +7,9 @@ so that `--help` and `check` answer at once.
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -19,7 +21,9 @@ from mptfoundry.errors import ConfigError, MPTFoundryError
 
 if TYPE_CHECKING:
     from mptfoundry.config.run import TrainConfig
+    from mptfoundry.config.verbs import GenerateConfig
 
+KEY = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
 SECONDS_TO_WAIT_FOR_RANK_0 = 10.0
 
 
@@ -57,69 +61,64 @@ def _check(words: list[str]) -> None:
 
 
 def _eval(words: list[str]) -> None:
-    from mptfoundry.config.load import parse_words
-    from mptfoundry.config.verbs import EvalConfig
-
-    options = parse_words(_name_first(words, "model"), EvalConfig)
+    options = _options(words, "EvalConfig", "model")
     from mptfoundry.evaluate import evaluate, results_table
 
-    print(results_table(evaluate(options)))
+    results = evaluate(options)
+    if _rank() == 0:
+        print(results_table(results))
 
 
 def _prepare(words: list[str]) -> None:
-    from mptfoundry.config.load import parse_words
-    from mptfoundry.config.verbs import PrepareConfig
+    options = _options(words, "PrepareConfig", rest="inputs")
+    from mptfoundry.data.prepare import prepare
 
-    inputs = [word for word in words if "=" not in word]
-    named = [word for word in words if "=" in word]
-    if inputs:
-        named.insert(0, f"inputs={_quoted_list(inputs)}")
-    options = parse_words(named, PrepareConfig)
-    from mptfoundry.build import build_prepare
-
-    print(build_prepare(options))
+    print(prepare(**vars(options)))
 
 
 def _preview(words: list[str]) -> None:
-    from mptfoundry.config.load import parse_words
-    from mptfoundry.config.verbs import PreviewConfig
+    options = _options(words, "PreviewConfig", "data")
+    from mptfoundry.data.preview import preview
 
-    options = parse_words(_name_first(words, "data"), PreviewConfig)
-    from mptfoundry.build import build_preview
-
-    print(build_preview(options))
+    print(preview(**vars(options)))
 
 
 def _export(words: list[str]) -> None:
-    from mptfoundry.config.load import parse_words
-    from mptfoundry.config.verbs import ExportConfig
+    options = _options(words, "ExportConfig", "model", "out")
+    from mptfoundry.export.native import export
 
-    options = parse_words(_name_first(words, "model", "out"), ExportConfig)
-    from mptfoundry.build import build_export
-
-    print(build_export(options))
+    print(
+        export(
+            options.model,
+            options.out,
+            dtype=options.dtype,
+            tokenizer=options.tokenizer,
+            shard_bytes=options.shard_bytes,
+            overwrite=options.overwrite,
+        )
+    )
 
 
 def _generate(words: list[str]) -> None:
-    from mptfoundry.config.load import parse_words
-    from mptfoundry.config.verbs import GenerateConfig
-
-    options = parse_words(_name_first(words, "model"), GenerateConfig)
+    options = _options(words, "GenerateConfig", "model", rest="prompts")
     if not options.prompts:
-        raise ConfigError("prompts: is not given. Say what to continue: prompts='[\"Once upon a time\"]'.")
-    from mptfoundry.build import build_generator
+        raise ConfigError(
+            'prompts: none is given. Say what to continue: mptfoundry generate MODEL "Once upon".'
+        )
+    from mptfoundry.generation import generate_text
 
-    build_generator(options).print_continuations(options.prompts)
+    network, tokenizer = _load_network(options)
+    texts = generate_text(network, tokenizer, options.prompts, **_sampling(options))
+    for prompt, text in zip(options.prompts, texts, strict=True):
+        print(f"{prompt}{text}\n")
 
 
 def _chat(words: list[str]) -> None:
-    from mptfoundry.config.load import parse_words
-    from mptfoundry.config.verbs import GenerateConfig
+    options = _options(words, "GenerateConfig", "model")
+    from mptfoundry.generation import chat
 
-    options = parse_words(_name_first(words, "model"), GenerateConfig)
-    from mptfoundry.build import build_generator
-
-    build_generator(options).chat()
+    network, tokenizer = _load_network(options)
+    chat(network, tokenizer, system=options.system, **_sampling(options))
 
 
 def _explain(words: list[str]) -> None:
@@ -129,11 +128,34 @@ def _explain(words: list[str]) -> None:
 
 
 def _doctor(words: list[str]) -> None:
-    if words:
-        raise ConfigError(f"doctor: takes no words, but was given {' '.join(words)}.")
-    from mptfoundry.doctor import doctor
+    from mptfoundry.doctor import doctor, troubles
 
     print(doctor())
+    if troubles():
+        raise MPTFoundryError("something that training needs is missing here; see above.")
+
+
+def _load_network(options: GenerateConfig) -> tuple[Any, Any]:
+    """The network in the dtype asked for, on the GPU if there is one, and its tokenizer."""
+    import torch
+
+    from mptfoundry.checkpoints.reading import load_network
+    from mptfoundry.tokenizer import load_tokenizer
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    dtype = dtypes.get(options.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
+    network, tokenizer = load_network(options.model, device=device, dtype=dtype)
+    if options.tokenizer:
+        tokenizer = load_tokenizer(options.tokenizer)
+    if tokenizer is None:
+        raise ConfigError(f"tokenizer: {options.model} has none. Name the one it was trained with.")
+    return network, tokenizer
+
+
+def _sampling(options: GenerateConfig) -> dict[str, Any]:
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    return {name: getattr(options, name) for name in names}
 
 
 @dataclass(frozen=True)
@@ -192,8 +214,8 @@ VERBS = {
     "generate": Verb(
         _generate,
         "continue a text",
-        "MODEL prompts=LIST [key=value ...]",
-        "mptfoundry generate hf/mpt-125m prompts='[\"Once upon a time\"]' temperature=0.7",
+        "MODEL PROMPT ... [key=value ...]",
+        "mptfoundry generate hf/mpt-125m 'Once upon a time' temperature=0.7",
     ),
     "chat": Verb(_chat, "talk with a model", "MODEL [key=value ...]", "mptfoundry chat hf/mpt-7b-chat"),
     "doctor": Verb(
@@ -236,18 +258,22 @@ def _load_config(words: list[str]) -> TrainConfig:
     return config
 
 
-def _name_first(words: list[str], *names: str) -> list[str]:
-    """Gives the leading words without `=` their names: `runs/a hf/a dtype=fp32` -> `model=runs/a ...`."""
-    named = list(words)
-    for index, name in enumerate(names):
-        if index >= len(words) or "=" in words[index]:
-            break
-        named[index] = f"{name}={words[index]}"
-    return named
+def _options(words: list[str], schema: str, *names: str, rest: str | None = None) -> Any:
+    """The words of a verb as its options: the leading ones without `key=` get `names`, further ones `rest`.
 
+    `runs/a hf/a dtype=fp32` with the names `model`, `out` is `model=runs/a out=hf/a dtype=fp32`.
+    """
+    from mptfoundry.config import verbs
+    from mptfoundry.config.load import parse_words
 
-def _quoted_list(texts: Sequence[str]) -> str:
-    return "[" + ",".join("'" + text.replace("'", "\\'") + "'" for text in texts) + "]"
+    bare = [word for word in words if not KEY.match(word)]
+    named = [f"{name}={json.dumps(word)}" for name, word in zip(names, bare, strict=False)]
+    left = bare[len(names) :]
+    if left and rest:
+        named.append(f"{rest}={json.dumps(left)}")
+    elif left:
+        raise ConfigError(f"{left[0]}: is no key=value. Put = between a key and its value.")
+    return parse_words([*named, *(word for word in words if KEY.match(word))], getattr(verbs, schema))
 
 
 def _rank() -> int:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mptfoundry"
 FLOORS = [
     ["errors", "mpt"],
-    ["config", "plan", "tokenizer", "checkpoints"],
+    ["config", "devices", "resolve", "plan", "tokenizer", "checkpoints"],
     ["models", "data", "optim", "callbacks", "evals", "generation", "export"],
     ["build"],
     ["train", "evaluate", "doctor"],

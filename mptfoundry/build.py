@@ -1,0 +1,257 @@
+"""Config -> objects: one function a section, over plain tables of names.
+
+The rooms below know nothing of configs nor of one another; here they meet. A user's `code_paths` may add to
+the tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import runpy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Algorithm, Callback, DataSpec, Evaluator
+from composer.loggers import LoggerDestination
+from composer.optim import DecoupledAdamW
+from composer.utils import dist
+from composer.utils.parallelism import FSDP2Config, FSDPConfig
+
+from mptfoundry.config import signatures
+from mptfoundry.config.data import LoaderConfig, TextLoaderConfig
+from mptfoundry.config.parallel import resolve_fsdp
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.data.text import build_text_loader
+from mptfoundry.devices import Device
+from mptfoundry.errors import ConfigError
+from mptfoundry.evals.token_loss import token_loss_metrics
+from mptfoundry.models.causal_lm import ComposerMPT
+from mptfoundry.mpt.attention import choose_backend
+from mptfoundry.mpt.network import MPT
+from mptfoundry.optim import schedules
+from mptfoundry.optim.clipping import GradientClipping
+from mptfoundry.optim.groups import parameter_groups
+from mptfoundry.optim.lion import DecoupledLionW
+from mptfoundry.optim.schedules import BatchSize, Schedule
+from mptfoundry.resolve import Resolved
+from mptfoundry.tokenizer import check_tokenizer, load_tokenizer, token_byte_lengths
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "decoupled_lionw": DecoupledLionW,
+    "decoupled_adamw": DecoupledAdamW,
+}
+SCHEDULERS: dict[str, Callable[..., Schedule]] = {
+    "constant_with_warmup": schedules.constant_with_warmup,
+    "cosine_with_warmup": schedules.cosine_with_warmup,
+    "linear_decay_with_warmup": schedules.linear_decay_with_warmup,
+    "inv_sqrt_with_warmup": schedules.inv_sqrt_with_warmup,
+    "warmup_stable_decay": schedules.warmup_stable_decay,
+}
+# `module:Class`, so that a callback is imported only where a config names it.
+CALLBACKS: dict[str, str | type] = {**signatures.CALLBACKS}
+LOGGERS: dict[str, str | type] = {**signatures.LOGGERS}
+ALGORITHMS: dict[str, str | type] = {**signatures.ALGORITHMS}
+
+
+def run_code_paths(config: TrainConfig) -> None:
+    """Runs the user's own files, which may add to the tables above; prints each with its hash.
+
+    Raises:
+        ConfigError: A file is missing, or the command line did not allow code.
+    """
+    for path in config.code_paths:
+        if not config.allow_code:
+            raise ConfigError(f"code_paths: {path} is code. Run it with allow_code=true on the command line.")
+        if not Path(path).is_file():
+            raise ConfigError(f"code_paths: {path} is missing. Name a Python file.")
+        if dist.get_global_rank() == 0:
+            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+            print(f"code_paths: running {path} (sha256 {digest})", flush=True)
+        runpy.run_path(path)
+
+
+def build_tokenizer(config: TrainConfig) -> Any:
+    """The run's tokenizer, whose ids the model has rows for."""
+    tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.kwargs, max_seq_len=config.max_seq_len)
+    check_tokenizer(tokenizer, config.model.vocab_size)
+    return tokenizer
+
+
+def build_model(config: TrainConfig, resolved: Resolved, device: Device, tokenizer: Any) -> ComposerMPT:
+    """The network as Composer trains and evaluates it; with FSDP and `meta`, not yet in memory."""
+    network_config = config.model.network()
+    try:
+        choose_backend(network_config, "cuda" if device.kind == "gpu" else "cpu")
+    except ValueError as error:
+        raise ConfigError(f"model.attn_config.attn_impl: {error}") from error
+    on_meta = resolved.init_device == "meta" or (
+        resolved.init_device == "mixed" and dist.get_local_rank() != 0
+    )
+    network = MPT(network_config, device="meta" if on_meta else "cpu", seed=None if on_meta else config.seed)
+    if config.compile_config is not None:
+        options = {key: value for key, value in asdict(config.compile_config).items() if value}
+        for block in network.transformer.blocks:
+            block.compile(**options)
+    metrics = token_loss_metrics(token_byte_lengths(tokenizer, config.model.vocab_size))
+    return ComposerMPT(network, eval_metrics=metrics, tokenizer=tokenizer, seed=config.seed)
+
+
+@dataclass(frozen=True)
+class LoaderContext:
+    """What a loader has in common with the run; lengths in tokens, batches in rows of one device."""
+
+    tokenizer: Any
+    max_seq_len: int
+    vocab_size: int
+    device_batch_size: int
+    seed: int
+    num_workers: int
+    sequence_ids: bool
+    is_training: bool
+    where: str
+
+
+def _text_loader(loader: TextLoaderConfig, context: LoaderContext) -> DataSpec:
+    """Shards of tokens or raw text, mixed by proportion."""
+    own = {"streams", "remote", "local", "split", "max_seq_len", "shuffle", "shuffle_seed", "replication"}
+    dataset = loader.dataset
+    streaming = {
+        field.name: getattr(dataset, field.name)
+        for field in fields(dataset)
+        if field.name not in own and getattr(dataset, field.name) is not None
+    }
+    return build_text_loader(
+        streams=_given(dataset.streams),
+        remote=dataset.remote,
+        local=dataset.local,
+        split=dataset.split,
+        tokenizer=context.tokenizer,
+        max_seq_len=context.max_seq_len,
+        vocab_size=context.vocab_size,
+        device_batch_size=context.device_batch_size,
+        shuffle=context.is_training if dataset.shuffle is None else dataset.shuffle,
+        seed=context.seed,
+        drop_last=context.is_training if loader.drop_last is None else loader.drop_last,
+        num_workers=context.num_workers,
+        sequence_ids=context.sequence_ids,
+        pin_memory=loader.pin_memory and torch.cuda.is_available(),
+        prefetch_factor=loader.prefetch_factor,
+        persistent_workers=loader.persistent_workers,
+        timeout=loader.timeout,
+        where=context.where,
+        **streaming,
+    )
+
+
+LOADERS: dict[str, Callable[[Any, LoaderContext], DataSpec]] = {"text": _text_loader}
+
+
+def build_train_loader(config: TrainConfig, resolved: Resolved, device: Device, tokenizer: Any) -> DataSpec:
+    """The training batches of this rank."""
+    context = LoaderContext(
+        tokenizer=tokenizer,
+        max_seq_len=config.max_seq_len,
+        vocab_size=config.model.vocab_size,
+        device_batch_size=config.global_train_batch_size // device.count,
+        seed=config.seed,
+        num_workers=resolved.num_workers["train"],
+        sequence_ids=config.model.attn_config.attn_uses_sequence_id,
+        is_training=True,
+        where="train_loader",
+    )
+    return LOADERS[config.train_loader.name](config.train_loader, context)
+
+
+def build_evaluators(
+    loaders: Mapping[str, LoaderConfig], contexts: Mapping[str, LoaderContext]
+) -> list[Evaluator]:
+    """One evaluator a label."""
+    return [
+        Evaluator(label=label, dataloader=LOADERS[loader.name](loader, contexts[label]))
+        for label, loader in loaders.items()
+    ]
+
+
+def build_eval_loaders(config: TrainConfig, resolved: Resolved, tokenizer: Any) -> list[Evaluator]:
+    """The evaluations of a training run."""
+    contexts = {
+        label: LoaderContext(
+            tokenizer=tokenizer,
+            max_seq_len=config.max_seq_len,
+            vocab_size=config.model.vocab_size,
+            device_batch_size=resolved.device_eval_batch_size,
+            seed=config.seed,
+            num_workers=resolved.num_workers[label],
+            sequence_ids=config.model.attn_config.attn_uses_sequence_id,
+            is_training=False,
+            where=f"eval_loader {label}",
+        )
+        for label in config.eval_loaders
+    }
+    return build_evaluators(config.eval_loaders, contexts)
+
+
+def build_optimizer(config: TrainConfig, model: ComposerMPT) -> torch.optim.Optimizer:
+    """The optimizer over the network's parameters, in groups; frozen ones are left out."""
+    options = asdict(config.optimizer)
+    name, groups, frozen = (options.pop(key) for key in ("name", "param_groups", "disable_grad"))
+    given = [{key: value for key, value in group.items() if value is not None} for group in groups]
+    parameters = parameter_groups(model.model.named_parameters(), param_groups=given, disable_grad=frozen)
+    return OPTIMIZERS[name](parameters, **options)
+
+
+def build_scheduler(config: TrainConfig) -> Schedule:
+    """The learning rate's schedule, its times in any unit."""
+    options = asdict(config.scheduler)
+    name = options.pop("name")
+    options.pop("scale_warmup", None)
+    rows = config.global_train_batch_size
+    return SCHEDULERS[name](**options, batch=BatchSize(rows, rows * config.max_seq_len))
+
+
+def build_algorithms(config: TrainConfig) -> list[Algorithm]:
+    """Composer's algorithms; the gradient's norm is always measured, and clipped where asked."""
+    given = dict(config.algorithms)
+    clipping = GradientClipping(**given.pop("gradient_clipping", {}))
+    return [clipping, *(_make(ALGORITHMS, name, kwargs) for name, kwargs in given.items())]
+
+
+def build_callbacks(config: TrainConfig) -> list[Callback]:
+    """The callbacks that the config names."""
+    return [_make(CALLBACKS, name, kwargs) for name, kwargs in config.callbacks.items()]
+
+
+def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
+    """The loggers that the config names."""
+    return [_make(LOGGERS, name, kwargs) for name, kwargs in config.loggers.items()]
+
+
+def build_parallelism(config: TrainConfig, resolved: Resolved, device: Device) -> dict[str, Any] | None:
+    """Composer's parallelism: one of its two FSDP configs, or None where each device holds a whole copy."""
+    if config.fsdp_config is None:
+        return None
+    version, options, _ = resolve_fsdp(config.fsdp_config, device_type=device.kind, microbatch_auto=False)
+    return {"fsdp": FSDP2Config(**options) if version == 2 else FSDPConfig(**options)}
+
+
+def _make(table: Mapping[str, str | type], name: str, kwargs: Mapping[str, Any]) -> Any:
+    """An instance of the class that `name` stands for; its module is imported only now."""
+    entry = table[name]
+    if isinstance(entry, str):
+        module, _, attribute = entry.partition(":")
+        entry = getattr(importlib.import_module(module), attribute)
+    return entry(**kwargs)
+
+
+def _given(streams: Mapping[str, Any] | None) -> dict[str, dict[str, Any]] | None:
+    """The streams as plain values, without what was not given."""
+    if streams is None:
+        return None
+    return {
+        name: {key: value for key, value in asdict(stream).items() if value is not None}
+        for name, stream in streams.items()
+    }

@@ -1,0 +1,133 @@
+"""Evaluation of a finished model: `evaluate(options)` measures its loss on labelled held-out text.
+
+Every token counts once, whatever the batch size and the number of ranks (see evals/token_loss.py).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer import Trainer
+from composer.utils import dist
+
+from mptfoundry import build
+from mptfoundry.checkpoints.reading import ModelSource, network_of, open_model, tokenizer_of
+from mptfoundry.checkpoints.writing import whole_or_absent
+from mptfoundry.config.data import LoaderConfig
+from mptfoundry.config.load import load_train_config
+from mptfoundry.config.verbs import EvalConfig
+from mptfoundry.devices import Device, detect_device
+from mptfoundry.errors import ConfigError
+from mptfoundry.evals.token_loss import token_loss_metrics
+from mptfoundry.models.causal_lm import ComposerMPT
+from mptfoundry.resolve import choose_precision, choose_workers
+from mptfoundry.tokenizer import check_tokenizer, load_tokenizer, token_byte_lengths
+
+EVAL_BATCH_SIZE = 8
+
+Results = dict[str, dict[str, float]]
+
+
+def evaluate(options: EvalConfig) -> Results:
+    """Loss, perplexity and bits per byte of a model on each of its labelled loaders.
+
+    Returns:
+        label -> metric -> value; `LanguageCrossEntropy` in nats per token. Also written to `options.out`.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: Something named is missing or doesn't fit.
+    """
+    device = detect_device()
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(device.kind, timeout=options.dist_timeout)
+    source = open_model(options.model)
+    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else tokenizer_of(source)
+    if tokenizer is None:
+        raise ConfigError(f"tokenizer: {options.model} has none. Name the one it was trained with.")
+    check_tokenizer(tokenizer, source.config.vocab_size)
+    loaders = _loaders(options, source)
+    max_seq_len = options.max_seq_len or source.config.max_seq_len
+    batch_size = (
+        EVAL_BATCH_SIZE if options.device_eval_batch_size == "auto" else options.device_eval_batch_size
+    )
+    contexts = {
+        label: build.LoaderContext(
+            tokenizer=tokenizer,
+            max_seq_len=max_seq_len,
+            vocab_size=source.config.vocab_size,
+            device_batch_size=batch_size,
+            seed=options.seed,
+            num_workers=_workers(loader, device),
+            sequence_ids=source.config.attn_config.attn_uses_sequence_id,
+            is_training=False,
+            where=f"eval_loader {label}",
+        )
+        for label, loader in loaders.items()
+    }
+    metrics = token_loss_metrics(token_byte_lengths(tokenizer, source.config.vocab_size))
+    trainer = Trainer(
+        model=ComposerMPT(network_of(source, dtype=torch.float32), eval_metrics=metrics, tokenizer=tokenizer),
+        eval_dataloader=build.build_evaluators(loaders, contexts),
+        eval_subset_num_batches=options.eval_subset_num_batches,
+        device=device.kind,
+        precision=choose_precision(device)[0] if options.precision == "auto" else options.precision,
+        seed=options.seed,
+        progress_bar=True,
+        python_log_level="warning",
+        dist_timeout=options.dist_timeout,
+    )
+    trainer.eval()
+    results = {
+        label: {name: float(metric.compute()) for name, metric in metrics.items()}
+        for label, metrics in trainer.state.eval_metrics.items()
+    }
+    trainer.close()
+    if dist.get_global_rank() == 0:
+        _write(results, options, source)
+    return results
+
+
+def results_table(results: Results) -> str:
+    """The results as a table, a label a row."""
+    names = list(next(iter(results.values())))
+    width = max(len("label"), *(len(label) for label in results))
+    lines = ["  ".join([f"{'label':{width}}", *names])]
+    for label, metrics in results.items():
+        cells = (f"{_short(metrics[name]):>{len(name)}}" for name in names)
+        lines.append("  ".join([f"{label:{width}}", *cells]))
+    return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value == int(value) and abs(value) >= 1000 else f"{value:.4f}"
+
+
+def _loaders(options: EvalConfig, source: ModelSource) -> dict[str, LoaderConfig]:
+    """Those that the command names, or else those of the run that the model came from."""
+    if options.eval_loaders:
+        return options.eval_loaders
+    if source.run_folder is not None:
+        config, _ = load_train_config(source.run_folder / "config.yaml", [])
+        if config.eval_loaders:
+            return config.eval_loaders
+    raise ConfigError(
+        f"eval_loader: is not given, and {options.model} belongs to no run that has one. "
+        "Say what to evaluate on: eval_loader.name=text eval_loader.dataset.local=SHARDS "
+        "eval_loader.dataset.split=val."
+    )
+
+
+def _workers(loader: LoaderConfig, device: Device) -> int:
+    return choose_workers(device)[0] if loader.num_workers == "auto" else loader.num_workers
+
+
+def _write(results: Results, options: EvalConfig, source: ModelSource) -> None:
+    folder = source.path if source.path.is_dir() else source.path.parent
+    out = Path(options.out) if options.out else folder / "eval.json"
+    content: dict[str, Any] = {"model": str(source.path), "results": results, "options": asdict(options)}
+    with whole_or_absent(out, overwrite=True) as path:
+        path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,171 @@
+"""A training run: `train(config)` builds what the config describes, and Composer's Trainer runs it.
+
+A run has one local folder: the resolved config, the tokenizer, `metrics.jsonl`, the report and, where they
+are saved, the checkpoints. Started again with the same command, it continues from its newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from composer import Trainer
+from composer.core import Callback, Time
+from composer.utils import dist
+
+from mptfoundry import build
+from mptfoundry.callbacks.console import ConsoleLine
+from mptfoundry.callbacks.metrics_file import MetricsFile
+from mptfoundry.callbacks.report import Report
+from mptfoundry.callbacks.rng_resume import restore_random_state
+from mptfoundry.callbacks.throughput import Throughput
+from mptfoundry.config.load import to_yaml
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.devices import Device, detect_device
+from mptfoundry.errors import CheckpointError, ConfigError
+from mptfoundry.plan import summary_table
+from mptfoundry.resolve import Resolved, resolve_auto
+
+
+def train(config: TrainConfig) -> Trainer:
+    """Trains the model of `config` to its `max_duration`, from its newest checkpoint if there is one.
+
+    Returns:
+        The trainer, finished: its `state` holds the model and the last measurements.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: Something that the config names is missing or doesn't fit.
+    """
+    device = detect_device()
+    resolved = resolve_auto(config, device)
+    set_up_process(config, device)
+    folder = run_folder(config)
+    say(summary_table(config, device))
+    build.run_code_paths(config)
+    tokenizer = build.build_tokenizer(config)
+    train_loader = build.build_train_loader(config, resolved, device, tokenizer)
+    evaluators = build.build_eval_loaders(config, resolved, tokenizer)
+    model = build.build_model(config, resolved, device, tokenizer)
+    write_run_files(config, folder, tokenizer)
+    trainer = Trainer(
+        model=model,
+        train_dataloader=train_loader,
+        eval_dataloader=evaluators,
+        optimizers=build.build_optimizer(config, model),
+        schedulers=build.build_scheduler(config),
+        algorithms=build.build_algorithms(config),
+        callbacks=build.build_callbacks(config),
+        loggers=[*build.build_loggers(config), *_own_callbacks(config, device, folder)],
+        parallelism_config=build.build_parallelism(config, resolved, device),
+        **_plain_arguments(config, resolved, device),
+    )
+    restore_random_state(trainer)
+    if config.log_config:
+        trainer.logger.log_hyperparameters({"config": to_yaml(config)})
+    if _is_finished(trainer):
+        say(f"{config.run_name} is finished: {trainer.state.timestamp.batch.value} batches are done.")
+    else:
+        if config.eval_first and trainer.state.timestamp.batch == 0:
+            trainer.eval()
+        trainer.fit()
+    trainer.close()
+    return trainer
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """The run's local folder: `save_folder` if that is local, else `runs/{run_name}`."""
+    if config.save_folder is not None and not urlparse(config.save_folder).scheme:
+        return Path(config.save_folder.format(run_name=config.run_name))
+    return Path("runs") / config.run_name
+
+
+def say(text: str) -> None:
+    """Prints on rank 0 alone."""
+    if dist.get_global_rank() == 0:
+        print(text, flush=True)
+
+
+def set_up_process(config: TrainConfig, device: Device) -> None:
+    """Settings that must stand before the first tensor, and the meeting of all ranks."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if device.kind == "gpu":
+        allocator = [f"expandable_segments:{config.expandable_segments}"]
+        if config.max_split_size_mb is not None:
+            allocator.append(f"max_split_size_mb:{config.max_split_size_mb}")
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ",".join(allocator))
+        os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY" if config.cuda_load_lazy else "EAGER")
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(device.kind, timeout=config.dist_timeout)
+
+
+def write_run_files(config: TrainConfig, folder: Path, tokenizer: Any) -> None:
+    """The resolved config and the tokenizer, which make the folder's checkpoints usable by themselves."""
+    if dist.get_global_rank() != 0:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+        tokenizer.save_pretrained(folder / "tokenizer")
+    except OSError as error:
+        raise ConfigError(
+            f"save_folder: {folder} can't be written to: {error.strerror}. Use a folder of yours on a disk "
+            "with space."
+        ) from error
+
+
+def _own_callbacks(config: TrainConfig, device: Device, folder: Path) -> list[Callback]:
+    """Always on: throughput first, since the others write what it measures."""
+    own: list[Callback] = [
+        Throughput(config.model.network(), peak_flops=device.peak_flops),
+        MetricsFile(folder),
+    ]
+    if config.log_to_console:
+        own.append(ConsoleLine(config.console_log_interval))
+    return [*own, Report(folder)]
+
+
+def _plain_arguments(config: TrainConfig, resolved: Resolved, device: Device) -> dict[str, Any]:
+    """The Trainer's arguments that the config gives as they are."""
+    load_path = None
+    if config.load_path is not None:
+        load_path = config.load_path.format(rank=dist.get_global_rank(), run_name=config.run_name)
+        if not urlparse(load_path).scheme and not Path(load_path).exists():
+            raise CheckpointError(f"load_path: {load_path} is missing. Name a checkpoint, or remove the key.")
+    return {
+        "device": device.kind,
+        "run_name": config.run_name,
+        "seed": config.seed,
+        "max_duration": config.max_duration,
+        "train_subset_num_batches": config.train_subset_num_batches,
+        "spin_dataloaders": config.spin_dataloaders,
+        "eval_interval": config.eval_interval,
+        "eval_subset_num_batches": config.eval_subset_num_batches,
+        "progress_bar": config.progress_bar,
+        "log_to_console": False,
+        "precision": resolved.precision,
+        "device_train_microbatch_size": resolved.device_train_microbatch_size,
+        "accumulate_train_batch_on_tokens": config.accumulate_train_batch_on_tokens,
+        "dist_timeout": config.dist_timeout,
+        "python_log_level": config.python_log_level,
+        "save_folder": config.save_folder and config.save_folder.format(run_name=config.run_name),
+        "save_filename": config.save_filename,
+        "save_latest_filename": config.latest_filename,
+        "save_interval": config.save_interval,
+        "save_num_checkpoints_to_keep": config.save_num_checkpoints_to_keep,
+        "save_overwrite": config.save_overwrite,
+        "save_weights_only": config.save_weights_only,
+        "save_ignore_keys": config.save_ignore_keys and list(config.save_ignore_keys),
+        "autoresume": config.resumes,
+        "load_path": load_path,
+        "load_weights_only": config.load_weights_only,
+        "load_strict_model_weights": config.load_strict_model_weights,
+        "load_ignore_keys": config.load_ignore_keys and list(config.load_ignore_keys),
+    }
+
+
+def _is_finished(trainer: Trainer) -> bool:
+    end = trainer.state.max_duration
+    assert isinstance(end, Time)
+    return trainer.state.timestamp.get(end.unit) >= end
