@@ -64,7 +64,7 @@ def doctor() -> str:
 
 
 def troubles() -> list[str]:
-    """What would keep a run from starting here, one sentence each; `mptfoundry doctor` exits with 1 if any."""
+    """What would keep a run from starting here, one sentence each; `mptfoundry doctor` exits with 1 then."""
     found = []
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
         found.append(f"Python {platform.python_version()} is not supported. Use 3.10, 3.11 or 3.12.")

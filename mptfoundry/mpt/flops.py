@@ -1,4 +1,4 @@
-"""How many parameters a network has and how much arithmetic it costs, from its config alone.
+"""How many parameters, FLOPs and activations a network has, from its config alone.
 
 Words: parameters are counted once when shared (tied embeddings). FLOPs are floating-point operations, a
 multiply-add is two; training is forward plus backward, which costs twice the forward. Recomputation by
@@ -46,6 +46,18 @@ def flops_per_token(config: MPTConfig, seq_len: int, *, causal: bool) -> int:
     if causal:
         attention = attention * (2 * seq_len - keys) // (2 * seq_len)
     return 6 * multiplied + attention
+
+
+def block_activations(config: MPTConfig) -> int:
+    """Numbers for each token that a block's forward keeps for its backward, attention being a fused kernel:
+    what goes into the norms and matrices, the queries, keys and values, and both sides of the nonlinearity.
+    """
+    heads = config.n_heads * config.d_head
+    qkv = heads + 2 * config.kv_heads * config.d_head
+    attn = config.attn_config
+    copies_of_qkv = 1 + (attn.clip_qkv is not None) + (attn.qk_ln or attn.qk_gn)
+    hidden = 4 if config.ffn_config.ffn_type == "mptglu" else 2
+    return 4 * config.d_model + copies_of_qkv * qkv + heads + hidden * config.d_ffn
 
 
 def _embedding(config: MPTConfig) -> int:

@@ -1,0 +1,230 @@
+"""A run in numbers and in words, from its config alone: what `mptfoundry check` prints.
+
+Parameters, FLOPs, tokens and batches are exact; memory and time are estimates and are called so. Nothing is
+built, and torch is not imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mptfoundry.config.data import LoaderConfig
+from mptfoundry.config.durations import UNITS, parse_duration
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.devices import GIB, Device, detect_device
+from mptfoundry.mpt.flops import count_parameters, flops_per_token
+from mptfoundry.resolve import Memory, Resolved, device_batch, estimate_memory, resolve_auto
+
+# Only for the line on time, which says that it is assumed.
+ASSUMED_MFU = 0.4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run in numbers.
+
+    Attributes:
+        device: What it computes on.
+        resolved: What every `auto` means there.
+        parameters: Of the model.
+        flops_per_token: Of training, in the convention in which MFU is published.
+        causal_flops_per_token: The same with only the attention that a causal model needs.
+        tokens_per_batch: Of one step, over all devices.
+        batches: Steps of the run; None where they depend on the size of the data or on time.
+        memory: Of one device, estimated.
+    """
+
+    device: Device
+    resolved: Resolved
+    parameters: int
+    flops_per_token: int
+    causal_flops_per_token: int
+    tokens_per_batch: int
+    batches: int | None
+    memory: Memory
+
+    @property
+    def tokens(self) -> int | None:
+        """Tokens of the whole run."""
+        return None if self.batches is None else self.batches * self.tokens_per_batch
+
+    @property
+    def flops(self) -> int | None:
+        """FLOPs of the whole run."""
+        return None if self.tokens is None else self.tokens * self.flops_per_token
+
+    def seconds(self, *, tokens_per_second: float | None = None, mfu: float | None = None) -> float | None:
+        """How long the run takes at an assumed speed; None where its length or the device's peak is unknown.
+
+        Args:
+            tokens_per_second: Of one device, from a measurement.
+            mfu: Share of the device's dense bf16 peak, where there is no measurement.
+        """
+        if tokens_per_second is None and mfu is not None and self.device.peak_flops is not None:
+            tokens_per_second = mfu * self.device.peak_flops / self.flops_per_token
+        if self.tokens is None or not tokens_per_second:
+            return None
+        return self.tokens / (tokens_per_second * self.device.count)
+
+
+def make_plan(config: TrainConfig, device: Device) -> Plan:
+    """The run that `config` describes on `device`, in numbers.
+
+    Raises:
+        ConfigError: The batch does not split over the devices, or options exclude one another there.
+    """
+    resolved = resolve_auto(config, device)
+    return Plan(
+        device=device,
+        resolved=resolved,
+        parameters=count_parameters(config.model),
+        flops_per_token=flops_per_token(config.model, config.max_seq_len, causal=False),
+        causal_flops_per_token=flops_per_token(config.model, config.max_seq_len, causal=True),
+        tokens_per_batch=config.global_train_batch_size * config.max_seq_len,
+        batches=_batches(config),
+        memory=estimate_memory(config, device, resolved.device_train_microbatch_size, resolved.precision),
+    )
+
+
+def _batches(config: TrainConfig) -> int | None:
+    number, unit = parse_duration(config.max_duration)
+    epoch_size = config.train_loader.dataset.epoch_size
+    if unit == "ep" and config.train_subset_num_batches > 0:
+        return int(number) * config.train_subset_num_batches
+    if unit == "ep" and isinstance(epoch_size, int):
+        return int(number) * (epoch_size // config.global_train_batch_size)
+    return config.batches()
+
+
+def summary_table(config: TrainConfig, device: Device | None = None) -> str:
+    """What `mptfoundry check` prints: the run in a short table.
+
+    Raises:
+        ConfigError: The batch does not split over the devices, or options exclude one another there.
+    """
+    device = device or detect_device()
+    plan = make_plan(config, device)
+    rows = [
+        ("model", _model_in_words(config, plan)),
+        ("FLOPs", f"{plan.flops_per_token:.4g} per token, {plan.causal_flops_per_token:.4g} if causal"),
+        ("batch", _batch_in_words(config, plan)),
+        ("duration", _duration_in_words(config, plan)),
+        ("learning rate", _learning_rate_in_words(config)),
+        *_data_in_words("train", config.train_loader),
+        *(row for label, loader in config.eval_loaders.items() for row in _data_in_words(label, loader)),
+        ("run folder", _run_folder_in_words(config)),
+        ("device", f"{device.count} x {device.name} ({device.found})"),
+        ("memory", _memory_in_words(plan)),
+        ("time", _time_in_words(plan)),
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    lines = [config.run_name, *(f"  {name:{width}}{text}".rstrip() for name, text in rows)]
+    return "\n".join([*lines, "  auto, here", *_auto_in_words(plan.resolved)])
+
+
+def _model_in_words(config: TrainConfig, plan: Plan) -> str:
+    model, attn = config.model, config.model.attn_config
+    positions = "ALiBi" if attn.alibi else "rotary" if attn.rope else "learned"
+    if not (attn.alibi or attn.rope or model.learned_pos_emb):
+        positions = "no"
+    heads = f"{model.n_heads} heads" + (f" ({model.kv_heads} for keys)" * (model.kv_heads < model.n_heads))
+    biases = "no biases" if model.no_bias else "biases"
+    return (
+        f"{plan.parameters:,} parameters: {model.n_layers} layers, width {model.d_model}, {heads}, "
+        f"{positions} positions, {biases}, vocabulary {model.vocab_size}"
+    )
+
+
+def _batch_in_words(config: TrainConfig, plan: Plan) -> str:
+    share = device_batch(config, plan.device)
+    return (
+        f"{config.global_train_batch_size} sequences of {config.max_seq_len}: {plan.tokens_per_batch:,} "
+        f"tokens; {share} for each device, {plan.resolved.device_train_microbatch_size} at once"
+    )
+
+
+def _duration_in_words(config: TrainConfig, plan: Plan) -> str:
+    if plan.batches is None or plan.tokens is None or plan.flops is None:
+        number, unit = parse_duration(config.max_duration)
+        return f"{number:g} {UNITS[unit]}; how many batches depends on the size of the data"
+    return f"{plan.batches:,} batches, {plan.tokens:,} tokens, {plan.flops:.4g} FLOPs"
+
+
+def _learning_rate_in_words(config: TrainConfig) -> str:
+    optimizer, schedule = config.optimizer, config.scheduler
+    top = f"{optimizer.name}: up to {optimizer.lr:g} over {schedule.t_warmup}, "
+    end = "the end" if schedule.t_max == "1dur" else str(schedule.t_max)
+    if schedule.name == "constant_with_warmup":
+        return f"{top}then {optimizer.lr * schedule.alpha:g}"
+    if schedule.name == "inv_sqrt_with_warmup":
+        return (
+            f"{top}falling as 1 / sqrt(time) on the scale of {schedule.t_scale}, in the last "
+            f"{schedule.t_cooldown} to {optimizer.lr * schedule.alpha_f_cooldown:g} at {end}"
+        )
+    last = f"{optimizer.lr * schedule.alpha_f:g} at {end}"
+    if schedule.name == "warmup_stable_decay":
+        return f"{top}level, in the last {schedule.t_decay} falling ({schedule.decay}) to {last}"
+    return f"{top}then along {'a cosine' if schedule.name == 'cosine_with_warmup' else 'a line'} to {last}"
+
+
+def _data_in_words(name: str, loader: LoaderConfig) -> list[tuple[str, str]]:
+    """One row for each stream: its share, its name and where it lies."""
+    sources = loader.dataset.sources
+    total = sum(stream.proportion or 0 for stream in sources.values())
+    width = max(map(len, sources))
+    rows = []
+    for stream_name, stream in sources.items():
+        share = f"{stream.proportion / total:7.2%}" if stream.proportion is not None and total else "    all"
+        if stream.repeat is not None:
+            share = f"{stream.repeat:5g} x"
+        if stream.choose is not None:
+            share = f"{stream.choose:7,}"
+        split = stream.split or loader.dataset.split
+        place = "/".join(filter(None, [stream.remote or stream.local, split]))
+        rows.append((name if not rows else "", f"{share}  {stream_name:{width}}  {place}"))
+    return rows
+
+
+def _run_folder_in_words(config: TrainConfig) -> str:
+    folder = (config.save_folder or "").replace("{run_name}", config.run_name)
+    if "://" in folder:
+        return f"runs/{config.run_name}, checkpoints in {folder}"
+    return folder or f"runs/{config.run_name}; no checkpoints, since save_folder is not given"
+
+
+def _memory_in_words(plan: Plan) -> str:
+    parts = {name: size for name, size in vars(plan.memory).items() if size >= GIB / 100}
+    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+    available = f" of {plan.device.memory / GIB:.1f}" if plan.device.memory else ""
+    return f"about {plan.memory.total / GIB:.2f}{available} GiB for each device: {listed}"
+
+
+def _time_in_words(plan: Plan) -> str:
+    seconds = plan.seconds(mfu=ASSUMED_MFU)
+    if seconds is None:
+        return "not known before it is measured"
+    days = seconds / 86400
+    span = f"{days:.1f} days" if days >= 2 else f"{seconds / 3600:.1f} hours"
+    return (
+        f"{span}, {days * 24 * plan.device.count:,.0f} device hours, if the MFU is {ASSUMED_MFU:.0%} "
+        "(assumed, not measured)"
+    )
+
+
+def _auto_in_words(resolved: Resolved) -> list[str]:
+    values = {
+        "precision": resolved.precision,
+        "device_train_microbatch_size": resolved.device_train_microbatch_size,
+        "device_eval_batch_size": resolved.device_eval_batch_size,
+        "model.attn_config.attn_impl": resolved.attn_impl,
+        "model.loss_fn": resolved.loss_fn,
+        "model.init_device": resolved.init_device,
+        "fsdp_config.version": resolved.fsdp_version,
+        **{f"num_workers of {name}": number for name, number in resolved.num_workers.items()},
+    }
+    width = max(map(len, values))
+    return [
+        f"    {key:{width}} = {value!s:18} {resolved.reasons[key]}"
+        for key, value in values.items()
+        if key in resolved.reasons
+    ]

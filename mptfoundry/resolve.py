@@ -1,0 +1,251 @@
+"""What every `auto` of a config means on a device, and the memory estimate that this rests on.
+
+Words: a step trains the global batch; a device computes its share of it in microbatches. Memory is in bytes
+for one device, and an estimate. Nothing is built, and torch is not imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from mptfoundry.config.parallel import resolve_fsdp
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.devices import GIB, Device
+from mptfoundry.errors import ConfigError
+from mptfoundry.mpt.flops import block_activations, block_parameters, count_parameters
+
+FP32 = 4
+STATE_BYTES = {"decoupled_lionw": FP32, "decoupled_adamw": 2 * FP32}  # of the optimizer, for one parameter
+LOSS_CHUNK_TOKENS = 2048
+# What the driver, the libraries and the process itself take.
+OVERHEAD = {"gpu": 2 * GIB, "cpu": GIB}
+# The share of a device's memory to plan with: allocators leave gaps, and a CPU machine has other work.
+USABLE = {"gpu": 0.92, "cpu": 0.6}
+MOST_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """What every `auto` of a config means on a device; what was given stands as it was given.
+
+    Attributes:
+        attn_impl: `model.attn_config.attn_impl`.
+        loss_fn: `model.loss_fn`.
+        init_device: `model.init_device`.
+        precision: `precision`.
+        fsdp_version: `fsdp_config.version`; None without an `fsdp_config`.
+        device_train_microbatch_size: Sequences that a device trains at once.
+        device_eval_batch_size: Sequences that a device evaluates at once.
+        num_workers: Reading processes for each device, by loader: `train`, and each evaluation label.
+        reasons: Why, by the key's path: one entry for each key that was `auto`.
+    """
+
+    attn_impl: str
+    loss_fn: str
+    init_device: str
+    precision: str
+    fsdp_version: int | None
+    device_train_microbatch_size: int
+    device_eval_batch_size: int
+    num_workers: dict[str, int]
+    reasons: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes of one device at the height of a step.
+
+    Attributes:
+        weights: The float32 weights, or this device's shard.
+        gradients: Their gradients.
+        optimizer: What the optimizer keeps.
+        gathered: Copies of weights and gradients for computing and for sending.
+        activations: What forward keeps for backward.
+        logits: One chunk of logits and their gradients.
+        overhead: What runs besides.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    logits: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(vars(self).values())
+
+
+def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
+    """What every `auto` of `config` means on `device`, with the reasons.
+
+    A config always resolves to the same values on the same kind of machine, so that a run that is started
+    again computes the same numbers.
+
+    Raises:
+        ConfigError: The batch does not split over the devices, or options exclude one another there.
+    """
+    reasons: dict[str, str] = {}
+
+    def choose(key: str, given: Any, choice: Callable[[], tuple[Any, str]]) -> Any:
+        if given != "auto":
+            return given
+        value, reasons[key] = choice()
+        return value
+
+    model, is_sharded = config.model, config.fsdp_config is not None
+    share = device_batch(config, device)
+    precision = choose("precision", config.precision, lambda: choose_precision(device))
+    microbatch = choose(
+        "device_train_microbatch_size",
+        config.device_train_microbatch_size,
+        lambda: largest_microbatch(config, device, precision),
+    )
+    loaders = {"train": config.train_loader, **config.eval_loaders}
+    return Resolved(
+        attn_impl=choose("model.attn_config.attn_impl", model.attn_config.attn_impl, _attention),
+        loss_fn=choose("model.loss_fn", model.loss_fn, _loss),
+        init_device=choose("model.init_device", model.init_device, lambda: _init_device(is_sharded)),
+        precision=precision,
+        fsdp_version=_fsdp_version(config, device, reasons),
+        device_train_microbatch_size=min(microbatch, share),
+        device_eval_batch_size=choose(
+            "device_eval_batch_size", config.device_eval_batch_size, lambda: (microbatch, "as in training")
+        ),
+        num_workers={
+            name: choose(f"num_workers of {name}", loader.num_workers, lambda: choose_workers(device))
+            for name, loader in loaders.items()
+        },
+        reasons=reasons,
+    )
+
+
+def device_batch(config: TrainConfig, device: Device) -> int:
+    """Sequences of one step on one device.
+
+    Raises:
+        ConfigError: The global batch does not split over the devices.
+    """
+    batch, count = config.global_train_batch_size, device.count
+    if batch % count:
+        fitting = [n for n in (batch // count * count, (batch // count + 1) * count) if n]
+        raise ConfigError(
+            f"global_train_batch_size: {batch} does not split over {count} devices. "
+            f"Use a multiple of {count}: {' or '.join(map(str, fitting))}."
+        )
+    return batch // count
+
+
+def choose_precision(device: Device) -> tuple[str, str]:
+    """What `precision: auto` means, and why."""
+    if device.kind == "cpu":
+        return "fp32", "a CPU computes in float32; Composer refuses amp_bf16 there"
+    if device.has_bf16:
+        return "amp_bf16", "this GPU multiplies in bfloat16 at full speed"
+    return "fp32", "this GPU has no bfloat16 units"
+
+
+def choose_workers(device: Device) -> tuple[int, str]:
+    """What `num_workers: auto` means, and why."""
+    if device.kind == "cpu":
+        return 0, "the processor that would read ahead is the one that computes"
+    workers = min(MOST_WORKERS, max(1, device.cores - 1))
+    return workers, f"{device.cores} CPU cores for each GPU; samples of tokens need few readers"
+
+
+def largest_microbatch(config: TrainConfig, device: Device, precision: str) -> tuple[int, str]:
+    """The largest divisor of a device's batch whose estimated memory fits, and why."""
+    share = device_batch(config, device)
+    if device.memory is None:
+        return 1, "the device's memory is not known"
+    room = int(USABLE[device.kind] * device.memory)
+    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    for size in sizes:
+        need = estimate_memory(config, device, size, precision).total
+        if need <= room:
+            return size, f"estimated {_gib(need)} of {_gib(device.memory)}; {share} sequences for each device"
+    need = estimate_memory(config, device, 1, precision).total
+    return 1, f"estimated {_gib(need)}, more than the {_gib(device.memory)} here: expect it not to fit"
+
+
+def _attention() -> tuple[str, str]:
+    return "torch", "runs everywhere, in memory that grows linearly with the sequence"
+
+
+def _loss() -> tuple[str, str]:
+    return "torch_crossentropy", "exact, in chunks of tokens: the full logits never exist"
+
+
+def _init_device(is_sharded: bool) -> tuple[str, str]:
+    if is_sharded:
+        return "meta", "with FSDP each device draws only its own shards"
+    return "cpu", "without FSDP every device holds the whole model"
+
+
+def _fsdp_version(config: TrainConfig, device: Device, reasons: dict[str, str]) -> int | None:
+    if config.fsdp_config is None:
+        return None
+    device_type = "cuda" if device.kind == "gpu" else "cpu"
+    version, _, notes = resolve_fsdp(config.fsdp_config, device_type=device_type, microbatch_auto=False)
+    if config.fsdp_config.version == "auto":
+        reasons["fsdp_config.version"] = "; ".join(notes) or "the newer one has all keys that are given"
+    return version
+
+
+def estimate_memory(config: TrainConfig, device: Device, microbatch: int, precision: str) -> Memory:
+    """Bytes of one device at the height of a step that computes `microbatch` sequences at once.
+
+    Activations are counted from what each block keeps for backward (`block_activations`); with checkpointing
+    a block keeps its input, and one block at a time is computed anew.
+    """
+    model, fsdp = config.model, config.fsdp_config
+    parameters, block = count_parameters(model), block_parameters(model)
+    number = FP32 if precision == "fp32" else 2
+    shards = _shards(config, device)
+    if shards == 1:
+        # autocast's copies of the weights, and the buckets in which DDP sends gradients
+        gathered = (parameters * number if number < FP32 else 0) + (
+            parameters * FP32 if device.count > 1 else 0
+        )
+    else:
+        # weights and gradients of what is never resharded in a step, of one block, and of the next
+        working = min(parameters, parameters - model.n_layers * block + 2 * block)
+        keeps_all = fsdp is not None and (
+            fsdp.sharding_strategy in {"SHARD_GRAD_OP", "_HYBRID_SHARD_ZERO2"}
+            or fsdp.reshard_after_forward is False
+        )
+        gathered = number * (working + (parameters if keeps_all else working))
+    tokens = microbatch * config.max_seq_len
+    kept = model.n_layers * block_activations(model)
+    if fsdp is not None and fsdp.activation_checkpointing:
+        kept = model.n_layers * model.d_model + block_activations(model)
+    chunk = min(tokens, LOSS_CHUNK_TOKENS)
+    return Memory(
+        weights=parameters * FP32 // shards,
+        gradients=parameters * FP32 // shards,
+        optimizer=parameters * STATE_BYTES[config.optimizer.name] // shards,
+        gathered=gathered,
+        activations=tokens * kept * number,
+        logits=chunk * model.vocab_size * (2 * FP32 + number),
+        overhead=OVERHEAD[device.kind],
+    )
+
+
+def _shards(config: TrainConfig, device: Device) -> int:
+    """Over how many devices one copy of the weights is spread."""
+    fsdp = config.fsdp_config
+    if fsdp is None or fsdp.sharding_strategy == "NO_SHARD":
+        return 1
+    if fsdp.data_parallel_shard_degree is not None and fsdp.data_parallel_shard_degree > 0:
+        return fsdp.data_parallel_shard_degree
+    hybrid = fsdp.sharding_strategy in {"HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"}
+    return device.per_node if hybrid else device.count
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.1f} GiB"
