@@ -9,6 +9,7 @@ are watched by the same few lines, which note the time whenever Composer ends a 
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -127,7 +128,7 @@ def measure(folder: Path, pythons: dict[str, str], runs: int, batches: int) -> d
                     "seed": SEED,
                 }
                 started_at, times = run(folder, side, python, CONFIG.format(lr="lr", **values))
-                steps = [b - a for a, b in zip(times[1:], times[2:], strict=False)][WARMUP_BATCHES:]
+                steps = [b - a for a, b in itertools.pairwise(times)][WARMUP_BATCHES:]
                 note(samples, f"seconds per step, seq {seq_len}", side, statistics.median(steps))
                 note(samples, "seconds from command to first batch", side, times[0] - started_at)
         for side, python in pythons.items():

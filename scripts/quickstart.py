@@ -3,6 +3,8 @@
 Reads Python's standard library (or a folder: `text=FOLDER`), splits it into three streams, then runs the
 project's own commands one after the other: tokenizer, prepare, train, eval, export, generate. Each command
 is printed before it runs. Run again, it continues where it stopped.
+
+    python scripts/quickstart.py [text=FOLDER] [out=FOLDER] [key=value of the config ...]
 """
 
 from __future__ import annotations
@@ -17,8 +19,6 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mptfoundry.config.load import parse_words
-from mptfoundry.config.verbs import QuickstartConfig
 from mptfoundry.errors import DataError, MPTFoundryError
 
 CONFIG = "configs/mpt-tiny.yaml"
@@ -39,9 +39,11 @@ PROMPTS = ("def read_file(path):", "Return the number of")
 
 
 def main(words: list[str]) -> int:
+    own = {"text": "", "out": "quickstart"}
+    own |= dict(word.split("=", 1) for word in words if word.split("=")[0] in own)
+    words = [word for word in words if word.split("=")[0] not in own]
     try:
-        options = parse_words(words, QuickstartConfig)
-        run(Path(options.text) if options.text else None, Path(options.out), options.words)
+        run(Path(own["text"]) if own["text"] else None, Path(own["out"]), words)
     except MPTFoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -73,10 +75,9 @@ def run(folder: Path | None, out: Path, words: list[str]) -> None:
     announce(5, "eval: held-out text, every token counted once")
     command(["composer", "scripts/eval.py", str(run_folder)])
     announce(6, "export: a folder that stock transformers loads")
-    command(["mptfoundry", "export", str(run_folder), str(out / "hf"), "dtype=float32", "overwrite=true"])
+    command(["mptfoundry", "export", str(run_folder), str(out / "hf"), "dtype=fp32", "overwrite=true"])
     announce(7, "generate, from the exported folder")
-    prompts = [f"prompt={json.dumps(prompt)}" for prompt in PROMPTS]
-    command(["mptfoundry", "generate", str(out / "hf"), *prompts, "max_new_tokens=48", "temperature=0.7"])
+    command(["mptfoundry", "generate", str(out / "hf"), *PROMPTS, "max_new_tokens=48", "temperature=0.7"])
     print(summary(run_folder, out, time.monotonic() - started_at))
 
 

@@ -1,0 +1,75 @@
+"""All that wants a GPU, behind one command: `make gpu`. Its tests first, then the benchmarks.
+
+    python scripts/gpu.py [out=FILE.json]
+
+Runs in under ten minutes on one GPU and ends with a table; `out` holds the same as JSON, the device named.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+# Name, command, seconds it may take. A benchmark writes its rows as JSON to the file it is given as `out`.
+STEPS = [
+    ("tests", [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider"], 180),
+    ("attention", [sys.executable, "scripts/bench_attention.py", "out={out}"], 150),
+    ("training step", [sys.executable, "scripts/bench_step.py", "out={out}"], 200),
+]
+
+
+def main(words: list[str]) -> int:
+    import torch
+
+    if not torch.cuda.is_available():
+        print("error: no GPU found here. Run this on a machine with one.", file=sys.stderr)
+        return 1
+    options = dict(word.split("=", 1) for word in words)
+    report: dict[str, object] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "steps": [run(name, command, seconds) for name, command, seconds in STEPS],
+    }
+    print(table(report))
+    if "out" in options:
+        Path(options["out"]).write_text(json.dumps(report, indent=2) + "\n")
+    return 0 if all(step["exit_code"] == 0 for step in report["steps"]) else 1  # type: ignore[attr-defined]
+
+
+def run(name: str, command: list[str], seconds: int) -> dict[str, object]:
+    """Runs one step with its output visible; what it wrote to `out` comes back under `rows`."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "rows.json")
+        words = [word.format(out=out) for word in command]
+        print(f"\n== {name}: {' '.join(words)}", flush=True)
+        started_at = time.monotonic()
+        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        try:
+            exit_code = subprocess.run(words, cwd=ROOT, env=environment, timeout=seconds).returncode
+        except subprocess.TimeoutExpired:
+            exit_code = 124
+        return {
+            "name": name,
+            "exit_code": exit_code,
+            "seconds": round(time.monotonic() - started_at, 1),
+            "rows": json.loads(out.read_text()) if out.is_file() else None,
+        }
+
+
+def table(report: dict[str, object]) -> str:
+    lines = [f"\n{report['device']}, torch {report['torch']}"]
+    for step in report["steps"]:  # type: ignore[attr-defined]
+        result = "ok" if step["exit_code"] == 0 else f"failed ({step['exit_code']})"
+        lines.append(f"  {step['name']:16} {result:14} {step['seconds']:6.1f} s")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
