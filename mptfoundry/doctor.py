@@ -142,9 +142,9 @@ def _attention(device: Device) -> list[str]:
 
 
 def _room() -> list[str]:
-    lines = []
-    for place, meaning in ((Path.cwd(), "runs and shards"), (Path(tempfile.gettempdir()), "temporary files")):
-        lines.append(f"disk: {shutil.disk_usage(place).free / GIB:.1f} GiB free in {place} ({meaning})")
+    here, temporary = Path.cwd(), Path(tempfile.gettempdir())
+    places = [here] if here.stat().st_dev == temporary.stat().st_dev else [here, temporary]
+    lines = [f"disk: {shutil.disk_usage(place).free / GIB:.1f} GiB free in {place}" for place in places]
     shared = Path("/dev/shm")
     if shared.is_dir():
         usage = shutil.disk_usage(shared)
