@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Literal
 
-ByteSize = Annotated[int | str, "bytes"]
-SampleCount = Annotated[int | str, "count"]
+from mptfoundry.config.forms import ByteSize, SampleCount
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +124,11 @@ class TextDatasetConfig:
             raise ValueError("neither streams nor remote nor local is given. Say where the shards lie.")
         if self.eos_token_id is not None and self.bos_token_id is not None:
             raise ValueError("eos_token_id and bos_token_id are both given. Documents are told apart by one.")
+
+    @property
+    def separates_documents(self) -> bool:
+        """Whether batches tell the documents of a packed row apart."""
+        return self.eos_token_id is not None or self.bos_token_id is not None
 
     @property
     def sources(self) -> dict[str, StreamConfig]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
+from mptfoundry.config.forms import Form
+
 UNITS = {
     "ep": "epochs",
     "ba": "batches",
@@ -16,33 +18,35 @@ UNITS = {
     "tok": "tokens",
     "iter": "iterations",
     "sec": "seconds",
-    "dur": "share of the whole run",
+    "dur": "shares of the run",
 }
-ALLOWED = (
-    "a number and a unit, such as 1000ba (batches), 2ep (epochs), 1000000tok (tokens) or 0.1dur (of the run)"
-)
-_FORM = re.compile(r"\s*(\d[\d_]*(?:\.\d*)?(?:[eE][+-]?\d+)?|\.\d+)\s*([a-z]+)\s*")
-
-Duration = Annotated[int | str, "duration"]
+EXAMPLES = "a duration, such as 1000ba (batches), 2ep (epochs), 1000000tok (tokens) or 0.1dur (of the run)"
+_FORM = re.compile(r"\s*(\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*([a-z]+)\s*")
 
 
 def parse_duration(value: int | str) -> tuple[float, str]:
     """Split a duration into its number and its unit; a bare integer counts epochs.
+
+    The number is an int except for `dur`.
 
     Raises:
         ValueError: The text is no duration; the message says what is allowed.
     """
     if isinstance(value, int):
         if value < 0:
-            raise ValueError(f"{value} is negative. Use {ALLOWED}.")
+            raise ValueError(f"{value} is negative. Expected {EXAMPLES}.")
         return value, "ep"
-    match = _FORM.fullmatch(value)
+    match = _FORM.fullmatch(value.lower())
     if match is None or match[2] not in UNITS:
-        raise ValueError(f"{value!r} is no duration. Use {ALLOWED}.")
+        raise ValueError(f"'{value}' is no duration. Expected {EXAMPLES}.")
     number = float(match[1].replace("_", ""))
     if match[2] == "dur":
         if number > 1:
-            raise ValueError(f"{value!r} is more than the whole run, which is 1dur.")
-    elif number % 1:
-        raise ValueError(f"{value!r} is no whole number of {UNITS[match[2]]}.")
-    return number if match[2] == "dur" else int(number), match[2]
+            raise ValueError(f"'{value}' is more than the whole run, which is 1dur.")
+        return number, "dur"
+    if number % 1:
+        raise ValueError(f"'{value}' is no whole number of {UNITS[match[2]]}.")
+    return int(number), match[2]
+
+
+Duration = Annotated[int | str, Form(EXAMPLES, parse_duration)]

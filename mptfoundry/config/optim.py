@@ -194,7 +194,7 @@ class WarmupStableDecayConfig:
         t_decay: Length of the fall.
         t_max: End of the fall.
         alpha_f: Factor on the learning rate at the end.
-        decay: Form of the fall: linear, half a cosine, or 1 - sqrt(time).
+        decay: Form of the fall: a line, or 1 - sqrt(time since it began).
     """
 
     name: Literal["warmup_stable_decay"] = "warmup_stable_decay"
@@ -202,7 +202,7 @@ class WarmupStableDecayConfig:
     t_decay: Duration = "0.1dur"
     t_max: Duration = "1dur"
     alpha_f: float = 0.0
-    decay: Literal["linear", "cosine", "sqrt"] = "linear"
+    decay: Literal["linear", "one_minus_sqrt"] = "linear"
 
 
 SchedulerConfig = (

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mptfoundry.config.schema import show
+from mptfoundry.errors import ConfigError
+
 
 @dataclass(frozen=True, kw_only=True)
 class FSDPConfig:
@@ -71,6 +74,25 @@ class FSDPConfig:
     te_shard_fp8_weight: Literal[False] = False
     verbose: bool = False
 
+    def __post_init__(self) -> None:
+        reshard, strategy = self.reshard_after_forward, self.sharding_strategy
+        if reshard is not None and strategy is not None and reshard != (strategy == "FULL_SHARD"):
+            raise ValueError(
+                f"reshard_after_forward: {show(reshard)} is not what sharding_strategy: {strategy} means. "
+                "Give one of them."
+            )
+        if self.version == 1 and reshard is not None and not isinstance(reshard, bool):
+            raise ValueError(f"reshard_after_forward: {reshard}. A number is only in version 2.")
+        if self.version == 2 and needs_version_1(self):
+            name, value = next(iter(needs_version_1(self).items()))
+            raise ValueError(
+                f"{name}: {show(value)} is not in version 2. Remove it, or set version: auto or 1."
+            )
+        if self.load_monolith_rank0_only and self.state_dict_type != "full":
+            raise ValueError(
+                "load_monolith_rank0_only: true reads whole checkpoints. Set state_dict_type: full."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:
@@ -93,3 +115,101 @@ class CompileConfig:
     def __post_init__(self) -> None:
         if self.mode is not None and self.options:
             raise ValueError("mode and options are both given. torch.compile takes one of them.")
+
+
+def needs_version_1(config: FSDPConfig) -> dict[str, Any]:
+    """The keys that were given a value that only PyTorch's first FSDP has."""
+    in_both: dict[str, tuple[Any, ...]] = {
+        "sharding_strategy": ("FULL_SHARD", "SHARD_GRAD_OP"),
+        "activation_checkpointing_reentrant": (False,),
+        "backward_prefetch": (),
+        "backward_prefetch_limit": (),
+        "forward_prefetch": (False,),
+        "forward_prefetch_limit": (),
+        "cpu_offload": (False,),
+        "auto_wrap": (True,),
+        "use_orig_params": (True,),
+        "keep_low_precision_grads": (False,),
+        "data_parallel_shard_degree": (-1,),
+        "data_parallel_replicate_degree": (1,),
+        "sharded_ckpt_prefix_dir": ("ep{epoch}-ba{batch}",),
+    }
+    given = {name: getattr(config, name) for name in in_both}
+    return {name: value for name, value in given.items() if value is not None and value not in in_both[name]}
+
+
+def resolve_fsdp(
+    config: FSDPConfig, *, device_type: str, microbatch_auto: bool
+) -> tuple[Literal[1, 2], dict[str, Any], list[str]]:
+    """Choose the version of FSDP and say the configuration in its words.
+
+    Args:
+        config: What was asked for.
+        device_type: `cpu`, or anything else for GPUs.
+        microbatch_auto: Whether Composer searches for the microbatch size itself, which only version 1 can.
+
+    Returns:
+        The version, the keyword arguments of Composer's `FSDPConfig` (1) or `FSDP2Config` (2), and notes on
+        what decided and what has no effect.
+
+    Raises:
+        ConfigError: The version can't do what was asked for, or not on this device.
+    """
+    reasons = [f"fsdp_config.{name}: {show(value)}" for name, value in needs_version_1(config).items()]
+    if microbatch_auto:
+        reasons.append("device_train_microbatch_size: auto")
+    version = config.version
+    notes = []
+    if version == "auto":
+        version = 1 if reasons else 2
+        notes += [f"version 1, for {', '.join(reasons)}"] if reasons else []
+    if version == 2 and reasons:
+        raise ConfigError(
+            [f"{reason} is not in version 2 of FSDP. Remove it, or set version: 1." for reason in reasons]
+        )
+    if version == 1 and device_type == "cpu":
+        why = f", which {', '.join(reasons)} asks for," if reasons else ""
+        raise ConfigError(f"fsdp_config.version: 1{why} needs GPUs. Version 2 runs on a CPU.")
+    if version == 1:
+        return 1, _version_1(config), notes
+    if config.limit_all_gathers is not None or config.sync_module_states is not None:
+        notes.append(
+            "limit_all_gathers and sync_module_states have no effect: version 2 always does as they ask"
+        )
+    return 2, _version_2(config), notes
+
+
+def _shared(config: FSDPConfig) -> dict[str, Any]:
+    names = (
+        "activation_checkpointing",
+        "activation_cpu_offload",
+        "state_dict_type",
+        "load_monolith_rank0_only",
+    )
+    return {name: getattr(config, name) for name in (*names, "mixed_precision", "verbose")}
+
+
+def _version_1(config: FSDPConfig) -> dict[str, Any]:
+    keeps = config.reshard_after_forward is False
+    strategy = config.sharding_strategy or ("SHARD_GRAD_OP" if keeps else "FULL_SHARD")
+    own = (
+        *("sync_module_states", "limit_all_gathers", "backward_prefetch", "backward_prefetch_limit"),
+        *("forward_prefetch", "forward_prefetch_limit", "cpu_offload", "auto_wrap", "use_orig_params"),
+        *("keep_low_precision_grads", "data_parallel_shard_degree", "data_parallel_replicate_degree"),
+        "sharded_ckpt_prefix_dir",
+    )
+    given = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
+    reentrant = bool(config.activation_checkpointing_reentrant)
+    return {
+        **_shared(config),
+        **given,
+        "sharding_strategy": strategy,
+        "activation_checkpointing_reentrant": reentrant,
+    }
+
+
+def _version_2(config: FSDPConfig) -> dict[str, Any]:
+    reshard = config.reshard_after_forward
+    if reshard is None:
+        reshard = config.sharding_strategy != "SHARD_GRAD_OP"
+    return {**_shared(config), "reshard_after_forward": reshard}

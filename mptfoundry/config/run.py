@@ -7,14 +7,29 @@ here once.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from mptfoundry.config.data import LoaderConfig
 from mptfoundry.config.durations import Duration, parse_duration
 from mptfoundry.config.model import ModelConfig, TokenizerConfig
 from mptfoundry.config.optim import OptimizerConfig, SchedulerConfig
 from mptfoundry.config.parallel import CompileConfig, FSDPConfig
+from mptfoundry.config.rules import between_sections
+from mptfoundry.config.signatures import (
+    ALGORITHMS,
+    CALLBACKS,
+    LOGGERS,
+    REFUSED_ALGORITHMS,
+    REFUSED_CALLBACKS,
+    REFUSED_LOGGERS,
+    Catalogue,
+)
+
+Callbacks = Annotated[dict[str, Any], Catalogue("callbacks by name", CALLBACKS, REFUSED_CALLBACKS)]
+Loggers = Annotated[dict[str, Any], Catalogue("loggers by name", LOGGERS, REFUSED_LOGGERS)]
+Algorithms = Annotated[dict[str, Any], Catalogue("algorithms by name", ALGORITHMS, REFUSED_ALGORITHMS)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +102,7 @@ class TrainConfig:
     eval_loader: LoaderConfig | tuple[LoaderConfig, ...] | None = None
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
-    algorithms: dict[str, Any] = field(default_factory=dict)
+    algorithms: Algorithms = field(default_factory=dict)
     max_duration: Duration
     global_train_batch_size: int
     device_train_microbatch_size: int | Literal["auto"] = "auto"
@@ -118,8 +133,8 @@ class TrainConfig:
     load_weights_only: bool = False
     load_strict_model_weights: bool = True
     load_ignore_keys: tuple[str, ...] | None = None
-    callbacks: dict[str, Any] = field(default_factory=dict)
-    loggers: dict[str, Any] = field(default_factory=dict)
+    callbacks: Callbacks = field(default_factory=dict)
+    loggers: Loggers = field(default_factory=dict)
     progress_bar: bool = False
     log_to_console: bool = True
     console_log_interval: Duration = "1ba"
@@ -131,8 +146,14 @@ class TrainConfig:
     variables: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.resumes and self.save_folder is None:
-            raise ValueError("autoresume: true without save_folder. There is nothing to resume from.")
+        problems = [f"{key}: {text}" for key, text in self.rules(vars(self))]
+        if problems:
+            raise ValueError("\n".join(problems))
+
+    @staticmethod
+    def rules(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+        """The problems between sections, as (dotted key, text); fields that `values` lacks are not judged."""
+        return between_sections(values)
 
     @property
     def eval_loaders(self) -> dict[str, LoaderConfig]:

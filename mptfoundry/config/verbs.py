@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 from mptfoundry.config.data import LoaderConfig
 
@@ -35,6 +35,8 @@ class PrepareConfig:
         on_bad_record: What a broken record or text does: end the preparation, or be counted and left out.
         overwrite: Replace shards that were made with other options.
     """
+
+    POSITIONAL: ClassVar[str] = "inputs"
 
     inputs: tuple[str, ...] = ()
     out: str
@@ -78,6 +80,8 @@ class PreviewConfig:
         picture: File to draw the data mix into, such as `mix.png`.
     """
 
+    POSITIONAL: ClassVar[str] = "data"
+
     data: str
     tokenizer: str | None = None
     split: str | None = None
@@ -107,6 +111,8 @@ class EvalConfig:
         variables: Values that others refer to as `${variables.x}`.
     """
 
+    POSITIONAL: ClassVar[str] = "model"
+
     model: str
     eval_loader: LoaderConfig | tuple[LoaderConfig, ...] | None = None
     tokenizer: str | None = None
@@ -118,7 +124,7 @@ class EvalConfig:
     seed: int = 17
     out: str | None = None
     dist_timeout: float = 600.0
-    variables: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, Any] = field(default_factory=dict)
 
     @property
     def eval_loaders(self) -> dict[str, LoaderConfig]:
@@ -141,6 +147,8 @@ class ExportConfig:
         shard_bytes: Largest weight file.
         overwrite: Replace a folder that is there.
     """
+
+    POSITIONAL: ClassVar[str] = "model"
 
     model: str
     out: str
@@ -168,6 +176,8 @@ class GenerateConfig:
         dtype: Number format of the weights. `auto`: bfloat16 on GPUs that have it, else float32.
         attn_impl: The attention backend; all give the same mathematics.
     """
+
+    POSITIONAL: ClassVar[str] = "model"
 
     model: str
     prompts: tuple[str, ...] = ()

@@ -1,0 +1,64 @@
+"""Texts with a form of their own: how a field's type says more than `str`.
+
+A field annotated `Annotated[int | str, Form(...)]` is checked by the form after its plain type, and
+described by the form's words in errors and explanations.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Protocol, runtime_checkable
+
+
+@dataclass(frozen=True)
+class Form:
+    """What a value has to look like.
+
+    Attributes:
+        words: The form in words, as in `expected ...`.
+        check: Raises ValueError for a value of another form.
+    """
+
+    words: str
+    check: Callable[[Any], object]
+
+
+@runtime_checkable
+class Foreign(Protocol):
+    """A section whose names and arguments belong to other people's classes."""
+
+    words: str
+
+    def problems(self, value: Mapping[str, Any]) -> Iterable[tuple[tuple[str | int, ...], str]]:
+        """What is wrong with the section: the path below it, and the text."""
+
+
+def parse_bytes(value: int | str) -> int:
+    """Bytes from a number with a unit of 1024, such as `100gb`.
+
+    Raises:
+        ValueError: The text is no size.
+    """
+    return _scaled(value, {"": 1, "b": 1} | {f"{letter}b": 1024**i for i, letter in enumerate("kmgtp", 1)})
+
+
+def parse_count(value: int | str) -> int:
+    """A number from its short form with k, M, B or T, such as `64M`.
+
+    Raises:
+        ValueError: The text is no number.
+    """
+    return _scaled(value, {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12})
+
+
+def _scaled(value: int | str, units: dict[str, int]) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", str(value).lower())
+    if match is None or match[2] not in units:
+        raise ValueError(f"{value!r} has another form")
+    return int(float(match[1]) * units[match[2]])
+
+
+ByteSize = Annotated[int | str, Form("a size, such as 1000000 or 100gb", parse_bytes)]
+SampleCount = Annotated[int | str, Form("a number, such as 10000 or 64M", parse_count)]

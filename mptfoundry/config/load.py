@@ -1,0 +1,127 @@
+"""From a YAML file and `key=value` words to a checked, frozen configuration, and back to YAML."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+
+from mptfoundry.config.document import Document, Origin, read_document
+from mptfoundry.config.legacy import REFUSED, translate
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.config.schema import default_of, field_types
+from mptfoundry.config.signatures import PACKAGES
+from mptfoundry.config.walk import build
+from mptfoundry.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_train_config(path: str | Path, words: Sequence[str] = ()) -> tuple[TrainConfig, list[str]]:
+    """Read the configuration of a training run.
+
+    Args:
+        path: The YAML file.
+        words: `key=value` words of the command line, which override the file.
+
+    Returns:
+        The configuration, and notes for the user: one line for each thing that was translated from an older
+        layout or that has no effect.
+
+    Raises:
+        ConfigError: All problems at once, each with its place.
+    """
+    document = read_document(path, words)
+    _refuse_code_from_file(document)
+    notes = translate(document)
+    _share_top_level(document)
+    _name_run(document, Path(path))
+    config = build(TrainConfig, document, REFUSED)
+    return config, notes + _effects(config)
+
+
+def parse_words(words: Sequence[str], schema: type[T], path: str | Path | None = None) -> T:
+    """Read the options of a verb from the command line, and from a YAML file where one is given.
+
+    Words without `=` go to the schema's field named by its `POSITIONAL`, if it has one.
+
+    Raises:
+        ConfigError: All problems at once.
+    """
+    field = getattr(schema, "POSITIONAL", None)
+    plain = [word for word in words if field and _is_plain(word)]
+    document = read_document(path, [word for word in words if word not in plain])
+    if plain and field:
+        is_list = "tuple" in str(field_types(schema)[field])
+        if not is_list and (len(plain) > 1 or field in document.tree):
+            raise ConfigError(f"command line: {' '.join(plain)}: {field} is given more than once.")
+        given = document.tree.get(field)
+        value = ([given] if isinstance(given, str) else given or []) + plain if is_list else plain[0]
+        document.put((field,), value, Origin(f"command line: {' '.join(plain)}", 0))
+    return build(schema, document, REFUSED)
+
+
+def _is_plain(word: str) -> bool:
+    key, equals, _ = word.partition("=")
+    return not word.startswith("-") and (not equals or not key.replace(".", "").replace("_", "").isalnum())
+
+
+def to_yaml(config: Any) -> str:
+    """A configuration as YAML text that loads to an equal one.
+
+    Fields that are None by default and permissions of the command line are left out.
+    """
+    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value) and not isinstance(value, type):
+        return {
+            f.name: _plain(getattr(value, f.name))
+            for f in fields(value)
+            if f.name != "allow_code" and not (getattr(value, f.name) is None and default_of(f) is None)
+        }
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value.replace("${", "\\${") if isinstance(value, str) else value
+
+
+def _refuse_code_from_file(document: Document) -> None:
+    if "allow_code" in document.tree and not document.origin(("allow_code",)).is_word:
+        document.report(("allow_code",), "is only taken from the command line. Remove it from the file.")
+
+
+def _share_top_level(document: Document) -> None:
+    """Give the model the `max_seq_len` of the run, unless it says it itself."""
+    model = document.tree.get("model")
+    if isinstance(model, dict) and model.get("max_seq_len") is None and "max_seq_len" in document.tree:
+        origin = document.origin(("max_seq_len",))
+        document.put(("model", "max_seq_len"), document.tree["max_seq_len"], origin)
+
+
+def _name_run(document: Document, path: Path) -> None:
+    if document.tree.get("run_name") is None:
+        name = os.environ.get("RUN_NAME") or os.environ.get("COMPOSER_RUN_NAME") or path.stem
+        document.tree["run_name"] = name
+
+
+def _effects(config: TrainConfig) -> list[str]:
+    """What a user should know about a valid configuration."""
+    notes = []
+    for name in config.loggers:
+        package = PACKAGES.get(name)
+        if package and find_spec(package) is None:
+            notes.append(f"loggers.{name}: needs the package {package}: pip install {package}.")
+    if not config.model.attn_config.attn_uses_sequence_id and config.train_loader.dataset.separates_documents:
+        notes.append(
+            "train_loader.dataset: documents are told apart, but model.attn_config.attn_uses_sequence_id is "
+            "false: tokens of a packed row see the documents before theirs."
+        )
+    return notes

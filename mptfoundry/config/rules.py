@@ -1,0 +1,169 @@
+"""What has to hold between the sections of a training run.
+
+Each rule looks at the fields that it needs and is left out where one of them is missing, so that one wrong
+field does not hide what is wrong elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from mptfoundry.config.durations import parse_duration
+
+Problem = tuple[str, str]
+
+
+def between_sections(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """All problems, as (dotted key, text)."""
+    yield from _sizes(values)
+    yield from _batches(values)
+    yield from _said_twice(values)
+    yield from _eval_labels(values)
+    yield from _documents(values)
+    yield from _schedule(values)
+    yield from _checkpoints(values)
+    if values.get("code_paths") and "allow_code" in values and not values["allow_code"]:
+        yield "code_paths", "names code, which runs only with allow_code=true on the command line."
+
+
+def _sizes(values: Mapping[str, Any]) -> Iterator[Problem]:
+    at_least = {
+        "max_seq_len": 1,
+        "seed": 0,
+        "global_train_batch_size": 1,
+        "device_train_microbatch_size": 1,
+        "device_eval_batch_size": 1,
+        "train_subset_num_batches": -1,
+        "eval_subset_num_batches": -1,
+        "save_num_checkpoints_to_keep": -1,
+        "max_split_size_mb": 1,
+        "dist_timeout": 1,
+    }
+    for key, least in at_least.items():
+        value = values.get(key)
+        if isinstance(value, (int, float)) and value < least:
+            yield key, f"{value} is too small. Use {least} or more."
+    for key in ("train_subset_num_batches", "eval_subset_num_batches"):
+        if values.get(key) == 0:
+            yield key, "0 batches leave nothing to do. Use -1 for all of them."
+    for key in ("max_duration", "save_interval"):
+        if key in values and parse_duration(values[key])[0] == 0:
+            yield key, f"{values[key]} is no time at all. Use more than 0."
+
+
+def _batches(values: Mapping[str, Any]) -> Iterator[Problem]:
+    batch = values.get("global_train_batch_size")
+    devices = device_count()
+    if not batch or batch < 1 or batch % devices == 0:
+        return
+    below, above = batch // devices * devices, -(-batch // devices) * devices
+    use = f"{below} or {above}" if below else str(above)
+    text = f"{batch} does not split over {devices} devices. Use a multiple of {devices}: {use}."
+    yield "global_train_batch_size", text
+
+
+def device_count() -> int:
+    """Devices of this run, as the launcher says."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    return max(1, int(world)) if world.isdigit() else 1
+
+
+def _loaders(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    if "train_loader" in values:
+        yield "train_loader", values["train_loader"]
+    loaders = values.get("eval_loader")
+    if isinstance(loaders, tuple):
+        for index, loader in enumerate(loaders):
+            yield f"eval_loader[{index}]", loader
+    elif loaders is not None:
+        yield "eval_loader", loaders
+
+
+def _said_twice(values: Mapping[str, Any]) -> Iterator[Problem]:
+    length, seed = values.get("max_seq_len"), values.get("seed")
+    said: list[tuple[str, Any, str, Any]] = []
+    if "model" in values:
+        said.append(("model.max_seq_len", values["model"].max_seq_len, "max_seq_len", length))
+    if "tokenizer" in values:
+        given = values["tokenizer"].kwargs.get("model_max_length")
+        said.append(("tokenizer.kwargs.model_max_length", given, "max_seq_len", length))
+    for key, loader in _loaders(values):
+        said.append((f"{key}.dataset.max_seq_len", loader.dataset.max_seq_len, "max_seq_len", length))
+        said.append((f"{key}.dataset.shuffle_seed", loader.dataset.shuffle_seed, "seed", seed))
+    for key, value, top_key, top in said:
+        if value is not None and top is not None and value != top:
+            yield key, f"{value} is not the {top_key} of the run, {top}. Remove it, or make them equal."
+
+
+def _eval_labels(values: Mapping[str, Any]) -> Iterator[Problem]:
+    loaders = values.get("eval_loader")
+    if not isinstance(loaders, tuple) or len(loaders) < 2:
+        return
+    seen: set[str] = set()
+    for index, loader in enumerate(loaders):
+        if loader.label is None:
+            yield (
+                f"eval_loader[{index}].label",
+                "is missing. Each of several loaders needs a label of its own.",
+            )
+        elif loader.label in seen:
+            yield (
+                f"eval_loader[{index}].label",
+                f"'{loader.label}' is another loader's. Use a label of its own.",
+            )
+        seen.add(loader.label)
+
+
+def _documents(values: Mapping[str, Any]) -> Iterator[Problem]:
+    if "model" not in values or not values["model"].attn_config.attn_uses_sequence_id:
+        return
+    for key, loader in _loaders(values):
+        if not loader.dataset.separates_documents:
+            yield (
+                f"{key}.dataset",
+                "model.attn_config.attn_uses_sequence_id needs eos_token_id or bos_token_id here, "
+                "to tell documents apart.",
+            )
+
+
+def _schedule(values: Mapping[str, Any]) -> Iterator[Problem]:
+    scheduler, total = values.get("scheduler"), values.get("max_duration")
+    if scheduler is None or total is None:
+        return
+    parts = {name: getattr(scheduler, name, None) for name in ("t_warmup", "t_decay", "t_cooldown")}
+    given = {name: part for name, part in parts.items() if part is not None}
+    lengths = {name: _tokens(part, total, values) for name, part in given.items()}
+    whole = _tokens(total, total, values)
+    if whole is None or any(length is None for length in lengths.values()):
+        return
+    if sum(length for length in lengths.values() if length is not None) > whole:
+        said = " and ".join(f"{name}: {part}" for name, part in given.items())
+        verb = "is" if len(given) == 1 else "are together"
+        yield "scheduler", f"{said} {verb} longer than the run, max_duration: {total}. Use less."
+
+
+def _tokens(duration: int | str, total: int | str, values: Mapping[str, Any]) -> float | None:
+    """A duration in tokens; None where that depends on the size of the data."""
+    number, unit = parse_duration(duration)
+    if unit == "dur":
+        whole = _tokens(total, total, values) if parse_duration(total)[1] != "dur" else None
+        return None if whole is None else number * whole
+    if "max_seq_len" not in values or "global_train_batch_size" not in values:
+        return None
+    length, batch = values["max_seq_len"], values["global_train_batch_size"]
+    size = {"tok": 1, "sp": length, "ba": length * batch}.get(unit)
+    return None if size is None else number * size
+
+
+def _checkpoints(values: Mapping[str, Any]) -> Iterator[Problem]:
+    if values.get("autoresume"):
+        if "save_folder" in values and values["save_folder"] is None:
+            yield "autoresume", "needs save_folder, where the checkpoint to resume from lies."
+        if values.get("save_weights_only"):
+            yield "autoresume", "needs whole checkpoints. Set save_weights_only: false."
+    if "load_path" in values and values["load_path"] is None:
+        for key in ("load_weights_only", "load_ignore_keys"):
+            if values.get(key):
+                yield key, "needs load_path, the checkpoint that it speaks of."

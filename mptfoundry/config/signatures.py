@@ -1,0 +1,284 @@
+"""Other people's classes that a configuration names: where they live, and which arguments they take.
+
+Signatures are read from the sources of the installed packages; nothing is imported. Types are checked as far
+as their annotations are plain (`int`, `Optional[str]`, `list[str]`, ...); anything else is left to the class.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from mptfoundry.config.schema import show
+
+CALLBACKS: dict[str, str] = {
+    "activation_monitor": "composer.callbacks.activation_monitor:ActivationMonitor",
+    "early_stopper": "composer.callbacks.early_stopper:EarlyStopper",
+    "lr_monitor": "composer.callbacks.lr_monitor:LRMonitor",
+    "memory_monitor": "composer.callbacks.memory_monitor:MemoryMonitor",
+    "memory_snapshot": "composer.callbacks.memory_snapshot:MemorySnapshot",
+    "nan_monitor": "composer.callbacks.nan_monitor:NaNMonitor",
+    "oom_observer": "composer.callbacks.oom_observer:OOMObserver",
+    "optimizer_monitor": "composer.callbacks.optimizer_monitor:OptimizerMonitor",
+    "runtime_estimator": "composer.callbacks.runtime_estimator:RuntimeEstimator",
+    "speed_monitor": "composer.callbacks.speed_monitor:SpeedMonitor",
+    "system_metrics_monitor": "composer.callbacks.system_metrics_monitor:SystemMetricsMonitor",
+    "threshold_stopper": "composer.callbacks.threshold_stopper:ThresholdStopper",
+}
+LOGGERS: dict[str, str] = {
+    "cometml": "composer.loggers.cometml_logger:CometMLLogger",
+    "file_logger": "composer.loggers.file_logger:FileLogger",
+    "in_memory_logger": "composer.loggers.in_memory_logger:InMemoryLogger",
+    "inmemory": "composer.loggers.in_memory_logger:InMemoryLogger",
+    "mlflow": "composer.loggers.mlflow_logger:MLFlowLogger",
+    "slack": "composer.loggers.slack_logger:SlackLogger",
+    "tensorboard": "composer.loggers.tensorboard_logger:TensorboardLogger",
+    "wandb": "composer.loggers.wandb_logger:WandBLogger",
+}
+ALGORITHMS: dict[str, str] = {
+    "gradient_clipping": "composer.algorithms.gradient_clipping.gradient_clipping:GradientClipping",
+}
+_MIX = "changing the data mix during a run is not supported. Start a second run from load_path."
+# What llm-foundry has beyond Composer's, and why it is not here.
+REFUSED_CALLBACKS: dict[str, str] = {
+    "async_eval": "evaluation in a separate job is not supported. Use eval_interval.",
+    "curriculum_learning": _MIX,
+    "dataset_swap": _MIX,
+    "env_logging": "`mptfoundry doctor` prints the versions. Remove it.",
+    "eval_output_logging": "it belongs to in-context tasks, which are not supported in training.",
+    "fdiff_metrics": "it is not supported. Differences can be taken from metrics.jsonl.",
+    "global_lr_scaling": "give another lr in place of a factor on it.",
+    "hf_checkpointer": "export a checkpoint afterwards: `mptfoundry export`.",
+    "kill_loss_spike": "it is not supported. Remove it.",
+    "layer_freezing": "parameters are frozen by optimizer.disable_grad.",
+    "load_checkpoint": "give load_path.",
+    "loss_perp_v_len": "it is not supported. Remove it.",
+    "mbmoe_tok_per_expert": "mixtures of experts are not supported.",
+    "mono_checkpoint_saver": "fsdp_config.state_dict_type: full saves whole checkpoints.",
+    "run_timeout": "it is not supported. Let the scheduler of the cluster end the run; it saves and resumes.",
+    "scheduled_gc": "it is not supported. Remove it.",
+}
+REFUSED_LOGGERS: dict[str, str] = {
+    "mosaicml": "loggers of a vendor's platform are not supported. metrics.jsonl is always written.",
+}
+REFUSED_ALGORITHMS: dict[str, str] = {
+    "alibi": "it would do nothing to an MPT. Set model.attn_config.alibi: true.",
+    "gated_linear_units": "it would do nothing to an MPT. Set model.ffn_config.ffn_type: mptglu.",
+}
+# Packages that a logger imports when it starts, and what installs them.
+PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "cometml": "comet_ml"}
+# Arguments that the builder gives by itself, by class.
+GIVEN: dict[str, tuple[str, ...]] = {}
+# What vanishes in `**kwargs`, by class: argument and its annotation.
+EXTRA: dict[str, dict[str, str]] = {}
+CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("gradient_clipping", "clipping_type"): ("norm", "value"),
+}
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument of a constructor.
+
+    Attributes:
+        name: The argument.
+        annotation: Its type, as written in the source.
+        default: Its default, as written; None if it has to be given.
+    """
+
+    name: str
+    annotation: str
+    default: str | None
+
+
+@cache
+def arguments_of(where: str) -> tuple[Argument, ...]:
+    """The arguments that `module:Class` takes from a configuration, read from its source.
+
+    Raises:
+        LookupError: The package is not installed, or has no such class.
+    """
+    module, _, name = where.partition(":")
+    for node in ast.parse(_source_of(module).read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            found = _constructor_arguments(node)
+            break
+    else:
+        raise LookupError(f"{module} has no class {name}")
+    extra = [Argument(key, words, "None") for key, words in EXTRA.get(where, {}).items()]
+    return tuple(a for a in found + extra if a.name not in GIVEN.get(where, ()))
+
+
+def _source_of(module: str) -> Path:
+    package, *parts = module.split(".")
+    spec = find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise LookupError(f"the package {package} is not installed")
+    file = Path(spec.submodule_search_locations[0], *parts).with_suffix(".py")
+    if not file.exists():
+        raise LookupError(f"the installed {package} has no {module}")
+    return file
+
+
+def _constructor_arguments(node: ast.ClassDef) -> list[Argument]:
+    for item in node.body:
+        if isinstance(item, ast.FunctionDef) and item.name == "__init__":
+            positional = item.args.args[1:]
+            defaults = [None] * (len(positional) - len(item.args.defaults)) + list(item.args.defaults)
+            pairs = [*zip(positional, defaults, strict=True)]
+            pairs += zip(item.args.kwonlyargs, item.args.kw_defaults, strict=True)
+            return [
+                Argument(
+                    argument.arg,
+                    ast.unparse(argument.annotation) if argument.annotation else "Any",
+                    ast.unparse(default) if default is not None else None,
+                )
+                for argument, default in pairs
+            ]
+    return []
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """A section that names such classes, such as `callbacks`; a `Foreign` form.
+
+    Attributes:
+        words: What it holds, in words.
+        known: Where each class lives, by the name in the configuration.
+        refused: Names that llm-foundry knows and that are not supported here, and why.
+    """
+
+    words: str
+    known: Mapping[str, str]
+    refused: Mapping[str, str] = field(default_factory=dict)
+
+    def __hash__(self) -> int:
+        return hash(self.words)
+
+    def problems(self, value: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
+        """What is wrong with the section: the path below it, and the text."""
+        for name, kwargs in value.items():
+            if name in self.refused:
+                yield (name,), self.refused[name]
+            elif name not in self.known:
+                allowed = ", ".join(sorted(self.known))
+                yield (name,), f"is not known.{_near(name, self.known)} Allowed: {allowed}."
+            elif not isinstance(kwargs, dict):
+                text = "has no value" if kwargs is None else f"{show(kwargs)} is not allowed here"
+                yield (name,), f"{text}. Expected its arguments as a section; {{}} for none."
+            else:
+                yield from _argument_problems(name, self.known[name], kwargs)
+
+
+def _argument_problems(
+    name: str, where: str, kwargs: Mapping[str, Any]
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    try:
+        arguments = {argument.name: argument for argument in arguments_of(where)}
+    except LookupError as error:
+        yield (name,), f"can't be checked: {error}."
+        return
+    for key, value in kwargs.items():
+        if key not in arguments:
+            allowed = ", ".join(arguments) or "no arguments"
+            yield (name, key), f"unknown key.{_near(key, arguments)} {name} takes {allowed}."
+        elif (choices := CHOICES.get((name, key))) and value not in choices:
+            near = _near(str(value), dict.fromkeys(choices))
+            yield (name, key), f"{show(value)} is not allowed here.{near} Expected {' or '.join(choices)}."
+        elif not fits(ast.parse(arguments[key].annotation, mode="eval").body, value):
+            words = describe_annotation(arguments[key].annotation)
+            yield (name, key), f"{show(value)} is not allowed here. Expected {words}."
+    for argument in arguments.values():
+        if argument.default is None and argument.name not in kwargs:
+            words = describe_annotation(argument.annotation)
+            yield (name, argument.name), f"is missing. Expected {words}."
+
+
+def _near(word: str, options: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(word, list(options), 1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+_PLAIN: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "list": (list,),
+    "List": (list,),
+    "Sequence": (list,),
+    "tuple": (list,),
+    "Tuple": (list,),
+    "dict": (dict,),
+    "Dict": (dict,),
+    "Time": (str, int),
+    "Path": (str,),
+    "None": (type(None),),
+}
+
+
+def fits(annotation: ast.expr, value: Any) -> bool:
+    """Whether a plain value can be what an annotation says; True where that can't be told."""
+    if isinstance(annotation, ast.BinOp):
+        return fits(annotation.left, value) or fits(annotation.right, value)
+    if isinstance(annotation, ast.Constant):
+        return value is None if annotation.value is None else True
+    if isinstance(annotation, ast.Subscript):
+        name = _name(annotation.value)
+        inner = annotation.slice
+        if name == "Optional":
+            return value is None or fits(inner, value)
+        if name == "Union" and isinstance(inner, ast.Tuple):
+            return any(fits(item, value) for item in inner.elts if _name(item) != "Callable")
+        if name == "Callable":
+            return False
+        if name in ("list", "List", "Sequence") and isinstance(value, list):
+            return all(fits(inner, item) for item in value)
+        return _is_plain(name, value)
+    return _is_plain(_name(annotation), value)
+
+
+def _name(node: ast.expr) -> str:
+    if isinstance(node, ast.Subscript):
+        node = node.value
+    return ast.unparse(node).rpartition(".")[2]
+
+
+def _is_plain(name: str, value: Any) -> bool:
+    if name not in _PLAIN:
+        return True
+    if isinstance(value, bool) and name in ("int", "float", "Time"):
+        return False
+    return isinstance(value, _PLAIN[name])
+
+
+def describe_annotation(annotation: str) -> str:
+    """An annotation in words, without what a configuration can't say."""
+    words = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
+    words |= {"Time": "a duration", "None": "null", "Path": "text"}
+    words |= dict.fromkeys(("list", "List", "Sequence", "tuple", "Tuple"), "a list")
+    words |= dict.fromkeys(("dict", "Dict"), "a section of names")
+    said: list[str] = []
+
+    def collect(node: ast.expr) -> None:
+        name = _name(node)
+        if isinstance(node, ast.BinOp):
+            collect(node.left)
+            collect(node.right)
+        elif isinstance(node, ast.Subscript) and name in ("Optional", "Union"):
+            for item in node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]:
+                collect(item)
+            if name == "Optional":
+                said.append("null")
+        elif name != "Callable":
+            said.append(words.get(name, name))
+
+    collect(ast.parse(annotation, mode="eval").body)
+    unique = list(dict.fromkeys(said))
+    return unique[0] if len(unique) == 1 else ", ".join(unique[:-1]) + " or " + unique[-1]
