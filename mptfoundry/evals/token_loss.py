@@ -98,6 +98,7 @@ class TokenLoss(Metric):
     is_differentiable = False
     result: str
     rows: list[Tensor]
+    token_bytes: Tensor | None
 
     def __init__(self, token_bytes: np.ndarray | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)

@@ -1,0 +1,97 @@
+"""The run in one line a time, readable by people and in log files.
+
+[batch 120/3000]  loss 4.213  lr 1.9e-04  grad norm 0.84  31.2k tok/s  MFU 41.3 %  ETA 0:12:40
+[batch 120/3000]  eval held_out: LanguageCrossEntropy 4.301  LanguagePerplexity 73.8
+"""
+
+from __future__ import annotations
+
+import sys
+from datetime import timedelta
+from typing import Any, TextIO
+
+from composer.core import Event, State, TimeUnit
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler
+
+from mptfoundry.callbacks.rows import Row, RowLogger
+
+
+class ConsoleLine(RowLogger):
+    """Prints a line at an interval, the first and the last batch included, and one for each evaluation.
+
+    Args:
+        interval: How often, such as `10ba`, `1ep` or `1000000tok`.
+        stream: Where to; by default the standard output.
+    """
+
+    def __init__(self, interval: str | int = "1ba", stream: TextIO | None = None) -> None:
+        super().__init__()
+        self._is_due = create_interval_scheduler(
+            interval, checkpoint_events=False, final_events={Event.BATCH_END, Event.EPOCH_END}
+        )
+        self._stream = stream
+        self._printed_batch = -1
+        self._row: Row = {}
+
+    def write_batch(self, row: Row, state: State) -> None:
+        """Print the row if its time has come."""
+        self._row = row
+        if self._is_due(state, Event.BATCH_END) or self._printed_batch < 0:
+            self._print_batch(state)
+
+    def write_evaluation(self, row: Row, state: State) -> None:
+        """Print the evaluation."""
+        for label, metrics in row["eval"].items():
+            values = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
+            self._print(state, f"eval {label}: {values}")
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Print the last batch's row where the interval counts epochs, and at the end of training."""
+        if self._row and self._is_due(state, Event.EPOCH_END) and self._printed_batch != self._row["batch"]:
+            self._print_batch(state)
+
+    def _print_batch(self, state: State) -> None:
+        self._printed_batch = self._row["batch"]
+        self._print(state, batch_line(self._row))
+
+    def _print(self, state: State, text: str) -> None:
+        print(f"[{progress(state)}]  {text}", file=self._stream or sys.stdout, flush=True)
+
+
+def progress(state: State) -> str:
+    """How far the run is, in the unit of its length: `batch 120/3000`."""
+    end, now = state.max_duration, state.timestamp
+    if end is None or end.unit == TimeUnit.BATCH:
+        return f"batch {now.batch.value}" + ("" if end is None else f"/{end.value}")
+    if end.unit == TimeUnit.EPOCH and state.dataloader_len is not None:
+        return f"batch {now.batch.value}/{end.value * int(state.dataloader_len)}"
+    return f"batch {now.batch.value}, {now.get(end.unit).value / end.value:.1%}"
+
+
+def batch_line(row: Row) -> str:
+    """A batch's row as text, what is missing left out."""
+    parts = [f"loss {_short(row['loss'])}", f"lr {row['lr']:.2g}" if row.get("lr") is not None else ""]
+    if row.get("grad_norm") is not None:
+        parts.append(f"grad norm {_short(row['grad_norm'])}")
+    if row.get("tokens_per_second") is not None:
+        parts.append(f"{thousands(row['tokens_per_second'])} tok/s")
+    if row.get("mfu") is not None:
+        parts.append(f"MFU {row['mfu']:.1%}")
+    if row.get("eta_seconds") is not None:
+        parts.append(f"ETA {timedelta(seconds=round(row['eta_seconds']))}")
+    return "  ".join(part for part in parts if part)
+
+
+def thousands(value: float) -> str:
+    """A number in three or four digits: 812, 31.2k, 5.21M."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e5 else f"{value:.0f}"

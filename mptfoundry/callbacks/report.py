@@ -1,0 +1,192 @@
+"""What came of a run, in one picture and one page: `report.png` and `report.md` in the run's folder.
+
+Both come from `metrics.jsonl` alone, so they can be made at any time: at the end, while the run goes on, or
+for one that crashed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mptfoundry.callbacks.metrics_file import NAME, read_rows
+from mptfoundry.callbacks.rows import Row
+from mptfoundry.errors import DataError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PICTURE = "report.png"
+PAGE = "report.md"
+# The main metric of an evaluation: the one that is comparable with the training loss.
+EVAL_LOSS = "LanguageCrossEntropy"
+
+
+def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = None) -> Path:
+    """Write `report.png` and `report.md` into the folder of a run, finished or not.
+
+    Args:
+        run_folder: The folder that holds `metrics.jsonl`.
+        facts: More rows for the page's table, shown first, such as the model and its parameters.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        DataError: The folder has no metrics yet.
+    """
+    folder = Path(run_folder)
+    source = folder / NAME
+    rows = list(read_rows(source)) if source.exists() else []
+    batches = [row for row in rows if "loss" in row]
+    if not batches:
+        raise DataError(f"{source}: no batch has been recorded, so there is nothing to report. Train first.")
+    evaluations = [row for row in rows if "eval" in row]
+    draw(batches, evaluations, folder / PICTURE)
+    page = folder / PAGE
+    page.write_text(describe(folder, batches, evaluations, facts or {}))
+    return page
+
+
+def describe(
+    folder: Path, batches: Sequence[Row], evaluations: Sequence[Row], facts: Mapping[str, str]
+) -> str:
+    """The page as Markdown.
+
+    Args:
+        folder: The run's folder.
+        batches: Rows of batches, one or more.
+        evaluations: Rows of evaluations.
+        facts: More rows for the table.
+    """
+    first, last = batches[0], batches[-1]
+    losses = [row["loss"] for row in batches if row["loss"] is not None]
+    table = {
+        **facts,
+        "steps": f"{last['batch']:,}",
+        "tokens": f"{last['tokens']:,}",
+        "loss": f"{_number(first['loss'])} at first, {_number(last['loss'])} at last, "
+        f"{_number(min(losses, default=None))} at best",
+        "training time": f"{timedelta(seconds=round(last['seconds']))}, evaluations not included",
+        "time per step": f"{last['seconds'] / last['batch']:.3g} s",
+        "tokens per second": _median(batches, "tokens_per_second", "{:,.0f}"),
+        "MFU": _median(batches, "mfu", "{:.1%}"),
+        "peak memory": _gib(last.get("peak_memory_bytes")),
+    }
+    lines = [f"# {folder.resolve().name}", "", f"![loss, learning rate, speed, gradients]({PICTURE})", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table.items() if value)]
+    lines += _evaluations(evaluations)
+    lines += ["", "## Where everything lies", "", "| | |", "|---|---|"]
+    lines += [f"| {what} | `{where}` |" for what, where in _places(folder).items()]
+    return "\n".join(lines) + "\n"
+
+
+def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None:
+    """The picture over tokens: loss, its smoothing and evaluations, learning rate, tokens/s, gradient norm.
+
+    Args:
+        batches: Rows of batches, one or more.
+        evaluations: Rows of evaluations.
+        path: Where to write the PNG.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 10), layout="constrained")
+    panels = figure.subplots(4, 1, sharex=True, height_ratios=[3, 1, 1, 1])
+    tokens = [row["tokens"] for row in batches]
+    losses = _column(batches, "loss")
+    panels[0].plot(tokens, losses, color="0.8", linewidth=0.8, label="loss")
+    panels[0].plot(tokens, smooth(losses), color="C0", label="loss, smoothed")
+    for label, points in _eval_losses(evaluations).items():
+        panels[0].plot(*zip(*points, strict=True), "o-", markersize=4, linewidth=0.8, label=f"eval {label}")
+    panels[0].legend()
+    _panel(panels[0], "loss, nats per token")
+    for axes, name, title in (
+        (panels[1], "lr", "learning rate"),
+        (panels[2], "tokens_per_second", "tokens/s"),
+        (panels[3], "grad_norm", "gradient norm"),
+    ):
+        axes.plot(tokens, _column(batches, name), color="C0", linewidth=0.8)
+        _panel(axes, title)
+    if any(value > 0 for value in _column(batches, "grad_norm")):
+        panels[3].set_yscale("log")
+    panels[3].set_xlabel("tokens")
+    figure.savefig(path, dpi=110)
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """An exponential moving average over a fiftieth of the points, at least 10, unbiased at its start."""
+    keep = 1 - 1 / max(10, len(values) / 50)
+    total = weight = 0.0
+    averages = []
+    for value in values:
+        if not math.isnan(value):
+            total, weight = keep * total + value, keep * weight + 1
+        averages.append(total / weight if weight else math.nan)
+    return averages
+
+
+def _evaluations(evaluations: Sequence[Row]) -> list[str]:
+    """A table of each label's first and last evaluation."""
+    by_label: dict[str, list[Row]] = {}
+    for row in evaluations:
+        for label, metrics in row["eval"].items():
+            by_label.setdefault(label, []).append({"batch": row["batch"], **metrics})
+    lines: list[str] = []
+    for label, found in by_label.items():
+        names = [name for name in found[-1] if name != "batch"]
+        lines += ["", f"## Evaluation: {label}", "", f"| batch | {' | '.join(names)} |"]
+        lines += ["|" + "---|" * (len(names) + 1)]
+        for row in found[:1] + found[1:][-1:]:
+            lines.append(f"| {row['batch']} | {' | '.join(_number(row.get(name)) for name in names)} |")
+    return lines
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """What of a run is there, and where."""
+    checkpoints = sorted(folder.glob("ep*-ba*"), key=lambda path: path.stat().st_mtime)
+    places = {
+        "the resolved configuration": folder / "config.yaml",
+        "every batch and evaluation": folder / NAME,
+        "the picture": folder / PICTURE,
+        "the tokenizer": folder / "tokenizer",
+        "the last checkpoint": checkpoints[-1] if checkpoints else folder / "none",
+    }
+    return {what: str(path.resolve()) for what, path in places.items() if path.exists()}
+
+
+def _eval_losses(evaluations: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    points: dict[str, list[tuple[int, float]]] = {}
+    for row in evaluations:
+        for label, metrics in row["eval"].items():
+            if metrics.get(EVAL_LOSS) is not None:
+                points.setdefault(label, []).append((row["tokens"], metrics[EVAL_LOSS]))
+    return points
+
+
+def _panel(axes: Axes, title: str) -> None:
+    axes.set_ylabel(title)
+    axes.grid(True, color="0.9")
+    axes.margins(x=0.01)
+
+
+def _column(rows: Sequence[Row], name: str) -> list[float]:
+    return [math.nan if row.get(name) is None else float(row[name]) for row in rows]
+
+
+def _median(rows: Sequence[Row], name: str, form: str) -> str:
+    values = sorted(row[name] for row in rows if row.get(name) is not None)
+    return form.format(values[len(values) // 2]) if values else ""
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "not finite"
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _gib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**30:.2f} GiB"

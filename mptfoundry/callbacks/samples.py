@@ -1,0 +1,70 @@
+"""Texts that the model writes while it learns, from prompts of the user's choosing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from composer.core import Callback, Event, State, get_precision_context
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist, model_eval_mode
+
+from mptfoundry.errors import ConfigError
+
+
+class Generate(Callback):
+    """Lets the network continue prompts at an interval, prints the texts, and logs them as `generations`.
+
+    Every rank takes part, since a sharded network needs them all. The run's random numbers stay as they are:
+    training with and without generations gives the same weights.
+
+    Args:
+        generate: Called with the network and the prompts, gives one text for each prompt.
+        prompts: What to continue.
+        interval: How often, such as `100ba` or `1ep`; the end of training is included.
+    """
+
+    def __init__(
+        self,
+        generate: Callable[[torch.nn.Module, Sequence[str]], Sequence[str]],
+        prompts: Sequence[str],
+        *,
+        interval: str | int = "1ep",
+    ) -> None:
+        if isinstance(prompts, str) or not prompts:
+            raise ConfigError("callbacks.generate.prompts: no prompts. Give a list of one text or more.")
+        self.generate = generate
+        self.prompts = list(prompts)
+        self._generated_at = -1
+        self._is_due = create_interval_scheduler(
+            interval, checkpoint_events=False, final_events={Event.BATCH_END, Event.EPOCH_END}
+        )
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Generate if the interval, counted in batches, samples or tokens, is over."""
+        self._generate_if_due(Event.BATCH_END, state, logger)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Generate if the interval, counted in epochs, is over."""
+        self._generate_if_due(Event.EPOCH_END, state, logger)
+
+    def _generate_if_due(self, event: Event, state: State, logger: Logger) -> None:
+        # The end of training may be the end of a batch and of an epoch.
+        if not self._is_due(state, event) or self._generated_at == int(state.timestamp.batch):
+            return
+        self._generated_at = int(state.timestamp.batch)
+        model: Any = state.model.module if state.is_model_ddp else state.model
+        devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+        with (
+            torch.no_grad(),
+            torch.random.fork_rng(devices=devices),
+            model_eval_mode(state.model),
+            get_precision_context(state.precision, state.precision_config),
+        ):
+            texts = list(self.generate(model.model, self.prompts))
+        rows = [list(pair) for pair in zip(self.prompts, texts, strict=True)]
+        logger.log_table(["prompt", "generation"], rows, name="generations")
+        if dist.get_global_rank() == 0:
+            for prompt, text in rows:
+                print(f"[batch {state.timestamp.batch.value}]  {prompt!r} -> {text!r}", flush=True)

@@ -1,0 +1,112 @@
+"""How fast the run is, how much of the device it uses, and when it will be done.
+
+Only training is timed: from asking for a batch to the end of its step, the wait for data included;
+evaluations, checkpoints and loggers are not. Words: MFU is model FLOPs utilisation, the FLOPs that the model
+needs for the tokens over those that the device could do in dense bf16 meanwhile; recomputed activations don't
+count. `mfu` counts attention in full, the convention in which MFU is published; `mfu_causal` only what a
+causal model needs (see mpt/flops.py).
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections import deque
+
+import torch
+from composer.core import Callback, State, TimeUnit
+from composer.loggers import Logger
+from composer.utils import dist
+
+from mptfoundry.mpt.config import MPTConfig
+from mptfoundry.mpt.flops import flops_per_token
+
+
+class Throughput(Callback):
+    """Logs, after each batch, under `throughput/`:
+
+    tokens_per_second (all devices), tokens_per_second_per_device, mfu and mfu_causal (where the device's peak
+    is known), peak_memory_bytes (of this process: the GPU's if there is one), eta_seconds.
+
+    Args:
+        config: The network.
+        peak_flops: Dense bf16 FLOP/s of one device; None if it isn't known, as on a CPU.
+        window: Batches that a rate is averaged over. The first batch, which warms up, falls out at once.
+    """
+
+    def __init__(self, config: MPTConfig, *, peak_flops: float | None = None, window: int = 10) -> None:
+        self.config = config
+        self.peak_flops = peak_flops
+        self._window: deque[tuple[float, int]] = deque(maxlen=window)
+        self._batches = 0
+        self._tokens = 0
+        self._fetched_at = 0.0
+        self._started_at = 0.0
+        self._trained_seconds = 0.0
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        """The batch's time begins."""
+        self._fetched_at = time.perf_counter()
+        self._tokens = int(state.timestamp.token)
+        if not self._batches:
+            self._started_at = self._fetched_at
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """The batch's time ends: by now Composer has waited for the loss, so the device is done."""
+        seconds = time.perf_counter() - self._fetched_at
+        if self._batches == 1:
+            self._window.clear()
+            self._trained_seconds, self._started_at = 0.0, self._fetched_at
+        self._batches += 1
+        self._trained_seconds += seconds
+        self._window.append((seconds, int(state.timestamp.token) - self._tokens))
+        per_second = sum(tokens for _, tokens in self._window) / sum(spent for spent, _ in self._window)
+        per_device = per_second / dist.get_world_size()
+        seq_len = state.batch["input_ids"].shape[1]
+        known = {
+            "tokens_per_second": per_second,
+            "tokens_per_second_per_device": per_device,
+            "mfu": self._share_of_peak(per_device, seq_len, causal=False),
+            "mfu_causal": self._share_of_peak(per_device, seq_len, causal=True),
+            "peak_memory_bytes": peak_memory_bytes(),
+            "eta_seconds": self._eta_seconds(state),
+        }
+        logger.log_metrics(
+            {f"throughput/{name}": value for name, value in known.items() if value is not None}
+        )
+
+    def _share_of_peak(self, tokens_per_second: float, seq_len: int, *, causal: bool) -> float | None:
+        if self.peak_flops is None:
+            return None
+        return tokens_per_second * flops_per_token(self.config, seq_len, causal=causal) / self.peak_flops
+
+    def _eta_seconds(self, state: State) -> float | None:
+        """What is left, at the window's pace, evaluations and checkpoints as often as up to now."""
+        batches = remaining_batches(state)
+        if batches is None:
+            return None
+        pace = sum(spent for spent, _ in self._window) / len(self._window)
+        elapsed = time.perf_counter() - self._started_at
+        return batches * pace * max(1.0, elapsed / self._trained_seconds)
+
+
+def remaining_batches(state: State) -> float | None:
+    """Batches until `max_duration`, by what a batch has been so far; None if nothing tells."""
+    end, now = state.max_duration, state.timestamp
+    if end is None or not now.batch.value:
+        return None
+    if end.unit == TimeUnit.EPOCH:
+        if state.dataloader_len is None:
+            return None
+        return max(0.0, end.value * int(state.dataloader_len) - now.batch.value)
+    if end.unit not in (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN):
+        return None
+    done = now.get(end.unit).value
+    return max(0.0, (end.value - done) * now.batch.value / done) if done else None
+
+
+def peak_memory_bytes() -> int:
+    """The most memory that this process has held: on its GPU if it has one, else in the machine."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,64 @@
+"""The line on the console."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import pytest
+from composer import Trainer
+
+from mptfoundry.callbacks.console import ConsoleLine, batch_line, thousands
+from mptfoundry.callbacks.throughput import Throughput
+from mptfoundry.mpt.config import MPTConfig
+
+
+def test_a_row_is_one_line() -> None:
+    row = {
+        "loss": 4.21345,
+        "lr": 1.9e-4,
+        "grad_norm": 0.8412,
+        "tokens_per_second": 31234.0,
+        "mfu": 0.413,
+        "eta_seconds": 760.2,
+    }
+    assert batch_line(row) == "loss 4.213  lr 0.00019  grad norm 0.8412  31.2k tok/s  MFU 41.3%  ETA 0:12:40"
+    assert batch_line({"loss": None, "lr": 1e-4}) == "loss not finite  lr 0.0001"
+
+
+@pytest.mark.parametrize(("value", "text"), [(812.0, "812"), (31234.0, "31.2k"), (5.21e6, "5.21M")])
+def test_numbers_have_three_digits(value: float, text: str) -> None:
+    assert thousands(value) == text
+
+
+@pytest.mark.parametrize(
+    ("interval", "max_duration", "printed"),
+    [
+        ("3ba", "7ba", ["1/7", "3/7", "6/7", "7/7"]),
+        ("64tok", "192tok", ["1", "2", "4", "6"]),
+        ("1ep", "2ep", ["1/12", "6/12", "12/12"]),
+    ],
+)
+def test_lines_come_at_the_interval_and_at_both_ends(
+    make_trainer: Callable[..., Trainer],
+    config: MPTConfig,
+    interval: str,
+    max_duration: str,
+    printed: list[str],
+) -> None:
+    stream = io.StringIO()
+    trainer = make_trainer(
+        max_duration=max_duration,
+        with_eval=True,
+        eval_interval=max_duration if max_duration.endswith("ba") else 0,
+        loggers=[ConsoleLine(interval, stream)],
+        callbacks=[Throughput(config)],
+    )
+    trainer.fit()
+    trainer.close()
+    lines = stream.getvalue().splitlines()
+    batches = [line for line in lines if "loss" in line]
+    assert [line.split("batch ")[1].split("]")[0].split(",")[0] for line in batches] == printed
+    assert all("tok/s" in line and "ETA" in line and "MFU" not in line for line in batches)
+    evaluations = [line for line in lines if "eval held_out: LanguageCrossEntropy" in line]
+    assert len(evaluations) == max_duration.endswith("ba")

@@ -1,0 +1,117 @@
+"""metrics.jsonl: what a row holds, and that a resumed run has each batch once."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from composer import Callback, Trainer
+
+from mptfoundry.callbacks.metrics_file import MetricsFile, cut_rows, read_rows
+from mptfoundry.callbacks.rows import MEASURED
+from mptfoundry.callbacks.throughput import Throughput
+from mptfoundry.errors import ConfigError
+from mptfoundry.mpt.config import MPTConfig
+
+MakeTrainer = Callable[..., Trainer]
+
+
+class Stop(Callback):
+    """Ends the process's training as a kill would: nothing after this batch's checkpoint happens."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def batch_end(self, state: object, logger: object) -> None:
+        if state.timestamp.batch == self.batch:  # type: ignore[attr-defined]
+            raise KeyboardInterrupt
+
+
+def test_a_batch_is_a_row_and_an_evaluation_is_a_row(
+    make_trainer: MakeTrainer, config: MPTConfig, tmp_path: Path
+) -> None:
+    trainer = make_trainer(
+        max_duration="4ba",
+        with_eval=True,
+        eval_interval="4ba",
+        loggers=[MetricsFile(tmp_path / "run")],
+        callbacks=[Throughput(config, peak_flops=1e12)],
+    )
+    trainer.fit()
+    trainer.close()
+    *batches, evaluation = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [row["batch"] for row in batches] == [1, 2, 3, 4]
+    assert [row["tokens"] for row in batches] == [32, 64, 96, 128]
+    assert [row["samples"] for row in batches] == [4, 8, 12, 16]
+    assert [row["lr"] for row in batches[:3]] == [0.0, 0.005, 0.01]
+    for row in batches:
+        assert 0 < row["loss"] < 10
+        assert all(row[name] > 0 for name in MEASURED)
+        assert row["mfu_causal"] < row["mfu"]
+    assert set(evaluation["eval"]) == {"held_out"}
+    scores = evaluation["eval"]["held_out"]
+    assert scores["tokens"] == 24 * 7
+    assert set(scores) == {"LanguageCrossEntropy", "LanguagePerplexity", "tokens", "bits_per_byte"}
+    assert evaluation["batch"] == 4
+
+
+def test_a_resumed_run_has_each_batch_once(make_trainer: MakeTrainer, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    saving = {"save_folder": str(folder), "save_interval": "2ba", "autoresume": True, "run_name": "run"}
+    killed = make_trainer(max_duration="6ba", loggers=[MetricsFile(folder)], callbacks=[Stop(5)], **saving)
+    with pytest.raises(KeyboardInterrupt):
+        killed.fit()
+    killed.close()
+    assert [row["batch"] for row in read_rows(folder / "metrics.jsonl")] == [1, 2, 3, 4]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"batch": 5, "loss": 1.0}\n{"batch": 6, "lo')
+    resumed = make_trainer(max_duration="6ba", loggers=[MetricsFile(folder)], **saving)
+    resumed.fit()
+    resumed.close()
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["batch"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert all("tokens" in row for row in rows)
+
+
+def test_cutting_keeps_what_came_before_and_drops_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"batch": 1}\n{"batch": 1, "eval": {}}\n{"batch": 2}\nnot json\n{"batch": 3')
+    assert [row["batch"] for row in read_rows(path)] == [1, 1, 2]
+    cut_rows(path, last_batch=2)
+    assert path.read_text() == '{"batch": 1}\n{"batch": 1, "eval": {}}\n{"batch": 2}\n'
+    cut_rows(path, last_batch=1)
+    assert path.read_text() == '{"batch": 1}\n{"batch": 1, "eval": {}}\n'
+    cut_rows(path, last_batch=0)
+    assert path.read_text() == ""
+    cut_rows(tmp_path / "none.jsonl", last_batch=3)
+
+
+def test_what_is_not_finite_is_written_as_null(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path)
+    file._append({"batch": 1, "loss": float("nan"), "other": [float("inf"), 1]})
+    assert file.path.read_text() == '{"batch": 1, "loss": null, "other": [null, 1]}\n'
+
+
+def test_a_table_becomes_a_list_of_objects(tmp_path: Path) -> None:
+    file = MetricsFile(tmp_path)
+    file.log_table(["prompt", "generation"], [["a", "b"]], name="generations", step=3)
+    (row,) = read_rows(file.path)
+    assert row == {"batch": 3, "generations": [{"prompt": "a", "generation": "b"}]}
+
+
+@pytest.mark.parametrize("kind", ["file in the way", "read-only"])
+def test_a_folder_that_cannot_be_written_is_refused_before_training(
+    make_trainer: MakeTrainer, tmp_path: Path, kind: str
+) -> None:
+    folder = tmp_path / "run"
+    if kind == "read-only":
+        folder.mkdir(mode=0o500)
+        if os.access(folder, os.W_OK):
+            pytest.skip("this user may write everywhere")
+    else:
+        folder.write_text("")
+    with pytest.raises(ConfigError, match=f"save_folder: {folder} can't be written to"):
+        make_trainer(loggers=[MetricsFile(folder)])

@@ -1,0 +1,77 @@
+"""The report: from a whole record, from one of a crashed run, and from nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from mptfoundry.callbacks.report import smooth, write_report
+from mptfoundry.errors import DataError
+
+
+def record(folder: Path, batches: int) -> None:
+    rows = []
+    for batch in range(1, batches + 1):
+        rows.append(
+            {
+                "batch": batch,
+                "tokens": 1000 * batch,
+                "seconds": 0.5 * batch,
+                "loss": 8.0 / batch if batch != 2 else None,
+                "lr": 1e-4,
+                "grad_norm": 1.0 / batch,
+                "tokens_per_second": 2000.0,
+                "mfu": None,
+                "peak_memory_bytes": 2**30,
+            }
+        )
+    score = {"LanguageCrossEntropy": 2.5, "LanguagePerplexity": math.exp(2.5), "tokens": 12345.0}
+    rows.append({"batch": batches, "tokens": 1000 * batches, "eval": {"held_out": score}})
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (folder / "metrics.jsonl").write_text(text + '{"batch": 99, "lo')
+
+
+def test_a_run_becomes_a_page_and_a_picture(tmp_path: Path) -> None:
+    record(tmp_path, batches=4)
+    (tmp_path / "config.yaml").write_text("")
+    for batch in (2, 4):
+        (tmp_path / f"ep0-ba{batch}-rank0.pt").write_text("")
+    page = write_report(tmp_path, facts={"parameters": "125,311,488"}).read_text()
+    for line in (
+        "| parameters | 125,311,488 |",
+        "| steps | 4 |",
+        "| tokens | 4,000 |",
+        "| loss | 8 at first, 2 at last, 2 at best |",
+        "| training time | 0:00:02, evaluations not included |",
+        "| tokens per second | 2,000 |",
+        "| peak memory | 1.00 GiB |",
+        "| batch | LanguageCrossEntropy | LanguagePerplexity | tokens |",
+        "| 4 | 2.5 | 12.18 | 12,345 |",
+        f"| the last checkpoint | `{tmp_path}/ep0-ba4-rank0.pt` |",
+        f"| the resolved configuration | `{tmp_path}/config.yaml` |",
+    ):
+        assert line in page.splitlines()
+    assert "MFU" not in page
+    assert "## Evaluation: held_out" in page
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_batch_is_enough(tmp_path: Path) -> None:
+    record(tmp_path, batches=1)
+    assert "| steps | 1 |" in write_report(tmp_path).read_text()
+
+
+def test_without_a_batch_there_is_nothing_to_report(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no batch has been recorded"):
+        write_report(tmp_path)
+
+
+def test_smoothing_starts_at_the_first_value_and_passes_over_holes() -> None:
+    assert smooth([4.0, math.nan, 4.0]) == [4.0, 4.0, 4.0]
+    averages = smooth([1.0] + [0.0] * 50)
+    assert averages[0] == 1.0
+    assert averages[1] == pytest.approx(0.9 / 1.9)
+    assert averages == sorted(averages, reverse=True)
