@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from mptfoundry.callbacks.metrics_file import NAME, read_rows
 from mptfoundry.callbacks.rows import Row
+from mptfoundry.checkpoints.names import checkpoints_in
 from mptfoundry.errors import DataError
 
 if TYPE_CHECKING:
@@ -147,13 +148,13 @@ def _evaluations(evaluations: Sequence[Row]) -> list[str]:
 
 def _places(folder: Path) -> dict[str, str]:
     """What of a run is there, and where."""
-    checkpoints = sorted(folder.glob("ep*-ba*"), key=lambda path: path.stat().st_mtime)
+    checkpoints = checkpoints_in(folder)
     places = {
         "the resolved configuration": folder / "config.yaml",
         "every batch and evaluation": folder / NAME,
         "the picture": folder / PICTURE,
         "the tokenizer": folder / "tokenizer",
-        "the last checkpoint": checkpoints[-1] if checkpoints else folder / "none",
+        **({"the last checkpoint": checkpoints[0]} if checkpoints else {}),
     }
     return {what: str(path.resolve()) for what, path in places.items() if path.exists()}
 
