@@ -110,11 +110,15 @@ def summary_table(config: TrainConfig, device: Device | None = None) -> str:
         ("batch", _batch_in_words(config, plan)),
         ("duration", _duration_in_words(config, plan)),
         ("learning rate", _learning_rate_in_words(config)),
-        *_data_in_words("train", config.train_loader),
-        *(row for label, loader in config.eval_loaders.items() for row in _data_in_words(label, loader)),
+        *_data_in_words("train on", config.train_loader),
+        *(
+            row
+            for label, loader in config.eval_loaders.items()
+            for row in _data_in_words(f"eval {label}", loader)
+        ),
         ("run folder", _run_folder_in_words(config)),
         ("device", f"{device.count} x {device.name} ({device.found})"),
-        ("memory", _memory_in_words(plan)),
+        *zip(("memory", ""), _memory_in_words(plan), strict=True),
         ("time", _time_in_words(plan)),
     ]
     width = max(len(name) for name, _ in rows) + 2
@@ -172,7 +176,7 @@ def _data_in_words(name: str, loader: LoaderConfig) -> list[tuple[str, str]]:
     sources = loader.dataset.sources
     total = sum(stream.proportion or 0 for stream in sources.values())
     width = max(map(len, sources))
-    rows = []
+    rows: list[tuple[str, str]] = []
     for stream_name, stream in sources.items():
         share = f"{stream.proportion / total:7.2%}" if stream.proportion is not None and total else "    all"
         if stream.repeat is not None:
@@ -192,11 +196,11 @@ def _run_folder_in_words(config: TrainConfig) -> str:
     return folder or f"runs/{config.run_name}; no checkpoints, since save_folder is not given"
 
 
-def _memory_in_words(plan: Plan) -> str:
+def _memory_in_words(plan: Plan) -> tuple[str, str]:
     parts = {name: size for name, size in vars(plan.memory).items() if size >= GIB / 100}
-    listed = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-    available = f" of {plan.device.memory / GIB:.1f}" if plan.device.memory else ""
-    return f"about {plan.memory.total / GIB:.2f}{available} GiB for each device: {listed}"
+    of = f" of {plan.device.memory / GIB:.1f}" if plan.device.memory else ""
+    total = f"estimated {plan.memory.total / GIB:.1f}{of} GiB for each device, of these:"
+    return total, ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
 
 
 def _time_in_words(plan: Plan) -> str:
@@ -220,7 +224,7 @@ def _auto_in_words(resolved: Resolved) -> list[str]:
         "model.loss_fn": resolved.loss_fn,
         "model.init_device": resolved.init_device,
         "fsdp_config.version": resolved.fsdp_version,
-        **{f"num_workers of {name}": number for name, number in resolved.num_workers.items()},
+        "num_workers": ", ".join(sorted({str(number) for number in resolved.num_workers.values()})),
     }
     width = max(map(len, values))
     return [

@@ -18,11 +18,11 @@ from mptfoundry.mpt.flops import block_activations, block_parameters, count_para
 
 FP32 = 4
 STATE_BYTES = {"decoupled_lionw": FP32, "decoupled_adamw": 2 * FP32}  # of the optimizer, for one parameter
-LOSS_CHUNK_TOKENS = 2048
+LOSS_CHUNK_LOGITS = {"gpu": 2**27, "cpu": 2**24}
 # What the driver, the libraries and the process itself take.
 OVERHEAD = {"gpu": 2 * GIB, "cpu": GIB}
 # The share of a device's memory to plan with: allocators leave gaps, and a CPU machine has other work.
-USABLE = {"gpu": 0.92, "cpu": 0.6}
+USABLE = {"gpu": 0.85, "cpu": 0.6}
 MOST_WORKERS = 4
 
 
@@ -39,7 +39,7 @@ class Resolved:
         device_train_microbatch_size: Sequences that a device trains at once.
         device_eval_batch_size: Sequences that a device evaluates at once.
         num_workers: Reading processes for each device, by loader: `train`, and each evaluation label.
-        reasons: Why, by the key's path: one entry for each key that was `auto`.
+        reasons: Why, by the key's path: one entry for each key that was `auto`, one for all `num_workers`.
     """
 
     attn_impl: str
@@ -63,7 +63,7 @@ class Memory:
         optimizer: What the optimizer keeps.
         gathered: Copies of weights and gradients for computing and for sending.
         activations: What forward keeps for backward.
-        logits: One chunk of logits and their gradients.
+        logits: One chunk of logits and its gradient, and the gradient of the last matrix.
         overhead: What runs besides.
     """
 
@@ -106,6 +106,7 @@ def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
         config.device_train_microbatch_size,
         lambda: largest_microbatch(config, device, precision),
     )
+    microbatch = min(microbatch, share)
     loaders = {"train": config.train_loader, **config.eval_loaders}
     return Resolved(
         attn_impl=choose("model.attn_config.attn_impl", model.attn_config.attn_impl, _attention),
@@ -113,12 +114,12 @@ def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
         init_device=choose("model.init_device", model.init_device, lambda: _init_device(is_sharded)),
         precision=precision,
         fsdp_version=_fsdp_version(config, device, reasons),
-        device_train_microbatch_size=min(microbatch, share),
+        device_train_microbatch_size=microbatch,
         device_eval_batch_size=choose(
             "device_eval_batch_size", config.device_eval_batch_size, lambda: (microbatch, "as in training")
         ),
         num_workers={
-            name: choose(f"num_workers of {name}", loader.num_workers, lambda: choose_workers(device))
+            name: choose("num_workers", loader.num_workers, lambda: choose_workers(device))
             for name, loader in loaders.items()
         },
         reasons=reasons,
@@ -168,9 +169,11 @@ def largest_microbatch(config: TrainConfig, device: Device, precision: str) -> t
     for size in sizes:
         need = estimate_memory(config, device, size, precision).total
         if need <= room:
-            return size, f"estimated {_gib(need)} of {_gib(device.memory)}; {share} sequences for each device"
-    need = estimate_memory(config, device, 1, precision).total
-    return 1, f"estimated {_gib(need)}, more than the {_gib(device.memory)} here: expect it not to fit"
+            return (
+                size,
+                f"the largest divisor of {share} that fits: about {_gib(need)} of {_gib(device.memory)}",
+            )
+    return 1, f"estimated {_gib(need)}, where {_gib(room)} of {_gib(device.memory)} can be planned with"
 
 
 def _attention() -> tuple[str, str]:
@@ -193,7 +196,7 @@ def _fsdp_version(config: TrainConfig, device: Device, reasons: dict[str, str]) 
     device_type = "cuda" if device.kind == "gpu" else "cpu"
     version, _, notes = resolve_fsdp(config.fsdp_config, device_type=device_type, microbatch_auto=False)
     if config.fsdp_config.version == "auto":
-        reasons["fsdp_config.version"] = "; ".join(notes) or "the newer one has all keys that are given"
+        reasons["fsdp_config.version"] = "; ".join(notes) or "no key needs version 1"
     return version
 
 
@@ -224,14 +227,14 @@ def estimate_memory(config: TrainConfig, device: Device, microbatch: int, precis
     kept = model.n_layers * block_activations(model)
     if fsdp is not None and fsdp.activation_checkpointing:
         kept = model.n_layers * model.d_model + block_activations(model)
-    chunk = min(tokens, LOSS_CHUNK_TOKENS)
+    chunk = min(tokens * model.vocab_size, LOSS_CHUNK_LOGITS[device.kind])
     return Memory(
         weights=parameters * FP32 // shards,
         gradients=parameters * FP32 // shards,
         optimizer=parameters * STATE_BYTES[config.optimizer.name] // shards,
         gathered=gathered,
         activations=tokens * kept * number,
-        logits=chunk * model.vocab_size * (2 * FP32 + number),
+        logits=chunk * (FP32 + 2 * number) + model.vocab_size * model.d_model * FP32,
         overhead=OVERHEAD[device.kind],
     )
 

@@ -67,8 +67,8 @@ def _embedding(config: MPTConfig) -> int:
 def _attention(config: MPTConfig) -> int:
     queries = config.n_heads * config.d_head
     keys = config.kv_heads * config.d_head
-    bias = config.has_qkv_bias
-    count = _linear(config.d_model, queries + 2 * keys, bias) + _linear(queries, config.d_model, bias)
+    count = _linear(config.d_model, queries + 2 * keys, config.has_qkv_bias)
+    count += _linear(queries, config.d_model, not config.no_bias)
     if config.attn_config.qk_ln:
         count += _norm(config, queries) + _norm(config, keys)
     if config.attn_config.qk_gn:
