@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import multiprocessing
+from torch.distributed import checkpoint as dcp
+
+from mptfoundry.checkpoints.sharded import ShardedWeights, read_metadata
+from mptfoundry.errors import CheckpointError
+
+
+class RunsCode:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (self.command,)
+
+
+def save(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
+    model = {f"model.{name}": tensor for name, tensor in tensors.items()}
+    state = {"state": {"model": model, "optimizers": {"Lion": {"m": torch.ones(9)}}, "batch": 3}}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(folder), no_dist=True)
+    return folder
+
+
+def rewrite(folder: Path, change: Any) -> None:
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
+    change(metadata)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def test_only_the_models_tensors_are_offered(tmp_path: Path) -> None:
+    values = torch.arange(6.0).reshape(2, 3)
+    weights = ShardedWeights(save(tmp_path / "ep0-ba1", {"transformer.wte.weight": values}))
+    assert {name: outline.shape for name, outline in weights.outlines.items()} == {
+        "transformer.wte.weight": (2, 3)
+    }
+    torch.testing.assert_close(weights.read("transformer.wte.weight"), values)
+    assert weights.read("transformer.wte.weight", torch.bfloat16).dtype is torch.bfloat16
+
+
+def save_from_two_ranks(rank: int, folder: str, port: int) -> None:
+    from torch import distributed
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    mesh = init_device_mesh("cpu", (2,))
+    tensor = distribute_tensor(torch.arange(35.0).reshape(7, 5), mesh, [Shard(0)])
+    dcp.save({"state": {"model": {"model.a": tensor}}}, storage_writer=dcp.FileSystemWriter(folder))
+    distributed.destroy_process_group()
+
+
+def test_the_pieces_of_two_ranks_become_one_tensor(tmp_path: Path) -> None:
+    folder = tmp_path / "ep0-ba1"
+    port = 20000 + os.getpid() % 20000
+    multiprocessing.spawn(save_from_two_ranks, (str(folder), port), nprocs=2)
+    assert {entry.name for entry in folder.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
+    torch.testing.assert_close(ShardedWeights(folder).read("a"), torch.arange(35.0).reshape(7, 5))
+
+
+def test_an_outline_that_runs_code_is_refused_by_the_name_of_what_it_calls(tmp_path: Path) -> None:
+    folder, trace = save(tmp_path / "ep0-ba1", {"a": torch.ones(2)}), tmp_path / "trace"
+    rewrite(folder, lambda metadata: setattr(metadata, "planner_data", RunsCode(f"touch {trace}")))
+    with pytest.raises(
+        CheckpointError, match=r"\.metadata: refused, since reading it would call \w+\.system"
+    ):
+        ShardedWeights(folder)
+    assert not trace.exists()
+
+
+def test_an_outline_cannot_reach_out_of_its_folder(tmp_path: Path) -> None:
+    folder = save(tmp_path / "ep0-ba1", {"a": torch.ones(2)})
+
+    def point_outside(metadata: Any) -> None:
+        for piece in metadata.storage_data.values():
+            piece.relative_path = "../secret.distcp"
+
+    (tmp_path / "secret.distcp").write_bytes(b"x" * 9999)
+    rewrite(folder, point_outside)
+    with pytest.raises(CheckpointError, match=r"refused, since it names '../secret.distcp'"):
+        ShardedWeights(folder)
+
+
+def test_a_damaged_outline_is_one_sentence(tmp_path: Path) -> None:
+    folder = save(tmp_path / "ep0-ba1", {"a": torch.ones(2)})
+    content = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(content[: len(content) // 2])
+    with pytest.raises(CheckpointError, match=r"\.metadata: damaged, it can't be read \(\w+\)\.$"):
+        read_metadata(folder)
+
+
+def test_a_damaged_piece_names_its_tensor(tmp_path: Path) -> None:
+    folder = save(tmp_path / "ep0-ba1", {"a": torch.ones(2)})
+    file = folder / "__0_0.distcp"
+    file.write_bytes(b"\xff" * file.stat().st_size)
+    with pytest.raises(CheckpointError, match=r"ep0-ba1: damaged, a can't be read"):
+        ShardedWeights(folder).read("a")

@@ -1,0 +1,95 @@
+"""A tiny tokenizer, a tiny network and a run folder as Composer leaves it, for the rooms that need them."""
+
+from __future__ import annotations
+
+import datetime
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.torch_version import TorchVersion
+
+from mptfoundry.mpt.config import AttnConfig, MPTConfig
+
+TINY = MPTConfig(
+    d_model=32,
+    n_heads=4,
+    n_layers=2,
+    max_seq_len=64,
+    vocab_size=384,
+    no_bias=True,
+    attn_config=AttnConfig(alibi=True),
+)
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer of 320 ids."""
+    from mptfoundry.tokenizer import train_bpe
+
+    folder = tmp_path_factory.mktemp("tokenizer") / "tokenizer"
+    train_bpe([Path(__file__).read_text(), "naïve café 言葉 " * 4], 320, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tokenizer_folder: Path) -> Any:
+    from mptfoundry.tokenizer import load_tokenizer
+
+    return load_tokenizer(str(tokenizer_folder), max_seq_len=TINY.max_seq_len)
+
+
+@pytest.fixture
+def write_run(tmp_path: Path, tokenizer_folder: Path) -> Callable[..., Path]:
+    """Write a run folder with one whole checkpoint and return it; `network` defaults to a new one."""
+    from mptfoundry.mpt.network import MPT
+
+    def write(config: MPTConfig = TINY, network: Any = None, batch: int = 10, name: str = "run") -> Path:
+        folder = tmp_path / name
+        folder.mkdir(exist_ok=True)
+        network = network if network is not None else MPT(config, seed=1)
+        run = {
+            "max_seq_len": config.max_seq_len,
+            "model": {"name": "mpt_causal_lm", **_plain(config.to_dict())},
+            "train_loader": {"dataset": {"streams": {"code": {"proportion": 0.7}, "prose": {"local": "/x"}}}},
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(run))
+        if not (folder / "tokenizer").exists():
+            (folder / "tokenizer").symlink_to(tokenizer_folder)
+        torch.save(composer_state(network, batch), folder / f"ep0-ba{batch}-rank0.pt")
+        latest = folder / "latest-rank0.pt"
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(f"ep0-ba{batch}-rank0.pt")
+        return folder
+
+    return write
+
+
+def composer_state(network: torch.nn.Module, batch: int) -> dict[str, Any]:
+    """What Composer's trainer puts into a checkpoint."""
+    model = {f"model.{name}": tensor for name, tensor in network.state_dict().items()}
+    moments = {name: {"exp_avg": torch.zeros_like(tensor)} for name, tensor in model.items()}
+    return {
+        "state": {
+            "model": model,
+            "optimizers": {"DecoupledLionW": {"state": moments, "param_groups": [{"lr": 1e-3}]}},
+            "timestamp": {"Timestamp": {"batch": batch, "total_wct": datetime.timedelta(seconds=3)}},
+            "algorithms": [],
+            "integrations": {},
+            "metadata": {"torch_version": TorchVersion(torch.__version__), "world_size": 1},
+        },
+        "rng": [
+            {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+        ],
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
