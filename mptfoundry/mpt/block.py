@@ -1,0 +1,30 @@
+"""One block: attention and feed-forward network, each added to the residual stream behind its norm."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .attention import Attention
+from .config import MPTConfig
+from .ffn import FFN
+from .norm import make_norm
+from .position import AttentionContext
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block, the unit of sharding and of activation checkpointing."""
+
+    def __init__(self, config: MPTConfig, layer: int, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.dropout = config.resid_pdrop
+        self.norm_1 = make_norm(config.d_model, config, device)
+        self.attn = Attention(config, layer, device)
+        self.norm_2 = make_norm(config.d_model, config, device)
+        self.ffn = FFN(config, device)
+
+    def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """Map (batch, seq, d_model) to (batch, seq, d_model)."""
+        x = x + F.dropout(self.attn(self.norm_1(x), context), self.dropout, self.training)
+        return x + F.dropout(self.ffn(self.norm_2(x)), self.dropout, self.training)

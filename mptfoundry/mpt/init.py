@@ -1,0 +1,140 @@
+"""How a new network's weights are drawn: eight schemes, each weight from its name alone.
+
+Every parameter has random numbers of its own, given by the seed and its name, in blocks of rows. So a
+network is the same whatever the order, the device or the sharding in which it is initialised, and a shard
+draws only its own rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from torch import nn
+
+from .config import MPTConfig
+
+# Numbers drawn by one generator, at least one row. Changing it changes every seed's weights.
+_BLOCK_NUMBERS = 2**20
+
+
+def initialize(network: nn.Module, config: MPTConfig, seed: int) -> None:
+    """Draw all weights of an MPT that has storage.
+
+    Args:
+        network: The network; parameters are known by their names in it.
+        config: Its architecture, with the scheme.
+        seed: Equal seeds give equal weights.
+    """
+    for name, parameter in network.named_parameters():
+        initialize_parameter(parameter, name, config, seed)
+
+
+@torch.no_grad()
+def initialize_parameter(parameter: torch.Tensor, name: str, config: MPTConfig, seed: int) -> None:
+    """Draw one weight in place; ``name`` is its name in the network, like ``transformer.wte.weight``."""
+    parameter.copy_(draw(name, tuple(parameter.shape), config, seed))
+
+
+def draw(
+    name: str, shape: tuple[int, ...], config: MPTConfig, seed: int, rows: tuple[int, int] | None = None
+) -> torch.Tensor:
+    """Draw a weight, or some of its rows.
+
+    Args:
+        name: The parameter's full name.
+        shape: The whole parameter's shape.
+        config: The architecture, with the scheme.
+        seed: The network's seed.
+        rows: First row and the one after the last; all if None.
+
+    Returns:
+        (rows, ...) float32 on the CPU.
+    """
+    first, last = rows or (0, shape[0])
+    kind, numbers = _distribution(name, shape, config)
+    if kind == "constant":
+        return torch.full((last - first, *shape[1:]), numbers[0])
+    per_block = max(1, _BLOCK_NUMBERS // math.prod(shape[1:]))
+
+    def draw_block(block: int) -> torch.Tensor:
+        start, stop = block * per_block, min((block + 1) * per_block, shape[0])
+        digest = hashlib.sha256(f"{seed}/{name}/{block}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        values = torch.empty(stop - start, *shape[1:])
+        if kind == "normal":
+            values.normal_(0, numbers[0], generator=generator)
+        else:
+            values.uniform_(*numbers, generator=generator)
+        return values[max(first - start, 0) : last - start]
+
+    blocks = range(first // per_block, -(-last // per_block))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return torch.cat(list(pool.map(draw_block, blocks)))
+
+
+# Which distribution, with its numbers: constant (value), normal (standard deviation), uniform (low, high).
+_Distribution = tuple[str, tuple[float, ...]]
+
+
+def _distribution(name: str, shape: tuple[int, ...], config: MPTConfig) -> _Distribution:
+    """What a parameter is drawn from."""
+    module, leaf = name.split(".")[-2:]
+    init = config.init_config
+    is_embedding = module in ("wte", "wpe")
+    if module.startswith("norm_") or module in ("q_ln", "k_ln"):
+        return "constant", (1.0 if leaf == "weight" else 0.0,)
+    if init.name == "default_":
+        if is_embedding:
+            return "normal", (1.0,)
+        bound = 1 / math.sqrt(_inputs_of(module, config))
+        return "uniform", (-bound, bound)
+    if leaf == "bias":
+        return "constant", (0.0,)
+    if is_embedding and init.emb_init_std is not None:
+        return "normal", (init.emb_init_std,)
+    if is_embedding and init.emb_init_uniform_lim is not None:
+        limit = init.emb_init_uniform_lim
+        return "uniform", limit if isinstance(limit, tuple) else (-limit, limit)
+    # Queries, keys and values of each head are drawn as the matrices of their own that they are.
+    std = _standard_deviation(shape[1], config.d_head if module == "Wqkv" else shape[0], config)
+    if module in ("out_proj", "down_proj"):
+        std /= _residual_divisor(config)
+    if init.name.endswith("_uniform_"):
+        return "uniform", (-math.sqrt(3) * std, math.sqrt(3) * std)
+    return "normal", (std,)
+
+
+def _standard_deviation(inputs: int, outputs: int, config: MPTConfig) -> float:
+    """Standard deviation of a matrix's weights.
+
+    kaiming: https://arxiv.org/abs/1502.01852, xavier: https://proceedings.mlr.press/v9/glorot10a.html,
+    small: https://arxiv.org/abs/1910.05895, neox: https://arxiv.org/abs/2204.06745, section 2.3.1.
+    """
+    init = config.init_config
+    if init.name == "baseline_":
+        assert init.init_std is not None
+        return init.init_std
+    if init.name in ("small_init_", "neox_init_"):
+        return math.sqrt(2 / (5 * config.d_model))
+    if init.name.startswith("xavier_"):
+        return init.init_gain * math.sqrt(2 / (inputs + outputs))
+    gain = nn.init.calculate_gain(init.init_nonlinearity, init.init_gain)
+    return gain / math.sqrt(inputs if init.fan_mode == "fan_in" else outputs)
+
+
+def _residual_divisor(config: MPTConfig) -> float:
+    """By what the matrices that write into the residual stream are smaller."""
+    if config.init_config.name == "neox_init_":
+        return config.n_layers / math.sqrt(10)
+    divisor = config.init_config.init_div_is_residual
+    if isinstance(divisor, bool):
+        return math.sqrt(2 * config.n_layers) if divisor else 1.0
+    return divisor
+
+
+def _inputs_of(module: str, config: MPTConfig) -> int:
+    """Features that a linear layer reads."""
+    return {"out_proj": config.n_heads * config.d_head, "down_proj": config.d_ffn}.get(module, config.d_model)

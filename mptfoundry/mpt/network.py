@@ -1,0 +1,272 @@
+"""The network: embedding, blocks, norm, and then logits or the loss.
+
+Letters of the shapes: batch = rows, seq = tokens of this pass, past = tokens in the cache, keys = past + seq.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .block import Block
+from .config import MPTConfig
+from .init import initialize
+from .loss import IGNORED, linear_cross_entropy
+from .norm import make_norm
+from .position import (
+    AttentionContext,
+    alibi_slopes,
+    count_positions,
+    number_documents,
+    rotary_tables,
+)
+
+
+@dataclass
+class MPTOutput:
+    """What a pass gives; what was not asked for is None.
+
+    Attributes:
+        loss: Mean cross entropy over the learned tokens, a float32 scalar.
+        token_loss: (batch, seq) float32; entry t is the loss of predicting the label at t + 1, 0 where that
+            is not learned and at the end of a row.
+        logits: (batch, seq, vocab), or (batch, 1, vocab) of the last token.
+    """
+
+    loss: torch.Tensor | None = None
+    token_loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+
+
+class KVCache:
+    """Keys and values of all layers for the tokens so far, in storage that is allocated once.
+
+    It is for generation: gradients don't flow through it.
+
+    Attributes:
+        length: Tokens in it, the same for all rows; a shorter row is padded on the left.
+        max_len: Tokens it can hold.
+        documents: (batch, max_len) int64, 0 for a token and -1 for padding; None until a row has padding.
+    """
+
+    def __init__(
+        self,
+        config: MPTConfig,
+        batch: int,
+        max_len: int,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (config.n_layers, 2, batch, config.kv_heads, max_len, config.d_head)
+        self.storage = torch.zeros(shape, device=device, dtype=dtype)
+        self.length = 0
+        self.max_len = max_len
+        self.documents: torch.Tensor | None = None
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a layer's new keys and values, each (batch, seq, kv_heads, head_dim).
+
+        ``length`` grows when all layers have done so.
+
+        Returns:
+            Keys and values of all tokens so far, each a (batch, keys, kv_heads, head_dim) view.
+        """
+        stop = self.length + key.shape[1]
+        keys, values = self.storage[layer].transpose(2, 3)  # (batch, max_len, kv_heads, head_dim)
+        keys[:, self.length : stop] = key.detach()
+        values[:, self.length : stop] = value.detach()
+        return keys[:, :stop], values[:, :stop]
+
+    def append_documents(self, documents: torch.Tensor | None, batch: int, seq: int) -> torch.Tensor | None:
+        """Store which of the new tokens are padding; returns (batch, keys), or None if none ever was."""
+        if documents is None and self.documents is None:
+            return None
+        if self.documents is None:
+            self.documents = torch.zeros(batch, self.max_len, dtype=torch.int64, device=self.storage.device)
+        stop = self.length + seq
+        self.documents[:, self.length : stop] = 0 if documents is None else documents
+        return self.documents[:, :stop]
+
+
+class Transformer(nn.Module):
+    """From token ids to the normalised residual stream."""
+
+    def __init__(self, config: MPTConfig, device: torch.device | str | None) -> None:
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.d_model, device=device)
+        if config.has_learned_positions:
+            self.wpe = nn.Embedding(config.max_seq_len, config.d_model, device=device)
+        self.emb_drop = nn.Dropout(config.emb_pdrop)
+        self.blocks = nn.ModuleList(Block(config, layer, device) for layer in range(config.n_layers))
+        self.norm_f = make_norm(config.d_model, config, device)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        documents: torch.Tensor | None,
+        prefix: torch.Tensor | None,
+        cache: KVCache | None,
+    ) -> torch.Tensor:
+        """Map (batch, seq) ids to (batch, seq, d_model).
+
+        ``documents`` (batch, keys) and ``prefix`` (batch, keys) cover the tokens in the cache too.
+        """
+        seq = input_ids.shape[1]
+        past = cache.length if cache is not None else 0
+        positions = count_positions(documents, past, seq, input_ids.device)
+        x = self.wte(input_ids)  # (batch, seq, d_model)
+        if self.config.has_learned_positions:
+            x = x + self.wpe(positions)
+        fraction = self.config.embedding_fraction
+        if fraction < 1:
+            x = x * fraction + x.detach() * (1 - fraction)
+        x = self.emb_drop(x)
+        context = self._context(x.device, documents, prefix, positions, cache, past + seq)
+        for block in self.blocks:
+            x = block(x, context)
+        return self.norm_f(x)
+
+    def _context(
+        self,
+        device: torch.device,
+        documents: torch.Tensor | None,
+        prefix: torch.Tensor | None,
+        positions: torch.Tensor,
+        cache: KVCache | None,
+        keys: int,
+    ) -> AttentionContext:
+        """What all layers share in this pass."""
+        config, attn = self.config, self.config.attn_config
+        return AttentionContext(
+            scale=attn.softmax_scale or 1 / math.sqrt(config.d_head),
+            slopes=alibi_slopes(config.n_heads, attn.alibi_bias_max, device) if attn.alibi else None,
+            documents=documents,
+            prefix=prefix,
+            window=attn.sliding_window_size if attn.sliding_window_size >= 0 else None,
+            softcap=attn.attn_logit_softcapping,
+            dropout=attn.attn_pdrop if self.training else 0.0,
+            rotary=rotary_tables(config, positions, keys) if attn.rope else None,
+            cache=cache,
+        )
+
+
+class MPT(nn.Module):
+    """An MPT language model.
+
+    Children are ``transformer`` (wte, wpe, emb_drop, blocks, norm_f) and, where the embedding is not tied,
+    ``lm_head``: weights have the names and shapes of published MPTs.
+
+    Args:
+        config: The architecture.
+        device: Where the weights lie. On ``meta`` nothing is allocated.
+        seed: Draw the weights from this seed. Without it they are allocated but hold anything: load some.
+    """
+
+    def __init__(
+        self, config: MPTConfig, *, device: torch.device | str | None = None, seed: int | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config, "meta")
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False, device="meta")
+        device = torch.device(device or "cpu")
+        if device.type != "meta":
+            self.to_empty(device=device)
+            if seed is not None:
+                initialize(self, config, seed)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        sequence_id: torch.Tensor | None = None,
+        prefix_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> MPTOutput:
+        """Predict each next token.
+
+        Args:
+            input_ids: (batch, seq) int64.
+            attention_mask: (batch, seq) bool, or integers; False where padded, left or right. With a cache
+                also (batch, keys), of which the last ``seq`` columns count.
+            sequence_id: (batch, seq) int64, changes where a new document begins; documents don't see one
+                another.
+            prefix_mask: (batch, seq) bool, tokens that see one another in both directions; for prefix_lm.
+            labels: (batch, seq) int64, aligned with ``input_ids``; -100 where not learned.
+            cache: Tokens before these; these are appended to it.
+            last_only: Logits of the last token alone.
+
+        Returns:
+            With ``labels`` the loss, and outside training each token's loss; otherwise logits.
+
+        Raises:
+            ValueError: The arguments don't fit together or the model.
+        """
+        self._check(input_ids, sequence_id, prefix_mask, cache)
+        batch, seq = input_ids.shape
+        if attention_mask is not None:
+            attention_mask = attention_mask[:, -seq:].bool()
+        documents = number_documents(attention_mask, sequence_id)
+        if cache is not None:
+            documents = cache.append_documents(documents, batch, seq)
+            if prefix_mask is not None:
+                prefix_mask = F.pad(prefix_mask, (cache.length, 0))
+        x = self.transformer(input_ids, documents, prefix_mask, cache)  # (batch, seq, d_model)
+        if cache is not None:
+            cache.length += seq
+        if self.config.logit_scale is not None:
+            x = x * self._logit_scale()
+        if labels is not None:
+            return self._loss(x, labels)
+        logits = F.linear(x[:, -1:] if last_only else x, self.output_weight)
+        softcap = self.config.final_logit_softcapping
+        return MPTOutput(logits=logits if softcap is None else softcap * torch.tanh(logits / softcap))
+
+    @property
+    def output_weight(self) -> torch.Tensor:
+        """The matrix that makes the logits, (vocab, d_model): the embedding if that is tied."""
+        tied = self.config.tie_word_embeddings
+        return self.transformer.wte.weight if tied else self.lm_head.weight
+
+    def _logit_scale(self) -> float:
+        scale = self.config.logit_scale
+        return 1 / math.sqrt(self.config.d_model) if isinstance(scale, str) else float(scale or 0)
+
+    def _loss(self, x: torch.Tensor, labels: torch.Tensor) -> MPTOutput:
+        """The loss of predicting ``labels`` (batch, seq) from x (batch, seq, d_model) one token before."""
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        loss, token_loss = linear_cross_entropy(
+            x.flatten(0, 1), self.output_weight, targets.flatten(), self.config.final_logit_softcapping
+        )
+        return MPTOutput(loss=loss, token_loss=None if self.training else token_loss.view_as(labels))
+
+    def _check(
+        self,
+        input_ids: torch.Tensor,
+        sequence_id: torch.Tensor | None,
+        prefix_mask: torch.Tensor | None,
+        cache: KVCache | None,
+    ) -> None:
+        """Refuse what the network would get wrong."""
+        past = cache.length if cache is not None else 0
+        keys = past + input_ids.shape[1]
+        if prefix_mask is not None and not self.config.attn_config.prefix_lm:
+            raise ValueError("prefix_mask: this model is not a prefix-LM. Set attn_config.prefix_lm: true.")
+        if cache is not None and sequence_id is not None:
+            raise ValueError("sequence_id: rows of several documents can't be kept in a cache.")
+        if cache is not None and keys > cache.max_len:
+            raise ValueError(f"cache: {keys} tokens don't fit into its {cache.max_len}.")
+        if self.config.has_learned_positions and keys > self.config.max_seq_len:
+            raise ValueError(
+                f"input_ids: {keys} tokens, but the model has learned {self.config.max_seq_len} positions."
+            )

@@ -1,0 +1,161 @@
+"""Where tokens stand and what they may see: documents, positions, ALiBi slopes, rotary tables.
+
+A *document* is a run of tokens in a row that see one another: a packed row holds several, a padded row
+one and its padding, which is number -1. What every layer needs of this is computed once for a forward
+pass and handed to all layers as one AttentionContext.
+
+Letters of the shapes: keys = tokens in the cache + seq.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch.nn import functional as F
+
+from .config import MPTConfig
+
+if TYPE_CHECKING:
+    from .network import KVCache
+
+T = TypeVar("T")
+
+PADDING = -1
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionContext:
+    """What a backend needs beside queries, keys and values; the same for all layers.
+
+    A key is visible to a query if it is not later (or both are in the prefix), lies in the same document
+    and is at most ``window`` tokens away. A visible key's score is
+    ``softcap(scale * q . k) - slope * distance``.
+
+    Attributes:
+        scale: Factor on the products of queries and keys.
+        slopes: (n_heads,) float32, how steeply ALiBi falls in each head; None without ALiBi.
+        documents: (batch, keys) int64, the number of each key's document; None where a row is one document.
+        prefix: (batch, keys) bool, the keys that see one another in both directions; None without.
+        window: How many tokens back a token sees beside itself; None for all.
+        softcap: Scores become ``softcap * tanh(score / softcap)``; None for none.
+        dropout: Probability with which an attention weight is dropped; 0 outside training.
+        rotary: Cosines and sines, each (batch or 1, seq, 1, head_dim) float32; None without.
+        cache: Keys and values of the tokens before, to which attention appends; None without.
+    """
+
+    scale: float
+    slopes: torch.Tensor | None = None
+    documents: torch.Tensor | None = None
+    prefix: torch.Tensor | None = None
+    window: int | None = None
+    softcap: float | None = None
+    dropout: float = 0.0
+    rotary: tuple[torch.Tensor, torch.Tensor] | None = None
+    cache: KVCache | None = None
+    _made: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What ``make`` returns, made at the first asking in this forward pass and kept for all layers."""
+        if name not in self._made:
+            self._made[name] = make()
+        return self._made[name]
+
+
+def number_documents(
+    attention_mask: torch.Tensor | None, sequence_id: torch.Tensor | None
+) -> torch.Tensor | None:
+    """Number the documents of each row.
+
+    Args:
+        attention_mask: (batch, seq) bool, False where padded.
+        sequence_id: (batch, seq) integers that change where a new document begins.
+
+    Returns:
+        (batch, seq) int64: 0, 1, ... along the row and -1 for padding; None if both arguments are.
+    """
+    if sequence_id is not None:
+        begins = F.pad(sequence_id[:, 1:] != sequence_id[:, :-1], (1, 0))
+        documents = begins.cumsum(1)
+    elif attention_mask is not None:
+        documents = torch.zeros_like(attention_mask, dtype=torch.int64)
+    else:
+        return None
+    return documents if attention_mask is None else documents.masked_fill(~attention_mask, PADDING)
+
+
+def count_positions(
+    documents: torch.Tensor | None, past: int, seq: int, device: torch.device
+) -> torch.Tensor:
+    """Count each token's position in its own document, padding left out.
+
+    Args:
+        documents: (batch, past + seq), or None.
+        past: Tokens in the cache.
+        seq: Tokens of this pass.
+        device: Where the result lies.
+
+    Returns:
+        (batch or 1, seq) int64. Padding has some position in range.
+    """
+    if documents is None:
+        return torch.arange(past, past + seq, device=device)[None]
+    position = (documents != PADDING).cumsum(1).sub_(1).clamp_(min=0)
+    latest = documents.cummax(1).values
+    begins = F.pad(latest[:, 1:] != latest[:, :-1], (1, 0))
+    start = position.masked_fill(~begins, 0).cummax(1).values
+    return (position - start)[:, past:]
+
+
+def alibi_slopes(n_heads: int, alibi_bias_max: int, device: torch.device | str | None = None) -> torch.Tensor:
+    """Slopes of ALiBi, (n_heads,) float32, in the order that published MPT weights expect.
+
+    For a power of two they are ``2 ** (-alibi_bias_max * i / n_heads)``, i = 1 ... n_heads
+    (https://arxiv.org/abs/2108.12409, section 3); else those of the next power of two, every second one
+    first, cut to ``n_heads``.
+    """
+    power = 2 ** math.ceil(math.log2(n_heads))
+    exponents = torch.arange(1, power + 1, device=device, dtype=torch.float32) * (alibi_bias_max / power)
+    slopes = 1.0 / torch.pow(2, exponents)
+    return slopes if power == n_heads else torch.cat([slopes[1::2], slopes[::2]])[:n_heads]
+
+
+def rotary_tables(
+    config: MPTConfig, positions: torch.Tensor, length: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines that turn queries and keys (https://arxiv.org/abs/2104.09864, equation 34).
+
+    With dynamic scaling the base grows with ``length`` once that is longer than the model's
+    ``max_seq_len``; keys in a cache stay as they were turned.
+
+    Args:
+        config: Base, scaling and head width.
+        positions: (batch or 1, seq) int64.
+        length: Tokens of the longest row, cache included.
+
+    Returns:
+        Two tensors (batch or 1, seq, 1, head_dim) float32; the halves of head_dim are equal.
+    """
+    theta, width = config.attn_config.rope_theta, config.d_head
+    scaling = config.attn_config.rope_hf_config
+    divisor = 1.0
+    if config.attn_config.rope_impl == "hf" and scaling.type == "linear":
+        divisor = scaling.factor
+    elif config.attn_config.rope_impl == "hf" and scaling.type == "dynamic" and length > config.max_seq_len:
+        growth = scaling.factor * length / config.max_seq_len - (scaling.factor - 1)
+        theta *= growth ** (width / (width - 2))
+    pairs = torch.arange(0, width, 2, device=positions.device, dtype=torch.float32)
+    frequencies = theta ** (-pairs / width)
+    angles = (positions[..., None] / divisor) * frequencies
+    angles = torch.cat([angles, angles], dim=-1)[:, :, None]  # (batch or 1, seq, 1, head_dim)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Turn each pair (i, i + head_dim / 2) of (batch, seq, heads, head_dim) by its position's angle."""
+    cos, sin = rotary
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
