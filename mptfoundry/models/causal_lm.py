@@ -1,0 +1,134 @@
+"""How Composer sees a network: a batch in, a loss out, and what FSDP wraps, checkpoints and initialises.
+
+A batch is a dict of `input_ids` (batch, seq) and `labels` (batch, seq), and whatever else the network takes
+by name: `attention_mask`, `sequence_id`, `prefix_mask`, each (batch, seq).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from composer.models import ComposerModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate
+from torchmetrics import Metric
+
+from mptfoundry.mpt.config import MPTConfig
+from mptfoundry.mpt.flops import flops_per_token
+from mptfoundry.mpt.init import draw
+from mptfoundry.mpt.network import MPT, MPTOutput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INPUTS = ("attention_mask", "sequence_id", "prefix_mask", "labels")
+
+
+class ComposerMPT(ComposerModel):
+    """A network with what Composer's Trainer asks of it.
+
+    The network is the one child, `model`: FSDP wraps it and its blocks, and a checkpoint's weights are named
+    `model.transformer...`.
+
+    Args:
+        network: The network; its parameters may still be on the meta device.
+        eval_metrics: Metrics of evaluation by name; each is updated with (batch, the network's output).
+        tokenizer: Kept for those who look for it here, such as Composer's text callbacks.
+        seed: For weights that are still on the meta device, drawn once FSDP has placed them.
+    """
+
+    def __init__(
+        self,
+        network: MPT,
+        *,
+        eval_metrics: Mapping[str, Metric] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = network
+        self.config = network.config
+        self.tokenizer = tokenizer
+        # In a plain dict, since a metric that is a submodule would be wrapped and saved with the model.
+        self._eval_metrics = dict(eval_metrics or {})
+        self._flops_per_token: dict[int, int] = {}
+        block = type(network.transformer.blocks[0])
+        names = {module: name for name, module in network.named_modules()}
+        hooks = {
+            "fsdp_wrap_fn": lambda module: isinstance(module, block),
+            "activation_checkpointing_fn": lambda module: isinstance(module, block),
+            "param_init_fn": lambda module: initialize_module(module, names[module], network.config, seed),
+        }
+        for name, hook in hooks.items():
+            setattr(network, name, hook)
+
+    def forward(self, batch: Mapping[str, Tensor]) -> MPTOutput:
+        """The network's output for a batch: the mean loss, and in evaluation the tokens' losses."""
+        inputs = {name: batch[name] for name in INPUTS if name in batch}
+        return self.model(batch["input_ids"], **inputs)
+
+    def loss(self, outputs: MPTOutput, batch: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """The mean loss over the batch's loss-generating tokens, a 0-d float32 tensor."""
+        assert outputs.loss is not None
+        return outputs.loss
+
+    def get_metrics(self, is_train: bool) -> dict[str, Metric]:
+        """None in training, where the loss says it all; the evaluation's metrics otherwise."""
+        return {} if is_train else self._eval_metrics
+
+    def update_metric(self, batch: Mapping[str, Tensor], outputs: MPTOutput, metric: Metric) -> None:
+        """Add a batch to a metric."""
+        metric.update(batch, outputs)
+
+    def flops_per_batch(self, batch: Mapping[str, Tensor]) -> int:
+        """FLOPs of training on a batch, padding included, attention not halved: what Composer's speed monitor
+        divides by.
+        """
+        rows, seq_len = batch["input_ids"].shape
+        if seq_len not in self._flops_per_token:
+            self._flops_per_token[seq_len] = flops_per_token(self.config, seq_len, causal=False)
+        return rows * seq_len * self._flops_per_token[seq_len]
+
+
+@torch.no_grad()
+def initialize_module(module: nn.Module, name: str, config: MPTConfig, seed: int) -> None:
+    """Draw the weights that `module` itself holds, whole or sharded: the same numbers either way.
+
+    Args:
+        module: A part of the network, with storage.
+        name: Its path in the network, such as `transformer.blocks.0.attn.Wqkv`.
+        config: The network's architecture, with the scheme.
+        seed: The network's seed.
+    """
+    for own_name, parameter in module.named_parameters(recurse=False):
+        full_name, shape = f"{name}.{own_name}", tuple(parameter.shape)
+        if not isinstance(parameter, DTensor):
+            parameter.copy_(draw(full_name, shape, config, seed))
+            continue
+        local = parameter.to_local()
+        rows = own_rows(parameter)
+        if not local.numel():
+            continue
+        if rows is not None:
+            local.copy_(draw(full_name, shape, config, seed, rows))
+            continue
+        mesh, placements = parameter.device_mesh, parameter.placements
+        whole = draw(full_name, shape, config, seed).to(local.device)
+        everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
+        local.copy_(everywhere.redistribute(placements=placements).to_local())
+
+
+def own_rows(parameter: DTensor) -> tuple[int, int] | None:
+    """The first of this rank's rows and the one after the last; None if it holds no run of whole rows."""
+    sharded = [i for i, placement in enumerate(parameter.placements) if not placement.is_replicate()]
+    if not sharded:
+        return 0, len(parameter)
+    if len(sharded) > 1 or not parameter.placements[sharded[0]].is_shard(0):
+        return None
+    mesh = parameter.device_mesh
+    # FSDP cuts as torch.chunk does: all shards as long as the first, the last ones shorter or empty.
+    length = -(-len(parameter) // mesh.size(sharded[0]))
+    first = min(mesh.get_local_rank(sharded[0]) * length, len(parameter))
+    return first, min(first + length, len(parameter))

@@ -1,0 +1,175 @@
+"""The network as Composer sees it, and one training on one rank and on two."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from mptfoundry.evals.token_loss import token_loss_metrics
+from mptfoundry.models.causal_lm import ComposerMPT
+from mptfoundry.mpt.config import AttnConfig, MPTConfig
+from mptfoundry.mpt.flops import flops_per_token
+from mptfoundry.mpt.network import MPT
+
+CONFIG = MPTConfig(
+    d_model=16, n_heads=2, n_layers=2, vocab_size=32, max_seq_len=8, attn_config=AttnConfig(alibi=True)
+)
+
+
+def batch() -> dict[str, torch.Tensor]:
+    tokens = torch.randint(0, 32, (3, 8), generator=torch.Generator().manual_seed(0))
+    labels = tokens.clone()
+    labels[0, 3:6] = -100
+    return {"input_ids": tokens, "labels": labels, "sample_id": torch.arange(3)}
+
+
+def test_training_gives_the_mean_loss_and_evaluation_the_losses_of_tokens() -> None:
+    model = ComposerMPT(MPT(CONFIG, seed=0))
+    outputs = model(batch())
+    assert outputs.logits is None
+    loss = model.loss(outputs, batch())
+    assert loss.shape == ()
+    model.eval()
+    token_loss = model.eval_forward(batch()).token_loss
+    assert token_loss.shape == (3, 8)
+    predicted = (batch()["labels"][:, 1:] != -100).sum()
+    torch.testing.assert_close(token_loss.sum() / predicted, loss)
+
+
+def test_metrics_are_those_of_evaluation_only() -> None:
+    model = ComposerMPT(MPT(CONFIG, seed=0), eval_metrics=token_loss_metrics())
+    assert model.get_metrics(is_train=True) == {}
+    metric = model.get_metrics(is_train=False)["LanguageCrossEntropy"]
+    model.eval()
+    outputs = model.eval_forward(batch())
+    model.update_metric(batch(), outputs, metric)
+    assert metric.compute().item() == pytest.approx(outputs.loss.item(), rel=1e-6)
+    assert all(name.startswith("model.transformer.") for name in model.state_dict())
+
+
+def test_flops_are_those_of_the_batchs_length() -> None:
+    model = ComposerMPT(MPT(CONFIG, device="meta"))
+    expected = 3 * 8 * flops_per_token(CONFIG, 8, causal=False)
+    assert model.flops_per_batch(batch()) == expected
+
+
+def test_blocks_are_what_is_wrapped_and_checkpointed() -> None:
+    network = MPT(CONFIG, device="meta")
+    ComposerMPT(network)
+    for wants in (network.fsdp_wrap_fn, network.activation_checkpointing_fn):
+        assert [name for name, module in network.named_modules() if wants(module)] == [
+            "transformer.blocks.0",
+            "transformer.blocks.1",
+        ]
+
+
+def test_weights_drawn_module_by_module_after_meta_are_those_drawn_at_once() -> None:
+    network = MPT(CONFIG, device="meta")
+    ComposerMPT(network, seed=3)
+
+    def materialise(module: nn.Module) -> None:
+        for child in reversed(list(module.children())):
+            materialise(child)
+        if any(True for _ in module.parameters(recurse=False)):
+            module.to_empty(device="cpu", recurse=False)
+            network.param_init_fn(module)
+
+    materialise(network)
+    whole = MPT(CONFIG, seed=3).state_dict()
+    assert all(torch.equal(value, whole[name]) for name, value in network.state_dict().items())
+
+
+TRAIN = """
+import json, sys, warnings
+import torch
+from composer import Trainer
+from composer.core import DataSpec, Evaluator
+from composer.loggers import InMemoryLogger
+from composer.utils import FSDP2Config, dist
+from torch.utils.data import DataLoader
+from mptfoundry.evals.token_loss import token_loss_metrics
+from mptfoundry.models.causal_lm import ComposerMPT
+from mptfoundry.mpt.config import AttnConfig, MPTConfig
+from mptfoundry.mpt.network import MPT
+from mptfoundry.optim.clipping import GradientClipping
+from mptfoundry.optim.lion import DecoupledLionW
+
+warnings.simplefilter("ignore")
+ROWS = torch.randint(0, 32, (35, 8), generator=torch.Generator().manual_seed(0))
+
+def collate(numbers):
+    rows = ROWS[list(numbers)]
+    return {"input_ids": rows, "labels": rows.clone(), "sample_id": torch.tensor(numbers)}
+
+def loader(count):
+    ranks = dist.get_world_size()
+    # Batches of four over all ranks, of the same rows whatever the number of ranks; the last is filled up.
+    numbers = list(range(count)) + list(range(-count % 4))
+    mine = [numbers[i : i + 4][dist.get_global_rank() :: ranks] for i in range(0, len(numbers), 4)]
+    return DataLoader(mine, batch_size=None, collate_fn=collate, sampler=Own(len(mine)))
+
+class Own(torch.utils.data.DistributedSampler):
+    def __init__(self, batches):
+        super().__init__(range(batches), num_replicas=1, rank=0, shuffle=False, drop_last=True)
+
+def main():
+    dist.initialize_dist("cpu")
+    config = MPTConfig(
+        d_model=16, n_heads=2, n_layers=2, vocab_size=32, max_seq_len=8, attn_config=AttnConfig(alibi=True)
+    )
+    model = ComposerMPT(MPT(config, seed=0), eval_metrics=token_loss_metrics())
+    logger = InMemoryLogger()
+    trainer = Trainer(
+        model=model,
+        train_dataloader=loader(32),
+        eval_dataloader=Evaluator(label="held_out", dataloader=loader(35), device_eval_microbatch_size=4),
+        optimizers=DecoupledLionW(model.parameters(), lr=1e-3, weight_decay=1e-3),
+        algorithms=[GradientClipping("norm", 0.5)],
+        max_duration="8ba",
+        eval_interval="8ba",
+        device_train_microbatch_size=2,
+        device="cpu",
+        loggers=[logger],
+        parallelism_config={"fsdp": FSDP2Config()} if dist.get_world_size() > 1 else None,
+        progress_bar=False,
+    )
+    trainer.fit()
+    scores = [f"metrics/held_out/{name}" for name in ("LanguageCrossEntropy", "tokens")]
+    wanted = ("loss/train/total", "grad_norm", *scores)
+    found = {name: [float(value) for _, value in logger.data[name]] for name in wanted}
+    if dist.get_global_rank() == 0:
+        json.dump(found, open(sys.argv[1], "w"))
+    dist.barrier()
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+def test_two_sharded_ranks_train_and_evaluate_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(TRAIN)
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    launcher = Path(sys.executable).parent / "composer"
+    done = subprocess.run(
+        [str(launcher), "-n", "2", str(script), str(two)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(sys, "argv", [str(script), str(one)])
+    runpy.run_path(str(script), run_name="__main__")
+    alone, together = json.loads(one.read_text()), json.loads(two.read_text())
+    assert alone["metrics/held_out/tokens"] == together["metrics/held_out/tokens"] == [35 * 7]
+    for name, values in alone.items():
+        assert together[name] == pytest.approx(values, rel=1e-5), name
+    assert alone["grad_norm"][0] > 0.5
