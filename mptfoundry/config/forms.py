@@ -31,6 +31,9 @@ class Foreign(Protocol):
 
     words: str
 
+    def names(self) -> Iterable[str]:
+        """The names that are known."""
+
     def problems(self, value: Mapping[str, Any]) -> Iterable[tuple[tuple[str | int, ...], str]]:
         """What is wrong with the section: the path below it, and the text."""
 
@@ -41,7 +44,8 @@ def parse_bytes(value: int | str) -> int:
     Raises:
         ValueError: The text is no size.
     """
-    return _scaled(value, {"": 1, "b": 1} | {f"{letter}b": 1024**i for i, letter in enumerate("kmgtp", 1)})
+    units = {"": 1, "b": 1} | {f"{letter}b": 1024**i for i, letter in enumerate("kmgtp", 1)}
+    return _scaled(value, units, "a size, such as 1000000 or 100gb")
 
 
 def parse_count(value: int | str) -> int:
@@ -50,13 +54,14 @@ def parse_count(value: int | str) -> int:
     Raises:
         ValueError: The text is no number.
     """
-    return _scaled(value, {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12})
+    units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+    return _scaled(value, units, "a number, such as 10000 or 64M")
 
 
-def _scaled(value: int | str, units: dict[str, int]) -> int:
+def _scaled(value: int | str, units: dict[str, int], words: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", str(value).lower())
     if match is None or match[2] not in units:
-        raise ValueError(f"{value!r} has another form")
+        raise ValueError(f"{value!r} is not allowed here. Expected {words}.")
     return int(float(match[1]) * units[match[2]])
 
 

@@ -45,7 +45,6 @@ _DROPPED: tuple[tuple[str, Any, str], ...] = (
     ("model.attn_config.fc_type", "torch", "there is no other kind of layer here"),
     ("model.attn_config.attn_temperature_tuning.attn_scale", 0, "it is off"),
     ("model.pretrained", False, "weights are new unless load_path is given"),
-    ("algorithms.low_precision_layernorm", ANY, "model.norm_type says it, and is low_precision_layernorm"),
     ("icl_tasks", None, "it is blank"),
     ("eval_gauntlet", None, "it is blank"),
     ("icl_seq_len", ANY, "it has no effect without icl_tasks"),
@@ -71,66 +70,76 @@ _LOADER_DROPPED: tuple[tuple[str, Any, str], ...] = (
     ("dataset.batch_size", ANY, "it follows from the batch sizes of the run"),
 )
 
-_TENSOR = "tensor parallelism is not supported; fsdp_config shards a model over devices."
-_ENGINE = "Transformer Engine and MegaBlocks are not supported."
-_PEFT = "finetuning with adapters is not supported."
-_EVAL = "in-context tasks are not supported in training."
-_START = "starting from a Hugging Face folder is not supported; describe the model and give load_path."
-_LATER = "finetuning data is not supported; use name: text."
+_PARTS = "the blocks of a model are all alike, of torch's own layers. Remove it."
+_MOE = "mixtures of experts are another architecture. Remove it."
+_PEFT = "a run trains whole weights. Remove it."
+_TASKS = "a run evaluates its eval_loader. Remove it."
+_HUB = "weights start new, or from the checkpoint in load_path. Describe the model with name: mpt_causal_lm."
+_OBJECT = "it holds an object, which a file can't say. Remove it."
+_RECORDS = "data sets are text in shards. Use name: text."
+_MPT = "models are MPTs. Use name: mpt_causal_lm."
+_FORMAT = "runs save checkpoints in Composer's format alone. Remove it, and use `mptfoundry export`."
 
-# (class, key) or (top section, its name) -> why.
+# (class, key), (top section, its name) or (key, value) -> why.
 REFUSED: dict[tuple[str, str], str] = {
-    ("TrainConfig", "tp_config"): _TENSOR,
-    ("TrainConfig", "profiler"): "profiling is not supported. Remove the section.",
-    ("TrainConfig", "icl_tasks"): _EVAL,
-    ("TrainConfig", "eval_gauntlet"): _EVAL,
+    ("TrainConfig", "tp_config"): "fsdp_config shards a model over devices. Remove it.",
+    ("TrainConfig", "profiler"): "runs are not traced. Remove it.",
+    ("TrainConfig", "icl_tasks"): _TASKS,
+    ("TrainConfig", "eval_gauntlet"): _TASKS,
     ("TrainConfig", "lora"): _PEFT,
     ("TrainConfig", "peft_config"): _PEFT,
-    ("TrainConfig", "freeze"): "parameters are frozen by optimizer.disable_grad.",
-    ("TrainConfig", "only_hf_checkpoint"): "runs always save checkpoints that can be resumed.",
-    (
-        "TrainConfig",
-        "parameters",
-    ): "this is a job file of another platform. Pass what is under `parameters` as a file of its own.",
-    ("TrainConfig", "device_train_grad_accum"): "it follows from device_train_microbatch_size. Remove it.",
-    ("ModelConfig", "pretrained"): _START,
-    ("ModelConfig", "pretrained_model_name_or_path"): _START,
-    ("ModelConfig", "config_overrides"): _START,
+    ("TrainConfig", "freeze"): "patterns in optimizer.disable_grad say which parameters stay as they are.",
+    ("TrainConfig", "only_hf_checkpoint"): _FORMAT,
+    ("TrainConfig", "parameters"): "this is a platform's job file. Give what stands under `parameters` as a "
+    "file of its own.",
+    ("ModelConfig", "pretrained"): _HUB,
+    ("ModelConfig", "pretrained_model_name_or_path"): _HUB,
+    ("ModelConfig", "config_overrides"): _HUB,
     ("ModelConfig", "peft_config"): _PEFT,
     ("ModelConfig", "lora"): _PEFT,
-    ("ModelConfig", "fc_type"): _ENGINE,
-    ("ModelConfig", "block_overrides"): "blocks that differ from one another are not supported.",
-    ("ModelConfig", "attention_patch_type"): "only Llama has it; models here are MPTs.",
-    ("AttnConfig", "nope"): "layers without positions are not supported. Set alibi and rope to false.",
-    ("AttnConfig", "kv_dim"): "cross-attention is not supported.",
-    ("AttnConfig", "attn_temperature_tuning"): "it is not supported. softmax_scale sets a fixed scale.",
-    ("AttnConfig", "fc_type"): _ENGINE,
-    ("FFNConfig", "fc_type"): _ENGINE,
+    ("ModelConfig", "fc_type"): _PARTS,
+    ("ModelConfig", "block_overrides"): _PARTS,
+    ("ModelConfig", "attention_patch_type"): "only Llama has it. Remove it.",
+    ("AttnConfig", "nope"): "no layer can go without positions alone. Set alibi and rope to false for all.",
+    ("AttnConfig", "kv_dim"): "there is no cross-attention. Remove it.",
+    ("AttnConfig", "attn_temperature_tuning"): "softmax_scale sets a fixed scale. Remove it.",
+    ("AttnConfig", "fc_type"): _PARTS,
+    ("FFNConfig", "fc_type"): _PARTS,
+    ("ffn_type", "te_ln_mlp"): _PARTS,
+    ("ffn_type", "mb_moe"): _MOE,
+    ("ffn_type", "mb_dmoe"): _MOE,
+    ("ffn_type", "torch_dmoe"): _MOE,
+    ("precision", "amp_fp8"): "it needs Transformer Engine's layers.",
     ("FSDPConfig", "device_mesh"): "give data_parallel_shard_degree instead, as Composer asks for.",
-    ("FSDPConfig", "ignored_modules"): "it holds objects, which a file can't say. Remove it.",
-    ("FSDPConfig", "process_group"): "it holds an object, which a file can't say. Remove it.",
-    ("FSDPConfig", "load_planner"): "it holds an object, which a file can't say. Remove it.",
-    ("FSDPConfig", "save_planner"): "it holds an object, which a file can't say. Remove it.",
-    ("FSDPConfig", "min_params"): "blocks are sharded as the model says. Remove it.",
+    ("FSDPConfig", "ignored_modules"): _OBJECT,
+    ("FSDPConfig", "process_group"): _OBJECT,
+    ("FSDPConfig", "load_planner"): _OBJECT,
+    ("FSDPConfig", "save_planner"): _OBJECT,
+    ("FSDPConfig", "min_params"): "the model says what is sharded. Remove it.",
     ("TextDatasetConfig", "stream_config"): "streams have only the keys that `mptfoundry explain` lists.",
-    ("TextDatasetConfig", "hf_name"): _LATER,
-    ("TextDatasetConfig", "mlm_probability"): "masked language modelling is not supported.",
+    ("TextDatasetConfig", "hf_name"): _RECORDS,
+    ("TextDatasetConfig", "mlm_probability"): "models predict the next token. Remove it.",
     ("TextLoaderConfig", "sampler"): "the data set orders its samples itself. Remove it.",
     ("TextLoaderConfig", "batch_size"): "it follows from the batch sizes of the run. Remove it.",
-    ("model", "hf_causal_lm"): f"{_START} Use name: mpt_causal_lm.",
-    ("model", "hf_t5"): "models here are MPTs. Use name: mpt_causal_lm.",
+    ("model", "hf_causal_lm"): _HUB,
+    ("model", "hf_t5"): _MPT,
     ("model", "hf_prefix_lm"): "use name: mpt_causal_lm with attn_config.prefix_lm: true.",
-    ("model", "fmapi_causal_lm"): "models behind a service are not supported.",
-    ("model", "openai_causal_lm"): "models behind a service are not supported.",
-    ("model", "openai_chat"): "models behind a service are not supported.",
-    ("train_loader", "finetuning"): _LATER,
-    ("eval_loader", "finetuning"): _LATER,
-    ("train_loader", "text_denoising"): "span corruption is not supported. Use name: text.",
-    ("eval_loader", "text_denoising"): "span corruption is not supported. Use name: text.",
+    ("model", "fmapi_causal_lm"): _MPT,
+    ("model", "openai_causal_lm"): _MPT,
+    ("model", "openai_chat"): _MPT,
+    ("train_loader", "finetuning"): _RECORDS,
+    ("eval_loader", "finetuning"): _RECORDS,
+    ("train_loader", "text_denoising"): _RECORDS,
+    ("eval_loader", "text_denoising"): _RECORDS,
     ("optimizer", "clip_lion"): "decoupled_lionw with algorithms.gradient_clipping is close to it.",
-    ("optimizer", "adalr_lion"): "it is not supported. Use decoupled_lionw.",
-    ("optimizer", "no_op"): "a run without learning is not a training run. Use `mptfoundry eval`.",
+    ("optimizer", "adalr_lion"): "use decoupled_lionw.",
+    ("optimizer", "no_op"): "a run that learns nothing is an evaluation. Use `mptfoundry eval`.",
 }
+for _name in (
+    *("moe_num_experts", "moe_top_k", "moe_loss_weight", "moe_lbl_in_fp32", "moe_world_size", "mlp_impl"),
+    *("moe_weight_parallelism", "uniform_expert_assignment", "memory_optimized_mlp"),
+):
+    REFUSED["FFNConfig", _name] = _MOE
 
 
 def translate(document: Document) -> list[str]:
@@ -146,6 +155,7 @@ def translate(document: Document) -> list[str]:
     _multiquery(document, notes)
     for key, allowed, reason in _DROPPED:
         _drop(document, _path(key), allowed, reason, notes)
+    _low_precision_norm(document, notes)
     for loader in _loader_paths(document):
         for key, allowed, reason in _LOADER_DROPPED:
             _drop(document, loader + _path(key), allowed, reason, notes)
@@ -196,7 +206,7 @@ def _drop(document: Document, path: KeyPath, allowed: Any, reason: str, notes: l
     document.take(path)
     if path[-1] == "attn_scale":
         document.take(path[:-1])
-    if value is not None:
+    if value not in (None, allowed) or (allowed is ANY and path[0] == "algorithms"):
         notes.append(f"{place}: {dotted(path)} is left out: {reason}.")
 
 
@@ -206,6 +216,13 @@ def _old_model_name(document: Document, notes: list[str]) -> None:
         origin = document.origin(name)
         document.put(name, "mpt_causal_lm", origin)
         notes.append(f"{origin.place}: model.name: mosaic_gpt is now mpt_causal_lm.")
+
+
+def _low_precision_norm(document: Document, notes: list[str]) -> None:
+    """The algorithm swaps layernorms for what MPT's default norm is already."""
+    old, norm = ("algorithms", "low_precision_layernorm"), document.get(("model", "norm_type"))
+    if norm is None or str(norm).startswith("low_precision"):
+        _drop(document, old, ANY, f"model.norm_type is {norm or 'low_precision_layernorm'} already", notes)
 
 
 def _multiquery(document: Document, notes: list[str]) -> None:

@@ -11,13 +11,14 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from mptfoundry.config.document import Document, Origin, read_document
+from mptfoundry.config.document import Document
 from mptfoundry.config.legacy import REFUSED, translate
+from mptfoundry.config.reading import read_document
+from mptfoundry.config.rules import tokens_of
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.config.schema import default_of, field_types
+from mptfoundry.config.schema import default_of
 from mptfoundry.config.signatures import PACKAGES
 from mptfoundry.config.walk import build
-from mptfoundry.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -36,11 +37,11 @@ def load_train_config(path: str | Path, words: Sequence[str] = ()) -> tuple[Trai
     Raises:
         ConfigError: All problems at once, each with its place.
     """
-    document = read_document(path, words)
+    name = os.environ.get("RUN_NAME") or os.environ.get("COMPOSER_RUN_NAME") or Path(path).stem
+    document = read_document(path, words, {"run_name": name})
     _refuse_code_from_file(document)
     notes = translate(document)
     _share_top_level(document)
-    _name_run(document, Path(path))
     config = build(TrainConfig, document, REFUSED)
     return config, notes + _effects(config)
 
@@ -48,27 +49,10 @@ def load_train_config(path: str | Path, words: Sequence[str] = ()) -> tuple[Trai
 def parse_words(words: Sequence[str], schema: type[T], path: str | Path | None = None) -> T:
     """Read the options of a verb from the command line, and from a YAML file where one is given.
 
-    Words without `=` go to the schema's field named by its `POSITIONAL`, if it has one.
-
     Raises:
         ConfigError: All problems at once.
     """
-    field = getattr(schema, "POSITIONAL", None)
-    plain = [word for word in words if field and _is_plain(word)]
-    document = read_document(path, [word for word in words if word not in plain])
-    if plain and field:
-        is_list = "tuple" in str(field_types(schema)[field])
-        if not is_list and (len(plain) > 1 or field in document.tree):
-            raise ConfigError(f"command line: {' '.join(plain)}: {field} is given more than once.")
-        given = document.tree.get(field)
-        value = ([given] if isinstance(given, str) else given or []) + plain if is_list else plain[0]
-        document.put((field,), value, Origin(f"command line: {' '.join(plain)}", 0))
-    return build(schema, document, REFUSED)
-
-
-def _is_plain(word: str) -> bool:
-    key, equals, _ = word.partition("=")
-    return not word.startswith("-") and (not equals or not key.replace(".", "").replace("_", "").isalnum())
+    return build(schema, read_document(path, words), REFUSED)
 
 
 def to_yaml(config: Any) -> str:
@@ -106,12 +90,6 @@ def _share_top_level(document: Document) -> None:
         document.put(("model", "max_seq_len"), document.tree["max_seq_len"], origin)
 
 
-def _name_run(document: Document, path: Path) -> None:
-    if document.tree.get("run_name") is None:
-        name = os.environ.get("RUN_NAME") or os.environ.get("COMPOSER_RUN_NAME") or path.stem
-        document.tree["run_name"] = name
-
-
 def _effects(config: TrainConfig) -> list[str]:
     """What a user should know about a valid configuration."""
     notes = []
@@ -123,5 +101,14 @@ def _effects(config: TrainConfig) -> list[str]:
         notes.append(
             "train_loader.dataset: documents are told apart, but model.attn_config.attn_uses_sequence_id is "
             "false: tokens of a packed row see the documents before theirs."
+        )
+    if config.load_path is None and (config.load_weights_only or config.load_ignore_keys):
+        notes.append("load_weights_only and load_ignore_keys have no effect without load_path.")
+    warmup = tokens_of(config.scheduler.t_warmup, vars(config))
+    whole = tokens_of(config.max_duration, vars(config))
+    if warmup is not None and whole is not None and warmup > whole:
+        notes.append(
+            f"scheduler.t_warmup: {config.scheduler.t_warmup} is longer than the run, max_duration: "
+            f"{config.max_duration}: the learning rate never gets to its top."
         )
     return notes

@@ -129,26 +129,31 @@ def _documents(values: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _schedule(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """The fall at the end has to lie inside the run, and after the rise; a rise may be cut off by the end."""
     scheduler, total = values.get("scheduler"), values.get("max_duration")
     if scheduler is None or total is None:
         return
-    parts = {name: getattr(scheduler, name, None) for name in ("t_warmup", "t_decay", "t_cooldown")}
-    given = {name: part for name, part in parts.items() if part is not None}
-    lengths = {name: _tokens(part, total, values) for name, part in given.items()}
-    whole = _tokens(total, total, values)
-    if whole is None or any(length is None for length in lengths.values()):
+    fall = "t_decay" if hasattr(scheduler, "t_decay") else "t_cooldown"
+    whole, length = tokens_of(total, values), tokens_of(getattr(scheduler, fall, 0), values)
+    if whole is None or length is None:
         return
-    if sum(length for length in lengths.values() if length is not None) > whole:
-        said = " and ".join(f"{name}: {part}" for name, part in given.items())
-        verb = "is" if len(given) == 1 else "are together"
-        yield "scheduler", f"{said} {verb} longer than the run, max_duration: {total}. Use less."
+    said = f"{getattr(scheduler, fall, 0)} is longer than the run, max_duration: {total}. Use less."
+    if length > whole:
+        yield f"scheduler.{fall}", said
+    rise = tokens_of(scheduler.t_warmup, values)
+    if fall == "t_decay" and rise is not None and length <= whole < length + rise:
+        text = f"together with t_warmup: {scheduler.t_warmup}, {said}"
+        yield "scheduler.t_decay", text
 
 
-def _tokens(duration: int | str, total: int | str, values: Mapping[str, Any]) -> float | None:
-    """A duration in tokens; None where that depends on the size of the data."""
+def tokens_of(duration: int | str, values: Mapping[str, Any]) -> float | None:
+    """A duration of a run in tokens; None where that depends on the size of the data."""
     number, unit = parse_duration(duration)
+    if number == 0:
+        return 0
     if unit == "dur":
-        whole = _tokens(total, total, values) if parse_duration(total)[1] != "dur" else None
+        total = values.get("max_duration", 1)
+        whole = None if parse_duration(total)[1] == "dur" else tokens_of(total, values)
         return None if whole is None else number * whole
     if "max_seq_len" not in values or "global_train_batch_size" not in values:
         return None
@@ -163,7 +168,3 @@ def _checkpoints(values: Mapping[str, Any]) -> Iterator[Problem]:
             yield "autoresume", "needs save_folder, where the checkpoint to resume from lies."
         if values.get("save_weights_only"):
             yield "autoresume", "needs whole checkpoints. Set save_weights_only: false."
-    if "load_path" in values and values["load_path"] is None:
-        for key in ("load_weights_only", "load_ignore_keys"):
-            if values.get(key):
-                yield key, "needs load_path, the checkpoint that it speaks of."

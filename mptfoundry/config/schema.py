@@ -17,7 +17,7 @@ from mptfoundry.config.forms import Form
 
 
 @cache
-def field_types(cls: type) -> dict[str, Any]:
+def field_types(cls: Any) -> dict[str, Any]:
     """The type of each field, in the order of the class, with `Annotated` kept."""
     hints = get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in fields(cls)}
@@ -53,7 +53,7 @@ def default_of(field: Field[Any]) -> Any:
 
 
 @cache
-def meanings(cls: type) -> dict[str, str]:
+def meanings(cls: Any) -> dict[str, str]:
     """What each field means, from the `Attributes:` sections of the class and of its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
@@ -98,10 +98,13 @@ def choice(value: Any) -> str:
 
 def describe(annotation: Any) -> str:
     """A type in words: `a whole number, or auto`."""
-    said = [text for text in (_describe_member(m) for m in members(annotation)) if text]
+    said: list[str] = []
+    for member in members(annotation):
+        is_choice = get_origin(member) is Literal
+        said += [choice(v) for v in get_args(member)] if is_choice else [_describe_member(member)]
     said += ["null"] if takes_none(annotation) else []
-    said = list(dict.fromkeys(said))
-    return said[0] if len(said) == 1 else ", ".join(said[:-1]) + ", or " + said[-1]
+    words = list(dict.fromkeys(said))
+    return " or ".join(words) if len(words) < 3 else f"{', '.join(words[:-1])} or {words[-1]}"
 
 
 def _describe_member(member: Any) -> str:
@@ -118,8 +121,6 @@ def _describe_member(member: Any) -> str:
     if kind is Annotated:
         forms = [m for m in arguments[1:] if isinstance(m, Form)]
         return forms[0].words if forms else describe(arguments[0])
-    if kind is Literal:
-        return " or ".join(choice(v) for v in arguments)
     if kind is tuple and arguments[-1] is Ellipsis:
         return f"a list, each {describe(arguments[0])}"
     if kind is tuple:
@@ -132,7 +133,8 @@ def _describe_member(member: Any) -> str:
 def walk_keys(cls: type, path: str = "", depth: int = 8) -> Iterator[tuple[str, type, str]]:
     """All keys below a class: dotted path, the class that has it, its name there.
 
-    `*` stands for a name that the user chooses; classes that share a section each give their own keys.
+    `*` stands for a name that the user chooses, `[N]` for an index; classes that share a section each give
+    their own keys.
     """
     for name, annotation in field_types(cls).items():
         here = f"{path}.{name}" if path else name
@@ -148,8 +150,8 @@ def _below(annotation: Any) -> Iterator[tuple[type, str]]:
         if is_dataclass(member) and isinstance(member, type):
             yield member, ""
         elif get_origin(member) is tuple:
-            for below, mark in {pair for argument in arguments for pair in _below(argument)}:
-                yield below, mark
+            for below, mark in _below(arguments[0]):
+                yield below, "[N]" + mark
         elif get_origin(member) is dict:
             for below, mark in _below(arguments[1]):
                 yield below, ".*" + mark

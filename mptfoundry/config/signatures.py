@@ -44,32 +44,35 @@ LOGGERS: dict[str, str] = {
 ALGORITHMS: dict[str, str] = {
     "gradient_clipping": "composer.algorithms.gradient_clipping.gradient_clipping:GradientClipping",
 }
-_MIX = "changing the data mix during a run is not supported. Start a second run from load_path."
+_MIX = "a run has one data mix. Start a second run from load_path."
+_CHECKPOINTS = "checkpoints are exported afterwards. Use `mptfoundry export`."
+_REMOVE = "nothing here does what it does. Remove it."
 # What llm-foundry has beyond Composer's, and why it is not here.
 REFUSED_CALLBACKS: dict[str, str] = {
-    "async_eval": "evaluation in a separate job is not supported. Use eval_interval.",
+    "async_eval": "runs evaluate as they go. Use eval_interval.",
     "curriculum_learning": _MIX,
     "dataset_swap": _MIX,
     "env_logging": "`mptfoundry doctor` prints the versions. Remove it.",
-    "eval_output_logging": "it belongs to in-context tasks, which are not supported in training.",
-    "fdiff_metrics": "it is not supported. Differences can be taken from metrics.jsonl.",
-    "global_lr_scaling": "give another lr in place of a factor on it.",
-    "hf_checkpointer": "export a checkpoint afterwards: `mptfoundry export`.",
-    "kill_loss_spike": "it is not supported. Remove it.",
-    "layer_freezing": "parameters are frozen by optimizer.disable_grad.",
+    "eval_output_logging": _REMOVE,
+    "fdiff_metrics": "metrics.jsonl has every value to take differences of. Remove it.",
+    "global_lr_scaling": "give the learning rate itself.",
+    "hf_checkpointer": _CHECKPOINTS,
+    "kill_loss_spike": _REMOVE,
+    "layer_freezing": "patterns in optimizer.disable_grad say which parameters stay as they are.",
     "load_checkpoint": "give load_path.",
-    "loss_perp_v_len": "it is not supported. Remove it.",
-    "mbmoe_tok_per_expert": "mixtures of experts are not supported.",
+    "loss_perp_v_len": _REMOVE,
+    "mbmoe_tok_per_expert": "MPTs have no experts. Remove it.",
     "mono_checkpoint_saver": "fsdp_config.state_dict_type: full saves whole checkpoints.",
-    "run_timeout": "it is not supported. Let the scheduler of the cluster end the run; it saves and resumes.",
-    "scheduled_gc": "it is not supported. Remove it.",
+    "run_timeout": "let the cluster end the run; it saves, and resumes when started again.",
+    "scheduled_gc": _REMOVE,
 }
 REFUSED_LOGGERS: dict[str, str] = {
-    "mosaicml": "loggers of a vendor's platform are not supported. metrics.jsonl is always written.",
+    "mosaicml": "it belongs to a vendor's platform. Remove it; metrics.jsonl is always written.",
 }
 REFUSED_ALGORITHMS: dict[str, str] = {
-    "alibi": "it would do nothing to an MPT. Set model.attn_config.alibi: true.",
-    "gated_linear_units": "it would do nothing to an MPT. Set model.ffn_config.ffn_type: mptglu.",
+    "alibi": "it does nothing to an MPT. Set model.attn_config.alibi: true.",
+    "gated_linear_units": "it does nothing to an MPT. Set model.ffn_config.ffn_type: mptglu.",
+    "low_precision_layernorm": "it changes the model. Set model.norm_type: low_precision_layernorm.",
 }
 # Packages that a logger imports when it starts, and what installs them.
 PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "cometml": "comet_ml"}
@@ -161,11 +164,15 @@ class Catalogue:
     def __hash__(self) -> int:
         return hash(self.words)
 
+    def names(self) -> list[str]:
+        """The names that are known."""
+        return list(self.known)
+
     def problems(self, value: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
         """What is wrong with the section: the path below it, and the text."""
         for name, kwargs in value.items():
             if name in self.refused:
-                yield (name,), self.refused[name]
+                yield (name,), f"is not supported: {self.refused[name]}"
             elif name not in self.known:
                 allowed = ", ".join(sorted(self.known))
                 yield (name,), f"is not known.{_near(name, self.known)} Allowed: {allowed}."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from mptfoundry.config.data import LoaderConfig
 
@@ -35,8 +35,6 @@ class PrepareConfig:
         on_bad_record: What a broken record or text does: end the preparation, or be counted and left out.
         overwrite: Replace shards that were made with other options.
     """
-
-    POSITIONAL: ClassVar[str] = "inputs"
 
     inputs: tuple[str, ...] = ()
     out: str
@@ -80,8 +78,6 @@ class PreviewConfig:
         picture: File to draw the data mix into, such as `mix.png`.
     """
 
-    POSITIONAL: ClassVar[str] = "data"
-
     data: str
     tokenizer: str | None = None
     split: str | None = None
@@ -110,8 +106,6 @@ class EvalConfig:
         dist_timeout: Seconds that a rank waits for the others.
         variables: Values that others refer to as `${variables.x}`.
     """
-
-    POSITIONAL: ClassVar[str] = "model"
 
     model: str
     eval_loader: LoaderConfig | tuple[LoaderConfig, ...] | None = None
@@ -148,8 +142,6 @@ class ExportConfig:
         overwrite: Replace a folder that is there.
     """
 
-    POSITIONAL: ClassVar[str] = "model"
-
     model: str
     out: str
     tokenizer: str | None = None
@@ -176,8 +168,6 @@ class GenerateConfig:
         dtype: Number format of the weights. `auto`: bfloat16 on GPUs that have it, else float32.
         attn_impl: The attention backend; all give the same mathematics.
     """
-
-    POSITIONAL: ClassVar[str] = "model"
 
     model: str
     prompts: tuple[str, ...] = ()

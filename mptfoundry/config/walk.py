@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -47,7 +47,8 @@ def build(schema: type[T], document: Document, refused: Refused | None = None) -
         schema: The dataclass. One with a static method `rules(values)` gets its valid fields before it is
             built, and yields the problems between them as (dotted key, text).
         document: What was written.
-        refused: What is known but not supported, and why: (class name, key), or (top section, its `name`).
+        refused: What is known but not supported, and why: (class name, key), (top section, its `name`) or
+            (key, value).
 
     Raises:
         ConfigError: All problems of the document, each with its place.
@@ -75,8 +76,7 @@ class _Walk:
         if classes and value is None:
             value = {}
         if classes and isinstance(value, dict):
-            cls = self.chosen(classes, value, path)
-            return INVALID if cls is None else self.section(cls, value, path)
+            return self.chosen(classes, value, path)
         for member in members(annotation):
             try:
                 return self.member(member, value, path)
@@ -85,22 +85,29 @@ class _Walk:
         self.document.report(path, self.mismatch(annotation, value, path))
         return INVALID
 
-    def chosen(self, classes: tuple[type, ...], value: dict[str, Any], path: KeyPath) -> type | None:
-        """The class that a section's `name` chooses."""
-        by_name = {section_name(cls): cls for cls in classes}
+    def chosen(self, classes: tuple[type, ...], value: dict[str, Any], path: KeyPath) -> Any:
+        """The section of the class that `name` chooses; a misspelled name has its keys checked all the same."""
+        by_name = {str(section_name(cls)): cls for cls in classes}
         name = value.get("name")
-        if len(classes) == 1 and (name is None or None in by_name):
-            return classes[0]
+        if len(classes) == 1 and (name is None or section_name(classes[0]) is None):
+            return self.section(classes[0], value, path)
         if name in by_name:
-            return by_name[name]
-        names = [str(n) for n in by_name]
+            return self.section(by_name[name], value, path)
+        if name is UNRESOLVED:
+            return INVALID
+        allowed = f"Allowed: {', '.join(by_name)}."
         reason = self.refused.get((str(path[0]), str(name)))
         if "name" not in value:
-            self.document.report(path, f"name is missing. Allowed: {', '.join(names)}.")
-        elif value["name"] is not UNRESOLVED:
-            text = reason or f"{show(name)} is not known.{_near(name, names)} Allowed: {', '.join(names)}."
-            self.document.report((*path, "name"), text)
-        return None
+            self.document.report(path, f"name is missing. {allowed}")
+        elif reason:
+            self.document.report((*path, "name"), f"{show(name)} is not supported: {reason}")
+        else:
+            self.document.report(
+                (*path, "name"), f"{show(name)} is not known.{_near(name, by_name)} {allowed}"
+            )
+            for near in difflib.get_close_matches(str(name), by_name, 1):
+                self.section(by_name[near], {**value, "name": near}, path)
+        return INVALID
 
     def section(self, cls: type, value: dict[str, Any], path: KeyPath) -> Any:
         """A dataclass from its section, or INVALID."""
@@ -131,20 +138,21 @@ class _Walk:
         its default and the class is built again; rules that speak of such fields no longer count.
         """
         if hasattr(cls, "rules"):
-            problems = list(cls.rules(valid))
+            defaults = {f.name: default_of(f) for f in fields(cls) if f.name not in invalid}
+            problems = list(cls.rules({**defaults, **valid}))
             for key, text in problems:
                 self.document.report((*path, *parse_key(key)), text)
             return INVALID if problems or invalid else cls(**valid)
-        defaults = {f.name: default_of(f) is not MISSING for f in fields(cls)}
+        has_default = {f.name: default_of(f) is not MISSING for f in fields(cls)}
         suspects, given = set(invalid), dict(valid)
-        while all(defaults[name] for name in invalid):
+        while all(has_default[name] for name in invalid):
             try:
                 built = cls(**given)
             except ValueError as error:
-                spoken_of = _fields_in(str(error), defaults)
+                spoken_of = _fields_in(str(error), has_default)
                 if not suspects.intersection(spoken_of):
                     self.broken_rule(str(error), spoken_of, path)
-                culprit = next((name for name in spoken_of if name in given and defaults[name]), None)
+                culprit = next((name for name in spoken_of if name in given and has_default[name]), None)
                 if culprit is None:
                     return INVALID
                 suspects.add(culprit)
@@ -211,6 +219,7 @@ class _Walk:
         """A section of other people's classes by name; one given as null on the command line is left out."""
         if not isinstance(value, (dict, type(None))):
             raise _MismatchError
+        self.nothing_to_leave_out(value or {}, path, form.names())
         kept = {}
         for name, kwargs in (value or {}).items():
             if kwargs is None and self.document.origin((*path, name)).is_word:
@@ -242,9 +251,17 @@ class _Walk:
         if not isinstance(value, dict):
             raise _MismatchError
         if sections(annotation):
+            self.nothing_to_leave_out(value, path, [name for name, item in value.items() if item is not None])
             value = {name: item for name, item in value.items() if item is not None}
         items = {name: self.value(annotation, item, (*path, name)) for name, item in value.items()}
         return INVALID if any(item is INVALID for item in items.values()) else items
+
+    def nothing_to_leave_out(self, value: dict[str, Any], path: KeyPath, names: Iterable[str]) -> None:
+        """Report words such as `callbacks.x=null` for a name that nothing has."""
+        for name, item in value.items():
+            if item is None and (*path, name) in self.document.absent and name not in names:
+                text = f"there is nothing of this name to leave out.{_near(name, names)}"
+                self.document.report((*path, name), text)
 
     def text(self, value: Any, path: KeyPath) -> str:
         """A text. A number is taken as it was written; so is a word of the command line, unless quoted."""
@@ -266,6 +283,8 @@ class _Walk:
         if value is None:
             return f"has no value{source}. {expected}"
         hint = ""
+        if (str(path[-1]), str(value)) in self.refused:
+            return f"{show(value)} is not supported: {self.refused[str(path[-1]), str(value)]} {expected}"
         if isinstance(value, str):
             options = [
                 option for m in members(annotation) for option in get_args(m) if get_origin(m) is Literal
@@ -280,7 +299,7 @@ class _Walk:
     def unknown_key(self, cls: type, key: str) -> str:
         """Why a key is not allowed, and which one was meant."""
         if (cls.__name__, key) in self.refused:
-            return self.refused[cls.__name__, key]
+            return f"is not supported: {self.refused[cls.__name__, key]}"
         names = list(field_types(cls))
         near = _near(key, names)
         if near:
@@ -293,8 +312,8 @@ class _Walk:
         return "unknown key. `mptfoundry explain` lists all keys."
 
 
-def _near(word: Any, options: list[str]) -> str:
-    near = difflib.get_close_matches(str(word), options, 1)
+def _near(word: Any, options: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(word), list(options), 1)
     return f" Did you mean {near[0]}?" if near else ""
 
 

@@ -1,0 +1,169 @@
+"""What a key of the configuration means: its type, default and choices, from the classes' docstrings."""
+
+from __future__ import annotations
+
+import difflib
+import textwrap
+from collections.abc import Iterator
+from dataclasses import MISSING, fields
+from typing import Any, get_args, get_origin
+
+from mptfoundry.config.document import parse_key
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.config.schema import (
+    default_of,
+    describe,
+    field_types,
+    meanings,
+    members,
+    section_name,
+    sections,
+    show,
+    subject,
+    walk_keys,
+)
+from mptfoundry.config.signatures import Catalogue, arguments_of, describe_annotation
+from mptfoundry.errors import ConfigError
+
+_WIDTH = 100
+
+
+def explain(key: str | None = None) -> str:
+    """Explain a key of a training run's configuration.
+
+    Args:
+        key: A path such as `optimizer.lr`, or the last part of one such as `lr`: then every key of that name.
+            None lists all sections.
+
+    Raises:
+        ConfigError: There is no such key; the text has the nearest ones.
+    """
+    if not key:
+        return _overview()
+    wanted = tuple(str(part) for part in parse_key(key) if not isinstance(part, int))
+    known = dict.fromkeys(walk_keys(TrainConfig))
+    exact = [entry for entry in known if _matches(entry[0], wanted)]
+    ending = [entry for entry in known if _ends_with(entry[0], wanted)]
+    found = exact or ending
+    if found:
+        return "\n\n".join(_entry(path, cls, name) for path, cls, name in _one_each(found))
+    foreign = _foreign(wanted)
+    if foreign:
+        return foreign
+    hint = _nearest(key, [path for path, _, _ in known if not path.startswith("eval_loader[N]")])
+    raise ConfigError(f"{key}: there is no such key.{hint} `mptfoundry explain` lists all sections.")
+
+
+def _nearest(key: str, paths: list[str]) -> str:
+    by_name: dict[str, list[str]] = {}
+    for path in paths:
+        by_name.setdefault(path.rpartition(".")[2], []).append(path)
+    near = by_name.get(key.rpartition(".")[2], [])
+    near += difflib.get_close_matches(key, paths, 3)
+    for name in difflib.get_close_matches(key.rpartition(".")[2], list(by_name), 3):
+        near += by_name[name]
+    near = list(dict.fromkeys(near))[:4]
+    return f" Did you mean {' or '.join(near)}?" if near else ""
+
+
+def _matches(path: str, wanted: tuple[str, ...]) -> bool:
+    parts = path.replace("[N]", "").split(".")
+    return len(parts) == len(wanted) and all(p in ("*", w) for p, w in zip(parts, wanted, strict=True))
+
+
+def _ends_with(path: str, wanted: tuple[str, ...]) -> bool:
+    return tuple(path.replace("[N]", "").split(".")[-len(wanted) :]) == wanted
+
+
+def _one_each(found: list[tuple[str, type, str]]) -> Iterator[tuple[str, type, str]]:
+    """One entry for each thing said: the evaluation loader repeats what the training loader says."""
+    seen = set()
+    for path, cls, name in found:
+        if (cls, name) not in seen:
+            seen.add((cls, name))
+            yield path, cls, name
+
+
+def _entry(path: str, cls: type, name: str) -> str:
+    annotation = field_types(cls)[name]
+    field = next(f for f in fields(cls) if f.name == name)
+    of = f"  (name: {section_name(cls)})" if section_name(cls) and "." in path else ""
+    lines = [f"{path}{of}", *_wrapped(meanings(cls).get(name, ""))]
+    classes = sections(annotation)
+    if classes:
+        lines += _section_lines(classes)
+    else:
+        lines.append(f"    type: {_type(annotation)}")
+    lines.append(f"    default: {_default(field)}")
+    catalogue = _catalogue(annotation)
+    if catalogue:
+        lines += _wrapped(f"known: {', '.join(sorted(catalogue.known))}")
+    return "\n".join(lines)
+
+
+def _type(annotation: Any) -> str:
+    return _catalogue(annotation).words if _catalogue(annotation) else describe(annotation)
+
+
+def _default(field: Any) -> str:
+    default = default_of(field)
+    if default is MISSING:
+        return "none; it has to be given"
+    if default is None:
+        return "null"
+    return default if isinstance(default, str) and default else show(default)
+
+
+def _section_lines(classes: tuple[type, ...]) -> list[str]:
+    lines = []
+    for cls in classes:
+        name = f"name: {section_name(cls)}. " if section_name(cls) else ""
+        lines += _wrapped(f"{name}{subject(cls)}")
+        lines += _wrapped(f"keys: {', '.join(field_types(cls))}", "        ")
+    return lines
+
+
+def _wrapped(text: str, indent: str = "    ") -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
+
+
+def _catalogue(annotation: Any) -> Any:
+    for member in (annotation, *members(annotation)):
+        for argument in get_args(member) if get_origin(member) is not None else ():
+            if isinstance(argument, Catalogue):
+                return argument
+    metadata = getattr(annotation, "__metadata__", ())
+    return next((m for m in metadata if isinstance(m, Catalogue)), None)
+
+
+def _foreign(wanted: tuple[str, ...]) -> str | None:
+    """`callbacks.speed_monitor`, or `callbacks.speed_monitor.window_size`, from the class's signature."""
+    for section, annotation in field_types(TrainConfig).items():
+        catalogue = _catalogue(annotation)
+        names = wanted[1:] if wanted[:1] == (section,) else wanted
+        if catalogue is None or not names or names[0] not in catalogue.known:
+            continue
+        where = catalogue.known[names[0]]
+        try:
+            arguments = [a for a in arguments_of(where) if len(names) == 1 or a.name == names[1]]
+        except LookupError as error:
+            raise ConfigError(f"{section}.{names[0]}: can't be explained: {error}.") from None
+        if not arguments and len(names) > 1:
+            continue
+        lines = [f"{section}.{names[0]}", f"    {where.replace(':', '.')}"]
+        for argument in arguments:
+            default = f"default {argument.default}" if argument.default is not None else "has to be given"
+            lines.append(f"    {argument.name}: {describe_annotation(argument.annotation)}; {default}")
+        return "\n".join(lines)
+    return None
+
+
+def _overview() -> str:
+    lines = [f"{subject(TrainConfig)} `mptfoundry explain KEY` says more, for any key at any depth.", ""]
+    for name, annotation in field_types(TrainConfig).items():
+        meaning = meanings(TrainConfig).get(name, "").split(". ")[0].rstrip(".")
+        lines += textwrap.wrap(f"{name}: {meaning}", _WIDTH, subsequent_indent="    ")
+        for cls in sections(annotation):
+            keys = ", ".join(field_types(cls))
+            lines += _wrapped(f"{section_name(cls)}: {keys}" if section_name(cls) else keys)
+    return "\n".join(lines)
