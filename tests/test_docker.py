@@ -6,6 +6,7 @@ import re
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
@@ -21,7 +22,11 @@ def test_what_the_image_copies_is_there() -> None:
 
 
 def test_the_image_pins_every_dependency_within_its_range() -> None:
-    for line in metadata.requires("mptfoundry") or []:
+    try:
+        declared = metadata.requires("mptfoundry") or []
+    except metadata.PackageNotFoundError:
+        pytest.skip("the project is on the path but not installed, so its requirements can't be read")
+    for line in declared:
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": "dev"}):
             pin = PINS[requirement.name.lower()]

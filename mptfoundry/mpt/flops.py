@@ -55,7 +55,7 @@ def block_activations(config: MPTConfig) -> int:
     heads = config.n_heads * config.d_head
     qkv = heads + 2 * config.kv_heads * config.d_head
     attn = config.attn_config
-    copies_of_qkv = 1 + (attn.clip_qkv is not None) + (attn.qk_ln or attn.qk_gn)
+    copies_of_qkv = 1 + (attn.clip_qkv is not None) + (attn.qk_ln or attn.qk_gn) + attn.rope
     hidden = 4 if config.ffn_config.ffn_type == "mptglu" else 2
     return 4 * config.d_model + copies_of_qkv * qkv + heads + hidden * config.d_ffn
 

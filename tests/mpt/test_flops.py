@@ -3,9 +3,11 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from mptfoundry.mpt.config import AttnConfig, FFNConfig, MPTConfig
-from mptfoundry.mpt.flops import count_parameters, flops_per_token
+from mptfoundry.mpt.flops import block_activations, count_parameters, flops_per_token
+from mptfoundry.mpt.network import MPT
 
 PUBLISHED = {"7b": (4096, 32, 32, 6_649_286_656), "30b": (7168, 64, 48, 29_957_200_896)}
 LLM_FOUNDRY = {
@@ -84,10 +86,9 @@ def grid() -> list[MPTConfig]:
 
 
 def test_the_count_is_that_of_the_network_for_every_switch():
-    network = pytest.importorskip("mptfoundry.mpt.network")
     for config in grid():
-        built = network.MPT(config, device="meta")
-        assert sum(p.numel() for p in built.parameters()) == count_parameters(config), config
+        network = MPT(config, device="meta")
+        assert sum(p.numel() for p in network.parameters()) == count_parameters(config), config
 
 
 def test_flops_follow_the_published_convention():
@@ -122,3 +123,45 @@ def test_an_untied_embedding_costs_no_arithmetic():
     tied, untied = small(), small(tie_word_embeddings=False)
     assert count_parameters(untied) == count_parameters(tied) + 37 * 24
     assert flops_per_token(untied, 10, causal=False) == flops_per_token(tied, 10, causal=False)
+
+
+def numbers_kept(config: MPTConfig, tokens: int) -> int:
+    """float32 numbers that a training forward of the network keeps for backward, weights aside."""
+    network = MPT(config, device="cpu", seed=0).train()
+    weights = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes() // 4
+        return tensor
+
+    ids = torch.randint(0, config.vocab_size, (2, tokens // 2))
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        output = network(ids, labels=ids)
+    assert output.loss.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(
+    ("attn", "fields", "tolerance"),
+    [
+        ({"alibi": True}, {}, 0.02),
+        ({}, {"no_bias": False}, 0.02),
+        ({"alibi": True}, {"ffn_config": FFNConfig(ffn_type="mptglu")}, 0.02),
+        ({"alibi": True, "clip_qkv": 6.0}, {}, 0.02),
+        ({"alibi": True, "qk_ln": True}, {}, 0.1),
+        ({"rope": True}, {}, 0.1),
+    ],
+    ids=str,
+)
+def test_a_block_keeps_what_it_is_said_to_keep(attn, fields, tolerance):
+    """The rest of the tolerance are the norms' statistics and the attention's own."""
+    shape: dict = {"d_model": 128, "n_heads": 4, "max_seq_len": 128, "vocab_size": 32, "no_bias": True}
+    two, four = (
+        MPTConfig(**{**shape, "n_layers": layers, **fields}, attn_config=AttnConfig(**attn))
+        for layers in (2, 4)
+    )
+    kept = (numbers_kept(four, 256) - numbers_kept(two, 256)) / 2 / 256
+    assert kept == pytest.approx(block_activations(two), rel=tolerance)

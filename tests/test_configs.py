@@ -1,0 +1,87 @@
+"""Every recipe in configs/ is what it says it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mptfoundry.config.load import load_train_config
+from mptfoundry.mpt.flops import count_parameters
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+# The published models as published; the others are the same architecture at their size.
+PARAMETERS = {
+    "mpt-tiny": 4_196_608,
+    "mpt-125m": 123_685_632,
+    "mpt-350m": 353_682_432,
+    "mpt-760m": 757_016_064,
+    "mpt-1b": 1_311_344_640,
+    "mpt-3b": 2_645_854_720,
+    "mpt-7b": 6_649_286_656,
+    "mpt-13b": 12_841_538_560,
+    "mpt-30b": 29_957_200_896,
+    "mpt-30b-8k": 29_957_200_896,
+    "mpt-70b": 64_838_967_296,
+}
+SHRUNK = ["model.d_model=32", "model.n_heads=4", "model.n_layers=2", "model.vocab_size=64"]
+
+
+def each(path: Path) -> str:
+    return path.stem
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=each)
+def test_it_loads_without_a_note(path: Path) -> None:
+    config, notes = load_train_config(path)
+    assert notes == []
+    assert config.run_name == path.stem
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=each)
+def test_it_has_its_published_size(path: Path) -> None:
+    assert count_parameters(load_train_config(path)[0].model) == PARAMETERS[path.stem]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=each)
+def test_it_is_an_mpt_as_published(path: Path) -> None:
+    model = load_train_config(path)[0].model
+    assert model.no_bias and model.attn_config.alibi and model.tie_word_embeddings
+    assert model.norm_type == "low_precision_layernorm" and model.init_config.name == "kaiming_normal_"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=each)
+def test_the_shares_of_its_data_make_one(path: Path) -> None:
+    streams = load_train_config(path)[0].train_loader.dataset.sources.values()
+    shares = [stream.proportion for stream in streams if stream.proportion is not None]
+    assert not shares or (len(shares) == len(streams) and sum(shares) == pytest.approx(1, abs=1e-9))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=each)
+def test_it_leaves_the_hardware_to_auto(path: Path) -> None:
+    config = load_train_config(path)[0]
+    assert config.precision == config.device_train_microbatch_size == "auto"
+    assert config.model.attn_config.attn_impl == config.model.loss_fn == "auto"
+    assert config.fsdp_config is None or config.fsdp_config.version == "auto"
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=each)
+def test_a_small_one_of_its_kind_is_built(path: Path) -> None:
+    from mptfoundry.mpt.network import MPT
+
+    model = load_train_config(path, SHRUNK)[0].model
+    network = MPT(model.network(), device="meta")
+    assert sum(p.numel() for p in network.parameters()) == count_parameters(model)
+
+
+@pytest.mark.parametrize("name", ["mpt-7b", "mpt-30b"])
+def test_the_published_mix_and_batch_are_kept(name: str) -> None:
+    config = load_train_config(CONFIGS[0].parent / f"{name}.yaml")[0]
+    assert len(config.train_loader.dataset.sources) == 10
+    assert config.global_train_batch_size == 1760
+    assert config.max_duration == "1000000000000tok"
+
+
+def test_every_recipe_is_short() -> None:
+    assert {path.stem for path in CONFIGS} >= set(PARAMETERS)
+    assert all(path.read_text().count("\n") <= 65 for path in CONFIGS)
