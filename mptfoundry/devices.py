@@ -72,16 +72,21 @@ def named_device(name: str, count: int = 1, per_node: int = 8) -> Device:
     raise ConfigError(f"device: {name} is not known. Use one of {known}.")
 
 
+def launcher_device(environ: Mapping[str, str] = os.environ) -> Device:
+    """The devices that the `composer` launcher would give to a run here: all visible GPUs, or one CPU process."""
+    world_size = int(environ.get("WORLD_SIZE") or 0) or max(1, len(visible_gpus(environ)[0]))
+    return detect_device(world_size, environ)
+
+
 def detect_device(world_size: int | None = None, environ: Mapping[str, str] = os.environ) -> Device:
-    """The devices that a run started here would use.
+    """The devices that this process and its peers compute on.
 
     Args:
-        world_size: Processes of the run. Default: what a launcher put into the environment; without
-            one, all visible GPUs, since that is what the `composer` launcher would start.
+        world_size: Processes of the run. Default: what a launcher put into the environment, or one.
         environ: The environment variables.
     """
     gpus, found = visible_gpus(environ)
-    count = world_size or int(environ.get("WORLD_SIZE") or 0) or max(1, len(gpus))
+    count = world_size or int(environ.get("WORLD_SIZE") or 1)
     here = int(environ.get("LOCAL_WORLD_SIZE") or 0) or (len(gpus) if gpus else count)
     per_node = min(count, here)
     if not gpus:

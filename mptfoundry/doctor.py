@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from mptfoundry import __version__
-from mptfoundry.devices import GIB, Device, detect_device, visible_gpus
+from mptfoundry.devices import GIB, Device, launcher_device, visible_gpus
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 
 # Name on PyPI, and what it is good for where a run can do without it.
@@ -47,7 +47,7 @@ def doctor() -> str:
     hub: list[str] = []
     asking = threading.Thread(target=lambda: hub.append(_hub()), daemon=True)
     asking.start()
-    device = detect_device()
+    device = launcher_device()
     sections = {
         "Packages": _packages(),
         "Devices": _devices(device),

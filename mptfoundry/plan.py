@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mptfoundry.config.data import LoaderConfig
 from mptfoundry.config.durations import UNITS, parse_duration
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.devices import GIB, Device, detect_device
+from mptfoundry.devices import GIB, Device, launcher_device
 from mptfoundry.mpt.flops import count_parameters, flops_per_token
 from mptfoundry.resolve import Memory, Resolved, device_batch, estimate_memory, resolve_auto
 
@@ -99,10 +99,14 @@ def _batches(config: TrainConfig) -> int | None:
 def summary_table(config: TrainConfig, device: Device | None = None) -> str:
     """What `mptfoundry check` prints: the run in a short table.
 
+    Args:
+        config: The run.
+        device: What it computes on. Default: what the `composer` launcher would give it here.
+
     Raises:
         ConfigError: The batch does not split over the devices, or options exclude one another there.
     """
-    device = device or detect_device()
+    device = device or launcher_device()
     plan = make_plan(config, device)
     rows = [
         ("model", _model_in_words(config, plan)),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mptfoundry.devices import GIB, detect_device, named_device, visible_gpus
+from mptfoundry.devices import GIB, detect_device, launcher_device, named_device, visible_gpus
 from mptfoundry.errors import ConfigError
 
 
@@ -31,7 +31,7 @@ def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
 
 @pytest.mark.usefixtures("two_h100")
 def test_gpus_are_found_by_nvidia_smi() -> None:
-    device = detect_device(environ={})
+    device = launcher_device(environ={})
     assert (device.kind, device.count, device.per_node) == ("gpu", 2, 2)
     assert device.memory == 81559 * 2**20
     assert device.peak_flops == 989.4e12 and device.has_bf16
@@ -41,7 +41,7 @@ def test_gpus_are_found_by_nvidia_smi() -> None:
 def test_the_launcher_says_how_many_devices_a_run_has() -> None:
     device = detect_device(environ={"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "2"})
     assert (device.count, device.per_node) == (16, 2)
-    assert detect_device(world_size=1, environ={}).count == 1
+    assert detect_device(environ={}).count == 1
 
 
 @pytest.mark.usefixtures("two_h100")
