@@ -12,13 +12,14 @@ from typing import Any
 from urllib.parse import urlparse
 
 from composer import Trainer
-from composer.core import Callback, Time
+from composer.core import Time
+from composer.loggers import LoggerDestination
 from composer.utils import dist
 
 from mptfoundry import build
 from mptfoundry.callbacks.console import ConsoleLine
 from mptfoundry.callbacks.metrics_file import MetricsFile
-from mptfoundry.callbacks.report import Report
+from mptfoundry.callbacks.report import write_report
 from mptfoundry.callbacks.rng_resume import restore_random_state
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.config.load import to_yaml
@@ -49,6 +50,7 @@ def train(config: TrainConfig) -> Trainer:
     evaluators = build.build_eval_loaders(config, resolved, tokenizer)
     model = build.build_model(config, resolved, device, tokenizer)
     write_run_files(config, folder, tokenizer)
+    throughput = Throughput(config.model.network(), peak_flops=device.peak_flops)
     trainer = Trainer(
         model=model,
         train_dataloader=train_loader,
@@ -56,8 +58,8 @@ def train(config: TrainConfig) -> Trainer:
         optimizers=build.build_optimizer(config, model),
         schedulers=build.build_scheduler(config),
         algorithms=build.build_algorithms(config),
-        callbacks=build.build_callbacks(config),
-        loggers=[*build.build_loggers(config), *_own_callbacks(config, device, folder)],
+        callbacks=[throughput, *build.build_callbacks(config)],
+        loggers=[*build.build_loggers(config), *_own_loggers(config, folder)],
         parallelism_config=build.build_parallelism(config, resolved, device),
         **_plain_arguments(config, resolved, device),
     )
@@ -71,6 +73,8 @@ def train(config: TrainConfig) -> Trainer:
             trainer.eval()
         trainer.fit()
     trainer.close()
+    if dist.get_global_rank() == 0:
+        say(f"report: {write_report(folder)}")
     return trainer
 
 
@@ -115,15 +119,12 @@ def write_run_files(config: TrainConfig, folder: Path, tokenizer: Any) -> None:
         ) from error
 
 
-def _own_callbacks(config: TrainConfig, device: Device, folder: Path) -> list[Callback]:
-    """Always on: throughput first, since the others write what it measures."""
-    own: list[Callback] = [
-        Throughput(config.model.network(), peak_flops=device.peak_flops),
-        MetricsFile(folder),
-    ]
+def _own_loggers(config: TrainConfig, folder: Path) -> list[LoggerDestination]:
+    """Always on: the run's own record, and a line for people."""
+    own: list[LoggerDestination] = [MetricsFile(folder)]
     if config.log_to_console:
         own.append(ConsoleLine(config.console_log_interval))
-    return [*own, Report(folder)]
+    return own
 
 
 def _plain_arguments(config: TrainConfig, resolved: Resolved, device: Device) -> dict[str, Any]:
