@@ -73,7 +73,7 @@ def named_device(name: str, count: int = 1, per_node: int = 8) -> Device:
 
 
 def launcher_device(environ: Mapping[str, str] = os.environ) -> Device:
-    """The devices that the `composer` launcher would give to a run here: all visible GPUs, or one CPU process."""
+    """What the `composer` launcher would give to a run here: all visible GPUs, or one CPU process."""
     world_size = int(environ.get("WORLD_SIZE") or 0) or max(1, len(visible_gpus(environ)[0]))
     return detect_device(world_size, environ)
 
