@@ -5,9 +5,10 @@ written as Composer writes it: `100ba` (batches), `1000000tok` (tokens), `4096sp
 `0.01dur` (a share of `max_duration`); a bare integer counts epochs. Different units may meet in one schedule:
 batches become samples or tokens by the sizes of a batch.
 
-Every schedule warms up in a line from 0, `alpha(t) = t / t_warmup` for `t < t_warmup`; the first step of a
-run that warms up has a learning rate of 0, as in Composer. The equations below say what follows. The factors
-are those of Composer's and llm-foundry's schedulers of these names.
+Every schedule warms up in a line from 0, `alpha(t) = t / t_warmup` for `t < t_warmup`; the equations below
+say what follows. The factors are those of Composer's and llm-foundry's schedulers of these names. Composer
+moves the schedule on before its clock, so a step has the factor of the time at which the step before it
+began, and a run that warms up has a learning rate of 0 in its first two steps.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from mptfoundry.optim.clipping import GradientClipping
 from mptfoundry.optim.lion import DecoupledLionW
-from mptfoundry.optim.schedules import cosine_with_warmup
+from mptfoundry.optim.schedules import BatchSize, cosine_with_warmup
 
 SEQ_LEN, VOCAB, SAMPLES, BATCH = 8, 32, 24, 4
 
@@ -75,7 +75,7 @@ def make_trainer(shards: Path) -> Callable[..., Trainer]:
             train_dataloader=DataSpec(loader(shards, shuffle=True)),
             eval_dataloader=[Evaluator(label="held_out", dataloader=loader(shards))] if with_eval else None,
             optimizers=DecoupledLionW(model.parameters(), lr=1e-2),
-            schedulers=cosine_with_warmup("2ba", t_max="100ba"),
+            schedulers=cosine_with_warmup("2ba", batch=BatchSize(BATCH, BATCH * SEQ_LEN)),
             algorithms=[GradientClipping("norm", 1.0)],
             max_duration=max_duration,
             device="cpu",

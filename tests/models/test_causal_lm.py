@@ -94,6 +94,7 @@ from composer.core import DataSpec, Evaluator
 from composer.loggers import InMemoryLogger
 from composer.utils import FSDP2Config, dist
 from torch.utils.data import DataLoader
+from mptfoundry.callbacks.gloo_average import AverageGradients
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
@@ -137,6 +138,7 @@ def main():
         device_train_microbatch_size=2,
         device="cpu",
         loggers=[logger],
+        callbacks=[AverageGradients()],
         parallelism_config={"fsdp": FSDP2Config()} if dist.get_world_size() > 1 else None,
         progress_bar=False,
     )
