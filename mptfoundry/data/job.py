@@ -1,0 +1,271 @@
+"""What one preparation is: options, tokenizer, inputs, folders; and whether it is the one of before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mptfoundry.data.encode import TextEncoder
+from mptfoundry.data.inputs import Inventory, find_inputs
+from mptfoundry.data.journal import Journal, SplitProgress, discard_shards, read_state, remove_marks
+from mptfoundry.data.records import UNIT_BYTES
+from mptfoundry.data.shards import INDEX, PREPARING, ShardMeta, narrowest_dtype, read_index
+from mptfoundry.data.writer import ShardWriter
+from mptfoundry.errors import DataError
+from mptfoundry.tokenizer import count_ids, fingerprint, load_tokenizer
+
+COMPRESSIONS = ("br", "bz2", "snappy", "zstd")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One preparation.
+
+    Attributes:
+        folders: Split -> folder, the main split first.
+        options: The arguments of `prepare` that decide about the bytes.
+        inventory: What is read.
+        given: The inputs as the user wrote them.
+        tokenizer_name: As the user wrote it.
+        tokenizer_json: Content of `tokenizer.json`.
+        encoder: Of that tokenizer.
+        fingerprint: Of that tokenizer.
+        vocab_size: Number of its ids.
+        eos_token_id: The id after each document, if any.
+        bos_token_id: The id before each document, if any.
+        skip_bad_input: Leave out what can't be read.
+    """
+
+    folders: Mapping[str, Path]
+    options: Mapping[str, Any]
+    inventory: Inventory
+    given: Sequence[str]
+    tokenizer_name: str
+    tokenizer_json: str
+    encoder: TextEncoder
+    fingerprint: str
+    vocab_size: int
+    eos_token_id: int | None
+    bos_token_id: int | None
+    skip_bad_input: bool
+
+    @property
+    def split(self) -> str:
+        """Name of the main split."""
+        return str(self.options["split"])
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the main split."""
+        return self.folders[self.split]
+
+    @property
+    def dtype(self) -> str:
+        """Unsigned integer type of the ids."""
+        return narrowest_dtype(self.vocab_size)
+
+    @property
+    def id_bytes(self) -> int:
+        """Bytes of an id."""
+        return np.dtype(self.dtype).itemsize
+
+    @property
+    def inputs(self) -> dict[str, Any]:
+        """What is read, for the index."""
+        return {
+            "given": list(self.given),
+            "count": len(self.inventory.inputs),
+            "bytes": self.inventory.size,
+            "digest": self.inventory.digest(),
+        }
+
+    def meta(self, samples: int, dropped_tokens: int, documents: int, text_bytes: int) -> ShardMeta:
+        """What the index of a finished split says."""
+        max_seq_len = int(self.options["max_seq_len"])
+        return ShardMeta(
+            tokenizer=self.tokenizer_name,
+            fingerprint=self.fingerprint,
+            vocab_size=self.vocab_size,
+            max_seq_len=max_seq_len,
+            eos_token_id=self.eos_token_id,
+            documents=documents,
+            samples=samples,
+            tokens=samples * max_seq_len,
+            bytes=text_bytes,
+            dropped_tokens=dropped_tokens,
+            options=self.options,
+            inputs=self.inputs,
+        )
+
+
+def plan_job(
+    given: Sequence[str], out: Path, tokenizer_name: str, options: Mapping[str, Any], bad_input: str
+) -> Job:
+    """Check the options, load the tokenizer, and find the inputs.
+
+    Raises:
+        ConfigError: The tokenizer can't be loaded.
+        DataError: An option or an input won't do.
+    """
+    _check_options(options, bad_input)
+    tokenizer: Any = load_tokenizer(tokenizer_name)
+    ids = {}
+    for name in ("eos", "bos"):
+        ids[name] = getattr(tokenizer, f"{name}_token_id") if options[f"add_{name}"] else None
+        if options[f"add_{name}"] and ids[name] is None:
+            raise DataError(
+                f"tokenizer: {tokenizer_name} has no {name.upper()} token for the borders of documents. "
+                f"Use another tokenizer, or add_{name}=false."
+            )
+    kinds = ("text_key", "include", "exclude", "hf_subset", "hf_split")
+    inventory = find_inputs(given, **{key: options[key] for key in kinds})
+    splits = [options["split"], *([options["held_out_split"]] if options["held_out"] else [])]
+    vocab_size = count_ids(tokenizer)
+    tokenizer_json = tokenizer.backend_tokenizer.to_str()
+    return Job(
+        folders={split: out / split for split in splits},
+        options=options,
+        inventory=inventory,
+        given=given,
+        tokenizer_name=tokenizer_name,
+        tokenizer_json=tokenizer_json,
+        encoder=TextEncoder(tokenizer_json, narrowest_dtype(vocab_size)),
+        fingerprint=fingerprint(tokenizer),
+        vocab_size=vocab_size,
+        eos_token_id=ids["eos"],
+        bos_token_id=ids["bos"],
+        skip_bad_input=bad_input == "skip",
+    )
+
+
+def find_finished(job: Job) -> list[ShardMeta]:
+    """What the indexes of the job's folders say, if it is finished; else nothing.
+
+    Raises:
+        DataError: The folder is finished, but was prepared in another way, or isn't ours.
+    """
+    if not (job.folder / INDEX).is_file() or read_state(job.folder) is not None:
+        return []
+    metas = []
+    for folder in job.folders.values():
+        index = read_index(folder, str(folder))
+        if index.meta is None:
+            raise DataError(f"{folder}: another tool made these shards. Give another out folder.")
+        _refuse_differences(
+            folder,
+            "was prepared",
+            {**dict(index.meta.options), "tokenizer": index.meta.fingerprint, "inputs": index.meta.inputs},
+            {**job.options, "tokenizer": job.fingerprint, "inputs": job.inputs},
+        )
+        for entry in (shard["zip_data"] or shard["raw_data"] for shard in index.shards):
+            path = folder / entry["basename"]
+            if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                raise DataError(
+                    f"{path}: the shard is missing or cut short. Remove {folder} and prepare again."
+                )
+        metas.append(index.meta)
+    for folder in job.folders.values():
+        remove_marks(folder)
+    return metas
+
+
+def open_journal(job: Job) -> Journal:
+    """Begin, or go on from where a killed preparation of the same job was.
+
+    Raises:
+        DataError: The folder holds something else, or a preparation with other options or inputs.
+    """
+    options = {**job.options, "unit_bytes": UNIT_BYTES, "cut_texts": job.encoder.can_cut}
+    inputs = {**job.inputs, "digest": job.inventory.digest(with_times=True)}
+    identity = {"options": options, "tokenizer": job.fingerprint, "inputs": inputs}
+    state = read_state(job.folder)
+    if state is not None:
+        then = state.get("identity", {})
+        _refuse_differences(
+            job.folder,
+            "is half prepared",
+            {**then.get("options", {}), "tokenizer": then.get("tokenizer"), "inputs": then.get("inputs")},
+            {**options, "tokenizer": job.fingerprint, "inputs": inputs},
+        )
+    splits = {}
+    for name, folder in job.folders.items():
+        if state is None:
+            _make_empty(folder)
+        splits[name] = SplitProgress(
+            ShardWriter(
+                folder,
+                dtype=job.dtype,
+                max_seq_len=job.options["max_seq_len"],
+                shard_bytes=job.options["shard_bytes"],
+                compression=job.options["compression"],
+            )
+        )
+    journal = Journal(job.folder, identity, splits)
+    if state is not None:
+        journal.resume(state)
+    else:
+        journal.save()
+    return journal
+
+
+def _make_empty(folder: Path) -> None:
+    """Make the folder; take away what a preparation left that was killed before it saved anything."""
+    if (folder / PREPARING).is_dir():
+        discard_shards(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    others = sorted(path.name for path in folder.iterdir() if path.name != PREPARING)
+    if others:
+        raise DataError(
+            f"{folder}: the folder is not empty ({others[0]}). Give another out folder, or remove that one."
+        )
+    (folder / PREPARING).mkdir(exist_ok=True)
+
+
+def _refuse_differences(folder: Path, state: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    differences = []
+    for key, value in now.items():
+        before = then.get(key)
+        if key == "inputs":
+            if not before or before["digest"] != value["digest"]:
+                differences.append(f"inputs {_describe_inputs(before)} (now {_describe_inputs(value)})")
+        elif key == "tokenizer":
+            if before != value:
+                differences.append("another tokenizer")
+        elif before != value:
+            differences.append(f"{key}={before} (now {value})")
+    if differences:
+        raise DataError(
+            f"{folder} {state} with {', '.join(differences)}. "
+            f"Use the same options and inputs, give another out folder, or remove that one."
+        )
+
+
+def _describe_inputs(inputs: Mapping[str, Any] | None) -> str:
+    return (
+        f"of {inputs['count']} files, {inputs['bytes']:,} bytes, {inputs['digest'][:8]}"
+        if inputs
+        else "unknown"
+    )
+
+
+def _check_options(options: Mapping[str, Any], bad_input: str) -> None:
+    max_seq_len, held_out = options["max_seq_len"], options["held_out"]
+    if max_seq_len < 2:
+        raise DataError(f"max_seq_len: {max_seq_len} leaves nothing to predict. Use 2 or more, such as 2048.")
+    if not 0 <= held_out < 1:
+        raise DataError(f"held_out: {held_out} is not a share from 0 to 1. Use one such as 0.01.")
+    for key in ("split", "held_out_split"):
+        name = options[key]
+        if name is not None and (not name or Path(name).name != name or name.startswith(".")):
+            raise DataError(f"{key}: {name!r} is not the name of a folder. Use one such as train or val.")
+    if options["split"] == options["held_out_split"]:
+        raise DataError(f"held_out_split: it has the same name as split, {options['split']!r}. Use another.")
+    if bad_input not in ("error", "skip"):
+        raise DataError(f"bad_input: {bad_input!r} is not allowed. Use error or skip.")
+    compression = options["compression"]
+    if compression is not None and compression.split(":")[0] not in COMPRESSIONS:
+        raise DataError(f"compression: {compression!r} is not allowed. Use one of {', '.join(COMPRESSIONS)}.")

@@ -1,0 +1,331 @@
+"""Find the documents in what a user gives, cut the work into units, and read a unit's documents.
+
+Inputs are files, folders and data sets. A *document* is a text file, a line of a JSONL file, or a row of a
+Parquet file or Hugging Face data set. A *part* is a stretch of one input; a *unit* is a few parts, about two
+megabytes of text, that one process reads at a time. Inputs, parts and units come in one fixed order: as
+given, the files of a folder by name.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+from mptfoundry.data.encode import SAFE_CUT_BYTES
+from mptfoundry.data.inputs import Input
+from mptfoundry.errors import DataError
+
+UNIT_BYTES = 1 << 21
+UNIT_ROWS = 1000
+PARQUET_ROWS = 256
+READ_BYTES = 1 << 20
+BINARY_CHECK_BYTES = 1 << 13
+IDENTITY_BYTES = 1 << 16
+MOST_FIELDS_NAMED = 8
+
+
+class BadInput(DataError):
+    """Something in an input is no text, no record, or can't be read."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of one input.
+
+    Attributes:
+        kind: `text`, `lines`, `line_bytes`, `parquet` or `dataset`.
+        source: The file, or the number of the data set in the list of them.
+        start: First byte, line, row group or row.
+        stop: One past the last; for `text` and `lines` what begins before it belongs to the part.
+        payload: The lines themselves, for `line_bytes` (a compressed file can't be read from its middle).
+    """
+
+    kind: str
+    source: str | int
+    start: int
+    stop: int
+    payload: bytes = b""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one process reads at a time; `weight` is its share of the inputs' sizes, for progress."""
+
+    parts: tuple[Part, ...]
+    weight: int
+
+
+@dataclass(frozen=True)
+class Document:
+    """A document, or a stretch of one that is too long to be read at once.
+
+    Attributes:
+        text: Its text.
+        size: Its length in UTF-8, in bytes.
+        identity: The document's text in UTF-8 or the beginning of it: the same for all stretches.
+        is_start: Whether the document begins here.
+        is_end: Whether it ends here.
+    """
+
+    text: str
+    size: int
+    identity: bytes
+    is_start: bool = True
+    is_end: bool = True
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Something that is left out: why, and where."""
+
+    reason: str
+    where: str
+
+
+def plan_units(inputs: Sequence[Input], datasets: Sequence[Any], cut_texts: bool) -> Iterator[Unit]:
+    """Cut the inputs into units, always in the same way.
+
+    Args:
+        inputs: What is read, in order.
+        datasets: The Hugging Face data sets that inputs of that kind refer to.
+        cut_texts: Whether a long text file may be cut (`TextEncoder.can_cut`).
+    """
+    parts: list[Part] = []
+    weight = 0
+    for source in inputs:
+        for part, part_weight in _plan_parts(source, datasets, cut_texts):
+            if parts and weight + part_weight > UNIT_BYTES:
+                yield Unit(tuple(parts), weight)
+                parts, weight = [], 0
+            parts.append(part)
+            weight += part_weight
+    if parts:
+        yield Unit(tuple(parts), weight)
+
+
+def read_part(part: Part, text_key: str, datasets: Sequence[Any]) -> Iterator[Document | Skipped | BadInput]:
+    """Read the documents of a part; what can't be read comes as a BadInput in its place.
+
+    Args:
+        part: What to read.
+        text_key: The field that holds a record's text.
+        datasets: The data sets that parts of that kind refer to.
+    """
+    try:
+        if part.kind == "text":
+            yield from _read_text(part)
+        elif part.kind in ("lines", "line_bytes"):
+            yield from _read_lines(part, text_key)
+        else:
+            yield from _read_rows(part, text_key, datasets)
+    except OSError as error:
+        yield BadInput(f"{part.source}: it can't be read ({error.strerror or error}).")
+
+
+def _plan_parts(source: Input, datasets: Sequence[Any], cut_texts: bool) -> Iterator[tuple[Part, int]]:
+    if source.kind == "lines" and source.is_compressed:
+        yield from _plan_compressed_lines(source)
+    elif source.kind in ("lines", "text"):
+        whole = max(source.size, 1)
+        step = UNIT_BYTES if source.kind == "lines" or cut_texts else whole
+        for start in range(0, whole, step):
+            stop = min(start + step, source.size)
+            yield Part(source.kind, source.path, start, stop), stop - start
+    elif source.kind == "parquet":
+        groups = _count_row_groups(source.path)
+        for group in range(groups):
+            yield Part("parquet", source.path, group, group + 1), source.size // groups
+    else:
+        rows = len(datasets[source.dataset])
+        for start in range(0, rows, UNIT_ROWS):
+            stop = min(start + UNIT_ROWS, rows)
+            yield Part("dataset", source.dataset, start, stop), source.size * (stop - start) // rows
+
+
+def _plan_compressed_lines(source: Input) -> Iterator[tuple[Part, int]]:
+    """Decompress here, since such a file is read from its start only, and hand on whole lines."""
+    with _open_compressed(source.path) as (file, raw):
+        first_line, weighed = 0, 0
+        beginning: list[bytes] = []
+        at_end = False
+        while not at_end:
+            try:
+                block = file.read(UNIT_BYTES)
+            except (OSError, EOFError, ValueError) as error:
+                raise BadInput(f"{source.path}: the compressed file is damaged ({error}).") from error
+            at_end = not block
+            end = len(block) if at_end else block.rfind(b"\n") + 1
+            if not end and not at_end:
+                beginning.append(block)
+                continue
+            payload = b"".join((*beginning, block[:end]))
+            beginning = [block[end:]]
+            if payload:
+                lines = payload.count(b"\n")
+                weight, weighed = raw.tell() - weighed, raw.tell()
+                yield Part("line_bytes", source.path, first_line, first_line + lines, payload), weight
+                first_line += lines
+
+
+@contextmanager
+def _open_compressed(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Open a compressed file: its content, and the file on disk below it."""
+    with Path(path).open("rb") as raw:
+        if path.endswith(".gz"):
+            with gzip.open(raw, "rb") as file:
+                yield file, raw  # type: ignore[misc]
+        else:
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd") as file:
+                yield file, raw
+
+
+def _count_row_groups(path: str) -> int:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return int(parquet.ParquetFile(path).num_row_groups)
+    except (ArrowException, OSError) as error:
+        raise BadInput(f"{path}: this is no readable Parquet file ({error}).") from error
+
+
+def _read_text(part: Part) -> Iterator[Document | Skipped | BadInput]:
+    path = str(part.source)
+    size = Path(path).stat().st_size
+    with Path(path).open("rb") as file:
+        head = file.read(IDENTITY_BYTES)
+        if not head or b"\0" in head[:BINARY_CHECK_BYTES]:
+            if part.start == 0:
+                yield Skipped("binary file" if head else "empty file", path)
+            return
+        begin, end = _next_cut(file, part.start, size), _next_cut(file, part.stop, size)
+        file.seek(begin)
+        data = file.read(end - begin)
+    if not data:
+        return
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield BadInput(
+            f"{path}: byte {begin + error.start} (0x{data[error.start]:02x}) is not UTF-8. "
+            f"Convert the file, leave it out with exclude, or leave out all such input with bad_input=skip."
+        )
+        return
+    text = text.removeprefix("\ufeff") if begin == 0 else text
+    yield Document(text, len(data), head, begin == 0, end == size)
+
+
+def _next_cut(file: IO[bytes], position: int, size: int) -> int:
+    """The first safe cut (see `mptfoundry.data.encode`) at or after a position; the ends are safe as well."""
+    if position <= 0 or position >= size:
+        return max(0, min(position, size))
+    at = position - 1
+    while at < size:
+        file.seek(at)
+        block = file.read(READ_BYTES)
+        found = SAFE_CUT_BYTES.search(block)
+        if found:
+            return at + found.end()
+        at += max(len(block) - 1, 1)
+    return size
+
+
+def _read_lines(part: Part, text_key: str) -> Iterator[Document | Skipped | BadInput]:
+    for line, line_number in _numbered_lines(part):
+        if line.isspace():
+            continue
+        try:
+            record = json.loads(line)
+        except UnicodeDecodeError as error:
+            yield BadInput(f"{part.source}:{line_number()}: byte {error.start} of the line is not UTF-8.")
+        except (ValueError, RecursionError) as error:
+            yield BadInput(f"{part.source}:{line_number()}: this is not a line of JSON ({error}).")
+        else:
+            yield _document(record, text_key, lambda: f"{part.source}:{line_number()}")  # noqa: B023
+
+
+def _numbered_lines(part: Part) -> Iterator[tuple[bytes, Callable[[], int]]]:
+    """Lines, and how to learn their numbers, counted from 1, which costs reading what lies before them."""
+    if part.kind == "line_bytes":
+        for number, line in enumerate(io.BytesIO(part.payload), part.start + 1):
+            yield line, partial(int, number)
+        return
+    with Path(str(part.source)).open("rb") as file:
+        offset = max(part.start - 1, 0)
+        file.seek(offset)
+        if part.start:
+            offset += len(file.readline())
+        while offset < part.stop and (line := file.readline()):
+            yield line, partial(_line_number, str(part.source), offset)
+            offset += len(line)
+
+
+def _line_number(path: str, offset: int) -> int:
+    with Path(path).open("rb") as file:
+        blocks = iter(lambda: file.read(min(READ_BYTES, offset - file.tell())), b"")
+        return 1 + sum(block.count(b"\n") for block in blocks)
+
+
+def _read_rows(part: Part, text_key: str, datasets: Sequence[Any]) -> Iterator[Document | Skipped | BadInput]:
+    if part.kind == "dataset":
+        texts = datasets[int(part.source)][part.start : part.stop][text_key]
+        for row, text in enumerate(texts, part.start):
+            yield _document({text_key: text}, text_key, partial("row {} of the data set".format, row))
+        return
+    from pyarrow import ArrowException, parquet
+
+    try:
+        file = parquet.ParquetFile(part.source)
+        if text_key not in file.schema_arrow.names:
+            yield BadInput(
+                f"{part.source}: there is no column {text_key!r}. "
+                f"Set text_key to one of {', '.join(file.schema_arrow.names)}."
+            )
+            return
+        first_row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
+        batches = file.iter_batches(PARQUET_ROWS, row_groups=[part.start], columns=[text_key])
+        rows = (text for batch in batches for text in batch.column(0).to_pylist())
+        for row, text in enumerate(rows, first_row):
+            yield _document({text_key: text}, text_key, partial("{}: row {}".format, part.source, row))
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        yield BadInput(f"{part.source}: row group {part.start} can't be read ({error}).")
+
+
+def _document(record: Any, text_key: str, where: Callable[[], str]) -> Document | BadInput:
+    if not isinstance(record, dict):
+        return BadInput(
+            f"{where()}: this is a JSON {_json_type(record)}, not an object with a field {text_key!r}."
+        )
+    if text_key not in record:
+        fields = ", ".join(sorted(map(str, record))[:MOST_FIELDS_NAMED]) or "none"
+        return BadInput(f"{where()}: there is no field {text_key!r}; the fields are: {fields}. Set text_key.")
+    text = record[text_key]
+    if not isinstance(text, str):
+        return BadInput(f"{where()}: the field {text_key!r} is {_json_type(text)}, not a string.")
+    try:
+        encoded = text.encode("utf-8")
+    except UnicodeEncodeError:
+        return BadInput(
+            f"{where()}: the field {text_key!r} holds half of a surrogate pair, which is no text."
+        )
+    return Document(text, len(encoded), encoded[:IDENTITY_BYTES])
+
+
+def _json_type(value: Any) -> str:
+    names = {
+        type(None): "null",
+        bool: "boolean",
+        int: "number",
+        float: "number",
+        str: "string",
+        list: "array",
+    }
+    return names.get(type(value), type(value).__name__)

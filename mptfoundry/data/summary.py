@@ -1,0 +1,82 @@
+"""What a preparation made, as numbers and as a short table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """One finished split; counts as in `ShardMeta`, sizes in bytes."""
+
+    split: str
+    folder: Path
+    documents: int
+    samples: int
+    tokens: int
+    bytes: int
+    dropped_tokens: int
+    shards: int
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text for each id, EOS included."""
+        return self.bytes / (self.tokens + self.dropped_tokens)
+
+
+@dataclass(frozen=True)
+class PrepareSummary:
+    """What `prepare` made; `str()` gives a short table.
+
+    Attributes:
+        splits: The main split first.
+        seconds: That this call took.
+        encoded_tokens: Tokens that this call encoded; fewer than all if it went on from an earlier one.
+        skipped: What was left out, by reason.
+        problems: Messages of the first things that could not be read.
+        was_finished: Whether everything was there already.
+    """
+
+    splits: tuple[SplitSummary, ...]
+    seconds: float
+    encoded_tokens: int
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    problems: Sequence[str] = ()
+    was_finished: bool = False
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of this call, start-up included."""
+        return self.encoded_tokens / self.seconds
+
+    def __str__(self) -> str:
+        head = ("split", "documents", "samples", "tokens", "bytes/token", "dropped", "shards", "folder")
+        rows = [
+            (
+                s.split,
+                f"{s.documents:,}",
+                f"{s.samples:,}",
+                f"{s.tokens:,}",
+                f"{s.bytes_per_token:.2f}",
+                f"{s.dropped_tokens:,}",
+                f"{s.shards:,}",
+                str(s.folder),
+            )
+            for s in self.splits
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        lines = [
+            "  ".join(
+                cell.ljust(width) if place in (0, 7) else cell.rjust(width)
+                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ).rstrip()
+            for row in (head, *rows)
+        ]
+        if self.was_finished:
+            lines.append("It was finished already; nothing was done.")
+        else:
+            lines.append(f"{self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s")
+        lines += [f"left out: {count:,} x {reason}" for reason, count in sorted(self.skipped.items())]
+        return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])

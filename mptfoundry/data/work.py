@@ -1,0 +1,194 @@
+"""Encode units of documents, in this process or in several, with results in the order of the units.
+
+A worker process imports neither torch nor transformers, gets the tokenizer as text, and ends when its parent
+does, however that ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from mptfoundry.data.encode import TextEncoder
+from mptfoundry.data.records import Document, Skipped, Unit, read_part
+from mptfoundry.errors import DataError
+
+MOST_PROBLEMS_KEPT = 5
+
+
+@dataclass(frozen=True)
+class EncodingPlan:
+    """What a worker needs to know; it is sent to each once.
+
+    Attributes:
+        tokenizer_json: Content of `tokenizer.json`.
+        dtype: Unsigned integer type of the ids.
+        text_key: The field of a record that holds its text.
+        bos: The id before each document, if any.
+        eos: The id after each document, if any.
+        held_out: Share of the documents that goes to the held-out split.
+        skip_bad_input: Leave out what can't be read, and count it, instead of raising.
+        datasets: Hugging Face data sets that parts refer to.
+    """
+
+    tokenizer_json: str
+    dtype: str
+    text_key: str
+    bos: int | None
+    eos: int | None
+    held_out: float
+    skip_bad_input: bool
+    datasets: Sequence[Any] = ()
+
+
+@dataclass
+class Encoded:
+    """Ids of one split from one unit: the bytes of an array, with what they came from."""
+
+    ids: bytes = b""
+    documents: int = 0
+    text_bytes: int = 0
+
+
+@dataclass
+class UnitResult:
+    """What became of a unit.
+
+    Attributes:
+        kept: Of the split that is trained on.
+        held_out: Of the held-out split.
+        skipped: How many documents or files were left out, by reason.
+        problems: Messages of the first ones that could not be read.
+        weight: The unit's.
+    """
+
+    kept: Encoded
+    held_out: Encoded
+    skipped: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+    weight: int = 0
+
+
+def encode_units(
+    units: Iterable[Unit], plan: EncodingPlan, workers: int, encoder: TextEncoder
+) -> Iterator[UnitResult]:
+    """Encode units one after the other (`workers` 1) or in worker processes; results in the units' order.
+
+    Args:
+        units: What to read.
+        plan: How to encode it.
+        workers: How many processes read and encode at a time.
+        encoder: The plan's, for one that works in this process.
+
+    Raises:
+        DataError: Something can't be read, or a worker died.
+    """
+    if workers == 1:
+        yield from map(UnitEncoder(plan, encoder).encode, units)
+        return
+    pool = ProcessPoolExecutor(
+        workers,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_worker,
+        initargs=(plan, os.getpid()),
+    )
+    running: deque[Future[UnitResult]] = deque()
+    try:
+        for unit in units:
+            running.append(pool.submit(_encode_in_worker, unit))
+            # A few units more than workers keep them busy; more would only fill memory.
+            if len(running) >= 2 * workers + 2:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    except BrokenProcessPool as error:
+        raise DataError(
+            "A worker process died, most likely for want of memory. With fewer workers the same command goes on."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class UnitEncoder:
+    """Encodes units with one tokenizer; keeps the words that it has seen."""
+
+    def __init__(self, plan: EncodingPlan, encoder: TextEncoder) -> None:
+        self.plan = plan
+        self.encoder = encoder
+        dtype = np.dtype(plan.dtype)
+        self.bos = b"" if plan.bos is None else dtype.type(plan.bos).tobytes()
+        self.eos = b"" if plan.eos is None else dtype.type(plan.eos).tobytes()
+
+    def encode(self, unit: Unit) -> UnitResult:
+        """Read and encode all documents of a unit.
+
+        Raises:
+            DataError: One of them can't be read, unless the plan skips such.
+        """
+        result = UnitResult(Encoded(), Encoded(), weight=unit.weight)
+        pieces: dict[bool, list[bytes]] = {False: [], True: []}
+        for part in unit.parts:
+            for item in read_part(part, self.plan.text_key, self.plan.datasets):
+                if isinstance(item, Document):
+                    is_held_out = self._is_held_out(item)
+                    pieces[is_held_out].append(self._encode(item))
+                    split = result.held_out if is_held_out else result.kept
+                    split.documents += item.is_end
+                    split.text_bytes += item.size
+                elif isinstance(item, Skipped):
+                    result.skipped[item.reason] += 1
+                elif self.plan.skip_bad_input:
+                    result.skipped["bad input"] += 1
+                    what = str(item).split(". ")[0]
+                    result.problems = [*result.problems, what][:MOST_PROBLEMS_KEPT]
+                else:
+                    raise item
+        result.kept.ids, result.held_out.ids = b"".join(pieces[False]), b"".join(pieces[True])
+        return result
+
+    def _encode(self, document: Document) -> bytes:
+        bos = self.bos if document.is_start else b""
+        eos = self.eos if document.is_end else b""
+        return b"".join((bos, self.encoder.encode(document.text), eos))
+
+    def _is_held_out(self, document: Document) -> bool:
+        if not self.plan.held_out:
+            return False
+        digest = hashlib.blake2b(document.identity, digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self.plan.held_out * 2**64
+
+
+_worker: UnitEncoder | None = None
+
+
+def _start_worker(plan: EncodingPlan, parent: int) -> None:
+    global _worker
+    # Ctrl-C reaches the whole group of processes; the parent decides what happens.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
+    _worker = UnitEncoder(plan, TextEncoder(plan.tokenizer_json, plan.dtype))
+
+
+def _end_with_parent(parent: int) -> None:
+    """A killed parent leaves its workers waiting for ever on a pipe that they hold open themselves."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _encode_in_worker(unit: Unit) -> UnitResult:
+    assert _worker is not None
+    return _worker.encode(unit)
