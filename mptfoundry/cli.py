@@ -73,7 +73,8 @@ def _prepare(words: list[str]) -> None:
     options = _options(words, "PrepareConfig", rest="inputs")
     from mptfoundry.data.prepare import prepare
 
-    print(prepare(**vars(options)))
+    workers = None if options.workers == "auto" else options.workers
+    print(prepare(**{**vars(options), "workers": workers}))
 
 
 def _preview(words: list[str]) -> None:

@@ -6,6 +6,8 @@ Every token counts once, whatever the batch size and the number of ranks (see ev
 from __future__ import annotations
 
 import json
+import sys
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,7 @@ def evaluate(options: EvalConfig) -> Results:
         ConfigError, DataError, CheckpointError: Something named is missing or doesn't fit.
     """
     device = detect_device()
+    warnings.filterwarnings("ignore", message="Cannot split tensor of length")
     if dist.get_world_size() > 1:
         dist.initialize_dist(device.kind, timeout=options.dist_timeout)
     source = open_model(options.model)
@@ -76,7 +79,7 @@ def evaluate(options: EvalConfig) -> Results:
         device=device.kind,
         precision=choose_precision(device)[0] if options.precision == "auto" else options.precision,
         seed=options.seed,
-        progress_bar=True,
+        progress_bar=sys.stderr.isatty(),
         python_log_level="warning",
         dist_timeout=options.dist_timeout,
     )

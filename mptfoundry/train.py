@@ -7,6 +7,7 @@ are saved, the checkpoints. Started again with the same command, it continues fr
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -28,6 +29,10 @@ from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.plan import summary_table
 from mptfoundry.resolve import Resolved, resolve_auto
+
+# Said by Composer of what is meant so: the last batch of an evaluation is smaller than the others, and
+# `eval_subset_num_batches` is a limit that a short evaluation does not reach.
+EXPECTED_WARNINGS = ("Cannot split tensor of length", "DataloaderNumBatchesWarning")
 
 
 def train(config: TrainConfig) -> Trainer:
@@ -94,6 +99,8 @@ def say(text: str) -> None:
 def set_up_process(config: TrainConfig, device: Device) -> None:
     """Settings that must stand before the first tensor, and the meeting of all ranks."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for expected in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=expected)
     if device.kind == "gpu":
         allocator = [f"expandable_segments:{config.expandable_segments}"]
         if config.max_split_size_mb is not None:

@@ -13,54 +13,47 @@ class PrepareConfig:
     """Turn text into shards of tokens.
 
     Attributes:
-        inputs: Files and folders of text, source code, JSONL or Parquet, with wildcards.
-        out: Folder of the shards; those of the split lie in `out/split`.
+        inputs: Files and folders of text, source code, JSONL or Parquet, folders saved by `datasets`, or
+            `hf:NAME` for a data set of the Hugging Face hub.
+        out: Folder of the shards; those of a split lie in `out/split`.
         tokenizer: Folder of a tokenizer, or its name on the hub.
         max_seq_len: Tokens of a sample.
-        split: Subfolder of `out`; of a Hugging Face data set: the split to read.
+        split: Subfolder of `out`.
+        held_out: Share of the documents, chosen by a hash of their text, that goes to another split.
+        held_out_split: Subfolder of `out` for those.
         text_key: The field of a record that holds the text.
-        hf_dataset: Name of a Hugging Face data set to read in place of `inputs`.
-        hf_subset: Its subset.
-        include: File name patterns to take from folders. Default: every text format that is known.
-        exclude: File name patterns to leave.
-        eos_text: Text put after each document. Default: the tokenizer's end-of-text token.
-        bos_text: Text put before each document.
-        no_wrap: Start each document in a new sample and drop what does not fill one.
+        include: File name patterns to take from folders, such as `*.py`. Default: every known format.
+        exclude: Patterns of files and folders to leave out.
+        hf_subset: Configuration of a data set of the hub.
+        hf_split: Split of a Hugging Face data set.
+        add_eos: Put the tokenizer's end-of-text token after each document.
+        add_bos: Put the tokenizer's beginning-of-text token before each document.
+        bad_input: What a broken record or text does: end the preparation, or be counted and left out.
         workers: Processes. `auto`: one for each processor.
         shard_bytes: Size of a shard before compression.
         compression: How shards are compressed, such as `zstd` or `zstd:7`. Default: not.
-        hashes: Hashes written for each shard.
-        max_documents: Stop after this many documents.
-        encoding: Of plain text files.
-        on_bad_record: What a broken record or text does: end the preparation, or be counted and left out.
-        overwrite: Replace shards that were made with other options.
+        progress: Show a progress bar.
     """
 
-    inputs: tuple[str, ...] = ()
+    inputs: tuple[str, ...]
     out: str
     tokenizer: str
     max_seq_len: int
     split: str = "train"
+    held_out: float = 0.0
+    held_out_split: str = "val"
     text_key: str = "text"
-    hf_dataset: str | None = None
-    hf_subset: str | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
-    eos_text: str | None = None
-    bos_text: str | None = None
-    no_wrap: bool = False
+    hf_subset: str | None = None
+    hf_split: str = "train"
+    add_eos: bool = True
+    add_bos: bool = False
+    bad_input: Literal["error", "skip"] = "error"
     workers: int | Literal["auto"] = "auto"
     shard_bytes: int = 1 << 26
     compression: str | None = None
-    hashes: tuple[str, ...] = ("xxh64",)
-    max_documents: int | None = None
-    encoding: str = "utf-8"
-    on_bad_record: Literal["stop", "skip"] = "stop"
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        if bool(self.inputs) == bool(self.hf_dataset):
-            raise ValueError("inputs: name files or folders to read, or hf_dataset, and not both.")
+    progress: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
