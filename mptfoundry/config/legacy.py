@@ -186,6 +186,7 @@ def _move(document: Document, old: KeyPath, new: KeyPath, notes: list[str]) -> N
     origin = document.origin(old)
     if _has(document, new):
         document.report(old, f"is the older name of {dotted(new)}, which is also given. Remove one.")
+        document.take(old)
         return
     value = document.take(old)
     if not isinstance(document.get(new[:-1]), dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -50,6 +51,7 @@ class DecoupledLionWConfig:
 
     def __post_init__(self) -> None:
         _check_rates(self.lr, self.betas, self.weight_decay)
+        _check_patterns(self.disable_grad, self.param_groups)
         for index, group in enumerate(self.param_groups):
             if group.eps is not None:
                 raise ValueError(f"param_groups[{index}].eps: decoupled_lionw has none. Remove it.")
@@ -81,6 +83,7 @@ class DecoupledAdamWConfig:
 
     def __post_init__(self) -> None:
         _check_rates(self.lr, self.betas, self.weight_decay)
+        _check_patterns(self.disable_grad, self.param_groups)
         if self.eps <= 0:
             raise ValueError(f"eps: {self.eps} is not positive. Use a small positive number, such as 1e-8.")
 
@@ -221,3 +224,13 @@ def _check_rates(lr: float, betas: tuple[float, float], weight_decay: float) -> 
         raise ValueError(f"betas: {list(betas)}. Use two numbers of 0 or more and less than 1.")
     if weight_decay < 0:
         raise ValueError(f"weight_decay: {weight_decay} is negative. Use 0 or more.")
+
+
+def _check_patterns(disable_grad: tuple[str, ...], groups: tuple[ParamGroupConfig, ...]) -> None:
+    patterns = [("disable_grad", pattern) for pattern in disable_grad]
+    patterns += [(f"param_groups[{i}].param_str_match", g.param_str_match) for i, g in enumerate(groups)]
+    for key, pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"{key}: '{pattern}' is no regular expression: {error}.") from None

@@ -107,6 +107,7 @@ def _unreadable(path: Path, error: yaml.MarkedYAMLError) -> str:
     line = f":{mark.line + 1}" if mark else ""
     problem = error.problem or error.context or "unreadable"
     hints = {
+        "tab character": "Indent with spaces.",
         "cannot start any token": "Indent with spaces, not tabs; quote text that begins with @, ` or %.",
         "mapping values": "A value that contains `: ` needs quotes.",
         "but found another document": "Keep one document in a file.",

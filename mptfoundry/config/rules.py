@@ -155,9 +155,9 @@ def tokens_of(duration: int | str, values: Mapping[str, Any]) -> float | None:
         total = values.get("max_duration", 1)
         whole = None if parse_duration(total)[1] == "dur" else tokens_of(total, values)
         return None if whole is None else number * whole
-    if "max_seq_len" not in values or "global_train_batch_size" not in values:
+    length, batch = values.get("max_seq_len", 0), values.get("global_train_batch_size", 0)
+    if length < 1 or batch < 1:
         return None
-    length, batch = values["max_seq_len"], values["global_train_batch_size"]
     size = {"tok": 1, "sp": length, "ba": length * batch}.get(unit)
     return None if size is None else number * size
 

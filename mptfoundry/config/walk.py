@@ -86,7 +86,7 @@ class _Walk:
         return INVALID
 
     def chosen(self, classes: tuple[type, ...], value: dict[str, Any], path: KeyPath) -> Any:
-        """The section of the class that `name` chooses; a misspelled name has its keys checked all the same."""
+        """The section of the class that `name` chooses; a misspelled name still has its keys checked."""
         by_name = {str(section_name(cls)): cls for cls in classes}
         name = value.get("name")
         if len(classes) == 1 and (name is None or section_name(classes[0]) is None):

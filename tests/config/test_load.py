@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mptfoundry.config.load import load_train_config, parse_words, to_yaml
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.config.verbs import EvalConfig, ExportConfig, PrepareConfig
+from mptfoundry.errors import ConfigError
+
+from .conftest import SMALL
+
+FULL = """\
+eval_loader:
+- {name: text, label: a, dataset: {local: x, split: val, cache_limit: 10gb}, num_workers: 2}
+- {name: text, label: b, dataset: {remote: s3://x, local: y, eos_token_id: 0}}
+algorithms: {gradient_clipping: {clipping_type: norm, clipping_threshold: 1.0}}
+callbacks: {speed_monitor: {window_size: 10}, lr_monitor: {}}
+loggers: {file_logger: {filename: logs.txt}}
+fsdp_config: {sharding_strategy: SHARD_GRAD_OP, mixed_precision: PURE, activation_checkpointing: true}
+compile_config: {mode: max-autotune}
+save_folder: runs/{run_name}
+load_path: x.pt
+load_ignore_keys: [state/optimizers/*]
+variables: {text: "1e-4", n: 3}
+metadata:
+  {note: "a: b # ${variables.n}", odd: "null", "yes": "no",
+   price: '\\${cost}', path: 'C:\\\\\\\\\\${x}', Ü: "é\\n"}
+"""
+
+
+def test_a_resolved_config_loads_to_an_equal_one(write: Callable[..., str]) -> None:
+    config, _ = load_train_config(write(text=SMALL + FULL), ["optimizer.betas=[0.9,0.95]"])
+    Path("config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    again, notes = load_train_config("config.yaml")
+    assert again == config
+    assert notes == []
+
+
+def test_the_resolved_config_says_every_value_that_is_not_blank(load: Callable[..., TrainConfig]) -> None:
+    text = to_yaml(load())
+    assert "seed: 17" in text
+    assert "weight_decay: 0.0" in text
+    assert "load_path" not in text
+
+
+def test_loading_imports_neither_torch_nor_composer_nor_transformers(write: Callable[..., str]) -> None:
+    path = write(text=SMALL + FULL)
+    code = (
+        "import sys; from mptfoundry.config.load import load_train_config; "
+        f"import mptfoundry.config.explain; load_train_config({path!r}); "
+        "print({'torch', 'composer', 'transformers', 'streaming', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "set()"
+
+
+def test_the_run_is_named_by_its_file_unless_it_says_another_name(
+    write: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write("variables: {name: }", "run_name: ${variables.name}", name="mpt-tiny.yaml")
+    assert load_train_config(path)[0].run_name == "mpt-tiny"
+    monkeypatch.setenv("RUN_NAME", "from-shell")
+    assert load_train_config(path)[0].run_name == "from-shell"
+    assert load_train_config(path, ["run_name=mine"])[0].run_name == "mine"
+
+
+def test_the_model_is_as_long_as_the_run(load: Callable[..., TrainConfig]) -> None:
+    config = load()
+    assert config.model.max_seq_len == 128
+    assert config.model.network().max_seq_len == 128
+
+
+def test_code_runs_only_when_the_command_line_allows_it(
+    load: Callable[..., TrainConfig], problems: Callable[..., tuple[str, ...]]
+) -> None:
+    code = "code_paths: [mine.py]"
+    said = "run.yaml:25: code_paths: names code, which runs only with allow_code=true on the command line."
+    assert problems(code) == (said,)
+    assert problems(code, "allow_code: true") == (
+        "run.yaml:26: allow_code: is only taken from the command line. Remove it from the file.",
+    )
+    config = load(code, words=("allow_code=true",))
+    assert config.code_paths == ("mine.py",)
+    assert "allow_code" not in to_yaml(config)
+
+
+def test_a_logger_whose_package_is_missing_is_said(write: Callable[..., str]) -> None:
+    _, notes = load_train_config(write("loggers: {cometml: {}}"))
+    assert notes == ["loggers.cometml: needs the package comet_ml: pip install comet_ml."]
+
+
+def test_a_config_made_in_python_has_the_same_rules(load: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(ValueError, match="save_folder"):
+        replace(load(), autoresume=True)
+
+
+def test_a_config_is_never_written_to(load: Callable[..., TrainConfig]) -> None:
+    with pytest.raises(AttributeError):
+        load().seed = 3  # type: ignore[misc]
+
+
+def test_verbs_read_their_words() -> None:
+    words = ["inputs=[a,b]", "out=shards", "tokenizer=tok", "max_seq_len=2048", "workers=3"]
+    config = parse_words(words, PrepareConfig)
+    assert (config.inputs, config.out, config.workers) == (("a", "b"), "shards", 3)
+    words = ['model="runs/a"', "eval_loader.name=text", "eval_loader.dataset.local=x"]
+    assert parse_words(words, EvalConfig).eval_loaders["eval"].dataset.local == "x"
+
+
+def test_verbs_report_all_problems_of_their_words() -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_words(["model=runs/a", "dtyp=bf16", "overwrite=maybe"], ExportConfig)
+    assert caught.value.problems == (
+        "command line: out: is missing. Expected text. The folder to write.",
+        "command line: dtyp=bf16: unknown key. Did you mean dtype?",
+        "command line: overwrite=maybe: 'maybe' is not allowed here. Expected true or false.",
+    )

@@ -1,0 +1,190 @@
+"""The rules of the single sections: data, optimizer, schedule, parallelism."""
+
+from __future__ import annotations
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from mptfoundry.config.data import StreamConfig, TextDatasetConfig
+from mptfoundry.config.durations import parse_duration
+from mptfoundry.config.forms import parse_bytes, parse_count
+from mptfoundry.config.optim import DecoupledLionWConfig, InvSqrtWithWarmupConfig, ParamGroupConfig
+from mptfoundry.config.parallel import CompileConfig, FSDPConfig, resolve_fsdp
+from mptfoundry.config.schema import field_types
+from mptfoundry.errors import ConfigError
+
+
+def _source(package: str, *parts: str) -> str:
+    spec = find_spec(package)
+    assert spec is not None and spec.submodule_search_locations
+    return Path(spec.submodule_search_locations[0], *parts).read_text(encoding="utf-8")
+
+
+def _class(source: str, name: str) -> ast.ClassDef:
+    return next(n for n in ast.parse(source).body if isinstance(n, ast.ClassDef) and n.name == name)
+
+
+def _constructor(source: str, name: str) -> set[str]:
+    init = next(
+        n for n in _class(source, name).body if isinstance(n, ast.FunctionDef) and n.name == "__init__"
+    )
+    return {a.arg for a in [*init.args.args, *init.args.kwonlyargs]} - {"self"}
+
+
+def _attributes(source: str, name: str) -> set[str]:
+    body = _class(source, name).body
+    return {n.target.id for n in body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+
+
+def test_streams_take_what_streaming_takes() -> None:
+    assert set(field_types(StreamConfig)) == _constructor(_source("streaming", "base", "stream.py"), "Stream")
+
+
+def test_text_data_sets_take_what_streaming_takes_and_what_reads_tokens() -> None:
+    theirs = _constructor(_source("streaming", "base", "dataset.py"), "StreamingDataset")
+    given_by_the_run = {"batch_size", "stream_name", "stream_config", "kwargs"}
+    ours = {"max_seq_len", "token_encoding_type", "eos_token_id", "bos_token_id"}
+    assert set(field_types(TextDatasetConfig)) == (theirs - given_by_the_run) | ours
+
+
+def test_fsdp_has_the_keys_of_both_of_composers_classes_but_for_objects() -> None:
+    source = _source("composer", "utils", "parallelism.py")
+    theirs = _attributes(source, "FSDPConfig") | _attributes(source, "FSDP2Config")
+    objects = {"device_mesh", "ignored_modules", "process_group", "load_planner", "save_planner"}
+    named = {name for name in theirs if not name.startswith("_")}
+    assert set(field_types(FSDPConfig)) == (named - objects) | {"version"}
+
+
+def test_both_versions_of_fsdp_get_only_their_own_keys() -> None:
+    source = _source("composer", "utils", "parallelism.py")
+    _, first, _ = resolve_fsdp(FSDPConfig(version=1), device_type="cuda", microbatch_auto=False)
+    _, second, _ = resolve_fsdp(FSDPConfig(version=2), device_type="cpu", microbatch_auto=False)
+    assert set(first) <= _attributes(source, "FSDPConfig")
+    assert set(second) <= _attributes(source, "FSDP2Config")
+
+
+def test_fsdp_is_the_second_unless_a_key_needs_the_first() -> None:
+    plain = FSDPConfig(
+        limit_all_gathers=True, activation_checkpointing_reentrant=False, sync_module_states=True
+    )
+    version, options, notes = resolve_fsdp(plain, device_type="cuda", microbatch_auto=False)
+    assert (version, options["reshard_after_forward"]) == (2, True)
+    assert "have no effect" in notes[0]
+    offloaded = FSDPConfig(cpu_offload=True)
+    version, options, notes = resolve_fsdp(offloaded, device_type="cuda", microbatch_auto=False)
+    assert (version, options["cpu_offload"]) == (1, True)
+    assert notes == ["version 1, for fsdp_config.cpu_offload: true"]
+    assert resolve_fsdp(FSDPConfig(), device_type="cuda", microbatch_auto=True)[0] == 1
+
+
+def test_sharding_strategy_and_reshard_after_forward_say_the_same() -> None:
+    kept = resolve_fsdp(
+        FSDPConfig(sharding_strategy="SHARD_GRAD_OP"), device_type="cpu", microbatch_auto=False
+    )
+    assert kept[1]["reshard_after_forward"] is False
+    first = FSDPConfig(version=1, reshard_after_forward=False)
+    assert (
+        resolve_fsdp(first, device_type="cuda", microbatch_auto=False)[1]["sharding_strategy"]
+        == "SHARD_GRAD_OP"
+    )
+    with pytest.raises(ValueError, match="Give one of them"):
+        FSDPConfig(sharding_strategy="FULL_SHARD", reshard_after_forward=False)
+
+
+def test_what_a_version_or_a_device_cannot_do_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="cpu_offload: true is not in version 2"):
+        FSDPConfig(version=2, cpu_offload=True)
+    with pytest.raises(ConfigError, match=r"which fsdp_config\.cpu_offload: true asks for, needs GPUs"):
+        resolve_fsdp(FSDPConfig(cpu_offload=True), device_type="cpu", microbatch_auto=False)
+    with pytest.raises(ConfigError, match="device_train_microbatch_size: auto is not in version 2"):
+        resolve_fsdp(FSDPConfig(version=2), device_type="cuda", microbatch_auto=True)
+
+
+@pytest.mark.parametrize(
+    ("streams", "said"),
+    [
+        ({}, "is empty"),
+        (
+            {"a": StreamConfig(local="x", proportion=1), "b": StreamConfig(local="y")},
+            "b lacks the proportion",
+        ),
+        ({"a": StreamConfig(local="x", proportion=0)}, "all proportions are 0"),
+        (
+            {"a": StreamConfig(local="x", proportion=1), "b": StreamConfig(local="y", repeat=2)},
+            "b lacks the proportion",
+        ),
+    ],
+)
+def test_a_mix_that_cannot_be_drawn_is_refused(streams: dict[str, StreamConfig], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        TextDatasetConfig(streams=streams)
+
+
+def test_a_data_set_has_one_kind_of_source() -> None:
+    with pytest.raises(ValueError, match="Say where the shards lie"):
+        TextDatasetConfig()
+    with pytest.raises(ValueError, match="Use one of them"):
+        TextDatasetConfig(local="x", streams={"a": StreamConfig(local="y")})
+    with pytest.raises(ValueError, match="told apart by one"):
+        TextDatasetConfig(local="x", eos_token_id=0, bos_token_id=1)
+    assert [*TextDatasetConfig(local="x", split="train").sources] == ["train"]
+
+
+def test_a_stream_has_one_kind_of_share() -> None:
+    with pytest.raises(ValueError, match="proportion and choose are both given"):
+        StreamConfig(local="x", proportion=1, choose=2)
+    with pytest.raises(ValueError, match="repeat: -1 is negative"):
+        StreamConfig(local="x", repeat=-1)
+
+
+def test_optimizers_refuse_values_that_cannot_be() -> None:
+    with pytest.raises(ValueError, match="betas"):
+        DecoupledLionWConfig(lr=1e-4, betas=(0.9, 1.0))
+    with pytest.raises(ValueError, match="lr: -1 is negative"):
+        DecoupledLionWConfig(lr=-1)
+    with pytest.raises(ValueError, match=r"param_groups\[0\].eps: decoupled_lionw has none"):
+        DecoupledLionWConfig(lr=1, param_groups=(ParamGroupConfig(param_str_match="x", eps=1e-8),))
+    with pytest.raises(ValueError, match=r"disable_grad: '\(' is no regular expression"):
+        DecoupledLionWConfig(lr=1, disable_grad=("(",))
+
+
+def test_the_inverse_square_root_is_not_counted_in_shares_of_the_run() -> None:
+    with pytest.raises(ValueError, match=r"t_scale: 0\.1dur is a share of the run"):
+        InvSqrtWithWarmupConfig(t_warmup="1ba", t_scale="0.1dur", t_cooldown="1ba")
+
+
+def test_compile_takes_a_mode_or_options() -> None:
+    with pytest.raises(ValueError, match="mode and options"):
+        CompileConfig(mode="default", options={"x": 1})
+
+
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("10ba", (10, "ba")),
+        ("1e12tok", (10**12, "tok")),
+        ("1_000ba", (1000, "ba")),
+        ("0.1dur", (0.1, "dur")),
+        (".5dur", (0.5, "dur")),
+        ("3EP", (3, "ep")),
+        (2, (2, "ep")),
+    ],
+)
+def test_durations_are_a_number_and_a_unit(text: int | str, parsed: tuple[float, str]) -> None:
+    assert parse_duration(text) == parsed
+
+
+@pytest.mark.parametrize("text", ["10", "ba", "10 batches", "1.5ba", "2dur", "-1ba", -1, ""])
+def test_what_is_no_duration_is_refused(text: int | str) -> None:
+    with pytest.raises(ValueError):
+        parse_duration(text)
+
+
+def test_sizes_are_in_units_of_1024_and_counts_in_units_of_1000() -> None:
+    assert (parse_bytes("10kb"), parse_bytes(7), parse_bytes("1.5gb")) == (10240, 7, 3 * 2**29)
+    assert (parse_count("64M"), parse_count("1.5k"), parse_count(3)) == (64_000_000, 1500, 3)
+    with pytest.raises(ValueError, match="Expected a size"):
+        parse_bytes("3 bananas")

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from mptfoundry.config.load import parse_words
+from mptfoundry.config.verbs import GenerateConfig
+
+from .conftest import SMALL
+
+Problems = Callable[..., tuple[str, ...]]
+
+
+def test_all_problems_of_a_file_are_reported_at_once_in_the_order_of_its_lines(problems: Problems) -> None:
+    text = (
+        SMALL.replace("d_model: 64", "d_model: 66")
+        .replace("alibi: true", "alibbi: true")
+        .replace("decoupled_lionw", "decoupled_lion")
+        .replace("10ba", "10b")
+        .replace("size: 8", "size: eight")
+        .replace("proportion: 0.3", "propotion: 0.3")
+    )
+    said = problems("precision: bf16", "callbacks: {speed_monitor: {window: 3}}", text=text)
+    keys = [problem.split(": ")[1] for problem in said]
+    assert keys == [
+        "model.d_model",
+        "model.attn_config.alibbi",
+        "train_loader.dataset.streams",
+        "train_loader.dataset.streams.prose.propotion",
+        "optimizer.name",
+        "scheduler.t_warmup",
+        "global_train_batch_size",
+        "precision",
+        "callbacks.speed_monitor.window",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("savefolder: x", "savefolder: unknown key. Did you mean save_folder?"),
+        ("lr: 1", "lr: unknown key here. It belongs at optimizer.lr or optimizer.param_groups[N].lr."),
+        ("xyz: 1", "xyz: unknown key. `mptfoundry explain` lists all keys."),
+        ("seed: '5'", "seed: '5' is not allowed here. Write it without quotes. Expected a whole number."),
+        ("seed: 1.5", "seed: 1.5 is not allowed here. Expected a whole number."),
+        ("seed: true", "seed: true is not allowed here. Expected a whole number."),
+        ("seed:", "seed: has no value. Expected a whole number."),
+        ("seed: [1]", "seed: [1] is not allowed here. Expected a whole number."),
+        ("eval_first: 1", "eval_first: 1 is not allowed here. Expected true or false."),
+        ("dist_timeout: soon", "dist_timeout: 'soon' is not allowed here. Expected a number."),
+        ("dist_timeout: .inf", "dist_timeout: inf is not allowed here. Expected a number."),
+        ("run_name: true", "run_name: true is not allowed here. Expected text."),
+        (
+            "precision: amp_bf61",
+            "precision: 'amp_bf61' is not allowed here. Did you mean amp_bf16? "
+            "Expected auto, fp32, amp_bf16 or amp_fp16.",
+        ),
+        (
+            "eval_loader: {name: txt, dataset: {local: x}}",
+            "eval_loader.name: 'txt' is not known. Did you mean text? Allowed: text.",
+        ),
+        ("compile_config: yes", "compile_config: true is not allowed here. Expected a section or null."),
+        (
+            "eval_loader: {dataset: {local: x, cache_limit: 10 gigs}}",
+            "eval_loader.dataset.cache_limit: '10 gigs' is not allowed here. "
+            "Expected a size, such as 1000000 or 100gb.",
+        ),
+        (
+            "eval_loader: {}",
+            "eval_loader.dataset: is missing. Expected a section. Which samples, in which mix and order.",
+        ),
+    ],
+)
+def test_a_wrong_value_is_said_with_line_key_value_and_what_is_allowed(
+    problems: Problems, line: str, said: str
+) -> None:
+    assert problems(line) == (f"run.yaml:25: {said}",)
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "value"),
+    [
+        ("seed: 3.0", "seed", 3),
+        ("max_split_size_mb: 1e3", "max_split_size_mb", 1000),
+        ("dist_timeout: 60", "dist_timeout", 60.0),
+        ("run_name: 007", "run_name", "007"),
+        ("run_name: 1.10", "run_name", "1.10"),
+        ("run_name: '1.10'", "run_name", "1.10"),
+        ("load_ignore_keys: state/optimizers", "load_ignore_keys", ("state/optimizers",)),
+        ("eval_interval: 2", "eval_interval", 2),
+        ("loggers:", "loggers", {}),
+        ("eval_loader:", "eval_loader", None),
+    ],
+)
+def test_what_can_only_mean_one_thing_is_taken(
+    load: Callable[..., object], line: str, name: str, value: object
+) -> None:
+    taken = getattr(load(line), name)
+    assert taken == value
+    assert type(taken) is type(value)
+
+
+def test_scientific_notation_without_a_point_is_a_number(load: Callable[..., object]) -> None:
+    assert load().optimizer.lr == 1e-4
+
+
+def test_several_rules_of_one_section_are_reported_together(problems: Problems) -> None:
+    text = SMALL.replace(
+        "    alibi: true\n", "    attn_pdrop: 2\n    clip_qkv: -1\n    qk_ln: true\n    qk_gn: true\n"
+    )
+    assert problems(text=text) == (
+        "run.yaml:8: model.attn_config.attn_pdrop: 2.0 is not a probability. Use 0 or more and less than 1.",
+        "run.yaml:9: model.attn_config.clip_qkv: -1.0 is not positive. Use a positive number, or null for "
+        "none.",
+        "run.yaml:10: model.attn_config: qk_ln and qk_gn are both true. A model has one of them.",
+    )
+
+
+def test_a_wrong_value_raises_no_second_complaint_about_its_default(problems: Problems) -> None:
+    # The default width does not split over 3 heads, but nobody asked for it.
+    text = SMALL.replace("d_model: 64", "d_model: wide").replace("n_heads: 4", "n_heads: 3")
+    assert problems(text=text) == (
+        "run.yaml:4: model.d_model: 'wide' is not allowed here. Expected a whole number.",
+    )
+
+
+def test_a_misspelled_name_still_has_its_keys_checked(problems: Problems) -> None:
+    text = SMALL.replace("decoupled_lionw", "decoupled_lion").replace("  lr: 1e-4", "  lr: 1e-4\n  epss: 1")
+    assert [problem.split(": ")[1] for problem in problems(text=text)] == ["optimizer.name", "optimizer.epss"]
+
+
+def test_every_missing_key_is_named_with_its_meaning(problems: Problems) -> None:
+    said = problems(text="max_seq_len: 128\n")
+    assert len(said) == 7
+    assert said[0] == "run.yaml: model: is missing. Expected a section with name: mpt_causal_lm. The network."
+
+
+def test_streams_can_be_taken_out_by_null(load: Callable[..., object]) -> None:
+    words = ("train_loader.dataset.streams.code=null",)
+    assert [*load(words=words).train_loader.dataset.sources] == ["prose"]
+
+
+def test_a_stream_that_is_not_there_cannot_be_taken_out(problems: Problems) -> None:
+    word = "train_loader.dataset.streams.codes=null"
+    said = f"command line: {word}: there is nothing of this name to leave out. Did you mean code?"
+    assert problems(words=(word,)) == (said,)
+
+
+def test_callbacks_can_be_taken_out_by_null_on_the_command_line_only(
+    load: Callable[..., object], problems: Problems
+) -> None:
+    line = "callbacks: {lr_monitor: {}, memory_monitor: {}}"
+    assert [*load(line, words=("callbacks.lr_monitor=null",)).callbacks] == ["memory_monitor"]
+    assert problems("callbacks: {lr_monitor: }") == (
+        "run.yaml:25: callbacks.lr_monitor: has no value. Expected its arguments as a section; {} for none.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("word", "text"),
+    [
+        ("prompts=Hello # world", "Hello # world"),
+        ("prompts=note: this", "note: this"),
+        ("prompts=5", "5"),
+        ("prompts=yes", "yes"),
+        ("prompts='quoted: 1'", "quoted: 1"),
+        ("prompts=[unclosed", "[unclosed"),
+    ],
+)
+def test_text_on_the_command_line_is_taken_as_it_was_typed(word: str, text: str) -> None:
+    assert parse_words(["model=runs/a", word], GenerateConfig).prompts == (text,)
