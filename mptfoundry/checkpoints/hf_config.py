@@ -65,7 +65,7 @@ _WITHOUT_EFFECT = {
     "use_pad_tok_in_ffn",
     "verbose",
 }
-_WITHOUT_EFFECT_IN_ATTENTION = {"attn_impl", "fc_type", "norm_type", "model_type", "transformers_version"}
+_WITHOUT_EFFECT_IN_ATTENTION = _WITHOUT_EFFECT | {"attn_impl", "norm_type"}
 _WITHOUT_EFFECT_IN_FFN = {"fc_type"}
 _MODEL_TYPES = ("mpt", "mptfoundry")
 

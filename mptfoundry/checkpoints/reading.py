@@ -96,8 +96,8 @@ def network_of(
     """The network of an opened model, in eval mode; its weights are read one by one."""
     from mptfoundry.mpt.network import MPT
 
-    network = MPT(source.config, device=device)
-    network.to(dtype or source.weights.outlines[EMBEDDING].dtype)
+    network = MPT(source.config, device="meta").to(dtype or source.weights.outlines[EMBEDDING].dtype)
+    network.to_empty(device=device)
     targets = dict(network.named_parameters())
     with torch.no_grad():
         for name, tensor in source.tensors():

@@ -53,11 +53,11 @@ class Comparison:
         some = (
             f", the first {self.layers} of {self.all_layers} layers" if self.layers < self.all_layers else ""
         )
+        rounding = f" Rounding the weights moves them by at most {self.export_rounding:.1e}."
         return (
             f"Logits of transformers and of the checkpoint over {self.tokens} tokens{some}: they differ by "
-            f"at most {self.difference:.1e} (float32 rounds by {self.float32_rounding:.1e}). Rounding the "
-            f"weights moves them by at most {self.export_rounding:.1e}."
-        )
+            f"at most {self.difference:.1e} (float32 rounds by {self.float32_rounding:.1e})."
+        ) + rounding * (self.export_rounding > 0)
 
 
 def compare_logits(
@@ -77,7 +77,8 @@ def compare_logits(
         CheckpointError: The logits or the weights differ.
     """
     config = source.config
-    ids = torch.tensor([tokenizer(_TEXT)["input_ids"][: min(_LONGEST, config.max_seq_len)]])
+    longest = min(_LONGEST, config.max_seq_len)
+    ids = torch.tensor([tokenizer(_TEXT, truncation=True, max_length=longest)["input_ids"]])
     cut = replace(config, n_layers=_layers_within(source, memory_bytes))
     exact, ours = _our_logits(replace(source, config=cut), ids, dtype)
     theirs_float32, theirs = _their_logits(folder, ids, cut.n_layers)
@@ -132,7 +133,13 @@ def _their_logits(folder: Path, ids: torch.Tensor, n_layers: int) -> tuple[torch
     finally:
         their_logging.set_verbosity(before)
     model.eval()
-    return model(ids).logits.double(), model.double()(ids).logits
+    in_float32 = model(ids).logits.double()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # their mask has the default dtype, whatever the model's
+    try:
+        return in_float32, model.double()(ids).logits
+    finally:
+        torch.set_default_dtype(default)
 
 
 def _check_bits(source: ModelSource, folder: Path, dtype: torch.dtype) -> None:
