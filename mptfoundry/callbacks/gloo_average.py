@@ -25,7 +25,7 @@ class AverageGradients(Callback):
     def after_load(self, state: State, logger: Logger) -> None:
         """Try what gloo does, and mend it; the model has been sharded by now."""
         modules = [module for module in state.model.modules() if isinstance(module, FSDPModule)]
-        if modules and dist.get_backend() == "gloo" and not gloo_averages():
+        if modules and state.device.name == "cpu" and not gloo_averages():
             for module in modules:
                 module.set_all_reduce_hook(_divide_by(number_of_shards(module)))
 

@@ -50,6 +50,9 @@ class GradientClipping(Algorithm):
         self.clipping_threshold = clipping_threshold
         self.grad_norm: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"GradientClipping({self.clipping_type!r}, {self.clipping_threshold})"
+
     def match(self, event: Event, state: State) -> bool:
         """After the gradients of a whole batch, and when the batch is over."""
         return event in (Event.AFTER_TRAIN_BATCH, Event.BATCH_END)
