@@ -54,6 +54,19 @@ def explain(key: str | None = None) -> str:
     raise ConfigError(f"{key}: there is no such key.{hint} `mptfoundry explain` lists all sections.")
 
 
+def options_of(schema: type) -> str:
+    """The options of a verb, one a paragraph: key, type, default and meaning."""
+    lines = []
+    for field in fields(schema):
+        annotation = field_types(schema)[field.name]
+        has_default = default_of(field) not in (MISSING, None)
+        default = "" if not has_default else f"; default {_default(field)}"
+        needed = "; has to be given" if default_of(field) is MISSING else ""
+        lines.append(f"  {field.name}: {_type(annotation)}{default}{needed}")
+        lines += _wrapped(meanings(schema).get(field.name, ""), "      ")
+    return "\n".join(lines)
+
+
 def _nearest(key: str, paths: list[str]) -> str:
     by_name: dict[str, list[str]] = {}
     for path in paths:

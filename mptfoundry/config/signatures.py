@@ -20,6 +20,7 @@ from mptfoundry.config.schema import show
 CALLBACKS: dict[str, str] = {
     "activation_monitor": "composer.callbacks.activation_monitor:ActivationMonitor",
     "early_stopper": "composer.callbacks.early_stopper:EarlyStopper",
+    "generate_callback": "mptfoundry.callbacks.samples:Generate",
     "lr_monitor": "composer.callbacks.lr_monitor:LRMonitor",
     "memory_monitor": "composer.callbacks.memory_monitor:MemoryMonitor",
     "memory_snapshot": "composer.callbacks.memory_snapshot:MemorySnapshot",
@@ -77,9 +78,17 @@ REFUSED_ALGORITHMS: dict[str, str] = {
 # Packages that a logger imports when it starts, and what installs them.
 PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "cometml": "comet_ml"}
 # Arguments that the builder gives by itself, by class.
-GIVEN: dict[str, tuple[str, ...]] = {}
-# What vanishes in `**kwargs`, by class: argument and its annotation.
-EXTRA: dict[str, dict[str, str]] = {}
+GIVEN: dict[str, tuple[str, ...]] = {"mptfoundry.callbacks.samples:Generate": ("generate",)}
+# Arguments that the builder takes beside the class's own, by class, with their annotations.
+EXTRA: dict[str, dict[str, str]] = {
+    "mptfoundry.callbacks.samples:Generate": {
+        "max_new_tokens": "int",
+        "temperature": "float",
+        "top_k": "int",
+        "top_p": "float",
+        "seed": "int",
+    },
+}
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("gradient_clipping", "clipping_type"): ("norm", "value"),
 }
@@ -147,7 +156,7 @@ def _constructor_arguments(node: ast.ClassDef) -> list[Argument]:
     return []
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Catalogue:
     """A section that names such classes, such as `callbacks`; a `Foreign` form.
 
@@ -160,9 +169,6 @@ class Catalogue:
     words: str
     known: Mapping[str, str]
     refused: Mapping[str, str] = field(default_factory=dict)
-
-    def __hash__(self) -> int:
-        return hash(self.words)
 
     def names(self) -> list[str]:
         """The names that are known."""

@@ -6,7 +6,7 @@ from dataclasses import fields, is_dataclass
 import pytest
 
 from mptfoundry.config import verbs
-from mptfoundry.config.explain import explain
+from mptfoundry.config.explain import explain, options_of
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.schema import describe, field_types, meanings, walk_keys
 from mptfoundry.errors import ConfigError
@@ -83,6 +83,12 @@ def test_an_unknown_key_gets_the_nearest_ones() -> None:
         explain("model.alibi")
     with pytest.raises(ConfigError, match=r"Did you mean optimizer\.weight_decay"):
         explain("wieght_decay")
+
+
+def test_the_options_of_a_verb_are_listed_from_its_class() -> None:
+    text = options_of(verbs.ExportConfig)
+    assert "  model: text; has to be given\n      Folder of a run, or a checkpoint." in text
+    assert "  dtype: bf16, fp16 or fp32; default bf16\n" in text
 
 
 def test_without_a_key_every_section_is_listed() -> None:
