@@ -23,7 +23,7 @@ MOST_KEPT_WORDS = 500_000
 PIECE_CHARS = 1 << 20
 ASCII_END = 0x80
 PAGE = 0x1000
-PROBE = "a\tb  c\r\n\n   d'll 12x3 <|endoftext|> é é … — 漢字٣²½😀\u200b\u00a0\u0085.!?x_y\x1c\x1d \n e 's"
+PROBE = "a\tb  c\r\n\n   d'll 12x3 <|endoftext|> é é٣²½\u00a0\u0085.!?x_y\x1c\x1d \n e 's"
 
 
 class TextEncoder:
@@ -106,32 +106,32 @@ class WordSplitter:
         self.spaces: list[tuple[int, int]] = []
         self.known: list[tuple[int, int]] = []
         self._learn(0, ASCII_END)
+        self.find_ascii_words = self.find_words
 
     def split(self, text: str) -> list[str]:
         """The words of a text, in order; joined they give the normalised text."""
-        is_ascii = text.isascii()
-        if not is_ascii:
-            self._learn_characters(text)
         words: list[str] = []
-        for position, raw in enumerate(self.raw_tokens.split(text) if self.raw_tokens else [text]):
+        for position, segment in enumerate(self.raw_tokens.split(text) if self.raw_tokens else [text]):
             if position % 2:
-                words.append(raw)
-                continue
-            segment = raw if is_ascii or self.normalize is None else self.normalize(raw)
-            if not is_ascii:
-                self._learn_characters(segment)
-            self._split_segment(segment, words)
+                words.append(segment)
+            else:
+                self._split_segment(segment, words)
         return words
 
     def _split_segment(self, segment: str, words: list[str]) -> None:
+        find_words = self.find_ascii_words
+        if not segment.isascii():
+            segment = self.normalize(segment) if self.normalize else segment
+            self._learn_characters(segment)
+            find_words = self.find_words
         if self.normalized_tokens is None:
-            words += self.find_words(segment)
+            words += find_words(segment)
             return
         for position, part in enumerate(self.normalized_tokens.split(segment)):
             if position % 2:
                 words.append(part)
             elif part:
-                words += self.find_words(part)
+                words += find_words(part)
 
     def _learn_characters(self, text: str) -> None:
         found = self.unknown.search(text)

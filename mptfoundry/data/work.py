@@ -115,7 +115,8 @@ def encode_units(
             yield running.popleft().result()
     except BrokenProcessPool as error:
         raise DataError(
-            "A worker process died, most likely for want of memory. With fewer workers the same command goes on."
+            "A worker process died, most likely for want of memory. "
+            "The same command with fewer workers goes on."
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
