@@ -1,7 +1,7 @@
 """The run in one line a time, readable by people and in log files.
 
-[batch 120/3000]  loss 4.213  lr 1.9e-04  grad norm 0.84  31.2k tok/s  MFU 41.3 %  ETA 0:12:40
-[batch 120/3000]  eval held_out: LanguageCrossEntropy 4.301  LanguagePerplexity 73.8
+[batch 120/3000]  loss 4.213  lr 0.00019  grad norm 0.841  31.2k tok/s  MFU 41.3%  ETA 0:12:40
+[batch 120/3000]  eval held_out: LanguageCrossEntropy 4.301  LanguagePerplexity 73.77
 """
 
 from __future__ import annotations
@@ -33,30 +33,33 @@ class ConsoleLine(RowLogger):
         self._stream = stream
         self._printed_batch = -1
         self._row: Row = {}
+        # Kept from the last batch, since an evaluation has the length of its own loader.
+        self._progress = "batch 0"
 
     def write_batch(self, row: Row, state: State) -> None:
         """Print the row if its time has come."""
         self._row = row
+        self._progress = progress(state)
         if self._is_due(state, Event.BATCH_END) or self._printed_batch < 0:
-            self._print_batch(state)
+            self._print_batch()
 
     def write_evaluation(self, row: Row, state: State) -> None:
         """Print the evaluation."""
         for label, metrics in row["eval"].items():
             values = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
-            self._print(state, f"eval {label}: {values}")
+            self._print(f"eval {label}: {values}")
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         """Print the last batch's row where the interval counts epochs, and at the end of training."""
         if self._row and self._is_due(state, Event.EPOCH_END) and self._printed_batch != self._row["batch"]:
-            self._print_batch(state)
+            self._print_batch()
 
-    def _print_batch(self, state: State) -> None:
+    def _print_batch(self) -> None:
         self._printed_batch = self._row["batch"]
-        self._print(state, batch_line(self._row))
+        self._print(batch_line(self._row))
 
-    def _print(self, state: State, text: str) -> None:
-        print(f"[{progress(state)}]  {text}", file=self._stream or sys.stdout, flush=True)
+    def _print(self, text: str) -> None:
+        print(f"[{self._progress}]  {text}", file=self._stream or sys.stdout, flush=True)
 
 
 def progress(state: State) -> str:
@@ -71,9 +74,9 @@ def progress(state: State) -> str:
 
 def batch_line(row: Row) -> str:
     """A batch's row as text, what is missing left out."""
-    parts = [f"loss {_short(row['loss'])}", f"lr {row['lr']:.2g}" if row.get("lr") is not None else ""]
+    parts = [f"loss {_fixed(row['loss'])}", f"lr {row['lr']:.2g}" if row.get("lr") is not None else ""]
     if row.get("grad_norm") is not None:
-        parts.append(f"grad norm {_short(row['grad_norm'])}")
+        parts.append(f"grad norm {_fixed(row['grad_norm'])}")
     if row.get("tokens_per_second") is not None:
         parts.append(f"{thousands(row['tokens_per_second'])} tok/s")
     if row.get("mfu") is not None:
@@ -89,6 +92,10 @@ def thousands(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
+
+
+def _fixed(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
 
 
 def _short(value: Any) -> str:

@@ -94,6 +94,7 @@ def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None
         path: Where to write the PNG.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(9, 10), layout="constrained")
     panels = figure.subplots(4, 1, sharex=True, height_ratios=[3, 1, 1, 1])
@@ -101,8 +102,9 @@ def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None
     losses = _column(batches, "loss")
     panels[0].plot(tokens, losses, color="0.8", linewidth=0.8, label="loss")
     panels[0].plot(tokens, smooth(losses), color="C0", label="loss, smoothed")
-    for label, points in _eval_losses(evaluations).items():
-        panels[0].plot(*zip(*points, strict=True), "o-", markersize=4, linewidth=0.8, label=f"eval {label}")
+    for number, (label, points) in enumerate(_eval_losses(evaluations).items(), start=1):
+        style = {"marker": "o", "markersize": 4, "linewidth": 0.8, "color": f"C{number}"}
+        panels[0].plot(*zip(*points, strict=True), **style, label=f"eval {label}")
     panels[0].legend()
     _panel(panels[0], "loss, nats per token")
     for axes, name, title in (
@@ -115,6 +117,7 @@ def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None
     if any(value > 0 for value in _column(batches, "grad_norm")):
         panels[3].set_yscale("log")
     panels[3].set_xlabel("tokens")
+    panels[3].xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=110)
 
 
