@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import importlib
 import runpy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from composer.core import Algorithm, Callback, DataSpec, Evaluator
 from composer.loggers import LoggerDestination
-from composer.optim import DecoupledAdamW
+from composer.optim import ComposerScheduler, DecoupledAdamW
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 
@@ -25,10 +26,12 @@ from mptfoundry.config import signatures
 from mptfoundry.config.data import LoaderConfig, TextLoaderConfig
 from mptfoundry.config.parallel import resolve_fsdp
 from mptfoundry.config.run import TrainConfig
+from mptfoundry.config.verbs import GenerateConfig
 from mptfoundry.data.text import build_text_loader
 from mptfoundry.devices import Device
 from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
+from mptfoundry.generation import generate_text
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.mpt.attention import choose_backend
 from mptfoundry.mpt.network import MPT
@@ -204,13 +207,14 @@ def build_optimizer(config: TrainConfig, model: ComposerMPT) -> torch.optim.Opti
     return OPTIMIZERS[name](parameters, **options)
 
 
-def build_scheduler(config: TrainConfig) -> Schedule:
+def build_scheduler(config: TrainConfig) -> ComposerScheduler:
     """The learning rate's schedule, its times in any unit."""
     options = asdict(config.scheduler)
     name = options.pop("name")
     options.pop("scale_warmup", None)
     rows = config.global_train_batch_size
-    return SCHEDULERS[name](**options, batch=BatchSize(rows, rows * config.max_seq_len))
+    schedule = SCHEDULERS[name](**options, batch=BatchSize(rows, rows * config.max_seq_len))
+    return cast(ComposerScheduler, schedule)
 
 
 def build_algorithms(config: TrainConfig) -> list[Algorithm]:
@@ -220,9 +224,15 @@ def build_algorithms(config: TrainConfig) -> list[Algorithm]:
     return [clipping, *(_make(ALGORITHMS, name, kwargs) for name, kwargs in given.items())]
 
 
-def build_callbacks(config: TrainConfig) -> list[Callback]:
-    """The callbacks that the config names."""
-    return [_make(CALLBACKS, name, kwargs) for name, kwargs in config.callbacks.items()]
+def build_callbacks(config: TrainConfig, tokenizer: Any) -> list[Callback]:
+    """The callbacks that the config names; the one that generates text is given the means to."""
+    given = {name: dict(kwargs) for name, kwargs in config.callbacks.items()}
+    if "generate_callback" in given:
+        kwargs = given["generate_callback"]
+        names = {field.name for field in fields(GenerateConfig)} - {"prompts"}
+        sampling = {"max_new_tokens": 50, **{key: kwargs.pop(key) for key in names & set(kwargs)}}
+        kwargs["generate"] = partial(_generate_text, tokenizer=tokenizer, sampling=sampling)
+    return [_make(CALLBACKS, name, kwargs) for name, kwargs in given.items()]
 
 
 def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
@@ -236,6 +246,12 @@ def build_parallelism(config: TrainConfig, resolved: Resolved, device: Device) -
         return None
     version, options, _ = resolve_fsdp(config.fsdp_config, device_type=device.kind, microbatch_auto=False)
     return {"fsdp": FSDP2Config(**options) if version == 2 else FSDPConfig(**options)}
+
+
+def _generate_text(
+    network: torch.nn.Module, prompts: Sequence[str], *, tokenizer: Any, sampling: Mapping[str, Any]
+) -> list[str]:
+    return generate_text(cast(MPT, network), tokenizer, prompts, **sampling)
 
 
 def _make(table: Mapping[str, str | type], name: str, kwargs: Mapping[str, Any]) -> Any:

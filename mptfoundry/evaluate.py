@@ -48,7 +48,7 @@ def evaluate(options: EvalConfig) -> Results:
     if dist.get_world_size() > 1:
         dist.initialize_dist(device.kind, timeout=options.dist_timeout)
     source = open_model(options.model)
-    tokenizer = load_tokenizer(options.tokenizer) if options.tokenizer else tokenizer_of(source)
+    tokenizer: Any = load_tokenizer(options.tokenizer) if options.tokenizer else tokenizer_of(source)
     if tokenizer is None:
         raise ConfigError(f"tokenizer: {options.model} has none. Name the one it was trained with.")
     check_tokenizer(tokenizer, source.config.vocab_size)
@@ -114,7 +114,7 @@ def _loaders(options: EvalConfig, source: ModelSource) -> dict[str, LoaderConfig
     if options.eval_loaders:
         return options.eval_loaders
     if source.run_folder is not None:
-        config, _ = load_train_config(source.run_folder / "config.yaml", [])
+        config, _ = load_train_config(source.run_folder / "config.yaml", ["code_paths=[]"])
         if config.eval_loaders:
             return config.eval_loaders
     raise ConfigError(

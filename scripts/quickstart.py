@@ -4,7 +4,7 @@ Reads Python's standard library (or a folder: `text=FOLDER`), splits it into thr
 project's own commands one after the other: tokenizer, prepare, train, eval, export, generate. Each command
 is printed before it runs. Run again, it continues where it stopped.
 
-    python scripts/quickstart.py [text=FOLDER] [out=FOLDER] [key=value of the config ...]
+    python scripts/quickstart.py [text=FOLDER] [key=value of configs/mpt-tiny.yaml ...]
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from pathlib import Path
 
 from mptfoundry.errors import DataError, MPTFoundryError
 
+ROOT = Path(__file__).resolve().parent.parent
+# Where the config looks for its shards and its tokenizer.
+OUT = Path("quickstart")
 CONFIG = "configs/mpt-tiny.yaml"
 STREAMS = ("code", "docstrings", "documentation")
 PROSE_SUFFIXES = {".txt", ".md", ".rst"}
@@ -39,11 +42,11 @@ PROMPTS = ("def read_file(path):", "Return the number of")
 
 
 def main(words: list[str]) -> int:
-    own = {"text": "", "out": "quickstart"}
-    own |= dict(word.split("=", 1) for word in words if word.split("=")[0] in own)
-    words = [word for word in words if word.split("=")[0] not in own]
+    named = [word.removeprefix("text=") for word in words if word.startswith("text=")]
+    folder = Path(named[-1]).resolve() if named and named[-1] else None
+    os.chdir(ROOT)
     try:
-        run(Path(own["text"]) if own["text"] else None, Path(own["out"]), words)
+        run(folder, [word for word in words if not word.startswith("text=")])
     except MPTFoundryError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -53,9 +56,9 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def run(folder: Path | None, out: Path, words: list[str]) -> None:
+def run(folder: Path | None, words: list[str]) -> None:
     """All steps in order; each is skipped or continued by its own command where it was done before."""
-    started_at = time.monotonic()
+    started_at, out = time.monotonic(), OUT
     announce(1, "text: three streams out of " + (str(folder) if folder else "Python's standard library"))
     streams = write_streams(folder, out / "text")
     announce(2, f"tokenizer: byte-level BPE, {VOCAB_SIZE} tokens")
