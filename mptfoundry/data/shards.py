@@ -7,7 +7,8 @@ readers ignore; it says with which tokenizer and sequence length the shards were
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -156,3 +157,37 @@ def _why_no_index(folder: Path) -> str:
     if splits:
         return f"{folder} holds splits, not shards. Set split to one of {', '.join(splits)}."
     return f"{folder} has no {INDEX}. Prepare it with `mptfoundry prepare`."
+
+
+def read_samples(index: ShardIndex, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Read samples straight from the files, one by one, for a look at the data; training streams them.
+
+    Args:
+        index: Of a folder on this machine.
+        numbers: Which samples, ascending.
+
+    Raises:
+        DataError: A shard is missing or damaged.
+    """
+    from streaming.base.compression import decompress
+    from streaming.base.format import reader_from_json
+
+    starts = np.cumsum([0, *(int(shard["samples"]) for shard in index.shards)])
+    opened = -1
+    reader: Any = None
+    with tempfile.TemporaryDirectory() as unpacked:
+        for number in numbers:
+            position = int(np.searchsorted(starts, number, side="right")) - 1
+            entry = dict(index.shards[position])
+            name = entry["raw_data"]["basename"]
+            try:
+                if position != opened:
+                    folder = index.folder
+                    if not (folder / name).is_file() and entry["zip_data"]:
+                        packed = (folder / entry["zip_data"]["basename"]).read_bytes()
+                        folder = Path(unpacked)
+                        (folder / name).write_bytes(decompress(entry["compression"], packed))
+                    opened, reader = position, reader_from_json(str(folder), "", entry)
+                yield reader[number - int(starts[position])]
+            except (OSError, ValueError, IndexError, KeyError) as error:
+                raise DataError(f"{index.folder / name}: the shard can't be read ({error}).") from error

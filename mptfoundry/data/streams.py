@@ -60,6 +60,18 @@ def plan_sources(
     return sources
 
 
+def read_source(source: Source) -> ShardIndex:
+    """The index of a stream, from this machine or from the folder that it is copied from.
+
+    Raises:
+        DataError: It lies elsewhere and has not been fetched.
+    """
+    remote = source.arguments.get("remote")
+    if remote and "://" not in remote:
+        return read_index(Path(remote) / (source.arguments["split"] or ""), source.where)
+    return read_index(source.folder, source.where)
+
+
 def check_shards(source: Source, tokenizer: Any, max_seq_len: int) -> ShardIndex:
     """Compare what a stream's index says with the run.
 
