@@ -93,6 +93,7 @@ from composer import Trainer
 from composer.core import DataSpec, Evaluator
 from composer.loggers import InMemoryLogger
 from composer.utils import FSDP2Config, dist
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
 from mptfoundry.callbacks.gloo_average import AverageGradients
 from mptfoundry.evals.token_loss import token_loss_metrics
@@ -120,12 +121,26 @@ class Own(torch.utils.data.DistributedSampler):
     def __init__(self, batches):
         super().__init__(range(batches), num_replicas=1, rank=0, shuffle=False, drop_last=True)
 
-def main():
-    dist.initialize_dist("cpu")
-    config = MPTConfig(
-        d_model=16, n_heads=2, n_layers=2, vocab_size=32, max_seq_len=8, attn_config=AttnConfig(alibi=True)
-    )
-    model = ComposerMPT(MPT(config, seed=0), eval_metrics=token_loss_metrics())
+# An odd number of rows, so that two shards differ in length.
+CONFIG = MPTConfig(
+    d_model=16, n_heads=2, n_layers=2, vocab_size=33, max_seq_len=8, attn_config=AttnConfig(alibi=True)
+)
+
+def check_that_shards_drawn_after_meta_are_those_of_the_whole():
+    network = MPT(CONFIG, device="meta")
+    ComposerMPT(network, seed=3)
+    for block in network.transformer.blocks:
+        fully_shard(block)
+    fully_shard(network)
+    network.to_empty(device="cpu")
+    for module in network.modules():
+        network.param_init_fn(module)
+    whole = MPT(CONFIG, seed=3).state_dict()
+    for name, value in network.state_dict().items():
+        assert torch.equal(value.full_tensor(), whole[name]), name
+
+def train(parallelism):
+    model = ComposerMPT(MPT(CONFIG, seed=0), eval_metrics=token_loss_metrics())
     logger = InMemoryLogger()
     trainer = Trainer(
         model=model,
@@ -139,23 +154,29 @@ def main():
         device="cpu",
         loggers=[logger],
         callbacks=[AverageGradients()],
-        parallelism_config={"fsdp": FSDP2Config()} if dist.get_world_size() > 1 else None,
+        parallelism_config=parallelism,
         progress_bar=False,
     )
     trainer.fit()
     scores = [f"metrics/held_out/{name}" for name in ("LanguageCrossEntropy", "tokens")]
     wanted = ("loss/train/total", "grad_norm", *scores)
-    found = {name: [float(value) for _, value in logger.data[name]] for name in wanted}
+    return {name: [float(value) for _, value in logger.data[name]] for name in wanted}
+
+if __name__ == "__main__":
+    dist.initialize_dist("cpu")
+    found = {"alone or copied": train(None)}
+    if dist.get_world_size() > 1:
+        check_that_shards_drawn_after_meta_are_those_of_the_whole()
+        found["sharded"] = train({"fsdp": FSDP2Config()})
     if dist.get_global_rank() == 0:
         json.dump(found, open(sys.argv[1], "w"))
     dist.barrier()
-
-if __name__ == "__main__":
-    main()
 """
 
 
-def test_two_sharded_ranks_train_and_evaluate_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_ranks_train_and_evaluate_as_one_copied_or_sharded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     script = tmp_path / "train.py"
     script.write_text(TRAIN)
     one, two = tmp_path / "one.json", tmp_path / "two.json"
@@ -170,8 +191,9 @@ def test_two_sharded_ranks_train_and_evaluate_as_one(tmp_path: Path, monkeypatch
     assert done.returncode == 0, done.stdout + done.stderr
     monkeypatch.setattr(sys, "argv", [str(script), str(one)])
     runpy.run_path(str(script), run_name="__main__")
-    alone, together = json.loads(one.read_text()), json.loads(two.read_text())
-    assert alone["metrics/held_out/tokens"] == together["metrics/held_out/tokens"] == [35 * 7]
-    for name, values in alone.items():
-        assert together[name] == pytest.approx(values, rel=1e-5), name
+    (alone,) = json.loads(one.read_text()).values()
     assert alone["grad_norm"][0] > 0.5
+    assert alone["metrics/held_out/tokens"] == [35 * 7]
+    for together in json.loads(two.read_text()).values():
+        for name, values in alone.items():
+            assert together[name] == pytest.approx(values, rel=1e-5), name
