@@ -114,8 +114,14 @@ class TokenLoss(Metric):
     def compute(self) -> Tensor:
         """The result over all ranks, float64."""
         rows = self.rows
-        table = rows if isinstance(rows, Tensor) else torch.cat(rows) if rows else torch.zeros(0, 5)
+        table = rows if isinstance(rows, Tensor) else torch.cat([_no_rows(self.device), *rows])
         return torch.tensor(add_up(table)[self.result], dtype=torch.float64)
+
+    def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
+        # A rank without a sample must bring a table too, or the others wait for its shape.
+        if isinstance(self.rows, list) and not self.rows:
+            self.rows = [_no_rows(self.device)]
+        super()._sync_dist(*args, **kwargs)
 
 
 class LanguageCrossEntropy(TokenLoss):
@@ -156,6 +162,10 @@ def token_loss_metrics(token_bytes: np.ndarray | None = None) -> dict[str, Metri
     if token_bytes is not None:
         metrics["bits_per_byte"] = BitsPerByte(token_bytes)
     return metrics
+
+
+def _no_rows(device: torch.device) -> Tensor:
+    return torch.zeros(0, 5, dtype=torch.float64, device=device)
 
 
 def _exp(value: float) -> float:

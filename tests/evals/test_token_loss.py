@@ -112,6 +112,11 @@ for numbers in mine:
         metric.update(batch, SimpleNamespace(token_loss=token_loss[numbers]))
 found = {{name: metric.compute().item() for name, metric in metrics.items()}}
 assert found == scores([list(range(11))]), found
+# A rank may have no sample at all.
+count = token_loss_metrics()["tokens"]
+if rank == 0:
+    count.update({{"labels": labels, "sample_id": torch.arange(11)}}, SimpleNamespace(token_loss=token_loss))
+assert count.compute().item() == found["tokens"]
 dist.barrier()
 """
 
