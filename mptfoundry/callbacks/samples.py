@@ -33,7 +33,9 @@ class Generate(Callback):
         interval: str | int = "1ep",
     ) -> None:
         if isinstance(prompts, str) or not prompts:
-            raise ConfigError("callbacks.generate.prompts: no prompts. Give a list of one text or more.")
+            raise ConfigError(
+                "callbacks.generate_callback.prompts: no prompts. Give a list of one text or more."
+            )
         self.generate = generate
         self.prompts = list(prompts)
         self._generated_at = -1

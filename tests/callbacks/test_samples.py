@@ -43,5 +43,5 @@ def test_generations_come_at_the_interval_and_change_nothing(
 
 @pytest.mark.parametrize("prompts", [[], "one text"])
 def test_prompts_are_a_list(prompts: Sequence[str]) -> None:
-    with pytest.raises(ConfigError, match=r"callbacks\.generate\.prompts"):
+    with pytest.raises(ConfigError, match=r"callbacks\.generate_callback\.prompts"):
         Generate(most_likely, prompts)
