@@ -143,7 +143,7 @@ class _Blocks(torch.autograd.Function):
 
 
 def _heads_second(x: torch.Tensor) -> torch.Tensor:
-    """(batch, seq, heads, head_dim) as (batch, heads, seq, head_dim), dense in the last as the kernel needs."""
+    """(batch, seq, heads, head_dim) as (batch, heads, seq, head_dim), with dense features for the kernel."""
     return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
 
 

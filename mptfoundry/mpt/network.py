@@ -74,13 +74,14 @@ class KVCache:
         ``length`` grows when all layers have done so.
 
         Returns:
-            Keys and values of all tokens so far, each a (batch, keys, kv_heads, head_dim) view.
+            Keys and values of all tokens so far, each a (batch, keys, kv_heads, head_dim) view, in the
+            dtype of the new ones.
         """
         stop = self.length + key.shape[1]
         keys, values = self.storage[layer].transpose(2, 3)  # (batch, max_len, kv_heads, head_dim)
         keys[:, self.length : stop] = key.detach()
         values[:, self.length : stop] = value.detach()
-        return keys[:, :stop], values[:, :stop]
+        return keys[:, :stop].to(key.dtype), values[:, :stop].to(value.dtype)
 
     def append_documents(self, documents: torch.Tensor | None, batch: int, seq: int) -> torch.Tensor | None:
         """Store which of the new tokens are padding; returns (batch, keys), or None if none ever was."""
@@ -119,41 +120,34 @@ class Transformer(nn.Module):
         """
         seq = input_ids.shape[1]
         past = cache.length if cache is not None else 0
-        positions = count_positions(documents, past, seq, input_ids.device)
         x = self.wte(input_ids)  # (batch, seq, d_model)
-        if self.config.has_learned_positions:
-            x = x + self.wpe(positions)
+        rotary = None
+        if self.config.has_learned_positions or self.config.attn_config.rope:
+            positions = count_positions(documents, past, seq, x.device)
+            if self.config.has_learned_positions:
+                x = x + self.wpe(positions)
+            else:
+                rotary = rotary_tables(self.config, positions, past + seq)
         fraction = self.config.embedding_fraction
         if fraction < 1:
             x = x * fraction + x.detach() * (1 - fraction)
         x = self.emb_drop(x)
-        context = self._context(x.device, documents, prefix, positions, cache, past + seq)
-        for block in self.blocks:
-            x = block(x, context)
-        return self.norm_f(x)
-
-    def _context(
-        self,
-        device: torch.device,
-        documents: torch.Tensor | None,
-        prefix: torch.Tensor | None,
-        positions: torch.Tensor,
-        cache: KVCache | None,
-        keys: int,
-    ) -> AttentionContext:
-        """What all layers share in this pass."""
-        config, attn = self.config, self.config.attn_config
-        return AttentionContext(
-            scale=attn.softmax_scale or 1 / math.sqrt(config.d_head),
-            slopes=alibi_slopes(config.n_heads, attn.alibi_bias_max, device) if attn.alibi else None,
+        attn = self.config.attn_config
+        slopes = alibi_slopes(self.config.n_heads, attn.alibi_bias_max, x.device) if attn.alibi else None
+        context = AttentionContext(
+            scale=attn.softmax_scale or 1 / math.sqrt(self.config.d_head),
+            slopes=slopes,
             documents=documents,
             prefix=prefix,
             window=attn.sliding_window_size if attn.sliding_window_size >= 0 else None,
             softcap=attn.attn_logit_softcapping,
             dropout=attn.attn_pdrop if self.training else 0.0,
-            rotary=rotary_tables(config, positions, keys) if attn.rope else None,
+            rotary=rotary,
             cache=cache,
         )
+        for block in self.blocks:
+            x = block(x, context)
+        return self.norm_f(x)
 
 
 class MPT(nn.Module):

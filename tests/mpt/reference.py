@@ -1,0 +1,65 @@
+"""The plain formulas, in full matrices and any dtype: float64 is the truth, float32 the yardstick."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from mptfoundry.mpt.position import AttentionContext
+
+
+def attend_plainly(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
+) -> torch.Tensor:
+    """Attention with its whole (batch, n_heads, seq, keys) matrix of scores."""
+    n_heads, past = query.shape[2], key.shape[1] - query.shape[1]
+    q, k, v = (x.repeat_interleave(n_heads // x.shape[2], 2).transpose(1, 2) for x in (query, key, value))
+    scores = q @ k.mT * context.scale
+    if context.softcap is not None:
+        scores = context.softcap * torch.tanh(scores / context.softcap)
+    places = torch.arange(key.shape[1])
+    distance = places[past:, None] - places
+    if context.slopes is not None:
+        scores = scores - context.slopes.to(q.dtype)[:, None, None] * distance.abs()
+    visible = (distance >= 0)[None]
+    if context.prefix is not None:
+        visible = visible | context.prefix[:, past:, None] & context.prefix[:, None]
+    if context.window is not None:
+        visible = visible & (distance.abs() <= context.window)
+    if context.documents is not None:
+        visible = visible & (context.documents[:, past:, None] == context.documents[:, None])
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def with_gradients(
+    function: Callable[..., torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    grad: torch.Tensor,
+    dtype: torch.dtype,
+) -> list[torch.Tensor]:
+    """What a function of tensors gives in a dtype, and the gradients of its inputs, as float64."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    out = function(*leaves)
+    gradients = torch.autograd.grad(out, leaves, grad.to(dtype))
+    return [x.detach().double() for x in (out, *gradients)]
+
+
+def rms(x: torch.Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
+
+
+def assert_as_exact(
+    fast: Sequence[torch.Tensor],
+    plain: Sequence[torch.Tensor],
+    truth: Sequence[torch.Tensor],
+    floor: float = 0,
+) -> None:
+    """Fast results are at most twice as far from the truth as the plain formula's.
+
+    ``floor`` is a distance that is always allowed, for cases so small that the plain formula is exact.
+    """
+    for place, (some, yardstick, true) in enumerate(zip(fast, plain, truth, strict=True)):
+        distance, allowed = rms(some - true), rms(yardstick - true)
+        assert distance <= max(2 * allowed, floor), f"result {place}: {distance:.2e}, plain {allowed:.2e}"
