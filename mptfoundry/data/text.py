@@ -8,6 +8,7 @@ A *stream* is one data set of the mix; a *sample* is one row of it. What one rea
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -83,6 +84,8 @@ def build_text_loader(
             f"{where}.dataset.token_encoding_type: {token_encoding_type!r} is not an integer type. "
             f"Use one of {', '.join(INTEGER_DTYPES)}."
         )
+    # The tokenizers library warns when a process that it used threads in is forked into workers.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sources = plan_sources(streams, remote, local, split, where)
     dataset = _build_dataset(
         sources,

@@ -1,0 +1,396 @@
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mptfoundry.data import journal, prepare as module, records
+from mptfoundry.data.prepare import prepare
+from mptfoundry.data.shards import read_index
+from mptfoundry.errors import DataError, MPTFoundryError
+
+Reader = Callable[[Path], np.ndarray]
+Files = Callable[[Path], dict[str, bytes]]
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut even a small corpus into many units, and share them among processes."""
+    monkeypatch.setattr(records, "UNIT_BYTES", 5_000)
+    monkeypatch.setattr(module, "SMALLEST_PARALLEL_BYTES", 0)
+
+
+@pytest.fixture
+def run(tokenizer_folder: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Prepare with a small tokenizer and samples of 16 tokens."""
+
+    def call(*inputs: Path | str, out: str = "out", **options: Any) -> Any:
+        settings = {"tokenizer": str(tokenizer_folder), "max_seq_len": 16, "workers": 1, "progress": False}
+        return prepare([str(word) for word in inputs], tmp_path / out, **{**settings, **options})
+
+    return call
+
+
+def write_lines(path: Path, texts: Sequence[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def cut(stream: list[int], max_seq_len: int) -> np.ndarray:
+    whole = len(stream) // max_seq_len * max_seq_len
+    return np.array(stream[:whole]).reshape(-1, max_seq_len)
+
+
+def test_documents_are_joined_with_eos_and_cut(
+    run: Any, corpus: Path, corpus_texts: list[str], token_stream: Any, read_tokens: Reader, tmp_path: Path
+) -> None:
+    summary = run(corpus)
+    stream = token_stream(corpus_texts)
+    assert (read_tokens(tmp_path / "out" / "train") == cut(stream, 16)).all()
+    (split,) = summary.splits
+    assert split.documents == len(corpus_texts)
+    assert split.bytes == sum(len(text.encode()) for text in corpus_texts)
+    assert split.tokens + split.dropped_tokens == len(stream) == summary.encoded_tokens
+    assert split.dropped_tokens == len(stream) % 16
+    assert summary.skipped == {"empty file": 1}
+    meta = read_index(tmp_path / "out" / "train", "x").meta
+    assert meta is not None
+    assert (meta.documents, meta.samples, meta.tokens) == (split.documents, split.samples, split.tokens)
+
+
+def test_every_kind_of_input_gives_the_same_tokens(
+    run: Any, corpus_texts: list[str], token_stream: Any, read_tokens: Reader, tmp_path: Path
+) -> None:
+    import datasets
+    import pyarrow
+    from pyarrow import parquet
+
+    lines = write_lines(tmp_path / "a.jsonl", corpus_texts)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.read_bytes()))
+    with pyarrow.CompressedOutputStream(str(tmp_path / "c.jsonl.zst"), "zstd") as file:
+        file.write(lines.read_bytes().rstrip(b"\n"))
+    table = pyarrow.table({"text": corpus_texts, "other": list(range(len(corpus_texts)))})
+    parquet.write_table(table, tmp_path / "d.parquet", row_group_size=3)
+    datasets.Dataset(table).save_to_disk(str(tmp_path / "e"))
+    datasets.DatasetDict({"train": datasets.Dataset(table)}).save_to_disk(str(tmp_path / "f"))
+    expected = cut(token_stream(corpus_texts), 16)
+    for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e", "f"):
+        run(tmp_path / name, out=f"out-{name}")
+        assert (read_tokens(tmp_path / f"out-{name}" / "train") == expected).all(), name
+
+
+@pytest.mark.usefixtures("small_units")
+def test_the_bytes_do_not_depend_on_the_number_of_workers(
+    run: Any, corpus: Path, corpus_texts: list[str], tmp_path: Path, files_of: Files
+) -> None:
+    inputs = [corpus, write_lines(tmp_path / "a.jsonl", corpus_texts)]
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(inputs[1].read_bytes(), mtime=0))
+    inputs.append(tmp_path / "b.jsonl.gz")
+    options = {"held_out": 0.2, "shard_bytes": 30_000}
+    for workers in (1, 2, 3):
+        run(*inputs, out=f"out-{workers}", workers=workers, **options)
+    files = files_of(tmp_path / "out-1")
+    assert len(files) > 6 and {"train/index.json", "val/index.json"} <= files.keys()
+    assert files_of(tmp_path / "out-2") == files
+    assert files_of(tmp_path / "out-3") == files
+
+
+def test_units_of_any_size_give_the_same_tokens(
+    run: Any, corpus: Path, corpus_texts: list[str], tmp_path: Path, files_of: Files,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs = [corpus, write_lines(tmp_path / "a.jsonl", corpus_texts)]
+    run(*inputs, out="whole")
+    for size in (100, 7_777):
+        monkeypatch.setattr(records, "UNIT_BYTES", size)
+        run(*inputs, out=f"out-{size}")
+        assert files_of(tmp_path / f"out-{size}") == files_of(tmp_path / "whole")
+
+
+def test_held_out_documents_stay_held_out(
+    run: Any, corpus_texts: list[str], token_stream: Any, read_tokens: Reader, tmp_path: Path
+) -> None:
+    run(write_lines(tmp_path / "a.jsonl", corpus_texts), out="first", held_out=0.5)
+    run(write_lines(tmp_path / "b.jsonl", corpus_texts[::-1]), out="second", held_out=0.5)
+    held_out = {}
+    for name in ("first", "second"):
+        metas = [read_index(tmp_path / name / split, "x").meta for split in ("train", "val")]
+        assert sum(meta.documents for meta in metas if meta) == len(corpus_texts)
+        held_out[name] = read_tokens(tmp_path / name / "val").ravel().tolist()
+    chosen = [text for text in corpus_texts if token_stream([text])[:30] == held_out["first"][:30]]
+    assert len(chosen) == 1
+    assert sorted(held_out["first"])[:50] == sorted(held_out["second"])[:50]
+    everything = token_stream(corpus_texts)
+    assert 0.1 < len(held_out["first"]) / len(everything) < 0.9
+
+
+def _kill_at_write(number: int, arguments: dict[str, Any]) -> None:
+    """In a process of its own: prepare, and end by SIGKILL at the given write to disk."""
+    writes = 0
+    fsync = os.fsync
+
+    def count(descriptor: int) -> None:
+        nonlocal writes
+        writes += 1
+        if writes == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = count
+    journal.SHORTEST_PERIOD_SECONDS = journal.MOST_TIME_SAVING = 1e-9
+    prepare(**arguments)
+
+
+@pytest.mark.usefixtures("small_units")
+def test_a_run_killed_at_any_write_goes_on_to_the_same_bytes(
+    run: Any, corpus: Path, tokenizer_folder: Path, tmp_path: Path, files_of: Files
+) -> None:
+    options = {"held_out": 0.2, "shard_bytes": 30_000, "max_seq_len": 16, "workers": 1, "progress": False}
+    run(corpus, out="whole", **options)
+    arguments = {"inputs": [str(corpus)], "out": tmp_path / "killed", "tokenizer": str(tokenizer_folder), **options}
+    context = multiprocessing.get_context("fork")
+    kills = 0
+    for number in itertools.cycle((6, 7, 8, 9, 10)):
+        process = context.Process(target=_kill_at_write, args=(number, arguments))
+        process.start()
+        process.join(60)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == -signal.SIGKILL
+        kills += 1
+        with pytest.raises(DataError, match="half prepared|missing|no index"):
+            read_index(tmp_path / "killed" / "train", "loader")
+    assert kills > 8
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def _children(pid: int) -> list[int]:
+    status = ((path, path.read_text().split()) for path in Path("/proc").glob("[0-9]*/stat"))
+    return [int(path.parent.name) for path, fields in status if int(fields[3]) == pid]
+
+
+def test_workers_end_with_a_killed_parent(
+    corpus_texts: list[str], tokenizer_folder: Path, tmp_path: Path, run: Any, files_of: Files
+) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", corpus_texts * 80)
+    arguments = {
+        "inputs": [str(lines)], "out": tmp_path / "killed", "tokenizer": str(tokenizer_folder), "max_seq_len": 16,
+        "workers": 2, "progress": False,
+    }  # fmt: skip
+    process = multiprocessing.get_context("fork").Process(target=prepare, kwargs=arguments)
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(children := _children(process.pid or 0)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.join()
+    assert len(children) >= 2
+    while any(Path(f"/proc/{child}").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    run(lines, out="killed", workers=2)
+    run(lines, out="whole")
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+
+
+def test_a_finished_folder_says_so_and_is_left_alone(
+    run: Any, corpus: Path, tmp_path: Path, files_of: Files
+) -> None:
+    first = run(corpus, held_out=0.2)
+    before = files_of(tmp_path / "out")
+    again = run(corpus, held_out=0.2, workers=2)
+    assert again.was_finished and again.encoded_tokens == 0 and again.splits == first.splits
+    assert "It was finished already" in str(again)
+    assert files_of(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_seq_len": 32}, r"out/train was prepared with max_seq_len=16 \(now 32\)\. Use the same options"),
+        ({"add_eos": False}, r"add_eos=True \(now False\)"),
+        ({"held_out": 0.1}, r"held_out=0.0 \(now 0.1\)"),
+        ({"exclude": ["*.txt"]}, r"inputs of 9 files, .* \(now of 8 files"),
+    ],
+)
+def test_other_options_on_a_finished_folder_are_refused(
+    run: Any, corpus: Path, options: dict[str, Any], message: str
+) -> None:
+    run(corpus)
+    with pytest.raises(DataError, match=message):
+        run(corpus, **options)
+
+
+def test_a_changed_input_or_tokenizer_is_refused(
+    run: Any, corpus_texts: list[str], tmp_path: Path, other_tokenizer: str
+) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", corpus_texts)
+    run(lines)
+    with pytest.raises(DataError, match="was prepared with another tokenizer"):
+        run(lines, tokenizer=other_tokenizer)
+    write_lines(lines, corpus_texts[1:])
+    with pytest.raises(DataError, match="was prepared with inputs of 1 files"):
+        run(lines)
+
+
+@pytest.fixture(scope="session")
+def other_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from mptfoundry.tokenizer import train_bpe
+
+    folder = tmp_path_factory.mktemp("other") / "tokenizer"
+    train_bpe(["quite other text " * 20], 280, folder)
+    return str(folder)
+
+
+def test_a_half_prepared_folder_refuses_other_options(
+    corpus: Path, tokenizer_folder: Path, tmp_path: Path, run: Any
+) -> None:
+    arguments = {"inputs": [str(corpus)], "out": tmp_path / "out", "tokenizer": str(tokenizer_folder)}
+    arguments |= {"max_seq_len": 16, "workers": 1, "progress": False}
+    process = multiprocessing.get_context("fork").Process(target=_kill_at_write, args=(3, arguments))
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    with pytest.raises(DataError, match=r"out/train is half prepared with max_seq_len=16 \(now 8\)"):
+        run(corpus, max_seq_len=8)
+    run(corpus)
+
+
+def test_two_processes_do_not_prepare_one_folder(run: Any, corpus: Path, tmp_path: Path) -> None:
+    with (
+        journal.locked(tmp_path / "out" / "train"),
+        pytest.raises(DataError, match="another process is preparing it"),
+    ):
+        run(corpus)
+
+
+def test_a_missing_shard_of_a_finished_folder_is_named(run: Any, corpus: Path, tmp_path: Path) -> None:
+    run(corpus)
+    (tmp_path / "out" / "train" / "shard.00000.mds").write_bytes(b"short")
+    with pytest.raises(DataError, match=r"shard\.00000\.mds: the shard is missing or cut short"):
+        run(corpus)
+
+
+def test_a_folder_with_other_things_is_left_alone(run: Any, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "train").mkdir(parents=True)
+    (tmp_path / "out" / "train" / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"out/train: the folder is not empty \(notes\.txt\)"):
+        run(corpus)
+    assert [path.name for path in (tmp_path / "out" / "train").iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": "x"', r"bad\.jsonl:3: this is not a line of JSON"),
+        (b'{"txt": "x"}', r"bad\.jsonl:3: there is no field 'text'; the fields are: txt\. Set text_key\."),
+        (b'{"text": 5}', r"bad\.jsonl:3: the field 'text' is number, not a string\."),
+        (b'{"text": null}', r"bad\.jsonl:3: the field 'text' is null, not a string\."),
+        (b'["x"]', r"bad\.jsonl:3: this is a JSON array, not an object"),
+        (b'{"text": "\xff"}', r"bad\.jsonl:3: byte 10 of the line is not UTF-8\."),
+        (b'{"text": "\\ud800"}', r"bad\.jsonl:3: .*half of a surrogate pair"),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_bad_line_is_named_and_nothing_is_left(
+    run: Any, tmp_path: Path, line: bytes, message: str, packed: bool
+) -> None:
+    content = b'{"text": "one"}\n\n' + line + b'\n{"text": "two"}\n'
+    path = tmp_path / ("bad.jsonl.gz" if packed else "bad.jsonl")
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(DataError, match=message.replace(r"bad\.jsonl", r"bad\.jsonl(\.gz)?")):
+        run(path)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("small_units")
+def test_a_bad_line_far_into_a_file_is_counted_right_by_workers(run: Any, tmp_path: Path) -> None:
+    lines = [json.dumps({"text": "word " * (number % 50)}) for number in range(900)]
+    lines[777] = "oops"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"a\.jsonl:778: this is not a line of JSON"):
+        run(tmp_path / "a.jsonl", workers=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_can_be_left_out_and_is_counted(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one two three four five six seven eight"}\nx\n{"t": 1}\n' * 3)
+    summary = run(tmp_path / "a.jsonl", bad_input="skip")
+    assert summary.skipped == {"bad input": 6} and summary.splits[0].documents == 3
+    assert "left out: 6 x bad input" in str(summary) and "a.jsonl:2: this is not a line of JSON" in str(summary)
+
+
+def test_a_file_that_is_not_utf8_is_named_with_the_byte(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_bytes(b"fine\n" * 100 + b"caf\xe9\n")
+    with pytest.raises(DataError, match=r"a\.txt: byte 503 \(0xe9\) is not UTF-8\. Convert the file"):
+        run(tmp_path / "text")
+    (tmp_path / "text" / "b.txt").write_text("fine " * 100)
+    assert run(tmp_path / "text", bad_input="skip").splits[0].documents == 1
+
+
+def test_too_little_text_is_refused(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(DataError, match=r"the text gives 2 tokens, less than one sample of 16\. Give more text\."):
+        run(tmp_path / "a.txt")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_seq_len": 1}, "max_seq_len: 1 leaves nothing to predict"),
+        ({"held_out": 1.0}, "held_out: 1.0 is not a share from 0 to 1"),
+        ({"held_out": 0.1, "held_out_split": "train"}, "held_out_split: it has the same name as split"),
+        ({"split": "../x"}, r"split: '\.\./x' is not the name of a folder"),
+        ({"bad_input": "ignore"}, "bad_input: 'ignore' is not allowed"),
+        ({"compression": "gz"}, "compression: 'gz' is not allowed. Use one of br, bz2, snappy, zstd"),
+        ({"tokenizer": "./none"}, r"tokenizer.name: \./none is not a folder"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_error(
+    run: Any, corpus: Path, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(MPTFoundryError, match=message):
+        run(corpus, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_without_eos_is_refused_unless_none_is_wanted(
+    run: Any, corpus: Path, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    bare: Any = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_folder / "tokenizer.json"))
+    bare.save_pretrained(tmp_path / "bare")
+    with pytest.raises(DataError, match="has no EOS token for the borders of documents"):
+        run(corpus, tokenizer=str(tmp_path / "bare"))
+    run(corpus, tokenizer=str(tmp_path / "bare"), add_eos=False)
+    meta = read_index(tmp_path / "out" / "train", "x").meta
+    assert meta is not None and meta.eos_token_id is None
+
+
+def test_an_output_that_can_not_be_written_is_one_clear_error(run: Any, corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(DataError, match=r"out/train: it can't be written \(Not a directory\)"):
+        run(corpus)
+
+
+def test_bos_goes_before_each_document(
+    run: Any, corpus_texts: list[str], tiny_tokenizer: Any, read_tokens: Reader, tmp_path: Path
+) -> None:
+    run(write_lines(tmp_path / "a.jsonl", corpus_texts[:2]), add_bos=True, add_eos=False)
+    stream: list[int] = []
+    for text in corpus_texts[:2]:
+        stream += [tiny_tokenizer.bos_token_id, *tiny_tokenizer(text, truncation=False)["input_ids"]]
+    assert (read_tokens(tmp_path / "out" / "train") == cut(stream, 16)).all()

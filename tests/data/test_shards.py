@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mptfoundry.data.shards import find_split, narrowest_dtype, read_index, read_samples
+from mptfoundry.errors import DataError
+
+
+def test_the_narrowest_type_holds_the_largest_id() -> None:
+    sizes = (256, 257, 65_536, 65_537)
+    assert [narrowest_dtype(size) for size in sizes] == ["uint8", "uint16", "uint16", "uint32"]
+
+
+def test_the_index_tells_what_was_prepared(prepared: Path) -> None:
+    index = read_index(prepared / "train", "here")
+    assert index.meta is not None and index.meta.max_seq_len == 64
+    assert index.samples == index.meta.samples == index.meta.tokens // 64
+    assert len(index.shards) > 1
+
+
+def test_samples_are_read_across_shards(prepared: Path) -> None:
+    index = read_index(prepared / "train", "here")
+    numbers = [0, index.samples // 2, index.samples - 1]
+    samples = [sample["tokens"] for sample in read_samples(index, numbers)]
+    everything = [sample["tokens"] for sample in read_samples(index, range(index.samples))]
+    assert all((sample == everything[number]).all() for sample, number in zip(samples, numbers, strict=True))
+
+
+def test_compressed_shards_are_read_without_leaving_files(tmp_path: Path) -> None:
+    from streaming import MDSWriter
+
+    with MDSWriter(columns={"tokens": "bytes"}, out=str(tmp_path / "x"), compression="zstd") as writer:
+        writer.write({"tokens": np.arange(5, dtype=np.int64).tobytes()})
+    before = sorted(path.name for path in (tmp_path / "x").iterdir())
+    (sample,) = read_samples(read_index(tmp_path / "x", "here"), [0])
+    assert np.frombuffer(sample["tokens"], np.int64).tolist() == [0, 1, 2, 3, 4]
+    assert sorted(path.name for path in (tmp_path / "x").iterdir()) == before
+
+
+def test_a_missing_folder_split_or_index_is_named(tmp_path: Path, prepared: Path) -> None:
+    with pytest.raises(DataError, match=r"^loader: the folder .*nowhere is missing\. Prepare it"):
+        find_split(tmp_path / "nowhere", None, "loader")
+    with pytest.raises(DataError, match=r"has no split 'test'\. It has train, val\.$"):
+        find_split(prepared, "test", "loader")
+    with pytest.raises(DataError, match=r"holds splits, not shards\. Set split to one of train, val\.$"):
+        read_index(prepared, "loader")
+    with pytest.raises(DataError, match=r"has no index\.json\. Prepare it"):
+        read_index(tmp_path, "loader")
+    (tmp_path / ".preparing").mkdir()
+    with pytest.raises(DataError, match=r"is half prepared\. Run the same `mptfoundry prepare` again"):
+        read_index(tmp_path, "loader")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is damaged"),
+        ('{"version": 2}', "is damaged"),
+        ('{"version": 2, "shards": []}', r"holds no samples\. Prepare more text than max_seq_len tokens"),
+        ('{"version": 2, "shards": [{"samples": 1}]}', "is damaged"),
+    ],
+)
+def test_a_damaged_or_empty_index_is_one_error(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "index.json").write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_index(tmp_path, "loader")
+
+
+@pytest.mark.parametrize("name", ["../shard.00000.mds", "/etc/passwd", ".."])
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path, prepared: Path, name: str) -> None:
+    index = json.loads((prepared / "train" / "index.json").read_text())
+    index["shards"][0]["raw_data"]["basename"] = name
+    (tmp_path / "index.json").write_text(json.dumps(index))
+    with pytest.raises(DataError, match="lies outside its folder"):
+        read_index(tmp_path, "loader")
+
+
+def test_a_shard_that_is_cut_short_is_named(tmp_path: Path, prepared: Path) -> None:
+    for path in (prepared / "val").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "shard.00000.mds").write_bytes(b"")
+    with pytest.raises(DataError, match=r"shard\.00000\.mds: the shard can't be read"):
+        list(read_samples(read_index(tmp_path, "loader"), [0]))
