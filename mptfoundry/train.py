@@ -19,6 +19,7 @@ from composer.utils import dist
 
 from mptfoundry import build
 from mptfoundry.callbacks.console import ConsoleLine
+from mptfoundry.callbacks.gloo_average import AverageGradients
 from mptfoundry.callbacks.metrics_file import MetricsFile
 from mptfoundry.callbacks.report import write_report
 from mptfoundry.callbacks.rng_resume import restore_random_state
@@ -27,6 +28,7 @@ from mptfoundry.config.load import to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import CheckpointError, ConfigError
+from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
 from mptfoundry.resolve import Resolved, resolve_auto
 
@@ -63,7 +65,7 @@ def train(config: TrainConfig) -> Trainer:
         optimizers=build.build_optimizer(config, model),
         schedulers=build.build_scheduler(config),
         algorithms=build.build_algorithms(config),
-        callbacks=[throughput, *build.build_callbacks(config, tokenizer)],
+        callbacks=[throughput, AverageGradients(), *build.build_callbacks(config, tokenizer)],
         loggers=[*build.build_loggers(config), *_own_loggers(config, folder)],
         parallelism_config=build.build_parallelism(config, resolved, device),
         **_plain_arguments(config, resolved, device),
@@ -79,7 +81,8 @@ def train(config: TrainConfig) -> Trainer:
         trainer.fit()
     trainer.close()
     if dist.get_global_rank() == 0:
-        say(f"report: {write_report(folder)}")
+        facts = {"model": config.model.name, "parameters": f"{count_parameters(config.model):,}"}
+        say(f"report: {write_report(folder, facts=facts)}")
     return trainer
 
 
