@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import yaml
@@ -16,11 +16,13 @@ from mptfoundry.checkpoints.names import find_checkpoint
 from mptfoundry.checkpoints.sharded import ShardedWeights
 from mptfoundry.checkpoints.torch_files import open_composer_file
 from mptfoundry.checkpoints.weights import EMBEDDING, PROJECTION, Weights
-from mptfoundry.errors import CheckpointError
+from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.mpt.config import MPTConfig
 
 if TYPE_CHECKING:
     from mptfoundry.mpt.network import MPT
+
+AttnImpl = Literal["auto", "torch", "flash", "triton"]
 
 RUN_CONFIG = "config.yaml"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -71,7 +73,11 @@ def open_model(path: str | Path) -> ModelSource:
 
 
 def load_network(
-    path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    attn_impl: AttnImpl = "auto",
 ) -> tuple[MPT, Any]:
     """The network of a run, a checkpoint or a Hugging Face folder, ready to evaluate, and its tokenizer.
 
@@ -79,25 +85,41 @@ def load_network(
         path: As for `open_model`.
         device: Where the network is put.
         dtype: Number format of the weights. Default: as stored.
+        attn_impl: The attention backend.
 
     Returns:
         The network in eval mode, and the tokenizer or None where there is none.
 
     Raises:
         CheckpointError: As `open_model`.
+        ConfigError: As `network_of`.
     """
     source = open_model(path)
-    return network_of(source, device=device, dtype=dtype), tokenizer_of(source)
+    return network_of(source, device=device, dtype=dtype, attn_impl=attn_impl), tokenizer_of(source)
 
 
 def network_of(
-    source: ModelSource, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+    source: ModelSource,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    attn_impl: AttnImpl = "auto",
 ) -> MPT:
-    """The network of an opened model, in eval mode; its weights are read one by one."""
+    """The network of an opened model, in eval mode; its weights are read one by one.
+
+    Raises:
+        ConfigError: The attention backend that is asked for can't serve this model on this device.
+    """
+    from mptfoundry.mpt.attention import choose_backend
     from mptfoundry.mpt.network import MPT
 
-    network = MPT(source.config, device="meta").to(dtype or source.weights.outlines[EMBEDDING].dtype)
-    network.to_empty(device=device)
+    config = replace(source.config, attn_config=replace(source.config.attn_config, attn_impl=attn_impl))
+    try:
+        choose_backend(config, torch.device(device).type)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    network = MPT(config, device="meta")
+    network.to(dtype or source.weights.outlines[EMBEDDING].dtype).to_empty(device=device)
     targets = dict(network.named_parameters())
     with torch.no_grad():
         for name, tensor in source.tensors():

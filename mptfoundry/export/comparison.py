@@ -15,7 +15,9 @@ import torch
 
 from mptfoundry.checkpoints.hf_folder import FolderWeights
 from mptfoundry.checkpoints.reading import ModelSource, network_of
+from mptfoundry.devices import total_memory
 from mptfoundry.errors import CheckpointError
+from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
 
 _TEXT = """A language model reads one token after another and learns to tell which comes next. "Why?", asked
@@ -66,12 +68,13 @@ def compare_logits(
     tokenizer: Any,
     dtype: torch.dtype,
     *,
-    memory_bytes: int = 8 << 30,
+    memory_bytes: int | None = None,
 ) -> Comparison:
     """Compare an exported folder with the model that it was made from.
 
-    A model too large for `memory_bytes` in float64 is compared over its first layers, which shows every
-    switch of the architecture, and all its weights bit by bit.
+    A model whose float64 weights are larger than `memory_bytes` is compared over its first layers, which
+    shows every switch of the architecture, and all its weights bit by bit. By default that is a quarter of
+    the machine's memory, and 8 GiB at most.
 
     Raises:
         CheckpointError: The logits or the weights differ.
@@ -79,7 +82,7 @@ def compare_logits(
     config = source.config
     longest = min(_LONGEST, config.max_seq_len)
     ids = torch.tensor([tokenizer(_TEXT, truncation=True, max_length=longest)["input_ids"]])
-    cut = replace(config, n_layers=_layers_within(source, memory_bytes))
+    cut = replace(config, n_layers=_layers_within(config, memory_bytes or _affordable_bytes()))
     exact, ours = _our_logits(replace(source, config=cut), ids, dtype)
     theirs_float32, theirs = _their_logits(folder, ids, cut.n_layers)
     comparison = Comparison(
@@ -100,8 +103,11 @@ def compare_logits(
     return comparison
 
 
-def _layers_within(source: ModelSource, memory_bytes: int) -> int:
-    config = source.config
+def _affordable_bytes() -> int:
+    return min(8 << 30, (total_memory() or 16 << 30) // 4)
+
+
+def _layers_within(config: MPTConfig, memory_bytes: int) -> int:
     one = count_parameters(replace(config, n_layers=1))
     block = count_parameters(replace(config, n_layers=2)) - one
     return max(1, min(config.n_layers, 1 + (memory_bytes // 8 - one) // block))

@@ -103,6 +103,7 @@ def export(
     license: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    memory_bytes: int | None = None,
 ) -> ExportSummary:
     """Write a model as a Hugging Face folder for transformers' own MPT classes, 4.51 and later.
 
@@ -115,6 +116,7 @@ def export(
         license: For the model card, by its SPDX name.
         overwrite: Replace a folder that is there.
         progress: Show a bar over the bytes.
+        memory_bytes: For the comparison; see `compare_logits`.
 
     Raises:
         CheckpointError: The model can't be read, is outside what the classes express (all reasons are
@@ -149,7 +151,7 @@ def export(
         _write_tokenizer(folder, text, source.config.max_seq_len)
         card = model_card(out.name, source, chosen, license)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        comparison = compare_logits(source, folder, text, chosen)
+        comparison = compare_logits(source, folder, text, chosen, memory_bytes=memory_bytes)
         sizes = [file.stat().st_size for file in files]
     return ExportSummary(
         out, count_parameters(source.config), chosen, sum(sizes), len(files), seconds, comparison

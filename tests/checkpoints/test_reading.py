@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
 from mptfoundry.checkpoints.reading import load_network, open_model
-from mptfoundry.errors import CheckpointError
+from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 
@@ -82,6 +82,13 @@ def test_the_dtype_asked_for_is_given_and_otherwise_the_stored_one(write_run: Wr
     run = write_run(network=MPT(TINY, seed=1).bfloat16())
     assert next(load_network(run)[0].parameters()).dtype is torch.bfloat16
     assert next(load_network(run, dtype=torch.float32)[0].parameters()).dtype is torch.float32
+
+
+def test_a_backend_that_cannot_serve_is_refused(write_run: WriteRun) -> None:
+    run = write_run()
+    assert load_network(run, attn_impl="torch")[0].config.attn_config.attn_impl == "torch"
+    with pytest.raises(ConfigError, match=r"attn_impl: flash can't be used"):
+        load_network(run, attn_impl="flash")
 
 
 def test_transformers_own_folders_are_read(tmp_path: Path) -> None:
