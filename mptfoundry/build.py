@@ -244,7 +244,8 @@ def build_parallelism(config: TrainConfig, resolved: Resolved, device: Device) -
     """Composer's parallelism: one of its two FSDP configs, or None where each device holds a whole copy."""
     if config.fsdp_config is None:
         return None
-    version, options, _ = resolve_fsdp(config.fsdp_config, device_type=device.kind, microbatch_auto=False)
+    device_type = "cuda" if device.kind == "gpu" else "cpu"
+    version, options, _ = resolve_fsdp(config.fsdp_config, device_type=device_type, microbatch_auto=False)
     return {"fsdp": FSDP2Config(**options) if version == 2 else FSDPConfig(**options)}
 
 

@@ -111,7 +111,7 @@ def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
     return Resolved(
         attn_impl=choose("model.attn_config.attn_impl", model.attn_config.attn_impl, _attention),
         loss_fn=choose("model.loss_fn", model.loss_fn, _loss),
-        init_device=choose("model.init_device", model.init_device, lambda: _init_device(is_sharded)),
+        init_device=_init_device(model.init_device, is_sharded, device, reasons),
         precision=precision,
         fsdp_version=_fsdp_version(config, device, reasons),
         device_train_microbatch_size=microbatch,
@@ -184,10 +184,20 @@ def _loss() -> tuple[str, str]:
     return "torch_crossentropy", "exact, in chunks of tokens: the full logits never exist"
 
 
-def _init_device(is_sharded: bool) -> tuple[str, str]:
-    if is_sharded:
-        return "meta", "with FSDP each device draws only its own shards"
-    return "cpu", "without FSDP every device holds the whole model"
+def _init_device(given: str, is_sharded: bool, device: Device, reasons: dict[str, str]) -> str:
+    """Where weights are made; what is drawn is the same everywhere, so `meta` may give way to `cpu`."""
+    if given == "cpu":
+        return given
+    if not is_sharded:
+        reasons["model.init_device"] = "without FSDP every device holds the whole model"
+    elif device.kind == "cpu":
+        reasons["model.init_device"] = "Composer shards weights that were made on meta on GPUs only"
+    elif given == "auto":
+        reasons["model.init_device"] = "with FSDP each device draws only its own shards"
+        return "meta"
+    else:
+        return given
+    return "cpu"
 
 
 def _fsdp_version(config: TrainConfig, device: Device, reasons: dict[str, str]) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,36 @@ def tiny_tokenizer(tokenizer_folder: Path) -> Any:
     from mptfoundry.tokenizer import load_tokenizer
 
     return load_tokenizer(str(tokenizer_folder), max_seq_len=TINY.max_seq_len)
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `tokenizer` (384 ids) and the streams `a` (code; train and val) and `b` (prose; train),
+    rows of 32 tokens, the same under every version of Python."""
+    from mptfoundry.data.prepare import prepare
+    from mptfoundry.tokenizer import train_bpe
+
+    folder = tmp_path_factory.mktemp("shards")
+    for name in ("a", "b"):
+        (folder / f"{name}.jsonl").write_text("".join(documents(name)))
+    train_bpe(documents("a"), 384, folder / "tokenizer")
+    options: dict[str, Any] = {"tokenizer": str(folder / "tokenizer"), "max_seq_len": 32, "workers": 1}
+    prepare([str(folder / "a.jsonl")], folder / "a", held_out=0.2, progress=False, **options)
+    prepare([str(folder / "b.jsonl")], folder / "b", progress=False, **options)
+    return folder
+
+
+def documents(kind: str) -> list[str]:
+    """Lines of JSONL: 200 small functions, or sentences about them."""
+    draw = random.Random(kind)
+    names = ["first", "second", "total", "count", "left", "right"]
+    rows = []
+    for _ in range(200):
+        one, two, number = draw.choice(names), draw.choice(names), draw.randrange(100)
+        code = f"def {one}({two}):\n    return {two} * {number} + {number % 7}\n"
+        prose = f"The {one} of {number} is larger than the {two} of {number % 7}.\n"
+        rows.append(json.dumps({"text": code if kind == "a" else prose}) + "\n")
+    return rows
 
 
 @pytest.fixture

@@ -74,6 +74,31 @@ def test_a_small_one_of_its_kind_is_built(path: Path) -> None:
     assert sum(p.numel() for p in network.parameters()) == count_parameters(model)
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=each)
+def test_a_small_one_of_its_kind_trains_on_a_cpu(path: Path, shards: Path, tmp_path: Path) -> None:
+    from mptfoundry.callbacks.metrics_file import read_rows
+    from mptfoundry.train import train
+
+    recipe, _ = load_train_config(path)
+    words = [*SHRUNK, "model.vocab_size=384", "max_seq_len=32", f"tokenizer.name={shards}/tokenizer"]
+    words += ["max_duration=2ba", "global_train_batch_size=8", "log_to_console=false", "load_path=null"]
+    words += ["save_interval=2ba", "eval_interval=2ba", "eval_subset_num_batches=1"]
+    words.append(f"save_folder={tmp_path}/{{run_name}}")
+    names = recipe.train_loader.dataset.streams
+    here = [f"train_loader.dataset.streams.{name}" for name in names] if names else ["train_loader.dataset"]
+    loaders = recipe.eval_loader if isinstance(recipe.eval_loader, tuple) else (recipe.eval_loader,)
+    several = isinstance(recipe.eval_loader, tuple)
+    here += [f"eval_loader.{i}.dataset" if several else "eval_loader.dataset" for i in range(len(loaders))]
+    for number, key in enumerate(here):  # streaming wants a folder of its own for each stream
+        (tmp_path / str(number)).symlink_to(shards / "a")
+        words += [f"{key}.local={tmp_path / str(number)}", f"{key}.remote=null"]
+    config, _ = load_train_config(path, words)
+    train(config)
+    rows = list(read_rows(tmp_path / path.stem / "metrics.jsonl"))
+    assert [row["batch"] for row in rows if "loss" in row] == [1, 2]
+    assert any("eval" in row for row in rows)
+
+
 @pytest.mark.parametrize("name", ["mpt-7b", "mpt-30b"])
 def test_the_published_mix_and_batch_are_kept(name: str) -> None:
     config = load_train_config(CONFIGS[0].parent / f"{name}.yaml")[0]

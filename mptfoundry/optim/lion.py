@@ -88,8 +88,9 @@ class DecoupledLionW(torch.optim.Optimizer):
         """Add parameters that share options; what the group leaves out is the optimizer's default."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        if group["lr"] <= 0:
-            raise ConfigError(f"optimizer.lr: {group['lr']} is not positive. Use a number above 0.")
+        # Sharding makes groups anew in the middle of a schedule, where `lr` may be 0; `initial_lr` never is.
+        if group.setdefault("initial_lr", group["lr"]) <= 0:
+            raise ConfigError(f"optimizer.lr: {group['initial_lr']} is not positive. Use a number above 0.")
         if not all(0 <= beta <= 1 for beta in group["betas"]):
             raise ConfigError(f"optimizer.betas: {list(group['betas'])}. Use two numbers from 0 to 1.")
         if not 0 <= group["weight_decay"] < 1:
@@ -97,7 +98,6 @@ class DecoupledLionW(torch.optim.Optimizer):
                 f"optimizer.weight_decay: {group['weight_decay']}. Use 0 or more and less than 1: it is the "
                 "share of every weight that is taken in a step at full learning rate."
             )
-        group.setdefault("initial_lr", group["lr"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

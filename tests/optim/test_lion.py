@@ -136,3 +136,11 @@ def test_the_closure_is_called_with_gradients_on() -> None:
 def test_values_out_of_range_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         DecoupledLionW(parameters(), **options)
+
+
+def test_a_group_made_in_the_middle_of_a_schedule_keeps_its_initial_rate() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = DecoupledLionW([{"params": [weight], "lr": 0.0, "initial_lr": 0.5}])
+    assert optimizer.param_groups[0]["initial_lr"] == 0.5
+    with pytest.raises(ConfigError, match=r"optimizer.lr: 0.0 is not positive"):
+        DecoupledLionW([torch.nn.Parameter(torch.ones(3))], lr=0.0)
