@@ -79,9 +79,9 @@ def _prepare(words: list[str]) -> None:
 
 def _preview(words: list[str]) -> None:
     options = _options(words, "PreviewConfig", "data")
-    from mptfoundry.data.preview import preview
+    from mptfoundry.preview import preview
 
-    print(preview(**vars(options)))
+    print(preview(options))
 
 
 def _export(words: list[str]) -> None:
@@ -125,6 +125,8 @@ def _chat(words: list[str]) -> None:
 def _explain(words: list[str]) -> None:
     from mptfoundry.config.explain import explain
 
+    if len(words) > 1:
+        raise ConfigError(f"explain: takes one key, but was given {len(words)}.")
     print(explain(words[0] if words else None))
 
 
@@ -146,7 +148,7 @@ def _load_network(options: GenerateConfig) -> tuple[Any, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     dtype = dtypes.get(options.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
-    network, tokenizer = load_network(options.model, device=device, dtype=dtype)
+    network, tokenizer = load_network(options.model, device=device, dtype=dtype, attn_impl=options.attn_impl)
     if options.tokenizer:
         tokenizer = load_tokenizer(options.tokenizer)
     if tokenizer is None:

@@ -76,7 +76,16 @@ def evaluate(options: EvalConfig) -> Results:
     }
     metrics = token_loss_metrics(token_byte_lengths(tokenizer, source.config.vocab_size))
     trainer = Trainer(
-        model=ComposerMPT(network_of(source, dtype=torch.float32), eval_metrics=metrics, tokenizer=tokenizer),
+        model=ComposerMPT(
+            network_of(
+                source,
+                device="cuda" if device.kind == "gpu" else "cpu",
+                dtype=torch.float32,
+                attn_impl=options.attn_impl,
+            ),
+            eval_metrics=metrics,
+            tokenizer=tokenizer,
+        ),
         eval_dataloader=build.build_evaluators(loaders, contexts),
         eval_subset_num_batches=options.eval_subset_num_batches,
         device=device.kind,

@@ -16,7 +16,7 @@ FLOORS = [
     ["config", "devices", "resolve", "plan", "tokenizer", "checkpoints"],
     ["models", "data", "optim", "callbacks", "evals", "generation", "export"],
     ["build"],
-    ["train", "evaluate", "doctor"],
+    ["train", "evaluate", "preview", "doctor"],
     ["cli"],
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -58,26 +58,20 @@ class PrepareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
-    """Show samples of a data set as text.
+    """Show samples of a data set as text, and the mix that a config reads.
 
     Attributes:
-        data: Folder of shards, or a training config.
+        data: Folder of shards, or a training config: then each of its streams.
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: what the shards or the config name.
-        split: Subfolder of `data`.
-        samples: How many samples.
-        start: The first of them.
-        max_characters: Of each sample; the middle is left out. 0: all.
-        loader: Which loader of a config: `train`, or the label of an evaluation loader.
-        picture: File to draw the data mix into, such as `mix.png`.
+        split: Subfolder of a folder of shards. Default: `train`, if there is one.
+        samples: How many samples of each folder.
+        picture: File to draw a config's data mix into, such as `mix.png`.
     """
 
     data: str
     tokenizer: str | None = None
     split: str | None = None
     samples: int = 3
-    start: int = 0
-    max_characters: int = 1500
-    loader: str = "train"
     picture: str | None = None
 
 

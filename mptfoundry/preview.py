@@ -1,0 +1,61 @@
+"""What a data set holds, before anything is trained on it: `preview(options)` as text, and as a picture."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from mptfoundry.config.load import load_train_config
+from mptfoundry.config.verbs import PreviewConfig
+from mptfoundry.data.mix import describe_mix, draw_mix, mix_table
+from mptfoundry.data.preview import preview as preview_folder
+from mptfoundry.errors import ConfigError
+
+
+def preview(options: PreviewConfig) -> str:
+    """Decoded samples of a folder of shards, or of every stream of a config with the mix that a run reads.
+
+    Raises:
+        ConfigError, DataError: Something named is missing or can't be read.
+    """
+    color = sys.stdout.isatty()
+    if Path(options.data).suffix not in (".yaml", ".yml"):
+        if options.picture:
+            raise ConfigError(
+                "picture: a mix can be drawn of a config only. Name a YAML file in place of shards."
+            )
+        split = options.split or ("train" if Path(options.data, "train").is_dir() else "")
+        return preview_folder(
+            Path(options.data, split), samples=options.samples, tokenizer=options.tokenizer, color=color
+        )
+    return _preview_config(options, color)
+
+
+def _preview_config(options: PreviewConfig, color: bool) -> str:
+    config, _ = load_train_config(options.data, [])
+    dataset, batches = config.train_loader.dataset, config.batches()
+    streams = {name: asdict(stream) for name, stream in dataset.sources.items()}
+    tokens_per_step = config.global_train_batch_size * config.max_seq_len
+    rows = describe_mix(
+        streams,
+        split=dataset.split,
+        max_seq_len=config.max_seq_len,
+        total_tokens=None if batches is None else batches * tokens_per_step,
+        eos_token_id=dataset.eos_token_id,
+    )
+    parts = [mix_table(rows)]
+    if options.picture:
+        parts.append(f"picture: {draw_mix(rows, options.picture)}")
+    for name, stream in dataset.sources.items():
+        folder = Path(stream.local or stream.remote or "", stream.split or dataset.split or "")
+        tokenizer = options.tokenizer or config.tokenizer.name
+        text = preview_folder(
+            folder,
+            samples=options.samples,
+            tokenizer=tokenizer,
+            token_encoding_type=dataset.token_encoding_type,
+            color=color,
+        )
+        parts.append(f"{name}\n{text}")
+    return "\n\n".join(parts)
