@@ -67,6 +67,12 @@ _WITHOUT_EFFECT = {
 }
 _WITHOUT_EFFECT_IN_ATTENTION = _WITHOUT_EFFECT | {"attn_impl", "norm_type"}
 _WITHOUT_EFFECT_IN_FFN = {"fc_type"}
+
+# llm-foundry's latest additions, which MPT does not have, as it writes them where they are off.
+_OFF_IN_ATTENTION: tuple[tuple[str, Any], ...] = (
+    ("nope", False),
+    ("attn_temperature_tuning", {"attn_scale": 0.0, "floor_scale": 8192}),
+)
 _MODEL_TYPES = ("mpt", "mptfoundry")
 
 
@@ -89,7 +95,23 @@ def config_of_folder(folder: Path) -> MPTConfig:
     model_type = values.get("model_type", "mpt")
     if model_type not in _MODEL_TYPES:
         raise CheckpointError(f"{file}: model_type is {model_type!r}. Only MPT models are read.")
-    return config_from_dict(values, str(file))
+    return config_of_others(values, str(file))
+
+
+def config_of_others(values: Mapping[str, Any], where: str) -> MPTConfig:
+    """The architecture of a model that may come from llm-foundry, whose query and key norms differ from ours.
+
+    There `qk_ln` and `qk_gn` are layernorms with an epsilon of 1e-5, whatever `norm_type` and `norm_eps` say.
+    """
+    config = config_from_dict(values, where)
+    has_their_norms = config.attn_config.qk_ln or config.attn_config.qk_gn
+    agrees = config.norm_type.endswith("layernorm") and config.norm_eps == 1e-5
+    if has_their_norms and not agrees and "layer_norm_epsilon" not in values:
+        raise CheckpointError(
+            f"{where}: qk_ln or qk_gn beside norm_type: {config.norm_type} and norm_eps: {config.norm_eps}. "
+            "llm-foundry computes these as layernorms with 1e-5 all the same, which can't be expressed here."
+        )
+    return config
 
 
 def config_from_dict(values: Mapping[str, Any], where: str) -> MPTConfig:
@@ -109,7 +131,11 @@ def config_from_dict(values: Mapping[str, Any], where: str) -> MPTConfig:
             )
         values = {**_NATIVE_DEFAULTS, **values}
         attention = {**_NATIVE_ATTENTION_DEFAULTS, **attention}
-    attention = {k: v for k, v in attention.items() if k not in _WITHOUT_EFFECT_IN_ATTENTION}
+    attention = {
+        key: value
+        for key, value in attention.items()
+        if key not in _WITHOUT_EFFECT_IN_ATTENTION and (key, value) not in _OFF_IN_ATTENTION
+    }
     ffn = dict(values.pop("ffn_config", None) or {})
     values["ffn_config"] = {k: v for k, v in ffn.items() if k not in _WITHOUT_EFFECT_IN_FFN}
     values["attn_config"] = attention

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import yaml
 
-from mptfoundry.checkpoints.hf_config import config_from_dict, config_of_folder
+from mptfoundry.checkpoints.hf_config import config_from_dict, config_of_folder, config_of_others
 from mptfoundry.checkpoints.hf_folder import FolderWeights
 from mptfoundry.checkpoints.names import find_checkpoint
 from mptfoundry.checkpoints.sharded import ShardedWeights
@@ -190,7 +190,7 @@ def _open_checkpoint(checkpoint: Path) -> ModelSource:
     if run_folder is not None:
         config = _config_of_run(run_folder)
     elif content := hugging_face.get("model", {}).get("config", {}).get("content"):
-        config = config_from_dict(content, f"{checkpoint}: state.integrations.huggingface")
+        config = config_of_others(content, f"{checkpoint}: state.integrations.huggingface")
     else:
         raise CheckpointError(
             f"{checkpoint}: no {RUN_CONFIG} beside it, so its architecture isn't known. Keep a "

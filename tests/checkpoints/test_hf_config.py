@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.checkpoints.hf_config import config_from_dict, config_of_folder
+from mptfoundry.checkpoints.hf_config import config_from_dict, config_of_folder, config_of_others
 from mptfoundry.errors import CheckpointError
 from mptfoundry.mpt.config import AttnConfig, FFNConfig, InitConfig, MPTConfig
 from mptfoundry.mpt.flops import count_parameters
@@ -92,6 +92,22 @@ def test_llm_foundrys_silence_means_llm_foundrys_defaults() -> None:
     )
     assert not config.no_bias
     assert not config.attn_config.alibi
+
+
+def test_llm_foundrys_latest_additions_are_taken_where_they_are_off() -> None:
+    off = {"nope": False, "attn_temperature_tuning": {"attn_scale": 0.0, "floor_scale": 8192}, "kv_dim": None}
+    assert config_from_dict({"attn_config": off, "block_overrides": None}, "x") == MPTConfig()
+    with pytest.raises(CheckpointError, match=r"attn_config.nope: True. No such switch of MPT"):
+        config_from_dict({"attn_config": {**off, "nope": True}}, "x")
+
+
+def test_llm_foundrys_query_norms_are_not_taken_for_something_else() -> None:
+    values = {"attn_config": {"qk_ln": True}, "norm_type": "low_precision_layernorm", "norm_eps": 1e-5}
+    assert config_of_others(values, "x").attn_config.qk_ln
+    for change in ({"norm_type": "rmsnorm"}, {"norm_eps": 1e-6}):
+        with pytest.raises(CheckpointError, match=r"llm-foundry computes these as layernorms with 1e-5"):
+            config_of_others({**values, **change}, "x")
+        assert config_from_dict({**values, **change}, "x").attn_config.qk_ln
 
 
 def test_our_own_dictionary_comes_back() -> None:

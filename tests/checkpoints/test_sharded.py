@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import os
 import pickle
 from pathlib import Path
@@ -45,12 +46,18 @@ def test_only_the_models_tensors_are_offered(tmp_path: Path) -> None:
     assert weights.read("transformer.wte.weight", torch.bfloat16).dtype is torch.bfloat16
 
 
-def save_from_two_ranks(rank: int, folder: str, port: int) -> None:
+def save_from_two_ranks(rank: int, folder: str, meeting: str) -> None:
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{meeting}",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )
     mesh = init_device_mesh("cpu", (2,))
     tensor = distribute_tensor(torch.arange(35.0).reshape(7, 5), mesh, [Shard(0)])
     dcp.save({"state": {"model": {"model.a": tensor}}}, storage_writer=dcp.FileSystemWriter(folder))
@@ -59,8 +66,7 @@ def save_from_two_ranks(rank: int, folder: str, port: int) -> None:
 
 def test_the_pieces_of_two_ranks_become_one_tensor(tmp_path: Path) -> None:
     folder = tmp_path / "ep0-ba1"
-    port = 20000 + os.getpid() % 20000
-    multiprocessing.spawn(save_from_two_ranks, (str(folder), port), nprocs=2)
+    multiprocessing.spawn(save_from_two_ranks, (str(folder), str(tmp_path / "meeting")), nprocs=2)
     assert {entry.name for entry in folder.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
     torch.testing.assert_close(ShardedWeights(folder).read("a"), torch.arange(35.0).reshape(7, 5))
 
