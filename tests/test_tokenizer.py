@@ -42,7 +42,9 @@ def test_training_too_few_ids_is_refused(tmp_path: Path) -> None:
 
 def test_the_length_limit_is_max_seq_len(tokenizer_folder: Path) -> None:
     assert load_tokenizer(str(tokenizer_folder), max_seq_len=64).model_max_length == 64
-    assert load_tokenizer(str(tokenizer_folder), {"model_max_length": 9}, max_seq_len=64).model_max_length == 9
+    assert (
+        load_tokenizer(str(tokenizer_folder), {"model_max_length": 9}, max_seq_len=64).model_max_length == 9
+    )
 
 
 def test_the_fingerprint_outlives_copies_but_not_changes(tmp_path: Path, tokenizer_folder: Path) -> None:
@@ -112,14 +114,19 @@ def test_a_class_that_this_transformers_does_not_know_is_no_obstacle(
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / file).write_bytes((tokenizer_folder / file).read_bytes())
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "tokenizer_class": "FutureTokenizer"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({**config, "tokenizer_class": "FutureTokenizer"})
+    )
     assert load_tokenizer(str(tmp_path))("some text") == tiny_tokenizer("some text")
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("./nowhere", r"tokenizer.name: \./nowhere is not a folder\. Give a folder that holds tokenizer.json\."),
+        (
+            "./nowhere",
+            r"tokenizer.name: \./nowhere is not a folder\. Give a folder that holds tokenizer.json\.",
+        ),
         ("some-org/some-tokenizer", r"neither a folder nor in the Hugging Face cache.*HF_HUB_OFFLINE is set"),
     ],
 )
@@ -132,7 +139,7 @@ def test_a_missing_tokenizer_is_one_clear_error(
 
 
 def test_an_empty_or_damaged_folder_is_one_clear_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds neither tokenizer.json nor tokenizer_config.json"):
+    with pytest.raises(ConfigError, match=r"holds neither tokenizer.json nor tokenizer_config.json"):
         load_tokenizer(str(tmp_path))
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer.name: .* can't be read"):

@@ -92,12 +92,12 @@ def mix_table(rows: Sequence[StreamShare]) -> str:
     """The mix as a short table."""
     width = max(6, *(len(row.name) for row in rows))
     head = ("share", "tokens read", "tokens it has", "epochs", "tokens/document")
-    lines = ["  ".join((f"{'stream':{width}}", *map(str.rjust, head, (6, 16, 16, 7, 15))))]
+    lines = ["  ".join((f"{'stream':{width}}", *map(str.rjust, head, (6, 16, 16, 9, 15))))]
     for row in rows:
         mean = f"{row.mean_document_tokens:,.0f}" if row.mean_document_tokens else "unknown"
         lines.append(
             f"{row.name:{width}}  {row.share:6.1%}  {row.drawn_tokens:16,.0f}  {row.tokens:16,}  "
-            f"{row.epochs:7.2f}  {mean:>15}"
+            f"{row.epochs:9,.2f}  {mean:>15}"
         )
     return "\n".join(lines)
 

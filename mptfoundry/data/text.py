@@ -155,9 +155,13 @@ class TextDataset(StreamingDataset):
         """Read one sample: `input_ids` (tokens,) int64 with 1 <= tokens <= max_seq_len, and `sample_id`.
 
         Raises:
-            DataError: It is too long, or holds an id that the model has no embedding for.
+            DataError: It can't be read, is too long, or holds an id that the model has no embedding for.
         """
-        sample = super().get_item(sample_id, retry)
+        try:
+            sample = super().get_item(sample_id, retry)
+        except (OSError, RuntimeError, ValueError, LookupError) as error:
+            reason = self.background_error or error
+            raise DataError(f"{self._place(sample_id)} can't be read: {reason}") from error
         if "tokens" in sample:
             ids = self._stored_ids(sample["tokens"], sample_id)
         elif "text" in sample:
@@ -181,16 +185,17 @@ class TextDataset(StreamingDataset):
         return {"input_ids": ids, "sample_id": int(sample_id)}
 
     def on_exception(self, future: Future) -> None:
-        """Keep what failed in the background, so that iteration can raise it."""
-        self.background_error = future.exception() or self.background_error
-        super().on_exception(future)
+        """Keep what failed in the background and stop the threads, so that iteration can raise it."""
+        error = future.exception()
+        if error is not None:
+            self.background_error = error
+            self._event.set()
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
         yield from super()._each_sample_id(it)
         # Streaming only stops when a shard can't be fetched in the background: the epoch would seem over.
         if self.background_error is not None:
-            error = self.background_error
-            raise DataError(f"A shard can't be read: {error or type(error).__name__}") from error
+            raise DataError(f"A shard can't be read: {self.background_error}") from self.background_error
 
     def _stored_ids(self, tokens: Any, sample_id: int) -> np.ndarray:
         if isinstance(tokens, np.ndarray):

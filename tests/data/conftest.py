@@ -11,7 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-MODULES = ("textwrap.py", "heapq.py", "bisect.py", "fnmatch.py", "json/decoder.py", "json/encoder.py", "html/parser.py")
+MODULES = (
+    "textwrap.py",
+    "heapq.py",
+    "bisect.py",
+    "fnmatch.py",
+    "json/decoder.py",
+    "json/encoder.py",
+    "html/parser.py",
+)
 
 
 @pytest.fixture(scope="session")

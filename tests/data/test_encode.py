@@ -31,10 +31,43 @@ def ids(encoder: TextEncoder, text: str) -> list[int]:
 
 def random_texts(count: int) -> list[str]:
     """Short texts in which everything that a pre-tokeniser looks at meets everything else."""
-    ranges = [(0x01, 0x250), (0x300, 0x370), (0x600, 0x660), (0x4E00, 0x4E10), (0x1F600, 0x1F610), (0x20000, 0x20008)]
+    ranges = [
+        (0x01, 0x250),
+        (0x300, 0x370),
+        (0x600, 0x660),
+        (0x4E00, 0x4E10),
+        (0x1F600, 0x1F610),
+        (0x20000, 0x20008),
+    ]
     characters = [chr(code) for start, stop in ranges for code in range(start, stop)]
-    characters += ["\u1100", "\u1161", "\u2028", "\u3000", "\ufeff", "\u200b", "\u212a", "\U000e0001", "\U0001e900"]
-    frequent = [" ", "  ", "\n", "\r\n", "\t", "a", "B", "z", "0", "9", "_", "-", "'s", "'ll", "<|endoftext|>"]
+    characters += [
+        "\u1100",
+        "\u1161",
+        "\u2028",
+        "\u3000",
+        "\ufeff",
+        "\u200b",
+        "\u212a",
+        "\U000e0001",
+        "\U0001e900",
+    ]
+    frequent = [
+        " ",
+        "  ",
+        "\n",
+        "\r\n",
+        "\t",
+        "a",
+        "B",
+        "z",
+        "0",
+        "9",
+        "_",
+        "-",
+        "'s",
+        "'ll",
+        "<|endoftext|>",
+    ]
     rng = random.Random(7)
     draw = lambda: rng.choice(frequent if rng.random() < 0.6 else characters)  # noqa: E731
     return ["".join(draw() for _ in range(rng.randrange(1, 30))) for _ in range(count)]
@@ -99,7 +132,9 @@ def _prefix_space(tokenizer: Tokenizer) -> None:
 
 def _other_pattern(tokenizer: Tokenizer) -> None:
     split: Any = pre_tokenizers.Digits(individual_digits=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
 
 
 def _stripping_token(tokenizer: Tokenizer) -> None:

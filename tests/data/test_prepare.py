@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mptfoundry.data import journal, prepare as module, records
+from mptfoundry.data import journal, records
+from mptfoundry.data import prepare as module
 from mptfoundry.data.prepare import prepare
 from mptfoundry.data.shards import read_index
 from mptfoundry.errors import DataError, MPTFoundryError
@@ -93,9 +94,12 @@ def test_every_kind_of_input_gives_the_same_tokens(
 def test_the_bytes_do_not_depend_on_the_number_of_workers(
     run: Any, corpus: Path, corpus_texts: list[str], tmp_path: Path, files_of: Files
 ) -> None:
+    import datasets
+
     inputs = [corpus, write_lines(tmp_path / "a.jsonl", corpus_texts)]
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(inputs[1].read_bytes(), mtime=0))
-    inputs.append(tmp_path / "b.jsonl.gz")
+    datasets.Dataset.from_dict({"text": corpus_texts}).save_to_disk(str(tmp_path / "c"))
+    inputs += [tmp_path / "b.jsonl.gz", tmp_path / "c"]
     options = {"held_out": 0.2, "shard_bytes": 30_000}
     for workers in (1, 2, 3):
         run(*inputs, out=f"out-{workers}", workers=workers, **options)
@@ -106,7 +110,11 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(
 
 
 def test_units_of_any_size_give_the_same_tokens(
-    run: Any, corpus: Path, corpus_texts: list[str], tmp_path: Path, files_of: Files,
+    run: Any,
+    corpus: Path,
+    corpus_texts: list[str],
+    tmp_path: Path,
+    files_of: Files,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     inputs = [corpus, write_lines(tmp_path / "a.jsonl", corpus_texts)]
@@ -157,7 +165,12 @@ def test_a_run_killed_at_any_write_goes_on_to_the_same_bytes(
 ) -> None:
     options = {"held_out": 0.2, "shard_bytes": 30_000, "max_seq_len": 16, "workers": 1, "progress": False}
     run(corpus, out="whole", **options)
-    arguments = {"inputs": [str(corpus)], "out": tmp_path / "killed", "tokenizer": str(tokenizer_folder), **options}
+    arguments = {
+        "inputs": [str(corpus)],
+        "out": tmp_path / "killed",
+        "tokenizer": str(tokenizer_folder),
+        **options,
+    }
     context = multiprocessing.get_context("fork")
     kills = 0
     for number in itertools.cycle((6, 7, 8, 9, 10)):
@@ -168,7 +181,7 @@ def test_a_run_killed_at_any_write_goes_on_to_the_same_bytes(
             break
         assert process.exitcode == -signal.SIGKILL
         kills += 1
-        with pytest.raises(DataError, match="half prepared|missing|no index"):
+        with pytest.raises(DataError, match=r"half prepared|missing|no index"):
             read_index(tmp_path / "killed" / "train", "loader")
     assert kills > 8
     assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
@@ -183,10 +196,8 @@ def test_workers_end_with_a_killed_parent(
     corpus_texts: list[str], tokenizer_folder: Path, tmp_path: Path, run: Any, files_of: Files
 ) -> None:
     lines = write_lines(tmp_path / "a.jsonl", corpus_texts * 80)
-    arguments = {
-        "inputs": [str(lines)], "out": tmp_path / "killed", "tokenizer": str(tokenizer_folder), "max_seq_len": 16,
-        "workers": 2, "progress": False,
-    }  # fmt: skip
+    arguments = {"inputs": [str(lines)], "out": tmp_path / "killed", "tokenizer": str(tokenizer_folder)}
+    arguments |= {"max_seq_len": 16, "workers": 2, "progress": False}
     process = multiprocessing.get_context("fork").Process(target=prepare, kwargs=arguments)
     process.start()
     deadline = time.monotonic() + 60
@@ -217,7 +228,10 @@ def test_a_finished_folder_says_so_and_is_left_alone(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_seq_len": 32}, r"out/train was prepared with max_seq_len=16 \(now 32\)\. Use the same options"),
+        (
+            {"max_seq_len": 32},
+            r"out/train was prepared with max_seq_len=16 \(now 32\)\. Use the same options",
+        ),
         ({"add_eos": False}, r"add_eos=True \(now False\)"),
         ({"held_out": 0.1}, r"held_out=0.0 \(now 0.1\)"),
         ({"exclude": ["*.txt"]}, r"inputs of 9 files, .* \(now of 8 files"),
@@ -324,10 +338,14 @@ def test_a_bad_line_far_into_a_file_is_counted_right_by_workers(run: Any, tmp_pa
 
 
 def test_bad_input_can_be_left_out_and_is_counted(run: Any, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('{"text": "one two three four five six seven eight"}\nx\n{"t": 1}\n' * 3)
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "one two three four five six seven eight"}\nx\n{"t": 1}\n' * 3
+    )
     summary = run(tmp_path / "a.jsonl", bad_input="skip")
     assert summary.skipped == {"bad input": 6} and summary.splits[0].documents == 3
-    assert "left out: 6 x bad input" in str(summary) and "a.jsonl:2: this is not a line of JSON" in str(summary)
+    assert "left out: 6 x bad input" in str(summary) and "a.jsonl:2: this is not a line of JSON" in str(
+        summary
+    )
 
 
 def test_a_file_that_is_not_utf8_is_named_with_the_byte(run: Any, tmp_path: Path) -> None:
@@ -341,7 +359,9 @@ def test_a_file_that_is_not_utf8_is_named_with_the_byte(run: Any, tmp_path: Path
 
 def test_too_little_text_is_refused(run: Any, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(DataError, match=r"the text gives 2 tokens, less than one sample of 16\. Give more text\."):
+    with pytest.raises(
+        DataError, match=r"the text gives 2 tokens, less than one sample of 16\. Give more text\."
+    ):
         run(tmp_path / "a.txt")
     assert not (tmp_path / "out").exists()
 

@@ -14,7 +14,9 @@ from mptfoundry.errors import DataError
 META = ShardMeta("t", "f", 300, 8, 0, 1, 100, 800, 9, 3, {}, {})
 
 
-def write(folder: Path, tokens: np.ndarray, *, compression: str | None, shard_bytes: int = 1500) -> ShardWriter:
+def write(
+    folder: Path, tokens: np.ndarray, *, compression: str | None, shard_bytes: int = 1500
+) -> ShardWriter:
     folder.mkdir()
     writer = ShardWriter(
         folder, dtype="uint16", max_seq_len=8, shard_bytes=shard_bytes, compression=compression
@@ -61,5 +63,7 @@ def test_what_fills_no_sample_is_left_over(tmp_path: Path, read_tokens: Callable
 
 
 def test_a_shard_too_small_for_a_sample_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"shard_bytes: 100 can't hold shards of 8 tokens\. Use \d+ to 4294967295"):
+    with pytest.raises(
+        DataError, match=r"shard_bytes: 100 can't hold shards of 8 tokens\. Use \d+ to 4294967295"
+    ):
         write(tmp_path / "x", np.arange(8), compression=None, shard_bytes=100)

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mptfoundry.data.collate import TextCollator, count_samples, count_tokens, sequence_ids
+
+
+def sample(number: int, *ids: int) -> dict[str, object]:
+    return {"input_ids": np.array(ids, np.int64), "sample_id": number}
+
+
+def test_full_samples_need_no_mask() -> None:
+    batch = TextCollator(3)([sample(7, 5, 6, 0), sample(2, 0, 0, 9)])
+    assert set(batch) == {"input_ids", "labels", "sample_id"}
+    assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[5, 6, 0], [0, 0, 9]]
+    assert batch["sample_id"].tolist() == [7, 2]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert count_tokens(batch) == {"total": 6, "loss_generating": 4}
+    assert count_samples(batch) == 2
+
+
+def test_labels_are_masked_by_place_and_never_by_id() -> None:
+    batch = TextCollator(4, pad_token_id=0)([sample(0, 0, 5, 0), sample(1, 7, 0, 0, 0)])
+    assert batch["input_ids"].tolist() == [[0, 5, 0, 0], [7, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[0, 5, 0, -100], [7, 0, 0, 0]]
+    assert batch["attention_mask"].tolist() == [[True, True, True, False], [True] * 4]
+    assert count_tokens(batch) == {"total": 7, "loss_generating": 5}
+
+
+def test_a_sample_of_one_token_has_nothing_to_learn() -> None:
+    batch = TextCollator(3)([sample(0, 4)])
+    assert count_tokens(batch) == {"total": 1, "loss_generating": 0}
+
+
+@pytest.mark.parametrize("lengths", [(5, 5), (5, 2), (1, 3)])
+def test_loss_generating_tokens_are_the_shifted_labels(lengths: tuple[int, ...]) -> None:
+    samples = [sample(number, *range(length)) for number, length in enumerate(lengths)]
+    batch = TextCollator(5)(samples)
+    assert count_tokens(batch)["loss_generating"] == int((batch["labels"][:, 1:] != -100).sum())
+
+
+def test_an_eos_belongs_to_the_document_that_it_ends() -> None:
+    ids = torch.tensor([[4, 5, 0, 6, 0, 0, 7], [0, 1, 2, 3, 4, 5, 0]])
+    assert sequence_ids(ids, eos_token_id=0).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+
+
+def test_a_bos_belongs_to_the_document_that_it_starts() -> None:
+    ids = torch.tensor([[4, 5, 0, 6, 0, 0, 7], [0, 1, 2, 3, 4, 5, 6]])
+    assert sequence_ids(ids, bos_token_id=0).tolist() == [[0, 0, 1, 1, 2, 3, 3], [1, 1, 1, 1, 1, 1, 1]]
+
+
+def test_the_collator_numbers_documents_if_asked() -> None:
+    batch = TextCollator(4, eos_token_id=9)([sample(0, 1, 9, 2, 3)])
+    assert batch["sequence_id"].tolist() == [[0, 0, 1, 1]]
+    assert batch["sequence_id"].dtype == torch.int64

@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mptfoundry.data.preview import BORDER, MOST_CHARACTERS, preview, preview_batch, show
+from mptfoundry.errors import DataError
+
+
+def test_samples_are_decoded_with_special_tokens_and_borders_visible(prepared: Path) -> None:
+    text = preview(prepared / "train", samples=1000)
+    assert re.match(r".*/train: \d+ samples of 64 tokens in \d+ shards\n\d+ documents, ", text)
+    assert "tokens/document\ntokenizer " in text and "(320 ids, fingerprint " in text
+    assert f"<|endoftext|>\n{BORDER}\n" in text
+    assert "def insort_right(a, x, lo=0, hi=None, *" in text
+    assert text.count("\nsample ") == int(text.split(": ")[1].split(" samples")[0])
+
+
+def test_few_samples_are_spread_over_the_whole(prepared: Path) -> None:
+    numbers = [int(number) for number in re.findall(r"^sample (\d+) of", preview(prepared / "train"), re.M)]
+    last = int(re.findall(r"^sample \d+ of (\d+)", preview(prepared / "train"), re.M)[0]) - 1
+    assert numbers == [0, round(last / 2), last]
+
+
+def test_lengths_of_documents_are_counted(tiny_tokenizer: Any) -> None:
+    assert show([5, 6, 0, 7, 0, 8, 9], tiny_tokenizer).startswith("7 tokens, 3 documents: 3 + 2 + 2\n")
+    assert show([5, 6], tiny_tokenizer).startswith("2 tokens, 1 document\n")
+
+
+def test_special_tokens_can_be_coloured(tiny_tokenizer: Any) -> None:
+    assert "\x1b[7m<|padding|>\x1b[0m" in show([1], tiny_tokenizer, color=True)
+
+
+def test_a_long_sample_is_cut_in_the_middle(tiny_tokenizer: Any) -> None:
+    text = show(tiny_tokenizer("begin" + "x" * 5000 + "end", truncation=False)["input_ids"], tiny_tokenizer)
+    assert len(text) < MOST_CHARACTERS + 100 and "begin" in text and text.endswith("end")
+    assert "[... 3,808 characters ...]" in text
+
+
+def test_shards_of_others_need_a_tokenizer(
+    tmp_path: Path, tokenizer_folder: Path, tiny_tokenizer: Any
+) -> None:
+    from streaming import MDSWriter
+
+    ids = tiny_tokenizer("from elsewhere")["input_ids"]
+    with MDSWriter(columns={"tokens": "bytes"}, out=str(tmp_path / "b")) as writer:
+        writer.write({"tokens": np.array(ids, np.int32).tobytes()})
+    with MDSWriter(columns={"text": "str"}, out=str(tmp_path / "t")) as writer:
+        writer.write({"text": "from elsewhere"})
+    with pytest.raises(DataError, match=r"don't say with which tokenizer they were made. Give tokenizer."):
+        preview(tmp_path / "b")
+    for folder in ("b", "t"):
+        text = preview(tmp_path / folder, tokenizer=str(tokenizer_folder), token_encoding_type="int32")
+        assert "1 samples in 1 shard, made by another tool" in text and text.endswith("from elsewhere")
+
+
+def test_a_batch_is_shown_without_its_padding(tiny_tokenizer: Any) -> None:
+    ids = tiny_tokenizer("words")["input_ids"]
+    rows = torch.tensor([[*ids, 1, 1], [*ids, 0, 1]])
+    mask = torch.tensor([[True] * len(ids) + [False] * 2, [True] * (len(ids) + 1) + [False]])
+    text = preview_batch({"input_ids": rows, "attention_mask": mask}, tiny_tokenizer)
+    assert "<|padding|>" not in text and text.startswith(f"row 0 of 2: {len(ids)} tokens, 1 document\nwords")
+    assert text.count("<|endoftext|>") == 1
