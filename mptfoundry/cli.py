@@ -29,7 +29,8 @@ SECONDS_TO_WAIT_FOR_RANK_0 = 10.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code: 0, 1 (data, checkpoint ...), 2 (config) or 130 (Ctrl-C)."""
-    arguments = _parser().parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser(words).parse_args(words)
     try:
         VERBS[arguments.verb].run(arguments.words)
     except MPTFoundryError as error:
@@ -163,12 +164,13 @@ def _sampling(options: GenerateConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Verb:
-    """What a verb does, the words it takes, and an example."""
+    """What a verb does, the words it takes, an example, and the class of its options in config/verbs.py."""
 
     run: Callable[[list[str]], None]
     does: str
     words: str
     example: str
+    options: str | None = None
 
 
 VERBS = {
@@ -195,39 +197,52 @@ VERBS = {
         "turn text into shards of tokens",
         "INPUT ... out=FOLDER tokenizer=NAME max_seq_len=N [key=value ...]",
         "mptfoundry prepare my-text/ out=shards tokenizer=EleutherAI/gpt-neox-20b max_seq_len=2048",
+        "PrepareConfig",
     ),
     "preview": Verb(
         _preview,
         "show samples of a data set as text",
         "SHARDS_OR_CONFIG [key=value ...]",
         "mptfoundry preview shards samples=5",
+        "PreviewConfig",
     ),
     "eval": Verb(
         _eval,
         "evaluate a run, a checkpoint or an exported folder on held-out text",
         "MODEL [key=value ...]",
         "composer scripts/eval.py runs/mpt-125m",
+        "EvalConfig",
     ),
     "export": Verb(
         _export,
         "write a model as a Hugging Face folder",
         "RUN_OR_CHECKPOINT OUT [key=value ...]",
         "mptfoundry export runs/mpt-125m hf/mpt-125m dtype=bf16",
+        "ExportConfig",
     ),
     "generate": Verb(
         _generate,
         "continue a text",
         "MODEL PROMPT ... [key=value ...]",
         "mptfoundry generate hf/mpt-125m 'Once upon a time' temperature=0.7",
+        "GenerateConfig",
     ),
-    "chat": Verb(_chat, "talk with a model", "MODEL [key=value ...]", "mptfoundry chat hf/mpt-7b-chat"),
+    "chat": Verb(
+        _chat,
+        "talk with a model",
+        "MODEL [key=value ...]",
+        "mptfoundry chat hf/mpt-7b-chat",
+        "GenerateConfig",
+    ),
     "doctor": Verb(
         _doctor, "show what works on this machine, and why the rest does not", "", "mptfoundry doctor"
     ),
 }
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """All verbs; the options of a verb are looked up only where `words` ask for its help."""
+    wants_help = {"-h", "--help"} & set(words)
     parser = argparse.ArgumentParser(
         prog="mptfoundry",
         description="Pretrain, finetune, evaluate and export MPT models.",
@@ -242,11 +257,22 @@ def _parser() -> argparse.ArgumentParser:
             help=verb.does,
             description=f"{verb.does[0].upper()}{verb.does[1:]}.",
             usage=f"mptfoundry {name} {verb.words}".rstrip(),
-            epilog=f"Example: {verb.example}",
+            epilog=f"Example:\n  {verb.example}"
+            + (_options_text(verb) if wants_help and name in words else ""),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
         sub.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     return parser
+
+
+def _options_text(verb: Verb) -> str:
+    if verb.options is None:
+        return ""
+    from mptfoundry.config import verbs
+    from mptfoundry.config.explain import options_of
+
+    return f"\n\nOptions, each as key=value:\n{options_of(getattr(verbs, verb.options))}"
 
 
 def _load_config(words: list[str]) -> TrainConfig:
@@ -295,14 +321,15 @@ def _report(error: MPTFoundryError) -> None:
         print("\n".join(lines), file=sys.stderr)
         return
     store = _store()
-    if store is None:
-        if rank == 0:
-            print("\n".join(lines), file=sys.stderr, flush=True)
+    if store is not None:
+        store.set(f"mptfoundry/error/{rank}", str(error))
+    if rank != 0 and (store is None or _same_as_rank_0(store, str(error))):
+        # Rank 0 says it. The launcher ends all ranks with the first one: let that be rank 0.
+        time.sleep(SECONDS_TO_WAIT_FOR_RANK_0)
         return
-    store.set(f"mptfoundry/error/{rank}", str(error))
-    if rank == 0 or not _same_as_rank_0(store, str(error)):
-        name = "" if rank == 0 and _all_report(store, str(error), world_size) else f"rank {rank}: "
-        print("\n".join(f"{name}{line}" for line in lines), file=sys.stderr, flush=True)
+    is_shared = rank == 0 and (store is None or _all_report(store, str(error), world_size))
+    name = "" if is_shared else f"rank {rank}: "
+    print("\n".join(f"{name}{line}" for line in lines), file=sys.stderr, flush=True)
 
 
 def _store() -> Any:

@@ -1,0 +1,129 @@
+"""What a user sees: help at once, errors in a sentence, each said once under the launcher."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mptfoundry.cli import VERBS, main
+
+ROOT = Path(__file__).parent.parent
+TINY = str(ROOT / "configs" / "mpt-tiny.yaml")
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_itself(verb: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([verb, "--help"])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0
+    assert VERBS[verb].example in printed and VERBS[verb].words in printed
+
+
+def test_check_prints_the_run(capsys: Capture) -> None:
+    assert main(["check", TINY, "max_duration=7ba"]) == 0
+    printed = capsys.readouterr().out
+    assert "4,196,608 parameters" in printed and "7 batches" in printed and "attn_impl" in printed
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["check"], 2, "error: no config named."),
+        (["check", "nowhere.yaml"], 2, "error: nowhere.yaml: there is no such file."),
+        (["check", TINY, "max_duration"], 2, "'max_duration' is not of the form key=value"),
+        (["check", TINY, "optimizer.lrr=1"], 2, "optimizer.lrr=1: unknown key. Did you mean lr?"),
+        (["explain", "optimizer.lrr"], 2, "there is no such key. Did you mean optimizer.lr"),
+        (["explain", "a", "b"], 2, "explain: takes one key"),
+        (["generate", "model"], 2, "prompts: none is given"),
+        (["export", "nowhere", "out", "more"], 2, "more: is no key=value"),
+        (["export", "nowhere", "out"], 1, "nowhere: no such file or folder"),
+        (["eval", "nowhere"], 1, "nowhere: no such file or folder"),
+        (["preview", "nowhere"], 1, "nowhere"),
+        (["prepare", "nowhere", "out=o", "tokenizer=t"], 2, "max_seq_len: is missing"),
+    ],
+)
+def test_bad_words_are_answered_in_a_sentence(
+    words: list[str], code: int, said: str, capsys: Capture
+) -> None:
+    assert main(words) == code
+    printed = capsys.readouterr()
+    assert said in printed.err and "Traceback" not in printed.err
+
+
+def test_a_prompt_may_hold_an_equals_sign(shards: Path, capsys: Capture) -> None:
+    assert main(["generate", "nowhere", "x = 1", "y=2 and", "seed=3"]) == 2
+    assert "unknown key" in capsys.readouterr().err
+    assert main(["generate", "nowhere", "x = 1", "seed=3"]) == 1
+
+
+def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mptfoundry.errors import ConfigError
+
+    monkeypatch.setenv("MPTFOUNDRY_DEBUG", "1")
+    with pytest.raises(ConfigError):
+        main(["check", "nowhere.yaml"])
+
+
+def launch(*words: str) -> subprocess.CompletedProcess[str]:
+    """Two ranks of scripts/train.py on the tiny config."""
+    launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "scripts/train.py", TINY]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [*launcher, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+    )
+
+
+def test_an_error_of_all_ranks_is_printed_once() -> None:
+    done = launch("optimizer.lrr=1")
+    assert done.returncode == 2
+    assert (done.stdout + done.stderr).count("optimizer.lrr=1: unknown key") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_data_missing_on_all_ranks_is_said_once(shards: Path, tmp_path: Path) -> None:
+    done = launch(
+        f"tokenizer.name={shards}/tokenizer", f"save_folder={tmp_path}", "train_loader.dataset.split=nowhere"
+    )
+    assert done.returncode == 1
+    assert (done.stdout + done.stderr).count("nowhere") > 0
+    assert (done.stdout + done.stderr).count("error: ") == 1
+    assert "Traceback" not in done.stdout + done.stderr
+
+
+def test_an_error_of_one_rank_names_the_rank(tmp_path: Path) -> None:
+    code = tmp_path / "mine.py"
+    code.write_text(
+        "import os\nfrom mptfoundry.errors import DataError\n"
+        "if os.environ['RANK'] == '1':\n    raise DataError('the disk is full.')\n"
+    )
+    done = launch(f"code_paths=[{code}]", "allow_code=true", f"save_folder={tmp_path}/run")
+    assert done.returncode != 0
+    assert "rank 1: error: the disk is full." in done.stdout + done.stderr
+    assert "code_paths: running" in done.stdout
+
+
+def test_two_ranks_train_as_one(shards: Path, tmp_path: Path) -> None:
+    """The same samples in every batch, and the same losses up to rounding."""
+    from mptfoundry.callbacks.metrics_file import read_rows
+
+    words = [f"tokenizer.name={shards}/tokenizer", "max_seq_len=32", "model.d_model=32", "model.n_heads=4"]
+    words += ["train_loader.dataset.streams=null", f"train_loader.dataset.local={shards}/a"]
+    words += ["train_loader.dataset.num_canonical_nodes=2", "max_duration=3ba", "eval_loader=null"]
+    losses = []
+    for ranks in ("1", "2"):
+        name = f"save_folder={tmp_path}/{ranks}"
+        if ranks == "1":
+            assert main(["train", TINY, *words, name]) == 0
+        else:
+            done = launch(*words, name)
+            assert done.returncode == 0, done.stdout + done.stderr
+        rows = read_rows(tmp_path / ranks / "metrics.jsonl")
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
