@@ -131,14 +131,7 @@ def export(
             f"else: {'; '.join(reasons)}."
         )
     chosen = DTYPES[dtype] if dtype is not None else source.weights.outlines[EMBEDDING].dtype
-    text = (
-        load_tokenizer(tokenizer, max_seq_len=source.config.max_seq_len)
-        if tokenizer
-        else tokenizer_of(source)
-    )
-    if text is None:
-        raise CheckpointError(f"{path}: no tokenizer beside it. Name one: tokenizer=FOLDER.")
-    check_tokenizer(text, source.config.vocab_size)
+    text = _tokenizer_for(source, tokenizer)
     _check_space(out, count_parameters(source.config) * chosen.itemsize)
 
     started_at = time.perf_counter()
@@ -146,9 +139,7 @@ def export(
         folder.mkdir()
         files = _write_weights(source, folder, chosen, shard_bytes, progress)
         seconds = time.perf_counter() - started_at
-        _write_json(folder / "config.json", native_config(source.config, text, chosen))
-        _write_json(folder / "generation_config.json", _generation_config(text))
-        _write_tokenizer(folder, text, source.config.max_seq_len)
+        _write_the_rest(source, folder, text, chosen)
         card = model_card(out.name, source, chosen, license)
         (folder / "README.md").write_text(card, encoding="utf-8")
         comparison = compare_logits(source, folder, text, chosen, memory_bytes=memory_bytes)
@@ -245,6 +236,12 @@ def _write_weights(
         return write_shards(folder, shapes, source.tensors(dtype), dtype, shard_bytes, bar.update)
 
 
+def _write_the_rest(source: ModelSource, folder: Path, tokenizer: Any, dtype: torch.dtype) -> None:
+    _write_json(folder / "config.json", native_config(source.config, tokenizer, dtype))
+    _write_json(folder / "generation_config.json", _generation_config(tokenizer))
+    _write_tokenizer(folder, tokenizer, source.config.max_seq_len)
+
+
 def _write_tokenizer(folder: Path, tokenizer: Any, max_seq_len: int) -> None:
     """The tokenizer's files, such that `generate(**tokenizer(text))` works in every version."""
     tokenizer.save_pretrained(folder)
@@ -260,6 +257,16 @@ def _write_tokenizer(folder: Path, tokenizer: Any, max_seq_len: int) -> None:
 
 def _write_json(file: Path, values: dict[str, Any]) -> None:
     file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _tokenizer_for(source: ModelSource, name: str | None) -> Any:
+    """The tokenizer that was named, or the model's own; raises if there is none or it doesn't fit."""
+    named = load_tokenizer(name, max_seq_len=source.config.max_seq_len) if name else None
+    tokenizer = named if named is not None else tokenizer_of(source)
+    if tokenizer is None:
+        raise CheckpointError(f"{source.path}: no tokenizer beside it. Name one: tokenizer=FOLDER.")
+    check_tokenizer(tokenizer, source.config.vocab_size)
+    return tokenizer
 
 
 def _check_space(out: Path, needed: int) -> None:
