@@ -110,9 +110,17 @@ def _generate(words: list[str]) -> None:
     from mptfoundry.generation import generate_text
 
     network, tokenizer = _load_network(options)
+    if len(options.prompts) == 1:
+        print(options.prompts[0], end="", flush=True)
+        generate_text(network, tokenizer, options.prompts, **_sampling(options), stream=_print_piece)
+        print()
+        return
     texts = generate_text(network, tokenizer, options.prompts, **_sampling(options))
-    for prompt, text in zip(options.prompts, texts, strict=True):
-        print(f"{prompt}{text}\n")
+    print("\n\n".join(f"{prompt}{text}" for prompt, text in zip(options.prompts, texts, strict=True)))
+
+
+def _print_piece(row: int, piece: str) -> None:
+    print(piece, end="", flush=True)
 
 
 def _chat(words: list[str]) -> None:

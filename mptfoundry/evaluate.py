@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,36 +57,16 @@ def evaluate(options: EvalConfig) -> Results:
         raise ConfigError(f"tokenizer: {options.model} has none. Name the one it was trained with.")
     check_tokenizer(tokenizer, source.config.vocab_size)
     loaders = _loaders(options, source)
-    max_seq_len = options.max_seq_len or source.config.max_seq_len
-    batch_size = (
-        EVAL_BATCH_SIZE if options.device_eval_batch_size == "auto" else options.device_eval_batch_size
+    contexts = _contexts(options, source, device, tokenizer, loaders)
+    network = network_of(
+        source,
+        device="cuda" if device.kind == "gpu" else "cpu",
+        dtype=torch.float32,
+        attn_impl=options.attn_impl,
     )
-    contexts = {
-        label: build.LoaderContext(
-            tokenizer=tokenizer,
-            max_seq_len=max_seq_len,
-            vocab_size=source.config.vocab_size,
-            device_batch_size=batch_size,
-            seed=options.seed,
-            num_workers=_workers(loader, device),
-            sequence_ids=source.config.attn_config.attn_uses_sequence_id,
-            is_training=False,
-            where=f"eval_loader {label}",
-        )
-        for label, loader in loaders.items()
-    }
     metrics = token_loss_metrics(token_byte_lengths(tokenizer, source.config.vocab_size))
     trainer = Trainer(
-        model=ComposerMPT(
-            network_of(
-                source,
-                device="cuda" if device.kind == "gpu" else "cpu",
-                dtype=torch.float32,
-                attn_impl=options.attn_impl,
-            ),
-            eval_metrics=metrics,
-            tokenizer=tokenizer,
-        ),
+        model=ComposerMPT(network, eval_metrics=metrics, tokenizer=tokenizer),
         eval_dataloader=build.build_evaluators(loaders, contexts),
         eval_subset_num_batches=options.eval_subset_num_batches,
         device=device.kind,
@@ -134,6 +115,30 @@ def _loaders(options: EvalConfig, source: ModelSource) -> dict[str, LoaderConfig
         "Say what to evaluate on: eval_loader.name=text eval_loader.dataset.local=SHARDS "
         "eval_loader.dataset.split=val."
     )
+
+
+def _contexts(
+    options: EvalConfig,
+    source: ModelSource,
+    device: Device,
+    tokenizer: Any,
+    loaders: Mapping[str, LoaderConfig],
+) -> dict[str, build.LoaderContext]:
+    batch_size = options.device_eval_batch_size
+    return {
+        label: build.LoaderContext(
+            tokenizer=tokenizer,
+            max_seq_len=options.max_seq_len or source.config.max_seq_len,
+            vocab_size=source.config.vocab_size,
+            device_batch_size=EVAL_BATCH_SIZE if batch_size == "auto" else batch_size,
+            seed=options.seed,
+            num_workers=_workers(loader, device),
+            sequence_ids=source.config.attn_config.attn_uses_sequence_id,
+            is_training=False,
+            where=f"eval_loader {label}",
+        )
+        for label, loader in loaders.items()
+    }
 
 
 def _workers(loader: LoaderConfig, device: Device) -> int:

@@ -78,7 +78,7 @@ train_loader:
     max_seq_len: ${{variables.max_seq_len}}
     shuffle_seed: ${{variables.global_seed}}
   drop_last: true
-  num_workers: 0
+  num_workers: 1
 scheduler: {{name: constant_with_warmup, t_warmup: 0ba, alpha: 1}}
 optimizer: {{name: decoupled_lionw, {lr}: 1.0e-4, betas: [0.9, 0.95], weight_decay: 0.0}}
 algorithms:
