@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 import sysconfig
@@ -76,12 +77,13 @@ def main(words: list[str]) -> None:
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     print(f"{len(texts):,} documents, {megabytes:.1f} MB, {ours.size:,} tokens in samples of {max_seq_len}")
     print(f"token streams are equal; {workers} workers on {len(os.sched_getaffinity(0))} cores; {folder}")
-    print(f"{'':14}{'command s':>11}{'tokens/s':>12}{'work s':>9}{'tokens/s':>12}")
+    print(f"{'':14}{'command s':>11}{'tokens/s':>12}{'work s':>9}{'tokens/s':>12}{'cpu s':>8}")
     best = {name: [min(times) for times in zip(*runs, strict=True)] for name, runs in rows.items()}
-    for name, (command, work) in best.items():
-        print(f"{name:14}{command:11.1f}{ours.size / command:12,.0f}{work:9.1f}{ours.size / work:12,.0f}")
+    for name, (command, work, cpu) in best.items():
+        rates = f"{command:11.1f}{ours.size / command:12,.0f}{work:9.1f}{ours.size / work:12,.0f}"
+        print(f"{name:14}{rates}{cpu:8.1f}")
     ratios = [a / b for a, b in zip(best["llm-foundry"], best["mptfoundry"], strict=True)]
-    print(f"{'ratio':14}{ratios[0]:23.1f}{ratios[1]:21.1f}")
+    print(f"{'ratio':14}{ratios[0]:23.1f}{ratios[1]:21.1f}{ratios[2]:8.1f}")
 
 
 def read_texts(folder: str) -> list[str]:
@@ -92,9 +94,10 @@ def read_texts(folder: str) -> list[str]:
     return [item.text for item in items if isinstance(item, Document)]
 
 
-def measure(python: str, code: str, out: Path, jsonl: str, *arguments: str) -> tuple[float, float]:
-    """Seconds of the whole command, and from the end of its imports on."""
+def measure(python: str, code: str, out: Path, jsonl: str, *arguments: str) -> tuple[float, float, float]:
+    """Seconds of the whole command, from the end of its imports on, and of all cores together."""
     environment = {**os.environ, "HF_HOME": str(out) + "-hf", "HF_HUB_OFFLINE": "1"}
+    cpu_before = _cpu_seconds_of_children()
     started_at = time.perf_counter()
     done = subprocess.run(
         [python, "-c", code, jsonl, str(out), *arguments],
@@ -105,7 +108,13 @@ def measure(python: str, code: str, out: Path, jsonl: str, *arguments: str) -> t
     seconds = time.perf_counter() - started_at
     if done.returncode:
         sys.exit(done.stderr)
-    return seconds, float(done.stdout.strip().splitlines()[-1])
+    cpu_seconds = _cpu_seconds_of_children() - cpu_before
+    return seconds, float(done.stdout.strip().splitlines()[-1]), cpu_seconds
+
+
+def _cpu_seconds_of_children() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def read_tokens(folder: Path) -> np.ndarray:

@@ -39,7 +39,7 @@ class TextEncoder:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.dtype = np.dtype(dtype)
-        self.words = _WordCache(self)
+        self.words = _WordCache(self.tokenizer, self.dtype)
         self.splitter: WordSplitter | None = None
         if works_word_by_word(self.tokenizer):
             self.splitter = WordSplitter(self.tokenizer)
@@ -176,17 +176,34 @@ def works_word_by_word(tokenizer: Tokenizer) -> bool:
 
 
 class _WordCache(dict):
-    """Word -> bytes of its ids, filled by the library."""
+    """Word -> bytes of its ids, filled by the library's model as the library itself would ask it."""
 
-    def __init__(self, encoder: TextEncoder) -> None:
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         super().__init__()
-        self.encoder = encoder
+        self.model = tokenizer.model
+        self.dtype = dtype
+        self.added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
 
     def __missing__(self, word: str) -> bytes:
-        ids = self.encoder.encode_whole(word)
+        if word in self.added:
+            numbers = [self.added[word]]
+        else:
+            shown = word.encode("utf-8").decode("latin-1").translate(BYTE_CHARACTERS)
+            numbers = [token.id for token in self.model.tokenize(shown)]
+        ids = np.array(numbers, self.dtype).tobytes()
         if len(word) <= LONGEST_KEPT_WORD:
             self[word] = ids
         return ids
+
+
+def _byte_characters() -> dict[int, str]:
+    """The character by which byte-level BPE shows a byte: its own if that is visible, else one past 255."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(0x100) if byte not in visible]
+    return {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + n) for n, byte in enumerate(hidden)}
+
+
+BYTE_CHARACTERS = _byte_characters()
 
 
 def _alternatives(contents: list[str]) -> re.Pattern[str] | None:

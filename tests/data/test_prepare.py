@@ -88,6 +88,7 @@ def test_every_kind_of_input_gives_the_same_tokens(
     for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.zst", "d.parquet", "e", "f"):
         run(tmp_path / name, out=f"out-{name}")
         assert (read_tokens(tmp_path / f"out-{name}" / "train") == expected).all(), name
+        assert run(tmp_path / name, out=f"out-{name}").was_finished
 
 
 @pytest.mark.usefixtures("small_units")
