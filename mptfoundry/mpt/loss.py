@@ -111,11 +111,9 @@ def _losses_and_grads(
         target = targets[part].clamp(min=0)[:, None]
         logits = _logits(some, matrix, softcap)  # (tokens of the chunk, vocab)
         steepness = None if softcap is None else 1 - (logits / softcap).square()
-        highest, place = logits.max(-1, keepdim=True)
-        chosen = logits.gather(1, target)
-        grad = torch.softmax(logits, -1, out=logits)
-        log_sum = highest - grad.gather(1, place).log()
-        losses[part] = ((log_sum - chosen) * learned)[:, 0]
+        log_probabilities = torch.log_softmax(logits, -1, out=logits)
+        losses[part] = (-log_probabilities.gather(1, target) * learned)[:, 0]
+        grad = log_probabilities.exp_()
         grad.scatter_add_(1, target, grad.new_full((1, 1), -1).expand_as(target))
         if steepness is not None:
             grad *= steepness

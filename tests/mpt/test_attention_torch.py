@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mptfoundry.mpt import attention_chunks
-from mptfoundry.mpt.attention_blocks import attend_by_blocks, find_segments
+from mptfoundry.mpt.attention_blocks import _cut, attend_by_blocks, find_segments
 from mptfoundry.mpt.attention_chunks import attend_by_chunks
 from mptfoundry.mpt.attention_torch import attend
 from mptfoundry.mpt.position import AttentionContext, alibi_slopes
@@ -112,6 +112,42 @@ def test_any_length_is_cut_into_pieces_that_join_exactly(seq: int, slopes: int |
         run(attend_plainly, torch.float64),
         floor=torch.finfo(torch.float32).eps if seq <= 2 else 0,
     )
+
+
+def computed(inputs: list[torch.Tensor], context: AttentionContext) -> float:
+    """The share of the scores left of the small triangles that is computed."""
+    query, key = (x.transpose(1, 2) for x in inputs[:2])
+    n_heads, seq = query.shape[1:3]
+    pieces = _cut(query, key, ((0, 2, 0, seq),), context)
+    sizes = [
+        (piece.heads.stop - piece.heads.start)
+        * (piece.queries.stop - piece.queries.start)
+        * (piece.keys.stop - piece.keys.start)
+        for piece in pieces
+        if not piece.is_triangle
+    ]
+    return sum(sizes) / (n_heads * seq * (seq - 256) / 2)
+
+
+def test_keys_too_far_to_count_are_not_computed() -> None:
+    inputs, _, context = case(seq=1024, slopes=8, n_heads=8, head_dim=4)
+    assert computed(inputs, context) < 0.9
+    assert computed([10 * x for x in inputs], context) == 1
+    assert computed([x * torch.nan for x in inputs], context) == 1
+    assert computed(inputs, AttentionContext(context.scale, torch.full((8,), 1e-4))) == 1
+
+
+def test_a_far_key_that_outweighs_its_distance_counts() -> None:
+    inputs, grad, context = case(seq=600, slopes=8)
+    query, key, _ = inputs
+    query[:, 590], key[:, 3] = 15, 15
+
+    def run(function: object, dtype: torch.dtype) -> list[torch.Tensor]:
+        return with_gradients(lambda *x: function(*x, context), inputs, grad, dtype)
+
+    truth = run(attend_plainly, torch.float64)
+    torch.testing.assert_close(truth[0][:, 590, 0], inputs[2][:, 3, 0].double())
+    assert_as_exact(run(attend, torch.float32), run(attend_plainly, torch.float32), truth)
 
 
 def test_three_tokens_by_hand() -> None:
