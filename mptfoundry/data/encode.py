@@ -22,7 +22,7 @@ LONGEST_KEPT_WORD = 64
 MOST_KEPT_WORDS = 500_000
 PIECE_CHARS = 1 << 20
 ASCII_END = 0x80
-PAGE = 0x1000
+PAGE = 0x400
 PROBE = "a\tb  c\r\n\n   d'll 12x3 <|endoftext|> é é٣²½\u00a0\u0085.!?x_y\x1c\x1d \n e 's"
 
 
@@ -216,19 +216,19 @@ def _alternatives(contents: list[str]) -> re.Pattern[str] | None:
 def _classes_of_characters(tokenizer: Tokenizer, start: int, stop: int) -> dict[int, str]:
     """Which of letter, number, space the pre-tokeniser takes each character for (L, N, S; others left out).
 
-    Each character stands between two letters, between two digits, and after a space: where the library cuts
-    tells its class.
+    Each character stands after a letter, after a digit, and between a space and a letter: where the library
+    cuts tells its class.
     """
     codes = [code for code in range(start, stop) if not 0xD800 <= code <= 0xDFFF]
-    layout = "a{0}a\n1{0}1\na {0}a\n"
+    layout = "a{0}1{0} {0}"
     pre_tokenizer: Any = tokenizer.pre_tokenizer
-    pieces = pre_tokenizer.pre_tokenize_str("".join(layout.format(chr(code)) for code in codes))
+    pieces = pre_tokenizer.pre_tokenize_str("".join(layout.format(chr(code)) for code in codes) + "a")
     width = len(layout.format("x"))
-    is_cut = np.zeros(width * len(codes) + 1, bool)
+    is_cut = np.zeros(width * len(codes) + 2, bool)
     is_cut[[begin for _, (begin, _) in pieces]] = True
-    cuts = is_cut[:-1].reshape(len(codes), width)
+    cuts = is_cut[:-2].reshape(len(codes), width)
     classes = {}
-    for code, after_letter, after_digit, after_space in zip(codes, *cuts[:, [1, 5, 10]].T, strict=True):
+    for code, after_letter, after_digit, after_space in zip(codes, *cuts[:, [1, 3, 5]].T, strict=True):
         if not after_letter:
             classes[code] = "L"
         elif not after_digit:
