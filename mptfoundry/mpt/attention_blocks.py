@@ -11,6 +11,7 @@ Since ALiBi falls linearly, far keys have no weight left in float32; they are no
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -34,12 +35,17 @@ Segment = tuple[int, int, int, int]
 
 
 class _Piece(NamedTuple):
-    """A part of the scores: some rows' and heads' queries against keys. A triangle's are the same tokens."""
+    """A number of like blocks of the scores, ``step`` tokens apart: some rows' and heads' queries and keys.
+
+    ``queries`` and ``keys`` are the first block's, as start and length; a triangle's are the same.
+    """
 
     rows: slice
     heads: slice
-    queries: slice
-    keys: slice
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    step: int
+    number: int
 
     @property
     def is_triangle(self) -> bool:
@@ -116,29 +122,16 @@ class _Blocks(torch.autograd.Function):
         segments: tuple[Segment, ...],
     ) -> torch.Tensor:
         q, k, v = (_heads_second(x) for x in (query, key, value))  # (batch, n_heads, seq, head_dim)
-        ctx.pieces, ctx.context = _cut(q, k, segments, context), context
-        covered = sum((last - first) * (stop - start) for first, last, start, stop in segments)
-        ctx.is_full = covered == q.shape[0] * q.shape[2]
-        ctx.is_one = ctx.is_full and len(ctx.pieces) == 1
-        if ctx.is_one:
-            bias, _ = _bias_of(ctx.pieces[0], context)
-            out, log_sum = _flash(q, k, v, 0.0, True, attn_mask=bias, scale=context.scale)
-        else:
-            out, log_sum = _forward_pieces(q, k, v, ctx)
+        pieces = _cut(q, k, segments, context)
+        out, log_sum = _forward(q, k, v, pieces, context)
         ctx.save_for_backward(q, k, v, out, log_sum)
+        ctx.pieces, ctx.context = pieces, context
         return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, log_sum = ctx.saved_tensors
-        grad = _heads_second(grad)
-        if ctx.is_one:
-            bias, _ = _bias_of(ctx.pieces[0], ctx.context)
-            grads = _flash_backward(
-                grad, q, k, v, out, log_sum, 0.0, True, attn_mask=bias, scale=ctx.context.scale
-            )
-        else:
-            grads = _backward_pieces(grad, q, k, v, out, log_sum, ctx)
+        grads = _backward(_heads_second(grad), q, k, v, out, log_sum, ctx.pieces, ctx.context)
         return *(x.transpose(1, 2) for x in grads), None, None
 
 
@@ -150,37 +143,49 @@ def _heads_second(x: torch.Tensor) -> torch.Tensor:
 def _cut(
     q: torch.Tensor, k: torch.Tensor, segments: tuple[Segment, ...], context: AttentionContext
 ) -> list[_Piece]:
-    """Cut the segments' triangles; a rectangle comes after the triangles of its queries and of its keys."""
+    """Cut the segments' triangles; a rectangle comes after the triangles of its queries."""
     n_heads, seq = q.shape[1:3]
-    is_short = all(stop - start <= _SIDE for _, _, start, stop in segments)
-    reaches = (seq,) * n_heads
-    if context.slopes is not None and not is_short:
-        reaches = _reaches(q, k, context.slopes, context.scale)
-    side = seq if context.slopes is None else _SIDE
+    side, reaches = seq, (seq,) * n_heads
+    if context.slopes is not None:
+        side = _SIDE
+        if any(stop - start > side for _, _, start, stop in segments):
+            reaches = _reaches(q, k, context.slopes, context.scale)
+    return [piece for segment in segments for piece in _cut_segment(segment, side, reaches)]
+
+
+def _cut_segment(segment: Segment, side: int, reaches: tuple[int, ...]) -> list[_Piece]:
+    """Cut one triangle into triangles of ``side``, and rectangles that double: left of every second triangle,
+    of every second pair of them, and so on. At the end of a segment each kind may have a shorter one."""
+    first, last, begin, end = segment
+    rows, length = slice(first, last), end - begin
     pieces = []
-    for first, last, start, stop in segments:
-        pieces += _cut_triangle(slice(first, last), start, stop, side, reaches)
+    every = slice(0, len(reaches))
+    for start, size, number in ((begin, side, length // side), (end - length % side, length % side, 1)):
+        if size and number:
+            pieces.append(_Piece(rows, every, (start, size), (start, size), size, number))
+    size = side
+    while size < length:
+        pairs, rest = divmod(length, 2 * size)
+        edge = begin + size
+        for heads, reach in _groups(reaches, size):
+            keys, near = (edge - reach, reach), min(reach, rest - size)
+            if pairs:
+                pieces.append(_Piece(rows, heads, (edge, reach), keys, 2 * size, pairs))
+            if near > 0:
+                shift = pairs * 2 * size
+                last_keys = (keys[0] + shift, reach)
+                pieces.append(_Piece(rows, heads, (edge + shift, near), last_keys, 2 * size, 1))
+        size *= 2
     return pieces
 
 
-def _cut_triangle(rows: slice, start: int, stop: int, side: int, reaches: tuple[int, ...]) -> list[_Piece]:
-    """Cut the triangle of tokens [start, stop) into triangles of at most ``side`` and rectangles."""
-    if stop - start <= side:
-        tokens = slice(start, stop)
-        return [_Piece(rows, slice(0, len(reaches)), tokens, tokens)]
-    half = side
-    while 2 * half < stop - start:
-        half *= 2
-    middle = start + half
-    pieces = _cut_triangle(rows, start, middle, side, reaches)
-    pieces += _cut_triangle(rows, middle, stop, side, reaches)
-    head = 0
-    for reach, same in groupby(min(reach, half) for reach in reaches):
-        heads = slice(head, head + len(list(same)))
-        head = heads.stop
-        queries = slice(middle, min(stop, middle + reach))
-        pieces.append(_Piece(rows, heads, queries, slice(middle - reach, middle)))
-    return pieces
+def _groups(reaches: tuple[int, ...], size: int) -> Iterator[tuple[slice, int]]:
+    """Neighbouring heads that reach equally far within ``size`` tokens, and how far."""
+    start = 0
+    for reach, heads in groupby(min(reach, size) for reach in reaches):
+        stop = start + len(list(heads))
+        yield slice(start, stop), reach
+        start = stop
 
 
 def _reaches(q: torch.Tensor, k: torch.Tensor, slopes: torch.Tensor, scale: float) -> tuple[int, ...]:
@@ -201,77 +206,104 @@ def _longest(x: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(x, dim=-1).amax((0, 2))
 
 
-def _forward_pieces(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ctx: Any
+def _forward(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: list[_Piece], context: AttentionContext
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend piece by piece.
 
     Returns:
-        The output, (batch, n_heads, seq, head_dim), zero for padding, and the logarithmic sums of the rows'
+        The output, (batch, n_heads, seq, head_dim), zero for padding, and the logarithms of the rows' sums of
         exponentials, (batch, n_heads, seq).
     """
-    batch, n_heads, seq, head_dim = q.shape
-    make = q.new_empty if ctx.is_full else q.new_zeros
-    out = make(batch, seq, n_heads, head_dim).transpose(1, 2)
-    log_sum = make(batch, seq, n_heads).transpose(1, 2)
-    for piece in ctx.pieces:
-        query = piece.rows, piece.heads, piece.queries
-        key = piece.rows, piece.heads, piece.keys
-        bias, slant = _bias_of(piece, ctx.context)
-        part, part_sum = _flash(
-            q[query],
-            k[key],
-            v[key],
+    is_whole = bool(pieces) and _is_whole(pieces[0], q)
+    out = log_sum = None
+    if not is_whole:
+        out = q.new_zeros(q.transpose(1, 2).shape).transpose(1, 2)
+        log_sum = q.new_zeros(q.shape[0], q.shape[2], q.shape[1]).transpose(1, 2)
+    for piece in pieces:
+        bias, slant = _bias_of(piece, context)
+        parts = _flash(
+            _blocks(q, piece, piece.queries).flatten(0, 1),
+            _blocks(k, piece, piece.keys).flatten(0, 1),
+            _blocks(v, piece, piece.keys).flatten(0, 1),
             0.0,
             piece.is_triangle,
             attn_mask=bias,
-            scale=ctx.context.scale,
+            scale=context.scale,
         )
-        if slant is None:
-            out[query], log_sum[query] = part, part_sum
+        if out is None or log_sum is None:
+            out, log_sum = (_joined(part, q.shape[0]) for part in parts)
             continue
-        part_sum -= slant
-        so_far = log_sum[query]
-        out[query].lerp_(part, torch.sigmoid(part_sum - so_far).unsqueeze(-1))
-        torch.logaddexp(so_far, part_sum, out=so_far)
+        part, part_sum = (x.unflatten(0, (-1, piece.number)) for x in parts)
+        old, old_sum = (_blocks(x, piece, piece.queries) for x in (out, log_sum))
+        if slant is None:
+            old.copy_(part)
+            old_sum.copy_(part_sum)
+        else:
+            part_sum = part_sum - slant
+            old.lerp_(part, torch.sigmoid(part_sum - old_sum).unsqueeze(-1))
+            old_sum.copy_(torch.logaddexp(old_sum, part_sum))
+    assert out is not None and log_sum is not None
     return out, log_sum
 
 
-def _backward_pieces(
+def _backward(
     grad: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
     log_sum: torch.Tensor,
-    ctx: Any,
+    pieces: list[_Piece],
+    context: AttentionContext,
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of queries, keys and values, each (batch, n_heads, seq, head_dim)."""
-    batch, n_heads, seq, head_dim = q.shape
-    make = q.new_empty if ctx.is_full else q.new_zeros
-    grads = tuple(make(batch, seq, n_heads, head_dim).transpose(1, 2) for _ in range(3))
-    for piece in ctx.pieces:
-        query = piece.rows, piece.heads, piece.queries
-        key = piece.rows, piece.heads, piece.keys
-        bias, slant = _bias_of(piece, ctx.context)
+    grads: tuple[torch.Tensor, ...] = ()
+    if not pieces or not _is_whole(pieces[0], q):
+        shape = q.transpose(1, 2).shape
+        grads = tuple(q.new_zeros(shape).transpose(1, 2) for _ in range(3))
+    for piece in pieces:
+        bias, slant = _bias_of(piece, context)
+        sums = _blocks(log_sum, piece, piece.queries)
         parts = _flash_backward(
-            grad[query],
-            q[query],
-            k[key],
-            v[key],
-            out[query],
-            log_sum[query] if slant is None else log_sum[query] + slant,
+            _blocks(grad, piece, piece.queries).flatten(0, 1),
+            _blocks(q, piece, piece.queries).flatten(0, 1),
+            _blocks(k, piece, piece.keys).flatten(0, 1),
+            _blocks(v, piece, piece.keys).flatten(0, 1),
+            _blocks(out, piece, piece.queries).flatten(0, 1),
+            (sums if slant is None else sums + slant).flatten(0, 1),
             0.0,
             piece.is_triangle,
             attn_mask=bias,
-            scale=ctx.context.scale,
+            scale=context.scale,
         )
-        for whole, part, place in zip(grads, parts, (query, key, key), strict=True):
-            if piece.is_triangle:
-                whole[place] = part
-            else:
-                whole[place] += part
+        if not grads:
+            grads = tuple(_joined(part, q.shape[0]) for part in parts)
+            continue
+        for whole, part, tokens in zip(grads, parts, (piece.queries, piece.keys, piece.keys), strict=True):
+            _blocks(whole, piece, tokens).add_(part.unflatten(0, (-1, piece.number)))
     return grads
+
+
+def _blocks(x: torch.Tensor, piece: _Piece, tokens: tuple[int, int]) -> torch.Tensor:
+    """View a piece's part of (batch, n_heads, seq, ...) as (rows, number, heads, length, ...)."""
+    start, length = tokens
+    stop = start + (piece.number - 1) * piece.step + length
+    part = x[piece.rows, piece.heads, start:stop].unfold(2, length, piece.step).movedim(2, 1)
+    return part if x.dim() == 3 else part.mT
+
+
+def _is_whole(piece: _Piece, q: torch.Tensor) -> bool:
+    """Whether a piece's queries are all queries."""
+    start, length = piece.queries
+    is_every_row = piece.rows == slice(0, q.shape[0]) and piece.heads == slice(0, q.shape[1])
+    return is_every_row and start == 0 and length == piece.step and length * piece.number == q.shape[2]
+
+
+def _joined(part: torch.Tensor, batch: int) -> torch.Tensor:
+    """The kernel's (batch * number, n_heads, length, ...) as (batch, n_heads, seq, ...)."""
+    part = part.transpose(1, 2)
+    return part.reshape(batch, -1, *part.shape[2:]).transpose(1, 2)
 
 
 def _bias_of(piece: _Piece, context: AttentionContext) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -283,7 +315,7 @@ def _bias_of(piece: _Piece, context: AttentionContext) -> tuple[torch.Tensor | N
     slopes = context.slopes
     if slopes is None:
         return None, None
-    keys, queries = piece.keys.stop - piece.keys.start, piece.queries.stop - piece.queries.start
+    queries, keys = piece.queries[1], piece.keys[1]
     if piece.is_triangle:
         table = context.once("triangle", lambda: _triangle(slopes))
         return table[:, :, :queries, :queries], None

@@ -120,9 +120,7 @@ def computed(inputs: list[torch.Tensor], context: AttentionContext) -> float:
     n_heads, seq = query.shape[1:3]
     pieces = _cut(query, key, ((0, 2, 0, seq),), context)
     sizes = [
-        (piece.heads.stop - piece.heads.start)
-        * (piece.queries.stop - piece.queries.start)
-        * (piece.keys.stop - piece.keys.start)
+        (piece.heads.stop - piece.heads.start) * piece.queries[1] * piece.keys[1] * piece.number
         for piece in pieces
         if not piece.is_triangle
     ]
