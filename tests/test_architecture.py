@@ -89,7 +89,10 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
     assert text.count("\n") <= 400
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.FunctionDef):
-            assert node.end_lineno is not None and node.end_lineno - node.lineno < 60, node.name
+            assert node.end_lineno is not None
+            docstring = node.body[0] if ast.get_docstring(node) else None
+            described = docstring.end_lineno - docstring.lineno + 1 if docstring else 0  # type: ignore[operator]
+            assert node.end_lineno - node.lineno - described < 60, node.name
 
 
 @pytest.mark.parametrize("path", list(PACKAGE.rglob("__init__.py")), ids=str)
