@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 UNLIMITED = int(1e30)
+# These read tokenizer.json and no more; importing transformers' AutoTokenizer to learn that takes a second.
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def load_tokenizer(
@@ -200,26 +202,37 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> PreT
 
 
 def _load_from_folder(folder: Path, options: dict[str, Any]) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-    from transformers.utils import logging
-
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    has_ids, config = (folder / "tokenizer.json").is_file(), folder / "tokenizer_config.json"
+    if not has_ids and not config.is_file():
         raise ConfigError(f"tokenizer.name: {folder} holds neither tokenizer.json nor tokenizer_config.json.")
     try:
-        return AutoTokenizer.from_pretrained(
-            folder, trust_remote_code=False, local_files_only=True, **options
+        named = (
+            json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.is_file() else ""
         )
+        if not (has_ids and named in PLAIN_CLASSES):
+            from transformers import AutoTokenizer
+
+            try:
+                return AutoTokenizer.from_pretrained(
+                    folder, trust_remote_code=False, local_files_only=True, **options
+                )
+            except Exception:
+                if not has_ids:
+                    raise
+        # tokenizer.json alone defines the ids, where the class adds nothing, is unknown here, or needs code.
+        return _load_plain(folder, options)
     except Exception as error:
-        if not (folder / "tokenizer.json").is_file():
-            raise ConfigError(f"tokenizer.name: {folder} can't be read: {_first_line(error)}") from error
-    # The class named in tokenizer_config.json is unknown to this transformers, or needs code; tokenizer.json
-    # alone defines the ids.
+        raise ConfigError(f"tokenizer.name: {folder} can't be read: {_first_line(error)}") from error
+
+
+def _load_plain(folder: Path, options: dict[str, Any]) -> Any:
+    from transformers import PreTrainedTokenizerFast
+    from transformers.utils import logging
+
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:
-        raise ConfigError(f"tokenizer.name: {folder} can't be read: {_first_line(error)}") from error
     finally:
         logging.set_verbosity(verbosity)
 

@@ -41,6 +41,7 @@ print(json.dumps(time.perf_counter() - started_at))
 OURS = """
 import json, sys, time
 from mptfoundry.data.prepare import prepare
+from transformers import PreTrainedTokenizerFast
 started_at = time.perf_counter()
 jsonl, out, tokenizer, eos, max_seq_len, workers = sys.argv[1:]
 prepare([jsonl], out, tokenizer=tokenizer, max_seq_len=int(max_seq_len), workers=int(workers), progress=False)
