@@ -79,11 +79,6 @@ def build_text_loader(
         ConfigError: The arguments contradict one another.
         DataError: Shards are missing, damaged, empty, or made for another tokenizer or sequence length.
     """
-    if token_encoding_type not in INTEGER_DTYPES:
-        raise ConfigError(
-            f"{where}.dataset.token_encoding_type: {token_encoding_type!r} is not an integer type. "
-            f"Use one of {', '.join(INTEGER_DTYPES)}."
-        )
     # The tokenizers library warns when a process that it used threads in is forked into workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sources = plan_sources(streams, remote, local, split, where)
@@ -100,11 +95,8 @@ def build_text_loader(
         **streaming,
     )
     _check_streams(dataset, sources, tokenizer)
-    if drop_last and len(dataset) < device_batch_size:
-        raise DataError(
-            f"{where}: {len(dataset)} samples for each device don't fill one batch of {device_batch_size}. "
-            f"Use a smaller batch, more text, or drop_last: false."
-        )
+    if drop_last:
+        _check_that_it_fills_a_batch(dataset, device_batch_size, where)
     loader = TextLoader(
         dataset,
         batch_size=device_batch_size,
@@ -270,15 +262,31 @@ def _collator(
     return TextCollator(max_seq_len, filler_id(tokenizer), eos_token_id, bos_token_id)
 
 
-def _build_dataset(sources: Sequence[Source], *, where: str, **arguments: Any) -> TextDataset:
+def _build_dataset(
+    sources: Sequence[Source], *, where: str, token_encoding_type: str, **arguments: Any
+) -> TextDataset:
+    if token_encoding_type not in INTEGER_DTYPES:
+        raise ConfigError(
+            f"{where}.dataset.token_encoding_type: {token_encoding_type!r} is not an integer type. "
+            f"Use one of {', '.join(INTEGER_DTYPES)}."
+        )
     try:
         return TextDataset(
+            token_encoding_type=token_encoding_type,
             streams=[Stream(**source.arguments) for source in sources],
             stream_names=[source.where for source in sources],
             **arguments,
         )
     except (ValueError, RuntimeError, OSError) as error:
         raise DataError(f"{where}.dataset: {error}") from error
+
+
+def _check_that_it_fills_a_batch(dataset: TextDataset, device_batch_size: int, where: str) -> None:
+    if len(dataset) < device_batch_size:
+        raise DataError(
+            f"{where}: {len(dataset)} samples for each device don't fill one batch of {device_batch_size}. "
+            f"Use a smaller batch, more text, or drop_last: false."
+        )
 
 
 def _check_streams(dataset: TextDataset, sources: Sequence[Source], tokenizer: Any) -> None:
