@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mptfoundry.mpt import attention_chunks
 from mptfoundry.mpt.attention_blocks import _cut, attend_by_blocks, find_segments
 from mptfoundry.mpt.attention_chunks import attend_by_chunks
-from mptfoundry.mpt.attention_torch import attend
+from mptfoundry.mpt.attention_torch import _attend_by_kernel, attend
 from mptfoundry.mpt.position import AttentionContext, alibi_slopes
 
 from .reference import assert_as_exact, attend_plainly, with_gradients
@@ -198,6 +198,13 @@ def test_grouped_queries_equal_expanded_keys_and_values() -> None:
         (query, key, value), _, _ = case(kv_heads=2)
         expanded = (x.repeat_interleave(2, dim=2) for x in (key, value))
         torch.testing.assert_close(attend(query, key, value, context), attend(query, *expanded, context))
+
+
+@pytest.mark.parametrize("feature", ["plain", "grouped queries"])
+def test_pytorchs_kernel_is_given_the_right_arguments(feature: str) -> None:
+    # On a CPU it is not what attend chooses, but takes the same arguments.
+    inputs, _, context = case(**FEATURES[feature])
+    torch.testing.assert_close(_attend_by_kernel(*inputs, context), attend_plainly(*inputs, context))
 
 
 def test_segments_leave_out_padding_and_are_shared_by_rows_that_are_alike() -> None:
