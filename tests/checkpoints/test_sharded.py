@@ -1,14 +1,14 @@
 from __future__ import annotations
 
-import datetime
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import multiprocessing
 from torch.distributed import checkpoint as dcp
 
 from mptfoundry.checkpoints.sharded import ShardedWeights, read_metadata
@@ -46,27 +46,23 @@ def test_only_the_models_tensors_are_offered(tmp_path: Path) -> None:
     assert weights.read("transformer.wte.weight", torch.bfloat16).dtype is torch.bfloat16
 
 
-def save_from_two_ranks(rank: int, folder: str, meeting: str) -> None:
-    from torch import distributed
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{meeting}",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    mesh = init_device_mesh("cpu", (2,))
-    tensor = distribute_tensor(torch.arange(35.0).reshape(7, 5), mesh, [Shard(0)])
-    dcp.save({"state": {"model": {"model.a": tensor}}}, storage_writer=dcp.FileSystemWriter(folder))
-    distributed.destroy_process_group()
+SAVE_ON_A_RANK = """
+import sys, torch, torch.distributed, torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+torch.distributed.init_process_group("gloo")
+tensor = torch.arange(35.0).reshape(7, 5)
+sharded = distribute_tensor(tensor, init_device_mesh("cpu", (2,)), [Shard(0)])
+dcp.save({"state": {"model": {"model.a": sharded}}}, storage_writer=dcp.FileSystemWriter(sys.argv[1]))
+torch.distributed.destroy_process_group()
+"""
 
 
 def test_the_pieces_of_two_ranks_become_one_tensor(tmp_path: Path) -> None:
-    folder = tmp_path / "ep0-ba1"
-    multiprocessing.spawn(save_from_two_ranks, (str(folder), str(tmp_path / "meeting")), nprocs=2)
+    script, folder = tmp_path / "save.py", tmp_path / "ep0-ba1"
+    script.write_text(SAVE_ON_A_RANK)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    subprocess.run([*launcher, str(script), str(folder)], check=True, timeout=120, capture_output=True)
     assert {entry.name for entry in folder.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
     torch.testing.assert_close(ShardedWeights(folder).read("a"), torch.arange(35.0).reshape(7, 5))
 
