@@ -16,7 +16,7 @@ from .norm import compute_dtype
 IGNORED = -100
 
 # Logits of a chunk. Fewer would add up the weight's gradient more often, more would only take memory.
-_CHUNK_LOGITS = {"cpu": 2**24, "cuda": 2**27}
+_CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
 
 def linear_cross_entropy(
