@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ TINY = MPTConfig(
     no_bias=True,
     attn_config=AttnConfig(alibi=True),
 )
+
+
+@pytest.fixture(autouse=True)
+def same_environment() -> Iterator[None]:
+    """Composer writes its rank and its meeting point into the environment; no test inherits another's."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")
