@@ -31,9 +31,11 @@ TINY = MPTConfig(
 
 @pytest.fixture(autouse=True)
 def same_environment() -> Iterator[None]:
-    """Composer writes its rank and its meeting point into the environment; no test inherits another's."""
+    """Composer leaves a process group and its rank in the environment; no test inherits another's."""
     before = dict(os.environ)
     yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
 
