@@ -24,6 +24,8 @@ from mptfoundry.callbacks.metrics_file import MetricsFile
 from mptfoundry.callbacks.report import write_report
 from mptfoundry.callbacks.rng_resume import restore_random_state
 from mptfoundry.callbacks.throughput import Throughput
+from mptfoundry.checkpoints.names import checkpoints_in
+from mptfoundry.checkpoints.reading import expected_shapes, open_model
 from mptfoundry.config.load import to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
@@ -50,6 +52,7 @@ def train(config: TrainConfig) -> Trainer:
     resolved = resolve_auto(config, device)
     set_up_process(config, device)
     folder = run_folder(config)
+    refuse_another_model(config, folder)
     say(summary_table(config, device))
     build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
@@ -91,6 +94,23 @@ def run_folder(config: TrainConfig) -> Path:
     if config.save_folder is not None and not urlparse(config.save_folder).scheme:
         return Path(config.save_folder.format(run_name=config.run_name))
     return Path("runs") / config.run_name
+
+
+def refuse_another_model(config: TrainConfig, folder: Path) -> None:
+    """Raises CheckpointError where the run's folder holds checkpoints that `config.model` can't continue.
+
+    Before anything is written: the folder's `config.yaml` belongs to those checkpoints.
+    """
+    if not (folder / "config.yaml").is_file() or not checkpoints_in(folder):
+        return
+    there, here = expected_shapes(open_model(folder).config), expected_shapes(config.model.network())
+    for name in [*here, *there]:
+        if there.get(name) != here.get(name):
+            sizes = [str(shapes[name]) if name in shapes else "missing" for shapes in (there, here)]
+            raise CheckpointError(
+                f"save_folder: {folder} holds checkpoints of another model: {name} is {sizes[0]} there and "
+                f"{sizes[1]} in this config. Use another run_name or save_folder."
+            )
 
 
 def say(text: str) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.config.load import load_train_config
-from mptfoundry.errors import ConfigError, DataError
+from mptfoundry.errors import CheckpointError, ConfigError, DataError
 from mptfoundry.train import train
 
 # Mean losses of batches 1 to 6 of the run below, in float32; processors differ in the last digits.
@@ -179,6 +179,15 @@ def test_a_save_folder_that_cannot_be_written_is_named(run: Run, folder: Path) -
     (folder / "file").write_text("")
     with pytest.raises(ConfigError, match=r"save_folder: .*file/run can't be written to"):
         run("blocked", f"save_folder={folder}/file/run")
+
+
+def test_a_folder_with_checkpoints_of_another_model_is_left_alone(finished: Path, run: Run) -> None:
+    before = (finished / "config.yaml").read_text()
+    with pytest.raises(
+        CheckpointError, match=r"wte.weight is \(384, 32\) there and \(384, 64\) in this config"
+    ):
+        run("whole", "model.d_model=64")
+    assert (finished / "config.yaml").read_text() == before
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(run: Run) -> None:
