@@ -1,7 +1,7 @@
 """Config -> objects: one function a section, over plain tables of names.
 
-The rooms below know nothing of configs nor of one another; here they meet. A user's `code_paths` may add to
-the tables.
+The rooms below know nothing of configs nor of one another; here they meet. A user's `code_paths` may put
+other classes into the tables.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ ALGORITHMS: dict[str, str | type] = {**signatures.ALGORITHMS}
 
 
 def run_code_paths(config: TrainConfig) -> None:
-    """Runs the user's own files, which may add to the tables above; prints each with its hash.
+    """Runs the user's own files, which may change the tables above; prints each with its hash.
 
     Raises:
         ConfigError: A file is missing, or the command line did not allow code.
