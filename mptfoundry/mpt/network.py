@@ -6,7 +6,7 @@ Letters of the shapes: batch = rows, seq = tokens of this pass, past = tokens in
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -26,9 +26,10 @@ from .position import (
 )
 
 
-@dataclass
-class MPTOutput:
+class MPTOutput(NamedTuple):
     """What a pass gives; what was not asked for is None.
+
+    A tuple, since FSDP looks for tensors in tuples: it gathers weights again where their gradients begin.
 
     Attributes:
         loss: Mean cross entropy over the learned tokens, a float32 scalar.
