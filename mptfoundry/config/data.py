@@ -181,3 +181,13 @@ class TextLoaderConfig:
 
 
 LoaderConfig = TextLoaderConfig
+
+
+def loaders_by_label(
+    given: LoaderConfig | tuple[LoaderConfig, ...] | None,
+) -> dict[str, LoaderConfig]:
+    """Evaluation loaders by label; a single one without a label is `eval`."""
+    if given is None:
+        return {}
+    loaders = given if isinstance(given, tuple) else (given,)
+    return {loader.label or "eval": loader for loader in loaders}

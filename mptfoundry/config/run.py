@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from mptfoundry.config.data import LoaderConfig
+from mptfoundry.config.data import LoaderConfig, loaders_by_label
 from mptfoundry.config.durations import Duration, parse_duration
 from mptfoundry.config.model import ModelConfig, TokenizerConfig
 from mptfoundry.config.optim import OptimizerConfig, SchedulerConfig
@@ -158,10 +158,7 @@ class TrainConfig:
     @property
     def eval_loaders(self) -> dict[str, LoaderConfig]:
         """The evaluation loaders by label; a single one without a label is `eval`."""
-        if self.eval_loader is None:
-            return {}
-        loaders = self.eval_loader if isinstance(self.eval_loader, tuple) else (self.eval_loader,)
-        return {loader.label or "eval": loader for loader in loaders}
+        return loaders_by_label(self.eval_loader)
 
     @property
     def resumes(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mptfoundry.config.data import LoaderConfig
+from mptfoundry.config.data import LoaderConfig, loaders_by_label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,10 +110,7 @@ class EvalConfig:
     @property
     def eval_loaders(self) -> dict[str, LoaderConfig]:
         """The evaluation loaders by label; a single one without a label is `eval`."""
-        if self.eval_loader is None:
-            return {}
-        loaders = self.eval_loader if isinstance(self.eval_loader, tuple) else (self.eval_loader,)
-        return {loader.label or "eval": loader for loader in loaders}
+        return loaders_by_label(self.eval_loader)
 
 
 @dataclass(frozen=True, kw_only=True)
