@@ -100,8 +100,8 @@ class Attention(nn.Module):
             query, key = rotate(query, context.rotary), rotate(key, context.rotary)
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)
-        name, _ = context.once("backend", lambda: choose_backend(self.config, x.device.type))
-        out = BACKENDS[name].attend(query, key, value, context)  # (batch, seq, n_heads, head_dim)
+        backend = context.once("backend", lambda: BACKENDS[choose_backend(self.config, x.device.type)[0]])
+        out = backend.attend(query, key, value, context)  # (batch, seq, n_heads, head_dim)
         return self.out_proj(out.flatten(2))
 
     def _normalise(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:

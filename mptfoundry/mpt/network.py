@@ -19,6 +19,7 @@ from .loss import IGNORED, linear_cross_entropy
 from .norm import make_norm
 from .position import (
     AttentionContext,
+    Cache,
     alibi_slopes,
     count_positions,
     number_documents,
@@ -98,14 +99,16 @@ class KVCache:
 class Transformer(nn.Module):
     """From token ids to the normalised residual stream."""
 
-    def __init__(self, config: MPTConfig, device: torch.device | str | None) -> None:
+    def __init__(
+        self, config: MPTConfig, device: torch.device | str | None, block: type[Block] = Block
+    ) -> None:
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.d_model, device=device)
         if config.has_learned_positions:
             self.wpe = nn.Embedding(config.max_seq_len, config.d_model, device=device)
         self.emb_drop = nn.Dropout(config.emb_pdrop)
-        self.blocks = nn.ModuleList(Block(config, layer, device) for layer in range(config.n_layers))
+        self.blocks = nn.ModuleList(block(config, layer, device) for layer in range(config.n_layers))
         self.norm_f = make_norm(config.d_model, config, device)
 
     def forward(
@@ -113,15 +116,15 @@ class Transformer(nn.Module):
         input_ids: torch.Tensor,
         documents: torch.Tensor | None,
         prefix: torch.Tensor | None,
-        cache: KVCache | None,
+        cache: Cache | None,
     ) -> torch.Tensor:
-        """Map (batch, seq) ids to (batch, seq, d_model).
+        """Map (batch, seq) ids, or their embeddings (batch, seq, d_model), to (batch, seq, d_model).
 
         ``documents`` (batch, keys) and ``prefix`` (batch, keys) cover the tokens in the cache too.
         """
         seq = input_ids.shape[1]
         past = cache.length if cache is not None else 0
-        x = self.wte(input_ids)  # (batch, seq, d_model)
+        x = input_ids if input_ids.is_floating_point() else self.wte(input_ids)  # (batch, seq, d_model)
         rotary = None
         if self.config.has_learned_positions or self.config.attn_config.rope:
             positions = count_positions(documents, past, seq, x.device)

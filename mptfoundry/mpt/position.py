@@ -12,19 +12,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.nn import functional as F
 
 from .config import MPTConfig
 
-if TYPE_CHECKING:
-    from .network import KVCache
-
 T = TypeVar("T")
 
 PADDING = -1
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens so far, of which there are ``length``."""
+
+    length: int
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a layer's new keys and values, each (batch, seq, kv_heads, head_dim); returns all so far."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +51,7 @@ class AttentionContext:
         dropout: Probability with which an attention weight is dropped; 0 outside training.
         rotary: Cosines and sines, each (batch or 1, seq, 1, head_dim) float32; None without.
         cache: Keys and values of the tokens before, to which attention appends; None without.
+        skips: Keys that ALiBi pushes below rounding need not be computed; changes no result.
     """
 
     scale: float
@@ -55,7 +62,7 @@ class AttentionContext:
     softcap: float | None = None
     dropout: float = 0.0
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
-    cache: KVCache | None = None
+    cache: Cache | None = None
     _made: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
