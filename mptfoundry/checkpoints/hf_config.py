@@ -8,15 +8,13 @@ it could change the mathematics.
 from __future__ import annotations
 
 import json
-import types
-import typing
 from collections.abc import Mapping
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from mptfoundry.errors import CheckpointError
-from mptfoundry.mpt.config import InitConfig, MPTConfig
+from mptfoundry.mpt.config import InitConfig, MPTConfig, from_values
 
 # What transformers' classes assume where their config.json is silent, and MPTConfig assumes otherwise.
 _NATIVE_DEFAULTS: dict[str, Any] = {"no_bias": True}
@@ -141,7 +139,7 @@ def config_from_dict(values: Mapping[str, Any], where: str) -> MPTConfig:
     values["attn_config"] = attention
     values["init_config"] = _known_init(values.get("init_config") or {})
     try:
-        return _build(MPTConfig, values, "")
+        return from_values(MPTConfig, values)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from error
 
@@ -150,55 +148,3 @@ def _known_init(values: Mapping[str, Any]) -> dict[str, Any]:
     """The init scheme, which matters for new weights only: what is not known is left out."""
     known = {field.name for field in fields(InitConfig)}
     return {key: value for key, value in values.items() if key in known}
-
-
-def _build(kind: type, values: Mapping[str, Any], path: str) -> Any:
-    """An instance of a dataclass from nested values; an unknown key with null says nothing."""
-    types_of = typing.get_type_hints(kind)
-    given = {}
-    for key, value in values.items():
-        if key not in types_of:
-            if value is None:
-                continue
-            raise ValueError(f"{path}{key}: {value!r}. No such switch of MPT is known here.")
-        inner = next((t for t in _alternatives(types_of[key]) if is_dataclass(t)), None)
-        if inner is None:
-            if not _fits(value, types_of[key]):
-                raise ValueError(f"{path}{key}: {value!r}. Allowed: {_allowed(types_of[key])}.")
-            given[key] = tuple(value) if isinstance(value, list) else value
-        elif isinstance(value, Mapping):
-            given[key] = _build(typing.cast(type, inner), value, f"{path}{key}.")
-        elif value is not None:
-            raise ValueError(f"{path}{key}: {value!r} is not a section.")
-    return kind(**given)
-
-
-def _alternatives(kind: Any) -> tuple[Any, ...]:
-    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
-    return typing.get_args(kind) if is_union else (kind,)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    for choice in _alternatives(kind):
-        if typing.get_origin(choice) is typing.Literal:
-            if any(value == v and type(value) is type(v) for v in typing.get_args(choice)):
-                return True
-        elif typing.get_origin(choice) is tuple:
-            if isinstance(value, (list, tuple)) and len(value) == len(typing.get_args(choice)):
-                return True
-        elif choice is float:
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
-                return True
-        elif type(value) is choice:
-            return True
-    return False
-
-
-def _allowed(kind: Any) -> str:
-    words: list[str] = []
-    for choice in _alternatives(kind):
-        if typing.get_origin(choice) is typing.Literal:
-            words += [str(value) for value in typing.get_args(choice)]
-        else:
-            words.append("null" if choice is types.NoneType else getattr(choice, "__name__", str(choice)))
-    return ", ".join(words)

@@ -7,8 +7,13 @@ features.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -303,3 +308,61 @@ class MPTConfig:
 def _check_probability(name: str, value: float) -> None:
     if not 0 <= value < 1:
         raise ValueError(f"{name}: {value} is not a probability. Use 0 or more and less than 1.")
+
+
+def from_values(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
+    """An instance of one of these dataclasses from nested plain values, as JSON has them.
+
+    A key that is not known with null says nothing; with anything else it could change the mathematics.
+
+    Raises:
+        ValueError: A key or a value that the class does not have; `path` stands before its name.
+    """
+    types_of = typing.get_type_hints(kind)
+    given = {}
+    for key, value in values.items():
+        if key not in types_of:
+            if value is None:
+                continue
+            raise ValueError(f"{path}{key}: {value!r}. No such switch of MPT is known here.")
+        inner = next((t for t in _alternatives(types_of[key]) if is_dataclass(t)), None)
+        if inner is None:
+            if not _fits(value, types_of[key]):
+                raise ValueError(f"{path}{key}: {value!r}. Allowed: {_allowed(types_of[key])}.")
+            given[key] = tuple(value) if isinstance(value, list) else value
+        elif isinstance(value, Mapping):
+            given[key] = from_values(typing.cast(type, inner), value, f"{path}{key}.")
+        elif value is not None:
+            raise ValueError(f"{path}{key}: {value!r} is not a section.")
+    return kind(**given)
+
+
+def _alternatives(kind: Any) -> tuple[Any, ...]:
+    is_union = typing.get_origin(kind) in (typing.Union, types.UnionType)
+    return typing.get_args(kind) if is_union else (kind,)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    for choice in _alternatives(kind):
+        if typing.get_origin(choice) is typing.Literal:
+            if any(value == v and type(value) is type(v) for v in typing.get_args(choice)):
+                return True
+        elif typing.get_origin(choice) is tuple:
+            if isinstance(value, (list, tuple)) and len(value) == len(typing.get_args(choice)):
+                return True
+        elif choice is float:
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                return True
+        elif type(value) is choice:
+            return True
+    return False
+
+
+def _allowed(kind: Any) -> str:
+    words: list[str] = []
+    for choice in _alternatives(kind):
+        if typing.get_origin(choice) is typing.Literal:
+            words += [str(value) for value in typing.get_args(choice)]
+        else:
+            words.append("null" if choice is types.NoneType else getattr(choice, "__name__", str(choice)))
+    return ", ".join(words)
