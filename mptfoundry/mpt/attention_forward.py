@@ -1,0 +1,150 @@
+"""The forward kernel of FlashAttention for MPT; what it rests on is told in attention_kernels.py."""
+
+from __future__ import annotations
+
+try:  # An exported folder is loaded where triton is not installed, too.
+    import triton
+    import triton.language as tl
+    from triton.language import constexpr
+except ImportError:
+    raise
+
+from .attention_kernels import (
+    NOTHING,
+    bias_of,
+    is_kept,
+    is_visible,
+    load_rows,
+    query_bounds,
+    scores_of,
+    shift_of,
+    store_rows,
+)
+
+
+@triton.jit
+def _forward_span(
+    acc, total, highest, q, k, v, stride_k, stride_v, begin, end, keys, places_q, marks, marks_q, slope, frame,
+    inner, outer, window, seed, head, dropout,
+    HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_K: constexpr, MASKED: constexpr,
+    HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, HAS_WINDOW: constexpr,
+    HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
+):  # fmt: skip
+    """Visits the key blocks of [begin, end), both multiples of BLOCK_K, from the last to the first."""
+    for back in range(0, (end - begin) // BLOCK_K):
+        start = end - (back + 1) * BLOCK_K
+        places_k = start + tl.arange(0, BLOCK_K)
+        k_block = load_rows(k, start, stride_k, keys, BLOCK_K, HEAD_DIM, WIDTH, MASKED)
+        scores = scores_of(tl.dot(q, tl.trans(k_block), input_precision=PRECISION), inner, outer, HAS_SOFTCAP)
+        if HAS_ALIBI:
+            scores += bias_of(
+                slope, places_q[:, None], places_k[None, :], frame, HAS_PREFIX or PRECISION == "ieee"
+            )
+        if MASKED:
+            marks_k = places_k
+            if HAS_MARKS:
+                marks_k = tl.load(marks + places_k, mask=places_k < keys, other=-1)
+            visible = is_visible(places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :], keys,
+                               window, HAS_MARKS, HAS_PREFIX, HAS_WINDOW)  # fmt: skip
+            scores = tl.where(visible, scores, NOTHING)
+        now = tl.maximum(highest, tl.max(scores, 1))
+        # A row that has seen nothing yet stays at zero weight.
+        level = tl.where(now == NOTHING, 0.0, now) if MASKED else now
+        weights = tl.exp2(scores - level[:, None])
+        shrink = tl.exp2(highest - level)
+        total = total * shrink + tl.sum(weights, 1)
+        if HAS_DROPOUT:
+            kept = is_kept(seed, head, places_q[:, None], places_k[None, :], dropout)
+            weights = tl.where(kept, weights, 0.0)
+        v_block = load_rows(v, start, stride_v, keys, BLOCK_K, HEAD_DIM, WIDTH, MASKED)
+        acc = tl.dot(weights.to(v_block.dtype), v_block, acc * shrink[:, None], input_precision=PRECISION)
+        highest = now
+    return acc, total, highest
+
+
+@triton.jit
+def _stop(highest, q, inside, longest, slope, frame, inner, outer, bits, HAS_SOFTCAP: constexpr):
+    """The first place that may still count: no key before it reaches a weight of 2 ** -bits in any row.
+
+    By Cauchy and Schwarz a row's score is at most scale * |q| * |longest key| before the bias.
+    """
+    norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)) * longest
+    bound = tl.minimum(outer, outer * inner * norm) if HAS_SOFTCAP else outer * norm
+    gap = tl.max(tl.where(inside & (highest > NOTHING), bound * 1.001 - highest, NOTHING))
+    return tl.minimum(tl.maximum(frame - (gap + bits) / slope, 0.0), frame)
+
+
+@triton.jit(do_not_specialize=["seq", "keys", "plane", "blocks"])
+def forward_kernel(
+    q, k, v, out, log_sum, reach, slopes, marks, bounds, longest, seed,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    seq, keys, plane, n_heads, blocks, inner, outer, window, dropout, bits,
+    GROUP: constexpr, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr,
+    BLOCK_K: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr,
+    HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, SKIPS: constexpr,
+    PRECISION: constexpr,
+):  # fmt: skip
+    """One block of queries of one head.
+
+    Writes out (batch, seq, n_heads, head_dim), log_sum (batch, n_heads, seq), the base-2 logarithm of the sum
+    of exponentials, infinite for rows that see nothing, and reach (batch, n_heads, blocks), the first place
+    visited.
+    """
+    # The longest rows first, so that no long one is left at the end.
+    block = blocks - 1 - tl.program_id(0) % blocks
+    head_of_all = tl.program_id(0) // blocks
+    row, head = head_of_all // n_heads, head_of_all % n_heads
+    past, begin = keys - seq, block * BLOCK_Q
+    q += row.to(tl.int64) * stride_qb + head * stride_qh
+    k += row.to(tl.int64) * stride_kb + head // GROUP * stride_kh
+    v += row.to(tl.int64) * stride_vb + head // GROUP * stride_vh
+    marks += row * keys
+    bounds += row * keys
+
+    rows = begin + tl.arange(0, BLOCK_Q)
+    places_q, frame = past + rows, past + begin
+    marks_q = tl.load(marks + places_q, mask=rows < seq, other=-1) if HAS_MARKS else places_q
+    slope = tl.load(slopes + head) * 1.4426950408889634 if HAS_ALIBI else 0.0
+    drawn_from = tl.load(seed) if HAS_DROPOUT else 0
+    q_block = load_rows(q, begin, stride_qs, seq, BLOCK_Q, HEAD_DIM, WIDTH, True)
+    low, whole_low, whole_high, high = query_bounds(
+        bounds, plane, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, HAS_MARKS, HAS_PREFIX, HAS_WINDOW
+    )
+
+    acc = tl.zeros([BLOCK_Q, WIDTH], dtype=tl.float32)
+    total = tl.zeros([BLOCK_Q], dtype=tl.float32)
+    highest = tl.full([BLOCK_Q], NOTHING, dtype=tl.float32)
+    acc, total, highest = _forward_span(
+        acc, total, highest, q_block, k, v, stride_ks, stride_vs, whole_high, high, keys, places_q, marks,
+        marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K,
+        True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+    )  # fmt: skip
+    if SKIPS:
+        stop = _stop(highest, q_block, rows < seq, tl.load(longest + row * (n_heads // GROUP) + head // GROUP),
+                     slope, frame, inner, outer, bits, HAS_SOFTCAP)  # fmt: skip
+        low = tl.minimum(tl.maximum(low, stop.to(tl.int32) // BLOCK_K * BLOCK_K), whole_high)
+        whole_low = tl.maximum(whole_low, low)
+    acc, total, highest = _forward_span(
+        acc, total, highest, q_block, k, v, stride_ks, stride_vs, whole_low, whole_high, keys, places_q, marks,
+        marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K,
+        False, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+    )  # fmt: skip
+    if HAS_MARKS or HAS_WINDOW:
+        acc, total, highest = _forward_span(
+            acc, total, highest, q_block, k, v, stride_ks, stride_vs, low, whole_low, keys, places_q, marks,
+            marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH,
+            BLOCK_K, True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+        )  # fmt: skip
+
+    sees = total > 0
+    logarithm = (
+        highest
+        + tl.log2(tl.where(sees, total, 1.0))
+        - shift_of(slope, places_q, frame, HAS_PREFIX or PRECISION == "ieee")
+    )
+    tl.store(log_sum + head_of_all.to(tl.int64) * seq + rows, tl.where(sees, logarithm, float("inf")),
+             mask=rows < seq)  # fmt: skip
+    tl.store(reach + head_of_all * blocks + block, low)
+    acc = acc / (tl.where(sees, total, 1.0) * (1 - dropout))[:, None]
+    out += (row.to(tl.int64) * seq * n_heads + head) * HEAD_DIM
+    store_rows(out, acc, begin, n_heads * HEAD_DIM, seq, BLOCK_Q, HEAD_DIM, WIDTH)

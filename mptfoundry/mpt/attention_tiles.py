@@ -1,0 +1,99 @@
+"""Block sizes of the Triton kernels: how many queries and keys a program works on at once, and with how much.
+
+The table is made by `scripts/tune_attention.py`, so nothing is tuned when a run starts. It is indexed by the
+kernel and the width of a head, padded to a power of two; there is one for each generation of GPUs that
+differs, and one for float32, whose numbers take twice the room.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """Queries and keys of a block, warps of a program, and how many loads are under way at once."""
+
+    block_q: int
+    block_k: int
+    warps: int
+    stages: int
+
+
+# Kernel -> width -> tile. `sm_80` also serves 8.6 and 8.9, which have 99 KiB of shared memory.
+TILES: dict[str, dict[str, dict[int, Tile]]] = {
+    "sm_90": {
+        "forward": {
+            16: Tile(128, 64, 4, 3),
+            32: Tile(128, 64, 4, 3),
+            64: Tile(128, 64, 4, 3),
+            128: Tile(128, 64, 8, 3),
+            256: Tile(128, 32, 8, 2),
+        },
+        "backward_query": {
+            16: Tile(64, 64, 4, 3),
+            32: Tile(64, 64, 4, 3),
+            64: Tile(128, 64, 8, 3),
+            128: Tile(128, 64, 8, 2),
+            256: Tile(64, 32, 8, 2),
+        },
+        "backward_key": {
+            16: Tile(64, 64, 4, 3),
+            32: Tile(64, 64, 4, 3),
+            64: Tile(64, 128, 8, 2),
+            128: Tile(64, 128, 8, 2),
+            256: Tile(32, 64, 8, 1),
+        },
+    },
+    "sm_80": {
+        "forward": {
+            16: Tile(128, 64, 4, 3),
+            32: Tile(128, 64, 4, 3),
+            64: Tile(128, 64, 4, 3),
+            128: Tile(128, 32, 4, 3),
+            256: Tile(64, 32, 4, 2),
+        },
+        "backward_query": {
+            16: Tile(64, 64, 4, 3),
+            32: Tile(64, 64, 4, 3),
+            64: Tile(64, 64, 4, 2),
+            128: Tile(64, 32, 4, 2),
+            256: Tile(64, 16, 4, 1),
+        },
+        "backward_key": {
+            16: Tile(64, 64, 4, 3),
+            32: Tile(64, 64, 4, 3),
+            64: Tile(64, 64, 4, 2),
+            128: Tile(32, 64, 8, 2),
+            256: Tile(16, 64, 8, 1),
+        },
+    },
+    "float32": {
+        "forward": {width: Tile(64, 32, 4 if width < 128 else 8, 2) for width in (16, 32, 64, 128)}
+        | {256: Tile(32, 16, 8, 2)},
+        "backward_query": {width: Tile(32, 32, 4 if width < 128 else 8, 1) for width in (16, 32, 64, 128)}
+        | {256: Tile(16, 16, 8, 1)},
+        "backward_key": {width: Tile(32, 32, 4 if width < 128 else 8, 1) for width in (16, 32, 64, 128)}
+        | {256: Tile(16, 16, 8, 1)},
+    },
+}
+
+KEYS_OF_DECODING = 64
+"""Keys that the decoding kernel visits at once."""
+
+
+def padded(head_dim: int) -> int:
+    """The power of two, 16 at least, that a head's width is padded to."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def tile_of(kernel: str, head_dim: int, capability: tuple[int, int], number_bytes: int) -> Tile:
+    """The tile of `forward`, `backward_query` or `backward_key`.
+
+    Args:
+        kernel: Its name.
+        head_dim: Width of a head.
+        capability: Of the GPU, such as (9, 0).
+        number_bytes: 2 for bfloat16 and float16, 4 for float32.
+    """
+    name = "float32" if number_bytes == 4 else "sm_90" if capability >= (9, 0) else "sm_80"
+    return TILES[name][kernel][padded(head_dim)]

@@ -1,0 +1,312 @@
+"""The attention backend of our own FlashAttention kernels in Triton; attention_kernels.py tells what they do.
+
+Queries, keys and values are read where they lie, by their strides. To PyTorch one attention is one operator
+with a backward of its own, so that compilation, activation checkpointing and FLOP counters see one node.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import register_flop_formula
+
+from .attention_tiles import KEYS_OF_DECODING, Tile, padded, tile_of
+from .position import PADDING, AttentionContext
+
+try:
+    import triton
+
+    from .attention_backward import backward_key_kernel, backward_query_kernel
+    from .attention_decode import decode_kernel, join_kernel
+    from .attention_forward import forward_kernel
+except ImportError:  # why_not in backends.py says so before anything comes here
+    triton = None
+
+_LOG2_E = math.log2(math.e)
+_MOST_DECODING_ROWS = 64
+
+# An exported folder's copy of this file has operators of its own beside an installed package's.
+_NAMESPACE = re.sub(r"\W", "_", __package__ or "mpt")
+
+_OPTIONS = (
+    "Tensor? slopes, Tensor? marks, Tensor? bounds, Tensor? seed, float scale, int window, float softcap, "
+    "float dropout, bool has_prefix, bool skips"
+)
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
+) -> torch.Tensor:
+    """Attend from (batch, seq, n_heads, head_dim) to (batch, keys, kv_heads, head_dim).
+
+    Returns:
+        (batch, seq, n_heads, head_dim), in ``query``'s dtype; zero for padding.
+    """
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    batch, seq, n_heads, _ = query.shape
+    keys, kv_heads = key.shape[1:3]
+    marks = bounds = None
+    if context.documents is not None or context.prefix is not None:
+        marks, bounds = context.once(
+            "marks and bounds", lambda: mark(context.documents, context.prefix, batch, keys, query.device)
+        )
+    window = -1 if context.window is None else context.window
+    softcap = context.softcap or 0.0
+    has_prefix = context.prefix is not None
+    needs_grad = torch.is_grad_enabled() and query.requires_grad
+    if context.cache is not None and not needs_grad and seq * (n_heads // kv_heads) <= _MOST_DECODING_ROWS:
+        return torch.ops.__getattr__(_NAMESPACE).decode(
+            query, key, value, context.slopes, marks, context.scale, window, softcap, has_prefix
+        )
+    seed = torch.randint(2**62, (1,), device=query.device) if context.dropout > 0 else None
+    skips = context.slopes is not None and context.skips
+    out, _, _ = torch.ops.__getattr__(_NAMESPACE).attention(
+        query, key, value, context.slopes, marks, bounds, seed, context.scale, window, softcap,
+        context.dropout, has_prefix, skips,
+    )  # fmt: skip
+    return out
+
+
+def mark(
+    documents: torch.Tensor | None,
+    prefix: torch.Tensor | None,
+    batch: int,
+    keys: int,
+    device: torch.device,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the kernels read of documents and prefixes, computed on the device without waiting for it.
+
+    Returns:
+        marks: (batch, keys) int32, 2 * document + is-in-prefix, and -1 for padding.
+        bounds: (4, batch, keys) int32: the first place of a token's document, the place after its last, and the
+            same of the run without padding in between. For padding these hold nothing together.
+    """
+    if documents is None:
+        documents = torch.zeros(batch, keys, dtype=torch.int64, device=device)
+    is_padding = documents == PADDING
+    marks = documents * 2 if prefix is None else documents * 2 + prefix
+    marks = marks.masked_fill(is_padding, PADDING)
+    places = torch.arange(keys, device=device).expand(batch, keys)
+
+    def begins(numbers: torch.Tensor) -> torch.Tensor:
+        is_first = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
+        return places.masked_fill(~is_first, 0).cummax(1).values
+
+    def ends(numbers: torch.Tensor) -> torch.Tensor:
+        is_last = F.pad(numbers[:, 1:] != numbers[:, :-1], (0, 1), value=True)
+        return (places + 1).masked_fill(~is_last, keys).flip(1).cummin(1).values.flip(1)
+
+    # Documents are numbered upwards along a row, so padding between takes the number before, or after, it.
+    before = documents.cummax(1).values
+    after = documents.masked_fill(is_padding, torch.iinfo(torch.int64).max).flip(1).cummin(1).values.flip(1)
+    bounds = torch.stack([begins(before), ends(after), begins(documents), ends(documents)])
+    nothing = torch.tensor([keys, 0, keys, 0], device=device)[:, None, None]
+    return marks.int(), torch.where(is_padding, nothing, bounds).int()
+
+
+def _features(slopes: Any, marks: Any, has_prefix: bool, window: int, softcap: float) -> dict[str, bool]:
+    return {
+        "HAS_ALIBI": slopes is not None,
+        "HAS_MARKS": marks is not None,
+        "HAS_PREFIX": has_prefix,
+        "HAS_WINDOW": window >= 0,
+        "HAS_SOFTCAP": softcap > 0,
+    }
+
+
+def _tile(kernel: str, query: torch.Tensor) -> Tile:
+    capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
+    return tile_of(kernel, query.shape[-1], capability, query.element_size())
+
+
+def _factors(scale: float, softcap: float) -> tuple[float, float]:
+    """Inside and outside of tanh with a cap; without, the factor on the products is the second."""
+    return (scale / softcap, softcap * _LOG2_E) if softcap > 0 else (0.0, scale * _LOG2_E)
+
+
+def _strides(*tensors: torch.Tensor) -> list[int]:
+    """Of rows, tokens and heads."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
+
+
+def _precision(query: torch.Tensor) -> str:
+    """float32 is multiplied as float32, not as what tensor cores make of it."""
+    return "ieee" if query.dtype == torch.float32 else "tf32"
+
+
+@torch.library.custom_op(
+    f"{_NAMESPACE}::attention",
+    mutates_args=(),
+    schema=f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+def _attention(query, key, value, slopes, marks, bounds, seed, scale, window, softcap, dropout, has_prefix,
+               skips):  # type: ignore[no-untyped-def]  # fmt: skip
+    """Out (batch, seq, n_heads, head_dim), log_sum (batch, n_heads, seq) and reach (batch, n_heads, blocks)."""
+    batch, seq, n_heads, head_dim = query.shape
+    keys, kv_heads = key.shape[1:3]
+    tile = _tile("forward", query)
+    out, log_sum, reach = _empty_results(query)
+    blocks = reach.shape[2]
+    longest = log_sum
+    if skips:
+        longest = torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax(1)  # (batch, kv_heads)
+    bits = 25 + math.log2(keys)
+    nothing = log_sum
+    with torch.cuda.device_of(query):
+        forward_kernel[(blocks * batch * n_heads,)](
+            query, key, value, out, log_sum, reach,
+            *(nothing if x is None else x for x in (slopes, marks, bounds)), longest,
+            nothing if seed is None else seed, *_strides(query, key, value),
+            seq, keys, batch * keys, n_heads, blocks, *_factors(scale, softcap), window, dropout, bits,
+            GROUP=n_heads // kv_heads, HEAD_DIM=head_dim, WIDTH=padded(head_dim), BLOCK_Q=tile.block_q,
+            BLOCK_K=tile.block_k, **_features(slopes, marks, has_prefix, window, softcap),
+            HAS_DROPOUT=seed is not None, SKIPS=skips, PRECISION=_precision(query),
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    return out, log_sum, reach
+
+
+def _empty_results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    batch, seq, n_heads, _ = query.shape
+    blocks = -(-seq // _tile("forward", query).block_q)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    log_sum = torch.empty(batch, n_heads, seq, dtype=torch.float32, device=query.device)
+    return out, log_sum, torch.empty(batch, n_heads, blocks, dtype=torch.int32, device=query.device)
+
+
+@_attention.register_fake
+def _(query, *_):  # type: ignore[no-untyped-def]
+    return _empty_results(query)
+
+
+@torch.library.custom_op(
+    f"{_NAMESPACE}::attention_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sum, Tensor reach, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+def _backward(grad, query, key, value, out, log_sum, reach, slopes, marks, bounds, seed, scale, window, softcap,
+              dropout, has_prefix, skips):  # type: ignore[no-untyped-def]  # fmt: skip
+    """The gradients of query, key and value."""
+    batch, seq, n_heads, head_dim = query.shape
+    keys, kv_heads = key.shape[1:3]
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad_query, grad_key, grad_value = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
+    )
+    delta = torch.empty_like(log_sum)
+    pointers = [log_sum if x is None else x for x in (slopes, marks, bounds, seed)]
+    factors = (*_factors(scale, softcap), window, dropout)
+    options = {
+        "GROUP": n_heads // kv_heads,
+        "HEAD_DIM": head_dim,
+        "WIDTH": padded(head_dim),
+        "REACH_BLOCK": _tile("forward", query).block_q,
+        **_features(slopes, marks, has_prefix, window, softcap),
+        "HAS_DROPOUT": seed is not None,
+        "PRECISION": _precision(query),
+    }
+    with torch.cuda.device_of(query):
+        tile = _tile("backward_query", query)
+        blocks = -(-seq // tile.block_q)
+        backward_query_kernel[(blocks * batch * n_heads,)](
+            grad, query, key, value, out, log_sum, reach, *pointers, delta, grad_query,
+            *_strides(grad, query, key, value), seq, keys, batch * keys, n_heads, blocks, scale, *factors,
+            BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages, **options,
+        )  # fmt: skip
+        tile = _tile("backward_key", query)
+        blocks = -(-keys // tile.block_k)
+        backward_key_kernel[(blocks * batch * kv_heads,)](
+            grad, query, key, value, log_sum, reach, *pointers, delta, grad_key, grad_value,
+            *_strides(grad, query, key, value), seq, keys, batch * keys, n_heads, blocks, scale, *factors,
+            BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, SKIPS=skips, num_warps=tile.warps,
+            num_stages=tile.stages, **options,
+        )  # fmt: skip
+    return grad_query, grad_key, grad_value
+
+
+@_backward.register_fake
+def _(grad, query, key, value, *_):  # type: ignore[no-untyped-def]
+    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    tensors, ctx.options = inputs[:7], inputs[7:]
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _differentiate(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+    query, key, value, slopes, marks, bounds, seed, out, log_sum, reach = ctx.saved_tensors
+    grads = torch.ops.__getattr__(_NAMESPACE).attention_backward(
+        grad, query, key, value, out, log_sum, reach, slopes, marks, bounds, seed, *ctx.options
+    )
+    return (*grads, *(None,) * 10)
+
+
+_attention.register_autograd(_differentiate, setup_context=_keep_for_backward)
+
+
+@torch.library.custom_op(
+    f"{_NAMESPACE}::decode",
+    mutates_args=(),
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? slopes, Tensor? marks, float scale, int window, "
+    "float softcap, bool has_prefix) -> Tensor",
+)
+def _decode(query, key, value, slopes, marks, scale, window, softcap, has_prefix):  # type: ignore[no-untyped-def]
+    """Few queries against many keys, without a gradient."""
+    batch, seq, n_heads, head_dim = query.shape
+    keys, kv_heads = key.shape[1:3]
+    group = n_heads // kv_heads
+    keys_of_part, parts = _cut(keys, batch * kv_heads, query.device)
+    partial = torch.empty(batch, parts, n_heads, seq, head_dim, dtype=torch.float32, device=query.device)
+    partial_sum = torch.empty(batch, parts, n_heads, seq, dtype=torch.float32, device=query.device)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    width = padded(head_dim)
+    with torch.cuda.device_of(query):
+        decode_kernel[(batch * kv_heads * parts,)](
+            query, key, value, partial, partial_sum, *(partial if x is None else x for x in (slopes, marks)),
+            *_strides(query, key, value), keys, seq, keys, parts, keys_of_part, n_heads,
+            *_factors(scale, softcap), window,
+            GROUP=group, HEAD_DIM=head_dim, WIDTH=width, ROWS=padded(group * seq), BLOCK_K=KEYS_OF_DECODING,
+            **_features(slopes, marks, has_prefix, window, softcap), PRECISION=_precision(query), num_warps=4,
+            num_stages=2,
+        )  # fmt: skip
+        join_kernel[(batch * n_heads * seq,)](
+            partial, partial_sum, out, seq, parts, n_heads,
+            HEAD_DIM=head_dim, WIDTH=width, PARTS=max(2, 1 << (parts - 1).bit_length()),
+        )  # fmt: skip
+    return out
+
+
+@_decode.register_fake
+def _(query, *_):  # type: ignore[no-untyped-def]
+    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+
+
+def _cut(keys: int, programs: int, device: torch.device) -> tuple[int, int]:
+    """Keys of a part, a multiple of the kernel's block, and parts: enough to occupy the GPU twice over."""
+    processors = (
+        torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    )
+    wanted = max(1, min(128, 2 * processors // programs))
+    keys_of_part = max(1, -(-keys // (wanted * KEYS_OF_DECODING))) * KEYS_OF_DECODING
+    return keys_of_part, -(-keys // keys_of_part)
+
+
+@register_flop_formula(torch.ops.__getattr__(_NAMESPACE).attention)
+def _flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
+    """As PyTorch counts its own attention: neither the causal half nor what is skipped is left out."""
+    batch, seq, n_heads, head_dim = query
+    return 4 * batch * n_heads * seq * key[1] * head_dim
+
+
+@register_flop_formula(torch.ops.__getattr__(_NAMESPACE).attention_backward)
+def _backward_flops(grad: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
+    batch, seq, n_heads, head_dim = query
+    return 10 * batch * n_heads * seq * key[1] * head_dim
