@@ -1,4 +1,4 @@
-"""The backward kernels of FlashAttention for MPT; what they rest on is told in attention_kernels.py."""
+"""The backward kernels of FlashAttention for MPT; attention_kernels.py tells what they rest on."""
 
 from __future__ import annotations
 
@@ -37,14 +37,13 @@ def _softmax_gradient(scores, weights, grad_weights, delta, kept, outer, dropout
 
 @triton.jit
 def _query_span(
-    grad_q, q, grad, level, delta, k, v, stride_k, stride_v, begin, end, keys, places_q, marks, marks_q, slope,
-    frame, inner, outer, window, seed, head, dropout,
-    HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_K: constexpr, MASKED: constexpr,
-    HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, HAS_WINDOW: constexpr,
-    HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
+    grad_q, q, grad, level, delta, k, v, stride_k, stride_v, begin, end, keys, places_q, marks, marks_q,
+    slope, frame, inner, outer, window, seed, head, dropout, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_K:
+    constexpr, MASKED: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, EXACT:
+    constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Adds what the key blocks of [begin, end), both multiples of BLOCK_K, give to the queries' gradients."""
-    for forth in range(0, (end - begin) // BLOCK_K):
+    for forth in range((end - begin) // BLOCK_K):
         start = begin + forth * BLOCK_K
         places_k = start + tl.arange(0, BLOCK_K)
         k_block = load_rows(k, start, stride_k, keys, BLOCK_K, HEAD_DIM, WIDTH, MASKED)
@@ -52,15 +51,13 @@ def _query_span(
         scores = scores_of(tl.dot(q, tl.trans(k_block), input_precision=PRECISION), inner, outer, HAS_SOFTCAP)
         biased = scores
         if HAS_ALIBI:
-            biased += bias_of(
-                slope, places_q[:, None], places_k[None, :], frame, HAS_PREFIX or PRECISION == "ieee"
-            )
+            biased += bias_of(slope, places_q[:, None], places_k[None, :], frame, EXACT)
         if MASKED:
             marks_k = places_k
             if HAS_MARKS:
                 marks_k = tl.load(marks + places_k, mask=places_k < keys, other=-1)
-            visible = is_visible(places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :], keys,
-                               window, HAS_MARKS, HAS_PREFIX, HAS_WINDOW)  # fmt: skip
+            visible = is_visible(places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :],
+                                 keys, window, HAS_MARKS, HAS_PREFIX, HAS_WINDOW)  # fmt: skip
             biased = tl.where(visible, biased, NOTHING)
         weights = tl.exp2(biased - level[:, None])
         grad_weights = tl.dot(grad, tl.trans(v_block), input_precision=PRECISION)
@@ -79,7 +76,7 @@ def backward_query_kernel(
     seq, keys, plane, n_heads, blocks, scale, inner, outer, window, dropout,
     GROUP: constexpr, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr,
     BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr,
-    HAS_PREFIX: constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr,
+    HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr,
     HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """One block of queries of one head: its gradient, (batch, seq, n_heads, head_dim).
@@ -112,7 +109,7 @@ def backward_query_kernel(
     own_delta = tl.sum(grad_block.to(tl.float32) * out_block.to(tl.float32), 1)
     tl.store(delta + rows, own_delta, mask=rows < seq)
     level = tl.load(log_sum + rows, mask=rows < seq, other=float("inf"))
-    level += shift_of(slope, places_q, frame, HAS_PREFIX or PRECISION == "ieee")
+    level += shift_of(slope, places_q, frame, EXACT)
 
     low, whole_low, whole_high, high = query_bounds(
         bounds, plane, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, HAS_MARKS, HAS_PREFIX, HAS_WINDOW
@@ -124,20 +121,20 @@ def backward_query_kernel(
     if HAS_MARKS or HAS_WINDOW:
         grad_q_block = _query_span(
             grad_q_block, q_block, grad_block, level, own_delta, k, v, stride_ks, stride_vs, low, whole_low,
-            keys, places_q, marks, marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout,
-            HEAD_DIM, WIDTH, BLOCK_K, True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, HAS_WINDOW, HAS_SOFTCAP,
-            HAS_DROPOUT, PRECISION,
+            keys, places_q, marks, marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all,
+            dropout, HEAD_DIM, WIDTH, BLOCK_K, True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT, HAS_WINDOW,
+            HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     grad_q_block = _query_span(
-        grad_q_block, q_block, grad_block, level, own_delta, k, v, stride_ks, stride_vs, whole_low, whole_high,
-        keys, places_q, marks, marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout,
-        HEAD_DIM, WIDTH, BLOCK_K, False, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, HAS_WINDOW, HAS_SOFTCAP,
-        HAS_DROPOUT, PRECISION,
+        grad_q_block, q_block, grad_block, level, own_delta, k, v, stride_ks, stride_vs, whole_low,
+        whole_high, keys, places_q, marks, marks_q, slope, frame, inner, outer, window, drawn_from,
+        head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K, False, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT,
+        HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     grad_q_block = _query_span(
         grad_q_block, q_block, grad_block, level, own_delta, k, v, stride_ks, stride_vs, whole_high, high,
         keys, places_q, marks, marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout,
-        HEAD_DIM, WIDTH, BLOCK_K, True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, HAS_WINDOW, HAS_SOFTCAP,
+        HEAD_DIM, WIDTH, BLOCK_K, True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP,
         HAS_DROPOUT, PRECISION,
     )  # fmt: skip
     store_rows(grad_q, grad_q_block * scale, begin, n_heads * HEAD_DIM, seq, BLOCK_Q, HEAD_DIM, WIDTH)
@@ -152,8 +149,8 @@ def _key_bounds(
     """Which queries see the keys [begin, begin + BLOCK_K), in multiples of BLOCK_Q.
 
     Returns:
-        low, whole_low, whole_high, high: all queries of [whole_low, whole_high) see all the keys; none outside
-        [low, high) sees any, or none that counts.
+        low, whole_low, whole_high, high: all queries of [whole_low, whole_high) see all the keys; none
+        outside [low, high) sees any that counts.
     """
     last_place = tl.minimum(begin + BLOCK_K, keys) - 1
     low, whole_low = begin - past, tl.cdiv(tl.maximum(last_place - past, 0), BLOCK_Q) * BLOCK_Q
@@ -197,14 +194,14 @@ def _key_span(
     grad_k, grad_v, q, grad, log_sum, delta, k, v, stride_q, stride_g, begin, end, seq, keys, past, places_k,
     marks, marks_k, slope, inner, outer, window, seed, head, dropout,
     HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr, MASKED: constexpr,
-    HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, HAS_WINDOW: constexpr,
-    HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
+    HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW:
+    constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Adds what the query blocks of [begin, end), both multiples of BLOCK_Q, give to the keys' gradients.
 
     Scores and weights stand transposed here, (keys, queries).
     """
-    for forth in range(0, (end - begin) // BLOCK_Q):
+    for forth in range((end - begin) // BLOCK_Q):
         start = begin + forth * BLOCK_Q
         rows = start + tl.arange(0, BLOCK_Q)
         places_q, frame = past + rows, past + start
@@ -215,19 +212,17 @@ def _key_span(
             own_delta = tl.load(delta + rows, mask=rows < seq, other=0.0)
         else:
             level, own_delta = tl.load(log_sum + rows), tl.load(delta + rows)
-        level += shift_of(slope, places_q, frame, HAS_PREFIX or PRECISION == "ieee")
+        level += shift_of(slope, places_q, frame, EXACT)
         scores = scores_of(tl.dot(k, tl.trans(q_block), input_precision=PRECISION), inner, outer, HAS_SOFTCAP)
         biased = scores
         if HAS_ALIBI:
-            biased += bias_of(
-                slope, places_q[None, :], places_k[:, None], frame, HAS_PREFIX or PRECISION == "ieee"
-            )
+            biased += bias_of(slope, places_q[None, :], places_k[:, None], frame, EXACT)
         if MASKED:
             marks_q = places_q
             if HAS_MARKS:
                 marks_q = tl.load(marks + places_q, mask=rows < seq, other=-1)
-            visible = is_visible(places_q[None, :], places_k[:, None], marks_q[None, :], marks_k[:, None], keys,
-                               window, HAS_MARKS, HAS_PREFIX, HAS_WINDOW)  # fmt: skip
+            visible = is_visible(places_q[None, :], places_k[:, None], marks_q[None, :], marks_k[:, None],
+                                 keys, window, HAS_MARKS, HAS_PREFIX, HAS_WINDOW)  # fmt: skip
             biased = tl.where(visible, biased, NOTHING)
         weights = tl.exp2(biased - level[None, :])
         kept = is_kept(seed, head, places_q[None, :], places_k[:, None], dropout) if HAS_DROPOUT else True
@@ -248,10 +243,10 @@ def backward_key_kernel(
     seq, keys, plane, n_heads, blocks, scale, inner, outer, window, dropout,
     GROUP: constexpr, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr,
     BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr,
-    HAS_PREFIX: constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr,
+    HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr,
     HAS_DROPOUT: constexpr, SKIPS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """One block of keys of one key head: its keys' and values' gradients, (batch, keys, kv_heads, head_dim)."""
+    """One block of one key head: its keys' and values' gradients, (batch, keys, kv_heads, head_dim)."""
     block, kv_head_of_all = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     kv_heads = n_heads // GROUP
     row, kv_head = kv_head_of_all // kv_heads, kv_head_of_all % kv_heads
@@ -267,7 +262,7 @@ def backward_key_kernel(
     v_block = load_rows(v, begin, stride_vs, keys, BLOCK_K, HEAD_DIM, WIDTH, True)
     grad_k_block = tl.zeros([BLOCK_K, WIDTH], dtype=tl.float32)
     grad_v_block = tl.zeros([BLOCK_K, WIDTH], dtype=tl.float32)
-    for member in range(0, GROUP):
+    for member in range(GROUP):
         head = kv_head * GROUP + member
         head_of_all = row * n_heads + head
         slope = tl.load(slopes + head) * 1.4426950408889634 if HAS_ALIBI else 0.0
@@ -276,26 +271,26 @@ def backward_key_kernel(
         own_sum, own_delta = log_sum + head_of_all.to(tl.int64) * seq, delta + head_of_all.to(tl.int64) * seq
         own_reach = reach + head_of_all * tl.cdiv(seq, REACH_BLOCK)
         low, whole_low, whole_high, high = _key_bounds(
-            bounds, plane, own_reach, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, REACH_BLOCK, HAS_MARKS,
-            HAS_PREFIX, HAS_WINDOW, SKIPS,
+            bounds, plane, own_reach, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, REACH_BLOCK,
+            HAS_MARKS, HAS_PREFIX, HAS_WINDOW, SKIPS,
         )  # fmt: skip
         grad_k_block, grad_v_block = _key_span(
             grad_k_block, grad_v_block, own_q, own_grad, own_sum, own_delta, k_block, v_block, stride_qs,
             stride_gs, low, whole_low, seq, keys, past, places_k, marks, marks_k, slope, inner, outer, window,
-            drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q, True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX,
-            HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q, True, HAS_ALIBI, HAS_MARKS,
+            HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
         grad_k_block, grad_v_block = _key_span(
             grad_k_block, grad_v_block, own_q, own_grad, own_sum, own_delta, k_block, v_block, stride_qs,
             stride_gs, whole_low, whole_high, seq, keys, past, places_k, marks, marks_k, slope, inner, outer,
             window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q, False, HAS_ALIBI, HAS_MARKS,
-            HAS_PREFIX, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
         grad_k_block, grad_v_block = _key_span(
             grad_k_block, grad_v_block, own_q, own_grad, own_sum, own_delta, k_block, v_block, stride_qs,
-            stride_gs, whole_high, high, seq, keys, past, places_k, marks, marks_k, slope, inner, outer, window,
-            drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q, True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX,
-            HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            stride_gs, whole_high, high, seq, keys, past, places_k, marks, marks_k, slope, inner, outer,
+            window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q, True, HAS_ALIBI, HAS_MARKS,
+            HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     kv_width = kv_heads * HEAD_DIM
     offset = (row.to(tl.int64) * keys * kv_heads + kv_head) * HEAD_DIM

@@ -1,8 +1,8 @@
 """The decoding kernels: few queries a row against a cache of many keys; see attention_kernels.py.
 
-One query would keep one program busy with all its keys. So the keys are cut into parts that are visited side
-by side, and the parts' results joined (https://pytorch.org/blog/flash-decoding). The queries of all heads that
-share a key head are one block of rows: row = member * seq + query.
+One query would keep one program busy with all its keys. So the keys are cut into parts that are visited
+side by side, and the parts' results joined (https://pytorch.org/blog/flash-decoding). The queries of all
+heads that share a key head are one block of rows: row = member * seq + query.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from .attention_kernels import NOTHING, bias_of, is_visible, load_rows, scores_o
 @triton.jit(do_not_specialize=["seq", "keys", "parts", "keys_of_part"])
 def decode_kernel(
     q, k, v, partial, partial_sum, slopes, marks,
-    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh, stride_mb,
-    seq, keys, parts, keys_of_part, n_heads, inner, outer, window,
-    GROUP: constexpr, HEAD_DIM: constexpr, WIDTH: constexpr, ROWS: constexpr,
-    BLOCK_K: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr,
-    HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, PRECISION: constexpr,
+    stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
+    stride_mb, seq, keys, parts, keys_of_part, n_heads, inner, outer, window, GROUP: constexpr, HEAD_DIM:
+    constexpr, WIDTH: constexpr, ROWS: constexpr, BLOCK_K: constexpr, HAS_ALIBI: constexpr, HAS_MARKS:
+    constexpr, HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr,
+    PRECISION: constexpr,
 ):  # fmt: skip
     """All queries of one key head against one part of the keys.
 
-    Writes partial (batch, parts, n_heads, seq, head_dim) float32 and partial_sum (batch, parts, n_heads, seq),
-    the base-2 logarithms of the sums of exponentials.
+    Writes partial (batch, parts, n_heads, seq, head_dim) float32 and partial_sum (batch, parts, n_heads,
+    seq), the base-2 logarithms of the sums of exponentials.
     """
     part = tl.program_id(0) % parts
     kv_heads = n_heads // GROUP
@@ -63,9 +63,7 @@ def decode_kernel(
             tl.dot(q_block, tl.trans(k_block), input_precision=PRECISION), inner, outer, HAS_SOFTCAP
         )
         if HAS_ALIBI:
-            scores += bias_of(
-                slope[:, None], places_q[:, None], places_k[None, :], past, HAS_PREFIX or PRECISION == "ieee"
-            )
+            scores += bias_of(slope[:, None], places_q[:, None], places_k[None, :], past, EXACT)
         marks_k = tl.load(marks + places_k, mask=places_k < end, other=-1) if HAS_MARKS else places_k
         visible = is_visible(places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :], end,
                              window, HAS_MARKS, HAS_PREFIX, HAS_WINDOW)  # fmt: skip
@@ -90,7 +88,7 @@ def join_kernel(
     partial, partial_sum, out, seq, parts, n_heads,
     HEAD_DIM: constexpr, WIDTH: constexpr, PARTS: constexpr,
 ):  # fmt: skip
-    """One query of one head: joins its parts into out (batch, seq, n_heads, head_dim); zero if it saw nothing."""
+    """A query of one head: joins its parts into out (batch, seq, n_heads, head_dim); zero if it sees none."""
     row, rest = tl.program_id(0) // (n_heads * seq), tl.program_id(0) % (n_heads * seq)
     head, query = rest // seq, rest % seq
     number, columns = tl.arange(0, PARTS), tl.arange(0, WIDTH)

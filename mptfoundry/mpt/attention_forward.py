@@ -1,4 +1,4 @@
-"""The forward kernel of FlashAttention for MPT; what it rests on is told in attention_kernels.py."""
+"""The forward kernel of FlashAttention for MPT; attention_kernels.py tells what it rests on."""
 
 from __future__ import annotations
 
@@ -24,28 +24,25 @@ from .attention_kernels import (
 
 @triton.jit
 def _forward_span(
-    acc, total, highest, q, k, v, stride_k, stride_v, begin, end, keys, places_q, marks, marks_q, slope, frame,
-    inner, outer, window, seed, head, dropout,
-    HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_K: constexpr, MASKED: constexpr,
-    HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, HAS_WINDOW: constexpr,
-    HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
+    acc, total, highest, q, k, v, stride_k, stride_v, begin, end, keys, places_q, marks, marks_q, slope,
+    frame, inner, outer, window, seed, head, dropout, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_K:
+    constexpr, MASKED: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, EXACT:
+    constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Visits the key blocks of [begin, end), both multiples of BLOCK_K, from the last to the first."""
-    for back in range(0, (end - begin) // BLOCK_K):
+    for back in range((end - begin) // BLOCK_K):
         start = end - (back + 1) * BLOCK_K
         places_k = start + tl.arange(0, BLOCK_K)
         k_block = load_rows(k, start, stride_k, keys, BLOCK_K, HEAD_DIM, WIDTH, MASKED)
         scores = scores_of(tl.dot(q, tl.trans(k_block), input_precision=PRECISION), inner, outer, HAS_SOFTCAP)
         if HAS_ALIBI:
-            scores += bias_of(
-                slope, places_q[:, None], places_k[None, :], frame, HAS_PREFIX or PRECISION == "ieee"
-            )
+            scores += bias_of(slope, places_q[:, None], places_k[None, :], frame, EXACT)
         if MASKED:
             marks_k = places_k
             if HAS_MARKS:
                 marks_k = tl.load(marks + places_k, mask=places_k < keys, other=-1)
-            visible = is_visible(places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :], keys,
-                               window, HAS_MARKS, HAS_PREFIX, HAS_WINDOW)  # fmt: skip
+            visible = is_visible(places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :],
+                                 keys, window, HAS_MARKS, HAS_PREFIX, HAS_WINDOW)  # fmt: skip
             scores = tl.where(visible, scores, NOTHING)
         now = tl.maximum(highest, tl.max(scores, 1))
         # A row that has seen nothing yet stays at zero weight.
@@ -80,7 +77,7 @@ def forward_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     seq, keys, plane, n_heads, blocks, inner, outer, window, dropout, bits,
     GROUP: constexpr, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr,
-    BLOCK_K: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr,
+    BLOCK_K: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr,
     HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, SKIPS: constexpr,
     PRECISION: constexpr,
 ):  # fmt: skip
@@ -116,32 +113,31 @@ def forward_kernel(
     highest = tl.full([BLOCK_Q], NOTHING, dtype=tl.float32)
     acc, total, highest = _forward_span(
         acc, total, highest, q_block, k, v, stride_ks, stride_vs, whole_high, high, keys, places_q, marks,
-        marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K,
-        True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+        marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH,
+        BLOCK_K, True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
+        PRECISION,
     )  # fmt: skip
     if SKIPS:
-        stop = _stop(highest, q_block, rows < seq, tl.load(longest + row * (n_heads // GROUP) + head // GROUP),
-                     slope, frame, inner, outer, bits, HAS_SOFTCAP)  # fmt: skip
+        longest_key = tl.load(longest + row * (n_heads // GROUP) + head // GROUP)
+        stop = _stop(highest, q_block, rows < seq, longest_key, slope, frame, inner, outer, bits, HAS_SOFTCAP)
         low = tl.minimum(tl.maximum(low, stop.to(tl.int32) // BLOCK_K * BLOCK_K), whole_high)
         whole_low = tl.maximum(whole_low, low)
     acc, total, highest = _forward_span(
-        acc, total, highest, q_block, k, v, stride_ks, stride_vs, whole_low, whole_high, keys, places_q, marks,
-        marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K,
-        False, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+        acc, total, highest, q_block, k, v, stride_ks, stride_vs, whole_low, whole_high, keys, places_q,
+        marks, marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH,
+        BLOCK_K, False, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
+        PRECISION,
     )  # fmt: skip
     if HAS_MARKS or HAS_WINDOW:
         acc, total, highest = _forward_span(
             acc, total, highest, q_block, k, v, stride_ks, stride_vs, low, whole_low, keys, places_q, marks,
             marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH,
-            BLOCK_K, True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            BLOCK_K, True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
+            PRECISION,
         )  # fmt: skip
 
     sees = total > 0
-    logarithm = (
-        highest
-        + tl.log2(tl.where(sees, total, 1.0))
-        - shift_of(slope, places_q, frame, HAS_PREFIX or PRECISION == "ieee")
-    )
+    logarithm = highest + tl.log2(tl.where(sees, total, 1.0)) - shift_of(slope, places_q, frame, EXACT)
     tl.store(log_sum + head_of_all.to(tl.int64) * seq + rows, tl.where(sees, logarithm, float("inf")),
              mask=rows < seq)  # fmt: skip
     tl.store(reach + head_of_all * blocks + block, low)

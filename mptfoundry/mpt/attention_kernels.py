@@ -13,8 +13,8 @@ Scores are kept in base 2, multiplied by log2(e), since `exp2` is what the hardw
 * Forward visits the keys from the diagonal leftwards. After the diagonal the rows' highest scores are known,
   and with them where ALiBi has pushed all further keys below rounding: there it stops, and notes where, so
   that backward stops there, too.
-* Backward computes the probabilities anew, once for the queries' gradients and once for the keys' and values':
-  no atomic additions, so the same gradients every time.
+* Backward computes the probabilities anew, once for the queries' gradients and once for the keys' and
+  values': no atomic additions, so the same gradients every time.
 
 Letters: seq = queries of a row, keys = tokens in the cache + seq, the queries being the last of them; a
 *place* is a token's index among the keys. `marks` says of each token 2 * document + is-in-prefix, -1 for

@@ -7,7 +7,6 @@ with a backward of its own, so that compilation, activation checkpointing and FL
 from __future__ import annotations
 
 import math
-import os
 import re
 from typing import Any
 
@@ -83,8 +82,8 @@ def mark(
 
     Returns:
         marks: (batch, keys) int32, 2 * document + is-in-prefix, and -1 for padding.
-        bounds: (4, batch, keys) int32: the first place of a token's document, the place after its last, and the
-            same of the run without padding in between. For padding these hold nothing together.
+        bounds: (4, batch, keys) int32: the first place of a token's document, the place after its last, and
+            the same of the run without padding in between. For padding these hold nothing together.
     """
     if documents is None:
         documents = torch.zeros(batch, keys, dtype=torch.int64, device=device)
@@ -109,13 +108,16 @@ def mark(
     return marks.int(), torch.where(is_padding, nothing, bounds).int()
 
 
-def _features(slopes: Any, marks: Any, has_prefix: bool, window: int, softcap: float) -> dict[str, bool]:
+def _features(
+    query: torch.Tensor, slopes: Any, marks: Any, has_prefix: bool, window: int, softcap: float
+) -> dict[str, bool]:
     return {
         "HAS_ALIBI": slopes is not None,
         "HAS_MARKS": marks is not None,
         "HAS_PREFIX": has_prefix,
         "HAS_WINDOW": window >= 0,
         "HAS_SOFTCAP": softcap > 0,
+        "EXACT": has_prefix or query.dtype == torch.float32,
     }
 
 
@@ -144,9 +146,10 @@ def _precision(query: torch.Tensor) -> str:
     mutates_args=(),
     schema=f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
-def _attention(query, key, value, slopes, marks, bounds, seed, scale, window, softcap, dropout, has_prefix,
-               skips):  # type: ignore[no-untyped-def]  # fmt: skip
-    """Out (batch, seq, n_heads, head_dim), log_sum (batch, n_heads, seq) and reach (batch, n_heads, blocks)."""
+def _attention(  # type: ignore[no-untyped-def]
+    query, key, value, slopes, marks, bounds, seed, scale, window, softcap, dropout, has_prefix, skips
+):  # fmt: skip
+    """Out (batch, seq, n_heads, head_dim), log_sum (batch, n_heads, seq), reach (batch, n_heads, blocks)."""
     batch, seq, n_heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
     tile = _tile("forward", query)
@@ -164,7 +167,7 @@ def _attention(query, key, value, slopes, marks, bounds, seed, scale, window, so
             nothing if seed is None else seed, *_strides(query, key, value),
             seq, keys, batch * keys, n_heads, blocks, *_factors(scale, softcap), window, dropout, bits,
             GROUP=n_heads // kv_heads, HEAD_DIM=head_dim, WIDTH=padded(head_dim), BLOCK_Q=tile.block_q,
-            BLOCK_K=tile.block_k, **_features(slopes, marks, has_prefix, window, softcap),
+            BLOCK_K=tile.block_k, **_features(query, slopes, marks, has_prefix, window, softcap),
             HAS_DROPOUT=seed is not None, SKIPS=skips, PRECISION=_precision(query),
             num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
@@ -190,8 +193,10 @@ def _(query, *_):  # type: ignore[no-untyped-def]
     schema=f"(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sum, Tensor reach, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
-def _backward(grad, query, key, value, out, log_sum, reach, slopes, marks, bounds, seed, scale, window, softcap,
-              dropout, has_prefix, skips):  # type: ignore[no-untyped-def]  # fmt: skip
+def _backward(  # type: ignore[no-untyped-def]
+    grad, query, key, value, out, log_sum, reach, slopes, marks, bounds, seed, scale, window, softcap, dropout,
+    has_prefix, skips,
+):  # fmt: skip
     """The gradients of query, key and value."""
     batch, seq, n_heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
@@ -207,7 +212,7 @@ def _backward(grad, query, key, value, out, log_sum, reach, slopes, marks, bound
         "HEAD_DIM": head_dim,
         "WIDTH": padded(head_dim),
         "REACH_BLOCK": _tile("forward", query).block_q,
-        **_features(slopes, marks, has_prefix, window, softcap),
+        **_features(query, slopes, marks, has_prefix, window, softcap),
         "HAS_DROPOUT": seed is not None,
         "PRECISION": _precision(query),
     }
@@ -217,7 +222,8 @@ def _backward(grad, query, key, value, out, log_sum, reach, slopes, marks, bound
         backward_query_kernel[(blocks * batch * n_heads,)](
             grad, query, key, value, out, log_sum, reach, *pointers, delta, grad_query,
             *_strides(grad, query, key, value), seq, keys, batch * keys, n_heads, blocks, scale, *factors,
-            BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages, **options,
+            BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages,
+            **options,
         )  # fmt: skip
         tile = _tile("backward_key", query)
         blocks = -(-keys // tile.block_k)
@@ -274,8 +280,8 @@ def _decode(query, key, value, slopes, marks, scale, window, softcap, has_prefix
             *_strides(query, key, value), keys, seq, keys, parts, keys_of_part, n_heads,
             *_factors(scale, softcap), window,
             GROUP=group, HEAD_DIM=head_dim, WIDTH=width, ROWS=padded(group * seq), BLOCK_K=KEYS_OF_DECODING,
-            **_features(slopes, marks, has_prefix, window, softcap), PRECISION=_precision(query), num_warps=4,
-            num_stages=2,
+            **_features(query, slopes, marks, has_prefix, window, softcap), PRECISION=_precision(query),
+            num_warps=4, num_stages=2,
         )  # fmt: skip
         join_kernel[(batch * n_heads * seq,)](
             partial, partial_sum, out, seq, parts, n_heads,
