@@ -1,7 +1,7 @@
 """How Composer sees a network: a batch in, a loss out, and what FSDP wraps, checkpoints and initialises.
 
 A batch is a dict of `input_ids` (batch, seq) and `labels` (batch, seq), and whatever else the network takes
-by name: `attention_mask`, `sequence_id`, `prefix_mask`, each (batch, seq).
+by name: `attention_mask`, `sequence_id`, `prefix_mask`, each (batch, seq), and the number `max_documents`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from mptfoundry.mpt.network import MPT, MPTOutput
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-INPUTS = ("attention_mask", "sequence_id", "prefix_mask", "labels")
-
 
 class ComposerMPT(ComposerModel):
     """A network with what Composer's Trainer asks of it.
@@ -32,12 +30,17 @@ class ComposerMPT(ComposerModel):
     The network is the one child, `model`: FSDP wraps it and its blocks, and a checkpoint's weights are named
     `model.transformer...`.
 
+    Attributes:
+        inputs: What of a batch the network takes by name, beside `input_ids`.
+
     Args:
         network: The network; its parameters may still be on the meta device.
         eval_metrics: Metrics of evaluation by name; each is updated with (batch, the network's output).
         tokenizer: Kept for those who look for it here, such as Composer's text callbacks.
         seed: For weights that are still on the meta device, drawn once FSDP has placed them.
     """
+
+    inputs: tuple[str, ...] = ("attention_mask", "sequence_id", "prefix_mask", "max_documents", "labels")
 
     def __init__(
         self,
@@ -64,10 +67,10 @@ class ComposerMPT(ComposerModel):
         for name, hook in hooks.items():
             setattr(network, name, hook)
 
-    def forward(self, batch: Mapping[str, Tensor]) -> MPTOutput:
+    def forward(self, batch: Mapping[str, Any]) -> MPTOutput:
         """The network's output for a batch: the mean loss, and in evaluation the tokens' losses."""
-        inputs = {name: batch[name] for name in INPUTS if name in batch}
-        return self.model(batch["input_ids"], **inputs)
+        given = {name: batch[name] for name in self.inputs if name in batch}
+        return self.model(batch["input_ids"], **given)
 
     def loss(self, outputs: MPTOutput, batch: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Tensor:
         """The mean loss over the batch's loss-generating tokens, a 0-d float32 tensor."""

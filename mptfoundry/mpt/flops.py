@@ -8,16 +8,17 @@ activation checkpointing is not counted: it is work, not progress.
 from __future__ import annotations
 
 from .config import MPTConfig
+from .head_config import HeadConfig
 
 
 def count_parameters(config: MPTConfig) -> int:
-    """The number of parameters of `MPT(config)`, exactly."""
+    """The number of parameters of the network of `config`, exactly."""
     return (
         _embedding(config)
         + (config.max_seq_len * config.d_model if config.has_learned_positions else 0)
         + config.n_layers * block_parameters(config)
         + _norm(config, config.d_model)
-        + (0 if config.tie_word_embeddings else _embedding(config))
+        + _output(config)
     )
 
 
@@ -30,8 +31,8 @@ def flops_per_token(config: MPTConfig, seq_len: int, *, causal: bool) -> int:
     """FLOPs of training on one token of a sequence of `seq_len` tokens.
 
     6 for each parameter, and 12 for each feature of each layer's attention and each key that the token
-    meets: the convention of PaLM (https://arxiv.org/abs/2204.02311, appendix B). An untied embedding is
-    only looked up, so it's left out.
+    meets: the convention of PaLM (https://arxiv.org/abs/2204.02311, appendix B). An embedding that makes no
+    logits is only looked up, so it's left out.
 
     Args:
         config: The architecture.
@@ -39,7 +40,8 @@ def flops_per_token(config: MPTConfig, seq_len: int, *, causal: bool) -> int:
         causal: False: each token meets all `seq_len` keys (or a whole window), the convention in which
             MFU is published. True: only those up to itself, the arithmetic really needed.
     """
-    multiplied = count_parameters(config) - (0 if config.tie_word_embeddings else _embedding(config))
+    is_multiplied_too = config.tie_word_embeddings and not isinstance(config, HeadConfig)
+    multiplied = count_parameters(config) - (0 if is_multiplied_too else _embedding(config))
     window = config.attn_config.sliding_window_size
     keys = seq_len if window < 0 else min(seq_len, window + 1)
     attention = 12 * config.n_layers * config.n_heads * config.d_head * keys
@@ -62,6 +64,12 @@ def block_activations(config: MPTConfig) -> int:
 
 def _embedding(config: MPTConfig) -> int:
     return config.vocab_size * config.d_model
+
+
+def _output(config: MPTConfig) -> int:
+    if isinstance(config, HeadConfig):
+        return config.head_parameters
+    return 0 if config.tie_word_embeddings else _embedding(config)
 
 
 def _attention(config: MPTConfig) -> int:

@@ -15,9 +15,26 @@ import torch
 from torch import nn
 
 from .config import MPTConfig
+from .head_config import HEADS
 
 # Numbers drawn by one generator, at least one row. Changing it changes every seed's weights.
 _BLOCK_NUMBERS = 2**20
+# Standard deviation of a head's weights under every scheme, transformers' `initializer_range`.
+_HEAD_STD = 0.02
+
+
+def materialise(
+    network: nn.Module, config: MPTConfig, device: torch.device | str | None, seed: int | None
+) -> None:
+    """Give a network made on ``meta`` storage on `device` (the CPU if None), and weights if `seed` is given.
+
+    Nothing happens where `device` is ``meta`` too.
+    """
+    device = torch.device(device or "cpu")
+    if device.type != "meta":
+        network.to_empty(device=device)
+        if seed is not None:
+            initialize(network, config, seed)
 
 
 def initialize(network: nn.Module, config: MPTConfig, seed: int) -> None:
@@ -86,6 +103,8 @@ def _distribution(name: str, shape: tuple[int, ...], config: MPTConfig) -> _Dist
     is_embedding = module in ("wte", "wpe")
     if module.startswith("norm_") or module in ("q_ln", "k_ln"):
         return "constant", (1.0 if leaf == "weight" else 0.0,)
+    if any(module == kind.head for kind in HEADS):
+        return ("normal", (_HEAD_STD,)) if leaf == "weight" else ("constant", (0.0,))
     if init.name == "default_":
         if is_embedding:
             return "normal", (1.0,)

@@ -1,0 +1,159 @@
+"""How Composer sees a network that ends in a head: its loss, and what is measured in evaluation.
+
+A batch has `input_ids` (batch, seq), `attention_mask` (batch, seq) where something is padded, and what is to
+be found: `labels` for classifiers; `start_positions` and `end_positions` (batch,) for answers, with
+`offsets` (batch, seq, 2), each token's characters in the text or (0, 0) outside of it, `context`, a list of
+texts, and `answers`, a list of lists of texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric, MeanSquaredError, Metric, PearsonCorrCoef
+from torchmetrics.classification import (
+    MulticlassAccuracy,
+    MulticlassF1Score,
+    MultilabelAccuracy,
+    MultilabelF1Score,
+)
+from torchmetrics.text import SQuAD
+
+from mptfoundry.errors import ConfigError
+from mptfoundry.models.causal_lm import ComposerMPT
+from mptfoundry.mpt.head_config import HeadConfig, SequenceClassifierConfig, TokenClassifierConfig
+from mptfoundry.mpt.heads import HeadOutput, SequenceClassifier
+from mptfoundry.mpt.loss import IGNORED
+
+# Tokens of the longest answer that is looked for in evaluation.
+LONGEST_ANSWER = 30
+
+
+class ComposerHead(ComposerMPT):
+    """A network with a head, with what Composer's Trainer asks of it; see ComposerMPT.
+
+    Args:
+        network: One of mpt/heads.py's.
+        tokenizer: Its padding token is what tells a sequence classifier where a row ends.
+        seed: For weights that are still on the meta device.
+
+    Raises:
+        ConfigError: A sequence classifier, and a tokenizer without a padding token.
+    """
+
+    inputs = ("attention_mask", "labels", "start_positions", "end_positions", "max_documents")
+
+    def __init__(self, network: Any, *, tokenizer: Any, seed: int = 0) -> None:
+        super().__init__(network, eval_metrics=head_metrics(network.config), tokenizer=tokenizer, seed=seed)
+        if isinstance(network, SequenceClassifier):
+            if tokenizer.pad_token_id is None:
+                raise ConfigError(
+                    "tokenizer: has no padding token, which tells where a text ends. Name one of its special "
+                    'tokens, such as tokenizer.kwargs.pad_token="<|padding|>".'
+                )
+            network.pad_token_id = tokenizer.pad_token_id
+
+    def update_metric(self, batch: Mapping[str, Any], outputs: HeadOutput, metric: Metric) -> None:
+        """Add a batch to a metric of `head_metrics`."""
+        config = self.config
+        if isinstance(metric, MeanMetric):
+            metric.update(outputs.loss, outputs.count)
+        elif isinstance(metric, SQuAD):
+            metric.update(*found_and_wanted(outputs.logits, batch))
+        elif isinstance(config, TokenClassifierConfig):
+            metric.update(outputs.logits.flatten(0, 1), batch["labels"].flatten())
+        elif config.problem == "multi_label_classification":
+            metric.update(outputs.logits.float().sigmoid(), batch["labels"].int())
+        elif config.problem == "regression":
+            metric.update(outputs.logits.float().view_as(batch["labels"]), batch["labels"])
+        else:
+            metric.update(outputs.logits, batch["labels"])
+
+
+def head_metrics(config: HeadConfig) -> dict[str, Metric]:
+    """What is measured in evaluation, by the names that it is logged under.
+
+    `loss`, and: `accuracy` and `f1` (over labels alike) of classifiers; `mse` and, with one label, `pearson`
+    of regression; `exact_match` and `f1` of answers, in percent as for SQuAD.
+    """
+    metrics: dict[str, Metric] = {"loss": MeanMetric()}
+    if isinstance(config, TokenClassifierConfig):
+        return metrics | _of_classes(config.num_labels)
+    if not isinstance(config, SequenceClassifierConfig):
+        return metrics | {"exact_match": ExactMatch(), "f1": OverlapF1()}
+    if config.problem == "single_label_classification":
+        return metrics | _of_classes(config.num_labels)
+    if config.problem == "multi_label_classification":
+        labels = config.num_labels
+        return metrics | {"accuracy": MultilabelAccuracy(labels), "f1": MultilabelF1Score(labels)}
+    metrics["mse"] = MeanSquaredError()
+    return metrics | ({"pearson": PearsonCorrCoef()} if config.num_labels == 1 else {})
+
+
+def _of_classes(count: int) -> dict[str, Metric]:
+    return {
+        "accuracy": MulticlassAccuracy(count, average="micro", ignore_index=IGNORED),
+        "f1": MulticlassF1Score(count, average="macro", ignore_index=IGNORED),
+    }
+
+
+class ExactMatch(SQuAD):
+    """Share of answers that are the wanted ones, but for case, punctuation and articles, in percent."""
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """The share over all ranks."""
+        return super().compute()["exact_match"]
+
+
+class OverlapF1(SQuAD):
+    """Mean over answers of the F1 of their words, in percent."""
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """The mean over all ranks."""
+        return super().compute()["f1"]
+
+
+def found_and_wanted(
+    logits: Tensor, batch: Mapping[str, Any]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The likeliest answers and the wanted ones as torchmetrics' SQuAD takes them.
+
+    Args:
+        logits: (batch, seq, 2), of first and last tokens.
+        batch: `offsets`, `context` and `answers`, as at the head of this file.
+    """
+    offsets = batch["offsets"]
+    spans = best_spans(logits, offsets[..., 1] > 0)
+    begins = offsets[..., 0].gather(1, spans[:, :1])[:, 0].tolist()
+    ends = offsets[..., 1].gather(1, spans[:, 1:])[:, 0].tolist()
+    texts = [text[begin:end] for text, begin, end in zip(batch["context"], begins, ends, strict=True)]
+    found = [{"id": str(row), "prediction_text": text} for row, text in enumerate(texts)]
+    wanted = [
+        {"id": str(row), "answers": {"text": answers, "answer_start": [0] * len(answers)}}
+        for row, answers in enumerate(batch["answers"])
+    ]
+    return found, wanted
+
+
+def best_spans(logits: Tensor, is_text: Tensor, longest: int = LONGEST_ANSWER) -> Tensor:
+    """The likeliest span of each row: the highest sum of its first and its last token's logits.
+
+    Args:
+        logits: (batch, seq, 2).
+        is_text: (batch, seq) bool, the tokens that an answer may consist of.
+        longest: Tokens of a span at most.
+
+    Returns:
+        (batch, 2) int64: the first token and the last.
+    """
+    scores = logits.float().masked_fill(~is_text[..., None], -torch.inf)
+    seq = scores.shape[1]
+    sums = scores.new_full((len(scores), min(longest, seq), seq), -torch.inf)
+    for more in range(sums.shape[1]):
+        sums[:, more, : seq - more] = scores[:, : seq - more, 0] + scores[:, more:, 1]
+    best = sums.flatten(1).argmax(1)
+    first, more = best % seq, best // seq
+    return torch.stack([first, first + more], dim=1)

@@ -1,0 +1,174 @@
+"""The heads of transformers' documentation, as plain values: what a network has in place of its logits.
+
+Names are transformers' (`num_labels`, `problem_type`, `id2label`), and so are the names of the weights. Like
+config.py this imports the standard library alone and raises ValueError for what no network can have.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from .config import MPTConfig
+
+ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
+
+
+@dataclass(frozen=True)
+class HeadConfig(MPTConfig):
+    """The architecture of an MPT that ends in a head; one of the three classes below.
+
+    Attributes:
+        architecture: transformers' class.
+        head: The head's module, a matrix and perhaps a bias; its weights are `HEAD.weight`, `HEAD.bias`.
+        has_bias: Whether there is one.
+    """
+
+    architecture: ClassVar[str]
+    head: ClassVar[str]
+    has_bias: ClassVar[bool] = True
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the head gives for a token."""
+        return 2
+
+    @property
+    def head_parameters(self) -> int:
+        """Parameters of the head."""
+        return (self.d_model + self.has_bias) * self.outputs
+
+    def head_keys(self) -> dict[str, Any]:
+        """What the head adds to transformers' `config.json`."""
+        return {"architectures": [self.architecture]}
+
+
+@dataclass(frozen=True)
+class _LabelsConfig(HeadConfig):
+    """A head with an output for each label.
+
+    Attributes:
+        num_labels: Labels.
+        id2label: Their names, by number: `{0: negative, 1: positive}`. Default: LABEL_0, LABEL_1, ...
+    """
+
+    num_labels: int = 2
+    id2label: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels: {self.num_labels} is not positive. Use 1 or more.")
+        given = self.id2label
+        if given is not None and set(given) != {str(number) for number in range(self.num_labels)}:
+            raise ValueError(
+                f"id2label: has the numbers {', '.join(given)}. Name each from 0 to {self.num_labels - 1}, "
+                f"since num_labels is {self.num_labels}."
+            )
+        if given is not None and len(set(given.values())) < len(given):
+            raise ValueError("id2label: two labels have the same name. Give each a name of its own.")
+
+    def _check_that_there_is_a_choice(self) -> None:
+        if self.num_labels < 2:
+            raise ValueError("num_labels: one label leaves nothing to choose. Use 2 or more.")
+
+    @property
+    def outputs(self) -> int:
+        """Numbers that the head gives for a token: one for each label."""
+        return self.num_labels
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """The labels' numbers by name, in their order."""
+        names = self.id2label or {str(n): f"LABEL_{n}" for n in range(self.num_labels)}
+        return {names[str(number)]: number for number in range(self.num_labels)}
+
+    def head_keys(self) -> dict[str, Any]:
+        """What the head adds to transformers' `config.json`; there the number of labels is that of names."""
+        numbers = self.label2id
+        return {
+            **super().head_keys(),
+            "id2label": {str(number): name for name, number in numbers.items()},
+            "label2id": numbers,
+        }
+
+
+@dataclass(frozen=True)
+class SequenceClassifierConfig(_LabelsConfig):
+    """An MPT that classifies texts, or rates them, by their last token.
+
+    Attributes:
+        name: The kind of model.
+        problem_type: What the labels are: numbers to come close to, one of `num_labels`, or any of them.
+            Default: `regression` with one label, `single_label_classification` with more.
+    """
+
+    architecture: ClassVar[str] = "MptForSequenceClassification"
+    head: ClassVar[str] = "score"
+    has_bias: ClassVar[bool] = False
+
+    name: Literal["mpt_sequence_classification"] = "mpt_sequence_classification"
+    problem_type: ProblemType | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.problem == "single_label_classification":
+            self._check_that_there_is_a_choice()
+
+    @property
+    def problem(self) -> ProblemType:
+        """`problem_type`, or what it is by default."""
+        default: ProblemType = "regression" if self.num_labels == 1 else "single_label_classification"
+        return self.problem_type or default
+
+    def head_keys(self) -> dict[str, Any]:
+        """What the head adds to transformers' `config.json`."""
+        return {**super().head_keys(), "problem_type": self.problem}
+
+
+@dataclass(frozen=True)
+class TokenClassifierConfig(_LabelsConfig):
+    """An MPT that classifies each token.
+
+    Attributes:
+        name: The kind of model.
+        classifier_dropout: Dropout probability before the head.
+    """
+
+    architecture: ClassVar[str] = "MptForTokenClassification"
+    head: ClassVar[str] = "classifier"
+
+    name: Literal["mpt_token_classification"] = "mpt_token_classification"
+    classifier_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_that_there_is_a_choice()
+        if not 0 <= self.classifier_dropout < 1:
+            raise ValueError(f"classifier_dropout: {self.classifier_dropout} is not a probability below 1.")
+
+    def head_keys(self) -> dict[str, Any]:
+        """What the head adds to transformers' `config.json`."""
+        return {**super().head_keys(), "classifier_dropout": float(self.classifier_dropout)}
+
+
+@dataclass(frozen=True)
+class SpanFinderConfig(HeadConfig):
+    """An MPT that answers a question by a span of a text: it rates each token as its first and as its last.
+
+    Attributes:
+        name: The kind of model.
+    """
+
+    architecture: ClassVar[str] = "MptForQuestionAnswering"
+    head: ClassVar[str] = "qa_outputs"
+
+    name: Literal["mpt_question_answering"] = "mpt_question_answering"
+
+
+HEADS: tuple[type[HeadConfig], ...] = (SequenceClassifierConfig, TokenClassifierConfig, SpanFinderConfig)
+
+
+def head_named(word: str | None) -> type[HeadConfig] | None:
+    """The head of a model's `name`, or of the name of transformers' class; None for any other word."""
+    return next((kind for kind in HEADS if word in (kind.name, kind.architecture)), None)

@@ -1,0 +1,232 @@
+"""Networks that end in a head: texts classified, tokens classified, questions answered by a span.
+
+The trunk is the language model's, and weights, logits and losses are those of transformers' classes
+(`MptForSequenceClassification` and so on). One thing is left out here that they leave in: padding can't be
+an answer's first or last token, so that the loss doesn't depend on how far a batch is padded.
+
+Letters of the shapes: batch = rows, seq = tokens of a row.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .config import MPTConfig
+from .head_config import HeadConfig, SequenceClassifierConfig, SpanFinderConfig, TokenClassifierConfig
+from .init import materialise
+from .loss import IGNORED
+from .network import MPT, Transformer
+from .position import number_documents
+
+
+class HeadOutput(NamedTuple):
+    """What a pass gives; a tuple for FSDP's sake, as MPTOutput.
+
+    Attributes:
+        loss: The mean loss, a float32 scalar; None without labels.
+        count: Over how many rows, tokens or spans that is the mean, a scalar; None without labels.
+        logits: (batch, outputs) of a sequence classifier, otherwise (batch, seq, outputs).
+    """
+
+    loss: torch.Tensor | None
+    count: torch.Tensor | None
+    logits: torch.Tensor
+
+
+class _HeadNetwork(nn.Module):
+    """A trunk, `transformer`, and one matrix under the head's name.
+
+    Args:
+        config: The architecture.
+        device: Where the weights lie. On ``meta`` nothing is allocated.
+        seed: Draw the weights from this seed. Without it they hold anything: load some.
+    """
+
+    def __init__(
+        self, config: HeadConfig, *, device: torch.device | str | None = None, seed: int | None = None
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.transformer = Transformer(config, "meta")
+        head = nn.Linear(config.d_model, config.outputs, bias=config.has_bias, device="meta")
+        self.add_module(config.head, head)
+        materialise(self, config, device, seed)
+
+    def _trunk(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, max_documents: int | None
+    ) -> torch.Tensor:
+        """Map (batch, seq) ids to (batch, seq, d_model)."""
+        seq = input_ids.shape[1]
+        if self.config.has_learned_positions and seq > self.config.max_seq_len:
+            raise ValueError(
+                f"input_ids: {seq} tokens, but the model has learned {self.config.max_seq_len} positions."
+            )
+        mask = None if attention_mask is None else attention_mask.bool()
+        return self.transformer(input_ids, number_documents(mask, None), None, None, max_documents)
+
+
+class SequenceClassifier(_HeadNetwork):
+    """Logits of whole texts, from each row's last token that is not padding; the head is `score`.
+
+    Attributes:
+        pad_token_id: The id that tells padding, as transformers does, whatever the mask says. Without it a
+            row's last token counts, and a batch may have one row only.
+    """
+
+    config: SequenceClassifierConfig
+    pad_token_id: int | None = None
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        max_documents: int | None = None,
+    ) -> HeadOutput:
+        """Classify texts, or rate them.
+
+        Args:
+            input_ids: (batch, seq) int64.
+            attention_mask: (batch, seq) bool or integers, 0 where padded, left or right.
+            labels: (batch,) numbers of the labels; (batch,) or (batch, num_labels) numbers to come close to;
+                (batch, num_labels) of 0.0 and 1.0 where any of the labels may hold. Where the config has no
+                `problem_type`, integers are the first, and floats of several labels the last.
+            max_documents: 1 where padding stands at the end of rows; it changes no result (see MPT).
+
+        Returns:
+            Logits (batch, num_labels), and with labels the mean loss over rows.
+
+        Raises:
+            ValueError: Several rows, and no `pad_token_id`.
+        """
+        batch, seq = input_ids.shape
+        if self.pad_token_id is None and batch != 1:
+            raise ValueError("input_ids: several rows need a pad_token_id, to find where each row ends.")
+        hidden = self._trunk(input_ids, attention_mask, max_documents)
+        if self.pad_token_id is None:
+            last = torch.full((1,), seq - 1, device=input_ids.device)
+        else:
+            positions = torch.arange(seq, device=input_ids.device)
+            last = (positions * (input_ids != self.pad_token_id)).argmax(-1)
+        logits = self.score(hidden[torch.arange(batch, device=last.device), last])  # (batch, num_labels)
+        if labels is None:
+            return HeadOutput(None, None, logits)
+        return HeadOutput(self._loss(_wide(logits), labels), torch.tensor(batch), logits)
+
+    def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        problem = self.config.problem_type or self.config.problem
+        if self.config.problem_type is None and self.config.num_labels > 1 and labels.is_floating_point():
+            problem = "multi_label_classification"
+        if problem == "regression":
+            return F.mse_loss(logits, labels.view_as(logits).to(logits.dtype))
+        if problem == "single_label_classification":
+            return F.cross_entropy(logits, labels)
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+class TokenClassifier(_HeadNetwork):
+    """Logits of each token; the head is `classifier`, behind a dropout."""
+
+    config: TokenClassifierConfig
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        max_documents: int | None = None,
+    ) -> HeadOutput:
+        """Classify tokens.
+
+        Args:
+            input_ids: (batch, seq) int64.
+            attention_mask: (batch, seq) bool or integers, 0 where padded, left or right.
+            labels: (batch, seq) int64, each token's own; -100 where not learned.
+            max_documents: 1 where padding stands at the end of rows.
+
+        Returns:
+            Logits (batch, seq, num_labels), and with labels the mean loss over learned tokens.
+        """
+        hidden = F.dropout(
+            self._trunk(input_ids, attention_mask, max_documents),
+            self.config.classifier_dropout,
+            self.training,
+        )
+        logits = self.classifier(hidden)
+        if labels is None:
+            return HeadOutput(None, None, logits)
+        loss, count = _mean_cross_entropy(logits.flatten(0, 1), labels.flatten(), IGNORED)
+        return HeadOutput(loss, count, logits)
+
+
+class SpanFinder(_HeadNetwork):
+    """Logits of each token as the first and as the last of an answer; the head is `qa_outputs`."""
+
+    config: SpanFinderConfig
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        *,
+        attention_mask: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        max_documents: int | None = None,
+    ) -> HeadOutput:
+        """Find answers.
+
+        Args:
+            input_ids: (batch, seq) int64, questions with their texts.
+            attention_mask: (batch, seq) bool or integers, 0 where padded, left or right.
+            start_positions: (batch,) int64, each answer's first token; one outside of the row is not learned.
+            end_positions: (batch,) int64, its last token, likewise.
+            max_documents: 1 where padding stands at the end of rows.
+
+        Returns:
+            Logits (batch, seq, 2) of first and last, the lowest number there is where padded; and with
+            positions the mean of both losses, each over the rows that are learned.
+        """
+        logits = self.qa_outputs(self._trunk(input_ids, attention_mask, max_documents))  # (batch, seq, 2)
+        if attention_mask is not None:
+            is_padding = ~attention_mask.bool()[..., None]
+            logits = logits.masked_fill(is_padding, torch.finfo(logits.dtype).min)
+        if start_positions is None or end_positions is None:
+            return HeadOutput(None, None, logits)
+        outside = input_ids.shape[1]
+        first, count = _mean_cross_entropy(logits[..., 0], start_positions.clamp(0, outside), outside)
+        last, _ = _mean_cross_entropy(logits[..., 1], end_positions.clamp(0, outside), outside)
+        return HeadOutput((first + last) / 2, count, logits)
+
+
+_NETWORKS: dict[type[MPTConfig], type[nn.Module]] = {
+    SequenceClassifierConfig: SequenceClassifier,
+    TokenClassifierConfig: TokenClassifier,
+    SpanFinderConfig: SpanFinder,
+}
+
+
+def make_network(
+    config: MPTConfig, *, device: torch.device | str | None = None, seed: int | None = None
+) -> nn.Module:
+    """The network of an architecture: a language model, or the one that ends in the config's head."""
+    kind = next((network for known, network in _NETWORKS.items() if isinstance(config, known)), MPT)
+    return kind(config, device=device, seed=seed)
+
+
+def _mean_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, ignored: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean over the targets that are not `ignored`, 0 if there are none; and how many those are."""
+    total = F.cross_entropy(_wide(logits), targets, ignore_index=ignored, reduction="sum")
+    count = (targets != ignored).sum()
+    return total / count.clamp(min=1), count
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
