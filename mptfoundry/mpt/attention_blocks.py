@@ -148,7 +148,7 @@ def _cut(
     side, reaches = seq, (seq,) * n_heads
     if context.slopes is not None:
         side = _SIDE
-        if any(stop - start > side for _, _, start, stop in segments):
+        if context.skips and any(stop - start > side for _, _, start, stop in segments):
             reaches = _reaches(q, k, context.slopes, context.scale)
     return [piece for segment in segments for piece in _cut_segment(segment, side, reaches)]
 

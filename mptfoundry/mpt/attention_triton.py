@@ -194,8 +194,8 @@ def _(query, *_):  # type: ignore[no-untyped-def]
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 def _backward(  # type: ignore[no-untyped-def]
-    grad, query, key, value, out, log_sum, reach, slopes, marks, bounds, seed, scale, window, softcap, dropout,
-    has_prefix, skips,
+    grad, query, key, value, out, log_sum, reach, slopes, marks, bounds, seed, scale, window, softcap,
+    dropout, has_prefix, skips,
 ):  # fmt: skip
     """The gradients of query, key and value."""
     batch, seq, n_heads, head_dim = query.shape

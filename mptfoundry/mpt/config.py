@@ -68,6 +68,7 @@ class AttnConfig:
         attn_logit_softcapping: Scores become cap * tanh(score / cap).
         alibi: Attention with linear biases (https://arxiv.org/abs/2108.12409) in place of positions.
         alibi_bias_max: The steepest head's slope is 2 ** (-alibi_bias_max / n_heads).
+        alibi_skips: Don't compute what ALiBi provably pushes below rounding. No result changes.
         rope: Rotary positions (https://arxiv.org/abs/2104.09864).
         rope_theta: Base of the rotary frequencies.
         rope_impl: llm-foundry's two implementations of the same formula.
@@ -92,6 +93,7 @@ class AttnConfig:
     attn_logit_softcapping: float | None = None
     alibi: bool = False
     alibi_bias_max: int = 8
+    alibi_skips: bool = True
     rope: bool = False
     rope_theta: float = 10000.0
     rope_impl: Literal["dail", "hf"] = "dail"
@@ -289,6 +291,13 @@ class MPTConfig:
     def d_ffn(self) -> int:
         """Hidden width of the feed-forward network."""
         return self.ffn_config.ffn_hidden_size or int(self.d_model * self.expansion_ratio)
+
+    @property
+    def logit_factor(self) -> float:
+        """What the last norm's output is multiplied by before the logits are made."""
+        if isinstance(self.logit_scale, str):
+            return self.d_model**-0.5
+        return 1.0 if self.logit_scale is None else float(self.logit_scale)
 
     @property
     def has_learned_positions(self) -> bool:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .block import Block
 from .config import MPTConfig
-from .init import initialize
+from .init import materialise
 from .loss import IGNORED, linear_cross_entropy
 from .norm import make_norm
 from .position import (
@@ -117,6 +117,7 @@ class Transformer(nn.Module):
         documents: torch.Tensor | None,
         prefix: torch.Tensor | None,
         cache: Cache | None,
+        max_documents: int | None = None,
     ) -> torch.Tensor:
         """Map (batch, seq) ids, or their embeddings (batch, seq, d_model), to (batch, seq, d_model).
 
@@ -124,6 +125,11 @@ class Transformer(nn.Module):
         """
         seq = input_ids.shape[1]
         past = cache.length if cache is not None else 0
+        limit = self.config.max_seq_len
+        if prefix is not None and not self.config.attn_config.prefix_lm:
+            raise ValueError("prefix_mask: this model is not a prefix-LM. Set attn_config.prefix_lm: true.")
+        if self.config.has_learned_positions and past + seq > limit:
+            raise ValueError(f"input_ids: {past + seq} tokens, but the model has learned {limit} positions.")
         x = input_ids if input_ids.is_floating_point() else self.wte(input_ids)  # (batch, seq, d_model)
         rotary = None
         if self.config.has_learned_positions or self.config.attn_config.rope:
@@ -148,6 +154,8 @@ class Transformer(nn.Module):
             dropout=attn.attn_pdrop if self.training else 0.0,
             rotary=rotary,
             cache=cache,
+            skips=attn.alibi_skips,
+            max_documents=max_documents,
         )
         for block in self.blocks:
             x = block(x, context)
@@ -174,11 +182,7 @@ class MPT(nn.Module):
         self.transformer = Transformer(config, "meta")
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False, device="meta")
-        device = torch.device(device or "cpu")
-        if device.type != "meta":
-            self.to_empty(device=device)
-            if seed is not None:
-                initialize(self, config, seed)
+        materialise(self, config, device, seed)
 
     def forward(
         self,
@@ -190,6 +194,7 @@ class MPT(nn.Module):
         labels: torch.Tensor | None = None,
         cache: KVCache | None = None,
         last_only: bool = False,
+        max_documents: int | None = None,
     ) -> MPTOutput:
         """Predict each next token.
 
@@ -203,6 +208,8 @@ class MPT(nn.Module):
             labels: (batch, seq) int64, aligned with ``input_ids``; -100 where not learned.
             cache: Tokens before these; these are appended to it.
             last_only: Logits of the last token alone.
+            max_documents: No row holds more documents, and padding stands at the end of rows. It changes no
+                result; a backend that has to know needs not ask the device.
 
         Returns:
             With ``labels`` the loss, and outside training each token's loss; otherwise logits.
@@ -210,7 +217,7 @@ class MPT(nn.Module):
         Raises:
             ValueError: The arguments don't fit together or the model.
         """
-        self._check(input_ids, sequence_id, prefix_mask, cache)
+        self._check(input_ids, sequence_id, cache, max_documents)
         batch, seq = input_ids.shape
         if attention_mask is not None:
             attention_mask = attention_mask[:, -seq:].bool()
@@ -219,11 +226,12 @@ class MPT(nn.Module):
             documents = cache.append_documents(documents, batch, seq)
             if prefix_mask is not None:
                 prefix_mask = F.pad(prefix_mask, (cache.length, 0))
-        x = self.transformer(input_ids, documents, prefix_mask, cache)  # (batch, seq, d_model)
+        # (batch, seq, d_model)
+        x = self.transformer(input_ids, documents, prefix_mask, cache, max_documents)
         if cache is not None:
             cache.length += seq
         if self.config.logit_scale is not None:
-            x = x * self._logit_scale()
+            x = x * self.config.logit_factor
         if labels is not None:
             return self._loss(x, labels)
         logits = F.linear(x[:, -1:] if last_only else x, self.output_weight)
@@ -235,10 +243,6 @@ class MPT(nn.Module):
         """The matrix that makes the logits, (vocab, d_model): the embedding if that is tied."""
         tied = self.config.tie_word_embeddings
         return self.transformer.wte.weight if tied else self.lm_head.weight
-
-    def _logit_scale(self) -> float:
-        scale = self.config.logit_scale
-        return 1 / math.sqrt(self.config.d_model) if isinstance(scale, str) else float(scale or 0)
 
     def _loss(self, x: torch.Tensor, labels: torch.Tensor) -> MPTOutput:
         """The loss of predicting ``labels`` (batch, seq) from x (batch, seq, d_model) one token before."""
@@ -252,19 +256,15 @@ class MPT(nn.Module):
         self,
         input_ids: torch.Tensor,
         sequence_id: torch.Tensor | None,
-        prefix_mask: torch.Tensor | None,
         cache: KVCache | None,
+        max_documents: int | None,
     ) -> None:
         """Refuse what the network would get wrong."""
         past = cache.length if cache is not None else 0
         keys = past + input_ids.shape[1]
-        if prefix_mask is not None and not self.config.attn_config.prefix_lm:
-            raise ValueError("prefix_mask: this model is not a prefix-LM. Set attn_config.prefix_lm: true.")
         if cache is not None and sequence_id is not None:
             raise ValueError("sequence_id: rows of several documents can't be kept in a cache.")
+        if cache is not None and max_documents is not None:
+            raise ValueError("max_documents: it tells of whole rows and can't be given with a cache.")
         if cache is not None and keys > cache.max_len:
             raise ValueError(f"cache: {keys} tokens don't fit into its {cache.max_len}.")
-        if self.config.has_learned_positions and keys > self.config.max_seq_len:
-            raise ValueError(
-                f"input_ids: {keys} tokens, but the model has learned {self.config.max_seq_len} positions."
-            )

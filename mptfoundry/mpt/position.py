@@ -51,6 +51,8 @@ class AttentionContext:
         dropout: Probability with which an attention weight is dropped; 0 outside training.
         rotary: Cosines and sines, each (batch or 1, seq, 1, head_dim) float32; None without.
         cache: Keys and values of the tokens before, to which attention appends; None without.
+        max_documents: No row holds more documents, and padding stands at the end of rows; None where that
+            is not known without looking.
         skips: Keys that ALiBi pushes below rounding need not be computed; changes no result.
     """
 
@@ -63,6 +65,8 @@ class AttentionContext:
     dropout: float = 0.0
     rotary: tuple[torch.Tensor, torch.Tensor] | None = None
     cache: Cache | None = None
+    max_documents: int | None = None
+    skips: bool = True
     _made: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
