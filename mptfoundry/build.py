@@ -33,7 +33,6 @@ from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.generation import generate_text
 from mptfoundry.models.causal_lm import ComposerMPT
-from mptfoundry.mpt.attention import choose_backend
 from mptfoundry.mpt.network import MPT
 from mptfoundry.optim import schedules
 from mptfoundry.optim.clipping import GradientClipping
@@ -84,13 +83,9 @@ def build_tokenizer(config: TrainConfig) -> Any:
     return tokenizer
 
 
-def build_model(config: TrainConfig, resolved: Resolved, device: Device, tokenizer: Any) -> ComposerMPT:
+def build_model(config: TrainConfig, resolved: Resolved, tokenizer: Any) -> ComposerMPT:
     """The network as Composer trains and evaluates it; with FSDP and `meta`, not yet in memory."""
     network_config = config.model.network()
-    try:
-        choose_backend(network_config, "cuda" if device.kind == "gpu" else "cpu")
-    except ValueError as error:
-        raise ConfigError(f"model.attn_config.attn_impl: {error}") from error
     on_meta = resolved.init_device == "meta" or (
         resolved.init_device == "mixed" and dist.get_local_rank() != 0
     )
@@ -244,8 +239,9 @@ def build_parallelism(config: TrainConfig, resolved: Resolved, device: Device) -
     """Composer's parallelism: one of its two FSDP configs, or None where each device holds a whole copy."""
     if config.fsdp_config is None:
         return None
-    device_type = "cuda" if device.kind == "gpu" else "cpu"
-    version, options, _ = resolve_fsdp(config.fsdp_config, device_type=device_type, microbatch_auto=False)
+    version, options, _ = resolve_fsdp(
+        config.fsdp_config, device_type=device.torch_type, microbatch_auto=False
+    )
     return {"fsdp": FSDP2Config(**options) if version == 2 else FSDPConfig(**options)}
 
 

@@ -45,6 +45,11 @@ class Device:
     cores: int = 1
     found: str = "named"
 
+    @property
+    def torch_type(self) -> str:
+        """What torch calls its kind: `cpu` or `cuda`."""
+        return "cuda" if self.kind == "gpu" else "cpu"
+
 
 # What nvidia-smi says contains the pattern; the first match counts.
 _KNOWN: tuple[tuple[str, str, float, float], ...] = (

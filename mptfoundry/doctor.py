@@ -1,7 +1,8 @@
 """What works on this machine and what does not, in one page.
 
-Versions are read from the packages' metadata; only the attention backends need torch itself, to say
-whether they can run here. Nothing is changed and nothing is sent but one request for the hub's front page.
+Versions are read from the packages' metadata; only flash-attn, where it is installed, is imported, since it
+may have been compiled against another torch. Nothing is changed and nothing is sent but one request for the
+hub's front page.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ import urllib.error
 import urllib.request
 from importlib import metadata
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 from mptfoundry import __version__
 from mptfoundry.devices import GIB, Device, launcher_device, visible_gpus
+from mptfoundry.mpt.backends import choose_backend, why_not
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
+from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision
 
 # Name on PyPI, and what it is good for where a run can do without it.
 _PACKAGES: dict[str, str | None] = {
@@ -43,7 +45,7 @@ _HUB_TIMEOUT_SECONDS = 3.0
 
 
 def doctor() -> str:
-    """The page that `mptfoundry doctor` prints. Takes a few seconds, most of them importing torch."""
+    """The page that `mptfoundry doctor` prints."""
     hub: list[str] = []
     asking = threading.Thread(target=lambda: hub.append(_hub()), daemon=True)
     asking.start()
@@ -121,23 +123,20 @@ def _devices(device: Device) -> list[str]:
 
 
 def _attention(device: Device) -> list[str]:
-    """Which backends can run an MPT (ALiBi, causal) here; the reasons are the backends' own."""
-    try:
-        from mptfoundry.mpt.attention import BACKENDS, choose_backend
-    except (ImportError, OSError) as error:
-        return [f"cannot tell without torch: {error}"]
+    """Which backends can run an MPT (ALiBi, causal) here in the precision that `auto` takes."""
+    if _version("torch") is None:
+        return ["nothing works without torch"]
     config = MPTConfig(attn_config=AttnConfig(alibi=True), no_bias=True)
-    device_type = "cuda" if device.kind == "gpu" else "cpu"
-    lines = []
-    for name in get_args(get_type_hints(AttnConfig)["attn_impl"]):
-        if name == "auto":
-            chosen, reason = choose_backend(config, device_type)
-            lines.append(f"auto      takes {chosen}: {reason}")
-        elif name not in BACKENDS:
-            lines.append(f"{name:10}not part of this version")
-        else:
-            reason = BACKENDS[name].cannot(config, device_type)
-            lines.append(f"{name:10}{'works' if reason is None else f'does not work: {reason}'}")
+    where = device.torch_type, COMPUTE_DTYPE[choose_precision(device)[0]]
+    name, reason = choose_backend(config, *where)
+    lines = [f"auto      takes {name}, which {reason}"]
+    for name in ("torch", "triton", "flash"):
+        trouble = why_not(name, config, *where)
+        if name == "flash" and trouble is None:
+            from mptfoundry.mpt.attention_flash import import_error
+
+            trouble = import_error and f"flash-attn can't be imported: {import_error}"
+        lines.append(f"{name:10}{'works' if trouble is None else f'does not work: {trouble}'}")
     return lines
 
 
@@ -195,8 +194,6 @@ def _traps(device: Device) -> list[str]:
         lines.append("TRITON_INTERPRET is set: Triton's kernels run slowly on the CPU, and wrongly in bf16.")
         if _numbers(triton) >= (3, 6) and _numbers(numpy) >= (2, 4):
             lines.append(f"Triton {triton}'s interpreter crashes with numpy {numpy}. Use numpy below 2.4.")
-    if (0,) < _numbers(_version("flash-attn") or "") < (2, 4, 2):
-        lines.append("flash-attn before 2.4.2 has no ALiBi.")
     shared = Path("/dev/shm")
     if shared.is_dir():
         if shutil.disk_usage(shared).total < GIB:

@@ -27,7 +27,7 @@ from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.models.causal_lm import ComposerMPT
-from mptfoundry.resolve import choose_precision, choose_workers
+from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision, choose_workers
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer, token_byte_lengths
 
 EVAL_BATCH_SIZE = 8
@@ -58,10 +58,12 @@ def evaluate(options: EvalConfig) -> Results:
     check_tokenizer(tokenizer, source.config.vocab_size)
     loaders = _loaders(options, source)
     contexts = _contexts(options, source, device, tokenizer, loaders)
+    precision = choose_precision(device)[0] if options.precision == "auto" else options.precision
     network = network_of(
         source,
-        device="cuda" if device.kind == "gpu" else "cpu",
+        device=device.torch_type,
         dtype=torch.float32,
+        compute_dtype=getattr(torch, COMPUTE_DTYPE[precision]),
         attn_impl=options.attn_impl,
     )
     metrics = token_loss_metrics(token_byte_lengths(tokenizer, source.config.vocab_size))
@@ -70,7 +72,7 @@ def evaluate(options: EvalConfig) -> Results:
         eval_dataloader=build.build_evaluators(loaders, contexts),
         eval_subset_num_batches=options.eval_subset_num_batches,
         device=device.kind,
-        precision=choose_precision(device)[0] if options.precision == "auto" else options.precision,
+        precision=precision,
         seed=options.seed,
         progress_bar=sys.stderr.isatty(),
         python_log_level="warning",

@@ -14,10 +14,13 @@ from mptfoundry.config.parallel import resolve_fsdp
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import GIB, Device
 from mptfoundry.errors import ConfigError
+from mptfoundry.mpt.backends import choose_backend
 from mptfoundry.mpt.flops import block_activations, block_parameters, count_parameters
 
 FP32 = 4
 STATE_BYTES = {"decoupled_lionw": FP32, "decoupled_adamw": 2 * FP32}  # of the optimizer, for one parameter
+# What each precision computes in, as torch calls it.
+COMPUTE_DTYPE = {"fp32": "float32", "amp_bf16": "bfloat16", "amp_fp16": "float16"}
 LOSS_CHUNK_LOGITS = {"gpu": 2**27, "cpu": 2**24}
 # What the driver, the libraries and the process itself take.
 OVERHEAD = {"gpu": 2 * GIB, "cpu": GIB}
@@ -88,7 +91,8 @@ def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
     again computes the same numbers.
 
     Raises:
-        ConfigError: The batch does not split over the devices, or options exclude one another there.
+        ConfigError: The batch does not split over the devices, the attention backend that is asked for can't
+            serve there, or options exclude one another.
     """
     reasons: dict[str, str] = {}
 
@@ -109,7 +113,7 @@ def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
     microbatch = min(microbatch, share)
     loaders = {"train": config.train_loader, **config.eval_loaders}
     return Resolved(
-        attn_impl=choose("model.attn_config.attn_impl", model.attn_config.attn_impl, _attention),
+        attn_impl=_attention(config, device, precision, reasons),
         loss_fn=choose("model.loss_fn", model.loss_fn, _loss),
         init_device=_init_device(model.init_device, is_sharded, device, reasons),
         precision=precision,
@@ -176,8 +180,16 @@ def largest_microbatch(config: TrainConfig, device: Device, precision: str) -> t
     return 1, f"estimated {_gib(need)}, where {_gib(room)} of {_gib(device.memory)} can be planned with"
 
 
-def _attention() -> tuple[str, str]:
-    return "torch", "runs everywhere, in memory that grows linearly with the sequence"
+def _attention(config: TrainConfig, device: Device, precision: str, reasons: dict[str, str]) -> str:
+    """The backend that is taken; one that is asked for and can't serve is refused here, before building."""
+    dtype, elsewhere = COMPUTE_DTYPE[precision], device.found == "named"
+    try:
+        name, reason = choose_backend(config.model, device.torch_type, dtype, elsewhere=elsewhere)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from error
+    if config.model.attn_config.attn_impl == "auto":
+        reasons["model.attn_config.attn_impl"] = reason
+    return name
 
 
 def _loss() -> tuple[str, str]:
@@ -203,8 +215,7 @@ def _init_device(given: str, is_sharded: bool, device: Device, reasons: dict[str
 def _fsdp_version(config: TrainConfig, device: Device, reasons: dict[str, str]) -> int | None:
     if config.fsdp_config is None:
         return None
-    device_type = "cuda" if device.kind == "gpu" else "cpu"
-    version, _, notes = resolve_fsdp(config.fsdp_config, device_type=device_type, microbatch_auto=False)
+    version, _, notes = resolve_fsdp(config.fsdp_config, device_type=device.torch_type, microbatch_auto=False)
     if config.fsdp_config.version == "auto":
         reasons["fsdp_config.version"] = "; ".join(notes) or "no key needs version 1"
     return version

@@ -58,7 +58,7 @@ def train(config: TrainConfig) -> Trainer:
     tokenizer = build.build_tokenizer(config)
     train_loader = build.build_train_loader(config, resolved, device, tokenizer)
     evaluators = build.build_eval_loaders(config, resolved, tokenizer)
-    model = build.build_model(config, resolved, device, tokenizer)
+    model = build.build_model(config, resolved, tokenizer)
     write_run_files(config, folder, tokenizer)
     throughput = Throughput(config.model.network(), peak_flops=device.peak_flops)
     trainer = Trainer(

@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from mptfoundry.mpt.attention import BACKENDS, choose_backend
+from mptfoundry.mpt.attention import BACKENDS
+from mptfoundry.mpt.backends import choose_backend, why_not
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.position import AttentionContext, alibi_slopes
 
@@ -98,8 +99,9 @@ def contestants_of(
     config = MPTConfig(
         d_model=heads * head_dim, n_heads=heads, n_layers=1, attn_config=AttnConfig(alibi=has_alibi)
     )
-    able = [name for name in BACKENDS if BACKENDS[name].cannot(config, device) is None]
-    default, _ = choose_backend(config, device)
+    dtype = "bfloat16" if device == "cuda" else "float32"
+    able = [name for name in BACKENDS if why_not(name, config, device, dtype) is None]
+    default, _ = choose_backend(config, device, dtype)
     mine = {f"ours, {name}{' (auto)' if name == default else ''}": ours(name) for name in able}
     return {FORMULA: formula, "SDPA, bias tensor": kernel, "SDPA, causal, no bias": ceiling, **mine}
 

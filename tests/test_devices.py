@@ -18,6 +18,10 @@ def two_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
 
 
+def test_a_device_has_torchs_name_for_its_kind() -> None:
+    assert [named_device(name).torch_type for name in ("cpu", "h100")] == ["cpu", "cuda"]
+
+
 def test_a_named_device_has_its_memory_and_peak() -> None:
     h100 = named_device("h100", count=440)
     assert (h100.memory, h100.peak_flops) == (80 * GIB, 989.4e12)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mptfoundry import doctor as module
+from mptfoundry.devices import Device
 from mptfoundry.doctor import doctor, troubles
 
 
@@ -28,7 +29,13 @@ def test_every_backend_works_or_says_why_not() -> None:
     lines = doctor().split("Attention\n")[1].split("\n\n")[0].splitlines()
     verdicts = {line.split()[0]: line for line in lines}
     assert set(verdicts) == {"auto", "torch", "flash", "triton"}
-    assert "works" in verdicts["torch"]
+    assert verdicts["torch"].endswith("works")
+    assert module._attention(Device("gpu", "GPU", has_bf16=True))[0].startswith(
+        "auto      takes triton, which"
+    )
+    on_cpu = module._attention(Device("cpu", "CPU"))
+    assert on_cpu[0] == "auto      takes torch, which serves this model in float32 on cpu"
+    assert on_cpu[3] == "flash     does not work: it needs a GPU"
 
 
 def test_a_missing_package_is_trouble_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,4 +76,4 @@ def test_it_works_where_only_python_is_installed(tmp_path: Path) -> None:
     )
     assert answer.returncode == 1, answer.stderr
     assert "torch" in answer.stdout and "MISSING" in answer.stdout
-    assert "cannot tell without torch" in answer.stdout
+    assert "nothing works without torch" in answer.stdout

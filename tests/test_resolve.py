@@ -57,6 +57,27 @@ def test_every_auto_has_its_reason_and_what_was_given_has_none() -> None:
     assert not {"precision", "device_train_microbatch_size", "fsdp_config.version"} & set(given.reasons)
 
 
+def test_the_attention_backend_is_the_networks_own_choice() -> None:
+    key = "model.attn_config.attn_impl"
+    on_cpu, on_gpu = resolve_auto(load("mpt-tiny"), CPU), resolve_auto(load("mpt-tiny"), named_device("h100"))
+    assert (on_cpu.attn_impl, on_gpu.attn_impl) == ("torch", "triton")
+    assert on_gpu.reasons[key] == "serves this model in bfloat16 on cuda"
+    given = resolve_auto(load("mpt-tiny", f"{key}=flash", "precision=amp_fp16"), named_device("h100"))
+    assert given.attn_impl == "flash" and key not in given.reasons
+
+
+def test_a_backend_that_cannot_serve_is_refused_before_anything_is_built() -> None:
+    flash = "model.attn_config.attn_impl=flash"
+    with pytest.raises(ConfigError) as error:
+        resolve_auto(load("mpt-tiny", flash), CPU)
+    assert str(error.value) == (
+        "model.attn_config.attn_impl: flash can't be used: it needs a GPU. "
+        "Use auto or torch; all give the same mathematics."
+    )
+    with pytest.raises(ConfigError, match=r"not in float32\. Use auto or torch or triton;"):
+        resolve_auto(load("mpt-tiny", flash), LAPTOP_GPU)
+
+
 def test_the_same_config_always_resolves_to_the_same_values() -> None:
     config = load("mpt-125m")
     assert resolve_auto(config, CPU) == resolve_auto(config, CPU)

@@ -2,8 +2,9 @@
 
 A sample is `{"input_ids": (tokens,) int64 array, "sample_id": int}` of at most `seq` tokens. A batch has
 `input_ids` (batch, seq) int64; `labels` (batch, seq) int64, aligned with input_ids, -100 where padded;
-`sample_id` (batch,) int64; `attention_mask` (batch, seq) bool if something is padded; `sequence_id`
-(batch, seq) int64 if documents must not see one another.
+`sample_id` (batch,) int64; `attention_mask` (batch, seq) bool if something is padded, always at the end;
+`sequence_id` (batch, seq) int64 if documents must not see one another; with either of these the number
+`max_documents`: no row holds more.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class TextCollator:
     eos_token_id: int | None = None
     bos_token_id: int | None = None
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make a batch (see the head of this file) of samples."""
         input_ids = np.full((len(samples), self.max_seq_len), self.pad_token_id, np.int64)
         is_text = np.zeros((len(samples), self.max_seq_len), bool)
@@ -42,15 +43,18 @@ class TextCollator:
             length = len(sample["input_ids"])
             input_ids[row, :length] = sample["input_ids"]
             is_text[row, :length] = True
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(np.where(is_text, input_ids, NOT_LEARNED)),
             "sample_id": torch.tensor([sample["sample_id"] for sample in samples], dtype=torch.int64),
         }
         if not is_text.all():
             batch["attention_mask"] = torch.from_numpy(is_text)
+            batch["max_documents"] = 1
         if self.eos_token_id is not None or self.bos_token_id is not None:
-            batch["sequence_id"] = sequence_ids(batch["input_ids"], self.eos_token_id, self.bos_token_id)
+            sequence_id = sequence_ids(batch["input_ids"], self.eos_token_id, self.bos_token_id)
+            begins = (sequence_id[:, 1:] != sequence_id[:, :-1]) & torch.from_numpy(is_text[:, 1:])
+            batch |= {"sequence_id": sequence_id, "max_documents": 1 + int(begins.sum(1).max())}
         return batch
 
 
@@ -74,7 +78,7 @@ def sequence_ids(
     return borders if bos_token_id is not None else borders - is_border
 
 
-def count_tokens(batch: Mapping[str, torch.Tensor]) -> dict[str, int]:
+def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
     """Tokens in a batch, for Composer's clock (`total`) and its weights of microbatches (`loss_generating`).
 
     `loss_generating` is the number of labels that are learned once shifted by one, which is what the mean
@@ -87,6 +91,6 @@ def count_tokens(batch: Mapping[str, torch.Tensor]) -> dict[str, int]:
     return {"total": int(batch["attention_mask"].sum()), "loss_generating": learned}
 
 
-def count_samples(batch: Mapping[str, torch.Tensor]) -> int:
+def count_samples(batch: Mapping[str, Any]) -> int:
     """Rows in a batch."""
     return int(batch["input_ids"].shape[0])

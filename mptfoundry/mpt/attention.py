@@ -1,14 +1,14 @@
-"""Self-attention of a block, and the choice of the backend that computes it.
+"""Self-attention of a block, and the backends that compute it.
 
-A backend is a module with two functions:
+A backend is a module with one function:
 
 ``attend(query, key, value, context) -> out``
     ``query`` and ``out`` are (batch, seq, n_heads, head_dim); ``key`` and ``value`` (batch, keys, kv_heads,
     head_dim), keys = tokens in the cache + seq, the queries being the last ``seq`` of them. All are read by
     their strides: parts of one fused matrix or of a cache. What is visible to whom, and with which bias, is
     said by the AttentionContext.
-``cannot(config, device_type) -> str | None``
-    Why the backend cannot compute this model's attention on that kind of device; None if it can.
+
+What each can't compute, and which is taken, is said by backends.py.
 """
 
 from __future__ import annotations
@@ -18,53 +18,17 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from . import attention_torch
+from . import attention_flash, attention_torch, attention_triton
+from .backends import choose_backend
 from .config import MPTConfig
 from .norm import make_norm
 from .position import AttentionContext, rotate
 
-BACKENDS: dict[str, ModuleType] = {"torch": attention_torch}
-
-# The first of these that can serve is what `auto` takes.
-_PREFERENCE = {"cuda": ("triton", "flash", "torch"), "cpu": ("torch",)}
-
-
-def choose_backend(config: MPTConfig, device_type: str) -> tuple[str, str]:
-    """Choose the backend that ``attn_impl`` asks for, or with ``auto`` the fastest that can serve.
-
-    Args:
-        config: The model.
-        device_type: ``cpu`` or ``cuda``.
-
-    Returns:
-        Its name in BACKENDS and the reason for it, one clause.
-
-    Raises:
-        ValueError: The backend that is asked for cannot serve.
-    """
-    wanted = config.attn_config.attn_impl
-    if wanted != "auto":
-        reason = _why_not(wanted, config, device_type)
-        if reason is None:
-            return wanted, "asked for"
-        able = [name for name in BACKENDS if _why_not(name, config, device_type) is None]
-        raise ValueError(
-            f"attn_config.attn_impl: {wanted} can't be used: {reason}. "
-            f"Use {' or '.join(['auto', *able])}; all give the same mathematics."
-        )
-    refused: list[str] = []
-    for name in _PREFERENCE.get(device_type, ("torch",)):
-        reason = _why_not(name, config, device_type)
-        if reason is None:
-            return name, "; ".join([f"serves this model on {device_type}", *refused])
-        refused.append(f"not {name}: {reason}")
-    raise ValueError(f"attn_config.attn_impl: auto finds no backend. {'; '.join(refused)}.")
-
-
-def _why_not(name: str, config: MPTConfig, device_type: str) -> str | None:
-    if name not in BACKENDS:
-        return "this version has no such backend"
-    return BACKENDS[name].cannot(config, device_type)
+BACKENDS: dict[str, ModuleType] = {
+    "torch": attention_torch,
+    "flash": attention_flash,
+    "triton": attention_triton,
+}
 
 
 class Attention(nn.Module):
@@ -100,9 +64,13 @@ class Attention(nn.Module):
             query, key = rotate(query, context.rotary), rotate(key, context.rotary)
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)
-        backend = context.once("backend", lambda: BACKENDS[choose_backend(self.config, x.device.type)[0]])
+        backend = context.once("backend", lambda: self._backend_of(query))
         out = backend.attend(query, key, value, context)  # (batch, seq, n_heads, head_dim)
         return self.out_proj(out.flatten(2))
+
+    def _backend_of(self, query: torch.Tensor) -> ModuleType:
+        dtype = str(query.dtype).removeprefix("torch.")
+        return BACKENDS[choose_backend(self.config, query.device.type, dtype)[0]]
 
     def _normalise(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         """Split (batch, seq, width) into heads, normalising all of them together, or each by itself."""

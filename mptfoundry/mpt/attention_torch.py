@@ -15,15 +15,9 @@ from torch.nn import functional as F
 
 from .attention_blocks import attend_by_blocks, find_segments
 from .attention_chunks import attend_by_chunks
-from .config import MPTConfig
 from .position import AttentionContext
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-
-
-def cannot(config: MPTConfig, device_type: str) -> str | None:
-    """Nothing: it serves every model on every device."""
-    return None
 
 
 def attend(

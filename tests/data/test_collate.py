@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from composer.core.data_spec import default_split_batch
 
 from mptfoundry.data.collate import TextCollator, count_samples, count_tokens, sequence_ids
 
@@ -26,6 +27,7 @@ def test_labels_are_masked_by_place_and_never_by_id() -> None:
     assert batch["input_ids"].tolist() == [[0, 5, 0, 0], [7, 0, 0, 0]]
     assert batch["labels"].tolist() == [[0, 5, 0, -100], [7, 0, 0, 0]]
     assert batch["attention_mask"].tolist() == [[True, True, True, False], [True] * 4]
+    assert batch["max_documents"] == 1
     assert count_tokens(batch) == {"total": 7, "loss_generating": 5}
 
 
@@ -55,3 +57,20 @@ def test_the_collator_numbers_documents_if_asked() -> None:
     batch = TextCollator(4, eos_token_id=9)([sample(0, 1, 9, 2, 3)])
     assert batch["sequence_id"].tolist() == [[0, 0, 1, 1]]
     assert batch["sequence_id"].dtype == torch.int64
+    assert batch["max_documents"] == 2
+
+
+def test_the_documents_of_the_fullest_row_are_counted_without_its_padding() -> None:
+    rows = [sample(0, 1, 9, 2), sample(1, 9, 9, 3, 4), sample(2, 9)]
+    batch = TextCollator(6, pad_token_id=9, eos_token_id=9)(rows)
+    assert batch["sequence_id"].tolist() == [[0, 0, 1, 1, 2, 3], [0, 1, 2, 2, 2, 3], [0, 1, 2, 3, 4, 5]]
+    assert batch["max_documents"] == 3
+    assert TextCollator(4, bos_token_id=9)([sample(0, 9, 5, 9, 9)])["max_documents"] == 3
+
+
+def test_composer_splits_a_batch_and_leaves_the_number_of_documents_alone() -> None:
+    batch = TextCollator(4, eos_token_id=9)([sample(n, 1, 9, 2, 3) for n in range(5)])
+    pieces = default_split_batch(batch, 2)
+    assert [len(piece["input_ids"]) for piece in pieces] == [2, 2, 1]
+    assert [piece["max_documents"] for piece in pieces] == [2, 2, 2]
+    assert next(iter(batch)) == "input_ids"  # streaming counts the samples of a batch by its first value

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mptfoundry.mpt.attention import BACKENDS, Attention, choose_backend
+from mptfoundry.mpt.attention import BACKENDS, Attention
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.position import AttentionContext
 
@@ -20,29 +20,28 @@ def attention(**options: object) -> Attention:
     return made
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_auto_finds_a_backend_and_says_why(device: str) -> None:
-    name, reason = choose_backend(config(), device)
-    assert name in BACKENDS and f"serves this model on {device}" in reason
-    assert choose_backend(config(attn_impl="torch"), device) == ("torch", "asked for")
+def test_the_backend_is_chosen_once_for_all_layers_by_what_is_computed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    def choose(config: MPTConfig, device_type: str, dtype: str) -> tuple[str, str]:
+        asked.append((device_type, dtype))
+        return "torch", "asked for"
+
+    monkeypatch.setattr("mptfoundry.mpt.attention.choose_backend", choose)
+    x, context = torch.randn(1, 6, 32), AttentionContext(scale=0.5)
+    made = attention()
+    assert torch.equal(made(x, context), made(x, context))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        made(x, AttentionContext(scale=0.5))
+    assert asked == [("cpu", "float32"), ("cpu", "bfloat16")]
 
 
-def test_a_backend_that_cannot_serve_is_an_error_with_the_alternatives() -> None:
-    for name in {"flash", "triton"} - set(BACKENDS):
-        with pytest.raises(ValueError) as caught:
-            choose_backend(config(attn_impl=name), "cpu")
-        assert str(caught.value) == (
-            f"attn_config.attn_impl: {name} can't be used: this version has no such backend. "
-            "Use auto or torch; all give the same mathematics."
-        )
-
-
-def test_a_backend_may_refuse_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(BACKENDS["torch"], "cannot", lambda config, device: "it is Sunday")
-    with pytest.raises(ValueError, match=r"torch can't be used: it is Sunday\. Use auto;"):
-        choose_backend(config(attn_impl="torch"), "cpu")
-    with pytest.raises(ValueError, match=r"finds no backend\. not torch: it is Sunday"):
-        choose_backend(config(), "cpu")
+def test_a_backend_that_cannot_serve_is_never_replaced() -> None:
+    refused = attention(attn_impl="flash")
+    with pytest.raises(ValueError, match=r"flash can't be used: it needs a GPU\. Use auto or torch;"):
+        refused(torch.randn(1, 6, 32), AttentionContext(scale=0.5))
 
 
 def test_queries_keys_and_values_are_clamped() -> None:

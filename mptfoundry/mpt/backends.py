@@ -1,0 +1,122 @@
+"""Which attention backend computes a model: the one answer for plans, checks, the network and its tests.
+
+All backends give the same mathematics. Packages are looked for and never imported, and nothing beyond the
+standard library is, so that a config is answered at once. A dtype is a name of torch's, such as `bfloat16`:
+what queries, keys and values have, under autocast too.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from importlib import metadata
+
+from .config import MPTConfig
+
+# The first of these that can serve is what `auto` takes: the fastest.
+_PREFERENCE = {"cuda": ("triton", "flash", "torch")}
+# The first release whose softcap has a right gradient, ALiBi and a deterministic backward being older.
+_FLASH_AT_LEAST = (2, 6, 2)
+
+
+def choose_backend(
+    config: MPTConfig, device_type: str, dtype: str, *, elsewhere: bool = False
+) -> tuple[str, str]:
+    """Choose the backend that ``attn_impl`` asks for, or with ``auto`` the fastest that can serve.
+
+    Args:
+        config: The model.
+        device_type: As torch calls it: ``cpu``, ``cuda``.
+        dtype: What attention computes in.
+        elsewhere: The device is another machine's, whose packages are taken to be there.
+
+    Returns:
+        Its name and the reason for it, one clause.
+
+    Raises:
+        ValueError: The backend that is asked for cannot serve.
+    """
+    wanted = config.attn_config.attn_impl
+    if wanted != "auto":
+        reason = why_not(wanted, config, device_type, dtype, elsewhere=elsewhere)
+        if reason is None:
+            return wanted, "asked for"
+        able = [name for name in _RULES if why_not(name, config, device_type, dtype) is None]
+        raise ValueError(
+            f"attn_config.attn_impl: {wanted} can't be used: {reason}. "
+            f"Use {' or '.join(['auto', *able])}; all give the same mathematics."
+        )
+    refused: list[str] = []
+    for name in _PREFERENCE.get(device_type, ("torch",)):
+        reason = why_not(name, config, device_type, dtype, elsewhere=elsewhere)
+        if reason is None:
+            break
+        refused.append(f"not {name}: {reason}")
+    return name, "; ".join([f"serves this model in {dtype} on {device_type}", *refused])
+
+
+def why_not(
+    name: str, config: MPTConfig, device_type: str, dtype: str, *, elsewhere: bool = False
+) -> str | None:
+    """Why the backend ``name`` can't compute this model's attention, one clause; None if it can.
+
+    The arguments are those of `choose_backend`.
+    """
+    return _RULES[name](config, device_type, dtype, elsewhere)
+
+
+def _why_not_torch(config: MPTConfig, device_type: str, dtype: str, elsewhere: bool) -> str | None:
+    return None
+
+
+def _why_not_triton(config: MPTConfig, device_type: str, dtype: str, elsewhere: bool) -> str | None:
+    is_interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device_type != "cuda" and not is_interpreted:
+        return "it needs a GPU, or on a CPU Triton's slow interpreter (TRITON_INTERPRET=1)"
+    if not elsewhere and not _HAS_TRITON:
+        return "the package triton is not installed; on Linux torch brings it"
+    if is_interpreted and dtype != "float32":
+        return f"Triton's interpreter is right in float32 alone, not in {dtype}"
+    if dtype not in {"bfloat16", "float16", "float32"}:
+        return f"its kernels compute in bfloat16, float16 and float32, not in {dtype}"
+    if not 16 <= config.d_head <= 256:
+        return f"head_dim is {config.d_head}, its kernels are for 16 to 256"
+    return None
+
+
+def _why_not_flash(config: MPTConfig, device_type: str, dtype: str, elsewhere: bool) -> str | None:
+    attn = config.attn_config
+    if device_type != "cuda":
+        return "it needs a GPU"
+    if not elsewhere and _FLASH_IS_MISSING:
+        return _FLASH_IS_MISSING
+    if dtype not in {"bfloat16", "float16"}:
+        return f"it computes in bfloat16 and float16, not in {dtype}"
+    if config.d_head > 256 or config.d_head % 8:
+        return f"head_dim is {config.d_head}, it takes multiples of 8 up to 256"
+    if attn.prefix_lm:
+        return "it has no prefix-LM"
+    if attn.attn_logit_softcapping is not None and attn.attn_pdrop > 0:
+        return "it has no dropout (attn_pdrop) beside attn_logit_softcapping"
+    return None
+
+
+# In the order in which they are proposed.
+_RULES = {"torch": _why_not_torch, "triton": _why_not_triton, "flash": _why_not_flash}
+
+
+def _flash_is_missing() -> str | None:
+    """Asks for flash-attn's own release: others put modules of other functions under its name."""
+    try:
+        version = metadata.version("flash-attn")
+    except metadata.PackageNotFoundError:
+        return "the package flash-attn is not installed (pip install --no-build-isolation flash-attn)"
+    if tuple(int(digits) for digits in re.findall(r"\d+", version)[:3]) < _FLASH_AT_LEAST:
+        return f"flash-attn {version} is too old; it takes {'.'.join(map(str, _FLASH_AT_LEAST))} or newer"
+    return None
+
+
+# Looked for once, so that the choice within a network costs nothing and can be compiled.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+_FLASH_IS_MISSING = _flash_is_missing()
