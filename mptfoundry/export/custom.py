@@ -1,0 +1,54 @@
+"""The parts of a Hugging Face folder that brings the network's own code: its config.json, and the code.
+
+It is for models that transformers' own MPT classes can't express. The `model_type` is not theirs, so that a
+load without `trust_remote_code=True` is refused and never computes something else.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mptfoundry.mpt
+from mptfoundry.mpt.config import MPTConfig
+
+_ENTRY = "hf"
+
+
+def custom_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of `config.json`: every switch of the architecture, and the classes in the folder.
+
+    The attention backend is `auto`, whatever trained the model: who loads it has another machine.
+    """
+    values = config.to_dict()
+    values["attn_config"]["attn_impl"] = "auto"
+    return {
+        "architectures": ["MPTFoundryForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{_ENTRY}.MPTFoundryConfig",
+            "AutoModelForCausalLM": f"{_ENTRY}.MPTFoundryForCausalLM",
+        },
+        "model_type": "mptfoundry",
+        **values,
+        "init_device": "cpu",
+        "use_cache": True,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def copy_code(folder: Path) -> list[Path]:
+    """Copy the network's files, flat, into an exported folder; returns them.
+
+    They are the entry file and those that it imports, for these are what transformers copies on loading.
+    """
+    room = Path(mptfoundry.mpt.__path__[0])
+    text = (room / f"{_ENTRY}.py").read_text(encoding="utf-8")
+    names = [_ENTRY, *sorted(set(re.findall(r"^\s*from \.(\w+) import", text, re.MULTILINE)))]
+    return [shutil.copyfile(room / f"{name}.py", folder / f"{name}.py") for name in names]

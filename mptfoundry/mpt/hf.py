@@ -1,0 +1,374 @@
+"""An MPT as transformers' classes, for the models that its own MPT classes can't express.
+
+An exported folder holds this file beside the network's others, and its config.json names the two classes
+here; torch and transformers, 4.51 or later, are all that has to be installed. transformers copies the files
+that this one imports and no others, so each that the network consists of is named here.
+
+Letters of the shapes: batch = rows, seq = tokens of this pass, keys = tokens in the cache + seq.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers.cache_utils import DynamicCache
+from transformers.configuration_utils import PretrainedConfig
+from transformers.generation.utils import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_utils import PreTrainedModel
+
+from .attention import Attention  # noqa: F401
+from .attention_blocks import attend_by_blocks  # noqa: F401
+from .attention_chunks import attend_by_chunks  # noqa: F401
+from .attention_flash import attend as attend_by_flash  # noqa: F401
+from .attention_tiles import Tile  # noqa: F401
+from .attention_torch import attend as attend_by_torch  # noqa: F401
+from .attention_triton import attend as attend_by_triton  # noqa: F401
+from .attention_weights import WeightsKept
+from .backends import choose_backend  # noqa: F401
+from .block import Block
+from .config import MPTConfig, from_values
+from .ffn import FFN  # noqa: F401
+from .head_config import HEADS  # noqa: F401
+from .init import initialize_parameter
+from .loss import IGNORED, linear_cross_entropy
+from .network import Transformer
+from .norm import make_norm  # noqa: F401
+from .position import AttentionContext, number_documents
+
+with suppress(ImportError):  # triton is not installed
+    from .attention_backward import backward_key_kernel  # noqa: F401
+    from .attention_decode import decode_kernel  # noqa: F401
+    from .attention_forward import forward_kernel  # noqa: F401
+    from .attention_kernels import NOTHING  # noqa: F401
+
+_SWITCHES = tuple(field.name for field in fields(MPTConfig))
+
+
+class MPTFoundryConfig(PretrainedConfig):
+    """An MPT's architecture, with the keys and defaults of MPTConfig.
+
+    A section that is set in part (`attn_config={"attn_impl": "flash"}`) keeps the rest of what it was.
+
+    Attributes:
+        init_device: Where a new network's weights lie, and where `from_pretrained` puts those of a folder
+            unless it is given a `device_map`; `meta` makes a new network without storage.
+        use_cache: Whether a pass outside training returns the keys and values of its tokens.
+    """
+
+    model_type = "mptfoundry"
+    keys_to_ignore_at_inference = ("past_key_values",)
+    attribute_map = {  # noqa: RUF012
+        "hidden_size": "d_model",
+        "max_position_embeddings": "max_seq_len",
+        "num_attention_heads": "n_heads",
+        "num_hidden_layers": "n_layers",
+    }
+
+    def __init__(self, init_device: str = "cpu", use_cache: bool = True, **kwargs: Any) -> None:
+        given = {name: kwargs.pop(name) for name in _SWITCHES if name in kwargs}
+        for name, value in from_values(MPTConfig, given).to_dict().items():
+            setattr(self, name, value)
+        super().__init__(tie_word_embeddings=self.tie_word_embeddings, **kwargs)
+        self.init_device = init_device
+        self.use_cache = use_cache
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        before = self.__dict__.get(name)
+        if name in _SWITCHES and isinstance(before, Mapping) and isinstance(value, Mapping):
+            value = _merged(before, value)
+        super().__setattr__(name, value)
+
+    @property
+    def attn_impl(self) -> str:
+        """The attention backend: auto, torch, flash or triton."""
+        return self.attn_config["attn_impl"]
+
+    @attn_impl.setter
+    def attn_impl(self, name: str) -> None:
+        self.attn_config = {"attn_impl": name}
+
+    def network_config(self) -> MPTConfig:
+        """The network's own config; raises ValueError for what no MPT has."""
+        return from_values(MPTConfig, {name: getattr(self, name) for name in _SWITCHES})
+
+
+def _merged(before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(before)
+    for key, value in changes.items():
+        is_section = isinstance(value, Mapping) and isinstance(before.get(key), Mapping)
+        merged[key] = _merged(before[key], value) if is_section else value
+    return merged
+
+
+class CheckpointedBlock(Block):
+    """A block for transformers' gradient checkpointing, and for models spread over several devices."""
+
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]
+
+    def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        """Map (batch, seq, d_model) to (batch, seq, d_model)."""
+        if x.device != context.once("device", lambda: x.device):
+            context = context.once(f"on {x.device}", lambda: _moved(context, x.device))
+        if self.gradient_checkpointing and self.training:
+            return self._gradient_checkpointing_func(super().forward, x, context)
+        return super().forward(x, context)
+
+
+def _moved(context: AttentionContext, device: torch.device) -> AttentionContext:
+    """A context for the blocks on another device; what was made for the first is made anew there."""
+
+    def to(value: torch.Tensor | None) -> torch.Tensor | None:
+        return None if value is None else value.to(device)
+
+    rotary = context.rotary
+    moved = replace(
+        context,
+        slopes=to(context.slopes),
+        documents=to(context.documents),
+        prefix=to(context.prefix),
+        rotary=None if rotary is None else (rotary[0].to(device), rotary[1].to(device)),
+        _made={"device": device},
+    )
+    backend = context.once("backend", lambda: None)
+    if backend is not None:
+        moved.once("backend", lambda: backend)
+    return moved
+
+
+class LayersOf:
+    """The network's view of one of transformers' caches."""
+
+    max_len = math.inf
+
+    def __init__(self, cache: Any) -> None:
+        self.cache = cache
+        self.length = int(cache.get_seq_length())
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store a layer's new keys and values, each (batch, seq, kv_heads, head_dim); returns all so far."""
+        keys, values = self.cache.update(key.transpose(1, 2), value.transpose(1, 2), layer)
+        if keys.shape[2] != self.length + key.shape[1]:
+            raise ValueError(
+                f"past_key_values: {type(self.cache).__name__} does not hold all tokens and nothing else. "
+                "Use a DynamicCache."
+            )
+        return keys.transpose(1, 2), values.transpose(1, 2)
+
+
+class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
+    """An MPT language model; weights have the names of published MPTs, and `lm_head` where it is not tied."""
+
+    config_class = MPTFoundryConfig  # type: ignore[assignment]
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ("CheckpointedBlock",)  # type: ignore[assignment]
+    _skip_keys_device_placement = ("past_key_values",)  # type: ignore[assignment]
+    _supports_cache_class = True
+    _supports_quantized_cache = True
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # type: ignore[assignment]  # noqa: RUF012
+
+    def __init__(self, config: MPTFoundryConfig) -> None:
+        super().__init__(config)
+        network = config.network_config()
+        # While a folder is loaded, everything is made on meta first, whatever the config says.
+        is_loading = torch.empty(0).is_meta
+        device = None if is_loading or config.init_device == "cpu" else config.init_device
+        self.transformer = Transformer(network, device, CheckpointedBlock)
+        self.lm_head = nn.Linear(network.d_model, network.vocab_size, bias=False, device=device)
+        self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """transformers' own, and `init_device` is honoured where no `device_map` is given."""
+        loaded = super().from_pretrained(*args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        is_placed = kwargs.get("device_map") is not None or kwargs.get("quantization_config") is not None
+        if not is_placed and model.config.init_device not in ("cpu", "meta"):
+            model.to(model.config.init_device)
+        return loaded
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        sequence_id: torch.Tensor | None = None,
+        prefix_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Predict each next token.
+
+        Args:
+            input_ids: (batch, seq) int64.
+            attention_mask: (batch, keys), 0 where padded, left or right.
+            inputs_embeds: (batch, seq, d_model), in place of ``input_ids``.
+            sequence_id: (batch, seq), changes where a new document begins; documents don't see one another.
+            prefix_mask: (batch, seq), tokens that see one another in both directions; for prefix_lm.
+            labels: (batch, seq) int64, aligned with ``input_ids``; -100 where not learned. In training
+                there are no logits beside the loss.
+            past_key_values: A cache of transformers' that holds the tokens before these.
+            use_cache: Return a cache.
+            output_attentions: Return each layer's attention weights, (batch, n_heads, seq, keys).
+            output_hidden_states: Return what goes into each block, and the last norm's output.
+            return_dict: False for a tuple.
+            logits_to_keep: Logits of so many last tokens alone, or of the tokens at these places; 0: of all.
+
+        Raises:
+            ValueError: The arguments don't fit together or the model.
+        """
+        tokens = input_ids if inputs_embeds is None else inputs_embeds
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("input_ids, inputs_embeds: exactly one of them is needed.")
+        cache = self._cache(past_key_values, use_cache)
+        past = 0 if cache is None else cache.length
+        if cache is not None and sequence_id is not None:
+            raise ValueError("sequence_id: rows of several documents can't be kept in a cache.")
+        mask = _only_if_padded(attention_mask, past + tokens.shape[1])
+        prefix = None if prefix_mask is None else F.pad(prefix_mask.bool(), (past, 0))  # (batch, keys)
+        with self._noted(output_hidden_states, output_attentions) as (hidden, kept):
+            x = self.transformer(tokens, number_documents(mask, sequence_id), prefix, cache)
+        loss, logits = self._predict(x, labels, logits_to_keep)
+        output = CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=None if cache is None else cache.cache,
+            hidden_states=None if hidden is None else (*hidden, x),
+            attentions=None if kept is None else tuple(kept.weights),
+        )
+        return (
+            output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        )
+
+    def _cache(self, given: Any, use_cache: bool | None) -> LayersOf | None:
+        """The cache that was given, or a new one where one is to be returned."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if given is None and not use_cache:
+            return None
+        if self.training and any(block.gradient_checkpointing for block in self.transformer.blocks):
+            raise ValueError(
+                "use_cache, past_key_values: gradient checkpointing computes the blocks twice, which a cache "
+                "would notice. Use use_cache=False."
+            )
+        return LayersOf(DynamicCache() if given is None else given)
+
+    @contextmanager
+    def _noted(
+        self, hidden_states: bool | None, attentions: bool | None
+    ) -> Iterator[tuple[list[Any] | None, WeightsKept | None]]:
+        """Notes what goes into each block, and the weights of its attention, while the network runs."""
+        hidden: list[Any] | None = None
+        if self.config.output_hidden_states if hidden_states is None else hidden_states:
+            hidden = []
+        kept = None
+        if self.config.output_attentions if attentions is None else attentions:
+            kept = WeightsKept()
+
+        def note(block: nn.Module, arguments: tuple[torch.Tensor, AttentionContext]) -> None:
+            if hidden is not None:
+                hidden.append(arguments[0])
+            if kept is not None:
+                arguments[1].once("backend", lambda: kept)
+
+        wanted = self.transformer.blocks if hidden is not None or kept is not None else ()
+        hooks = [block.register_forward_pre_hook(note) for block in wanted]
+        try:
+            yield hidden, kept
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _predict(
+        self, x: torch.Tensor, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor
+    ) -> tuple[Any, Any]:
+        """The loss if there are labels, and the logits unless they are in training.
+
+        Logits of all tokens take more memory than the rest of a training step.
+        """
+        network = self.transformer.config
+        if network.logit_scale is not None:
+            x = x * network.logit_factor
+        softcap = network.final_logit_softcapping
+
+        def logits_of(x: torch.Tensor) -> torch.Tensor:
+            logits = self.lm_head(x)
+            return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if labels is None:
+            return None, logits_of(x[:, kept])
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().to(x.device)
+        if type(self.lm_head) is nn.Linear:
+            loss, _ = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets, softcap)
+        else:  # an adapter or a quantized layer in its place
+            loss = F.cross_entropy(logits_of(x).flatten(0, 1).float(), targets, ignore_index=IGNORED)
+        return loss, None if self.training else logits_of(x[:, kept])
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
+        """transformers' own, and `prefix_mask` is cut or lengthened to the tokens of the pass."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("cache_position", None)  # the cache knows
+        prefix, cache = inputs.get("prefix_mask"), inputs.get("past_key_values")
+        if prefix is not None:
+            tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
+            past = 0 if cache is None else int(cache.get_seq_length())
+            prefix = F.pad(prefix, (0, max(0, past + tokens.shape[1] - prefix.shape[1])))[:, past:]
+            inputs["prefix_mask"] = prefix if prefix.any() else None
+        return inputs
+
+    def get_input_embeddings(self) -> nn.Module:
+        """`transformer.wte`."""
+        return self.transformer.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace `transformer.wte`."""
+        self.transformer.wte = value  # type: ignore[assignment]
+
+    def get_output_embeddings(self) -> nn.Module:
+        """`lm_head`."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace `lm_head`."""
+        self.lm_head = new_embeddings  # type: ignore[assignment]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Draw the weights of a module that were not loaded, by the config's scheme and torch's seed."""
+        place = next((name for name, other in self.named_modules() if other is module), None)
+        if place is None:  # made in the course of a resize
+            place = "transformer.wte" if isinstance(module, nn.Embedding) else "lm_head"
+        for name, parameter in module.named_parameters(recurse=False):
+            if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)):
+                seed = int(torch.randint(2**31, (), device="cpu"))
+                initialize_parameter(parameter, f"{place}.{name}", self.transformer.config, seed)
+
+
+def _only_if_padded(attention_mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
+    """A mask (batch, keys) as bool; None if it hides nothing, for which backends are faster."""
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2 or attention_mask.shape[1] != keys:
+        raise ValueError(
+            f"attention_mask: its shape is {tuple(attention_mask.shape)}, it must be (batch, {keys}), "
+            "the tokens in the cache included."
+        )
+    mask = attention_mask.bool()
+    is_traced = torch.jit.is_tracing() or torch.compiler.is_compiling()
+    return mask if is_traced or not mask.all() else None
