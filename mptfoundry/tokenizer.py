@@ -9,17 +9,15 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 import numpy as np
 
+from mptfoundry.checkpoints.hub import why_out_of_reach
 from mptfoundry.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -242,7 +240,7 @@ def _load_from_hub(name: str, options: dict[str, Any]) -> Any:
 
     with contextlib.suppress(Exception):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True, **options)
-    why = _why_hub_is_out_of_reach()
+    why = why_out_of_reach()
     if not why:
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
@@ -252,20 +250,6 @@ def _load_from_hub(name: str, options: dict[str, Any]) -> Any:
         f"tokenizer.name: {name} is neither a folder nor in the Hugging Face cache, and can't be fetched: "
         f"{why}. Give a folder that holds tokenizer.json, or fetch it once while online."
     )
-
-
-def _why_hub_is_out_of_reach() -> str | None:
-    """Ask the name server once, since the hub's client retries for most of a minute."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        return "HF_HUB_OFFLINE is set"
-    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return None
-    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or "huggingface.co"
-    try:
-        socket.getaddrinfo(host, 443)
-    except OSError:
-        return f"this machine is offline ({host} is not known)"
-    return None
 
 
 def _first_line(error: Exception) -> str:

@@ -1,24 +1,35 @@
 """A model's architecture out of the `config.json` of a Hugging Face folder, or a dictionary of its kind.
 
-Three dialects are understood: the published MPT's and llm-foundry's (`norm_eps`), that of transformers' own
-MPT classes (`layer_norm_epsilon`, other defaults), and ours (both keys). A key that is not known is an error:
-it could change the mathematics.
+Four dialects are understood: the published MPT's and llm-foundry's (`norm_eps`), that of transformers' own
+MPT classes (`layer_norm_epsilon`, other defaults), ours (both keys), and that of MPT's first generation,
+`mosaic_gpt`, where all keys stand at the top. A key that is not known is an error: it could change the
+mathematics. Nothing here needs torch.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from mptfoundry.checkpoints.folders import read_json
 from mptfoundry.errors import CheckpointError
-from mptfoundry.mpt.config import InitConfig, MPTConfig, from_values
+from mptfoundry.mpt.config import AttnConfig, InitConfig, MPTConfig, from_values
 
 # What transformers' classes assume where their config.json is silent, and MPTConfig assumes otherwise.
 _NATIVE_DEFAULTS: dict[str, Any] = {"no_bias": True}
 _NATIVE_ATTENTION_DEFAULTS: dict[str, Any] = {"alibi": True}
+
+# Keys of the first generation -> where they stand today.
+FLAT_KEYS: dict[str, str] = {
+    "mlp_ratio": "expansion_ratio",
+    "param_init_fn": "init_config.name",
+    "attn_qk_ln": "attn_config.qk_ln",
+    "attn_clip_qkv": "attn_config.clip_qkv",
+    **{field.name: f"init_config.{field.name}" for field in fields(InitConfig) if field.name != "name"},
+    **{field.name: f"attn_config.{field.name}" for field in fields(AttnConfig)},
+}
 
 # Keys without influence on what a loaded model computes: how it was made, named, drawn or run.
 _WITHOUT_EFFECT = {
@@ -30,6 +41,7 @@ _WITHOUT_EFFECT = {
     "auto_map",
     "bos_token_id",
     "chunk_size_feed_forward",
+    "config_overrides",
     "dtype",
     "eos_token_id",
     "fc_type",
@@ -49,8 +61,11 @@ _WITHOUT_EFFECT = {
     "output_hidden_states",
     "pad_token_id",
     "prefix",
+    "pretrained",
+    "pretrained_model_name_or_path",
     "problem_type",
     "return_dict",
+    "revision",
     "sep_token_id",
     "task_specific_params",
     "tokenizer_class",
@@ -71,7 +86,9 @@ _OFF_IN_ATTENTION: tuple[tuple[str, Any], ...] = (
     ("nope", False),
     ("attn_temperature_tuning", {"attn_scale": 0.0, "floor_scale": 8192}),
 )
-_MODEL_TYPES = ("mpt", "mptfoundry")
+_MODEL_TYPES = ("mpt", "mptfoundry", "mosaic_gpt")
+_LARGEST_NUMBER = 2**31
+_DEEPEST = 8
 
 
 def config_of_folder(folder: Path) -> MPTConfig:
@@ -81,15 +98,8 @@ def config_of_folder(folder: Path) -> MPTConfig:
         CheckpointError: `config.json` is missing or damaged, is of another model, or holds a key or value
             that MPT does not have.
     """
+    values = read_json(folder, "config.json")
     file = folder / "config.json"
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder}: config.json is missing.") from error
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{file}: can't be read ({error}).") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file}: not a dictionary.")
     model_type = values.get("model_type", "mpt")
     if model_type not in _MODEL_TYPES:
         raise CheckpointError(f"{file}: model_type is {model_type!r}. Only MPT models are read.")
@@ -113,12 +123,14 @@ def config_of_others(values: Mapping[str, Any], where: str) -> MPTConfig:
 
 
 def config_from_dict(values: Mapping[str, Any], where: str) -> MPTConfig:
-    """The architecture that `values` describes, in any of the three dialects.
+    """The architecture that `values` describes, in any of the dialects.
 
     Args:
         values: Keys of a `config.json`, or of the `model` section of a run's config.
         where: Begins every error.
     """
+    _refuse_absurd(values, where)
+    values = _from_first_generation(values, where)
     values = {key: value for key, value in values.items() if key not in _WITHOUT_EFFECT}
     attention = dict(values.pop("attn_config", None) or {})
     epsilon = values.pop("layer_norm_epsilon", None)
@@ -148,3 +160,41 @@ def _known_init(values: Mapping[str, Any]) -> dict[str, Any]:
     """The init scheme, which matters for new weights only: what is not known is left out."""
     known = {field.name for field in fields(InitConfig)}
     return {key: value for key, value in values.items() if key in known}
+
+
+def _from_first_generation(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The same values where today's keys stand."""
+    values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    if (low_precision := values.pop("low_precision_layernorm", None)) is not None:
+        values.setdefault("norm_type", "low_precision_layernorm" if low_precision else "layernorm")
+        heads = values.get("n_heads")
+        if values.get("alibi") and isinstance(heads, int) and heads & (heads - 1):
+            raise CheckpointError(
+                f"{where}: alibi with n_heads: {heads}, no power of two. This generation of models "
+                "had other slopes there, which can't be expressed here."
+            )
+    if (multiquery := values.pop("multiquery_attention", None)) is not None:
+        values["attn_type"] = "multiquery_attention" if multiquery else "multihead_attention"
+    for old, new in FLAT_KEYS.items():
+        if old not in values:
+            continue
+        section, _, key = new.rpartition(".")
+        value, target = values.pop(old), values
+        if section:
+            target = values[section] = values.get(section) or {}
+        if target.setdefault(key, value) != value:
+            raise CheckpointError(f"{where}: {old} is {value}, {new} {target[key]}. They are the same.")
+    return values
+
+
+def _refuse_absurd(values: Mapping[str, Any], where: str, depth: int = 0) -> None:
+    """Raise CheckpointError for numbers that no model has, before anything is computed with them."""
+    if depth > _DEEPEST:
+        raise CheckpointError(f"{where[:200]}: refused, since it is nested too deeply.")
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            _refuse_absurd(value, f"{where}: {key}", depth + 1)
+        elif isinstance(value, (int, float)) and not abs(value) < _LARGEST_NUMBER:
+            raise CheckpointError(
+                f"{where}: {key}: {str(value)[:40]} is refused. No model has such a number."
+            )

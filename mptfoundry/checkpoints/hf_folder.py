@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mptfoundry.checkpoints.folders import confined, read_json
 from mptfoundry.checkpoints.torch_files import TorchFile, open_state_dict
-from mptfoundry.checkpoints.weights import PROJECTION, TensorOutline, confined
+from mptfoundry.checkpoints.weights import PROJECTION, Rows, TensorOutline, todays_name
 from mptfoundry.errors import CheckpointError
 
 SAFETENSORS = "model.safetensors"
@@ -22,18 +22,22 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 class FolderWeights:
     """The tensors of a Hugging Face folder.
 
-    A folder with both formats is read from safetensors. Names without `transformer.`, as a base model saves
-    them, get it.
+    A folder with both formats is read from safetensors. Where no name begins with `transformer.`, as a base
+    model saves them, all but the output matrix get it.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder
+        files = _weight_files(folder)
+        opened = [SafetensorsFile(f) if f.suffix == ".safetensors" else open_state_dict(f) for f in files]
+        stored = [(store, name) for store in opened for name in store.outlines]
+        root = "" if any(name.startswith(_ROOT) for _, name in stored) else _ROOT
         self._stores: dict[str, tuple[SafetensorsFile | TorchFile, str]] = {}
-        for file in _weight_files(folder):
-            store = SafetensorsFile(file) if file.suffix == ".safetensors" else open_state_dict(file)
-            for name in store.outlines:
-                has_root = name.startswith(_ROOT) or name == PROJECTION
-                self._stores[name if has_root else _ROOT + name] = (store, name)
+        for store, name in stored:
+            full = todays_name(name if name == PROJECTION else root + name)
+            if full in self._stores:
+                raise CheckpointError(f"{folder}: {full} is stored twice.")
+            self._stores[full] = (store, name)
 
     @property
     def outlines(self) -> Mapping[str, TensorOutline]:
@@ -41,10 +45,10 @@ class FolderWeights:
         outlines = {id(store): store.outlines for store, _ in self._stores.values()}
         return {name: outlines[id(store)][stored] for name, (store, stored) in self._stores.items()}
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One tensor."""
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
+        """One tensor, or some of its rows."""
         store, stored = self._stores[name]
-        return store.read(stored, dtype)
+        return store.read(stored, dtype, rows)
 
 
 class SafetensorsFile:
@@ -66,10 +70,10 @@ class SafetensorsFile:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: damaged, it can't be read ({error}).") from error
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
         """One tensor; the file is mapped for it alone, so that its pages don't stay in memory."""
         with safe_open(self.path, framework="pt") as file:
-            tensor = file.get_tensor(name)
+            tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows[0] : rows[1]]
         return tensor.to(dtype or tensor.dtype, copy=True)
 
 
@@ -80,22 +84,21 @@ def _weight_files(folder: Path) -> list[Path]:
         if index.is_file():
             return [confined(folder, name, index) for name in _names_in_index(index)]
         if (folder / single).is_file():
-            return [folder / single]
+            return [confined(folder, single, folder / single)]
     raise CheckpointError(
         f"{folder}: no weights. Looked for {SAFETENSORS} and {_BIN}, whole and with an index."
     )
 
 
 def _names_in_index(index: Path) -> list[str]:
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, OSError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{index}: damaged, it holds no weight_map.") from error
+    names = read_json(index.parent, index.name).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index}: damaged, it holds no weight_map.")
     wrong = [
         name
-        for name in names
+        for name in names.values()
         if not isinstance(name, str) or Path(name).suffix not in (".safetensors", ".bin")
     ]
     if wrong:
         raise CheckpointError(f"{index}: {wrong[0]!r} is no file of weights.")
-    return sorted(names)
+    return sorted(set(names.values()))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import yaml
 
-from mptfoundry.checkpoints.hf_config import config_from_dict, config_of_folder, config_of_others
+from mptfoundry.checkpoints.architecture import RUN_CONFIG, config_of_run, overridden, read_run, run_of
+from mptfoundry.checkpoints.folders import confined
+from mptfoundry.checkpoints.hf_config import config_of_folder, config_of_others
 from mptfoundry.checkpoints.hf_folder import FolderWeights
 from mptfoundry.checkpoints.names import find_checkpoint
 from mptfoundry.checkpoints.sharded import ShardedWeights
 from mptfoundry.checkpoints.torch_files import open_composer_file
-from mptfoundry.checkpoints.weights import EMBEDDING, PROJECTION, Weights
+from mptfoundry.checkpoints.weights import EMBEDDING, POSITIONS, PROJECTION, Weights
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.mpt.config import MPTConfig
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 AttnImpl = Literal["auto", "torch", "flash", "triton"]
 
-RUN_CONFIG = "config.yaml"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -37,7 +37,7 @@ class ModelSource:
         config: The architecture.
         weights: The tensors, by MPT's names.
         tokenizer_folder: Where its tokenizer lies, if it has one.
-        run_folder: The run that it came from, if that is known.
+        run_folder: The run that it came from, if that is known and was one of ours.
     """
 
     path: Path
@@ -55,19 +55,23 @@ class ModelSource:
             yield name, self.weights.read(name, dtype)
 
 
-def open_model(path: str | Path) -> ModelSource:
+def open_model(path: str | Path, config: MPTConfig | None = None) -> ModelSource:
     """Open a run folder, a checkpoint or a Hugging Face folder, and check that its weights fit its config.
+
+    Args:
+        path: Where it lies.
+        config: The architecture, in place of what is told there.
 
     Raises:
         CheckpointError: Nothing is there, a file is damaged, or a tensor is missing, unknown or of another
             shape than the config says.
     """
     path = Path(path)
-    if (path / "config.json").is_file():
+    if (path / "config.json").exists():
         weights: Weights = FolderWeights(path)
-        source = ModelSource(path, config_of_folder(path), weights, _tokenizer_in(path), None)
+        source = ModelSource(path, config or config_of_folder(path), weights, _tokenizer_in(path), None)
     else:
-        source = _open_checkpoint(find_checkpoint(path))
+        source = _open_checkpoint(find_checkpoint(path), config)
     check_weights(source)
     return source
 
@@ -78,6 +82,7 @@ def load_network(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     attn_impl: AttnImpl = "auto",
+    config_overrides: Mapping[str, Any] | None = None,
 ) -> tuple[MPT, Any]:
     """The network of a run, a checkpoint or a Hugging Face folder, ready to evaluate, and its tokenizer.
 
@@ -86,6 +91,7 @@ def load_network(
         device: Where the network is put.
         dtype: Number format of the weights. Default: as stored.
         attn_impl: The attention backend.
+        config_overrides: Switches of the architecture to change, such as `{"max_seq_len": 65536}`.
 
     Returns:
         The network in eval mode, and the tokenizer or None where there is none.
@@ -95,6 +101,9 @@ def load_network(
         ConfigError: As `network_of`.
     """
     source = open_model(path)
+    if config_overrides:
+        source = replace(source, config=overridden(source.config, config_overrides))
+        check_weights(source)
     return network_of(source, device=device, dtype=dtype, attn_impl=attn_impl), tokenizer_of(source)
 
 
@@ -103,23 +112,28 @@ def network_of(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
+    compute_dtype: torch.dtype | None = None,
     attn_impl: AttnImpl = "auto",
 ) -> MPT:
     """The network of an opened model, in eval mode; its weights are read one by one.
 
+    `compute_dtype` is what autocast will compute in; by default it is the weights'.
+
     Raises:
         ConfigError: The attention backend that is asked for can't serve this model on this device.
     """
-    from mptfoundry.mpt.attention import choose_backend
+    from mptfoundry.mpt.backends import choose_backend
     from mptfoundry.mpt.network import MPT
 
     config = replace(source.config, attn_config=replace(source.config.attn_config, attn_impl=attn_impl))
+    dtype = dtype or source.weights.outlines[EMBEDDING].dtype
     try:
-        choose_backend(config, torch.device(device).type)
+        computes_in = str(compute_dtype or dtype).removeprefix("torch.")
+        choose_backend(config, torch.device(device).type, computes_in)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     network = MPT(config, device="meta")
-    network.to(dtype or source.weights.outlines[EMBEDDING].dtype).to_empty(device=device)
+    network.to(dtype).to_empty(device=device)
     targets = dict(network.named_parameters())
     with torch.no_grad():
         for name, tensor in source.tensors():
@@ -138,9 +152,14 @@ def tokenizer_of(source: ModelSource) -> Any:
 
 def expected_shapes(config: MPTConfig) -> dict[str, tuple[int, ...]]:
     """Names and shapes of all parameters of a network, in its order."""
-    from mptfoundry.mpt.network import MPT
+    from mptfoundry.mpt.heads import make_network
 
-    network = MPT(config, device="meta")
+    try:
+        network = make_network(config, device="meta")
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise CheckpointError(
+            f"no network has the sizes of this config: {str(error).splitlines()[0]}"
+        ) from error
     return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
 
 
@@ -155,17 +174,25 @@ def check_weights(source: ModelSource) -> None:
         raise CheckpointError(
             f"{source.path}: holds {len(blocks)} blocks; its config says n_layers: {source.config.n_layers}."
         )
-    expected = expected_shapes(source.config)
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not of this architecture" for name in found if name not in expected]
-    problems += [
-        f"{name} has the shape {found[name]}, its config says {shape}"
-        for name, shape in expected.items()
-        if name in found and found[name] != shape
-    ]
+    problems = shape_problems(found, expected_shapes(source.config))
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{source.path}: {'; '.join(problems[:5])}{more}.")
+
+
+def shape_problems(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
+) -> list[str]:
+    """What is missing, unknown or of another shape, each in words."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is not of this architecture" for name in found if name not in expected]
+    for name, shape in expected.items():
+        if name in found and found[name] != shape:
+            text = f"{name} has the shape {found[name]}, its config says {shape}"
+            if name == POSITIONS:
+                text += f" (learned positions can't be stretched: max_seq_len has to be {found[name][0]})"
+            problems.append(text)
+    return problems
 
 
 def _check_that_it_is_tied(source: ModelSource) -> None:
@@ -177,41 +204,27 @@ def _check_that_it_is_tied(source: ModelSource) -> None:
         )
 
 
-def _open_checkpoint(checkpoint: Path) -> ModelSource:
+def _open_checkpoint(checkpoint: Path, config: MPTConfig | None) -> ModelSource:
     """A Composer checkpoint, with the config of its run, or the one that llm-foundry puts inside."""
-    hugging_face: dict[str, Any] = {}
-    if checkpoint.is_dir():
-        weights: Weights = ShardedWeights(checkpoint)
-    else:
-        weights, hugging_face = open_composer_file(checkpoint)
-    run_folder = next(
-        (f for f in (checkpoint.parent, checkpoint.parent.parent) if (f / RUN_CONFIG).is_file()), None
-    )
-    if run_folder is not None:
-        config = _config_of_run(run_folder)
-    elif content := hugging_face.get("model", {}).get("config", {}).get("content"):
+    is_folder = checkpoint.is_dir()
+    weights = ShardedWeights(checkpoint) if is_folder else open_composer_file(checkpoint)
+    folder = run_of(checkpoint)
+    if config is None and folder is not None:
+        config = config_of_run(folder)
+    elif config is None:
+        noted = weights.note("model").get("config")
+        content = noted.get("content") if isinstance(noted, dict) else None
+        if not isinstance(content, dict):
+            raise CheckpointError(
+                f"{checkpoint}: no {RUN_CONFIG} beside it, so its architecture isn't known. Keep a "
+                "checkpoint in its run's folder, or put the run's config there."
+            )
         config = config_of_others(content, f"{checkpoint}: state.integrations.huggingface")
-    else:
-        raise CheckpointError(
-            f"{checkpoint}: no {RUN_CONFIG} beside it, so its architecture isn't known. Keep a "
-            "checkpoint in its run's folder, or put the run's config there."
-        )
-    tokenizer_folder = _tokenizer_in(run_folder / "tokenizer") if run_folder else None
-    return ModelSource(checkpoint, config, weights, tokenizer_folder, run_folder)
-
-
-def _config_of_run(run_folder: Path) -> MPTConfig:
-    """The architecture that a run's resolved config tells."""
-    file = run_folder / RUN_CONFIG
-    try:
-        run = yaml.safe_load(file.read_text(encoding="utf-8"))
-        model = dict(run["model"])
-    except (yaml.YAMLError, OSError, UnicodeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: no section `model` can be read from it.") from error
-    if model.get("max_seq_len") is None and "max_seq_len" in run:
-        model["max_seq_len"] = run["max_seq_len"]
-    return config_from_dict(model, f"{file}: model")
+    tokenizer_folder = _tokenizer_in(folder / "tokenizer") if folder else None
+    trained = folder is not None and "train_loader" in read_run(folder)
+    return ModelSource(checkpoint, config, weights, tokenizer_folder, folder if trained else None)
 
 
 def _tokenizer_in(folder: Path) -> Path | None:
-    return folder if any((folder / name).is_file() for name in _TOKENIZER_FILES) else None
+    found = [confined(folder, name, folder / name) for name in _TOKENIZER_FILES if (folder / name).exists()]
+    return folder if found else None

@@ -6,6 +6,7 @@ knows the few classes of such an outline and nothing else.
 
 from __future__ import annotations
 
+import io
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -16,11 +17,13 @@ import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import metadata as outline
 
-from mptfoundry.checkpoints.weights import TensorOutline, confined
+from mptfoundry.checkpoints.folders import confined
+from mptfoundry.checkpoints.weights import Rows, TensorOutline, cut
 from mptfoundry.errors import CheckpointError
 
 METADATA = ".metadata"
 _CHILD = "state.model.model."
+_NOTES = "state.integrations.huggingface."
 _DAMAGE = (RuntimeError, ValueError, KeyError, AssertionError, OSError, EOFError, pickle.UnpicklingError)
 _OUTLINE_CLASSES = {
     "Metadata",
@@ -49,6 +52,7 @@ class ShardedWeights:
         }
         if not self._entries:
             raise CheckpointError(f"{folder}: not a Composer checkpoint; it holds no state.model.")
+        self._check_that_it_is_stored()
 
     @property
     def outlines(self) -> Mapping[str, TensorOutline]:
@@ -58,8 +62,46 @@ class ShardedWeights:
             for name, entry in self._entries.items()
         }
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One tensor, put together from the pieces of all ranks."""
+    def note(self, part: str) -> dict[str, Any]:
+        """What Composer keeps of a Hugging Face `model` or `tokenizer`, which is stored value by value."""
+        prefix = f"{_NOTES}{part}."
+        places = {key.fqn: place for key, place in self._metadata.storage_data.items()}
+        notes: dict[Any, Any] = {}
+        try:
+            for key, path in (getattr(self._metadata, "planner_data", None) or {}).items():
+                if key.startswith(prefix):
+                    section = notes
+                    for step in path[4:-1]:
+                        section = section.setdefault(step, {})
+                    section[path[-1]] = self._read_note(places[key])
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise CheckpointError(f"{self.path / METADATA}: damaged, {prefix} can't be read.") from error
+        return _with_lists(notes)  # type: ignore[no-any-return]
+
+    def _read_note(self, place: Any) -> Any:
+        file = confined(self.path, place.relative_path, self.path / METADATA)
+        with file.open("rb") as stream:
+            stream.seek(place.offset)
+            piece = io.BytesIO(stream.read(place.length))
+        try:
+            return torch.load(piece, weights_only=True)
+        except (*_DAMAGE, TypeError) as error:
+            raise CheckpointError(
+                f"{file}: refused, since reading it would need more than values."
+            ) from error
+
+    def _check_that_it_is_stored(self) -> None:
+        """Raise CheckpointError where the outline tells of more numbers than the files hold."""
+        said = sum(outline.numel * outline.dtype.itemsize for outline in self.outlines.values())
+        stored = sum(file.stat().st_size for file in self.path.glob("*.distcp"))
+        if said > stored:
+            raise CheckpointError(
+                f"{self.path}: refused, since {METADATA} tells of {said:,} bytes of weights, and its files "
+                f"hold {stored:,}."
+            )
+
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
+        """One tensor, put together from the pieces of all ranks; for some of its rows it is read whole."""
         entry = self._entries[name]
         state = {_CHILD + name: torch.empty(entry.size, dtype=entry.properties.dtype)}
         try:
@@ -68,7 +110,17 @@ class ShardedWeights:
                 dcp.load(state, storage_reader=_Reader(self.path, self._metadata), no_dist=True)
         except (*_DAMAGE, dcp.api.CheckpointException) as error:
             raise CheckpointError(f"{self.path}: damaged, {name} can't be read.") from error
-        return state[_CHILD + name].to(dtype or entry.properties.dtype)
+        whole = state[_CHILD + name].to(dtype or entry.properties.dtype)
+        return whole if rows is None else cut(whole, rows).clone()
+
+
+def _with_lists(value: Any) -> Any:
+    """Sections whose keys are 0, 1, 2 ... were lists before they were taken apart."""
+    if not isinstance(value, dict):
+        return value
+    inner = {key: _with_lists(item) for key, item in value.items()}
+    is_list = bool(inner) and all(isinstance(key, int) for key in inner)
+    return [inner[key] for key in sorted(inner)] if is_list else inner
 
 
 def read_metadata(folder: Path) -> outline.Metadata:

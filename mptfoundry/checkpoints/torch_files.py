@@ -20,49 +20,56 @@ import numpy as np
 import torch
 from torch.torch_version import TorchVersion
 
-from mptfoundry.checkpoints.weights import TensorOutline
+from mptfoundry.checkpoints.weights import Rows, TensorOutline, cut, todays_name
 from mptfoundry.errors import CheckpointError
 
 _CHILD = "model."
+_DAMAGE = (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, UnicodeError, MemoryError)
 _DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
 
 
 class TorchFile:
     """The tensors of one file, mapped; `prefix` is cut from their names, others are left out."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Any], prefix: str = "") -> None:
+    def __init__(self, path: Path, tensors: Mapping[str, Any], prefix: str = "", notes: Any = None) -> None:
         self.path = path
+        self._notes = notes
         self._tensors = {
-            name.removeprefix(prefix): value
+            todays_name(name.removeprefix(prefix)): value
             for name, value in tensors.items()
             if name.startswith(prefix) and isinstance(value, torch.Tensor)
         }
+        for name, tensor in self._tensors.items():
+            _check_that_it_is_stored(path, name, tensor)
 
     @property
     def outlines(self) -> Mapping[str, TensorOutline]:
         """All tensors, by name."""
         return {name: TensorOutline(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def note(self, part: str) -> dict[str, Any]:
+        """What Composer keeps of a Hugging Face `model` or `tokenizer`; `{}` if nothing."""
+        found = self._notes.get(part) if isinstance(self._notes, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
         """A copy of one tensor; the pages that it was read from are given back at once."""
-        mapped = self._tensors[name]
+        mapped = cut(self._tensors[name], rows)
         copy = mapped.to(dtype or mapped.dtype, copy=True).contiguous()
         _give_back(mapped)
         return copy
 
 
-def open_composer_file(path: Path) -> tuple[TorchFile, dict[str, Any]]:
-    """The model of a Composer checkpoint, and what it knows of Hugging Face (`{}` if nothing).
-
-    llm-foundry's checkpoints have the same layout, and carry their config and tokenizer besides.
-    """
+def open_composer_file(path: Path) -> TorchFile:
+    """The model of a Composer checkpoint; llm-foundry's have the same layout, and note their config."""
     content = load_plain(path)
     state = content.get("state") if isinstance(content, dict) else None
     model = state.get("model") if isinstance(state, dict) else None
     if not isinstance(state, dict) or not isinstance(model, dict):
         raise CheckpointError(f"{path}: not a Composer checkpoint; it holds no state.model.")
-    integrations = state.get("integrations") or {}
-    return TorchFile(path, model, _CHILD), integrations.get("huggingface") or {}
+    integrations = state.get("integrations")
+    notes = integrations.get("huggingface") if isinstance(integrations, dict) else None
+    return TorchFile(path, model, _CHILD, notes)
 
 
 def open_state_dict(path: Path) -> TorchFile:
@@ -86,7 +93,7 @@ def load_plain(path: Path) -> Any:
             return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path)) from error
-    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, UnicodeError) as error:
+    except _DAMAGE as error:
         first_line = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{path}: damaged, it can't be read ({first_line}).") from error
 
@@ -117,6 +124,18 @@ def _harmless() -> list[Any]:
         *[(reconstruct, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")],
         *[(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")],
     ]
+
+
+def _check_that_it_is_stored(path: Path, name: str, tensor: torch.Tensor) -> None:
+    """Raise CheckpointError for a tensor that says it holds more numbers than lie in the file."""
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+        raise CheckpointError(f"{path}: {name} is no plain tensor.")
+    stored, said = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
+    if said > stored:
+        raise CheckpointError(
+            f"{path}: refused, since {name} says it has the shape {tuple(tensor.shape)}, {said:,} bytes, and "
+            f"{stored:,} are stored."
+        )
 
 
 def _refusal(path: Path) -> str:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
-from mptfoundry.errors import CheckpointError
-
 PROJECTION = "lm_head.weight"
 EMBEDDING = "transformer.wte.weight"
+POSITIONS = "transformer.wpe.weight"
+
+# The first row to read and the one after the last; None: all.
+Rows = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,28 @@ class Weights(Protocol):
     def outlines(self) -> Mapping[str, TensorOutline]:
         """All tensors, by name."""
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """One tensor in memory of its own, on the CPU, in `dtype` or as stored."""
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
+        """One tensor, or some of its rows, in memory of its own, on the CPU, in `dtype` or as stored."""
 
 
-def confined(folder: Path, name: str, named_by: Path) -> Path:
-    """The file `name` of `folder`; raises CheckpointError unless it lies in that very folder."""
-    if Path(name).name != name or name in ("", ".", "..") or "\\" in name:
-        raise CheckpointError(
-            f"{named_by}: refused, since it names {name!r}, which is not a file of its own folder."
-        )
-    file = folder / name
-    if not file.is_file():
-        raise CheckpointError(f"{folder}: {name} is missing, which {named_by.name} names.")
-    return file
+# The first generation's names of what is called otherwise today.
+_FIRST_NAMES = {
+    ".ln_1.": ".norm_1.",
+    ".ln_2.": ".norm_2.",
+    ".ln_f.": ".norm_f.",
+    ".mlp.mlp_up.": ".ffn.up_proj.",
+    ".mlp.mlp_down.": ".ffn.down_proj.",
+}
+
+
+def todays_name(name: str) -> str:
+    """The name of a tensor as MPT calls it since its second generation."""
+    name = f".{name}"
+    for old, new in _FIRST_NAMES.items():
+        name = name.replace(old, new)
+    return name[1:]
+
+
+def cut(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """A view of those rows."""
+    return tensor if rows is None else tensor[rows[0] : rows[1]]

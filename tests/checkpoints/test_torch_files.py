@@ -63,9 +63,9 @@ def test_a_file_of_something_else_is_said(tmp_path: Path) -> None:
 def test_tensors_are_copies_in_the_dtype_asked_for(tmp_path: Path) -> None:
     values = torch.arange(6000, dtype=torch.float32).reshape(2, 3000)
     torch.save({"state": {"model": {"model.a": values.T, "metric": values}}}, tmp_path / "a.pt")
-    weights, hugging_face = open_composer_file(tmp_path / "a.pt")
+    weights = open_composer_file(tmp_path / "a.pt")
     assert list(weights.outlines) == ["a"]
-    assert hugging_face == {}
+    assert weights.note("model") == {}
     for _ in range(2):
         torch.testing.assert_close(weights.read("a"), values.T, rtol=0, atol=0)
     assert weights.read("a", torch.bfloat16).dtype is torch.bfloat16
@@ -83,7 +83,7 @@ def test_reading_all_tensors_keeps_one_in_memory(tmp_path: Path) -> None:
 import resource, torch
 from pathlib import Path
 from mptfoundry.checkpoints.torch_files import open_composer_file
-weights, _ = open_composer_file(Path({str(tmp_path / "big.pt")!r}))
+weights = open_composer_file(Path({str(tmp_path / "big.pt")!r}))
 weights.read("0", torch.bfloat16)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for name in weights.outlines:

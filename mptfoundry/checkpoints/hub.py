@@ -1,0 +1,79 @@
+"""A model by its name: a local folder, or one of the Hugging Face hub at a revision, kept in the hub's cache.
+
+Weights, configs and tokenizers are fetched, and no code. Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from mptfoundry.errors import CheckpointError
+
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TEXTS = ["*.json", "merges.txt", "vocab.txt"]
+
+
+def locate(name: str, revision: str | None = None, *, config_only: bool = False) -> Path:
+    """Where the model `name` lies on this machine, after it was fetched if it had to be.
+
+    Args:
+        name: A local path, or `organisation/model` of the hub.
+        revision: Branch, tag or commit, for a hub name. Default: its main branch.
+        config_only: Fetch `config.json` and nothing else.
+
+    Returns:
+        The local path as it was given, or a snapshot's folder, which is named after its commit.
+
+    Raises:
+        CheckpointError: There is no such path, or the hub can't give it.
+    """
+    local = Path(name).expanduser()
+    if local.exists():
+        if revision is not None:
+            raise CheckpointError(f"{name}: a local folder has no revision {revision}. Remove the revision.")
+        return local
+    if name.startswith(("/", "./", "../", "~")) or not _NAME.fullmatch(name):
+        raise CheckpointError(f"{name}: no such file or folder.")
+    return _snapshot(name, revision, config_only)
+
+
+def why_out_of_reach() -> str | None:
+    """Ask the name server once, since the hub's client retries for most of a minute."""
+    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        return "HF_HUB_OFFLINE is set"
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return None
+    host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or "huggingface.co"
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return f"this machine is offline ({host} is not known)"
+    return None
+
+
+def _snapshot(name: str, revision: str | None, config_only: bool) -> Path:
+    """A snapshot in the cache: the hub's if it answers, else what was fetched before."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    offline = why_out_of_reach()
+    try:
+        if config_only:
+            file = hf_hub_download(name, "config.json", revision=revision, local_files_only=bool(offline))
+            return Path(file).parent
+        if offline:
+            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+        files = HfApi().list_repo_files(name, revision=revision)
+        kind = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
+        wanted = [*_TEXTS, kind]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns="*/*"))
+    except Exception as error:  # the client's errors have no common class
+        why = offline or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        at = f" at revision {revision}" if revision else ""
+        raise CheckpointError(
+            f"{name}{at}: is neither a folder nor in the Hugging Face cache, and can't be fetched: {why}. "
+            "Name a local folder, or fetch it once while online."
+        ) from error

@@ -1,0 +1,76 @@
+"""What a new network begins with: weights that are read from a model on disk, or drawn where they are new."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from mptfoundry.checkpoints.reading import ModelSource, shape_problems
+from mptfoundry.checkpoints.weights import PROJECTION, Rows
+from mptfoundry.errors import CheckpointError
+from mptfoundry.mpt.init import draw
+
+
+class StartingWeights:
+    """Gives each parameter of a network its first value, whole or some rows of it, one at a time.
+
+    Every rank has one of its own and reads from disk what it holds. Nothing is read before it is asked for.
+
+    Args:
+        source: The model to start from; None: every weight is drawn.
+        network: Its parameters may be on the meta device.
+        seed: Of what is drawn.
+        new: Prefixes of parameters that `source` need not have, such as `score.`; those that it lacks are
+            drawn. Everything else has to be there.
+        unused: Prefixes of what `source` may have beside them, such as `lm_head.`.
+        progress: Show a bar over the bytes that are read.
+
+    Attributes:
+        drawn: Names of the parameters that are drawn although there is a source.
+
+    Raises:
+        CheckpointError: A parameter is missing, unknown or of another shape.
+    """
+
+    def __init__(
+        self,
+        source: ModelSource | None,
+        network: nn.Module,
+        *,
+        seed: int,
+        new: Sequence[str] = (),
+        unused: Sequence[str] = (),
+        progress: bool = False,
+    ) -> None:
+        self._source = source
+        self._config: Any = network.config
+        self._seed = seed
+        shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+        found = {} if source is None else {n: o.shape for n, o in source.weights.outlines.items()}
+        self.drawn = [name for name in shapes if name not in found and name.startswith(tuple(new))]
+        if source is not None:
+            not_needed = (*unused, PROJECTION) if source.config.tie_word_embeddings else tuple(unused)
+            wanted = {name: shape for name, shape in shapes.items() if name not in self.drawn}
+            given = {n: s for n, s in found.items() if n in wanted or not n.startswith(not_needed)}
+            if problems := shape_problems(given, wanted):
+                raise CheckpointError(f"{source.path}: {'; '.join(problems[:5])}.")
+        self._bar = tqdm(unit="B", unit_scale=True, desc="weights", disable=not (progress and source))
+
+    def __call__(self, name: str, shape: tuple[int, ...], rows: Rows = None) -> torch.Tensor:
+        """The parameter `name` of the whole `shape`, or some rows of it: on the CPU, in any number format."""
+        if self._source is None or name in self.drawn:
+            return draw(name, shape, self._config, self._seed, rows)
+        tensor = self._source.weights.read(name, rows=rows)
+        self._bar.update(tensor.numel() * tensor.element_size())
+        return tensor
+
+    @torch.no_grad()
+    def fill(self, network: nn.Module) -> None:
+        """Set all parameters of a network that has storage."""
+        for name, parameter in network.named_parameters():
+            parameter.copy_(self(name, tuple(parameter.shape)))
+        self._bar.close()
