@@ -39,6 +39,7 @@ def custom_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
+        "tokenizer_class": "PreTrainedTokenizerFast",  # pipeline() looks for it here
         "torch_dtype": str(dtype).removeprefix("torch."),
     }
 
