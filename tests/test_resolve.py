@@ -66,7 +66,10 @@ def test_the_attention_backend_is_the_networks_own_choice() -> None:
     assert given.attn_impl == "flash" and key not in given.reasons
 
 
-def test_a_backend_that_cannot_serve_is_refused_before_anything_is_built() -> None:
+def test_a_backend_that_cannot_serve_is_refused_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     flash = "model.attn_config.attn_impl=flash"
     with pytest.raises(ConfigError) as error:
         resolve_auto(load("mpt-tiny", flash), CPU)

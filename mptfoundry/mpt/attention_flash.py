@@ -94,8 +94,8 @@ def bounds_of_runs(documents: torch.Tensor, seq: int, max_documents: int | None)
     else:
         latest = documents.cummax(1).values[:, :-1]
         resumes = differs & (documents[:, 1:] == latest) & (documents[:, :-1] == PADDING)
-        count, resumed = torch.stack([run[-1] + 1, resumes.any().long()]).tolist()
-        if resumed:
+        count = int(torch.where(resumes.any(), 0, run[-1] + 1))
+        if count == 0:
             raise ValueError(
                 "attention_mask: padding stands between tokens of one document, which attn_impl: flash can't "
                 "leave out. Pad at either end, or use attn_impl: torch or triton."

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from importlib import metadata
 
 from .config import MPTConfig
 
@@ -107,11 +106,16 @@ _RULES = {"torch": _why_not_torch, "triton": _why_not_triton, "flash": _why_not_
 
 
 def _flash_is_missing() -> str | None:
-    """Asks for flash-attn's own release: others put modules of other functions under its name."""
+    """Asks for flash-attn's own release, since others put modules of other functions under its name."""
+    missing = "the package flash-attn is not installed (pip install --no-build-isolation flash-attn)"
+    if importlib.util.find_spec("flash_attn") is None:
+        return missing
+    from importlib import metadata  # it takes longer than all the rest, and mostly for nothing
+
     try:
         version = metadata.version("flash-attn")
     except metadata.PackageNotFoundError:
-        return "the package flash-attn is not installed (pip install --no-build-isolation flash-attn)"
+        return missing
     if tuple(int(digits) for digits in re.findall(r"\d+", version)[:3]) < _FLASH_AT_LEAST:
         return f"flash-attn {version} is too old; it takes {'.'.join(map(str, _FLASH_AT_LEAST))} or newer"
     return None

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,15 @@ def test_training_gives_the_mean_loss_and_evaluation_the_losses_of_tokens() -> N
     assert token_loss.shape == (3, 8)
     predicted = (batch()["labels"][:, 1:] != -100).sum()
     torch.testing.assert_close(token_loss.sum() / predicted, loss)
+
+
+def test_all_that_the_network_takes_of_a_batch_reaches_it() -> None:
+    model = ComposerMPT(MPT(CONFIG, seed=0))
+    given: list[Any] = []
+    model.model.transformer.register_forward_pre_hook(lambda module, inputs: given.extend(inputs))
+    sequence_id = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2]] * 3)
+    model({**batch(), "sequence_id": sequence_id, "max_documents": 3})
+    assert torch.equal(given[1], sequence_id) and given[-1] == 3
 
 
 def test_metrics_are_those_of_evaluation_only() -> None:

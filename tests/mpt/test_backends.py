@@ -134,8 +134,11 @@ def test_flash_attn_is_found_by_its_release(
         return installed
 
     monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     found = backends._flash_is_missing()
-    assert found is None if reason is None else found is not None and found.startswith(reason)
+    assert found == reason if reason is None else str(found).startswith(reason)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "is not installed" in (backends._flash_is_missing() or "")
 
 
 def test_the_choice_needs_the_standard_library_alone() -> None:

@@ -346,6 +346,7 @@ def test_what_does_not_fit_together_is_refused() -> None:
     model = MPT(ARCHITECTURES["mpt"], seed=1)
     cache = KVCache(model.config, 1, 4, device="cpu", dtype=torch.float32)
     assert refused(model, cache=cache) == "cache: 8 tokens don't fit into its 4."
+    assert "can't be given with a cache" in refused(model, cache=cache, max_documents=1)
     mask = torch.ones(1, 8, dtype=torch.bool)
     assert "prefix_lm: true" in refused(model, prefix_mask=mask)
     assert "several documents" in refused(model, cache=cache, sequence_id=mask.long())
