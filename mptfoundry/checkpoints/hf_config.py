@@ -114,7 +114,8 @@ def config_of_others(values: Mapping[str, Any], where: str) -> MPTConfig:
     config = config_from_dict(values, where)
     has_their_norms = config.attn_config.qk_ln or config.attn_config.qk_gn
     agrees = config.norm_type.endswith("layernorm") and config.norm_eps == 1e-5
-    if has_their_norms and not agrees and "layer_norm_epsilon" not in values:
+    is_ours = values.get("model_type") == "mptfoundry" or "layer_norm_epsilon" in values
+    if has_their_norms and not agrees and not is_ours:
         raise CheckpointError(
             f"{where}: qk_ln or qk_gn beside norm_type: {config.norm_type} and norm_eps: {config.norm_eps}. "
             "llm-foundry computes these as layernorms with 1e-5 all the same, which can't be expressed here."
