@@ -81,17 +81,24 @@ def takes_any_length(config: MPTConfig) -> bool:
     return not config.has_learned_positions and not is_dynamic
 
 
-def differing(there: MPTConfig, here: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+def differing(
+    there: MPTConfig, here: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any] | None = None
+) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
     """Where nested values that are given `here` differ from a model's: (path, its value, the given one).
 
     Keys that no model has are passed over, and so is what it does not compute with.
+
+    Args:
+        there: The model.
+        here: Its switches as they are given, all or some.
+        changes: What is to be changed in the model, by path.
     """
-    known = leaves(there.to_dict())
+    expected = leaves(there.to_dict()) | dict(changes or {})
     for path, value in leaves(here).items():
         is_own = any(path[: len(own)] == own for own in OWN)
         is_length = path == ("max_seq_len",) and takes_any_length(there)
-        if path in known and not is_own and not is_length and known[path] != value:
-            yield path, known[path], value
+        if path in expected and not is_own and not is_length and expected[path] != value:
+            yield path, expected[path], value
 
 
 def leaves(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:

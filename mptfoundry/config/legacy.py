@@ -6,26 +6,17 @@ What it removes had no effect on the numbers of a run.
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import Any
 
+from mptfoundry.checkpoints.hf_config import FLAT_KEYS
 from mptfoundry.config.document import Document, KeyPath, dotted
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.schema import field_types
-from mptfoundry.mpt.config import AttnConfig, InitConfig
 
 _MOVED: dict[str, str] = {
-    "model.mlp_ratio": "model.expansion_ratio",
-    "model.param_init_fn": "model.init_config.name",
-    "model.attn_qk_ln": "model.attn_config.qk_ln",
-    "model.attn_clip_qkv": "model.attn_config.clip_qkv",
+    **{f"model.{old}": f"model.{new}" for old, new in FLAT_KEYS.items()},
     "fsdp_config.load_fsdp_monolith_rank0_only": "fsdp_config.load_monolith_rank0_only",
 }
-for _field in fields(InitConfig):
-    if _field.name != "name":
-        _MOVED[f"model.{_field.name}"] = f"model.init_config.{_field.name}"
-for _field in fields(AttnConfig):
-    _MOVED[f"model.{_field.name}"] = f"model.attn_config.{_field.name}"
 
 ANY: Any = object()
 # Key, the value that it may have, and why it can go.
@@ -44,7 +35,17 @@ _DROPPED: tuple[tuple[str, Any, str], ...] = (
     ("model.attn_config.kv_dim", None, "it is blank"),
     ("model.attn_config.fc_type", "torch", "there is no other kind of layer here"),
     ("model.attn_config.attn_temperature_tuning.attn_scale", 0, "it is off"),
-    ("model.pretrained", False, "weights are new unless load_path is given"),
+    ("model.use_auth_token", ANY, "the hub's client takes its token from HF_TOKEN or from its login"),
+    ("model.trust_remote_code", ANY, "no code of a model is run"),
+    ("model.use_train_metrics", ANY, "the loss says it all in training"),
+    ("model.use_flash_attention_2", ANY, "attn_config.attn_impl says it"),
+    ("model.attn_implementation", ANY, "attn_config.attn_impl says it"),
+    ("model.use_logits", ANY, "there is no other kind of output here"),
+    ("model.load_in_8bit", False, "it is off"),
+    ("model.allow_embedding_resizing", False, "it is off"),
+    ("model.pretrained_lora_id_or_path", None, "it is blank"),
+    ("model.peft_config", None, "it is blank"),
+    ("model.should_save_peft_only", ANY, "it has no effect without peft_config"),
     ("icl_tasks", None, "it is blank"),
     ("eval_gauntlet", None, "it is blank"),
     ("icl_seq_len", ANY, "it has no effect without icl_tasks"),
@@ -74,7 +75,7 @@ _PARTS = "the blocks of a model are all alike, of torch's own layers. Remove it.
 _MOE = "mixtures of experts are another architecture. Remove it."
 _PEFT = "a run trains whole weights. Remove it."
 _TASKS = "a run evaluates its eval_loader. Remove it."
-_HUB = "weights start new, or from the checkpoint in load_path. Describe the model with name: mpt_causal_lm."
+_HUB = "name the MPT to start from in pretrained_model_name_or_path."
 _OBJECT = "it holds an object, which a file can't say. Remove it."
 _RECORDS = "data sets are text in shards. Use name: text."
 _MPT = "models are MPTs. Use name: mpt_causal_lm."
@@ -92,9 +93,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("TrainConfig", "only_hf_checkpoint"): _FORMAT,
     ("TrainConfig", "parameters"): "this is a platform's job file. Give what stands under `parameters` as a "
     "file of its own.",
-    ("ModelConfig", "pretrained"): _HUB,
-    ("ModelConfig", "pretrained_model_name_or_path"): _HUB,
-    ("ModelConfig", "config_overrides"): _HUB,
+    ("ModelConfig", "load_in_8bit"): "a run trains whole weights. Remove it.",
+    ("ModelConfig", "allow_embedding_resizing"): "config_overrides.vocab_size says how many rows. Remove it.",
     ("ModelConfig", "peft_config"): _PEFT,
     ("ModelConfig", "lora"): _PEFT,
     ("ModelConfig", "fc_type"): _PARTS,

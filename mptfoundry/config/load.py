@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 
 from mptfoundry.config.document import Document
 from mptfoundry.config.legacy import REFUSED, translate
+from mptfoundry.config.pretrained import fill_architecture
 from mptfoundry.config.reading import read_document
 from mptfoundry.config.rules import tokens_of
 from mptfoundry.config.run import TrainConfig
@@ -42,6 +43,7 @@ def load_train_config(path: str | Path, words: Sequence[str] = ()) -> tuple[Trai
     document = read_document(path, words, {"run_name": name})
     _refuse_code_from_file(document)
     notes = translate(document)
+    notes += fill_architecture(document)
     _share_top_level(document)
     config = build(TrainConfig, document, REFUSED)
     return config, notes + _effects(config)

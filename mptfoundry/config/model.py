@@ -18,11 +18,34 @@ class ModelConfig(MPTConfig):
         init_device: Where new weights are made: `meta` allocates them only once they are sharded, `cpu`
             makes them whole, `mixed` makes them whole on rank 0 alone. `auto` is `meta` with FSDP and
             `cpu` without. The weights drawn are the same.
+        pretrained_model_name_or_path: The model to start from: a Hugging Face folder, a name on the hub, or a
+            run. Its architecture is this model's.
+        revision: Branch, tag or commit of a name on the hub. Default: its main branch.
+        pretrained: Take the weights too. Default: true where a model is named; false takes its architecture
+            alone.
+        config_overrides: Switches of that model to change, such as `max_seq_len`. Another `vocab_size` cuts
+            the embedding, or pads it with the mean of its rows.
     """
 
     name: Literal["mpt_causal_lm"] = "mpt_causal_lm"
     loss_fn: Literal["auto", "fused_crossentropy", "torch_crossentropy"] = "auto"
     init_device: Literal["auto", "cpu", "meta", "mixed"] = "auto"
+    pretrained_model_name_or_path: str | None = None
+    revision: str | None = None
+    pretrained: bool | None = None
+    config_overrides: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pretrained_model_name_or_path is None:
+            for key in ("revision", "pretrained", "config_overrides"):
+                if getattr(self, key):
+                    raise ValueError(f"{key}: has no effect without pretrained_model_name_or_path.")
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether the weights are those of another model, and not new."""
+        return self.pretrained_model_name_or_path is not None and self.pretrained is not False
 
     def network(self) -> MPTConfig:
         """The architecture alone."""

@@ -163,6 +163,12 @@ def tokens_of(duration: int | str, values: Mapping[str, Any]) -> float | None:
 
 
 def _checkpoints(values: Mapping[str, Any]) -> Iterator[Problem]:
+    if values.get("load_path") and "model" in values and values["model"].takes_weights:
+        yield (
+            "load_path",
+            "and model.pretrained_model_name_or_path both say where the weights come from. Remove one; with "
+            "model.pretrained: false the latter gives the architecture alone.",
+        )
     if values.get("autoresume"):
         if "save_folder" in values and values["save_folder"] is None:
             yield "autoresume", "needs save_folder, where the checkpoint to resume from lies."

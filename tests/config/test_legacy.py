@@ -210,4 +210,4 @@ def test_what_llm_foundry_has_and_this_has_not_is_refused_with_the_reason(
 
 def test_other_architectures_are_refused(problems: Callable[..., tuple[str, ...]]) -> None:
     said = problems(text=SMALL.replace("mpt_causal_lm", "hf_causal_lm"))
-    assert said[0].startswith("run.yaml:3: model.name: 'hf_causal_lm' is not supported: weights start new")
+    assert said[0].startswith("run.yaml:3: model.name: 'hf_causal_lm' is not supported: name the MPT")

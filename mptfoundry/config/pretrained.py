@@ -1,0 +1,130 @@
+"""`model.pretrained_model_name_or_path`: the model that is named there tells the architecture.
+
+Its switches fill the `model` section before anything is checked. `config_overrides` change them; what the
+section says itself has to agree, so that nothing is changed by accident.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mptfoundry.checkpoints.architecture import OWN, architecture_of, differing, leaves, takes_any_length
+from mptfoundry.checkpoints.hub import locate
+from mptfoundry.config.document import Document, KeyPath, Origin, dotted
+from mptfoundry.config.schema import show
+from mptfoundry.errors import CheckpointError
+from mptfoundry.mpt.config import MPTConfig
+
+_NAME: KeyPath = ("model", "pretrained_model_name_or_path")
+_OVERRIDES: KeyPath = ("model", "config_overrides")
+_LENGTH: tuple[str, ...] = ("max_seq_len",)
+_ALIASES: dict[tuple[str, ...], tuple[str, ...]] = {("layer_norm_epsilon",): ("norm_eps",)}
+
+
+def fill_architecture(document: Document) -> list[str]:
+    """Bring the architecture of the model that a document names into its `model` section, in place.
+
+    Returns:
+        Notes for the user: what was taken for what.
+    """
+    name, overrides = document.get(_NAME), document.get(_OVERRIDES)
+    if not isinstance(name, str):
+        return []
+    notes: list[str] = []
+    there = _look_at(name, document, notes)
+    _rename(name, document, notes if there is not None else [])
+    if there is None:
+        return notes
+    written = leaves(overrides) if isinstance(overrides, dict) else {}
+    changes = {_ALIASES.get(path, path): value for path, value in written.items()}
+    for path, expected, given in differing(there, document.tree["model"], changes):
+        document.report(
+            ("model", *path),
+            f"{show(given)} is not what {name} says, {show(expected)}. Remove it, or change it with "
+            f"config_overrides.{dotted(path)}.",
+        )
+        _put(document, path, expected, document.origin(("model", *path)))
+    _check_length(there, name, document, changes, notes)
+    for path, value in written.items():
+        _put(document, _ALIASES.get(path, path), value, document.origin(_OVERRIDES + path))
+    for path, value in leaves(there.to_dict()).items():
+        is_own = any(path[: len(own)] == own for own in OWN)
+        if path not in changes and path != _LENGTH and not is_own and not _is_given(document, path):
+            value = list(value) if isinstance(value, tuple) else value
+            _put(document, path, value, _told_by(document))
+    return notes
+
+
+def _look_at(name: str, document: Document, notes: list[str]) -> MPTConfig | None:
+    """The architecture of the model; None if it can't be read, which is a problem, or need not be.
+
+    A section that says all of it, as a run's own `config.yaml` does, stands for a model on the hub or one
+    that is no longer there: a run that is resumed needs it no more. Whoever reads the weights compares it.
+    """
+    is_here = Path(name).expanduser().exists()
+    needed = [path for path, value in leaves(MPTConfig().to_dict()).items() if value is not None]
+    if not is_here and all(_is_given(document, path) for path in needed):
+        return None
+    revision = document.get(("model", "revision"))
+    try:
+        folder = locate(name, None if revision is None else str(revision), config_only=True)
+        config = architecture_of(folder)
+    except CheckpointError as error:
+        document.report(_NAME, str(error))
+        return None
+    if not is_here and revision != folder.name:
+        origin = _told_by(document)
+        document.put(("model", "revision"), folder.name, origin)
+        notes.append(f"{origin.place}: model.revision: {name}'s {revision or 'main'} is {folder.name}.")
+    return config
+
+
+def _rename(name: str, document: Document, notes: list[str]) -> None:
+    path: KeyPath = ("model", "name")
+    if document.get(path) == "hf_causal_lm":
+        origin = document.origin(path)
+        document.put(path, "mpt_causal_lm", origin)
+        notes.append(
+            f"{origin.place}: model.name: hf_causal_lm is now mpt_causal_lm, since {name} is an MPT."
+        )
+
+
+def _check_length(
+    there: MPTConfig, name: str, document: Document, changes: dict[tuple[str, ...], Any], notes: list[str]
+) -> None:
+    """The run's length may be another where positions allow it; learned positions end where they end."""
+    wanted = changes.get(_LENGTH, document.get(_LENGTH))
+    if not isinstance(wanted, int) or wanted == there.max_seq_len:
+        return
+    place: KeyPath = _OVERRIDES + _LENGTH if _LENGTH in changes else _LENGTH
+    text = f"{wanted} is not the length of {name}, {there.max_seq_len}"
+    if takes_any_length(there):
+        if wanted > there.max_seq_len:
+            text = f"{name} was made for {there.max_seq_len} tokens, this run has {wanted}."
+            notes.append(f"{document.origin(place).place}: max_seq_len: {text}")
+    elif there.has_learned_positions:
+        document.report(place, f"{text}, whose positions are learned one by one. Use {there.max_seq_len}.")
+    elif _LENGTH not in changes:
+        text += f", on which its rotary positions depend. Use {there.max_seq_len}, or say so with "
+        document.report(place, f"{text}model.config_overrides.max_seq_len.")
+
+
+def _told_by(document: Document) -> Origin:
+    """The origin of what the model tells: the line that names it."""
+    return replace(document.origin(_NAME), written=None, expression=None)
+
+
+def _is_given(document: Document, path: tuple[str, ...]) -> bool:
+    section = document.get(("model", *path[:-1]))
+    return isinstance(section, dict) and path[-1] in section
+
+
+def _put(document: Document, path: tuple[str, ...], value: Any, origin: Origin) -> None:
+    """Set a switch in the `model` section, whose inner sections are made where they are missing or blank."""
+    for length in range(1, len(path)):
+        if document.get(("model", *path[:length])) is None:
+            document.put(("model", *path[:length]), {}, origin)
+    if isinstance(document.get(("model", *path[:-1])), dict):
+        document.put(("model", *path), value, origin)
