@@ -87,18 +87,9 @@ def _preview(words: list[str]) -> None:
 
 def _export(words: list[str]) -> None:
     options = _options(words, "ExportConfig", "model", "out")
-    from mptfoundry.export.native import export
+    from mptfoundry.export.folder import export
 
-    print(
-        export(
-            options.model,
-            options.out,
-            dtype=options.dtype,
-            tokenizer=options.tokenizer,
-            shard_bytes=options.shard_bytes,
-            overwrite=options.overwrite,
-        )
-    )
+    print(export(**vars(options)))
 
 
 def _generate(words: list[str]) -> None:

@@ -125,7 +125,7 @@ def test_an_exported_run_gives_the_checkpoints_logits(finished: Path, folder: Pa
     from transformers import MptForCausalLM
 
     from mptfoundry.checkpoints.reading import load_network
-    from mptfoundry.export.native import export
+    from mptfoundry.export.folder import export
 
     export(finished, folder / "hf", dtype="fp32", progress=False)
     network, tokenizer = load_network(finished)

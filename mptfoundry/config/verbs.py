@@ -118,18 +118,25 @@ class ExportConfig:
     """Write a model as a Hugging Face folder.
 
     Attributes:
-        model: Folder of a run, or a checkpoint.
+        model: Folder of a run, a checkpoint, an exported folder, or the URL of one in an object store.
         out: The folder to write.
+        format: `native`: stock transformers loads it; `custom`: with the network's code, for every model.
+            `auto`: native where transformers' own classes express the model.
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: the run's.
+        run_folder: Local folder of the run, for a remote checkpoint without config and tokenizer beside it.
         dtype: Number format of the weights.
+        license: Licence of the model, by its SPDX name, for the model card.
         shard_bytes: Largest weight file.
         overwrite: Replace a folder that is there.
     """
 
     model: str
     out: str
+    format: Literal["auto", "native", "custom"] = "auto"
     tokenizer: str | None = None
+    run_folder: str | None = None
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    license: str | None = None
     shard_bytes: int = 5_000_000_000
     overwrite: bool = False
 

@@ -3,34 +3,40 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from mptfoundry.checkpoints.architecture import RUN_CONFIG
 from mptfoundry.checkpoints.names import progress_of
-from mptfoundry.checkpoints.reading import RUN_CONFIG, ModelSource
+from mptfoundry.checkpoints.reading import ModelSource
+from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
 
+PICTURE = "report.png"
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}")
+model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
-```
+```"""
+_CUSTOM = """The network's code lies in this folder. It needs torch and transformers; triton and flash-attn
+are used where they are installed."""
+_LONGER = 'For sequences longer than {max_seq_len} tokens: `from_pretrained("{name}", max_seq_len=...)`.'
 
-For sequences longer than {max_seq_len} tokens: `from_pretrained("{name}", max_seq_len=...)`."""
 
-
-def model_card(name: str, source: ModelSource, dtype: torch.dtype, license: str | None) -> str:
-    """The model card: a header for the hub, the architecture, the run's numbers and its data mix.
+def model_card(name: str, source: ModelSource, folder: Path, dtype: torch.dtype, license: str | None) -> str:
+    """The model card: a header for the hub, the architecture, the run's numbers, loss picture and data mix.
 
     Args:
         name: Of the model.
         source: The model; what its run folder tells is used if it has one.
+        folder: The exported folder, with its `config.json`; the run's picture is copied into it.
         dtype: Of the exported weights.
         license: SPDX name; without one the card says that none was stated.
     """
@@ -42,24 +48,40 @@ def model_card(name: str, source: ModelSource, dtype: torch.dtype, license: str 
     if license is not None:
         header["license"] = license
     config = source.config
+    is_custom = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    use = _USE.format(name=name, trust=", trust_remote_code=True" if is_custom else "")
+    longer = (
+        [] if config.has_learned_positions else [_LONGER.format(name=name, max_seq_len=config.max_seq_len)]
+    )
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}",
         f"An MPT language model with {count_parameters(config):,} parameters: {config.n_layers} layers of "
-        f"width {config.d_model}, {config.n_heads} heads, ALiBi, a vocabulary of {config.vocab_size:,} and "
-        f"sequences of {config.max_seq_len:,} tokens. The weights are {str(dtype).removeprefix('torch.')}.",
+        f"width {config.d_model}, {config.n_heads} heads, {_positions(config)}, a vocabulary of "
+        f"{config.vocab_size:,} and sequences of {config.max_seq_len:,} tokens. The weights are "
+        f"{str(dtype).removeprefix('torch.')}.",
         "## Use",
-        _USE.format(name=name, max_seq_len=config.max_seq_len),
+        *([_CUSTOM] if is_custom else []),
+        use,
+        *longer,
     ]
     if source.run_folder is not None:
-        parts += _training(source.run_folder, source.path)
+        parts += _training(source.run_folder, source.path, folder)
         parts += _data_mix(source.run_folder)
     parts += ["## Licence", f"{license}." if license else "None was stated by whoever exported this model."]
     return "\n\n".join(parts) + "\n"
 
 
-def _training(run_folder: Path, checkpoint: Path) -> list[str]:
-    """What the run measured up to this checkpoint."""
+def _positions(config: MPTConfig) -> str:
+    if config.attn_config.alibi:
+        return "ALiBi"
+    if config.attn_config.rope:
+        return "rotary positions"
+    return "learned positions" if config.has_learned_positions else "no positions"
+
+
+def _training(run_folder: Path, checkpoint: Path, folder: Path) -> list[str]:
+    """What the run measured up to this checkpoint, and its picture, which may go on after it."""
     progress = progress_of(checkpoint)
     records = _records(run_folder / "metrics.jsonl", progress[1] if progress else None)
     rows = []
@@ -71,7 +93,13 @@ def _training(run_folder: Path, checkpoint: Path) -> list[str]:
         rows.append(("training loss of the last batch", f"{last['loss']:.4f}"))
     for label, values in _last_evaluations(records).items():
         rows += [(f"{label}: {key}", _number(value)) for key, value in values.items()]
-    return ["## Training", _table(("", ""), rows)] if rows else []
+    if not rows:
+        return []
+    picture = run_folder / PICTURE
+    if not picture.is_file():
+        return ["## Training", _table(("", ""), rows)]
+    shutil.copyfile(picture, folder / PICTURE)
+    return ["## Training", _table(("", ""), rows), f"![loss, learning rate, speed, gradients]({PICTURE})"]
 
 
 def _records(metrics: Path, until_batch: int | None) -> list[dict[str, Any]]:

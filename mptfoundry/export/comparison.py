@@ -1,17 +1,21 @@
 """Does an exported folder compute what its checkpoint computes?
 
-The folder is loaded by transformers' MPT classes, and both sides compute the logits of real text in float64,
-from the weights as they were rounded for the export. There they differ by less than transformers' own
-rounding in float32; a switch that the classes ignore moves them by many thousand times that.
+The folder is loaded by transformers' MPT classes, or by ours where it brings its own code, and both sides
+compute the logits of real text in float64, from the weights as they were rounded for the export. There they
+differ by less than the classes' own rounding in float32; a switch that is ignored moves them by many thousand
+times that.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from mptfoundry.checkpoints.hf_folder import FolderWeights
 from mptfoundry.checkpoints.reading import ModelSource, network_of
@@ -40,7 +44,7 @@ class Comparison:
         layers: That were compared, from the first.
         all_layers: Of the model.
         difference: Largest difference in float64, both sides from the exported weights.
-        float32_rounding: Root mean square of what float32 changes in transformers' logits.
+        float32_rounding: Root mean square of what float32 changes in the folder's logits.
         export_rounding: Largest change of a logit by rounding the weights to the exported dtype.
     """
 
@@ -57,7 +61,7 @@ class Comparison:
         )
         rounding = f" Rounding the weights moves them by at most {self.export_rounding:.1e}."
         return (
-            f"Logits of transformers and of the checkpoint over {self.tokens} tokens{some}: they differ by "
+            f"Logits of the folder and of the checkpoint over {self.tokens} tokens{some}: they differ by "
             f"at most {self.difference:.1e} (float32 rounds by {self.float32_rounding:.1e})."
         ) + rounding * (self.export_rounding > 0)
 
@@ -127,25 +131,48 @@ def _our_logits(
 
 @torch.inference_mode()
 def _their_logits(folder: Path, ids: torch.Tensor, n_layers: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of transformers' classes in float32 and in float64, from the folder."""
-    from transformers import AutoTokenizer, MptForCausalLM
+    """Logits of the folder's classes in float32 and in float64."""
+    from transformers import AutoTokenizer
     from transformers.utils import logging as their_logging
 
     before = their_logging.get_verbosity()
     their_logging.set_verbosity_error()
     try:
         AutoTokenizer.from_pretrained(folder)
-        model: Any = MptForCausalLM.from_pretrained(folder, n_layers=n_layers, torch_dtype=torch.float32)
+        model = class_of(folder).from_pretrained(folder, n_layers=n_layers, torch_dtype=torch.float32)
     finally:
         their_logging.set_verbosity(before)
     model.eval()
     in_float32 = model(ids).logits.double()
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)  # their mask has the default dtype, whatever the model's
-    try:
+    with _MasksInFloat64():
         return in_float32, model.double()(ids).logits
-    finally:
-        torch.set_default_dtype(default)
+
+
+def class_of(folder: Path) -> Any:
+    """The class that computes an exported folder: transformers' own, or of a custom folder ours.
+
+    The code that lies in a custom folder is a copy of `mptfoundry.mpt`, so its class is taken from there.
+    """
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "auto_map" in values:
+        module, _, name = values["auto_map"]["AutoModelForCausalLM"].rpartition(".")
+        return getattr(importlib.import_module(f"mptfoundry.mpt.{module}"), name)
+    import transformers
+
+    return getattr(transformers, "Mpt" + values["architectures"][0].removeprefix("MPT"))
+
+
+class _MasksInFloat64(TorchFunctionMode):
+    """transformers 4 makes a mask of the default dtype, whatever the model's; here it becomes float64.
+
+    A mode holds for its own thread: nothing changes for a training that goes on meanwhile.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func is torch.full:
+            kwargs.setdefault("dtype", torch.float64)
+        return func(*args, **kwargs)
 
 
 def _check_bits(source: ModelSource, folder: Path, dtype: torch.dtype) -> None:

@@ -2,18 +2,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
 from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.export.card import model_card
+from mptfoundry.mpt.config import AttnConfig
 
 WriteRun = Callable[..., Path]
 
 
-def test_the_card_tells_the_runs_numbers_up_to_the_checkpoint(write_run: WriteRun) -> None:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An exported folder, as far as a card looks at it."""
+    path = tmp_path / "exported"
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    return path
+
+
+def test_the_card_tells_the_runs_numbers_up_to_the_checkpoint(write_run: WriteRun, folder: Path) -> None:
     run = write_run(batch=2)
     lines = [
         {"batch": 1, "tokens": 64, "loss": 6.0},
@@ -24,7 +36,7 @@ def test_the_card_tells_the_runs_numbers_up_to_the_checkpoint(write_run: WriteRu
     (run / "metrics.jsonl").write_text(
         "".join(json.dumps(line) + "\n" for line in lines) + '{"batch": 3, "lo'
     )
-    card = model_card("mine", open_model(run), torch.bfloat16, "apache-2.0")
+    card = model_card("mine", open_model(run), folder, torch.bfloat16, "apache-2.0")
     for line in (
         "# mine",
         "| batches | 2 |",
@@ -42,8 +54,30 @@ def test_the_card_tells_the_runs_numbers_up_to_the_checkpoint(write_run: WriteRu
     assert header["license"] == "apache-2.0"
 
 
-def test_a_card_without_run_or_licence_says_only_what_is_known(write_run: WriteRun) -> None:
-    card = model_card("mine", open_model(write_run()), torch.float32, None)
+def test_the_runs_picture_lies_in_the_folder_and_is_shown(write_run: WriteRun, folder: Path) -> None:
+    run = write_run()
+    (run / "metrics.jsonl").write_text(json.dumps({"batch": 1, "tokens": 64, "loss": 6.0}) + "\n")
+    without = model_card("mine", open_model(run), folder, torch.float32, None)
+    assert "![" not in without and not (folder / "report.png").exists()
+    (run / "report.png").write_bytes(b"a picture")
+    card = model_card("mine", open_model(run), folder, torch.float32, None)
+    assert "](report.png)" in card
+    assert (folder / "report.png").read_bytes() == b"a picture"
+
+
+def test_a_card_without_run_or_licence_says_only_what_is_known(write_run: WriteRun, folder: Path) -> None:
+    card = model_card("mine", open_model(write_run()), folder, torch.float32, None)
     assert "## Training" not in card
     assert "None was stated" in card
     assert "license" not in yaml.safe_load(card.split("---")[1])
+
+
+def test_a_card_tells_how_the_folder_is_loaded(write_run: WriteRun, folder: Path) -> None:
+    source = open_model(write_run())
+    native = model_card("mine", source, folder, torch.float32, None)
+    assert "trust_remote_code" not in native and "ALiBi" in native and "max_seq_len=..." in native
+    (folder / "config.json").write_text('{"auto_map": {}}')
+    learned = replace(source, config=replace(source.config, attn_config=AttnConfig()))
+    custom = model_card("mine", learned, folder, torch.float32, None)
+    assert 'from_pretrained("mine", trust_remote_code=True)' in custom
+    assert "learned positions" in custom and "max_seq_len=..." not in custom

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.errors import CheckpointError
 from mptfoundry.export.comparison import compare_logits
-from mptfoundry.export.native import export
+from mptfoundry.export.folder import export
 from mptfoundry.mpt.config import AttnConfig
 
 WriteRun = Callable[..., Path]

@@ -1,0 +1,226 @@
+"""A run or a checkpoint into a Hugging Face folder, in one of two formats.
+
+`native`: stock transformers loads it without custom code; for the models that its own MPT classes express.
+`custom`: our network's code lies in the folder, for every model. Weights go from the checkpoint into the
+folder one by one, and the optimizer's are never read. After writing, the folder is loaded back and its logits
+are compared with the checkpoint's; a folder that fails never gets its name.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model, tokenizer_of
+from mptfoundry.checkpoints.weights import EMBEDDING
+from mptfoundry.checkpoints.writing import refuse_what_is_there, whole_or_absent
+from mptfoundry.errors import CheckpointError
+from mptfoundry.export.card import model_card
+from mptfoundry.export.comparison import Comparison, compare_logits
+from mptfoundry.export.native import native_config, why_not_native
+from mptfoundry.export.shards import write_shards
+from mptfoundry.export.staging import check_space, staged
+from mptfoundry.mpt.config import MPTConfig
+from mptfoundry.mpt.flops import count_parameters
+from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
+
+Format = Literal["auto", "native", "custom"]
+
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+    "fp32": torch.float32,
+    "float32": torch.float32,
+}
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What an export wrote.
+
+    Attributes:
+        folder: Where.
+        format: `native` or `custom`, and why.
+        parameters: Of the model.
+        dtype: Of the weights.
+        weight_bytes: In all weight files together.
+        weight_files: How many they are.
+        seconds: That writing took, without the comparison.
+        comparison: Of the logits.
+    """
+
+    folder: Path
+    format: str
+    parameters: int
+    dtype: torch.dtype
+    weight_bytes: int
+    weight_files: int
+    seconds: float
+    comparison: Comparison
+
+    def __str__(self) -> str:
+        speed = self.weight_bytes / 2**20 / max(self.seconds, 1e-9)
+        return (
+            f"{self.folder}: {self.parameters:,} parameters as {str(self.dtype).removeprefix('torch.')} in "
+            f"{self.weight_files} file{'s' * (self.weight_files > 1)}, {self.weight_bytes:,} bytes, "
+            f"{speed:,.0f} MiB/s.\nFormat: {self.format}.\n{self.comparison}"
+        )
+
+
+def export(
+    model: str | Path | ModelSource,
+    out: str | Path,
+    *,
+    dtype: str | None = "bf16",
+    format: Format = "auto",
+    tokenizer: str | None = None,
+    run_folder: str | None = None,
+    shard_bytes: int = 5_000_000_000,
+    license: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+    memory_bytes: int | None = None,
+) -> ExportSummary:
+    """Write a model as a Hugging Face folder.
+
+    Args:
+        model: A run folder, a checkpoint, a Hugging Face folder, the URL of one of these in an object store,
+            or a model that is open already.
+        out: The folder to write; there whole or not at all.
+        dtype: A key of `DTYPES`; None: as stored.
+        format: `native`, `custom`, or `auto`: native where transformers' own classes express the model.
+        tokenizer: Folder or hub name. Default: the run's.
+        run_folder: Where the run's config and tokenizer lie, for a remote checkpoint without them.
+        shard_bytes: Largest weight file.
+        license: For the model card, by its SPDX name.
+        overwrite: Replace a folder that is there.
+        progress: Show a bar over the bytes.
+        memory_bytes: For the comparison; see `compare_logits`.
+
+    Raises:
+        CheckpointError: The model can't be read, is outside what `native` can express (all reasons are
+            listed), or the written folder doesn't give the checkpoint's logits.
+    """
+    out = Path(out)
+    refuse_what_is_there(out, overwrite=overwrite)
+    with ExitStack() as stack:
+        if isinstance(model, ModelSource):
+            source = model
+        else:
+            path = stack.enter_context(staged(model, out, run_folder, progress=progress))
+            source = open_model(path)
+        chosen, why = choose_format(source.config, format)
+        number_format = DTYPES[dtype] if dtype is not None else source.weights.outlines[EMBEDDING].dtype
+        text = _tokenizer_for(source, tokenizer)
+        check_space(out, count_parameters(source.config) * number_format.itemsize, "the weights take")
+
+        started_at = time.perf_counter()
+        folder = stack.enter_context(whole_or_absent(out, overwrite=overwrite))
+        folder.mkdir()
+        files = _write_weights(source, folder, number_format, shard_bytes, progress)
+        seconds = time.perf_counter() - started_at
+        _write_the_rest(source, folder, text, number_format, chosen)
+        card = model_card(out.name, source, folder, number_format, license)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        comparison = compare_logits(source, folder, text, number_format, memory_bytes=memory_bytes)
+        sizes = [file.stat().st_size for file in files]
+    return ExportSummary(
+        folder=out,
+        format=f"{chosen}, {why}",
+        parameters=count_parameters(source.config),
+        dtype=number_format,
+        weight_bytes=sum(sizes),
+        weight_files=len(files),
+        seconds=seconds,
+        comparison=comparison,
+    )
+
+
+def choose_format(config: MPTConfig, wanted: Format) -> tuple[str, str]:
+    """The format that is asked for, or with `auto` the one that fits, and the reason for it.
+
+    Raises:
+        CheckpointError: `native` is asked for, and can't express the model.
+    """
+    reasons = "; ".join(why_not_native(config))
+    if wanted == "native" and reasons:
+        raise CheckpointError(
+            "format: native can't express this model, since transformers' own MPT classes would compute "
+            f"something else: {reasons}. Use format=custom."
+        )
+    if wanted != "auto":
+        return wanted, "asked for"
+    if not reasons:
+        return "native", "stock transformers loads it"
+    return "custom", f"it needs trust_remote_code=True, since native can't express it: {reasons}"
+
+
+def _generation_config(tokenizer: Any) -> dict[str, Any]:
+    """The default of `use_cache` in MPT's config is false: generation without a cache."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    return {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": pad,
+        "use_cache": True,
+    }
+
+
+def _write_weights(
+    source: ModelSource, folder: Path, dtype: torch.dtype, shard_bytes: int, progress: bool
+) -> list[Path]:
+    shapes = expected_shapes(source.config)
+    total = count_parameters(source.config) * dtype.itemsize
+    with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
+        return write_shards(folder, shapes, source.tensors(dtype), dtype, shard_bytes, bar.update)
+
+
+def _write_the_rest(
+    source: ModelSource, folder: Path, tokenizer: Any, dtype: torch.dtype, format: str
+) -> None:
+    if format == "native":
+        config = native_config(source.config, tokenizer, dtype)
+    else:
+        from mptfoundry.export.custom import copy_code, custom_config
+
+        config = custom_config(source.config, tokenizer, dtype)
+        copy_code(folder)
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", _generation_config(tokenizer))
+    _write_tokenizer(folder, tokenizer, source.config.max_seq_len)
+
+
+def _write_tokenizer(folder: Path, tokenizer: Any, max_seq_len: int) -> None:
+    """The tokenizer's files, such that `generate(**tokenizer(text))` works in every version."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    values["model_input_names"] = ["input_ids", "attention_mask"]
+    values["model_max_length"] = max_seq_len
+    for key in ("auto_map", "name_or_path", "backend"):
+        values.pop(key, None)
+    _write_json(file, values)
+
+
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _tokenizer_for(source: ModelSource, name: str | None) -> Any:
+    """The tokenizer that was named, or the model's own; raises if there is none or it doesn't fit."""
+    named = load_tokenizer(name, max_seq_len=source.config.max_seq_len) if name else None
+    tokenizer = named if named is not None else tokenizer_of(source)
+    if tokenizer is None:
+        raise CheckpointError(f"{source.path}: no tokenizer beside it. Name one: tokenizer=FOLDER.")
+    check_tokenizer(tokenizer, source.config.vocab_size)
+    return tokenizer

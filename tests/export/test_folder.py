@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mptfoundry.checkpoints.reading import load_network
+from mptfoundry.errors import CheckpointError
+from mptfoundry.export import folder as folder_module
+from mptfoundry.export.folder import DTYPES, export
+from mptfoundry.mpt.config import AttnConfig, MPTConfig
+from mptfoundry.mpt.network import MPT
+
+TINY = MPTConfig(
+    d_model=32,
+    n_heads=4,
+    n_layers=2,
+    max_seq_len=64,
+    vocab_size=384,
+    no_bias=True,
+    attn_config=AttnConfig(alibi=True),
+)
+WriteRun = Callable[..., Path]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY,
+        replace(TINY, n_heads=6, d_model=48, norm_eps=1e-3),
+        replace(TINY, attn_config=AttnConfig(alibi=True, clip_qkv=0.02, softmax_scale=0.7)),
+    ],
+    ids=["plain", "six heads and another epsilon", "clipped and scaled"],
+)
+def test_stock_transformers_gives_the_same_logits_and_the_same_text(
+    write_run: WriteRun, tmp_path: Path, config: MPTConfig
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from mptfoundry.generation import generate
+
+    network = MPT(config, seed=1).eval()
+    for parameter in network.parameters():
+        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1
+    out = tmp_path / "out"
+    summary = export(write_run(config, network), out, dtype="fp32", progress=False)
+    assert summary.comparison.difference <= 10 * summary.comparison.float32_rounding
+    assert summary.comparison.export_rounding == 0
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    batch = tokenizer("def rows(table):", return_tensors="pt")
+    ids = batch["input_ids"]
+    torch.testing.assert_close(theirs(**batch).logits, network(ids).logits, rtol=1e-4, atol=1e-4)
+    continued = theirs.generate(**batch, max_new_tokens=20, do_sample=False)
+    ours = generate(network, ids, max_new_tokens=20, eos_token_id=tokenizer.eos_token_id)
+    assert continued.tolist() == ours.tolist()
+
+
+def test_a_model_outside_the_subset_brings_its_own_code(write_run: WriteRun, tmp_path: Path) -> None:
+    attention = AttnConfig(alibi=True, alibi_bias_max=16, qk_ln=True)
+    run, out = write_run(replace(TINY, attn_config=attention, no_bias=False)), tmp_path / "out"
+    summary = export(run, out, dtype="fp32", progress=False)
+    assert summary.format.startswith(
+        "custom, it needs trust_remote_code=True, since native can't express it:"
+    )
+    assert summary.comparison.difference == 0
+    assert {"config.json", "hf.py", "network.py", "tokenizer.json"} <= {file.name for file in out.iterdir()}
+    read, tokenizer = load_network(out)
+    assert tokenizer is not None
+    for name, tensor in load_network(run)[0].state_dict().items():
+        assert torch.equal(read.state_dict()[name], tensor)
+
+
+def test_a_native_model_can_be_exported_with_its_code(write_run: WriteRun, tmp_path: Path) -> None:
+    summary = export(write_run(), tmp_path / "out", format="custom", progress=False)
+    assert summary.format == "custom, asked for"
+    assert (tmp_path / "out" / "hf.py").is_file()
+
+
+def test_a_custom_folder_that_computes_something_else_gets_no_name(
+    write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mptfoundry.export import custom
+
+    before = custom.custom_config
+    monkeypatch.setattr(custom, "custom_config", lambda *a: before(*a) | {"logit_scale": 0.999})
+    with pytest.raises(CheckpointError, match=r"the export does not give the checkpoint's logits"):
+        export(write_run(), tmp_path / "out", format="custom", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", None])
+def test_weights_are_those_of_the_checkpoint_in_the_dtype_asked_for(
+    write_run: WriteRun, tmp_path: Path, dtype: str | None
+) -> None:
+    run, out = write_run(), tmp_path / "out"
+    summary = export(run, out, dtype=dtype, shard_bytes=60_000, progress=False)
+    assert len(list(out.glob("model-*.safetensors"))) == summary.weight_files > 1
+    exported, expected = load_network(out)[0].state_dict(), MPT(TINY, seed=1).state_dict()
+    assert list(exported) == list(expected)
+    for name, tensor in expected.items():
+        assert torch.equal(exported[name], tensor.to(DTYPES[dtype or "fp32"]))
+
+
+def test_the_folder_around_the_weights_is_what_generate_needs(write_run: WriteRun, tmp_path: Path) -> None:
+    export(write_run(), tmp_path / "out", progress=False)
+    read = {file.name: json.loads(file.read_text()) for file in (tmp_path / "out").glob("*.json")}
+    assert read["generation_config.json"] == {
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "use_cache": True,
+    }
+    tokenizer = read["tokenizer_config.json"]
+    assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
+    assert tokenizer["model_max_length"] == 64
+    assert "auto_map" not in read["config.json"]
+
+
+def test_an_export_that_fails_leaves_nothing(
+    write_run: WriteRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = folder_module.native_config
+
+    def with_another_epsilon(config: MPTConfig, *rest: Any) -> dict[str, Any]:
+        return before(replace(config, norm_eps=2e-5), *rest)
+
+    monkeypatch.setattr(folder_module, "native_config", with_another_epsilon)
+    run = write_run()
+    there = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointError, match=r"the export does not give the checkpoint's logits"):
+        export(run, tmp_path / "out", progress=False)
+    assert sorted(tmp_path.iterdir()) == there
+
+
+def test_what_is_there_is_kept_unless_asked(write_run: WriteRun, tmp_path: Path) -> None:
+    run, out = write_run(), tmp_path / "out"
+    out.mkdir()
+    (out / "notes").touch()
+    with pytest.raises(CheckpointError, match=r"is there already. Name another place, or set overwrite=true"):
+        export(run, out, progress=False)
+    assert (out / "notes").exists()
+    export(run, out, overwrite=True, progress=False)
+    assert not (out / "notes").exists()
+
+
+def test_an_exported_folder_can_be_exported_again(write_run: WriteRun, tmp_path: Path) -> None:
+    export(write_run(), tmp_path / "a", dtype="fp32", progress=False)
+    export(tmp_path / "a", tmp_path / "b", dtype=None, progress=False)
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+
+
+def test_a_checkpoint_without_tokenizer_asks_for_one(
+    write_run: WriteRun, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    run = write_run()
+    (run / "tokenizer").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer beside it. Name one: tokenizer=FOLDER"):
+        export(run, tmp_path / "out", progress=False)
+    export(run, tmp_path / "out", tokenizer=str(tokenizer_folder), progress=False)
