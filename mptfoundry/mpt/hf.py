@@ -235,7 +235,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("input_ids, inputs_embeds: exactly one of them is needed.")
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._opened_cache(past_key_values, use_cache)
         past = 0 if cache is None else cache.length
         if cache is not None and sequence_id is not None:
             raise ValueError("sequence_id: rows of several documents can't be kept in a cache.")
@@ -255,7 +255,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
         )
 
-    def _cache(self, given: Any, use_cache: bool | None) -> LayersOf | None:
+    def _opened_cache(self, given: Any, use_cache: bool | None) -> LayersOf | None:
         """The cache that was given, or a new one where one is to be returned."""
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training

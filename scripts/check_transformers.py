@@ -1,0 +1,61 @@
+"""The tests of what is exported, under another transformers than the installed one.
+
+    python scripts/check_transformers.py version=5.23.0 [folder=ENVIRONMENT] [tests=PATH,...]
+    python scripts/check_transformers.py python=OTHER/bin/python [tests=PATH,...]
+
+The first makes an environment that holds that version, accelerate and what they need, and takes the rest,
+torch above all, from this one; it is made anew in a temporary folder, unless `folder` keeps it. (pip notes
+there that Composer's streaming wants another transformers; what is tested doesn't import it.) The second uses
+an environment that is there. The exit code is pytest's.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TESTS = "tests/mpt/test_hf.py,tests/export"
+
+
+def main(words: list[str]) -> int:
+    options = {"version": "", "python": "", "folder": "", "tests": TESTS}
+    given = dict(word.split("=", 1) for word in words)
+    if given.keys() - options.keys() or bool(given.get("version")) == bool(given.get("python")):
+        print("error: give version=... or python=..., as the head of this file says.", file=sys.stderr)
+        return 2
+    options.update(given)
+    with tempfile.TemporaryDirectory() as temporary:
+        python = options["python"]
+        if not python:
+            python = str(environment(Path(options["folder"] or temporary), options["version"]))
+        return check(python, options["tests"].split(","))
+
+
+def environment(folder: Path, version: str) -> Path:
+    """Make an environment around this one with a version of transformers; returns its Python."""
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+        own = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
+        Path(own, "around.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    install = [str(python), "-m", "pip", "install", "--quiet", f"transformers=={version}", "accelerate"]
+    subprocess.run(install, check=True)
+    return python
+
+
+def check(python: str, tests: list[str]) -> int:
+    show = "import torch, transformers as t; print('transformers', t.__version__, 'torch', torch.__version__)"
+    paths = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([python, "-c", show], env=paths, cwd=ROOT, check=True)
+    pytest = [python, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+    return subprocess.run(pytest, env=paths, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
