@@ -22,8 +22,14 @@ from composer.optim import ComposerScheduler, DecoupledAdamW
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 
+from mptfoundry.checkpoints.architecture import differing, leaves
+from mptfoundry.checkpoints.hub import locate
+from mptfoundry.checkpoints.reading import ModelSource, open_model
+from mptfoundry.checkpoints.starting import StartingWeights
+from mptfoundry.checkpoints.vocabulary import with_rows
 from mptfoundry.config import signatures
 from mptfoundry.config.data import LoaderConfig, TextLoaderConfig
+from mptfoundry.config.model import ModelConfig
 from mptfoundry.config.parallel import resolve_fsdp
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import GenerateConfig
@@ -83,19 +89,48 @@ def build_tokenizer(config: TrainConfig) -> Any:
     return tokenizer
 
 
-def build_model(config: TrainConfig, resolved: Resolved, tokenizer: Any) -> ComposerMPT:
-    """The network as Composer trains and evaluates it; with FSDP and `meta`, not yet in memory."""
+def open_pretrained(model: ModelConfig) -> ModelSource:
+    """The model that `pretrained_model_name_or_path` names, whose weights are read later.
+
+    Raises:
+        CheckpointError: It is not there or damaged.
+        ConfigError: It is not what the config says.
+    """
+    assert model.pretrained_model_name_or_path is not None
+    source = open_model(locate(model.pretrained_model_name_or_path, model.revision))
+    changes = leaves(model.config_overrides)
+    for path, there, here in differing(source.config, model.network().to_dict(), changes):
+        raise ConfigError(
+            f"model.{'.'.join(path)}: {here} is not what {model.pretrained_model_name_or_path} says, {there}."
+        )
+    return with_rows(source, model.vocab_size)
+
+
+def build_model(
+    config: TrainConfig, resolved: Resolved, tokenizer: Any, source: ModelSource | None = None
+) -> ComposerMPT:
+    """The network as Composer trains and evaluates it; with FSDP and `meta`, not yet in memory.
+
+    Its weights are drawn, or read from `source`: by each rank what it holds, tensor by tensor.
+    """
     network_config = config.model.network()
     on_meta = resolved.init_device == "meta" or (
         resolved.init_device == "mixed" and dist.get_local_rank() != 0
     )
-    network = MPT(network_config, device="meta" if on_meta else "cpu", seed=None if on_meta else config.seed)
+    is_drawn = source is None and not on_meta
+    network = MPT(network_config, device="meta" if on_meta else "cpu", seed=config.seed if is_drawn else None)
     if config.compile_config is not None:
         options = {key: value for key, value in asdict(config.compile_config).items() if value}
         for block in network.transformer.blocks:
             block.compile(**options)
     metrics = token_loss_metrics(token_byte_lengths(tokenizer, config.model.vocab_size))
-    return ComposerMPT(network, eval_metrics=metrics, tokenizer=tokenizer, seed=config.seed)
+    model = ComposerMPT(network, eval_metrics=metrics, tokenizer=tokenizer, seed=config.seed)
+    if source is not None:
+        weights = StartingWeights(source, network, seed=config.seed, progress=dist.get_global_rank() == 0)
+        model.start_from(weights)
+        if not on_meta:
+            weights.fill(network)
+    return model
 
 
 @dataclass(frozen=True)

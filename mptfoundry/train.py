@@ -15,7 +15,8 @@ from urllib.parse import urlparse
 from composer import Trainer
 from composer.core import Time
 from composer.loggers import LoggerDestination
-from composer.utils import dist
+from composer.utils import dist, format_name_with_dist
+from composer.utils.file_helpers import list_remote_objects
 
 from mptfoundry import build
 from mptfoundry.callbacks.console import ConsoleLine
@@ -54,11 +55,15 @@ def train(config: TrainConfig) -> Trainer:
     folder = run_folder(config)
     refuse_another_model(config, folder)
     say(summary_table(config, device))
+    resumes = has_checkpoint(config)
+    source = build.open_pretrained(config.model) if config.model.takes_weights and not resumes else None
+    if source is not None:
+        say(f"weights: from {source.path}; the optimizer starts new")
     build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
     train_loader = build.build_train_loader(config, resolved, device, tokenizer)
     evaluators = build.build_eval_loaders(config, resolved, tokenizer)
-    model = build.build_model(config, resolved, tokenizer)
+    model = build.build_model(config, resolved, tokenizer, source)
     write_run_files(config, folder, tokenizer)
     throughput = Throughput(config.model.network(), peak_flops=device.peak_flops)
     trainer = Trainer(
@@ -74,6 +79,8 @@ def train(config: TrainConfig) -> Trainer:
         **_plain_arguments(config, resolved, device),
     )
     restore_random_state(trainer)
+    if resumes and config.model.takes_weights and trainer.state.timestamp.batch == 0:
+        raise CheckpointError(f"save_folder: the checkpoint in {config.save_folder} was not loaded.")
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": to_yaml(config)})
     if _is_finished(trainer):
@@ -94,6 +101,23 @@ def run_folder(config: TrainConfig) -> Path:
     if config.save_folder is not None and not urlparse(config.save_folder).scheme:
         return Path(config.save_folder.format(run_name=config.run_name))
     return Path("runs") / config.run_name
+
+
+def has_checkpoint(config: TrainConfig) -> bool:
+    """Whether the run goes on from a checkpoint of its own; Composer looks for it by the same name."""
+    if not config.resumes or config.save_folder is None:
+        return False
+    found = [False]
+    if dist.get_global_rank() == 0:
+        folder = config.save_folder.format(run_name=config.run_name)
+        latest = format_name_with_dist(config.latest_filename, config.run_name)
+        if urlparse(folder).scheme:
+            names = {Path(name).name for name in list_remote_objects(folder)}
+            found[0] = latest in names or f"{latest}.symlink" in names
+        else:
+            found[0] = (Path(folder) / latest).exists()
+    dist.broadcast_object_list(found)
+    return found[0]
 
 
 def refuse_another_model(config: TrainConfig, folder: Path) -> None:

@@ -7,7 +7,7 @@ by name: `attention_mask`, `sequence_id`, `prefix_mask`, each (batch, seq), and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from composer.models import ComposerModel
@@ -15,13 +15,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torchmetrics import Metric
 
-from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import flops_per_token
 from mptfoundry.mpt.init import draw
 from mptfoundry.mpt.network import MPT, MPTOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+class FirstValue(Protocol):
+    """Gives what a parameter begins with, all of it or the rows from the first to before the last."""
+
+    def __call__(self, name: str, shape: tuple[int, ...], rows: tuple[int, int] | None = None, /) -> Tensor:
+        """On the CPU, in any number format."""
 
 
 class ComposerMPT(ComposerModel):
@@ -58,14 +64,18 @@ class ComposerMPT(ComposerModel):
         self._eval_metrics = dict(eval_metrics or {})
         self._flops_per_token: dict[int, int] = {}
         block = type(network.transformer.blocks[0])
-        names = {module: name for name, module in network.named_modules()}
-        hooks = {
-            "fsdp_wrap_fn": lambda module: isinstance(module, block),
-            "activation_checkpointing_fn": lambda module: isinstance(module, block),
-            "param_init_fn": lambda module: initialize_module(module, names[module], network.config, seed),
-        }
-        for name, hook in hooks.items():
-            setattr(network, name, hook)
+        for name in ("fsdp_wrap_fn", "activation_checkpointing_fn"):
+            setattr(network, name, lambda module: isinstance(module, block))
+        self.start_from(lambda name, shape, rows=None: draw(name, shape, network.config, seed, rows))
+
+    def start_from(self, first_value: FirstValue) -> None:
+        """Take weights that are still on the meta device from `first_value`, once FSDP has placed them."""
+        names = {module: name for name, module in self.model.named_modules()}
+
+        def set_weights(module: nn.Module) -> None:
+            initialize_module(module, names[module], first_value)
+
+        self.model.param_init_fn = set_weights  # type: ignore[assignment]
 
     def forward(self, batch: Mapping[str, Any]) -> MPTOutput:
         """The network's output for a batch: the mean loss, and in evaluation the tokens' losses."""
@@ -96,29 +106,28 @@ class ComposerMPT(ComposerModel):
 
 
 @torch.no_grad()
-def initialize_module(module: nn.Module, name: str, config: MPTConfig, seed: int) -> None:
-    """Draw the weights that `module` itself holds, whole or sharded: the same numbers either way.
+def initialize_module(module: nn.Module, name: str, first_value: FirstValue) -> None:
+    """Set the weights that `module` itself holds, whole or sharded: the same numbers either way.
 
     Args:
         module: A part of the network, with storage.
         name: Its path in the network, such as `transformer.blocks.0.attn.Wqkv`.
-        config: The network's architecture, with the scheme.
-        seed: The network's seed.
+        first_value: Gives a parameter by its name and whole shape, or some of its rows.
     """
     for own_name, parameter in module.named_parameters(recurse=False):
         full_name, shape = f"{name}.{own_name}", tuple(parameter.shape)
         if not isinstance(parameter, DTensor):
-            parameter.copy_(draw(full_name, shape, config, seed))
+            parameter.copy_(first_value(full_name, shape))
             continue
         local = parameter.to_local()
         rows = own_rows(parameter)
         if not local.numel():
             continue
         if rows is not None:
-            local.copy_(draw(full_name, shape, config, seed, rows))
+            local.copy_(first_value(full_name, shape, rows))
             continue
         mesh, placements = parameter.device_mesh, parameter.placements
-        whole = draw(full_name, shape, config, seed).to(local.device)
+        whole = first_value(full_name, shape).to(local.device)
         everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
         local.copy_(everywhere.redistribute(placements=placements).to_local())
 
