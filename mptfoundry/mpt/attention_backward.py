@@ -15,6 +15,7 @@ from .attention_kernels import (
     is_kept,
     is_visible,
     load_rows,
+    marks_of_queries,
     query_bounds,
     scores_of,
     shift_of,
@@ -56,8 +57,10 @@ def _query_span(
             marks_k = places_k
             if HAS_MARKS:
                 marks_k = tl.load(marks + places_k, mask=places_k < keys, other=-1)
-            visible = is_visible(places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :],
-                                 keys, window, HAS_MARKS, HAS_PREFIX, HAS_WINDOW)  # fmt: skip
+            visible = is_visible(
+                places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :], window,
+                HAS_MARKS, HAS_PREFIX, HAS_WINDOW,
+            )  # fmt: skip
             biased = tl.where(visible, biased, NOTHING)
         weights = tl.exp2(biased - level[:, None])
         grad_weights = tl.dot(grad, tl.trans(v_block), input_precision=PRECISION)
@@ -100,7 +103,7 @@ def backward_query_kernel(
 
     rows = begin + tl.arange(0, BLOCK_Q)
     places_q, frame = past + rows, past + begin
-    marks_q = tl.load(marks + places_q, mask=rows < seq, other=-1) if HAS_MARKS else places_q
+    marks_q = marks_of_queries(marks, places_q, rows < seq) if HAS_MARKS else places_q
     slope = tl.load(slopes + head) * 1.4426950408889634 if HAS_ALIBI else 0.0
     drawn_from = tl.load(seed) if HAS_DROPOUT else 0
     q_block = load_rows(q, begin, stride_qs, seq, BLOCK_Q, HEAD_DIM, WIDTH, True)
@@ -191,7 +194,7 @@ def _reached_by(reach, place, seq, REACH_BLOCK: constexpr):
 
 @triton.jit
 def _key_span(
-    grad_k, grad_v, q, grad, log_sum, delta, k, v, stride_q, stride_g, begin, end, seq, keys, past, places_k,
+    grad_k, grad_v, q, grad, log_sum, delta, k, v, stride_q, stride_g, begin, end, seq, frame, past, places_k,
     marks, marks_k, slope, inner, outer, window, seed, head, dropout,
     HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr, MASKED: constexpr,
     HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW:
@@ -204,7 +207,7 @@ def _key_span(
     for forth in range((end - begin) // BLOCK_Q):
         start = begin + forth * BLOCK_Q
         rows = start + tl.arange(0, BLOCK_Q)
-        places_q, frame = past + rows, past + start
+        places_q = past + rows
         q_block = load_rows(q, start, stride_q, seq, BLOCK_Q, HEAD_DIM, WIDTH, MASKED)
         grad_block = load_rows(grad, start, stride_g, seq, BLOCK_Q, HEAD_DIM, WIDTH, MASKED)
         if MASKED:
@@ -220,9 +223,11 @@ def _key_span(
         if MASKED:
             marks_q = places_q
             if HAS_MARKS:
-                marks_q = tl.load(marks + places_q, mask=rows < seq, other=-1)
-            visible = is_visible(places_q[None, :], places_k[:, None], marks_q[None, :], marks_k[:, None],
-                                 keys, window, HAS_MARKS, HAS_PREFIX, HAS_WINDOW)  # fmt: skip
+                marks_q = marks_of_queries(marks, places_q, rows < seq)
+            visible = is_visible(
+                places_q[None, :], places_k[:, None], marks_q[None, :], marks_k[:, None], window,
+                HAS_MARKS, HAS_PREFIX, HAS_WINDOW,
+            )  # fmt: skip
             biased = tl.where(visible, biased, NOTHING)
         weights = tl.exp2(biased - level[None, :])
         kept = is_kept(seed, head, places_q[None, :], places_k[:, None], dropout) if HAS_DROPOUT else True
@@ -276,19 +281,19 @@ def backward_key_kernel(
         )  # fmt: skip
         grad_k_block, grad_v_block = _key_span(
             grad_k_block, grad_v_block, own_q, own_grad, own_sum, own_delta, k_block, v_block, stride_qs,
-            stride_gs, low, whole_low, seq, keys, past, places_k, marks, marks_k, slope, inner, outer, window,
+            stride_gs, low, whole_low, seq, begin, past, places_k, marks, marks_k, slope, inner, outer, window,
             drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q, True, HAS_ALIBI, HAS_MARKS,
             HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
         grad_k_block, grad_v_block = _key_span(
             grad_k_block, grad_v_block, own_q, own_grad, own_sum, own_delta, k_block, v_block, stride_qs,
-            stride_gs, whole_low, whole_high, seq, keys, past, places_k, marks, marks_k, slope, inner, outer,
+            stride_gs, whole_low, whole_high, seq, begin, past, places_k, marks, marks_k, slope, inner, outer,
             window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q, False, HAS_ALIBI, HAS_MARKS,
             HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
         grad_k_block, grad_v_block = _key_span(
             grad_k_block, grad_v_block, own_q, own_grad, own_sum, own_delta, k_block, v_block, stride_qs,
-            stride_gs, whole_high, high, seq, keys, past, places_k, marks, marks_k, slope, inner, outer,
+            stride_gs, whole_high, high, seq, begin, past, places_k, marks, marks_k, slope, inner, outer,
             window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q, True, HAS_ALIBI, HAS_MARKS,
             HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip

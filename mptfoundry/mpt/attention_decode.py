@@ -14,7 +14,7 @@ try:  # An exported folder is loaded where triton is not installed, too.
 except ImportError:
     raise
 
-from .attention_kernels import NOTHING, bias_of, is_visible, load_rows, scores_of
+from .attention_kernels import NOTHING, bias_of, is_visible, load_rows, marks_of_queries, scores_of
 
 
 @triton.jit(do_not_specialize=["seq", "keys", "parts", "keys_of_part"])
@@ -49,7 +49,7 @@ def decode_kernel(
     slope = tl.zeros([ROWS], dtype=tl.float32)
     if HAS_ALIBI:
         slope = tl.load(slopes + kv_head * GROUP + members, mask=inside, other=0.0) * 1.4426950408889634
-    marks_q = tl.load(marks + places_q, mask=inside, other=-1) if HAS_MARKS else places_q
+    marks_q = marks_of_queries(marks, places_q, inside) if HAS_MARKS else places_q
 
     acc = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
@@ -65,8 +65,10 @@ def decode_kernel(
         if HAS_ALIBI:
             scores += bias_of(slope[:, None], places_q[:, None], places_k[None, :], past, EXACT)
         marks_k = tl.load(marks + places_k, mask=places_k < end, other=-1) if HAS_MARKS else places_k
-        visible = is_visible(places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :], end,
-                             window, HAS_MARKS, HAS_PREFIX, HAS_WINDOW)  # fmt: skip
+        visible = is_visible(
+            places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :], window,
+            HAS_MARKS, HAS_PREFIX, HAS_WINDOW,
+        )  # fmt: skip
         scores = tl.where(visible, scores, NOTHING)
         now = tl.maximum(highest, tl.max(scores, 1))
         level = tl.where(now == NOTHING, 0.0, now)

@@ -15,6 +15,7 @@ from .attention_kernels import (
     is_kept,
     is_visible,
     load_rows,
+    marks_of_queries,
     query_bounds,
     scores_of,
     shift_of,
@@ -41,8 +42,10 @@ def _forward_span(
             marks_k = places_k
             if HAS_MARKS:
                 marks_k = tl.load(marks + places_k, mask=places_k < keys, other=-1)
-            visible = is_visible(places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :],
-                                 keys, window, HAS_MARKS, HAS_PREFIX, HAS_WINDOW)  # fmt: skip
+            visible = is_visible(
+                places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :], window,
+                HAS_MARKS, HAS_PREFIX, HAS_WINDOW,
+            )  # fmt: skip
             scores = tl.where(visible, scores, NOTHING)
         now = tl.maximum(highest, tl.max(scores, 1))
         # A row that has seen nothing yet stays at zero weight.
@@ -100,7 +103,7 @@ def forward_kernel(
 
     rows = begin + tl.arange(0, BLOCK_Q)
     places_q, frame = past + rows, past + begin
-    marks_q = tl.load(marks + places_q, mask=rows < seq, other=-1) if HAS_MARKS else places_q
+    marks_q = marks_of_queries(marks, places_q, rows < seq) if HAS_MARKS else places_q
     slope = tl.load(slopes + head) * 1.4426950408889634 if HAS_ALIBI else 0.0
     drawn_from = tl.load(seed) if HAS_DROPOUT else 0
     q_block = load_rows(q, begin, stride_qs, seq, BLOCK_Q, HEAD_DIM, WIDTH, True)

@@ -8,8 +8,8 @@ Scores are kept in base 2, multiplied by log2(e), since `exp2` is what the hardw
 * Blocks that are visible as a whole are computed without a mask; those at an edge, with one. Blocks without
   a visible pair are not visited: the work follows the documents' own squares.
 * ALiBi's share that all keys of a query have in common cancels in a softmax, so a key's bias is counted from
-  its query block's first token, the *frame*: one number a key, and small where weights are not. In float32,
-  and where a prefix sees both ways, it is the distance's own, one number a pair.
+  the first token of the block that the program keeps, the *frame*: one number a key, and small where weights
+  are not. In float32, and where a prefix sees both ways, it is the distance's own, one number a pair.
 * Forward visits the keys from the diagonal leftwards. After the diagonal the rows' highest scores are known,
   and with them where ALiBi has pushed all further keys below rounding: there it stops, and notes where, so
   that backward stops there, too.
@@ -38,7 +38,7 @@ def load_rows(start_of, begin, stride, limit, ROWS: constexpr, HEAD_DIM: constex
                MASKED: constexpr):  # fmt: skip
     """Rows [begin, begin + ROWS) of a head, (ROWS, WIDTH); zero from row `limit` and column HEAD_DIM on."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    places = start_of + begin.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    places = start_of + begin.to(tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     if MASKED:
         inside = (begin + rows < limit)[:, None]
         if WIDTH != HEAD_DIM:
@@ -53,7 +53,7 @@ def load_rows(start_of, begin, stride, limit, ROWS: constexpr, HEAD_DIM: constex
 def store_rows(start_of, x, begin, stride, limit, ROWS: constexpr, HEAD_DIM: constexpr,
                 WIDTH: constexpr):  # fmt: skip
     rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    places = start_of + begin.to(tl.int64) * stride + rows[:, None] * stride + columns[None, :]
+    places = start_of + begin.to(tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     inside = (begin + rows < limit)[:, None] & (columns < HEAD_DIM)[None, :]
     tl.store(places, x.to(start_of.dtype.element_ty), mask=inside)
 
@@ -85,17 +85,26 @@ def bias_of(slope, places_q, places_k, frame, EXACT: constexpr):
 
 
 @triton.jit
-def is_visible(places_q, places_k, marks_q, marks_k, keys, window, HAS_MARKS: constexpr,
-             HAS_PREFIX: constexpr, HAS_WINDOW: constexpr):  # fmt: skip
+def is_visible(
+    places_q, places_k, marks_q, marks_k, window,
+    HAS_MARKS: constexpr, HAS_PREFIX: constexpr, HAS_WINDOW: constexpr,
+):  # fmt: skip
     """Which keys which queries see; all arguments are rows or columns of the result."""
-    visible = (places_q >= places_k) & (places_k < keys)
+    visible = places_q >= places_k
     if HAS_PREFIX:
-        visible = visible | ((marks_q & marks_k & 1) == 1) & (places_k < keys)
+        visible = visible | ((marks_q & marks_k & 1) == 1)
     if HAS_WINDOW:
         visible = visible & (tl.abs(places_q - places_k) <= window)
     if HAS_MARKS:
-        visible = visible & ((marks_q >> 1) == (marks_k >> 1)) & (marks_q >= 0)
+        visible = visible & ((marks_q >> 1) == (marks_k >> 1))
     return visible
+
+
+@triton.jit
+def marks_of_queries(marks, places, inside):
+    """The queries' marks; padding's is none that a key has, so that it sees nothing."""
+    marks_q = tl.load(marks + places, mask=inside, other=-1)
+    return tl.where(marks_q < 0, -4, marks_q)
 
 
 @triton.jit
