@@ -281,8 +281,8 @@ def backward_key_kernel(
         )  # fmt: skip
         grad_k_block, grad_v_block = _key_span(
             grad_k_block, grad_v_block, own_q, own_grad, own_sum, own_delta, k_block, v_block, stride_qs,
-            stride_gs, low, whole_low, seq, begin, past, places_k, marks, marks_k, slope, inner, outer, window,
-            drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q, True, HAS_ALIBI, HAS_MARKS,
+            stride_gs, low, whole_low, seq, begin, past, places_k, marks, marks_k, slope, inner, outer,
+            window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q, True, HAS_ALIBI, HAS_MARKS,
             HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
         grad_k_block, grad_v_block = _key_span(
