@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed import checkpoint as dcp
 
-from mptfoundry.checkpoints.reading import load_network, open_model
+from mptfoundry.checkpoints.reading import load_network, network_of, open_model
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
@@ -89,6 +89,17 @@ def test_a_backend_that_cannot_serve_is_refused(write_run: WriteRun) -> None:
     assert load_network(run, attn_impl="torch")[0].config.attn_config.attn_impl == "torch"
     with pytest.raises(ConfigError, match=r"attn_impl: flash can't be used"):
         load_network(run, attn_impl="flash")
+
+
+def test_a_backend_serves_what_autocast_computes_in_and_not_what_is_stored(
+    write_run: WriteRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    model = MPTConfig(d_model=32, n_heads=2, n_layers=1, vocab_size=384, max_seq_len=64)
+    source = open_model(write_run(model, network=MPT(model, seed=1).bfloat16()))
+    network_of(source, attn_impl="triton", compute_dtype=torch.float32)
+    with pytest.raises(ConfigError, match=r"attn_impl: triton can't be used: .* not in bfloat16"):
+        network_of(source, attn_impl="triton")
 
 
 def test_transformers_own_folders_are_read(tmp_path: Path) -> None:
