@@ -1,7 +1,7 @@
 """The parts of a Hugging Face folder that brings the network's own code: its config.json, and the code.
 
 It is for models that transformers' own MPT classes can't express. The `model_type` is not theirs, so that a
-load without `trust_remote_code=True` is refused and never computes something else.
+load without `trust_remote_code=True` is refused; and so is one by those classes themselves.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ def custom_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict
 
     The attention backend is `auto`, whatever trained the model: who loads it has another machine.
     """
+    from mptfoundry.mpt.hf import REFUSAL
+
     values = config.to_dict()
     values["attn_config"]["attn_impl"] = "auto"
     return {
@@ -33,6 +35,7 @@ def custom_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict
             "AutoModelForCausalLM": f"{_ENTRY}.MPTFoundryForCausalLM",
         },
         "model_type": "mptfoundry",
+        **REFUSAL,
         **values,
         "init_device": "cpu",
         "use_cache": True,

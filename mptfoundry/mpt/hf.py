@@ -50,6 +50,10 @@ with suppress(ImportError):  # triton is not installed
     from .attention_forward import forward_kernel  # noqa: F401
     from .attention_kernels import NOTHING  # noqa: F401
 
+# transformers' own MPT classes only warn of another model_type, and then compute something else. Under this
+# key of config.json they read no value but their own.
+REFUSAL = {"problem_type": "none of these: it needs AutoModelForCausalLM and trust_remote_code=True"}
+
 _SWITCHES = tuple(field.name for field in fields(MPTConfig))
 
 
@@ -74,6 +78,7 @@ class MPTFoundryConfig(PretrainedConfig):
     }
 
     def __init__(self, init_device: str = "cpu", use_cache: bool = True, **kwargs: Any) -> None:
+        kwargs = {name: value for name, value in kwargs.items() if name not in REFUSAL}
         given = {name: kwargs.pop(name) for name in _SWITCHES if name in kwargs}
         for name, value in from_values(MPTConfig, given).to_dict().items():
             setattr(self, name, value)
@@ -86,6 +91,10 @@ class MPTFoundryConfig(PretrainedConfig):
         if name in _SWITCHES and isinstance(before, Mapping) and isinstance(value, Mapping):
             value = _merged(before, value)
         super().__setattr__(name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is written to config.json."""
+        return {**super().to_dict(), **REFUSAL}
 
     @property
     def attn_impl(self) -> str:

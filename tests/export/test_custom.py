@@ -68,7 +68,7 @@ class Without:
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, MptForCausalLM, pipeline
 
 torch.set_num_threads(1)
 folders, out = Path(sys.argv[1]), Path(sys.argv[2])
@@ -85,6 +85,11 @@ for folder in sorted(path for path in folders.iterdir() if path.is_dir()):
     with torch.no_grad():
         tensors[folder.name] = model(**batch).logits
     model.save_pretrained(out / "again" / folder.name)
+    for place in (folder, out / "again" / folder.name):
+        try:
+            MptForCausalLM.from_pretrained(place)
+        except Exception as error:
+            refusals.append(str(error))
     again, found = AutoModelForCausalLM.from_pretrained(
         out / "again" / folder.name, trust_remote_code=True, output_loading_info=True
     )
@@ -184,12 +189,13 @@ def rms(x: torch.Tensor) -> float:
 
 
 @EACH
-def test_a_load_that_does_not_trust_the_folders_code_is_refused(
+def test_a_load_without_the_folders_code_is_refused(
     elsewhere: tuple[dict[str, torch.Tensor], dict[str, Any]], name: str
 ) -> None:
+    """By AutoModelForCausalLM, twice, and by transformers' own MPT class, the folder and its copy."""
     refusals = elsewhere[1][name]["refusals"]
-    assert len(refusals) == 2
-    assert all("trust_remote_code=True" in refusal for refusal in refusals)
+    assert len(refusals) == 4
+    assert all("trust_remote_code=True" in refusal for refusal in refusals[:2])
 
 
 @EACH
