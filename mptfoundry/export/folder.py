@@ -23,12 +23,13 @@ from mptfoundry.checkpoints.weights import EMBEDDING
 from mptfoundry.checkpoints.writing import refuse_what_is_there, whole_or_absent
 from mptfoundry.errors import CheckpointError
 from mptfoundry.export.card import model_card
-from mptfoundry.export.comparison import Comparison, compare_logits
+from mptfoundry.export.comparison import Comparison, check_bytes, compare_logits
 from mptfoundry.export.native import native_config, why_not_native
 from mptfoundry.export.shards import write_shards
 from mptfoundry.export.staging import check_space, staged
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
+from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 Format = Literal["auto", "native", "custom"]
@@ -126,11 +127,12 @@ def export(
         started_at = time.perf_counter()
         folder = stack.enter_context(whole_or_absent(out, overwrite=overwrite))
         folder.mkdir()
-        files = _write_weights(source, folder, number_format, shard_bytes, progress)
+        files, checksums = _write_weights(source, folder, number_format, shard_bytes, progress)
         seconds = time.perf_counter() - started_at
         _write_the_rest(source, folder, text, number_format, chosen)
         card = model_card(out.name, source, folder, number_format, license)
         (folder / "README.md").write_text(card, encoding="utf-8")
+        check_bytes(folder, checksums)
         comparison = compare_logits(source, folder, text, number_format, memory_bytes=memory_bytes)
         sizes = [file.stat().st_size for file in files]
     return ExportSummary(
@@ -152,6 +154,11 @@ def choose_format(config: MPTConfig, wanted: Format) -> tuple[str, str]:
         CheckpointError: `native` is asked for, and can't express the model.
     """
     reasons = "; ".join(why_not_native(config))
+    if isinstance(config, HeadConfig) and (reasons or wanted == "custom"):
+        raise CheckpointError(
+            f"format: {config.architecture} is transformers' own class alone, without code in the folder"
+            + (f", and would compute something else: {reasons}." if reasons else ". Use format=native.")
+        )
     if wanted == "native" and reasons:
         raise CheckpointError(
             "format: native can't express this model, since transformers' own MPT classes would compute "
@@ -177,7 +184,7 @@ def _generation_config(tokenizer: Any) -> dict[str, Any]:
 
 def _write_weights(
     source: ModelSource, folder: Path, dtype: torch.dtype, shard_bytes: int, progress: bool
-) -> list[Path]:
+) -> tuple[list[Path], dict[str, int]]:
     shapes = expected_shapes(source.config)
     total = count_parameters(source.config) * dtype.itemsize
     with tqdm(total=total, unit="B", unit_scale=True, desc="weights", disable=not progress) as bar:
@@ -195,7 +202,8 @@ def _write_the_rest(
         config = custom_config(source.config, tokenizer, dtype)
         copy_code(folder)
     _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", _generation_config(tokenizer))
+    if not isinstance(source.config, HeadConfig):
+        _write_json(folder / "generation_config.json", _generation_config(tokenizer))
     _write_tokenizer(folder, tokenizer, source.config.max_seq_len)
 
 

@@ -9,6 +9,8 @@ one tensor is in memory.
 from __future__ import annotations
 
 import json
+import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -25,7 +27,7 @@ def write_shards(
     dtype: torch.dtype,
     shard_bytes: int,
     progress: Callable[[int], None],
-) -> list[Path]:
+) -> tuple[list[Path], dict[str, int]]:
     """Write `model.safetensors`, or several files and `model.safetensors.index.json`.
 
     Args:
@@ -37,8 +39,9 @@ def write_shards(
         progress: Called with the bytes of each tensor written.
 
     Returns:
-        The files of weights.
+        The files of weights, and each tensor's CRC-32.
     """
+    checksums: dict[str, int] = {}
     shards = _split(shapes, dtype, shard_bytes)
     names = _file_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
@@ -47,8 +50,12 @@ def write_shards(
             for expected in shard:
                 found, tensor = next(tensors)
                 assert found == expected and tuple(tensor.shape) == shapes[expected]
-                file.write(tensor.to(dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+                content = bytes_of(tensor.to(dtype))
+                checksums[found] = zlib.crc32(content)
+                file.write(content)
                 progress(tensor.numel() * dtype.itemsize)
+            file.flush()
+            os.fsync(file.fileno())
     if len(shards) > 1:
         total = sum(_bytes(shape, dtype) for shape in shapes.values())
         index = {
@@ -59,7 +66,12 @@ def write_shards(
         }
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-    return [folder / name for name in names]
+    return [folder / name for name in names], checksums
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A tensor's numbers as they stand in a file."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _file_names(count: int) -> list[str]:

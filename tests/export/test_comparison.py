@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.errors import CheckpointError
-from mptfoundry.export.comparison import compare_logits
+from mptfoundry.export.comparison import check_bytes, compare_logits
 from mptfoundry.export.folder import export
-from mptfoundry.mpt.config import AttnConfig
+from mptfoundry.export.shards import bytes_of
+from mptfoundry.mpt.config import AttnConfig, MPTConfig
 
+TINY = MPTConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=384, no_bias=True)
 WriteRun = Callable[..., Path]
 
 
@@ -40,18 +43,35 @@ def test_a_changed_weight_is_found(exported: tuple[Any, Path], tiny_tokenizer: A
         compare_logits(source, folder, tiny_tokenizer, torch.float32)
 
 
-def test_a_model_too_large_for_memory_is_compared_in_part_and_bit_by_bit(
+def test_a_model_too_large_for_memory_is_compared_in_part(
     exported: tuple[Any, Path], tiny_tokenizer: Any
 ) -> None:
     source, folder = exported
     comparison = compare_logits(source, folder, tiny_tokenizer, torch.float32, memory_bytes=1)
     assert (comparison.layers, comparison.all_layers) == (1, 2)
     assert "the first 1 of 2 layers" in str(comparison)
+    other = replace(source, config=replace(source.config, logit_scale=0.999))
+    with pytest.raises(CheckpointError, match=r"does not give the checkpoint's logits"):
+        compare_logits(other, folder, tiny_tokenizer, torch.float32, memory_bytes=1)
+
+
+@pytest.mark.parametrize("attention", [AttnConfig(alibi=True, alibi_bias_max=16), AttnConfig(qk_ln=True)])
+def test_a_part_of_a_folder_with_its_own_code_is_compared_too(
+    write_run: WriteRun, tmp_path: Path, attention: AttnConfig, tiny_tokenizer: Any
+) -> None:
+    config = replace(TINY, attn_config=attention, tie_word_embeddings=False)
+    summary = export(write_run(config), tmp_path / "out", progress=False, memory_bytes=1)
+    assert summary.comparison.layers == 1 and summary.comparison.difference == 0
+    assert summary.comparison.export_rounding > 0
+
+
+def test_a_tensor_that_reads_back_otherwise_is_named(exported: tuple[Any, Path]) -> None:
+    source, folder = exported
+    checksums = {name: zlib.crc32(bytes_of(tensor)) for name, tensor in source.tensors()}
+    check_bytes(folder, checksums)
     change(folder, "transformer.blocks.1.norm_2.weight")
-    with pytest.raises(
-        CheckpointError, match=r"transformer.blocks.1.norm_2.weight was not written as it was"
-    ):
-        compare_logits(source, folder, tiny_tokenizer, torch.float32, memory_bytes=1)
+    with pytest.raises(CheckpointError, match=r"transformer.blocks.1.norm_2.weight reads back otherwise"):
+        check_bytes(folder, checksums)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,9 @@ TENSORS = {"a": torch.randn(3, 4), "b": torch.randn(5), "c": torch.randn(2, 2, 2
 def write(folder: Path, dtype: torch.dtype, shard_bytes: int) -> tuple[list[Path], list[int]]:
     shapes = {name: tuple(tensor.shape) for name, tensor in TENSORS.items()}
     sizes: list[int] = []
-    return write_shards(folder, shapes, iter(TENSORS.items()), dtype, shard_bytes, sizes.append), sizes
+    files, checksums = write_shards(folder, shapes, iter(TENSORS.items()), dtype, shard_bytes, sizes.append)
+    assert set(checksums) == set(TENSORS)
+    return files, sizes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
