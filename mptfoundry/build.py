@@ -28,17 +28,26 @@ from mptfoundry.checkpoints.reading import ModelSource, open_model
 from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.checkpoints.vocabulary import with_rows
 from mptfoundry.config import signatures
-from mptfoundry.config.data import LoaderConfig, TextLoaderConfig
+from mptfoundry.config.data import LabelledLoaderConfig, LoaderConfig, TextLoaderConfig
 from mptfoundry.config.model import ModelConfig
 from mptfoundry.config.parallel import resolve_fsdp
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import GenerateConfig
+from mptfoundry.data.labelled import build_labelled_loader
 from mptfoundry.data.text import build_text_loader
 from mptfoundry.devices import Device
 from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.generation import generate_text
 from mptfoundry.models.causal_lm import ComposerMPT
+from mptfoundry.models.heads import ComposerHead
+from mptfoundry.mpt.head_config import (
+    HeadConfig,
+    SequenceClassifierConfig,
+    TokenClassifierConfig,
+    trunk_of,
+)
+from mptfoundry.mpt.heads import make_network
 from mptfoundry.mpt.network import MPT
 from mptfoundry.optim import schedules
 from mptfoundry.optim.clipping import GradientClipping
@@ -98,12 +107,37 @@ def open_pretrained(model: ModelConfig) -> ModelSource:
     """
     assert model.pretrained_model_name_or_path is not None
     source = open_model(locate(model.pretrained_model_name_or_path, model.revision))
-    changes = leaves(model.config_overrides)
-    for path, there, here in differing(source.config, model.network().to_dict(), changes):
-        raise ConfigError(
-            f"model.{'.'.join(path)}: {here} is not what {model.pretrained_model_name_or_path} says, {there}."
-        )
+    _check_trunk(source, model, model.pretrained_model_name_or_path)
     return with_rows(source, model.vocab_size)
+
+
+def open_base(config: TrainConfig) -> ModelSource | None:
+    """The model in `load_path` where it lacks the head that is to be trained; else None: Composer loads it.
+
+    Raises:
+        CheckpointError: It is not there or damaged.
+        ConfigError: It is not what the config says, or more than its weights is asked for.
+    """
+    head, path = head_of(config.model), config.load_path
+    if head is None or path is None or "://" in path:
+        return None
+    path = path.format(rank=dist.get_global_rank(), run_name=config.run_name)
+    source = open_model(path)
+    if any(name.startswith(f"{head.head}.") for name in source.weights.outlines):
+        return None
+    if not config.load_weights_only:
+        raise ConfigError(
+            f"load_path: {path} lacks {head.head}, the head of {config.model.name}. Its weights alone can be "
+            "taken: set load_weights_only: true."
+        )
+    _check_trunk(source, config.model, path)
+    return source
+
+
+def _check_trunk(source: ModelSource, model: ModelConfig, name: str) -> None:
+    changes = leaves(model.config_overrides)
+    for path, there, here in differing(trunk_of(source.config), model.network().to_dict(), changes):
+        raise ConfigError(f"model.{'.'.join(path)}: {here} is not what {name} says, {there}.")
 
 
 def build_model(
@@ -118,19 +152,32 @@ def build_model(
         resolved.init_device == "mixed" and dist.get_local_rank() != 0
     )
     is_drawn = source is None and not on_meta
-    network = MPT(network_config, device="meta" if on_meta else "cpu", seed=config.seed if is_drawn else None)
+    network: Any = make_network(
+        network_config, device="meta" if on_meta else "cpu", seed=config.seed if is_drawn else None
+    )
     if config.compile_config is not None:
         options = {key: value for key, value in asdict(config.compile_config).items() if value}
         for block in network.transformer.blocks:
             block.compile(**options)
-    metrics = token_loss_metrics(token_byte_lengths(tokenizer, config.model.vocab_size))
-    model = ComposerMPT(network, eval_metrics=metrics, tokenizer=tokenizer, seed=config.seed)
+    model = compose(network, tokenizer, seed=config.seed)
     if source is not None:
-        weights = StartingWeights(source, network, seed=config.seed, progress=dist.get_global_rank() == 0)
+        speaks, head = dist.get_global_rank() == 0, getattr(network_config, "head", None)
+        new, unused = ((f"{head}.",), ("lm_head.",)) if head else ((), ())
+        weights = StartingWeights(source, network, seed=config.seed, new=new, unused=unused, progress=speaks)
+        if weights.drawn and speaks:
+            print(f"weights: new are {', '.join(weights.drawn)}", flush=True)
         model.start_from(weights)
         if not on_meta:
             weights.fill(network)
     return model
+
+
+def compose(network: Any, tokenizer: Any, *, seed: int = 0) -> ComposerMPT:
+    """A network as Composer sees it, with the metrics of its kind."""
+    if isinstance(network.config, HeadConfig):
+        return ComposerHead(network, tokenizer=tokenizer, seed=seed)
+    metrics = token_loss_metrics(token_byte_lengths(tokenizer, network.config.vocab_size))
+    return ComposerMPT(network, eval_metrics=metrics, tokenizer=tokenizer, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -146,6 +193,7 @@ class LoaderContext:
     sequence_ids: bool
     is_training: bool
     where: str
+    head: HeadConfig | None = None
 
 
 def _text_loader(loader: TextLoaderConfig, context: LoaderContext) -> DataSpec:
@@ -180,7 +228,42 @@ def _text_loader(loader: TextLoaderConfig, context: LoaderContext) -> DataSpec:
     )
 
 
-LOADERS: dict[str, Callable[[Any, LoaderContext], DataSpec]] = {"text": _text_loader}
+def _labelled_loader(loader: LabelledLoaderConfig, context: LoaderContext) -> DataSpec:
+    """Examples with labels, for the model's head."""
+    head, dataset = context.head, loader.dataset
+    if head is None:
+        raise ConfigError(f"{context.where}.name: labelled: the model has no head for labels. Use text.")
+    known: dict[str, Any] = {"task": "span"}
+    if isinstance(head, SequenceClassifierConfig):
+        known = {"task": "sequence", "labels": head.label2id, "problem": head.problem}
+    elif isinstance(head, TokenClassifierConfig):
+        known = {"task": "token", "labels": head.label2id}
+    return build_labelled_loader(
+        **known,
+        local=dataset.local,
+        split=dataset.split,
+        fields=dataset.fields,
+        tokenizer=context.tokenizer,
+        max_seq_len=context.max_seq_len,
+        device_batch_size=context.device_batch_size,
+        shuffle=context.is_training if dataset.shuffle is None else dataset.shuffle,
+        seed=context.seed,
+        drop_last=context.is_training if loader.drop_last is None else loader.drop_last,
+        num_workers=context.num_workers,
+        is_training=context.is_training,
+        where=context.where,
+    )
+
+
+LOADERS: dict[str, Callable[[Any, LoaderContext], DataSpec]] = {
+    "text": _text_loader,
+    "labelled": _labelled_loader,
+}
+
+
+def head_of(config: Any) -> HeadConfig | None:
+    """The architecture as one with a head, where it has one."""
+    return config if isinstance(config, HeadConfig) else None
 
 
 def build_train_loader(config: TrainConfig, resolved: Resolved, device: Device, tokenizer: Any) -> DataSpec:
@@ -195,6 +278,7 @@ def build_train_loader(config: TrainConfig, resolved: Resolved, device: Device, 
         sequence_ids=config.model.attn_config.attn_uses_sequence_id,
         is_training=True,
         where="train_loader",
+        head=head_of(config.model),
     )
     return LOADERS[config.train_loader.name](config.train_loader, context)
 
@@ -222,6 +306,7 @@ def build_eval_loaders(config: TrainConfig, resolved: Resolved, tokenizer: Any) 
             sequence_ids=config.model.attn_config.attn_uses_sequence_id,
             is_training=False,
             where=f"eval_loader {label}",
+            head=head_of(config.model),
         )
         for label in config.eval_loaders
     }

@@ -25,10 +25,8 @@ from mptfoundry.config.load import load_train_config
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import ConfigError
-from mptfoundry.evals.token_loss import token_loss_metrics
-from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision, choose_workers
-from mptfoundry.tokenizer import check_tokenizer, load_tokenizer, token_byte_lengths
+from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 EVAL_BATCH_SIZE = 8
 # Said by Composer of what is meant so: a last batch is smaller than the others; nothing is optimized here.
@@ -66,9 +64,8 @@ def evaluate(options: EvalConfig) -> Results:
         compute_dtype=getattr(torch, COMPUTE_DTYPE[precision]),
         attn_impl=options.attn_impl,
     )
-    metrics = token_loss_metrics(token_byte_lengths(tokenizer, source.config.vocab_size))
     trainer = Trainer(
-        model=ComposerMPT(network, eval_metrics=metrics, tokenizer=tokenizer),
+        model=build.compose(network, tokenizer),
         eval_dataloader=build.build_evaluators(loaders, contexts),
         eval_subset_num_batches=options.eval_subset_num_batches,
         device=device.kind,
@@ -138,6 +135,7 @@ def _contexts(
             sequence_ids=source.config.attn_config.attn_uses_sequence_id,
             is_training=False,
             where=f"eval_loader {label}",
+            head=build.head_of(source.config),
         )
         for label, loader in loaders.items()
     }

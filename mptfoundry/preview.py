@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from mptfoundry.config.data import TextLoaderConfig
 from mptfoundry.config.load import load_train_config
 from mptfoundry.config.verbs import PreviewConfig
 from mptfoundry.data.mix import describe_mix, draw_mix, mix_table
@@ -34,6 +35,8 @@ def preview(options: PreviewConfig) -> str:
 
 def _preview_config(options: PreviewConfig, color: bool) -> str:
     config, _ = load_train_config(options.data, [])
+    if not isinstance(config.train_loader, TextLoaderConfig):
+        raise ConfigError(f"{options.data}: train_loader has no shards of text to show. Name another config.")
     dataset, batches = config.train_loader.dataset, config.batches()
     streams = {name: asdict(stream) for name, stream in dataset.sources.items()}
     tokens_per_step = config.global_train_batch_size * config.max_seq_len

@@ -16,6 +16,7 @@ from mptfoundry.devices import GIB, Device
 from mptfoundry.errors import ConfigError
 from mptfoundry.mpt.backends import choose_backend
 from mptfoundry.mpt.flops import block_activations, block_parameters, count_parameters
+from mptfoundry.mpt.head_config import HeadConfig
 
 FP32 = 4
 STATE_BYTES = {"decoupled_lionw": FP32, "decoupled_adamw": 2 * FP32}  # of the optimizer, for one parameter
@@ -114,7 +115,7 @@ def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
     loaders = {"train": config.train_loader, **config.eval_loaders}
     return Resolved(
         attn_impl=_attention(config, device, precision, reasons),
-        loss_fn=choose("model.loss_fn", model.loss_fn, _loss),
+        loss_fn="torch" if isinstance(model, HeadConfig) else choose("model.loss_fn", model.loss_fn, _loss),
         init_device=_init_device(model.init_device, is_sharded, device, reasons),
         precision=precision,
         fsdp_version=_fsdp_version(config, device, reasons),

@@ -56,7 +56,10 @@ def train(config: TrainConfig) -> Trainer:
     refuse_another_model(config, folder)
     say(summary_table(config, device))
     resumes = has_checkpoint(config)
-    source = build.open_pretrained(config.model) if config.model.takes_weights and not resumes else None
+    source = None
+    if not resumes:
+        takes_weights = config.model.takes_weights
+        source = build.open_pretrained(config.model) if takes_weights else build.open_base(config)
     if source is not None:
         say(f"weights: from {source.path}; the optimizer starts new")
     build.run_code_paths(config)
@@ -76,7 +79,7 @@ def train(config: TrainConfig) -> Trainer:
         callbacks=[throughput, AverageGradients(), *build.build_callbacks(config, tokenizer)],
         loggers=[*build.build_loggers(config), *_own_loggers(config, folder)],
         parallelism_config=build.build_parallelism(config, resolved, device),
-        **_plain_arguments(config, resolved, device),
+        **_plain_arguments(config, resolved, device, has_weights=source is not None),
     )
     restore_random_state(trainer)
     if resumes and config.model.takes_weights and trainer.state.timestamp.batch == 0:
@@ -181,10 +184,12 @@ def _own_loggers(config: TrainConfig, folder: Path) -> list[LoggerDestination]:
     return own
 
 
-def _plain_arguments(config: TrainConfig, resolved: Resolved, device: Device) -> dict[str, Any]:
-    """The Trainer's arguments that the config gives as they are."""
+def _plain_arguments(
+    config: TrainConfig, resolved: Resolved, device: Device, *, has_weights: bool
+) -> dict[str, Any]:
+    """The Trainer's arguments that the config gives as they are; `has_weights`: there is nothing to load."""
     load_path = None
-    if config.load_path is not None:
+    if config.load_path is not None and not has_weights:
         load_path = config.load_path.format(rank=dist.get_global_rank(), run_name=config.run_name)
         if not urlparse(load_path).scheme and not Path(load_path).exists():
             raise CheckpointError(f"load_path: {load_path} is missing. Name a checkpoint, or remove the key.")

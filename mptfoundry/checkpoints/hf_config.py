@@ -16,6 +16,7 @@ from typing import Any
 from mptfoundry.checkpoints.folders import read_json
 from mptfoundry.errors import CheckpointError
 from mptfoundry.mpt.config import AttnConfig, InitConfig, MPTConfig, from_values
+from mptfoundry.mpt.head_config import head_named
 
 # What transformers' classes assume where their config.json is silent, and MPTConfig assumes otherwise.
 _NATIVE_DEFAULTS: dict[str, Any] = {"no_bias": True}
@@ -132,7 +133,8 @@ def config_from_dict(values: Mapping[str, Any], where: str) -> MPTConfig:
     """
     _refuse_absurd(values, where)
     values = _from_first_generation(values, where)
-    values = {key: value for key, value in values.items() if key not in _WITHOUT_EFFECT}
+    kind, head = _head_of(values)
+    values = {key: value for key, value in values.items() if key not in _WITHOUT_EFFECT and key not in head}
     attention = dict(values.pop("attn_config", None) or {})
     epsilon = values.pop("layer_norm_epsilon", None)
     if epsilon is not None:
@@ -152,9 +154,23 @@ def config_from_dict(values: Mapping[str, Any], where: str) -> MPTConfig:
     values["attn_config"] = attention
     values["init_config"] = _known_init(values.get("init_config") or {})
     try:
-        return from_values(MPTConfig, values)
+        return from_values(kind, {**values, **head})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {error}") from error
+
+
+def _head_of(values: Mapping[str, Any]) -> tuple[type[MPTConfig], dict[str, Any]]:
+    """The kind of network that a run's `name` or a folder's `architectures` tell, and what its head adds."""
+    classes = values.get("architectures")
+    told = [values.get("name"), *(classes if isinstance(classes, list) else [])]
+    kind = next((kind for kind in map(head_named, told) if kind is not None), None)
+    if kind is None:
+        return MPTConfig, {}
+    own = {field.name for field in fields(kind)} - {field.name for field in fields(MPTConfig)} - {"name"}
+    head = {key: values[key] for key in own if values.get(key) is not None}
+    if isinstance(head.get("id2label"), dict):  # a config.json says their number by their names
+        head.setdefault("num_labels", len(head["id2label"]))
+    return kind, head
 
 
 def _known_init(values: Mapping[str, Any]) -> dict[str, Any]:

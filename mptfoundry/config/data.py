@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from mptfoundry.config.forms import ByteSize, SampleCount
 
@@ -176,11 +176,69 @@ class TextLoaderConfig:
     timeout: float = 0
 
     def __post_init__(self) -> None:
-        if self.num_workers != "auto" and self.num_workers < 0:
-            raise ValueError(f"num_workers: {self.num_workers} is negative. Use 0 or more, or auto.")
+        _check_workers(self.num_workers)
 
 
-LoaderConfig = TextLoaderConfig
+@dataclass(frozen=True, kw_only=True)
+class LabelledDatasetConfig:
+    """Labelled examples in JSONL or Parquet files, or in a folder that `datasets` saved.
+
+    What a record holds follows from the model: `text`, perhaps `text_pair`, and `label`; or `words` and
+    `labels`; or `question`, `context` and `answers` as in SQuAD. Labels are names of `model.id2label` or
+    numbers; two texts are joined as the tokenizer joins pairs.
+
+    Attributes:
+        local: A file, a folder of files, or a folder saved by `datasets`.
+        split: In a folder: a file's name without its suffix, or a subfolder; or a saved data set's split.
+        fields: Names of a record's fields -> their names in the data, such as `{text: sentence}`.
+        max_seq_len: Longest example, others are cut. Default, and must equal: the run's `max_seq_len`.
+        shuffle: Read the examples in random order. Default: true in training, false in evaluation.
+        shuffle_seed: Seed of that order. Default, and must equal: the run's `seed`.
+    """
+
+    local: str
+    split: str | None = None
+    fields: dict[str, str] = field(default_factory=dict)
+    max_seq_len: int | None = None
+    shuffle: bool | None = None
+    shuffle_seed: int | None = None
+    epoch_size: ClassVar[None] = None
+    separates_documents: ClassVar[bool] = False
+
+    @property
+    def sources(self) -> dict[str, StreamConfig]:
+        """The one source, called by its split, or `data`."""
+        return {self.split or "data": StreamConfig(local=self.local, split=self.split)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledLoaderConfig:
+    """Batches of labelled examples, for models that end in a head.
+
+    Attributes:
+        name: The kind of loader.
+        dataset: Which examples.
+        label: Name of an evaluation loader in all results. Default: `eval`.
+        drop_last: Leave out a last batch that is not full. Default: true in training, false in evaluation.
+        num_workers: Processes that make batches, for each device. `auto` chooses by the processors there.
+    """
+
+    name: Literal["labelled"]
+    dataset: LabelledDatasetConfig
+    label: str | None = None
+    drop_last: bool | None = None
+    num_workers: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        _check_workers(self.num_workers)
+
+
+def _check_workers(num_workers: int | str) -> None:
+    if isinstance(num_workers, int) and num_workers < 0:
+        raise ValueError(f"num_workers: {num_workers} is negative. Use 0 or more, or auto.")
+
+
+LoaderConfig = TextLoaderConfig | LabelledLoaderConfig
 
 
 def loaders_by_label(

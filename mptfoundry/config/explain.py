@@ -89,11 +89,14 @@ def _ends_with(path: str, wanted: tuple[str, ...]) -> bool:
 
 
 def _one_each(found: list[tuple[str, type, str]]) -> Iterator[tuple[str, type, str]]:
-    """One entry for each thing said: the evaluation loader repeats what the training loader says."""
+    """One entry for each thing said: the evaluation loader repeats what the training loader says, and models
+    that differ in their head what all of them have.
+    """
     seen = set()
     for path, cls, name in found:
-        if (cls, name) not in seen:
-            seen.add((cls, name))
+        owner = next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", ()))
+        if (owner, name) not in seen:
+            seen.add((owner, name))
             yield path, cls, name
 
 

@@ -6,6 +6,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from mptfoundry.mpt.config import MPTConfig
+from mptfoundry.mpt.head_config import (
+    HEADS,
+    SequenceClassifierConfig,
+    SpanFinderConfig,
+    TokenClassifierConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +54,38 @@ class ModelConfig(MPTConfig):
         return self.pretrained_model_name_or_path is not None and self.pretrained is not False
 
     def network(self) -> MPTConfig:
-        """The architecture alone."""
-        return MPTConfig(**{f.name: getattr(self, f.name) for f in fields(MPTConfig)})
+        """The architecture alone, with its head if it has one."""
+        kind = next((kind for kind in HEADS if isinstance(self, kind)), MPTConfig)
+        return kind(**{f.name: getattr(self, f.name) for f in fields(kind)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceClassificationConfig(SequenceClassifierConfig, ModelConfig):
+    """An MPT that classifies texts, or rates them, by their last token."""
+
+    name: Literal["mpt_sequence_classification"] = field()  # type: ignore[assignment]
+    loss_fn: Literal["auto"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenClassificationConfig(TokenClassifierConfig, ModelConfig):
+    """An MPT that classifies each word of a text."""
+
+    name: Literal["mpt_token_classification"] = field()  # type: ignore[assignment]
+    loss_fn: Literal["auto"] = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionAnsweringConfig(SpanFinderConfig, ModelConfig):
+    """An MPT that answers a question by a span of a text."""
+
+    name: Literal["mpt_question_answering"] = field()  # type: ignore[assignment]
+    loss_fn: Literal["auto"] = "auto"
+
+
+AnyModelConfig = (
+    ModelConfig | SequenceClassificationConfig | TokenClassificationConfig | QuestionAnsweringConfig
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from mptfoundry.config.document import Document, KeyPath, Origin, dotted
 from mptfoundry.config.schema import show
 from mptfoundry.errors import CheckpointError
 from mptfoundry.mpt.config import MPTConfig
+from mptfoundry.mpt.head_config import trunk_of
 
 _NAME: KeyPath = ("model", "pretrained_model_name_or_path")
 _OVERRIDES: KeyPath = ("model", "config_overrides")
@@ -70,7 +71,7 @@ def _look_at(name: str, document: Document, notes: list[str]) -> MPTConfig | Non
     revision = document.get(("model", "revision"))
     try:
         folder = locate(name, None if revision is None else str(revision), config_only=True)
-        config = architecture_of(folder)
+        config = trunk_of(architecture_of(folder))
     except CheckpointError as error:
         document.report(_NAME, str(error))
         return None

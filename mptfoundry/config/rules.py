@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mptfoundry.config.durations import parse_duration
+from mptfoundry.mpt.head_config import HeadConfig
 
 Problem = tuple[str, str]
 
@@ -22,6 +23,7 @@ def between_sections(values: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _said_twice(values)
     yield from _eval_labels(values)
     yield from _documents(values)
+    yield from _heads(values)
     yield from _schedule(values)
     yield from _checkpoints(values)
     if values.get("code_paths") and "allow_code" in values and not values["allow_code"]:
@@ -120,12 +122,26 @@ def _documents(values: Mapping[str, Any]) -> Iterator[Problem]:
     if "model" not in values or not values["model"].attn_config.attn_uses_sequence_id:
         return
     for key, loader in _loaders(values):
-        if not loader.dataset.separates_documents:
+        if loader.name == "text" and not loader.dataset.separates_documents:
             yield (
                 f"{key}.dataset",
                 "model.attn_config.attn_uses_sequence_id needs eos_token_id or bos_token_id here, "
                 "to tell documents apart.",
             )
+
+
+def _heads(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """A head learns from labelled examples and makes no text; a language model is the other way round."""
+    if "model" not in values:
+        return
+    has_head, name = isinstance(values["model"], HeadConfig), values["model"].name
+    for key, loader in _loaders(values):
+        if has_head and loader.name != "labelled":
+            yield f"{key}.name", f"{loader.name}: model.name: {name} learns from labels. Use labelled."
+        elif not has_head and loader.name == "labelled":
+            yield f"{key}.name", f"labelled: model.name: {name} has no head that learns labels. Use text."
+    if has_head and "generate_callback" in values.get("callbacks", {}):
+        yield "callbacks.generate_callback", f"model.name: {name} makes no text. Remove it."
 
 
 def _schedule(values: Mapping[str, Any]) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from mptfoundry.config.data import LoaderConfig, loaders_by_label
 from mptfoundry.config.durations import Duration, parse_duration
-from mptfoundry.config.model import ModelConfig, TokenizerConfig
+from mptfoundry.config.model import AnyModelConfig, TokenizerConfig
 from mptfoundry.config.optim import OptimizerConfig, SchedulerConfig
 from mptfoundry.config.parallel import CompileConfig, FSDPConfig
 from mptfoundry.config.rules import between_sections
@@ -96,7 +96,7 @@ class TrainConfig:
     run_name: str = "run"
     seed: int = 17
     max_seq_len: int
-    model: ModelConfig
+    model: AnyModelConfig
     tokenizer: TokenizerConfig
     train_loader: LoaderConfig
     eval_loader: LoaderConfig | tuple[LoaderConfig, ...] | None = None

@@ -11,7 +11,7 @@ import types
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from mptfoundry.config.forms import Form
 
@@ -100,6 +100,10 @@ def describe(annotation: Any) -> str:
     """A type in words: `a whole number, or auto`."""
     said: list[str] = []
     for member in members(annotation):
+        has_said_section = any(word.startswith("a section with name: ") for word in said)
+        if has_said_section and is_dataclass(member) and (name := section_name(cast(type, member))):
+            said.append(name)
+            continue
         is_choice = get_origin(member) is Literal
         said += [choice(v) for v in get_args(member)] if is_choice else [_describe_member(member)]
     said += ["null"] if takes_none(annotation) else []

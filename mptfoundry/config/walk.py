@@ -86,11 +86,15 @@ class _Walk:
         return INVALID
 
     def chosen(self, classes: tuple[type, ...], value: dict[str, Any], path: KeyPath) -> Any:
-        """The section of the class that `name` chooses; a misspelled name still has its keys checked."""
+        """The section of the class that `name` chooses; a misspelled name still has its keys checked.
+
+        Without a name it is the one class whose `name` has a default, if there is one.
+        """
         by_name = {str(section_name(cls)): cls for cls in classes}
         name = value.get("name")
-        if len(classes) == 1 and (name is None or section_name(classes[0]) is None):
-            return self.section(classes[0], value, path)
+        usual = classes if len(classes) == 1 else [cls for cls in classes if _has_usual_name(cls)]
+        if len(usual) == 1 and (name is None or section_name(usual[0]) is None):
+            return self.section(usual[0], value, path)
         if name in by_name:
             return self.section(by_name[name], value, path)
         if name is UNRESOLVED:
@@ -310,6 +314,10 @@ class _Walk:
         if len(names) <= _KEYS_IN_AN_ERROR:
             return f"unknown key. Allowed here: {', '.join(names)}."
         return "unknown key. `mptfoundry explain` lists all keys."
+
+
+def _has_usual_name(cls: type) -> bool:
+    return all(default_of(field) is not MISSING for field in fields(cls) if field.name == "name")
 
 
 def _near(word: Any, options: Iterable[str]) -> str:

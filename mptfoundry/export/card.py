@@ -15,6 +15,7 @@ from mptfoundry.checkpoints.names import progress_of
 from mptfoundry.checkpoints.reading import ModelSource
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
+from mptfoundry.mpt.head_config import HeadConfig
 
 PICTURE = "report.png"
 _USE = """```python
@@ -24,6 +25,13 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
 ids = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
+```"""
+_USE_HEAD = """```python
+from transformers import {auto}, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+model = {auto}.from_pretrained("{name}")
+print(model(**tokenizer("Once upon a time", return_tensors="pt")))
 ```"""
 _CUSTOM = """The network's code lies in this folder. It needs torch and transformers; triton and flash-attn
 are used where they are installed."""
@@ -40,23 +48,24 @@ def model_card(name: str, source: ModelSource, folder: Path, dtype: torch.dtype,
         dtype: Of the exported weights.
         license: SPDX name; without one the card says that none was stated.
     """
-    header = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["mpt", "mptfoundry"],
-    }
+    config = source.config
+    task, kind = "text-generation", "language model"
+    if isinstance(config, HeadConfig):
+        task, kind = config.task, f"model ({config.architecture})"
+    header = {"library_name": "transformers", "pipeline_tag": task, "tags": ["mpt", "mptfoundry"]}
     if license is not None:
         header["license"] = license
-    config = source.config
     is_custom = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
     use = _USE.format(name=name, trust=", trust_remote_code=True" if is_custom else "")
+    if isinstance(config, HeadConfig):
+        use = _USE_HEAD.format(name=name, auto=config.architecture.replace("Mpt", "AutoModel"))
     longer = (
         [] if config.has_learned_positions else [_LONGER.format(name=name, max_seq_len=config.max_seq_len)]
     )
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
         f"# {name}",
-        f"An MPT language model with {count_parameters(config):,} parameters: {config.n_layers} layers of "
+        f"An MPT {kind} with {count_parameters(config):,} parameters: {config.n_layers} layers of "
         f"width {config.d_model}, {config.n_heads} heads, {_positions(config)}, a vocabulary of "
         f"{config.vocab_size:,} and sequences of {config.max_seq_len:,} tokens. The weights are "
         f"{str(dtype).removeprefix('torch.')}.",

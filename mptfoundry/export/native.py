@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from mptfoundry.mpt.config import MPTConfig
+from mptfoundry.mpt.head_config import HeadConfig
 
 # What transformers' MPT classes compute: (key, what it must be, whether it is).
 NATIVE_RULES: tuple[tuple[str, str, Callable[[MPTConfig], bool]], ...] = (
@@ -37,12 +38,16 @@ NATIVE_RULES: tuple[tuple[str, str, Callable[[MPTConfig], bool]], ...] = (
 )
 
 
+# Of no account where a head stands in place of the logits.
+_OF_LOGITS = {"tie_word_embeddings", "logit_scale", "final_logit_softcapping"}
+
+
 def why_not_native(config: MPTConfig) -> list[str]:
     """Every switch that transformers' MPT classes ignore or can't express; empty for a model they do."""
     values = config.to_dict()
     reasons = []
     for key, allowed, holds in NATIVE_RULES:
-        if not holds(config):
+        if not holds(config) and not (isinstance(config, HeadConfig) and key in _OF_LOGITS):
             value: Any = values
             for part in key.split("."):
                 value = value[part]
@@ -59,6 +64,7 @@ def native_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict
     versions read `layer_norm_epsilon`; MPT's own code and other converters read `norm_eps`.
     """
     attention = config.attn_config
+    head = config.head_keys() if isinstance(config, HeadConfig) else {}
     return {
         "architectures": ["MPTForCausalLM"],
         "model_type": "mpt",
@@ -97,7 +103,7 @@ def native_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "torch_dtype": str(dtype).removeprefix("torch."),
-    }
+    } | head
 
 
 def _float(value: float | None) -> float | None:

@@ -25,7 +25,7 @@ from torchmetrics.text import SQuAD
 from mptfoundry.errors import ConfigError
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.mpt.head_config import HeadConfig, SequenceClassifierConfig, TokenClassifierConfig
-from mptfoundry.mpt.heads import HeadOutput, SequenceClassifier
+from mptfoundry.mpt.heads import SequenceClassifier
 from mptfoundry.mpt.loss import IGNORED
 
 # Tokens of the longest answer that is looked for in evaluation.
@@ -56,11 +56,11 @@ class ComposerHead(ComposerMPT):
                 )
             network.pad_token_id = tokenizer.pad_token_id
 
-    def update_metric(self, batch: Mapping[str, Any], outputs: HeadOutput, metric: Metric) -> None:
-        """Add a batch to a metric of `head_metrics`."""
-        config = self.config
+    def update_metric(self, batch: Mapping[str, Any], outputs: Any, metric: Metric) -> None:
+        """Add a batch and its HeadOutput to a metric of `head_metrics`."""
+        config: Any = self.config
         if isinstance(metric, MeanMetric):
-            metric.update(outputs.loss, outputs.count)
+            metric.update(outputs.loss, outputs.terms)
         elif isinstance(metric, SQuAD):
             metric.update(*found_and_wanted(outputs.logits, batch))
         elif isinstance(config, TokenClassifierConfig):

@@ -362,7 +362,7 @@ def _fits(value: Any, kind: Any) -> bool:
         elif choice is float:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 return True
-        elif type(value) is choice:
+        elif type(value) is (typing.get_origin(choice) or choice):
             return True
     return False
 

@@ -6,7 +6,7 @@ config.py this imports the standard library alone and raises ValueError for what
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from .config import MPTConfig
@@ -18,13 +18,12 @@ ProblemType = Literal["regression", "single_label_classification", "multi_label_
 class HeadConfig(MPTConfig):
     """The architecture of an MPT that ends in a head; one of the three classes below.
 
-    Attributes:
-        architecture: transformers' class.
-        head: The head's module, a matrix and perhaps a bias; its weights are `HEAD.weight`, `HEAD.bias`.
-        has_bias: Whether there is one.
+    `architecture` is transformers' class and `task` its hub's word for what it does; `head` is the head's
+    module: a matrix, and a bias if `has_bias`.
     """
 
     architecture: ClassVar[str]
+    task: ClassVar[str]
     head: ClassVar[str]
     has_bias: ClassVar[bool] = True
 
@@ -104,6 +103,7 @@ class SequenceClassifierConfig(_LabelsConfig):
     """
 
     architecture: ClassVar[str] = "MptForSequenceClassification"
+    task: ClassVar[str] = "text-classification"
     head: ClassVar[str] = "score"
     has_bias: ClassVar[bool] = False
 
@@ -136,6 +136,7 @@ class TokenClassifierConfig(_LabelsConfig):
     """
 
     architecture: ClassVar[str] = "MptForTokenClassification"
+    task: ClassVar[str] = "token-classification"
     head: ClassVar[str] = "classifier"
 
     name: Literal["mpt_token_classification"] = "mpt_token_classification"
@@ -161,9 +162,15 @@ class SpanFinderConfig(HeadConfig):
     """
 
     architecture: ClassVar[str] = "MptForQuestionAnswering"
+    task: ClassVar[str] = "question-answering"
     head: ClassVar[str] = "qa_outputs"
 
     name: Literal["mpt_question_answering"] = "mpt_question_answering"
+
+
+def trunk_of(config: MPTConfig) -> MPTConfig:
+    """The architecture without its head, if it has one."""
+    return MPTConfig(**{field.name: getattr(config, field.name) for field in fields(MPTConfig)})
 
 
 HEADS: tuple[type[HeadConfig], ...] = (SequenceClassifierConfig, TokenClassifierConfig, SpanFinderConfig)
@@ -171,4 +178,4 @@ HEADS: tuple[type[HeadConfig], ...] = (SequenceClassifierConfig, TokenClassifier
 
 def head_named(word: str | None) -> type[HeadConfig] | None:
     """The head of a model's `name`, or of the name of transformers' class; None for any other word."""
-    return next((kind for kind in HEADS if word in (kind.name, kind.architecture)), None)
+    return next((kind for kind in HEADS if word in (vars(kind)["name"], kind.architecture)), None)

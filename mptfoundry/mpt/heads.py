@@ -28,12 +28,12 @@ class HeadOutput(NamedTuple):
 
     Attributes:
         loss: The mean loss, a float32 scalar; None without labels.
-        count: Over how many rows, tokens or spans that is the mean, a scalar; None without labels.
+        terms: Over how many rows, tokens or spans that is the mean, a scalar; None without labels.
         logits: (batch, outputs) of a sequence classifier, otherwise (batch, seq, outputs).
     """
 
     loss: torch.Tensor | None
-    count: torch.Tensor | None
+    terms: torch.Tensor | None
     logits: torch.Tensor
 
 
@@ -67,6 +67,10 @@ class _HeadNetwork(nn.Module):
             )
         mask = None if attention_mask is None else attention_mask.bool()
         return self.transformer(input_ids, number_documents(mask, None), None, None, max_documents)
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Map (..., d_model) to (..., outputs)."""
+        return self.get_submodule(self.config.head)(hidden)
 
 
 class SequenceClassifier(_HeadNetwork):
@@ -113,7 +117,7 @@ class SequenceClassifier(_HeadNetwork):
         else:
             positions = torch.arange(seq, device=input_ids.device)
             last = (positions * (input_ids != self.pad_token_id)).argmax(-1)
-        logits = self.score(hidden[torch.arange(batch, device=last.device), last])  # (batch, num_labels)
+        logits = self._head(hidden[torch.arange(batch, device=last.device), last])  # (batch, num_labels)
         if labels is None:
             return HeadOutput(None, None, logits)
         return HeadOutput(self._loss(_wide(logits), labels), torch.tensor(batch), logits)
@@ -158,7 +162,7 @@ class TokenClassifier(_HeadNetwork):
             self.config.classifier_dropout,
             self.training,
         )
-        logits = self.classifier(hidden)
+        logits = self._head(hidden)
         if labels is None:
             return HeadOutput(None, None, logits)
         loss, count = _mean_cross_entropy(logits.flatten(0, 1), labels.flatten(), IGNORED)
@@ -192,7 +196,7 @@ class SpanFinder(_HeadNetwork):
             Logits (batch, seq, 2) of first and last, the lowest number there is where padded; and with
             positions the mean of both losses, each over the rows that are learned.
         """
-        logits = self.qa_outputs(self._trunk(input_ids, attention_mask, max_documents))  # (batch, seq, 2)
+        logits = self._head(self._trunk(input_ids, attention_mask, max_documents))  # (batch, seq, 2)
         if attention_mask is not None:
             is_padding = ~attention_mask.bool()[..., None]
             logits = logits.masked_fill(is_padding, torch.finfo(logits.dtype).min)

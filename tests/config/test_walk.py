@@ -58,7 +58,7 @@ def test_all_problems_of_a_file_are_reported_at_once_in_the_order_of_its_lines(p
         ),
         (
             "eval_loader: {name: txt, dataset: {local: x}}",
-            "eval_loader.name: 'txt' is not known. Did you mean text? Allowed: text.",
+            "eval_loader.name: 'txt' is not known. Did you mean text? Allowed: text, labelled.",
         ),
         ("compile_config: yes", "compile_config: true is not allowed here. Expected a section or null."),
         (
@@ -133,7 +133,10 @@ def test_a_misspelled_name_still_has_its_keys_checked(problems: Problems) -> Non
 def test_every_missing_key_is_named_with_its_meaning(problems: Problems) -> None:
     said = problems(text="max_seq_len: 128\n")
     assert len(said) == 7
-    assert said[0] == "run.yaml: model: is missing. Expected a section with name: mpt_causal_lm. The network."
+    assert said[0] == (
+        "run.yaml: model: is missing. Expected a section with name: mpt_causal_lm, "
+        "mpt_sequence_classification, mpt_token_classification or mpt_question_answering. The network."
+    )
 
 
 def test_streams_can_be_taken_out_by_null(load: Callable[..., object]) -> None:

@@ -160,7 +160,7 @@ def test_padding_cannot_be_an_answer(padding: str) -> None:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.name)
-def test_the_mean_loss_is_that_of_its_parts_by_their_counts(config: HeadConfig) -> None:
+def test_the_mean_loss_is_that_of_its_parts_by_their_terms(config: HeadConfig) -> None:
     ours, _ = pair(config)
     ids, mask = rows("right")
     labels = labels_for(config)
@@ -169,8 +169,8 @@ def test_the_mean_loss_is_that_of_its_parts_by_their_counts(config: HeadConfig) 
     for row in range(ROWS):
         one = {name: value[row : row + 1] for name, value in labels.items()}
         parts.append(ours(ids[row : row + 1], attention_mask=mask[row : row + 1], **one))
-    assert whole.count == sum(part.count for part in parts)
-    mean = sum(part.loss * part.count for part in parts) / whole.count
+    assert whole.terms == sum(part.terms for part in parts)
+    mean = sum(part.loss * part.terms for part in parts) / whole.terms
     torch.testing.assert_close(mean, whole.loss)
 
 
@@ -179,7 +179,7 @@ def test_nothing_to_learn_is_no_loss() -> None:
     output = make_network(CONFIGS[2], seed=0)(
         torch.ones(1, 4, dtype=torch.int64), start_positions=outside, end_positions=outside
     )
-    assert output.loss == 0 and output.count == 0
+    assert output.loss == 0 and output.terms == 0
 
 
 def test_a_batch_of_texts_needs_a_padding_token_and_one_text_does_not() -> None:
