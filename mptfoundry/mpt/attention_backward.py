@@ -38,14 +38,21 @@ def _softmax_gradient(scores, weights, grad_weights, delta, kept, outer, dropout
 
 @triton.jit
 def _query_span(
-    grad_q, q, grad, level, delta, k, v, stride_k, stride_v, begin, end, keys, places_q, marks, marks_q,
-    slope, frame, inner, outer, window, seed, head, dropout, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_K:
+    grad_q, q, grad, level, delta, k, v, stride_k, stride_v, low, whole_low, whole_high, high, keys, places_q,
+    marks, marks_q, slope, frame, inner, outer, window, seed, head, dropout, HEAD_DIM: constexpr, WIDTH:
+    constexpr, BLOCK_K:
     constexpr, MASKED: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, EXACT:
     constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Adds what the key blocks of [begin, end), both multiples of BLOCK_K, give to the queries' gradients."""
-    for forth in range((end - begin) // BLOCK_K):
-        start = begin + forth * BLOCK_K
+    """Adds what key blocks give to the queries' gradients: those in [whole_low, whole_high), or the others.
+
+    All four bounds are multiples of BLOCK_K.
+    """
+    inner_keys = whole_high - whole_low
+    for forth in range((high - low - inner_keys if MASKED else inner_keys) // BLOCK_K):
+        start = (low if MASKED else whole_low) + forth * BLOCK_K
+        if MASKED:
+            start += tl.where(start >= whole_low, inner_keys, 0)
         places_k = start + tl.arange(0, BLOCK_K)
         k_block = load_rows(k, start, stride_k, keys, BLOCK_K, HEAD_DIM, WIDTH, MASKED)
         v_block = load_rows(v, start, stride_v, keys, BLOCK_K, HEAD_DIM, WIDTH, MASKED)
@@ -121,25 +128,13 @@ def backward_query_kernel(
     low = tl.minimum(tl.maximum(low, reached // BLOCK_K * BLOCK_K), whole_high)
     whole_low = tl.maximum(whole_low, low)
     grad_q_block = tl.zeros([BLOCK_Q, WIDTH], dtype=tl.float32)
-    if HAS_MARKS or HAS_WINDOW:
+    for masked in tl.static_range(2):
         grad_q_block = _query_span(
             grad_q_block, q_block, grad_block, level, own_delta, k, v, stride_ks, stride_vs, low, whole_low,
-            keys, places_q, marks, marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all,
-            dropout, HEAD_DIM, WIDTH, BLOCK_K, True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT, HAS_WINDOW,
-            HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            whole_high, high, keys, places_q, marks, marks_q, slope, frame, inner, outer, window, drawn_from,
+            head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K, masked, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT,
+            HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
-    grad_q_block = _query_span(
-        grad_q_block, q_block, grad_block, level, own_delta, k, v, stride_ks, stride_vs, whole_low,
-        whole_high, keys, places_q, marks, marks_q, slope, frame, inner, outer, window, drawn_from,
-        head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K, False, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT,
-        HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
-    )  # fmt: skip
-    grad_q_block = _query_span(
-        grad_q_block, q_block, grad_block, level, own_delta, k, v, stride_ks, stride_vs, whole_high, high,
-        keys, places_q, marks, marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout,
-        HEAD_DIM, WIDTH, BLOCK_K, True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP,
-        HAS_DROPOUT, PRECISION,
-    )  # fmt: skip
     store_rows(grad_q, grad_q_block * scale, begin, n_heads * HEAD_DIM, seq, BLOCK_Q, HEAD_DIM, WIDTH)
 
 
@@ -194,18 +189,21 @@ def _reached_by(reach, place, seq, REACH_BLOCK: constexpr):
 
 @triton.jit
 def _key_span(
-    grad_k, grad_v, q, grad, log_sum, delta, k, v, stride_q, stride_g, begin, end, seq, frame, past, places_k,
-    marks, marks_k, slope, inner, outer, window, seed, head, dropout,
+    grad_k, grad_v, q, grad, log_sum, delta, k, v, stride_q, stride_g, low, whole_low, whole_high, high, seq,
+    frame, past, places_k, marks, marks_k, slope, inner, outer, window, seed, head, dropout,
     HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr, MASKED: constexpr,
     HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW:
     constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Adds what the query blocks of [begin, end), both multiples of BLOCK_Q, give to the keys' gradients.
+    """Adds what query blocks give to the keys' gradients: those in [whole_low, whole_high), or the others.
 
-    Scores and weights stand transposed here, (keys, queries).
+    All four bounds are multiples of BLOCK_Q. Scores and weights stand transposed here, (keys, queries).
     """
-    for forth in range((end - begin) // BLOCK_Q):
-        start = begin + forth * BLOCK_Q
+    inner_queries = whole_high - whole_low
+    for forth in range((high - low - inner_queries if MASKED else inner_queries) // BLOCK_Q):
+        start = (low if MASKED else whole_low) + forth * BLOCK_Q
+        if MASKED:
+            start += tl.where(start >= whole_low, inner_queries, 0)
         rows = start + tl.arange(0, BLOCK_Q)
         places_q = past + rows
         q_block = load_rows(q, start, stride_q, seq, BLOCK_Q, HEAD_DIM, WIDTH, MASKED)
@@ -279,24 +277,14 @@ def backward_key_kernel(
             bounds, plane, own_reach, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, REACH_BLOCK,
             HAS_MARKS, HAS_PREFIX, HAS_WINDOW, SKIPS,
         )  # fmt: skip
-        grad_k_block, grad_v_block = _key_span(
-            grad_k_block, grad_v_block, own_q, own_grad, own_sum, own_delta, k_block, v_block, stride_qs,
-            stride_gs, low, whole_low, seq, begin, past, places_k, marks, marks_k, slope, inner, outer,
-            window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q, True, HAS_ALIBI, HAS_MARKS,
-            HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
-        )  # fmt: skip
-        grad_k_block, grad_v_block = _key_span(
-            grad_k_block, grad_v_block, own_q, own_grad, own_sum, own_delta, k_block, v_block, stride_qs,
-            stride_gs, whole_low, whole_high, seq, begin, past, places_k, marks, marks_k, slope, inner, outer,
-            window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q, False, HAS_ALIBI, HAS_MARKS,
-            HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
-        )  # fmt: skip
-        grad_k_block, grad_v_block = _key_span(
-            grad_k_block, grad_v_block, own_q, own_grad, own_sum, own_delta, k_block, v_block, stride_qs,
-            stride_gs, whole_high, high, seq, begin, past, places_k, marks, marks_k, slope, inner, outer,
-            window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q, True, HAS_ALIBI, HAS_MARKS,
-            HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
-        )  # fmt: skip
+        for masked in tl.static_range(2):
+            grad_k_block, grad_v_block = _key_span(
+                grad_k_block, grad_v_block, own_q, own_grad, own_sum, own_delta, k_block, v_block, stride_qs,
+                stride_gs, low, whole_low, whole_high, high, seq, begin, past, places_k, marks, marks_k,
+                slope, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q,
+                masked, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
+                PRECISION,
+            )  # fmt: skip
     kv_width = kv_heads * HEAD_DIM
     offset = (row.to(tl.int64) * keys * kv_heads + kv_head) * HEAD_DIM
     store_rows(grad_k + offset, grad_k_block * scale, begin, kv_width, keys, BLOCK_K, HEAD_DIM, WIDTH)

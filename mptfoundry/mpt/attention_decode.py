@@ -14,7 +14,7 @@ try:  # An exported folder is loaded where triton is not installed, too.
 except ImportError:
     raise
 
-from .attention_kernels import NOTHING, bias_of, is_visible, load_rows, marks_of_queries, scores_of
+from .attention_kernels import LOWEST, NOTHING, bias_of, is_visible, load_rows, marks_of_queries, scores_of
 
 
 @triton.jit(do_not_specialize=["seq", "keys", "parts", "keys_of_part"])
@@ -53,7 +53,7 @@ def decode_kernel(
 
     acc = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
-    highest = tl.full([ROWS], NOTHING, dtype=tl.float32)
+    highest = tl.full([ROWS], LOWEST, dtype=tl.float32)
     begin, end = part * keys_of_part, tl.minimum((part + 1) * keys_of_part, keys)
     for start in range(begin, end, BLOCK_K):
         places_k = start + tl.arange(0, BLOCK_K)
@@ -71,8 +71,7 @@ def decode_kernel(
         )  # fmt: skip
         scores = tl.where(visible, scores, NOTHING)
         now = tl.maximum(highest, tl.max(scores, 1))
-        level = tl.where(now == NOTHING, 0.0, now)
-        weights, shrink = tl.exp2(scores - level[:, None]), tl.exp2(highest - level)
+        weights, shrink = tl.exp2(scores - now[:, None]), tl.exp2(highest - now)
         total = total * shrink + tl.sum(weights, 1)
         acc = tl.dot(weights.to(v_block.dtype), v_block, acc * shrink[:, None], input_precision=PRECISION)
         highest = now
@@ -80,7 +79,7 @@ def decode_kernel(
     sees = total > 0
     safe = tl.where(sees, total, 1.0)
     place = (row * parts + part).to(tl.int64) * n_heads * seq + kv_head * GROUP * seq + rows
-    tl.store(partial_sum + place, tl.where(sees, highest + tl.log2(safe), NOTHING), mask=inside)
+    tl.store(partial_sum + place, tl.where(sees, highest + tl.log2(safe), LOWEST), mask=inside)
     tl.store(partial + place[:, None] * HEAD_DIM + columns[None, :], acc / safe[:, None],
              mask=inside[:, None] & (columns < HEAD_DIM)[None, :])  # fmt: skip
 
@@ -95,9 +94,9 @@ def join_kernel(
     head, query = rest // seq, rest % seq
     number, columns = tl.arange(0, PARTS), tl.arange(0, WIDTH)
     places = (row * parts + number).to(tl.int64) * n_heads * seq + rest
-    logarithms = tl.load(partial_sum + places, mask=number < parts, other=NOTHING)
+    logarithms = tl.load(partial_sum + places, mask=number < parts, other=LOWEST)
     highest = tl.max(logarithms)
-    weights = tl.exp2(logarithms - tl.where(highest == NOTHING, 0.0, highest))
+    weights = tl.exp2(logarithms - highest)
     total = tl.sum(weights)
     inside = (number < parts)[:, None] & (columns < HEAD_DIM)[None, :]
     block = tl.load(partial + places[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)

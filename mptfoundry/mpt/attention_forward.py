@@ -10,6 +10,7 @@ except ImportError:
     raise
 
 from .attention_kernels import (
+    LOWEST,
     NOTHING,
     bias_of,
     is_kept,
@@ -48,10 +49,8 @@ def _forward_span(
             )  # fmt: skip
             scores = tl.where(visible, scores, NOTHING)
         now = tl.maximum(highest, tl.max(scores, 1))
-        # A row that has seen nothing yet stays at zero weight.
-        level = tl.where(now == NOTHING, 0.0, now) if MASKED else now
-        weights = tl.exp2(scores - level[:, None])
-        shrink = tl.exp2(highest - level)
+        weights = tl.exp2(scores - now[:, None])
+        shrink = tl.exp2(highest - now)
         total = total * shrink + tl.sum(weights, 1)
         if HAS_DROPOUT:
             kept = is_kept(seed, head, places_q[:, None], places_k[None, :], dropout)
@@ -70,7 +69,7 @@ def _stop(highest, q, inside, longest, slope, frame, inner, outer, bits, HAS_SOF
     """
     norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)) * longest
     bound = tl.minimum(outer, outer * inner * norm) if HAS_SOFTCAP else outer * norm
-    gap = tl.max(tl.where(inside & (highest > NOTHING), bound * 1.001 - highest, NOTHING))
+    gap = tl.max(tl.where(inside & (highest > LOWEST), bound * 1.001 - highest, NOTHING))
     return tl.minimum(tl.maximum(frame - (gap + bits) / slope, 0.0), frame)
 
 
@@ -113,31 +112,24 @@ def forward_kernel(
 
     acc = tl.zeros([BLOCK_Q, WIDTH], dtype=tl.float32)
     total = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    highest = tl.full([BLOCK_Q], NOTHING, dtype=tl.float32)
-    acc, total, highest = _forward_span(
-        acc, total, highest, q_block, k, v, stride_ks, stride_vs, whole_high, high, keys, places_q, marks,
-        marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH,
-        BLOCK_K, True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
-        PRECISION,
-    )  # fmt: skip
-    if SKIPS:
-        longest_key = tl.load(longest + row * (n_heads // GROUP) + head // GROUP)
-        stop = _stop(highest, q_block, rows < seq, longest_key, slope, frame, inner, outer, bits, HAS_SOFTCAP)
-        low = tl.minimum(tl.maximum(low, stop.to(tl.int32) // BLOCK_K * BLOCK_K), whole_high)
-        whole_low = tl.maximum(whole_low, low)
-    acc, total, highest = _forward_span(
-        acc, total, highest, q_block, k, v, stride_ks, stride_vs, whole_low, whole_high, keys, places_q,
-        marks, marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH,
-        BLOCK_K, False, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
-        PRECISION,
-    )  # fmt: skip
-    if HAS_MARKS or HAS_WINDOW:
-        acc, total, highest = _forward_span(
-            acc, total, highest, q_block, k, v, stride_ks, stride_vs, low, whole_low, keys, places_q, marks,
-            marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH,
-            BLOCK_K, True, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
-            PRECISION,
-        )  # fmt: skip
+    highest = tl.full([BLOCK_Q], LOWEST, dtype=tl.float32)
+    for span in tl.static_range(3):  # the edge at the diagonal, whole blocks, the edge on the left
+        if span == 1 and SKIPS:
+            longest_key = tl.load(longest + row * (n_heads // GROUP) + head // GROUP)
+            stop = _stop(
+                highest, q_block, rows < seq, longest_key, slope, frame, inner, outer, bits, HAS_SOFTCAP
+            )
+            low = tl.minimum(tl.maximum(low, stop.to(tl.int32) // BLOCK_K * BLOCK_K), whole_high)
+            whole_low = tl.maximum(whole_low, low)
+        if span < 2 or (HAS_MARKS or HAS_WINDOW):
+            acc, total, highest = _forward_span(
+                acc, total, highest, q_block, k, v, stride_ks, stride_vs,
+                whole_high if span == 0 else whole_low if span == 1 else low,
+                high if span == 0 else whole_high if span == 1 else whole_low,
+                keys, places_q, marks, marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all,
+                dropout, HEAD_DIM, WIDTH, BLOCK_K, span != 1, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT,
+                HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            )  # fmt: skip
 
     sees = total > 0
     logarithm = highest + tl.log2(tl.where(sees, total, 1.0)) - shift_of(slope, places_q, frame, EXACT)

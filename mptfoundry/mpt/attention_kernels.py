@@ -31,6 +31,7 @@ except ImportError:
     raise
 
 NOTHING = constexpr(float("-inf"))
+LOWEST = constexpr(-1e30)  # what a row begins with: lower than any score, and its differences are numbers
 
 
 @triton.jit
