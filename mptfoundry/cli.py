@@ -92,6 +92,13 @@ def _export(words: list[str]) -> None:
     print(export(**vars(options)))
 
 
+def _import(words: list[str]) -> None:
+    options = _options(words, "ImportConfig", "source", "out")
+    from mptfoundry.export.importing import import_model
+
+    print(import_model(**vars(options)))
+
+
 def _generate(words: list[str]) -> None:
     options = _options(words, "GenerateConfig", "model", rest="prompts")
     if not options.prompts:
@@ -218,6 +225,13 @@ VERBS = {
         "RUN_OR_CHECKPOINT OUT [key=value ...]",
         "mptfoundry export runs/mpt-125m hf/mpt-125m dtype=bf16",
         "ExportConfig",
+    ),
+    "import": Verb(
+        _import,
+        "write a Hugging Face folder, or llm-foundry's checkpoint, as a run to start from",
+        "SOURCE OUT [key=value ...]",
+        "mptfoundry import mpt-7b-hf runs/mpt-7b",
+        "ImportConfig",
     ),
     "generate": Verb(
         _generate,

@@ -188,11 +188,6 @@ def _plain_arguments(
     config: TrainConfig, resolved: Resolved, device: Device, *, has_weights: bool
 ) -> dict[str, Any]:
     """The Trainer's arguments that the config gives as they are; `has_weights`: there is nothing to load."""
-    load_path = None
-    if config.load_path is not None and not has_weights:
-        load_path = config.load_path.format(rank=dist.get_global_rank(), run_name=config.run_name)
-        if not urlparse(load_path).scheme and not Path(load_path).exists():
-            raise CheckpointError(f"load_path: {load_path} is missing. Name a checkpoint, or remove the key.")
     return {
         "device": device.kind,
         "run_name": config.run_name,
@@ -218,11 +213,26 @@ def _plain_arguments(
         "save_weights_only": config.save_weights_only,
         "save_ignore_keys": config.save_ignore_keys and list(config.save_ignore_keys),
         "autoresume": config.resumes,
-        "load_path": load_path,
+        "load_path": None if has_weights else _load_path(config),
         "load_weights_only": config.load_weights_only,
         "load_strict_model_weights": config.load_strict_model_weights,
         "load_ignore_keys": config.load_ignore_keys and list(config.load_ignore_keys),
     }
+
+
+def _load_path(config: TrainConfig) -> str | None:
+    """The checkpoint to start from, which is there and of a kind that Composer loads."""
+    if config.load_path is None:
+        return None
+    path = config.load_path.format(rank=dist.get_global_rank(), run_name=config.run_name)
+    if not urlparse(path).scheme and not Path(path).exists():
+        raise CheckpointError(f"load_path: {path} is missing. Name a checkpoint, or remove the key.")
+    if Path(path).is_file() and config.fsdp_config and config.fsdp_config.state_dict_type == "sharded":
+        raise CheckpointError(
+            f"load_path: {path} is one file, and fsdp_config.state_dict_type: sharded loads folders. For its "
+            "weights alone, name it in model.pretrained_model_name_or_path instead."
+        )
+    return path
 
 
 def _is_finished(trainer: Trainer) -> bool:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
+from torch import nn
 
 from mptfoundry.checkpoints.architecture import RUN_CONFIG, config_of_run, overridden, read_run, run_of
 from mptfoundry.checkpoints.folders import confined
@@ -16,9 +17,11 @@ from mptfoundry.checkpoints.hf_folder import FolderWeights
 from mptfoundry.checkpoints.names import find_checkpoint
 from mptfoundry.checkpoints.sharded import ShardedWeights
 from mptfoundry.checkpoints.torch_files import open_composer_file
+from mptfoundry.checkpoints.vocabulary import with_rows
 from mptfoundry.checkpoints.weights import EMBEDDING, POSITIONS, PROJECTION, Weights
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.mpt.config import MPTConfig
+from mptfoundry.mpt.head_config import HeadConfig
 
 if TYPE_CHECKING:
     from mptfoundry.mpt.network import MPT
@@ -97,14 +100,27 @@ def load_network(
         The network in eval mode, and the tokenizer or None where there is none.
 
     Raises:
-        CheckpointError: As `open_model`.
+        CheckpointError: As `open_model`, or the model ends in a head.
         ConfigError: As `network_of`.
     """
-    source = open_model(path)
-    if config_overrides:
-        source = replace(source, config=overridden(source.config, config_overrides))
-        check_weights(source)
-    return network_of(source, device=device, dtype=dtype, attn_impl=attn_impl), tokenizer_of(source)
+    source = with_overrides(open_model(path), config_overrides or {})
+    if isinstance(source.config, HeadConfig):
+        raise CheckpointError(f"{path}: it ends in a head ({source.config.architecture}) and makes no text.")
+    network = network_of(source, device=device, dtype=dtype, attn_impl=attn_impl)
+    return cast("MPT", network), tokenizer_of(source)
+
+
+def with_overrides(source: ModelSource, overrides: Mapping[str, Any]) -> ModelSource:
+    """The model with some switches changed; another `vocab_size` cuts its embedding, or pads it.
+
+    Raises:
+        CheckpointError: There is no such switch, or the weights don't fit the architecture any more.
+    """
+    wanted = overridden(source.config, overrides)
+    config = replace(wanted, vocab_size=source.config.vocab_size)
+    changed = with_rows(replace(source, config=config), wanted.vocab_size)
+    check_weights(changed)
+    return changed
 
 
 def network_of(
@@ -114,7 +130,7 @@ def network_of(
     dtype: torch.dtype | None = None,
     compute_dtype: torch.dtype | None = None,
     attn_impl: AttnImpl = "auto",
-) -> MPT:
+) -> nn.Module:
     """The network of an opened model, in eval mode; its weights are read one by one.
 
     `compute_dtype` is what autocast will compute in; by default it is the weights'.
@@ -123,7 +139,7 @@ def network_of(
         ConfigError: The attention backend that is asked for can't serve this model on this device.
     """
     from mptfoundry.mpt.backends import choose_backend
-    from mptfoundry.mpt.network import MPT
+    from mptfoundry.mpt.heads import make_network
 
     config = replace(source.config, attn_config=replace(source.config.attn_config, attn_impl=attn_impl))
     dtype = dtype or source.weights.outlines[EMBEDDING].dtype
@@ -132,7 +148,7 @@ def network_of(
         choose_backend(config, torch.device(device).type, computes_in)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    network = MPT(config, device="meta")
+    network = make_network(config, device="meta")
     network.to(dtype).to_empty(device=device)
     targets = dict(network.named_parameters())
     with torch.no_grad():

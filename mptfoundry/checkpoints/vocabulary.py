@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 
-from mptfoundry.checkpoints.reading import ModelSource
 from mptfoundry.checkpoints.weights import EMBEDDING, PROJECTION, Rows, TensorOutline, Weights
+
+if TYPE_CHECKING:
+    from mptfoundry.checkpoints.reading import ModelSource
 
 _ROWS_ARE_TOKENS = (EMBEDDING, PROJECTION)
 

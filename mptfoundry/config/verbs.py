@@ -142,6 +142,33 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """Write a Hugging Face folder, or llm-foundry's checkpoint, as a run to start from.
+
+    Attributes:
+        source: A Hugging Face folder, its name on the hub, a run folder, or a Composer checkpoint, whole or
+            sharded.
+        out: The folder to write.
+        revision: Branch, tag or commit of a name on the hub. Default: its main branch.
+        config: A folder, `config.json` or YAML with the architecture, where the source does not tell it.
+        config_overrides: Switches of the architecture to change, such as `max_seq_len`. Another `vocab_size`
+            cuts the embedding at its end, or pads it with the mean of its rows.
+        tokenizer: Folder of a tokenizer, or its name on the hub. Default: the source's.
+        dtype: Number format of the weights.
+        overwrite: Replace a folder that is there.
+    """
+
+    source: str
+    out: str
+    revision: str | None = None
+    config: str | None = None
+    config_overrides: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str | None = None
+    dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     """Continue a text, or talk.
 
