@@ -55,7 +55,8 @@ def decode_kernel(
     total = tl.zeros([ROWS], dtype=tl.float32)
     highest = tl.full([ROWS], LOWEST, dtype=tl.float32)
     begin, end = part * keys_of_part, tl.minimum((part + 1) * keys_of_part, keys)
-    for start in range(begin, end, BLOCK_K):
+    for forth in range(tl.cdiv(end - begin, BLOCK_K)):
+        start = begin + forth * BLOCK_K
         places_k = start + tl.arange(0, BLOCK_K)
         k_block = load_rows(k, start, stride_ks, end, BLOCK_K, HEAD_DIM, WIDTH, True)
         v_block = load_rows(v, start, stride_vs, end, BLOCK_K, HEAD_DIM, WIDTH, True)

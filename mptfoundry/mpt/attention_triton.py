@@ -57,8 +57,9 @@ def attend(
     window = -1 if context.window is None else context.window
     softcap = context.softcap or 0.0
     has_prefix = context.prefix is not None
+    is_decoding = context.cache is not None and seq * (n_heads // kv_heads) <= _MOST_DECODING_ROWS
     needs_grad = torch.is_grad_enabled() and query.requires_grad
-    if context.cache is not None and not needs_grad and seq * (n_heads // kv_heads) <= _MOST_DECODING_ROWS:
+    if is_decoding and not needs_grad and context.dropout == 0:
         return torch.ops.__getattr__(_NAMESPACE).decode(
             query, key, value, context.slopes, marks, context.scale, window, softcap, has_prefix
         )
