@@ -4,7 +4,8 @@ A sample is `{"input_ids": (tokens,) int64 array, "sample_id": int}` of at most 
 `input_ids` (batch, seq) int64; `labels` (batch, seq) int64, aligned with input_ids, -100 where padded;
 `sample_id` (batch,) int64; `attention_mask` (batch, seq) bool if something is padded, always at the end;
 `sequence_id` (batch, seq) int64 if documents must not see one another; with either of these the number
-`max_documents`: no row holds more.
+`max_documents`: no row holds more. Rows of examples also bring `row_tokens` and `row_learned`, a list each:
+tokens of each row, and how many labels of it are learned once shifted by one.
 """
 
 from __future__ import annotations
@@ -56,6 +57,72 @@ class TextCollator:
             begins = (sequence_id[:, 1:] != sequence_id[:, :-1]) & torch.from_numpy(is_text[:, 1:])
             batch |= {"sequence_id": sequence_id, "max_documents": 1 + int(begins.sum(1).max())}
         return batch
+
+
+@dataclass(frozen=True)
+class RowCollator:
+    """Lay the examples of each row end to end; pad rows at the end.
+
+    A row is `{"examples": [(ids, learned), ...], "sample_id": int}`, ids (tokens,) int64 and learned
+    (tokens,) bool. Examples of a row do not see one another: they are told apart by `sequence_id`, and no
+    example's first token is learned from the one before. A row without examples, which stands where a rank
+    has none left, is a token of which nothing is learned, and counts as no row.
+
+    Attributes:
+        max_seq_len: The most tokens of a row, and the length of all rows unless padding is trimmed.
+        pad_token_id: What fills short rows.
+        trims_padding: Cut rows behind the longest of the batch, to a multiple of 8 tokens.
+    """
+
+    max_seq_len: int
+    pad_token_id: int = 0
+    trims_padding: bool = False
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Make a batch (see the head of this file) of rows."""
+        nothing = (np.array([self.pad_token_id]), np.array([False]))
+        laid = [row["examples"] or [nothing] for row in rows]
+        lengths = [[len(ids) for ids, _ in examples] for examples in laid]
+        tokens = np.array([sum(each) for each in lengths])
+        width = (
+            min(self.max_seq_len, -(-int(tokens.max()) // 8) * 8) if self.trims_padding else self.max_seq_len
+        )
+        input_ids = np.full((len(rows), width), self.pad_token_id, np.int64)
+        labels = np.full((len(rows), width), NOT_LEARNED, np.int64)
+        sequence_id = np.zeros((len(rows), width), np.int64)
+        for row, examples in enumerate(laid):
+            ids = np.concatenate([ids for ids, _ in examples])
+            learned = np.concatenate([learned for _, learned in examples])
+            learned[np.cumsum([0, *lengths[row][:-1]])] = False
+            input_ids[row, : len(ids)] = ids
+            labels[row, : len(ids)][learned] = ids[learned]
+            sequence_id[row] = len(examples) - 1
+            sequence_id[row, : len(ids)] = np.arange(len(examples)).repeat(lengths[row])
+        batch: dict[str, Any] = {
+            "input_ids": torch.from_numpy(input_ids),
+            "labels": torch.from_numpy(labels),
+            "sample_id": torch.tensor([row["sample_id"] for row in rows], dtype=torch.int64),
+            "max_documents": max(len(examples) for examples in laid),
+            "row_tokens": [int(n) if row["examples"] else 0 for n, row in zip(tokens, rows, strict=True)],
+            "row_learned": (labels != NOT_LEARNED).sum(1).tolist(),
+        }
+        if (tokens < width).any():
+            batch["attention_mask"] = torch.from_numpy(np.arange(width) < tokens[:, None])
+        if batch["max_documents"] > 1:
+            batch["sequence_id"] = torch.from_numpy(sequence_id)
+        return batch
+
+
+def count_row_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
+    """Tokens in a batch of rows of examples, padding left out (`total`), and how many labels its mean loss
+    divides by (`loss_generating`). Both are numbers of the host: no device is waited for.
+    """
+    return {"total": sum(batch["row_tokens"]), "loss_generating": sum(batch["row_learned"])}
+
+
+def count_rows(batch: Mapping[str, Any]) -> int:
+    """Rows in a batch of rows of examples, without those that stand for none."""
+    return sum(tokens > 0 for tokens in batch["row_tokens"])
 
 
 def sequence_ids(
