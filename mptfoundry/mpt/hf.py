@@ -69,7 +69,7 @@ class MPTFoundryConfig(PretrainedConfig):
     """
 
     model_type = "mptfoundry"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "hidden_size": "d_model",
         "max_position_embeddings": "max_seq_len",
@@ -180,8 +180,8 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = MPTFoundryConfig  # type: ignore[assignment]
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _no_split_modules = ("CheckpointedBlock",)  # type: ignore[assignment]
-    _skip_keys_device_placement = ("past_key_values",)  # type: ignore[assignment]
+    _no_split_modules = ["CheckpointedBlock"]  # type: ignore[assignment]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # type: ignore[assignment]  # noqa: RUF012
     _supports_cache_class = True
     _supports_quantized_cache = True
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # type: ignore[assignment]  # noqa: RUF012

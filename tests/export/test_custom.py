@@ -248,9 +248,18 @@ def test_several_folders_and_the_package_live_in_one_process(
         torch.testing.assert_close(model(ids).logits, network(name)(ids).logits)
 
 
-def test_device_map(folders: Path, load_here: Callable[..., Any]) -> None:
-    pytest.importorskip("accelerate")
-    model = load_here(folders / "steep_slopes", device_map="cpu")
+@pytest.mark.parametrize("blocks", ["cpu", "disk"])
+def test_a_model_may_lie_in_several_places(
+    folders: Path, load_here: Callable[..., Any], tmp_path: Path, blocks: str
+) -> None:
+    pytest.importorskip("accelerate", reason="transformers' device_map needs it")
+    places = {"transformer": "cpu", "lm_head": "cpu"}
+    if blocks == "disk":
+        parts = ("wte", "emb_drop", "norm_f", "blocks.0")
+        places = {"lm_head": "cpu", **{f"transformer.{part}": "cpu" for part in parts}}
+        places["transformer.blocks.1"] = "disk"
+    model = load_here(folders / "steep_slopes", device_map=places, offload_folder=tmp_path / "disk")
+    assert model.transformer.blocks[1].ffn.up_proj.weight.is_meta == (blocks == "disk")
     ids = torch.arange(9)[None]
     torch.testing.assert_close(model(ids).logits, network("steep_slopes")(ids).logits)
 

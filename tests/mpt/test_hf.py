@@ -230,6 +230,20 @@ def test_training_gives_the_networks_gradients(architecture: str) -> None:
         assert torch.equal(parameter.grad, theirs[name].grad)
 
 
+def test_transformers_trainer_trains_and_evaluates_it(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    from transformers import Trainer, TrainingArguments
+
+    _, model = pair("steep slopes")
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(8, 12)]
+    options = {"use_cpu": True, "report_to": [], "save_strategy": "no", "learning_rate": 1e-2}
+    arguments = TrainingArguments(str(tmp_path), num_train_epochs=3, gradient_checkpointing=True, **options)
+    trainer = Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] < before
+
+
 class Doubled(nn.Linear):
     """As an adapter is: its weight alone is not what it computes."""
 
