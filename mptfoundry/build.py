@@ -24,7 +24,7 @@ from composer.utils.parallelism import FSDP2Config, FSDPConfig
 
 from mptfoundry.checkpoints.architecture import differing, leaves
 from mptfoundry.checkpoints.hub import locate
-from mptfoundry.checkpoints.reading import ModelSource, open_model
+from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model
 from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.checkpoints.vocabulary import with_rows
 from mptfoundry.config import signatures
@@ -38,6 +38,7 @@ from mptfoundry.data.text import build_text_loader
 from mptfoundry.devices import Device
 from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
+from mptfoundry.export.folder import export_weights
 from mptfoundry.generation import generate_text
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.heads import ComposerHead
@@ -339,14 +340,19 @@ def build_algorithms(config: TrainConfig) -> list[Algorithm]:
     return [clipping, *(_make(ALGORITHMS, name, kwargs) for name, kwargs in given.items())]
 
 
-def build_callbacks(config: TrainConfig, tokenizer: Any) -> list[Callback]:
-    """The callbacks that the config names; the one that generates text is given the means to."""
+def build_callbacks(config: TrainConfig, tokenizer: Any, run_folder: Path) -> list[Callback]:
+    """The callbacks that the config names; those that generate text or export are given the means to."""
     given = {name: dict(kwargs) for name, kwargs in config.callbacks.items()}
     if "generate_callback" in given:
         kwargs = given["generate_callback"]
         names = {field.name for field in fields(GenerateConfig)} - {"prompts"}
         sampling = {"max_new_tokens": 50, **{key: kwargs.pop(key) for key in names & set(kwargs)}}
         kwargs["generate"] = partial(_generate_text, tokenizer=tokenizer, sampling=sampling)
+    if "hf_checkpointer" in given:
+        kwargs, network = given["hf_checkpointer"], config.model.network()
+        kwargs |= {"run_folder": run_folder, "names": frozenset(expected_shapes(network))}
+        overwrite = kwargs.get("overwrite", True)
+        kwargs["write"] = partial(export_weights, config=network, run_folder=run_folder, overwrite=overwrite)
     return [_make(CALLBACKS, name, kwargs) for name, kwargs in given.items()]
 
 

@@ -76,7 +76,7 @@ def train(config: TrainConfig) -> Trainer:
         optimizers=build.build_optimizer(config, model),
         schedulers=build.build_scheduler(config),
         algorithms=build.build_algorithms(config),
-        callbacks=[throughput, AverageGradients(), *build.build_callbacks(config, tokenizer)],
+        callbacks=[throughput, AverageGradients(), *build.build_callbacks(config, tokenizer, folder)],
         loggers=[*build.build_loggers(config), *_own_loggers(config, folder)],
         parallelism_config=build.build_parallelism(config, resolved, device),
         **_plain_arguments(config, resolved, device, has_weights=source is not None),

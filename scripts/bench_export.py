@@ -39,8 +39,8 @@ GIB = 2**30
 CHUNK = 1 << 24
 DEFAULTS = {"layers": "2,4,8", "d_model": "4096", "heads": "32", "vocab": "50432", "kind": "whole,sharded"}
 ROW = (
-    "{kind:<8} {layers:>6} {weights_gib:>7.2f}Gi {checkpoint_gib:>8.2f}Gi {peak_gib:>7.2f}Gi {own_gib:>7.2f}Gi "
-    "{export_seconds:>7.1f}s {copy_seconds:>7.1f}s {all_seconds:>7.1f}s"
+    "{kind:<8} {layers:>6} {weights_gib:>7.2f}Gi {checkpoint_gib:>8.2f}Gi {peak_gib:>7.2f}Gi "
+    "{own_gib:>7.2f}Gi {export_seconds:>7.1f}s {copy_seconds:>7.1f}s {all_seconds:>7.1f}s"
 )
 EXPORT = """
 import json, sys

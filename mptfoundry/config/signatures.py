@@ -21,6 +21,7 @@ CALLBACKS: dict[str, str] = {
     "activation_monitor": "composer.callbacks.activation_monitor:ActivationMonitor",
     "early_stopper": "composer.callbacks.early_stopper:EarlyStopper",
     "generate_callback": "mptfoundry.callbacks.samples:Generate",
+    "hf_checkpointer": "mptfoundry.callbacks.hf_export:HFExport",
     "lr_monitor": "composer.callbacks.lr_monitor:LRMonitor",
     "memory_monitor": "composer.callbacks.memory_monitor:MemoryMonitor",
     "memory_snapshot": "composer.callbacks.memory_snapshot:MemorySnapshot",
@@ -46,7 +47,6 @@ ALGORITHMS: dict[str, str] = {
     "gradient_clipping": "composer.algorithms.gradient_clipping.gradient_clipping:GradientClipping",
 }
 _MIX = "a run has one data mix. Start a second run from load_path."
-_CHECKPOINTS = "checkpoints are exported afterwards. Use `mptfoundry export`."
 _REMOVE = "nothing here does what it does. Remove it."
 # What llm-foundry has beyond Composer's, and why it is not here.
 REFUSED_CALLBACKS: dict[str, str] = {
@@ -57,7 +57,6 @@ REFUSED_CALLBACKS: dict[str, str] = {
     "eval_output_logging": _REMOVE,
     "fdiff_metrics": "metrics.jsonl has every value to take differences of. Remove it.",
     "global_lr_scaling": "give the learning rate itself.",
-    "hf_checkpointer": _CHECKPOINTS,
     "kill_loss_spike": _REMOVE,
     "layer_freezing": "patterns in optimizer.disable_grad say which parameters stay as they are.",
     "load_checkpoint": "give load_path.",
@@ -78,7 +77,10 @@ REFUSED_ALGORITHMS: dict[str, str] = {
 # Packages that a logger imports when it starts, and what installs them.
 PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "cometml": "comet_ml"}
 # Arguments that the builder gives by itself, by class.
-GIVEN: dict[str, tuple[str, ...]] = {"mptfoundry.callbacks.samples:Generate": ("generate",)}
+GIVEN: dict[str, tuple[str, ...]] = {
+    "mptfoundry.callbacks.samples:Generate": ("generate",),
+    "mptfoundry.callbacks.hf_export:HFExport": ("write", "run_folder", "names"),
+}
 # Arguments that the builder takes beside the class's own, by class, with their annotations.
 EXTRA: dict[str, dict[str, str]] = {
     "mptfoundry.callbacks.samples:Generate": {
@@ -91,6 +93,7 @@ EXTRA: dict[str, dict[str, str]] = {
 }
 CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
     ("gradient_clipping", "clipping_type"): ("norm", "value"),
+    ("hf_checkpointer", "precision"): ("float32", "float16", "bfloat16"),
 }
 
 

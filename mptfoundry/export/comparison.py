@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from mptfoundry.checkpoints.hf_folder import FolderWeights
 from mptfoundry.checkpoints.reading import ModelSource, network_of
-from mptfoundry.checkpoints.weights import EMBEDDING, PROJECTION, TensorOutline, Weights
+from mptfoundry.checkpoints.weights import EMBEDDING, PROJECTION, Rows, TensorOutline, Weights
 from mptfoundry.devices import total_memory
 from mptfoundry.errors import CheckpointError
 from mptfoundry.export.shards import bytes_of
@@ -89,15 +89,15 @@ def compare_logits(
     """
     longest = min(_LONGEST, source.config.max_seq_len)
     ids = torch.tensor([tokenizer(_TEXT, truncation=True, max_length=longest)["input_ids"]])
-    rows, memory_bytes = None, memory_bytes or _affordable_bytes()
+    words, memory_bytes = None, memory_bytes or _affordable_bytes()
     cut = source.config
     if 8 * count_parameters(cut) > memory_bytes:
-        rows, ids = ids.unique(return_inverse=True)
-        cut = replace(cut, vocab_size=len(rows))
+        words, ids = ids.unique(return_inverse=True)
+        cut = replace(cut, vocab_size=len(words))
         cut = replace(cut, n_layers=_layers_within(cut, memory_bytes))
-    ours = replace(source, config=cut, weights=_Part(source.weights, rows))
+    ours = replace(source, config=cut, weights=_Part(source.weights, words))
     exact, rounded = _our_logits(ours, ids, dtype)
-    theirs_float32, theirs = _their_logits(folder, ids, cut, rows)
+    theirs_float32, theirs = _their_logits(folder, ids, cut, words)
     comparison = Comparison(
         tokens=ids.shape[1],
         layers=cut.n_layers,
@@ -134,19 +134,19 @@ def _layers_within(config: MPTConfig, memory_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class _Part:
-    """Weights with some rows of the vocabulary; all of them where `rows` is None."""
+    """Weights with some words of the vocabulary; all of them where `words` is None."""
 
     weights: Weights
-    rows: torch.Tensor | None
+    words: torch.Tensor | None
 
     @property
     def outlines(self) -> Mapping[str, TensorOutline]:
         return self.weights.outlines
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> torch.Tensor:
-        if self.rows is None or name not in (EMBEDDING, PROJECTION):
-            return self.weights.read(name, dtype)
-        tensor = self.weights.read(name)[self.rows]
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
+        if self.words is None or name not in (EMBEDDING, PROJECTION):
+            return self.weights.read(name, dtype, rows)
+        tensor = self.weights.read(name)[self.words if rows is None else self.words[slice(*rows)]]
         return tensor.to(dtype or tensor.dtype)
 
 
@@ -164,7 +164,7 @@ def _our_logits(
 
 @torch.inference_mode()
 def _their_logits(
-    folder: Path, ids: torch.Tensor, cut: MPTConfig, rows: torch.Tensor | None
+    folder: Path, ids: torch.Tensor, cut: MPTConfig, words: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the folder's classes in float32 and in float64."""
     from transformers import AutoTokenizer
@@ -174,7 +174,7 @@ def _their_logits(
     their_logging.set_verbosity_error()
     try:
         AutoTokenizer.from_pretrained(folder)
-        model = _load(folder) if rows is None else _load_part(folder, cut, rows)
+        model = _load(folder) if words is None else _load_part(folder, cut, words)
     finally:
         their_logging.set_verbosity(before)
     model.eval()
@@ -197,12 +197,12 @@ def _load(folder: Path) -> Any:
     return class_of(folder).from_pretrained(folder, torch_dtype=torch.float32)
 
 
-def _load_part(folder: Path, cut: MPTConfig, rows: torch.Tensor) -> Any:
+def _load_part(folder: Path, cut: MPTConfig, words: torch.Tensor) -> Any:
     """The folder's model with fewer layers and words; `from_pretrained` can't leave out the latter."""
     kind = class_of(folder)
     sizes = {"n_layers": cut.n_layers, "vocab_size": cut.vocab_size}
     model = kind(kind.config_class.from_pretrained(folder, **sizes))
-    weights = _Part(FolderWeights(folder), rows)
+    weights = _Part(FolderWeights(folder), words)
     for name, parameter in model.named_parameters():
         parameter.data = weights.read(name, torch.float32)
     return model

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model, tokenizer_of
-from mptfoundry.checkpoints.weights import EMBEDDING
+from mptfoundry.checkpoints.weights import EMBEDDING, Rows, TensorOutline
 from mptfoundry.checkpoints.writing import refuse_what_is_there, whole_or_absent
 from mptfoundry.errors import CheckpointError
 from mptfoundry.export.card import model_card
@@ -145,6 +146,44 @@ def export(
         seconds=seconds,
         comparison=comparison,
     )
+
+
+def export_weights(
+    weights: Mapping[str, torch.Tensor],
+    checkpoint: str,
+    out: Path,
+    *,
+    config: MPTConfig,
+    run_folder: Path,
+    overwrite: bool,
+) -> ExportSummary:
+    """Write weights that are in memory, those of a run in progress, as a Hugging Face folder.
+
+    Args:
+        weights: On the CPU, by name, in the dtype of the folder.
+        checkpoint: What a checkpoint of that moment would be called.
+        out: The folder to write.
+        config: The architecture.
+        run_folder: The run's, with its tokenizer and its metrics.
+        overwrite: Replace a folder that is there.
+    """
+    source = ModelSource(
+        run_folder / checkpoint, config, _WeightsInMemory(weights), run_folder / "tokenizer", run_folder
+    )
+    return export(source, out, dtype=None, overwrite=overwrite, progress=False)
+
+
+@dataclass(frozen=True)
+class _WeightsInMemory:
+    tensors: Mapping[str, torch.Tensor]
+
+    @property
+    def outlines(self) -> Mapping[str, TensorOutline]:
+        return {name: TensorOutline(tuple(t.shape), t.dtype) for name, t in self.tensors.items()}
+
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
+        tensor = self.tensors[name] if rows is None else self.tensors[name][slice(*rows)]
+        return tensor.to(dtype or tensor.dtype, copy=True)
 
 
 def choose_format(config: MPTConfig, wanted: Format) -> tuple[str, str]:

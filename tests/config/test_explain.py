@@ -87,7 +87,7 @@ def test_an_unknown_key_gets_the_nearest_ones() -> None:
 
 def test_the_options_of_a_verb_are_listed_from_its_class() -> None:
     text = options_of(verbs.ExportConfig)
-    assert "  model: text; has to be given\n      Folder of a run, a checkpoint, an exported folder, or the URL of one in an object store." in text
+    assert "  model: text; has to be given\n      Folder of a run, a checkpoint, an exported folder" in text
     assert "  dtype: bf16, fp16 or fp32; default bf16\n" in text
 
 

@@ -42,7 +42,7 @@ def test_no_name_is_both_known_and_refused() -> None:
 
 def test_choices_speak_of_arguments_that_exist() -> None:
     for name, key in CHOICES:
-        assert key in {argument.name for argument in arguments_of(ALGORITHMS[name])}
+        assert key in {argument.name for argument in arguments_of({**ALGORITHMS, **CALLBACKS}[name])}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,222 @@
+"""Hugging Face folders of the model while it trains.
+
+At an interval the weights are copied to the memory of rank 0's host, one by one; a thread there writes the
+folder from them, loads it back and compares it, while the training goes on.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from composer.core import Callback, Event, State
+from composer.loggers import Logger
+from composer.utils import create_interval_scheduler, dist, format_name_with_dist_and_time
+from composer.utils.file_helpers import maybe_create_object_store_from_uri, parse_uri
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from mptfoundry.callbacks.metrics_file import NAME as METRICS
+from mptfoundry.callbacks.report import write_report
+from mptfoundry.errors import ConfigError
+
+# Writes weights by name, as a checkpoint of that name would hold them, into a folder.
+Write = Callable[[dict[str, torch.Tensor], str, Path], Any]
+
+_FOLDER = "huggingface"
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+
+log = logging.getLogger(__name__)
+
+
+class HFExport(Callback):
+    """Exports the model at an interval and at the end, into `save_folder/huggingface/ba{batch}`.
+
+    Training waits for the copy to host memory alone. An export that is due while the last one is still being
+    written is left out, with a warning; the one at the end of training is waited for. An error in the
+    background ends the run at the next batch.
+
+    Args:
+        write: Called on rank 0 in a thread of its own.
+        run_folder: The run's, whose report is drawn anew for each export.
+        names: Of the weights that an export has.
+        save_folder: Folder, or URL of an object store; `{run_name}` is filled in.
+        save_interval: How often, such as `1000ba` or `1ep`.
+        huggingface_folder_name: Name of an export's folder; `{epoch}` and `{batch}` are filled in.
+        precision: Number format of the weights.
+        overwrite: Replace a folder of that name, which a run that was resumed earlier has left.
+        num_checkpoints_to_keep: Exports that stay; -1: all.
+    """
+
+    def __init__(
+        self,
+        write: Write,
+        run_folder: Path,
+        names: frozenset[str],
+        *,
+        save_folder: str,
+        save_interval: str | int,
+        huggingface_folder_name: str = "ba{batch}",
+        precision: str = "float32",
+        overwrite: bool = True,
+        num_checkpoints_to_keep: int = -1,
+    ) -> None:
+        if "{batch}" not in huggingface_folder_name or "/" in huggingface_folder_name:
+            raise ConfigError(
+                f"callbacks.hf_checkpointer.huggingface_folder_name: {huggingface_folder_name} has to be one "
+                "name with {batch} in it, so that each export gets its own."
+            )
+        if num_checkpoints_to_keep < 1 and num_checkpoints_to_keep != -1:
+            raise ConfigError(
+                f"callbacks.hf_checkpointer.num_checkpoints_to_keep: {num_checkpoints_to_keep} keeps "
+                "nothing. Use 1 or more, or -1 for all."
+            )
+        if "://" in save_folder and num_checkpoints_to_keep != -1:
+            raise ConfigError(
+                "callbacks.hf_checkpointer.num_checkpoints_to_keep: nothing is deleted from an object store. "
+                "Remove it, or name a local save_folder."
+            )
+        self.write = write
+        self.run_folder = run_folder
+        self.names = names
+        self.save_folder = save_folder
+        self.folder_name = huggingface_folder_name
+        self.dtype = getattr(torch, precision)
+        self.overwrite = overwrite
+        self.keep = num_checkpoints_to_keep
+        self._is_due = create_interval_scheduler(save_interval)
+        self._exported_at = -1
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="hf_export")
+        self._running: Future[None] | None = None
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Raise ConfigError for a model that is more than an MPT's weights, before it is trained."""
+        found = {_WRAPPERS.sub("", name) for name, _ in _network(state).named_parameters()}
+        if unknown := sorted(found ^ self.names):
+            raise ConfigError(
+                f"callbacks.hf_checkpointer: the model's weights are not an MPT's, such as {unknown[0]}; "
+                "adapters are one reason. Remove the callback, and export when the training is over."
+            )
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Raise what went wrong in the background."""
+        if self._running is not None and self._running.done():
+            self._finish()
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Export if the interval, counted in batches, samples or tokens, is over."""
+        self._export_if_due(Event.BATCH_CHECKPOINT, state)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Export if the interval, counted in epochs, is over."""
+        self._export_if_due(Event.EPOCH_CHECKPOINT, state)
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Wait for the last export."""
+        self._finish()
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Let an export that is under way come to its end, also where the run failed."""
+        self._thread.shutdown(wait=True)
+
+    def _export_if_due(self, event: Event, state: State) -> None:
+        batch = int(state.timestamp.batch)
+        if not self._is_due(state, event) or batch == self._exported_at:
+            return
+        elapsed = state.get_elapsed_duration()
+        if elapsed is not None and elapsed >= 1.0:
+            self._finish()
+        elif _any_rank(self._running is not None, state):
+            if dist.get_global_rank() == 0:
+                log.warning(
+                    "callbacks.hf_checkpointer: the last export is still being written, so that of batch %d "
+                    "is left out. A longer save_interval would give it time.",
+                    batch,
+                )
+            return
+        self._exported_at = batch
+        weights = dict(gather_weights(_network(state), self.dtype))
+        if dist.get_global_rank() == 0:
+            name = format_name_with_dist_and_time(self.folder_name, state.run_name, state.timestamp)
+            checkpoint = f"ep{state.timestamp.epoch.value}-ba{batch}"
+            folder = format_name_with_dist_and_time(self.save_folder, state.run_name, state.timestamp)
+            self._running = self._thread.submit(
+                self._in_background, weights, checkpoint, f"{folder.rstrip('/')}/{_FOLDER}", name
+            )
+
+    def _in_background(
+        self, weights: dict[str, torch.Tensor], checkpoint: str, folder: str, name: str
+    ) -> None:
+        if (self.run_folder / METRICS).is_file():
+            write_report(self.run_folder)
+        if "://" in folder:
+            with tempfile.TemporaryDirectory() as temporary:
+                self.write(weights, checkpoint, Path(temporary) / name)
+                _upload(Path(temporary) / name, f"{folder}/{name}")
+            return
+        self.write(weights, checkpoint, Path(folder) / name)
+        if self.keep != -1:
+            for old in exports_in(Path(folder), self.folder_name)[self.keep :]:
+                shutil.rmtree(old)
+
+    def _finish(self) -> None:
+        """Wait for the background, and raise what went wrong there."""
+        running, self._running = self._running, None
+        if running is not None:
+            running.result()
+
+
+def gather_weights(network: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    """A network's weights one by one, whole, in memory of their own on rank 0's host; none on other ranks.
+
+    Every rank has to take part, since those that are sharded are put together by all.
+    """
+    with torch.no_grad(), _whole(network):
+        for name, parameter in network.named_parameters():
+            whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+            if dist.get_global_rank() == 0:
+                yield _WRAPPERS.sub("", name), whole.detach().to(dtype).to("cpu", copy=True)
+
+
+def exports_in(folder: Path, name: str) -> list[Path]:
+    """The exports of a folder by the name that `huggingface_folder_name` gives them, newest first."""
+    pattern = re.sub(r"\\\{(\w+)\\\}", lambda m: r"(\d+)" if m[1] == "batch" else ".+", re.escape(name))
+    found = [(match, path) for path in folder.iterdir() if (match := re.fullmatch(pattern, path.name))]
+    found = [(match, path) for match, path in found if (path / "config.json").is_file()]
+    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]), reverse=True)]
+
+
+def _network(state: State) -> torch.nn.Module:
+    model: Any = state.model.module if state.is_model_ddp else state.model
+    return model.model
+
+
+def _whole(network: torch.nn.Module) -> AbstractContextManager[None]:
+    """FSDP1 puts its parameters together by itself, those of one block after the other."""
+    if not any(isinstance(module, FullyShardedDataParallel) for module in network.modules()):
+        return nullcontext()
+    return FullyShardedDataParallel.summon_full_params(
+        network, writeback=False, rank0_only=True, offload_to_cpu=True
+    )
+
+
+def _any_rank(value: bool, state: State) -> bool:
+    flag = state.device.tensor_to_device(torch.tensor(int(value)))
+    dist.all_reduce(flag, reduce_operation="MAX")
+    return bool(flag.item())
+
+
+def _upload(folder: Path, url: str) -> None:
+    """The files of a folder into an object store."""
+    store = maybe_create_object_store_from_uri(url)
+    assert store is not None
+    for file in sorted(folder.iterdir()):
+        store.upload_object(str(PurePosixPath(parse_uri(url)[2]) / file.name), str(file))
