@@ -13,7 +13,7 @@ import struct
 import sys
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -34,7 +34,7 @@ _STORAGES = {
 def write_composer_file(
     path: Path,
     shapes: Mapping[str, tuple[int, ...]],
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterator[tuple[str, torch.Tensor]],
     dtype: torch.dtype,
     progress: Callable[[int], None],
 ) -> None:
@@ -53,11 +53,13 @@ def write_composer_file(
     with path.open("wb") as file, zipfile.ZipFile(file, "w") as archive:
         _add(archive, file, "data.pkl", outline.getvalue())
         _add(archive, file, "byteorder", sys.byteorder.encode())
-        for key, (name, (found, tensor)) in enumerate(zip(shapes, tensors, strict=True)):
+        for key, name in enumerate(shapes):
+            found, tensor = next(tensors)
             assert found == name and tuple(tensor.shape) == shapes[name]
             data = tensor.to(dtype).contiguous().flatten().view(torch.uint8).numpy().data
             _add(archive, file, f"data/{key}", data)
             progress(data.nbytes)
+            del tensor, data  # before the next one is made
         _add(archive, file, "version", b"3\n")
 
 

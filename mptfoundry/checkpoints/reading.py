@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 AttnImpl = Literal["auto", "torch", "flash", "triton"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+_TEXTS = (".json", ".txt", ".jinja", ".model")
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,8 @@ def open_model(path: str | Path, config: MPTConfig | None = None) -> ModelSource
     """
     path = Path(path)
     if (path / "config.json").exists():
-        weights: Weights = FolderWeights(path)
-        source = ModelSource(path, config or config_of_folder(path), weights, _tokenizer_in(path), None)
+        config = config or config_of_folder(path)
+        source = ModelSource(path, config, FolderWeights(path), _tokenizer_in(path), None)
     else:
         source = _open_checkpoint(find_checkpoint(path), config)
     check_weights(source)
@@ -116,6 +117,8 @@ def with_overrides(source: ModelSource, overrides: Mapping[str, Any]) -> ModelSo
     Raises:
         CheckpointError: There is no such switch, or the weights don't fit the architecture any more.
     """
+    if not overrides:
+        return source
     wanted = overridden(source.config, overrides)
     config = replace(wanted, vocab_size=source.config.vocab_size)
     changed = with_rows(replace(source, config=config), wanted.vocab_size)
@@ -242,5 +245,9 @@ def _open_checkpoint(checkpoint: Path, config: MPTConfig | None) -> ModelSource:
 
 
 def _tokenizer_in(folder: Path) -> Path | None:
-    found = [confined(folder, name, folder / name) for name in _TOKENIZER_FILES if (folder / name).exists()]
-    return folder if found else None
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        return None
+    for file in folder.iterdir():
+        if file.is_symlink() and file.suffix in _TEXTS:
+            confined(folder, file.name, file)
+    return folder
