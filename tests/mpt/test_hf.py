@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -439,6 +440,7 @@ def test_packed_documents_do_not_see_each_other() -> None:
 ROOM = Path(hf.__file__).parent
 
 
+@functools.cache
 def imports_of(name: str) -> set[str]:
     """Siblings that a file imports, also inside functions."""
     found: set[str] = set()
