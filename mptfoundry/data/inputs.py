@@ -1,7 +1,8 @@
 """Find what is to be prepared: files, folders and Hugging Face data sets, in one fixed order.
 
 A folder is read whole, its files by name. `.jsonl` and `.ndjson` files (also `.gz`, `.zst`) hold a record in
-each line; a `.json` file does if it is given by name or if its first line is a record; `.parquet` files hold
+each line; a `.json` file does if it is given by name or if its first line is a record, unless it is one array
+of records; `.parquet` files hold
 a record in each row; a folder that `datasets` saved holds a data set. Every other file is one document,
 unless its name says that it holds no text. Hidden files and `__pycache__` are left out.
 """
@@ -36,7 +37,7 @@ class Input:
     """One file or data set.
 
     Attributes:
-        kind: `text`, `lines`, `parquet` or `dataset`.
+        kind: `text`, `lines`, `parquet`, `dataset` or `mds`.
         path: The file; for a data set what the user gave.
         name: The file's name below the folder that was given.
         size: Bytes on disk; for a data set its size as it tells.
@@ -90,7 +91,7 @@ class Inventory:
 def find_inputs(
     given: Sequence[str],
     *,
-    text_key: str,
+    text_key: str | None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     hf_subset: str | None = None,
@@ -100,7 +101,8 @@ def find_inputs(
 
     Args:
         given: Files, folders, folders saved by `datasets`, or `hf:NAME` for a data set of the hub.
-        text_key: The field of a record that holds its text.
+        text_key: The field of a record that holds its text. None: records may hold anything, and files
+            of plain text are left out.
         include: Patterns such as `*.py`; of a folder's files only those whose path or name matches.
         exclude: Patterns of files and folders to leave out.
         hf_subset: Configuration of a data set of the hub.
@@ -141,7 +143,7 @@ def _add_named_file(inventory: Inventory, path: Path) -> None:
 
 
 def _add_folder(
-    inventory: Inventory, folder: Path, text_key: str, include: Sequence[str], exclude: Sequence[str]
+    inventory: Inventory, folder: Path, text_key: str | None, include: Sequence[str], exclude: Sequence[str]
 ) -> None:
     for path in _walk(folder, exclude):
         name = path.relative_to(folder).as_posix()
@@ -150,6 +152,9 @@ def _add_folder(
         kind = _kind_of(path, lambda path=path: _first_line_is_record(path, text_key))  # type: ignore[misc]
         if kind is None:
             inventory.skipped["binary file"] += 1
+            continue
+        if kind == "text" and text_key is None:
+            inventory.skipped["file without records"] += 1
             continue
         inventory.inputs.append(_file_input(kind, path, name))
 
@@ -190,14 +195,24 @@ def _kind_of(path: Path, is_lines: Callable[[], bool]) -> str | None:
     return None if NO_TEXT.search(name) else "text"
 
 
-def _first_line_is_record(path: Path, text_key: str) -> bool:
+def is_array(path: Path) -> bool:
+    """Whether a `.json` file is one array, such as of records."""
+    if not path.name.lower().endswith(".json"):
+        return False
+    with path.open("rb") as file:
+        return file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+
+
+def _first_line_is_record(path: Path, text_key: str | None) -> bool:
+    if text_key is None and is_array(path):
+        return True
     with path.open("rb") as file:
         line = file.readline(1 << 20)
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(record, dict) and isinstance(record.get(text_key), str)
+    return isinstance(record, dict) and (text_key is None or isinstance(record.get(text_key), str))
 
 
 def _file_input(kind: str, path: Path, name: str) -> Input:
@@ -214,7 +229,9 @@ def _is_dataset_dict(path: Path) -> bool:
     return (path / "dataset_dict.json").is_file()
 
 
-def _add_dataset(inventory: Inventory, word: str, text_key: str, subset: str | None, split: str) -> None:
+def _add_dataset(
+    inventory: Inventory, word: str, text_key: str | None, subset: str | None, split: str
+) -> None:
     import datasets
 
     try:
@@ -230,13 +247,14 @@ def _add_dataset(inventory: Inventory, word: str, text_key: str, subset: str | N
             names = ", ".join(dataset)
             raise DataError(f"{word}: there is no split {split!r}. Set hf_split to one of {names}.")
         dataset = dataset[split]
-    feature = dataset.features.get(text_key)
-    if feature is None:
-        names = ", ".join(dataset.features)
-        raise DataError(f"{word}: there is no column {text_key!r}. Set text_key to one of {names}.")
-    if getattr(feature, "dtype", None) not in ("string", "large_string"):
-        raise DataError(f"{word}: the column {text_key!r} holds {feature}, not strings. Set text_key.")
-    dataset = dataset.select_columns([text_key])
+    if text_key is not None:
+        feature = dataset.features.get(text_key)
+        if feature is None:
+            names = ", ".join(dataset.features)
+            raise DataError(f"{word}: there is no column {text_key!r}. Set text_key to one of {names}.")
+        if getattr(feature, "dtype", None) not in ("string", "large_string"):
+            raise DataError(f"{word}: the column {text_key!r} holds {feature}, not strings. Set text_key.")
+        dataset = dataset.select_columns([text_key])
     if len(dataset):
         name = f"{word}/{subset or ''}/{split}"
         size = int(dataset.data.nbytes)

@@ -16,10 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from mptfoundry.data.encode import SAFE_CUT_BYTES
-from mptfoundry.data.inputs import Input
+from mptfoundry.data.inputs import Input, is_array
+from mptfoundry.data.shards import read_index, read_samples
 from mptfoundry.errors import DataError
 
 UNIT_BYTES = 1 << 21
@@ -40,7 +41,7 @@ class Part:
     """A stretch of one input.
 
     Attributes:
-        kind: `text`, `lines`, `line_bytes`, `parquet` or `dataset`.
+        kind: `text`, `lines`, `line_bytes`, `parquet`, `dataset` or `mds`.
         source: The file, or the number of the data set in the list of them.
         start: First byte, line, row group or row.
         stop: One past the last; for `text` and `lines` what begins before it belongs to the part.
@@ -81,6 +82,13 @@ class Document:
     is_end: bool = True
 
 
+class Row(NamedTuple):
+    """A record's values, and how to say where it stands, which may cost something."""
+
+    values: Any
+    where: Callable[[], str]
+
+
 @dataclass(frozen=True)
 class Skipped:
     """Something that is left out: why, and where."""
@@ -118,20 +126,44 @@ def read_part(part: Part, text_key: str, datasets: Sequence[Any]) -> Iterator[Do
         text_key: The field that holds a record's text.
         datasets: The data sets that parts of that kind refer to.
     """
+    if part.kind != "text":
+        for row in read_rows(part, datasets, text_key):
+            yield row if isinstance(row, BadInput) else _document(*row, text_key)
+        return
     try:
-        if part.kind == "text":
-            yield from _read_text(part)
-        elif part.kind in ("lines", "line_bytes"):
-            yield from _read_lines(part, text_key)
-        else:
-            yield from _read_rows(part, text_key, datasets)
+        yield from _read_text(part)
     except OSError as error:
-        yield BadInput(f"{part.source}: it can't be read ({error.strerror or error}).")
+        yield _unreadable(part, error)
+
+
+def read_rows(part: Part, datasets: Sequence[Any], column: str | None = None) -> Iterator[Row | BadInput]:
+    """Read the records of a part, as they are; what can't be read comes as a BadInput in its place.
+
+    Args:
+        part: What to read; no `text`.
+        datasets: The data sets that parts of that kind refer to.
+        column: All that is read, where there are columns. Default: everything.
+    """
+    try:
+        if part.kind in ("lines", "line_bytes"):
+            yield from _read_lines(part)
+        elif part.kind == "mds":
+            yield from _read_shards(part)
+        else:
+            yield from _read_table(part, datasets, column)
+    except OSError as error:
+        yield _unreadable(part, error)
+
+
+def _unreadable(part: Part, error: OSError) -> BadInput:
+    return BadInput(f"{part.source}: it can't be read ({error.strerror or error}).")
 
 
 def _plan_parts(source: Input, datasets: Sequence[Any], cut_texts: bool) -> Iterator[tuple[Part, int]]:
     if source.kind == "lines" and source.is_compressed:
         yield from _plan_compressed_lines(source)
+    elif source.kind == "lines" and is_array(Path(source.path)):
+        yield from _plan_array(source)
     elif source.kind in ("lines", "text"):
         whole = max(source.size, 1)
         step = UNIT_BYTES if source.kind == "lines" or cut_texts else whole
@@ -143,10 +175,24 @@ def _plan_parts(source: Input, datasets: Sequence[Any], cut_texts: bool) -> Iter
         for group in range(groups):
             yield Part("parquet", source.path, group, group + 1), source.size // groups
     else:
-        rows = len(datasets[source.dataset])
+        is_mds = source.kind == "mds"
+        rows = read_index(source.path, source.path).samples if is_mds else len(datasets[source.dataset])
         for start in range(0, rows, UNIT_ROWS):
-            stop = min(start + UNIT_ROWS, rows)
-            yield Part("dataset", source.dataset, start, stop), source.size * (stop - start) // rows
+            stop, place = min(start + UNIT_ROWS, rows), source.path if is_mds else source.dataset
+            yield Part(source.kind, place, start, stop), source.size * (stop - start) // rows
+
+
+def _plan_array(source: Input) -> Iterator[tuple[Part, int]]:
+    """One JSON array of records, entry by entry: their numbers stand for lines' numbers."""
+    try:
+        entries = json.loads(Path(source.path).read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{source.path}: this is not a JSON array of records ({error}).") from error
+    for start in range(0, len(entries), UNIT_ROWS):
+        some = entries[start : start + UNIT_ROWS]
+        payload = "".join(json.dumps(entry) + "\n" for entry in some).encode()
+        part = Part("line_bytes", source.path, start, start + len(some), payload)
+        yield part, source.size * len(some) // len(entries)
 
 
 def _plan_compressed_lines(source: Input) -> Iterator[tuple[Part, int]]:
@@ -238,7 +284,7 @@ def _next_cut(file: IO[bytes], position: int, size: int) -> int:
     return size
 
 
-def _read_lines(part: Part, text_key: str) -> Iterator[Document | Skipped | BadInput]:
+def _read_lines(part: Part) -> Iterator[Row | BadInput]:
     for line, line_number in _numbered_lines(part):
         if line.isspace():
             continue
@@ -249,7 +295,11 @@ def _read_lines(part: Part, text_key: str) -> Iterator[Document | Skipped | BadI
         except (ValueError, RecursionError) as error:
             yield BadInput(f"{part.source}:{line_number()}: this is not a line of JSON ({error}).")
         else:
-            yield _document(record, text_key, lambda: f"{part.source}:{line_number()}")  # noqa: B023
+            yield Row(record, partial(_line_of, part.source, line_number))
+
+
+def _line_of(source: str | int, line_number: Callable[[], int]) -> str:
+    return f"{source}:{line_number()}"
 
 
 def _numbered_lines(part: Part) -> Iterator[tuple[bytes, Callable[[], int]]]:
@@ -274,42 +324,53 @@ def _line_number(path: str, offset: int) -> int:
         return 1 + sum(block.count(b"\n") for block in blocks)
 
 
-def _read_rows(part: Part, text_key: str, datasets: Sequence[Any]) -> Iterator[Document | Skipped | BadInput]:
+def _read_table(part: Part, datasets: Sequence[Any], column: str | None) -> Iterator[Row | BadInput]:
     if part.kind == "dataset":
-        texts = datasets[int(part.source)][part.start : part.stop][text_key]
-        for row, text in enumerate(texts, part.start):
-            yield _document({text_key: text}, text_key, partial("row {} of the data set".format, row))
+        dataset = datasets[int(part.source)]
+        rows = (dataset if column is None else dataset.select_columns([column]))[part.start : part.stop]
+        for number in range(part.stop - part.start):
+            values = {name: cells[number] for name, cells in rows.items()}
+            yield Row(values, partial("row {} of the data set".format, part.start + number))
         return
     from pyarrow import ArrowException, parquet
 
     try:
         file = parquet.ParquetFile(part.source)
-        if text_key not in file.schema_arrow.names:
+        if column is not None and column not in file.schema_arrow.names:
             yield BadInput(
-                f"{part.source}: there is no column {text_key!r}. "
+                f"{part.source}: there is no column {column!r}. "
                 f"Set text_key to one of {', '.join(file.schema_arrow.names)}."
             )
             return
         first_row = sum(file.metadata.row_group(group).num_rows for group in range(part.start))
-        batches = file.iter_batches(PARQUET_ROWS, row_groups=[part.start], columns=[text_key])
-        rows = (text for batch in batches for text in batch.column(0).to_pylist())
-        for row, text in enumerate(rows, first_row):
-            yield _document({text_key: text}, text_key, partial("{}: row {}".format, part.source, row))
+        columns = None if column is None else [column]
+        batches = file.iter_batches(PARQUET_ROWS, row_groups=[part.start], columns=columns)
+        for row, values in enumerate((row for batch in batches for row in batch.to_pylist()), first_row):
+            yield Row(values, partial("{}: row {}".format, part.source, row))
     except (ArrowException, OSError, UnicodeDecodeError) as error:
         yield BadInput(f"{part.source}: row group {part.start} can't be read ({error}).")
 
 
-def _document(record: Any, text_key: str, where: Callable[[], str]) -> Document | BadInput:
+def _read_shards(part: Part) -> Iterator[Row | BadInput]:
+    try:
+        index = read_index(str(part.source), str(part.source))
+        for number, values in enumerate(read_samples(index, range(part.start, part.stop)), part.start):
+            yield Row(values, partial("{}: sample {}".format, part.source, number))
+    except DataError as error:
+        yield BadInput(str(error))
+
+
+def _document(record: Any, where: Callable[[], str], text_key: str) -> Document | BadInput:
     if not isinstance(record, dict):
         return BadInput(
-            f"{where()}: this is a JSON {_json_type(record)}, not an object with a field {text_key!r}."
+            f"{where()}: this is a JSON {json_type(record)}, not an object with a field {text_key!r}."
         )
     if text_key not in record:
         fields = ", ".join(sorted(map(str, record))[:MOST_FIELDS_NAMED]) or "none"
         return BadInput(f"{where()}: there is no field {text_key!r}; the fields are: {fields}. Set text_key.")
     text = record[text_key]
     if not isinstance(text, str):
-        return BadInput(f"{where()}: the field {text_key!r} is {_json_type(text)}, not a string.")
+        return BadInput(f"{where()}: the field {text_key!r} is {json_type(text)}, not a string.")
     try:
         encoded = text.encode("utf-8")
     except UnicodeEncodeError:
@@ -319,7 +380,8 @@ def _document(record: Any, text_key: str, where: Callable[[], str]) -> Document 
     return Document(text, len(encoded), encoded[:IDENTITY_BYTES])
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """What JSON calls the type of a value."""
     names = {
         type(None): "null",
         bool: "boolean",

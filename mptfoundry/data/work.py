@@ -13,11 +13,12 @@ import signal
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +27,8 @@ from mptfoundry.data.records import Document, Skipped, Unit, read_part
 from mptfoundry.errors import DataError
 
 MOST_PROBLEMS_KEPT = 5
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -97,17 +100,37 @@ def encode_units(
     """
     if workers == 1:
         yield from map(UnitEncoder(plan, encoder).encode, units)
-        return
+    else:
+        yield from in_processes(units, partial(_encoder_of, plan), workers)
+
+
+def _encoder_of(plan: EncodingPlan) -> Callable[[Unit], UnitResult]:
+    return UnitEncoder(plan, TextEncoder(plan.tokenizer_json, plan.dtype)).encode
+
+
+def in_processes(
+    units: Iterable[Unit], make: Callable[[], Callable[[Unit], Result]], workers: int
+) -> Iterator[Result]:
+    """Work on units in worker processes; results in the units' order.
+
+    Args:
+        units: What to work on.
+        make: Called once in each process, gives what works on a unit there. It is sent by pickle.
+        workers: How many processes.
+
+    Raises:
+        DataError: A worker died, or raised it.
+    """
     pool = ProcessPoolExecutor(
         workers,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
-        initargs=(plan, os.getpid()),
+        initargs=(make, os.getpid()),
     )
-    running: deque[Future[UnitResult]] = deque()
+    running: deque[Future[Result]] = deque()
     try:
         for unit in units:
-            running.append(pool.submit(_encode_in_worker, unit))
+            running.append(pool.submit(_work_in_worker, unit))
             # A few units more than workers keep them busy; more would only fill memory.
             if len(running) >= 2 * workers + 2:
                 yield running.popleft().result()
@@ -171,16 +194,16 @@ class UnitEncoder:
         return int.from_bytes(digest, "big") < self.plan.held_out * 2**64
 
 
-_worker: UnitEncoder | None = None
+_worker: Callable[[Unit], Any] | None = None
 
 
-def _start_worker(plan: EncodingPlan, parent: int) -> None:
+def _start_worker(make: Callable[[], Callable[[Unit], Any]], parent: int) -> None:
     global _worker
     # Ctrl-C reaches the whole group of processes; the parent decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
-    _worker = UnitEncoder(plan, TextEncoder(plan.tokenizer_json, plan.dtype))
+    _worker = make()
 
 
 def _end_with_parent(parent: int) -> None:
@@ -190,6 +213,6 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _encode_in_worker(unit: Unit) -> UnitResult:
+def _work_in_worker(unit: Unit) -> Any:
     assert _worker is not None
-    return _worker.encode(unit)
+    return _worker(unit)
