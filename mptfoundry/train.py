@@ -37,7 +37,7 @@ from mptfoundry.resolve import Resolved, resolve_auto
 
 # Said by Composer of what is meant so: the last batch of an evaluation is smaller than the others, and
 # `eval_subset_num_batches` is a limit that a short evaluation does not reach.
-EXPECTED_WARNINGS = ("Cannot split tensor of length", "DataloaderNumBatchesWarning")
+EXPECTED_WARNINGS = ("Cannot split (tensor|list) of length", "DataloaderNumBatchesWarning")
 
 
 def train(config: TrainConfig) -> Trainer:

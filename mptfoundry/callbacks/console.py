@@ -81,6 +81,8 @@ def batch_line(row: Row) -> str:
         parts.append(f"{thousands(row['tokens_per_second'])} tok/s")
     if row.get("mfu") is not None:
         parts.append(f"MFU {row['mfu']:.1%}")
+    if row.get("padding_share") is not None:
+        parts.append(f"padding {row['padding_share']:.1%}")
     if row.get("eta_seconds") is not None:
         parts.append(f"ETA {timedelta(seconds=round(row['eta_seconds']))}")
     return "  ".join(part for part in parts if part)

@@ -26,7 +26,9 @@ class Throughput(Callback):
     """Logs, after each batch, under `throughput/`:
 
     tokens_per_second (all devices), tokens_per_second_per_device, mfu and mfu_causal (where the device's peak
-    is known), peak_memory_bytes (of this process: the GPU's if there is one), eta_seconds.
+    is known), peak_memory_bytes (of this process: the GPU's if there is one), eta_seconds; and where rows are
+    padded or packed padding_share, of the batch's places, and packing_efficiency, its tokens over those that
+    as many rows of `max_seq_len` could hold.
 
     Args:
         config: The network.
@@ -39,7 +41,7 @@ class Throughput(Callback):
         self.peak_flops = peak_flops
         self._window: deque[tuple[float, int]] = deque(maxlen=window)
         self._batches = 0
-        self._tokens = 0
+        self._tokens = self._rows = 0
         self._fetched_at = 0.0
         self._started_at = 0.0
         self._trained_seconds = 0.0
@@ -47,7 +49,7 @@ class Throughput(Callback):
     def before_dataloader(self, state: State, logger: Logger) -> None:
         """The batch's time begins."""
         self._fetched_at = time.perf_counter()
-        self._tokens = int(state.timestamp.token)
+        self._tokens, self._rows = int(state.timestamp.token), int(state.timestamp.sample)
         if not self._batches:
             self._started_at = self._fetched_at
 
@@ -59,7 +61,8 @@ class Throughput(Callback):
             self._trained_seconds, self._started_at = 0.0, self._fetched_at
         self._batches += 1
         self._trained_seconds += seconds
-        self._window.append((seconds, int(state.timestamp.token) - self._tokens))
+        tokens, rows = int(state.timestamp.token) - self._tokens, int(state.timestamp.sample) - self._rows
+        self._window.append((seconds, tokens))
         per_second = sum(tokens for _, tokens in self._window) / sum(spent for spent, _ in self._window)
         per_device = per_second / dist.get_world_size()
         seq_len = state.batch["input_ids"].shape[1]
@@ -71,6 +74,9 @@ class Throughput(Callback):
             "peak_memory_bytes": peak_memory_bytes(),
             "eta_seconds": self._eta_seconds(state),
         }
+        if "max_documents" in state.batch:
+            known["padding_share"] = 1 - tokens / (rows * seq_len)
+            known["packing_efficiency"] = tokens / (rows * self.config.max_seq_len)
         logger.log_metrics(
             {f"throughput/{name}": value for name, value in known.items() if value is not None}
         )

@@ -20,9 +20,11 @@ def test_a_row_is_one_line() -> None:
         "grad_norm": 0.8412,
         "tokens_per_second": 31234.0,
         "mfu": 0.413,
+        "padding_share": 0.0214,
         "eta_seconds": 760.2,
     }
-    assert batch_line(row) == "loss 4.213  lr 0.00019  grad norm 0.841  31.2k tok/s  MFU 41.3%  ETA 0:12:40"
+    numbers = "loss 4.213  lr 0.00019  grad norm 0.841  31.2k tok/s  MFU 41.3%  padding 2.1%  ETA 0:12:40"
+    assert batch_line(row) == numbers
     assert batch_line({"loss": None, "lr": 1e-4}) == "loss not finite  lr 0.0001"
 
 

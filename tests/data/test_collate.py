@@ -5,7 +5,15 @@ import pytest
 import torch
 from composer.core.data_spec import default_split_batch
 
-from mptfoundry.data.collate import TextCollator, count_samples, count_tokens, sequence_ids
+from mptfoundry.data.collate import (
+    RowCollator,
+    TextCollator,
+    count_row_tokens,
+    count_rows,
+    count_samples,
+    count_tokens,
+    sequence_ids,
+)
 
 
 def sample(number: int, *ids: int) -> dict[str, object]:
@@ -74,3 +82,59 @@ def test_composer_splits_a_batch_and_leaves_the_number_of_documents_alone() -> N
     assert [len(piece["input_ids"]) for piece in pieces] == [2, 2, 1]
     assert [piece["max_documents"] for piece in pieces] == [2, 2, 2]
     assert next(iter(batch)) == "input_ids"  # streaming counts the samples of a batch by its first value
+
+
+def row(number: int, *examples: tuple[list[int], list[int]]) -> dict[str, object]:
+    pairs = [(np.array(ids, np.int64), np.array(learned, bool)) for ids, learned in examples]
+    return {"examples": pairs, "sample_id": number}
+
+
+def test_examples_of_a_row_lie_end_to_end_and_no_first_token_is_learned() -> None:
+    rows = [row(4, ([5, 6], [1, 1]), ([7, 8, 9], [1, 0, 1])), row(2, ([1, 2, 3, 4], [0, 1, 1, 1]))]
+    batch = RowCollator(6, pad_token_id=9)(rows)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8, 9, 9], [1, 2, 3, 4, 9, 9]]
+    assert batch["labels"].tolist() == [[-100, 6, -100, -100, 9, -100], [-100, 2, 3, 4, -100, -100]]
+    assert batch["attention_mask"].tolist() == [[True] * 5 + [False], [True] * 4 + [False] * 2]
+    assert batch["sequence_id"].tolist() == [[0, 0, 1, 1, 1, 1], [0] * 6]
+    assert (batch["sample_id"].tolist(), batch["max_documents"]) == ([4, 2], 2)
+    assert (count_row_tokens(batch), count_rows(batch)) == ({"total": 9, "loss_generating": 5}, 2)
+    assert rows[0]["examples"][0][1].tolist() == [True, True]  # type: ignore[index]
+
+
+def test_full_rows_of_one_example_need_no_mask_and_count_what_is_learned() -> None:
+    batch = RowCollator(3)([row(0, ([5, 6, 7], [1, 0, 1]))])
+    assert not {"attention_mask", "sequence_id"} & set(batch)
+    assert count_row_tokens(batch) == {"total": 3, "loss_generating": 1}
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 8), (8, 8), (9, 16), (17, 20)])
+def test_padding_is_trimmed_to_a_multiple_of_eight(tokens: int, width: int) -> None:
+    rows = [row(0, ([1] * tokens, [1] * tokens)), row(1, ([1], [1]))]
+    batch = RowCollator(20, trims_padding=True)(rows)
+    assert batch["input_ids"].shape == batch["labels"].shape == (2, width)
+    assert RowCollator(20)(rows)["input_ids"].shape == (2, 20)
+
+
+def test_a_row_that_stands_for_none_counts_as_none() -> None:
+    batch = RowCollator(4)([row(-1), row(3, ([1, 2], [0, 1]))])
+    assert batch["attention_mask"].tolist() == [[True, False, False, False], [True, True, False, False]]
+    assert (count_row_tokens(batch), count_rows(batch)) == ({"total": 2, "loss_generating": 1}, 1)
+
+
+def test_composer_splits_rows_and_their_counts_alike() -> None:
+    rows = [row(number, ([1] * number, [1] * number), ([2, 3], [1, 1])) for number in range(1, 6)]
+    pieces = default_split_batch(RowCollator(16)(rows), 2)
+    assert [count_rows(piece) for piece in pieces] == [2, 2, 1]
+    for piece in pieces:
+        learned = int((piece["labels"][:, 1:] != -100).sum())
+        assert count_row_tokens(piece) == {
+            "total": int(piece["attention_mask"].sum()),
+            "loss_generating": learned,
+        }
+
+
+def test_rows_of_65536_tokens_are_made() -> None:
+    rows = [row(0, *[(list(range(128)), [1] * 128)] * 511)]
+    batch = RowCollator(65536)(rows)
+    assert batch["sequence_id"].shape == (1, 65536) and batch["max_documents"] == 511
+    assert count_row_tokens(batch) == {"total": 65408, "loss_generating": 511 * 127}
