@@ -26,14 +26,21 @@ from .attention_kernels import (
 
 @triton.jit
 def _forward_span(
-    acc, total, highest, q, k, v, stride_k, stride_v, begin, end, keys, places_q, marks, marks_q, slope,
-    frame, inner, outer, window, seed, head, dropout, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_K:
+    acc, total, highest, q, k, v, stride_k, stride_v, low, whole_low, whole_high, high, keys, places_q,
+    marks, marks_q, slope, frame, inner, outer, window, seed, head, dropout, HEAD_DIM: constexpr, WIDTH:
+    constexpr, BLOCK_K:
     constexpr, MASKED: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, EXACT:
     constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Visits the key blocks of [begin, end), both multiples of BLOCK_K, from the last to the first."""
-    for back in range((end - begin) // BLOCK_K):
-        start = end - (back + 1) * BLOCK_K
+    """Visits key blocks from the last to the first: those in [whole_low, whole_high), or the others.
+
+    All four bounds are multiples of BLOCK_K.
+    """
+    inner_keys = whole_high - whole_low
+    for back in range((high - low - inner_keys if MASKED else inner_keys) // BLOCK_K):
+        start = (high if MASKED else whole_high) - (back + 1) * BLOCK_K
+        if MASKED:
+            start -= tl.where(start < whole_high, inner_keys, 0)
         places_k = start + tl.arange(0, BLOCK_K)
         k_block = load_rows(k, start, stride_k, keys, BLOCK_K, HEAD_DIM, WIDTH, MASKED)
         scores = scores_of(tl.dot(q, tl.trans(k_block), input_precision=PRECISION), inner, outer, HAS_SOFTCAP)
@@ -62,15 +69,19 @@ def _forward_span(
 
 
 @triton.jit
-def _stop(highest, q, inside, longest, slope, frame, inner, outer, bits, HAS_SOFTCAP: constexpr):
-    """The first place that may still count: no key before it reaches a weight of 2 ** -bits in any row.
-
-    By Cauchy and Schwarz a row's score is at most scale * |q| * |longest key| before the bias.
-    """
+def _bound(q, longest, inner, outer, HAS_SOFTCAP: constexpr):
+    """What no score of a row exceeds before the bias, by Cauchy and Schwarz."""
     norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)) * longest
     bound = tl.minimum(outer, outer * inner * norm) if HAS_SOFTCAP else outer * norm
-    gap = tl.max(tl.where(inside & (highest > LOWEST), bound * 1.001 - highest, NOTHING))
-    return tl.minimum(tl.maximum(frame - (gap + bits) / slope, 0.0), frame)
+    return bound * 1.001
+
+
+@triton.jit
+def _stop(bound, highest, inside, slope, frame, bits, BLOCK_K: constexpr):
+    """The first block that may still count: no key before it reaches a weight of 2 ** -bits in any row."""
+    gap = tl.max(tl.where(inside & (highest > LOWEST), bound - highest, NOTHING))
+    stop = tl.minimum(tl.maximum(frame - (gap + bits) / slope, 0.0), frame)
+    return stop.to(tl.int32) // BLOCK_K * BLOCK_K
 
 
 @triton.jit(do_not_specialize=["seq", "keys", "plane", "blocks"])
@@ -113,29 +124,30 @@ def forward_kernel(
     acc = tl.zeros([BLOCK_Q, WIDTH], dtype=tl.float32)
     total = tl.zeros([BLOCK_Q], dtype=tl.float32)
     highest = tl.full([BLOCK_Q], LOWEST, dtype=tl.float32)
-    for span in tl.static_range(3):  # the edge at the diagonal, whole blocks, the edge on the left
+    if SKIPS:
+        longest_key = tl.load(longest + row * (n_heads // GROUP) + head // GROUP)
+        bound = _bound(q_block, longest_key, inner, outer, HAS_SOFTCAP)
+        # No row's highest score is below its bound's negative; the edges are visited before it is known.
+        stop = _stop(bound, -bound, rows < seq, slope, frame, bits, BLOCK_K)
+        low = tl.minimum(tl.maximum(low, stop), whole_high)
+        whole_low = tl.maximum(whole_low, low)
+    for span in tl.static_range(2):
         if span == 1 and SKIPS:
-            longest_key = tl.load(longest + row * (n_heads // GROUP) + head // GROUP)
-            stop = _stop(
-                highest, q_block, rows < seq, longest_key, slope, frame, inner, outer, bits, HAS_SOFTCAP
-            )
-            low = tl.minimum(tl.maximum(low, stop.to(tl.int32) // BLOCK_K * BLOCK_K), whole_high)
-            whole_low = tl.maximum(whole_low, low)
-        if span < 2 or (HAS_MARKS or HAS_WINDOW):
-            acc, total, highest = _forward_span(
-                acc, total, highest, q_block, k, v, stride_ks, stride_vs,
-                whole_high if span == 0 else whole_low if span == 1 else low,
-                high if span == 0 else whole_high if span == 1 else whole_low,
-                keys, places_q, marks, marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all,
-                dropout, HEAD_DIM, WIDTH, BLOCK_K, span != 1, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT,
-                HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
-            )  # fmt: skip
+            stop = _stop(bound, highest, rows < seq, slope, frame, bits, BLOCK_K)
+            whole_low = tl.minimum(tl.maximum(whole_low, stop), whole_high)
+            low = tl.minimum(tl.maximum(low, stop), whole_low)
+        acc, total, highest = _forward_span(
+            acc, total, highest, q_block, k, v, stride_ks, stride_vs, low, whole_low, whole_high, high,
+            keys, places_q, marks, marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all,
+            dropout, HEAD_DIM, WIDTH, BLOCK_K, span == 0, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT,
+            HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+        )  # fmt: skip
+    tl.store(reach + head_of_all * blocks + block, low)
 
     sees = total > 0
     logarithm = highest + tl.log2(tl.where(sees, total, 1.0)) - shift_of(slope, places_q, frame, EXACT)
     tl.store(log_sum + head_of_all.to(tl.int64) * seq + rows, tl.where(sees, logarithm, float("inf")),
              mask=rows < seq)  # fmt: skip
-    tl.store(reach + head_of_all * blocks + block, low)
     acc = acc / (tl.where(sees, total, 1.0) * (1 - dropout))[:, None]
     out += (row.to(tl.int64) * seq * n_heads + head) * HEAD_DIM
     store_rows(out, acc, begin, n_heads * HEAD_DIM, seq, BLOCK_Q, HEAD_DIM, WIDTH)

@@ -10,9 +10,9 @@ Scores are kept in base 2, multiplied by log2(e), since `exp2` is what the hardw
 * ALiBi's share that all keys of a query have in common cancels in a softmax, so a key's bias is counted from
   the first token of the block that the program keeps, the *frame*: one number a key, and small where weights
   are not. In float32, and where a prefix sees both ways, it is the distance's own, one number a pair.
-* Forward visits the keys from the diagonal leftwards. After the diagonal the rows' highest scores are known,
-  and with them where ALiBi has pushed all further keys below rounding: there it stops, and notes where, so
-  that backward stops there, too.
+* Forward visits the edges first, and so the diagonal. After them the rows' highest scores are known, and
+  with them where ALiBi has pushed all further keys below rounding: there it stops, and notes where, so that
+  backward stops there, too.
 * Backward computes the probabilities anew, once for the queries' gradients and once for the keys' and
   values': no atomic additions, so the same gradients every time.
 

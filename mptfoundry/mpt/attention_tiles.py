@@ -40,7 +40,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             16: Tile(64, 64, 4, 3),
             32: Tile(64, 64, 4, 3),
             64: Tile(64, 128, 8, 2),
-            128: Tile(64, 128, 8, 2),
+            128: Tile(32, 128, 8, 2),
             256: Tile(32, 64, 8, 1),
         },
     },
@@ -49,7 +49,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             16: Tile(128, 64, 8, 3),
             32: Tile(128, 64, 8, 3),
             64: Tile(128, 64, 8, 3),
-            128: Tile(128, 64, 8, 2),
+            128: Tile(128, 32, 8, 2),
             256: Tile(64, 32, 8, 2),
         },
         "backward_query": {
