@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import MptConfig, MptForCausalLM
 
+from mptfoundry.data.collate import RowCollator
 from mptfoundry.mpt.config import (
     ActivationConfig,
     AttnConfig,
@@ -182,6 +184,33 @@ def test_packed_documents_equal_the_same_documents_alone(architecture: str) -> N
         packed = model(ids, sequence_id=sequence_id).logits.split(lengths, 1)
         for part, some in zip(packed, ids.split(lengths, 1), strict=True):
             torch.testing.assert_close(part, model(some).logits, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_packed_row_teaches_what_its_examples_teach_alone(
+    backend: str, request: pytest.FixtureRequest
+) -> None:
+    """As exactly as the torch backend in float32 computes one example after the other."""
+    if backend == "triton":
+        request.getfixturevalue("triton_runs")
+    packed = MPT(config({"alibi": True, "attn_impl": backend}, d_model=64, no_bias=True), seed=1)
+    plain = MPT(config({"alibi": True}, d_model=64, no_bias=True), seed=1)
+    ids, lengths = tokens(1, 27)[0].numpy(), [11, 1, 15]
+    pieces = np.split(ids, np.cumsum(lengths)[:-1])
+    batch = RowCollator(32)([{"examples": [(p, np.ones(len(p), bool)) for p in pieces], "sample_id": 0}])
+    given = {name: batch[name] for name in ("attention_mask", "sequence_id", "labels", "max_documents")}
+    packed(batch["input_ids"], **given).loss.backward()
+
+    def alone(made: MPT) -> list[torch.Tensor]:
+        for some in map(torch.from_numpy, pieces):
+            (made(some[None], labels=some[None]).loss * (len(some) - 1) / 24).backward()
+        return gradients(made)
+
+    assert_as_exact(gradients(packed), alone(plain), alone(in_float64(plain)))
+
+
+def gradients(made: MPT) -> list[torch.Tensor]:
+    return [parameter.grad for parameter in made.parameters() if parameter.grad is not None]
 
 
 @EACH
