@@ -55,7 +55,7 @@ def model_card(name: str, source: ModelSource, folder: Path, dtype: torch.dtype,
     header = {"library_name": "transformers", "pipeline_tag": task, "tags": ["mpt", "mptfoundry"]}
     if license is not None:
         header["license"] = license
-    is_custom = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    is_custom = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] != "mpt"
     use = _USE.format(name=name, trust=", trust_remote_code=True" if is_custom else "")
     if isinstance(config, HeadConfig):
         use = _USE_HEAD.format(name=name, auto=config.architecture.replace("Mpt", "AutoModel"))

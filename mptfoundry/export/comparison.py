@@ -214,7 +214,7 @@ def class_of(folder: Path) -> Any:
     The code that lies in a custom folder is a copy of `mptfoundry.mpt`, so its class is taken from there.
     """
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "auto_map" in values:
+    if values["model_type"] != "mpt":
         module, _, name = values["auto_map"]["AutoModelForCausalLM"].rpartition(".")
         return getattr(importlib.import_module(f"mptfoundry.mpt.{module}"), name)
     import transformers

@@ -25,7 +25,7 @@ from mptfoundry.checkpoints.writing import refuse_what_is_there, whole_or_absent
 from mptfoundry.errors import CheckpointError
 from mptfoundry.export.card import model_card
 from mptfoundry.export.comparison import Comparison, check_bytes, compare_logits
-from mptfoundry.export.native import native_config, why_not_native
+from mptfoundry.export.native import NATIVE_CODE, NATIVE_CODE_TEXT, native_config, why_not_native
 from mptfoundry.export.shards import write_shards
 from mptfoundry.export.staging import check_space, staged
 from mptfoundry.mpt.config import MPTConfig
@@ -235,6 +235,8 @@ def _write_the_rest(
 ) -> None:
     if format == "native":
         config = native_config(source.config, tokenizer, dtype)
+        if "auto_map" in config:
+            (folder / NATIVE_CODE).write_text(NATIVE_CODE_TEXT, encoding="utf-8")
     else:
         from mptfoundry.export.custom import copy_code, custom_config
 

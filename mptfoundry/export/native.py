@@ -38,6 +38,22 @@ NATIVE_RULES: tuple[tuple[str, str, Callable[[MPTConfig], bool]], ...] = (
 )
 
 
+NATIVE_CODE = "modeling_mpt.py"
+# transformers' own classes under MPT's first names.
+NATIVE_CODE_TEXT = '''"""transformers' own MPT under the names of the published one, by which some converters know it."""
+
+from transformers import MptConfig, MptForCausalLM
+
+
+class MPTConfig(MptConfig):
+    pass
+
+
+class MPTForCausalLM(MptForCausalLM):
+    config_class = MPTConfig
+'''
+_AUTO_MAP = {"AutoConfig": "modeling_mpt.MPTConfig", "AutoModelForCausalLM": "modeling_mpt.MPTForCausalLM"}
+
 # Of no account where a head stands in place of the logits.
 _OF_LOGITS = {"tie_word_embeddings", "logit_scale", "final_logit_softcapping"}
 
@@ -62,11 +78,17 @@ def native_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict
     transformers 5 checks types: `attn_pdrop` and `alibi_bias_max` must be integers, `clip_qkv` and
     `softmax_scale` floats or null, `expansion_ratio` an integer, `embedding_fraction` a float. It and older
     versions read `layer_norm_epsilon`; MPT's own code and other converters read `norm_eps`.
+
+    Two converters go by a name and compute MPTs of a narrower kind, so a model gets the name that they look
+    for only if it is of that kind: llama.cpp's `MPTForCausalLM`, and CTranslate2's class `MPTConfig`, which
+    lies in the folder (`NATIVE_CODE`).
     """
     attention = config.attn_config
     head = config.head_keys() if isinstance(config, HeadConfig) else {}
+    is_plain = attention.softmax_scale is None and config.norm_eps == 1e-5
     return {
-        "architectures": ["MPTForCausalLM"],
+        "architectures": ["MPTForCausalLM" if is_plain else "MptForCausalLM"],
+        **({"auto_map": _AUTO_MAP} if is_plain and attention.clip_qkv is None and not head else {}),
         "model_type": "mpt",
         "d_model": config.d_model,
         "n_heads": config.n_heads,

@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
     """An exported folder, as far as a card looks at it."""
     path = tmp_path / "exported"
     path.mkdir()
-    (path / "config.json").write_text("{}")
+    (path / "config.json").write_text('{"model_type": "mpt"}')
     return path
 
 
@@ -76,7 +76,7 @@ def test_a_card_tells_how_the_folder_is_loaded(write_run: WriteRun, folder: Path
     source = open_model(write_run())
     native = model_card("mine", source, folder, torch.float32, None)
     assert "trust_remote_code" not in native and "ALiBi" in native and "max_seq_len=..." in native
-    (folder / "config.json").write_text('{"auto_map": {}}')
+    (folder / "config.json").write_text('{"model_type": "mptfoundry"}')
     learned = replace(source, config=replace(source.config, attn_config=AttnConfig()))
     custom = model_card("mine", learned, folder, torch.float32, None)
     assert 'from_pretrained("mine", trust_remote_code=True)' in custom

@@ -120,7 +120,81 @@ def test_the_folder_around_the_weights_is_what_generate_needs(write_run: WriteRu
     assert tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert tokenizer["model_input_names"] == ["input_ids", "attention_mask"]
     assert tokenizer["model_max_length"] == 64
-    assert "auto_map" not in read["config.json"]
+
+
+# What reads a native folder, and what it needs of config.json: key -> (type, value).
+NEEDED: dict[str, dict[str, tuple[type, Any]]] = {
+    "transformers 5": {
+        "model_type": (str, "mpt"),
+        "attn_config.attn_pdrop": (int, 0),
+        "attn_config.alibi_bias_max": (int, 8),
+        "attn_config.clip_qkv": (type(None), None),
+        "attn_config.softmax_scale": (type(None), None),
+        "expansion_ratio": (int, 4),
+        "embedding_fraction": (float, 1.0),
+        "layer_norm_epsilon": (float, 1e-5),
+        "resid_pdrop": (int, 0),
+        "emb_pdrop": (int, 0),
+        "torch_dtype": (str, "bfloat16"),
+    },
+    "llama.cpp": {
+        "architectures": (list, ["MPTForCausalLM"]),
+        "attn_config.alibi": (bool, True),
+        "attn_config.alibi_bias_max": (int, 8),
+        "attn_config.clip_qkv": (type(None), None),
+        "d_model": (int, 32),
+        "n_heads": (int, 4),
+        "n_layers": (int, 2),
+        "max_seq_len": (int, 64),
+        "vocab_size": (int, 384),
+    },
+    "CTranslate2": {"auto_map.AutoConfig": (str, "modeling_mpt.MPTConfig")},
+    "trust_remote_code": {"auto_map.AutoModelForCausalLM": (str, "modeling_mpt.MPTForCausalLM")},
+    "MPT's own code, MLC": {"norm_eps": (float, 1e-5), "no_bias": (bool, True), "use_cache": (bool, True)},
+}
+
+
+def test_every_reader_finds_what_it_needs(write_run: WriteRun, tmp_path: Path) -> None:
+    export(write_run(), tmp_path / "out", progress=False)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for reader, keys in NEEDED.items():
+        for key, (kind, value) in keys.items():
+            found: Any = config
+            for part in key.split("."):
+                found = found[part]
+            assert type(found) is kind and found == value, f"{reader}: {key}"
+
+
+@pytest.mark.parametrize(
+    ("config", "llama_cpp", "ctranslate2"),
+    [
+        (TINY, True, True),
+        (replace(TINY, attn_config=AttnConfig(alibi=True, clip_qkv=2.0)), True, False),
+        (replace(TINY, attn_config=AttnConfig(alibi=True, softmax_scale=0.5)), False, False),
+        (replace(TINY, norm_eps=1e-6), False, False),
+    ],
+    ids=["plain", "clipped", "scaled", "another epsilon"],
+)
+def test_a_converter_that_would_compute_something_else_does_not_know_the_folder(
+    tiny_tokenizer: Any, config: MPTConfig, llama_cpp: bool, ctranslate2: bool
+) -> None:
+    """llama.cpp honours clip_qkv alone of these, CTranslate2 none, and neither says so."""
+    written = folder_module.native_config(config, tiny_tokenizer, torch.float32)
+    assert (written["architectures"] == ["MPTForCausalLM"]) == llama_cpp
+    assert ("auto_map" in written) == ctranslate2
+
+
+def test_the_folder_loads_with_and_without_its_code(write_run: WriteRun, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    export(write_run(), tmp_path / "out", dtype="fp32", progress=False)
+    ids = torch.arange(10)[None]
+    logits = []
+    for trusted in (False, True):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=trusted)
+        assert type(model).__name__ == ("MPTForCausalLM" if trusted else "MptForCausalLM")
+        logits.append(model(ids).logits)
+    assert torch.equal(*logits)
 
 
 def test_an_export_that_fails_leaves_nothing(
