@@ -63,10 +63,10 @@ class TextCollator:
 class RowCollator:
     """Lay the examples of each row end to end; pad rows at the end.
 
-    A row is `{"examples": [(ids, learned), ...], "sample_id": int}`, ids (tokens,) int64 and learned
-    (tokens,) bool. Examples of a row do not see one another: they are told apart by `sequence_id`, and no
-    example's first token is learned from the one before. A row without examples, which stands where a rank
-    has none left, is a token of which nothing is learned, and counts as no row.
+    A row is `{"input_ids": (tokens,) int64, "learned": (tokens,) bool, "lengths": (examples,) int64,
+    "sample_id": int}`, its examples end to end. Examples of a row do not see one another: they are told apart
+    by `sequence_id`, and no example's first token is learned from the one before. A row without examples,
+    which stands where a rank has none left, becomes a token of which nothing is learned, and counts as none.
 
     Attributes:
         max_seq_len: The most tokens of a row, and the length of all rows unless padding is trimmed.
@@ -80,36 +80,33 @@ class RowCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Make a batch (see the head of this file) of rows."""
-        nothing = (np.array([self.pad_token_id]), np.array([False]))
-        laid = [row["examples"] or [nothing] for row in rows]
-        lengths = [[len(ids) for ids, _ in examples] for examples in laid]
-        tokens = np.array([sum(each) for each in lengths])
+        tokens = [len(row["input_ids"]) for row in rows]
         width = (
-            min(self.max_seq_len, -(-int(tokens.max()) // 8) * 8) if self.trims_padding else self.max_seq_len
+            min(self.max_seq_len, -(-max(1, *tokens) // 8) * 8) if self.trims_padding else self.max_seq_len
         )
         input_ids = np.full((len(rows), width), self.pad_token_id, np.int64)
         labels = np.full((len(rows), width), NOT_LEARNED, np.int64)
         sequence_id = np.zeros((len(rows), width), np.int64)
-        for row, examples in enumerate(laid):
-            ids = np.concatenate([ids for ids, _ in examples])
-            learned = np.concatenate([learned for _, learned in examples])
-            learned[np.cumsum([0, *lengths[row][:-1]])] = False
-            input_ids[row, : len(ids)] = ids
-            labels[row, : len(ids)][learned] = ids[learned]
-            sequence_id[row] = len(examples) - 1
-            sequence_id[row, : len(ids)] = np.arange(len(examples)).repeat(lengths[row])
+        for place, row in enumerate(rows):
+            ids, lengths = row["input_ids"], row["lengths"]
+            input_ids[place, : len(ids)] = ids
+            labels[place, : len(ids)] = np.where(row["learned"], ids, NOT_LEARNED)
+            begins = lengths.cumsum()[:-1]
+            labels[place, 0] = labels[place, begins] = NOT_LEARNED
+            sequence_id[place, begins] = 1
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(input_ids),
             "labels": torch.from_numpy(labels),
             "sample_id": torch.tensor([row["sample_id"] for row in rows], dtype=torch.int64),
-            "max_documents": max(len(examples) for examples in laid),
-            "row_tokens": [int(n) if row["examples"] else 0 for n, row in zip(tokens, rows, strict=True)],
-            "row_learned": (labels != NOT_LEARNED).sum(1).tolist(),
+            "max_documents": max(1, *(len(row["lengths"]) for row in rows)),
+            "row_tokens": tokens,
+            "row_learned": np.count_nonzero(labels != NOT_LEARNED, axis=1).tolist(),
         }
-        if (tokens < width).any():
-            batch["attention_mask"] = torch.from_numpy(np.arange(width) < tokens[:, None])
+        if min(tokens) < width:
+            real = np.maximum(tokens, 1)[:, None]
+            batch["attention_mask"] = torch.from_numpy(np.arange(width) < real)
         if batch["max_documents"] > 1:
-            batch["sequence_id"] = torch.from_numpy(sequence_id)
+            batch["sequence_id"] = torch.from_numpy(sequence_id.cumsum(1))
         return batch
 
 

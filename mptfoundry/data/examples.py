@@ -136,8 +136,13 @@ class ExampleStore:
         """An example: ids (tokens,) int64 and learned (tokens,) bool."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.folder}: there is no example {index}")
-        part = slice(self.bounds[index], self.bounds[index + 1])
-        return self.ids[part].astype(np.int64), self.marks[part].astype(bool)
+        return self.join(np.array([index]))
+
+    def join(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Some examples end to end: ids (tokens,) int64 and learned (tokens,) bool."""
+        parts = list(map(slice, self.bounds[indices].tolist(), self.bounds[indices + 1].tolist()))
+        ids = np.concatenate([self.ids[part] for part in parts])
+        return ids.astype(np.int64), np.concatenate([self.marks[part] for part in parts]).view(bool)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that is spawned opens the files itself: a memory map would be sent as what it maps.
@@ -148,5 +153,5 @@ def _map(path: Path, dtype: str, tokens: int) -> np.ndarray:
     wanted, there = tokens * np.dtype(dtype).itemsize, path.stat().st_size
     if there != wanted:
         raise ValueError(f"{path.name} has {there} bytes, not {wanted}")
-    # An empty file can't be mapped.
-    return np.memmap(path, dtype, mode="r", shape=(tokens,)) if tokens else np.empty(0, dtype)
+    # An empty file can't be mapped. A plain array, since slices of a np.memmap take several times as long.
+    return np.asarray(np.memmap(path, dtype, mode="r", shape=(tokens,)) if tokens else np.empty(0, dtype))

@@ -39,14 +39,19 @@ class Packing:
     Attributes:
         lengths: (examples,) int64, tokens of each example.
         row_len: Tokens of a row.
-        rows: Rows of a pass.
+        first: The first pass.
         seed: What the passes belong to; None: windows are cut without shuffling, and all passes are alike.
     """
 
     lengths: np.ndarray
     row_len: int
-    rows: int
+    first: Bins
     seed: tuple[int, ...] | None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a pass."""
+        return len(self.first.bounds) - 1
 
     @property
     def ratio(self) -> float:
@@ -60,14 +65,13 @@ class Packing:
 
     def bins(self, turn: int) -> Bins:
         """The rows of a pass, counted from 0."""
-        if self.rows == len(self.lengths):
-            return Bins(np.arange(self.rows), np.arange(self.rows + 1))
-        for seed in [] if self.seed is None else [(*self.seed, turn, attempt) for attempt in (1, 2, 3, 4)]:
-            bins = _pack(self.lengths, self.row_len, seed)
+        if turn == 0 or self.seed is None or self.rows == len(self.lengths):
+            return self.first
+        for attempt in (1, 2, 3, 4):
+            bins = _pack(self.lengths, self.row_len, (*self.seed, turn, attempt))
             if len(bins.bounds) - 1 <= self.rows:
                 return _split(bins, self.rows)
-        # The number of rows is what the first pass needs.
-        return _split(_pack(self.lengths, self.row_len, _first(self.seed)), self.rows)
+        return self.first
 
 
 def plan_packing(
@@ -87,11 +91,12 @@ def plan_packing(
     if count and not 1 <= lengths.min() <= lengths.max() <= row_len:
         raise ValueError(f"lengths are {lengths.min()} to {lengths.max()}, but rows have {row_len} tokens.")
     if ratio is None or ratio == 1 or not count:
-        return Packing(lengths, row_len, count, seed)
-    rows = len(_pack(lengths, row_len, _first(seed)).bounds) - 1
+        return Packing(lengths, row_len, Bins(np.arange(count), np.arange(count + 1)), seed)
+    densest = _pack(lengths, row_len, None if seed is None else (*seed, 0, 1))
+    rows = len(densest.bounds) - 1
     # Another pass may need a few rows more.
     rows = max(rows + rows // 1000, 0 if ratio == "auto" else -int(-count // ratio))
-    return Packing(lengths, row_len, min(rows, count), seed)
+    return Packing(lengths, row_len, _split(densest, min(rows, count)), seed)
 
 
 def shuffled(count: int, *seed: int) -> np.ndarray:
@@ -105,10 +110,6 @@ def shuffled(count: int, *seed: int) -> np.ndarray:
     keys = np.random.PCG64(seed).random_raw(count) & ~numbers | np.arange(count, dtype=np.uint64)
     keys.sort()
     return (keys & numbers).astype(np.int64)
-
-
-def _first(seed: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    return None if seed is None else (*seed, 0, 1)
 
 
 def _pack(lengths: np.ndarray, row_len: int, seed: tuple[int, ...] | None) -> Bins:

@@ -22,8 +22,9 @@ from mptfoundry.data.order import Dealer, RowOrder
 from mptfoundry.data.packing import plan_packing
 from mptfoundry.errors import DataError
 
-# The number of a row that stands for none.
+# The number of a row that stands for none, and what it holds.
 NO_ROW = -1
+NOTHING = (np.empty(0, np.int64), np.empty(0, bool), np.empty(0, np.int64))
 
 
 def build_row_loader(
@@ -133,12 +134,17 @@ class RowDataset(Dataset):
         return len(self.order)
 
     def __getitem__(self, row: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """A row's `examples`, (ids, learned) each, and its number, `sample_id`."""
+        """A row as `RowCollator` takes it, its examples in the order of the stores."""
         number, members = row
         streams = np.searchsorted(self._firsts, members, side="right") - 1
-        places = members - self._firsts[streams]
-        examples = [self.stores[stream][place] for stream, place in zip(streams, places, strict=True)]
-        return {"examples": examples, "sample_id": number}
+        found = [self._read(stream, members[streams == stream]) for stream in sorted(set(streams.tolist()))]
+        parts = found[0] if len(found) == 1 else map(np.concatenate, zip(*found or [NOTHING], strict=True))
+        return {**dict(zip(("input_ids", "learned", "lengths"), parts, strict=True)), "sample_id": number}
+
+    def _read(self, stream: int, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Examples of one store end to end: ids, learned and lengths."""
+        indices, store = members - self._firsts[stream], self.stores[stream]
+        return *store.join(indices), store.lengths[indices]
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """What a checkpoint keeps: the epoch, how many of its rows all ranks have read, and of what."""

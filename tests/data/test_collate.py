@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -84,9 +86,13 @@ def test_composer_splits_a_batch_and_leaves_the_number_of_documents_alone() -> N
     assert next(iter(batch)) == "input_ids"  # streaming counts the samples of a batch by its first value
 
 
-def row(number: int, *examples: tuple[list[int], list[int]]) -> dict[str, object]:
-    pairs = [(np.array(ids, np.int64), np.array(learned, bool)) for ids, learned in examples]
-    return {"examples": pairs, "sample_id": number}
+def row(number: int, *examples: tuple[list[int], list[int]]) -> dict[str, Any]:
+    return {
+        "input_ids": np.array([token for ids, _ in examples for token in ids], np.int64),
+        "learned": np.array([one for _, learned in examples for one in learned], bool),
+        "lengths": np.array([len(ids) for ids, _ in examples], np.int64),
+        "sample_id": number,
+    }
 
 
 def test_examples_of_a_row_lie_end_to_end_and_no_first_token_is_learned() -> None:
@@ -98,7 +104,7 @@ def test_examples_of_a_row_lie_end_to_end_and_no_first_token_is_learned() -> Non
     assert batch["sequence_id"].tolist() == [[0, 0, 1, 1, 1, 1], [0] * 6]
     assert (batch["sample_id"].tolist(), batch["max_documents"]) == ([4, 2], 2)
     assert (count_row_tokens(batch), count_rows(batch)) == ({"total": 9, "loss_generating": 5}, 2)
-    assert rows[0]["examples"][0][1].tolist() == [True, True]  # type: ignore[index]
+    assert rows[0]["learned"].tolist() == [True, True, True, False, True]
 
 
 def test_full_rows_of_one_example_need_no_mask_and_count_what_is_learned() -> None:

@@ -195,9 +195,10 @@ def test_a_packed_row_teaches_what_its_examples_teach_alone(
         request.getfixturevalue("triton_runs")
     packed = MPT(config({"alibi": True, "attn_impl": backend}, d_model=64, no_bias=True), seed=1)
     plain = MPT(config({"alibi": True}, d_model=64, no_bias=True), seed=1)
-    ids, lengths = tokens(1, 27)[0].numpy(), [11, 1, 15]
-    pieces = np.split(ids, np.cumsum(lengths)[:-1])
-    batch = RowCollator(32)([{"examples": [(p, np.ones(len(p), bool)) for p in pieces], "sample_id": 0}])
+    ids, lengths = tokens(1, 27)[0].numpy(), np.array([11, 1, 15])
+    pieces = np.split(ids, lengths.cumsum()[:-1])
+    row = {"input_ids": ids, "learned": np.ones(27, bool), "lengths": lengths, "sample_id": 0}
+    batch = RowCollator(32)([row])
     given = {name: batch[name] for name in ("attention_mask", "sequence_id", "labels", "max_documents")}
     packed(batch["input_ids"], **given).loss.backward()
 
