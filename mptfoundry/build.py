@@ -10,13 +10,13 @@ import hashlib
 import importlib
 import runpy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from composer.core import Algorithm, Callback, DataSpec, Evaluator
+from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler, DecoupledAdamW
 from composer.utils import dist
@@ -28,13 +28,10 @@ from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_mo
 from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.checkpoints.vocabulary import with_rows
 from mptfoundry.config import signatures
-from mptfoundry.config.data import LabelledLoaderConfig, LoaderConfig, TextLoaderConfig
 from mptfoundry.config.model import ModelConfig
 from mptfoundry.config.parallel import resolve_fsdp
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import GenerateConfig
-from mptfoundry.data.labelled import build_labelled_loader
-from mptfoundry.data.text import build_text_loader
 from mptfoundry.devices import Device
 from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
@@ -42,12 +39,7 @@ from mptfoundry.export.folder import export_weights
 from mptfoundry.generation import generate_text
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.heads import ComposerHead
-from mptfoundry.mpt.head_config import (
-    HeadConfig,
-    SequenceClassifierConfig,
-    TokenClassifierConfig,
-    trunk_of,
-)
+from mptfoundry.mpt.head_config import HeadConfig, trunk_of
 from mptfoundry.mpt.heads import make_network
 from mptfoundry.mpt.network import MPT
 from mptfoundry.optim import schedules
@@ -119,7 +111,7 @@ def open_base(config: TrainConfig) -> ModelSource | None:
         CheckpointError: It is not there or damaged.
         ConfigError: It is not what the config says, or more than its weights is asked for.
     """
-    head, path = head_of(config.model), config.load_path
+    head, path = config.model if isinstance(config.model, HeadConfig) else None, config.load_path
     if head is None or path is None or "://" in path:
         return None
     path = path.format(rank=dist.get_global_rank(), run_name=config.run_name)
@@ -179,139 +171,6 @@ def compose(network: Any, tokenizer: Any, *, seed: int = 0) -> ComposerMPT:
         return ComposerHead(network, tokenizer=tokenizer, seed=seed)
     metrics = token_loss_metrics(token_byte_lengths(tokenizer, network.config.vocab_size))
     return ComposerMPT(network, eval_metrics=metrics, tokenizer=tokenizer, seed=seed)
-
-
-@dataclass(frozen=True)
-class LoaderContext:
-    """What a loader has in common with the run; lengths in tokens, batches in rows of one device."""
-
-    tokenizer: Any
-    max_seq_len: int
-    vocab_size: int
-    device_batch_size: int
-    seed: int
-    num_workers: int
-    sequence_ids: bool
-    is_training: bool
-    where: str
-    head: HeadConfig | None = None
-
-
-def _text_loader(loader: TextLoaderConfig, context: LoaderContext) -> DataSpec:
-    """Shards of tokens or raw text, mixed by proportion."""
-    own = {"streams", "remote", "local", "split", "max_seq_len", "shuffle", "shuffle_seed", "replication"}
-    dataset = loader.dataset
-    streaming = {
-        field.name: getattr(dataset, field.name)
-        for field in fields(dataset)
-        if field.name not in own and getattr(dataset, field.name) is not None
-    }
-    return build_text_loader(
-        streams=_given(dataset.streams),
-        remote=dataset.remote,
-        local=dataset.local,
-        split=dataset.split,
-        tokenizer=context.tokenizer,
-        max_seq_len=context.max_seq_len,
-        vocab_size=context.vocab_size,
-        device_batch_size=context.device_batch_size,
-        shuffle=context.is_training if dataset.shuffle is None else dataset.shuffle,
-        seed=context.seed,
-        drop_last=context.is_training if loader.drop_last is None else loader.drop_last,
-        num_workers=context.num_workers,
-        sequence_ids=context.sequence_ids,
-        pin_memory=loader.pin_memory and torch.cuda.is_available(),
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-        timeout=loader.timeout,
-        where=context.where,
-        **streaming,
-    )
-
-
-def _labelled_loader(loader: LabelledLoaderConfig, context: LoaderContext) -> DataSpec:
-    """Examples with labels, for the model's head."""
-    head, dataset = context.head, loader.dataset
-    if head is None:
-        raise ConfigError(f"{context.where}.name: labelled: the model has no head for labels. Use text.")
-    known: dict[str, Any] = {"task": "span"}
-    if isinstance(head, SequenceClassifierConfig):
-        known = {"task": "sequence", "labels": head.label2id, "problem": head.problem}
-    elif isinstance(head, TokenClassifierConfig):
-        known = {"task": "token", "labels": head.label2id}
-    return build_labelled_loader(
-        **known,
-        local=dataset.local,
-        split=dataset.split,
-        fields=dataset.fields,
-        tokenizer=context.tokenizer,
-        max_seq_len=context.max_seq_len,
-        device_batch_size=context.device_batch_size,
-        shuffle=context.is_training if dataset.shuffle is None else dataset.shuffle,
-        seed=context.seed,
-        drop_last=context.is_training if loader.drop_last is None else loader.drop_last,
-        num_workers=context.num_workers,
-        is_training=context.is_training,
-        where=context.where,
-    )
-
-
-LOADERS: dict[str, Callable[[Any, LoaderContext], DataSpec]] = {
-    "text": _text_loader,
-    "labelled": _labelled_loader,
-}
-
-
-def head_of(config: Any) -> HeadConfig | None:
-    """The architecture as one with a head, where it has one."""
-    return config if isinstance(config, HeadConfig) else None
-
-
-def build_train_loader(config: TrainConfig, resolved: Resolved, device: Device, tokenizer: Any) -> DataSpec:
-    """The training batches of this rank."""
-    context = LoaderContext(
-        tokenizer=tokenizer,
-        max_seq_len=config.max_seq_len,
-        vocab_size=config.model.vocab_size,
-        device_batch_size=config.global_train_batch_size // device.count,
-        seed=config.seed,
-        num_workers=resolved.num_workers["train"],
-        sequence_ids=config.model.attn_config.attn_uses_sequence_id,
-        is_training=True,
-        where="train_loader",
-        head=head_of(config.model),
-    )
-    return LOADERS[config.train_loader.name](config.train_loader, context)
-
-
-def build_evaluators(
-    loaders: Mapping[str, LoaderConfig], contexts: Mapping[str, LoaderContext]
-) -> list[Evaluator]:
-    """One evaluator a label."""
-    return [
-        Evaluator(label=label, dataloader=LOADERS[loader.name](loader, contexts[label]))
-        for label, loader in loaders.items()
-    ]
-
-
-def build_eval_loaders(config: TrainConfig, resolved: Resolved, tokenizer: Any) -> list[Evaluator]:
-    """The evaluations of a training run."""
-    contexts = {
-        label: LoaderContext(
-            tokenizer=tokenizer,
-            max_seq_len=config.max_seq_len,
-            vocab_size=config.model.vocab_size,
-            device_batch_size=resolved.device_eval_batch_size,
-            seed=config.seed,
-            num_workers=resolved.num_workers[label],
-            sequence_ids=config.model.attn_config.attn_uses_sequence_id,
-            is_training=False,
-            where=f"eval_loader {label}",
-            head=head_of(config.model),
-        )
-        for label in config.eval_loaders
-    }
-    return build_evaluators(config.eval_loaders, contexts)
 
 
 def build_optimizer(config: TrainConfig, model: ComposerMPT) -> torch.optim.Optimizer:
@@ -384,13 +243,3 @@ def _make(table: Mapping[str, str | type], name: str, kwargs: Mapping[str, Any])
         module, _, attribute = entry.partition(":")
         entry = getattr(importlib.import_module(module), attribute)
     return entry(**kwargs)
-
-
-def _given(streams: Mapping[str, Any] | None) -> dict[str, dict[str, Any]] | None:
-    """The streams as plain values, without what was not given."""
-    if streams is None:
-        return None
-    return {
-        name: {key: value for key, value in asdict(stream).items() if value is not None}
-        for name, stream in streams.items()
-    }

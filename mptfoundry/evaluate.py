@@ -25,12 +25,13 @@ from mptfoundry.config.load import load_train_config
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import ConfigError
+from mptfoundry.loaders import LoaderContext, build_evaluators, head_of
 from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision, choose_workers
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 EVAL_BATCH_SIZE = 8
 # Said by Composer of what is meant so: a last batch is smaller than the others; nothing is optimized here.
-EXPECTED_WARNINGS = ("Cannot split tensor of length", "No optimizer was specified")
+EXPECTED_WARNINGS = ("Cannot split (tensor|list) of length", "No optimizer was specified")
 
 Results = dict[str, dict[str, float]]
 
@@ -66,7 +67,7 @@ def evaluate(options: EvalConfig) -> Results:
     )
     trainer = Trainer(
         model=build.compose(network, tokenizer),
-        eval_dataloader=build.build_evaluators(loaders, contexts),
+        eval_dataloader=build_evaluators(loaders, contexts),
         eval_subset_num_batches=options.eval_subset_num_batches,
         device=device.kind,
         precision=precision,
@@ -106,7 +107,7 @@ def _loaders(options: EvalConfig, source: ModelSource) -> dict[str, LoaderConfig
     if options.eval_loaders:
         return options.eval_loaders
     if source.run_folder is not None:
-        config, _ = load_train_config(source.run_folder / "config.yaml", ["code_paths=[]"])
+        config, _ = load_train_config(source.run_folder / "config.yaml", ["code_paths=[]", "allow_code=true"])
         if config.eval_loaders:
             return config.eval_loaders
     raise ConfigError(
@@ -122,10 +123,10 @@ def _contexts(
     device: Device,
     tokenizer: Any,
     loaders: Mapping[str, LoaderConfig],
-) -> dict[str, build.LoaderContext]:
+) -> dict[str, LoaderContext]:
     batch_size = options.device_eval_batch_size
     return {
-        label: build.LoaderContext(
+        label: LoaderContext(
             tokenizer=tokenizer,
             max_seq_len=options.max_seq_len or source.config.max_seq_len,
             vocab_size=source.config.vocab_size,
@@ -135,7 +136,8 @@ def _contexts(
             sequence_ids=source.config.attn_config.attn_uses_sequence_id,
             is_training=False,
             where=f"eval_loader {label}",
-            head=build.head_of(source.config),
+            head=head_of(source.config),
+            allow_code=options.allow_code,
         )
         for label, loader in loaders.items()
     }

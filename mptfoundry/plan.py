@@ -188,7 +188,7 @@ def _data_in_words(name: str, loader: LoaderConfig) -> list[tuple[str, str]]:
         if stream.choose is not None:
             share = f"{stream.choose:7,}"
         split = stream.split or loader.dataset.split
-        place = "/".join(filter(None, [stream.remote or stream.local, split]))
+        place = "/".join(filter(None, [stream.place, split]))
         rows.append((name if not rows else "", f"{share}  {stream_name:{width}}  {place}"))
     return rows
 

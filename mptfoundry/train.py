@@ -18,7 +18,7 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist, format_name_with_dist
 from composer.utils.file_helpers import list_remote_objects
 
-from mptfoundry import build
+from mptfoundry import build, loaders
 from mptfoundry.callbacks.console import ConsoleLine
 from mptfoundry.callbacks.gloo_average import AverageGradients
 from mptfoundry.callbacks.metrics_file import MetricsFile
@@ -64,8 +64,8 @@ def train(config: TrainConfig) -> Trainer:
         say(f"weights: from {source.path}; the optimizer starts new")
     build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
-    train_loader = build.build_train_loader(config, resolved, device, tokenizer)
-    evaluators = build.build_eval_loaders(config, resolved, tokenizer)
+    train_loader = loaders.build_train_loader(config, resolved, device, tokenizer)
+    evaluators = loaders.build_eval_loaders(config, resolved, tokenizer)
     model = build.build_model(config, resolved, tokenizer, source)
     write_run_files(config, folder, tokenizer)
     throughput = Throughput(config.model.network(), peak_flops=device.peak_flops)

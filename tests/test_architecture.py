@@ -15,7 +15,7 @@ FLOORS = [
     ["errors", "mpt"],
     ["config", "devices", "resolve", "plan", "tokenizer", "checkpoints"],
     ["models", "data", "optim", "callbacks", "evals", "generation", "export"],
-    ["build"],
+    ["build", "loaders"],
     ["train", "evaluate", "preview", "doctor"],
     ["cli"],
 ]

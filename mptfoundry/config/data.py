@@ -2,52 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Literal
 
-from mptfoundry.config.forms import ByteSize, SampleCount
-
-
-@dataclass(frozen=True, kw_only=True)
-class StreamConfig:
-    """One source of the data mix.
-
-    At most one of `proportion`, `repeat` and `choose` says how much of it is drawn; all streams of a
-    data set use the same one.
-
-    Attributes:
-        remote: Folder or URL that the shards are downloaded from. Default: they lie in `local`.
-        local: Folder of the shards, or of the cache of `remote`.
-        split: Subfolder of `remote` and `local`. Default: the data set's.
-        proportion: Share of the samples of an epoch; shares are relative to their sum.
-        repeat: How often each sample is drawn in an epoch, on average.
-        choose: Samples drawn in an epoch.
-        download_retry: Further attempts after a failed download. Default: the data set's.
-        download_timeout: Seconds that a download may take. Default: the data set's.
-        validate_hash: Hash that each shard is checked by. Default: the data set's.
-        keep_zip: Keep the compressed shard beside the decompressed one. Default: the data set's.
-    """
-
-    remote: str | None = None
-    local: str | None = None
-    split: str | None = None
-    proportion: float | None = None
-    repeat: float | None = None
-    choose: int | None = None
-    download_retry: int | None = None
-    download_timeout: float | None = None
-    validate_hash: str | None = None
-    keep_zip: bool | None = None
-
-    def __post_init__(self) -> None:
-        if self.remote is None and self.local is None:
-            raise ValueError("neither remote nor local is given. A stream needs the folder of its shards.")
-        shares = [n for n in ("proportion", "repeat", "choose") if getattr(self, n) is not None]
-        if len(shares) > 1:
-            raise ValueError(f"{' and '.join(shares)} are both given. Use one of them.")
-        for name in shares:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: {getattr(self, name)} is negative. Use 0 or more.")
+from mptfoundry.config.forms import ByteSize, SampleCount, TargetPrompts
+from mptfoundry.config.streams import (
+    AMOUNTS,
+    Amount,
+    RecordsConfig,
+    StreamConfig,
+    check_records,
+    check_shares,
+    check_uniform,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +86,7 @@ class TextDatasetConfig:
                 raise ValueError("streams and remote or local are both given. Use one of them.")
             if not self.streams:
                 raise ValueError("streams: is empty. Name at least one source of data.")
-            _check_shares(self.streams)
+            check_shares(self.streams)
         elif self.remote is None and self.local is None:
             raise ValueError("neither streams nor remote nor local is given. Say where the shards lie.")
         if self.eos_token_id is not None and self.bos_token_id is not None:
@@ -136,17 +103,6 @@ class TextDatasetConfig:
         if self.streams is not None:
             return self.streams
         return {self.split or "data": StreamConfig(remote=self.remote, local=self.local, split=self.split)}
-
-
-def _check_shares(streams: dict[str, StreamConfig]) -> None:
-    weighted = {name for name, s in streams.items() if s.proportion is not None}
-    if weighted and weighted != set(streams):
-        missing = ", ".join(name for name in streams if name not in weighted)
-        raise ValueError(
-            f"streams: {missing} lacks the proportion that {min(weighted)} has. Give it to all or none."
-        )
-    if weighted and not sum(s.proportion or 0 for s in streams.values()):
-        raise ValueError("streams: all proportions are 0. At least one has to be positive.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,22 +137,25 @@ class TextLoaderConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledDatasetConfig:
-    """Labelled examples in JSONL or Parquet files, or in a folder that `datasets` saved.
+    """Labelled examples in JSONL or Parquet files, or in a data set.
 
     What a record holds follows from the model: `text`, perhaps `text_pair`, and `label`; or `words` and
     `labels`; or `question`, `context` and `answers` as in SQuAD. Labels are names of `model.id2label` or
     numbers; two texts are joined as the tokenizer joins pairs.
 
     Attributes:
-        local: A file, a folder of files, or a folder saved by `datasets`.
-        split: In a folder: a file's name without its suffix, or a subfolder; or a saved data set's split.
+        hf_name: A file or folder of JSONL or Parquet, a folder that `datasets` saved, or the name of a data
+            set on the Hugging Face hub.
+        local: The same without the hub.
+        split: Subfolder, word in the files' names, or split of a data set.
         fields: Names of a record's fields -> their names in the data, such as `{text: sentence}`.
         max_seq_len: Longest example, others are cut. Default, and must equal: the run's `max_seq_len`.
         shuffle: Read the examples in random order. Default: true in training, false in evaluation.
         shuffle_seed: Seed of that order. Default, and must equal: the run's `seed`.
     """
 
-    local: str
+    hf_name: str | None = None
+    local: str | None = None
     split: str | None = None
     fields: dict[str, str] = field(default_factory=dict)
     max_seq_len: int | None = None
@@ -205,10 +164,15 @@ class LabelledDatasetConfig:
     epoch_size: ClassVar[None] = None
     separates_documents: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if (self.hf_name is None) == (self.local is None):
+            raise ValueError("hf_name or local says where the examples lie. Give one of them.")
+
     @property
-    def sources(self) -> dict[str, StreamConfig]:
+    def sources(self) -> dict[str, RecordsConfig]:
         """The one source, called by its split, or `data`."""
-        return {self.split or "data": StreamConfig(local=self.local, split=self.split)}
+        source = RecordsConfig(hf_name=self.hf_name, local=self.local, split=self.split)
+        return {self.split or "data": source}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -233,12 +197,141 @@ class LabelledLoaderConfig:
         _check_workers(self.num_workers)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FinetuningDatasetConfig:
+    """Prompts and responses, or conversations, of which only some tokens are learned.
+
+    A record has `prompt` and `response` (or `completion`), or `messages`, or ShareGPT's `conversations`, or
+    `instruction`, perhaps `input`, and `output`. It is tokenized once, and kept on disk.
+
+    Attributes:
+        streams: A mix: named sources. A stream given as null is left out.
+        hf_name: A file or folder of JSONL, Parquet or MDS shards, a folder that `datasets` saved, or the name
+            of a data set on the Hugging Face hub; or `json` or `parquet` with `hf_kwargs`.
+        hf_kwargs: For files: `data_files` or `data_dir`. For the hub: arguments of `datasets.load_dataset`.
+        safe_load: No code of a data set is ever run; both values mean the same.
+        local: A file or folder as above; or the folder for a copy of `remote`.
+        remote: URL of MDS shards.
+        split: Subfolder, word in the files' names, or split of a data set; also that of the streams.
+        preprocessing_fn: As for a stream; also that of the streams.
+        max_seq_len: Tokens of a row. Default, and must equal: the run's `max_seq_len`.
+        decoder_only_format: Prompt and response are one sequence.
+        target_prompts: Which prompts are learned: `none`, `all`, or those of `length>=N` tokens.
+        target_responses: Which responses of a conversation are learned: the `last`, or `all`.
+        packing_ratio: Examples in a row, on average, that do not see one another: `auto`, as many as fit.
+            Default: one.
+        allow_pad_trimming: Cut the padding that all rows of a batch have.
+        shuffle: Read in random order. Default: true in training, false in evaluation.
+        shuffle_seed: Seed of that order. Default, and must equal: the run's `seed`.
+        max_bad_records: Records of a source that may be left out since they are not what they should be.
+        max_dropped: Share of a source's examples that may be dropped since what is learned of them lies
+            past `max_seq_len`.
+        cache_folder: Folder of tokenized examples. Default: `~/.cache/mptfoundry/examples`.
+    """
+
+    streams: dict[str, RecordsConfig] | None = None
+    hf_name: str | None = None
+    hf_kwargs: dict[str, Any] = field(default_factory=dict)
+    safe_load: bool = False
+    local: str | None = None
+    remote: str | None = None
+    split: str | None = None
+    preprocessing_fn: str | dict[str, str] | None = None
+    max_seq_len: int | None = None
+    decoder_only_format: Literal[True] = True
+    target_prompts: TargetPrompts = "none"
+    target_responses: Literal["last", "all"] = "last"
+    packing_ratio: float | Literal["auto"] | None = None
+    allow_pad_trimming: bool = False
+    shuffle: bool | None = None
+    shuffle_seed: int | None = None
+    max_bad_records: int = 0
+    max_dropped: float = 0.2
+    cache_folder: str | None = None
+    epoch_size: ClassVar[None] = None
+    separates_documents: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.streams is None:
+            check_records(self)
+        elif self.hf_name is not None or self.local is not None or self.remote is not None:
+            raise ValueError("streams and hf_name, local or remote are both given. Use one of them.")
+        elif not self.streams:
+            raise ValueError("streams: is empty. Name at least one source of records.")
+        else:
+            check_shares(self.streams)
+            check_uniform(self.streams)
+        if self.packing_ratio != "auto" and self.packing_ratio is not None and self.packing_ratio < 1:
+            raise ValueError(
+                f"packing_ratio: {self.packing_ratio} is less than one example in a row. Use auto."
+            )
+        if self.max_bad_records < 0:
+            raise ValueError(f"max_bad_records: {self.max_bad_records} is negative. Use 0 or more.")
+        if not 0 <= self.max_dropped <= 1:
+            raise ValueError(f"max_dropped: {self.max_dropped} is not a share from 0 to 1.")
+
+    @property
+    def sources(self) -> dict[str, RecordsConfig]:
+        """The sources by name; a single one is called by its split, or `data`."""
+        if self.streams is None:
+            names = ("hf_name", "hf_kwargs", "local", "remote", "split", "preprocessing_fn")
+            return {self.split or "data": RecordsConfig(**{name: getattr(self, name) for name in names})}
+        return {
+            name: replace(
+                stream,
+                split=stream.split or self.split,
+                preprocessing_fn=stream.preprocessing_fn or self.preprocessing_fn,
+            )
+            for name, stream in self.streams.items()
+        }
+
+    @property
+    def amounts(self) -> tuple[Amount, list[float] | None]:
+        """How much of each stream is read, and what the numbers are; None: all of everything, once."""
+        streams = (self.streams or {}).values()
+        for name in AMOUNTS:
+            given = [getattr(stream, name) for stream in streams]
+            if any(amount is not None for amount in given):
+                return name, [1.0 if amount is None else float(amount) for amount in given]
+        return "proportion", None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuningLoaderConfig:
+    """Batches of examples of which some tokens are learned: instructions, conversations.
+
+    Attributes:
+        name: The kind of loader.
+        dataset: Which examples, in which mix, and what of them is learned.
+        label: Name of an evaluation loader in all results. Default: `eval`.
+        drop_last: Leave out a last batch that is not full. Default: true in training, false in evaluation.
+        num_workers: Processes that make batches, for each device. `auto` chooses by the processors there.
+        pin_memory: Read into page-locked memory, for faster copies to a GPU.
+        prefetch_factor: Batches that each worker reads ahead.
+        persistent_workers: Keep the workers from one epoch to the next.
+        timeout: Seconds to wait for a batch before the run ends with an error; 0: for ever.
+    """
+
+    name: Literal["finetuning"]
+    dataset: FinetuningDatasetConfig
+    label: str | None = None
+    drop_last: bool | None = None
+    num_workers: int | Literal["auto"] = "auto"
+    pin_memory: bool = True
+    prefetch_factor: int = 2
+    persistent_workers: bool = True
+    timeout: float = 0
+
+    def __post_init__(self) -> None:
+        _check_workers(self.num_workers)
+
+
 def _check_workers(num_workers: int | str) -> None:
     if isinstance(num_workers, int) and num_workers < 0:
         raise ValueError(f"num_workers: {num_workers} is negative. Use 0 or more, or auto.")
 
 
-LoaderConfig = TextLoaderConfig | LabelledLoaderConfig
+LoaderConfig = TextLoaderConfig | LabelledLoaderConfig | FinetuningLoaderConfig
 
 
 def loaders_by_label(

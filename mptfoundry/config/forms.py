@@ -65,5 +65,14 @@ def _scaled(value: int | str, units: dict[str, int], words: str) -> int:
     return int(float(match[1]) * units[match[2]])
 
 
+def check_targets(value: str) -> None:
+    """Raises ValueError unless `value` says which prompts are learned."""
+    if not re.fullmatch(r"none|all|length>=[1-9]\d*", value):
+        raise ValueError(
+            f"{value!r} is not allowed here. Expected none, all, or length>=N, such as length>=512."
+        )
+
+
 ByteSize = Annotated[int | str, Form("a size, such as 1000000 or 100gb", parse_bytes)]
 SampleCount = Annotated[int | str, Form("a number, such as 10000 or 64M", parse_count)]
+TargetPrompts = Annotated[str, Form("none, all, or length>=N, such as length>=512", check_targets)]

@@ -77,6 +77,8 @@ _PEFT = "a run trains whole weights. Remove it."
 _TASKS = "a run evaluates its eval_loader. Remove it."
 _HUB = "name the MPT to start from in pretrained_model_name_or_path."
 _OBJECT = "it holds an object, which a file can't say. Remove it."
+_PLANNED = "packing is planned for the whole data set, and leaves no example out. Remove it."
+_ONCE = "examples are tokenized once and read from this machine's disk. Remove it."
 _RECORDS = "data sets are text in shards. Use name: text."
 _MPT = "models are MPTs. Use name: mpt_causal_lm."
 _FORMAT = "runs save checkpoints in Composer's format alone. Remove it, and use `mptfoundry export`."
@@ -117,7 +119,15 @@ REFUSED: dict[tuple[str, str], str] = {
     ("FSDPConfig", "save_planner"): _OBJECT,
     ("FSDPConfig", "min_params"): "the model says what is sharded. Remove it.",
     ("TextDatasetConfig", "stream_config"): "streams have only the keys that `mptfoundry explain` lists.",
-    ("TextDatasetConfig", "hf_name"): _RECORDS,
+    (
+        "TextDatasetConfig",
+        "hf_name",
+    ): "records are read by name: finetuning; text by shards. Use one of them.",
+    ("FinetuningDatasetConfig", "pad_to_longest"): "use allow_pad_trimming.",
+    ("FinetuningDatasetConfig", "seq_parallel_replication"): "each device reads rows of its own. Remove it.",
+    ("FinetuningDatasetConfig", "auto_packing_replication"): _PLANNED,
+    ("FinetuningDatasetConfig", "max_leftover_bins_to_keep"): _PLANNED,
+    ("FinetuningDatasetConfig", "epoch_size"): "streams.NAME.choose says how many examples an epoch has.",
     ("TextDatasetConfig", "mlm_probability"): "models predict the next token. Remove it.",
     ("TextLoaderConfig", "sampler"): "the data set orders its samples itself. Remove it.",
     ("TextLoaderConfig", "batch_size"): "it follows from the batch sizes of the run. Remove it.",
@@ -127,14 +137,18 @@ REFUSED: dict[tuple[str, str], str] = {
     ("model", "fmapi_causal_lm"): _MPT,
     ("model", "openai_causal_lm"): _MPT,
     ("model", "openai_chat"): _MPT,
-    ("train_loader", "finetuning"): _RECORDS,
-    ("eval_loader", "finetuning"): _RECORDS,
     ("train_loader", "text_denoising"): _RECORDS,
     ("eval_loader", "text_denoising"): _RECORDS,
     ("optimizer", "clip_lion"): "decoupled_lionw with algorithms.gradient_clipping is close to it.",
     ("optimizer", "adalr_lion"): "use decoupled_lionw.",
     ("optimizer", "no_op"): "a run that learns nothing is an evaluation. Use `mptfoundry eval`.",
 }
+for _name in (
+    *("predownload", "cache_limit", "partition_algo", "num_canonical_nodes", "shuffle_algo", "keep_zip"),
+    *("shuffle_block_size", "sampling_method", "sampling_granularity", "batching_method", "validate_hash"),
+    *("download_retry", "download_timeout", "replication", "allow_unsafe_types", "token_encoding_type"),
+):
+    REFUSED["FinetuningDatasetConfig", _name] = REFUSED["RecordsConfig", _name] = _ONCE
 for _name in (
     *("moe_num_experts", "moe_top_k", "moe_loss_weight", "moe_lbl_in_fp32", "moe_world_size", "mlp_impl"),
     *("moe_weight_parallelism", "uniform_expert_assignment", "memory_optimized_mlp"),
@@ -155,6 +169,7 @@ def translate(document: Document) -> list[str]:
     _multiquery(document, notes)
     for key, allowed, reason in _DROPPED:
         _drop(document, _path(key), allowed, reason, notes)
+    _tasks_without_data(document, notes)
     _low_precision_norm(document, notes)
     for loader in _loader_paths(document):
         for key, allowed, reason in _LOADER_DROPPED:
@@ -224,6 +239,13 @@ def _low_precision_norm(document: Document, notes: list[str]) -> None:
     old, norm = ("algorithms", "low_precision_layernorm"), document.get(("model", "norm_type"))
     if norm is None or str(norm).startswith("low_precision"):
         _drop(document, old, ANY, f"model.norm_type is {norm or 'low_precision_layernorm'} already", notes)
+
+
+def _tasks_without_data(document: Document, notes: list[str]) -> None:
+    """llm-foundry's finetuning files list tasks whose data the user is to fill in."""
+    tasks = document.tree.get("icl_tasks")
+    if isinstance(tasks, list) and all(isinstance(t, dict) and t.get("dataset_uri") is None for t in tasks):
+        _drop(document, ("icl_tasks",), ANY, "none of its tasks says where its data lies", notes)
 
 
 def _multiquery(document: Document, notes: list[str]) -> None:

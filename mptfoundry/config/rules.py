@@ -24,6 +24,7 @@ def between_sections(values: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _eval_labels(values)
     yield from _documents(values)
     yield from _heads(values)
+    yield from _preprocessing(values)
     yield from _schedule(values)
     yield from _checkpoints(values)
     if values.get("code_paths") and "allow_code" in values and not values["allow_code"]:
@@ -142,6 +143,20 @@ def _heads(values: Mapping[str, Any]) -> Iterator[Problem]:
             yield f"{key}.name", f"labelled: model.name: {name} has no head that learns labels. Use text."
     if has_head and "generate_callback" in values.get("callbacks", {}):
         yield "callbacks.generate_callback", f"model.name: {name} makes no text. Remove it."
+
+
+def _preprocessing(values: Mapping[str, Any]) -> Iterator[Problem]:
+    if values.get("allow_code", True):
+        return
+    for key, loader in _loaders(values):
+        for name, source in loader.dataset.sources.items() if loader.name == "finetuning" else ():
+            if isinstance(source.preprocessing_fn, str):
+                own = loader.dataset.preprocessing_fn is not None or loader.dataset.streams is None
+                place = f"{key}.dataset" if own else f"{key}.dataset.streams.{name}"
+                text = "names code, which runs only with allow_code=true on the command line."
+                yield f"{place}.preprocessing_fn", text
+                if own:
+                    break
 
 
 def _schedule(values: Mapping[str, Any]) -> Iterator[Problem]:

@@ -89,7 +89,7 @@ class TrainConfig:
         python_log_level: What the libraries may print.
         metadata: Anything about the run, kept with its config.
         code_paths: Python files that change the builders' tables; they run only with `allow_code=true`.
-        allow_code: Run the files of `code_paths`. On the command line only.
+        allow_code: Run the files of `code_paths` and each `preprocessing_fn`. On the command line only.
         variables: Values that others refer to as `${variables.x}`.
     """
 

@@ -66,6 +66,7 @@ class PreviewConfig:
         split: Subfolder of a folder of shards. Default: `train`, if there is one.
         samples: How many samples of each folder.
         picture: File to draw a config's data mix into, such as `mix.png`.
+        allow_code: Run the `preprocessing_fn` that a config names. On the command line only.
     """
 
     data: str
@@ -73,6 +74,7 @@ class PreviewConfig:
     split: str | None = None
     samples: int = 3
     picture: str | None = None
+    allow_code: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,7 @@ class EvalConfig:
         seed: Seed of whatever is drawn.
         out: JSON file for the results. Default: beside the model.
         dist_timeout: Seconds that a rank waits for the others.
+        allow_code: Run the `preprocessing_fn` of a loader. On the command line only.
         variables: Values that others refer to as `${variables.x}`.
     """
 
@@ -105,6 +108,7 @@ class EvalConfig:
     seed: int = 17
     out: str | None = None
     dist_timeout: float = 600.0
+    allow_code: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
 
     @property

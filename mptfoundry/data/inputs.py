@@ -2,9 +2,9 @@
 
 A folder is read whole, its files by name. `.jsonl` and `.ndjson` files (also `.gz`, `.zst`) hold a record in
 each line; a `.json` file does if it is given by name or if its first line is a record, unless it is one array
-of records; `.parquet` files hold
-a record in each row; a folder that `datasets` saved holds a data set. Every other file is one document,
-unless its name says that it holds no text. Hidden files and `__pycache__` are left out.
+of records; `.parquet` files hold a record in each row; a folder that `datasets` saved holds a data set. Every
+other file is one document, unless its name says that it holds no text. Hidden files and `__pycache__` are
+left out.
 """
 
 from __future__ import annotations
@@ -255,11 +255,16 @@ def _add_dataset(
         if getattr(feature, "dtype", None) not in ("string", "large_string"):
             raise DataError(f"{word}: the column {text_key!r} holds {feature}, not strings. Set text_key.")
         dataset = dataset.select_columns([text_key])
-    if len(dataset):
-        name = f"{word}/{subset or ''}/{split}"
-        size = int(dataset.data.nbytes)
-        identity = f"{len(dataset)} {dataset._fingerprint}"
-        inventory.inputs.append(
-            Input("dataset", word, name, size, dataset=len(inventory.datasets), identity=identity)
-        )
-        inventory.datasets.append(dataset)
+    add_dataset(inventory, word, f"{word}/{subset or ''}/{split}", dataset)
+
+
+def add_dataset(inventory: Inventory, word: str, name: str, dataset: Any) -> None:
+    """Add a loaded data set that the user calls `word`, unless it is empty."""
+    if not len(dataset):
+        return
+    size = int(dataset.data.nbytes)
+    identity = f"{len(dataset)} {dataset._fingerprint}"
+    inventory.inputs.append(
+        Input("dataset", word, name, size, dataset=len(inventory.datasets), identity=identity)
+    )
+    inventory.datasets.append(dataset)

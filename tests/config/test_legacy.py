@@ -194,7 +194,10 @@ def test_what_is_blank_or_off_needs_no_word(write: Callable[..., str], line: str
         ("parameters: {seed: 1}", "parameters: is not supported: this is a platform's job file."),
         ("precision: amp_fp8", "precision: 'amp_fp8' is not supported"),
         ("fsdp_config: {device_mesh: [2]}", "fsdp_config.device_mesh: is not supported: give data_parallel"),
-        ("eval_loader: {name: finetuning, dataset: {}}", "eval_loader.name: 'finetuning' is not supported"),
+        (
+            "eval_loader: {name: text_denoising, dataset: {}}",
+            "eval_loader.name: 'text_denoising' is not supported",
+        ),
         (
             "callbacks: {hf_checkpointer: {save_folder: a, save_interval: 1ep, mlflow_logging_config: {}}}",
             "callbacks.hf_checkpointer.mlflow_logging_config: unknown key",

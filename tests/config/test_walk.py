@@ -58,7 +58,7 @@ def test_all_problems_of_a_file_are_reported_at_once_in_the_order_of_its_lines(p
         ),
         (
             "eval_loader: {name: txt, dataset: {local: x}}",
-            "eval_loader.name: 'txt' is not known. Did you mean text? Allowed: text, labelled.",
+            "eval_loader.name: 'txt' is not known. Did you mean text? Allowed: text, labelled, finetuning.",
         ),
         ("compile_config: yes", "compile_config: true is not allowed here. Expected a section or null."),
         (

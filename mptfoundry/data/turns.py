@@ -1,0 +1,305 @@
+"""From turns to an example: ids, and for each whether it is learned.
+
+The rules are those of llm-foundry 0.22, so that the same records give the same ids and labels: the two texts
+of a turn are tokenized apart; a prompt and response get the special tokens that the tokenizer adds by itself,
+the parts of a conversation only those that the chat template writes; the last response ends with EOS, which
+is learned; what is too long is cut at its end.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mptfoundry.data.chat import RecordError, Turns, turns_of
+from mptfoundry.data.records import BadInput, Row, Unit, read_rows
+from mptfoundry.data.work import MOST_PROBLEMS_KEPT
+from mptfoundry.errors import DataError
+
+ROWS_AT_ONCE = 1000
+
+# A turn's two parts as ids.
+Ids = tuple[list[int], list[int]]
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is learned.
+
+    Attributes:
+        prompts: Of prompts: `none`, `all`, or those of `length>=N` tokens.
+        responses: Of the responses of a conversation: the `last`, or `all`.
+    """
+
+    prompts: str = "none"
+    responses: str = "last"
+
+    def learns_prompt(self, tokens: int) -> bool:
+        """Whether a prompt of so many tokens is learned."""
+        if self.prompts.startswith("length>="):
+            return tokens >= int(self.prompts.removeprefix("length>="))
+        return self.prompts == "all"
+
+
+@dataclass(frozen=True)
+class ExamplePlan:
+    """What makes examples of records; it is sent to each worker.
+
+    Attributes:
+        tokenizer: transformers' fast tokenizer.
+        max_seq_len: The most tokens of an example.
+        targets: What is learned.
+        preprocessing: A function `module:function` that makes a record of ours from one of the user's, or the
+            columns of {prompt: ..., response: ...}.
+        dtype: Unsigned integer type of the ids.
+        datasets: Hugging Face data sets that parts refer to.
+    """
+
+    tokenizer: Any
+    max_seq_len: int
+    targets: Targets
+    preprocessing: str | Mapping[str, str] | None
+    dtype: str
+    datasets: Sequence[Any] = ()
+
+
+@dataclass
+class Counts:
+    """What became of records.
+
+    Attributes:
+        records: All of them.
+        bad: Those that are not what they should be.
+        problems: The first of these, with their places.
+        dropped: Those of which nothing to learn is left within max_seq_len.
+        drops: The first of these, with their places.
+        cut: Those that lost their end, and are kept.
+        chats: Those that a chat template rendered.
+        ignored: Columns that were not looked at.
+    """
+
+    records: int = 0
+    bad: int = 0
+    problems: list[str] = field(default_factory=list)
+    dropped: int = 0
+    drops: list[str] = field(default_factory=list)
+    cut: int = 0
+    chats: int = 0
+    ignored: list[str] = field(default_factory=list)
+
+    def add(self, other: Counts) -> None:
+        """Add what became of records that follow."""
+        for name in ("records", "bad", "dropped", "cut", "chats"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.problems = (self.problems + other.problems)[:MOST_PROBLEMS_KEPT]
+        self.drops = (self.drops + other.drops)[:MOST_PROBLEMS_KEPT]
+        self.ignored = sorted({*self.ignored, *other.ignored})
+
+
+@dataclass
+class UnitExamples:
+    """A unit's examples one after the other: `ids` and `marks` as bytes, and the tokens of each."""
+
+    ids: bytes
+    marks: bytes
+    lengths: list[int]
+    counts: Counts
+    weight: int
+
+    def examples(self, dtype: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Each example: ids (tokens,) and learned (tokens,) bool."""
+        borders = np.cumsum(self.lengths)[:-1]
+        ids, marks = np.frombuffer(self.ids, dtype), np.frombuffer(self.marks, bool)
+        yield from zip(np.split(ids, borders), np.split(marks, borders), strict=True) if self.lengths else ()
+
+
+class ExampleMaker:
+    """Makes the examples of units.
+
+    Raises:
+        DataError: The user's function can't be imported.
+    """
+
+    def __init__(self, plan: ExamplePlan) -> None:
+        self.plan = plan
+        self._preprocess: Callable[[Any], Any] = _preprocessing(plan.preprocessing)
+
+    def __call__(self, unit: Unit) -> UnitExamples:
+        """Read and tokenize all records of a unit; bad ones are counted."""
+        counts = Counts()
+        made: list[tuple[np.ndarray, np.ndarray]] = []
+        rows = (row for part in unit.parts for row in read_rows(part, self.plan.datasets))
+        while chunk := list(islice(rows, ROWS_AT_ONCE)):
+            counts.records += len(chunk)
+            made += self._examples(chunk, counts)
+        ids, marks = [ids for ids, _ in made], [marks for _, marks in made]
+        return UnitExamples(
+            np.concatenate(ids).astype(self.plan.dtype).tobytes() if ids else b"",
+            np.concatenate(marks).tobytes() if marks else b"",
+            [len(each) for each in ids],
+            counts,
+            unit.weight,
+        )
+
+    def _examples(
+        self, rows: Sequence[Row | BadInput], counts: Counts
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        good: list[tuple[Row, Turns | list[Ids]]] = []
+        ignored: set[str] = set()
+        for row in rows:
+            try:
+                if isinstance(row, BadInput):
+                    raise row
+                good.append((row, self._turns(row.values, counts, ignored)))
+            except (BadInput, RecordError) as error:
+                place = "" if isinstance(row, BadInput) else f"{row.where()}: "
+                _note(counts.problems, f"{place}{str(error).removesuffix('.')}.")
+                counts.bad += 1
+        counts.ignored = sorted({*counts.ignored, *ignored})
+        tokenizer, limit = self.plan.tokenizer, self.plan.max_seq_len
+        texts = [turns for _, turns in good if isinstance(turns, Turns)]
+        tokenized = iter(tokenize(texts, tokenizer))
+        for row, turns in good:
+            ids_of_turns = next(tokenized) if isinstance(turns, Turns) else turns
+            ids, learned = stitch(ids_of_turns, self.plan.targets, tokenizer.eos_token_id)
+            # The first token is predicted from nothing.
+            if all(map(all, ids_of_turns)) and learned[1:limit].any():
+                counts.cut += len(ids) > limit
+                yield ids[:limit], learned[:limit]
+                continue
+            counts.dropped += 1
+            if len(counts.drops) < MOST_PROBLEMS_KEPT:
+                field = "messages" if isinstance(turns, Turns) and turns.is_chat else "prompt"
+                _note(counts.drops, f"{row.where()}: {field}: {_why_dropped(learned, limit)}.")
+
+    def _turns(self, values: Any, counts: Counts, ignored: set[str]) -> Turns | list[Ids]:
+        if (tokens := _tokens_of(values)) is not None:
+            return tokens
+        try:
+            record = self._preprocess(values)
+        except RecordError:
+            raise
+        except Exception as error:
+            raise RecordError("preprocessing_fn", f"{type(error).__name__}: {error}") from error
+        turns = turns_of(record, self.plan.tokenizer)
+        counts.chats += turns.is_chat
+        ignored.update(turns.ignored)
+        return turns
+
+
+def tokenize(records: Sequence[Turns], tokenizer: Any) -> list[list[Ids]]:
+    """The ids of each record's turns.
+
+    Args:
+        records: What they say.
+        tokenizer: transformers' fast tokenizer.
+    """
+    ids: dict[bool, Iterator[list[int]]] = {}
+    for is_chat in (False, True):
+        texts = [text for turns, chat, _ in records if chat == is_chat for turn in turns for text in turn]
+        options = {"add_special_tokens": not is_chat, "padding": False, "truncation": False, "verbose": False}
+        given = tokenizer(texts, return_attention_mask=False, **options)["input_ids"] if texts else []
+        ids[is_chat] = iter(given)
+    made = []
+    for turns, is_chat, _ in records:
+        pairs = [(next(ids[is_chat]), next(ids[is_chat])) for _ in turns]
+        made.append(pairs if is_chat else [_one_bos(*pair, tokenizer.bos_token_id) for pair in pairs])
+    return made
+
+
+def stitch(turns: Sequence[Ids], targets: Targets, eos_token_id: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """An example: ids (tokens,) int64 and learned (tokens,) bool, of any length."""
+    ids: list[int] = []
+    learned: list[bool] = []
+    for number, (prompt, response) in enumerate(turns, 1):
+        is_last = number == len(turns)
+        if is_last and eos_token_id is not None and response[-1:] != [eos_token_id]:
+            response = [*response, eos_token_id]
+        ids += [*prompt, *response]
+        learned += [targets.learns_prompt(len(prompt))] * len(prompt)
+        learned += [is_last or targets.responses == "all"] * len(response)
+    return np.array(ids, np.int64), np.array(learned, bool)
+
+
+def _one_bos(prompt: list[int], response: list[int], bos_token_id: int | None) -> Ids:
+    """A tokenizer that begins each text with BOS must not put it before the response."""
+    has_two = bos_token_id is not None and prompt[:1] == response[:1] == [bos_token_id]
+    return prompt, response[1:] if has_two else response
+
+
+def _tokens_of(values: Any) -> list[Ids] | None:
+    """The turns of a sample that llm-foundry has tokenized already."""
+    if not isinstance(values, Mapping):
+        return None
+    turns = values.get("turns", [values] if "input_ids" in values and "labels" in values else None)
+    if turns is None:
+        return None
+    try:
+        return [tuple([int(n) for n in turn[name]] for name in ("input_ids", "labels")) for turn in turns]  # type: ignore[misc]
+    except (KeyError, TypeError, ValueError) as error:
+        raise RecordError("turns", f"is no list of input_ids and labels ({error!r})") from error
+
+
+def _why_dropped(learned: np.ndarray, limit: int) -> str:
+    if not learned.any() or learned.argmax() < limit:
+        return "the tokenizer makes no token of a text"
+    return f"what is learned begins at token {learned.argmax():,}, past max_seq_len: {limit:,}"
+
+
+def _note(notes: list[str], text: str) -> None:
+    if len(notes) < MOST_PROBLEMS_KEPT:
+        notes.append(text)
+
+
+def _preprocessing(given: str | Mapping[str, str] | None) -> Callable[[Any], Any]:
+    if given is None:
+        return lambda record: record
+    if isinstance(given, str):
+        return load_function(given)
+    columns = given
+
+    def rename(record: Mapping[str, Any]) -> dict[str, Any]:
+        for column in columns.values():
+            if record.get(column) is None:
+                raise RecordError(column, "is missing or null")
+        return {name: record[column] for name, column in columns.items()}
+
+    return rename
+
+
+def load_function(name: str) -> Callable[[Any], Any]:
+    """The function that `module:function` names; modules may lie where the command was started.
+
+    Raises:
+        DataError: There is none.
+    """
+    module, _, function = name.partition(":")
+    _with_here()
+    try:
+        return getattr(importlib.import_module(module), function)
+    except Exception as error:
+        raise DataError(f"preprocessing_fn: {name} can't be imported: {error}.") from error
+
+
+def source_of(name: str) -> str | None:
+    """The file of the module of `module:function`, which is not run."""
+    _with_here()
+    try:
+        spec = importlib.util.find_spec(name.partition(":")[0])
+    except (ImportError, ValueError):
+        return None
+    return spec.origin if spec else None
+
+
+def _with_here() -> None:
+    """Let modules be found in the current folder, as `python -m` does."""
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
