@@ -205,7 +205,11 @@ def _from_first_generation(values: Mapping[str, Any], where: str) -> dict[str, A
 
 
 def _refuse_absurd(values: Mapping[str, Any], where: str, depth: int = 0) -> None:
-    """Raise CheckpointError for numbers that no model has, before anything is computed with them."""
+    """Raise CheckpointError for what no model has, before anything is computed with it."""
+    if not depth:
+        for name in ("attn_config", "ffn_config", "init_config"):
+            if values.get(name) is not None and not isinstance(values[name], Mapping):
+                raise CheckpointError(f"{where}: {name}: {values[name]!r} is not a section.")
     if depth > _DEEPEST:
         raise CheckpointError(f"{where[:200]}: refused, since it is nested too deeply.")
     for key, value in values.items():
