@@ -32,54 +32,24 @@ FLAT_KEYS: dict[str, str] = {
     **{field.name: f"attn_config.{field.name}" for field in fields(AttnConfig)},
 }
 
-# Keys without influence on what a loaded model computes: how it was made, named, drawn or run.
-_WITHOUT_EFFECT = {
-    "_attn_implementation",
-    "_attn_implementation_autoset",
-    "_commit_hash",
-    "_name_or_path",
-    "architectures",
-    "auto_map",
-    "bos_token_id",
-    "chunk_size_feed_forward",
-    "config_overrides",
-    "dtype",
-    "eos_token_id",
-    "fc_type",
-    "finetuning_task",
-    "gradient_checkpointing",
-    "id2label",
-    "init_device",
-    "initializer_range",
-    "is_decoder",
-    "is_encoder_decoder",
-    "label2id",
-    "loss_fn",
-    "model_type",
-    "name",
-    "num_labels",
-    "output_attentions",
-    "output_hidden_states",
-    "pad_token_id",
-    "prefix",
-    "pretrained",
-    "pretrained_model_name_or_path",
-    "problem_type",
-    "return_dict",
-    "revision",
-    "sep_token_id",
-    "task_specific_params",
-    "tokenizer_class",
-    "tokenizer_name",
-    "torch_dtype",
-    "torchscript",
-    "transformers_version",
-    "unk_token_id",
-    "use_cache",
-    "use_pad_tok_in_ffn",
-    "verbose",
-}
-_WITHOUT_EFFECT_IN_ATTENTION = _WITHOUT_EFFECT | {"attn_impl", "norm_type"}
+# Keys without influence on what a loaded model computes: how it was made, named, drawn, run, generated from.
+_WITHOUT_EFFECT_TEXT = """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention
+    architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
+    config_overrides cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
+    early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty fc_type
+    finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label init_device
+    initializer_range is_decoder is_encoder_decoder label2id length_penalty loss_fn max_length min_length
+    model_type name no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
+    output_attentions output_hidden_states output_scores pad_token_id prefix pretrained
+    pretrained_model_name_or_path problem_type pruned_heads remove_invalid_values repetition_penalty
+    return_dict return_dict_in_generate revision sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class tokenizer_name top_k top_p torch_dtype
+    torchscript transformers_version typical_p unk_token_id use_bfloat16 use_cache use_pad_tok_in_ffn
+    verbose
+"""
+_WITHOUT_EFFECT = set(_WITHOUT_EFFECT_TEXT.split())
+_WITHOUT_EFFECT_IN_ATTENTION = _WITHOUT_EFFECT | {"attn_impl", "norm_type", "tie_word_embeddings"}
 _WITHOUT_EFFECT_IN_FFN = {"fc_type"}
 
 # llm-foundry's latest additions, which MPT does not have, as it writes them where they are off.

@@ -86,6 +86,13 @@ def test_transformers_own_config_is_read_with_its_own_defaults(tmp_path: Path) -
     assert config_of_folder(tmp_path).attn_config.alibi
 
 
+def test_all_that_transformers_base_class_can_write_is_known() -> None:
+    from transformers import MptConfig
+
+    values = json.loads(MptConfig(d_model=64, n_heads=4).to_json_string(use_diff=False))
+    assert "num_beams" in values and config_from_dict(values, "x").d_model == 64
+
+
 def test_llm_foundrys_silence_means_llm_foundrys_defaults() -> None:
     config = config_from_dict(
         {"d_model": 64, "n_heads": 4, "norm_eps": 1e-5, "fc_type": {"name": "torch"}}, "x"
