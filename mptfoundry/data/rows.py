@@ -83,6 +83,8 @@ def build_row_loader(
     drawn = [round(often * one.rows) for often, one in zip(passes or [1], streams, strict=True)]
     order = RowOrder(streams, drawn, seed if shuffle else None, varies=is_training)
     ranks, rank = dist.get_world_size(), dist.get_global_rank()
+    if rank == 0:
+        print(*packing_lines(order, packing_ratio, where), sep="\n", flush=True)
     if len(order) < (device_batch_size * ranks if drop_last else 1):
         raise DataError(
             f"{where}: {len(order)} rows don't fill one batch of {device_batch_size} on each of {ranks} "
@@ -105,6 +107,22 @@ def build_row_loader(
         generator=torch.Generator().manual_seed(seed),
     )
     return DataSpec(loader, get_num_samples_in_batch=count_rows, get_num_tokens_in_batch=count_row_tokens)
+
+
+def packing_lines(order: RowOrder, asked: float | Literal["auto"] | None, where: str) -> list[str]:
+    """What a user should know of how examples are packed, a line for each stream that is packed by itself."""
+    lines = []
+    for one in order.streams:
+        fits = (
+            f", where {asked:g} do not fit"
+            if isinstance(asked, (int, float)) and one.ratio < 0.99 * asked
+            else ""
+        )
+        lines.append(
+            f"{where}: {len(one.lengths):,} examples in {one.rows:,} rows of {one.row_len:,} tokens: "
+            f"{one.ratio:.1f} in a row{fits}; {1 - one.fill:.1%} is padding."
+        )
+    return lines
 
 
 class RowDataset(Dataset):

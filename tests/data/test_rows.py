@@ -211,6 +211,16 @@ def test_a_checkpoint_inside_an_epoch_of_other_rows_is_refused(store: ExampleSto
         loader([store]).dataloader.dataset.load_state_dict(None)
 
 
+def test_it_is_said_how_examples_are_packed(store: ExampleStore, capsys: pytest.CaptureFixture[str]) -> None:
+    loader([store])
+    loader([store], packing_ratio=9, where="eval_loader held_out")
+    assert capsys.readouterr().out.splitlines() == [
+        "train_loader: 41 examples in 14 rows of 64 tokens: 2.9 in a row; 6.0% is padding.",
+        "eval_loader held_out: 41 examples in 14 rows of 64 tokens: 2.9 in a row, where 9 do not fit; "
+        "6.0% is padding.",
+    ]
+
+
 def test_streams_are_mixed_by_their_passes(store: ExampleStore, tmp_path: Path) -> None:
     other = write_store(tmp_path / "other", seed=1, count=10)
     spec = loader([store, other], passes=[0.5, 3.0], packing_ratio=None, batch=1)
