@@ -30,7 +30,7 @@ Examples = Iterator[dict[str, Any]]
 
 
 def main(words: list[str]) -> None:
-    """Write OUT/{lines,words,functions}/{train,val}.jsonl; the files of a module all go to one of the two."""
+    """Write OUT/{lines,words,functions}/{train,val}.jsonl; a tenth, by its hash, is held out."""
     out = Path(next((word.removeprefix("out=") for word in words if word.startswith("out=")), OUT))
     files = [Path(word) for word in words if not word.startswith("out=")]
     files = files or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
@@ -38,9 +38,10 @@ def main(words: list[str]) -> None:
     for name, make in makers.items():
         rows: dict[str, list[str]] = {"train": [], "val": []}
         for file in files:
-            held_out = hashlib.sha256(file.stem.encode()).digest()[0] < 26
-            examples = make(file.read_text(encoding="utf-8"))
-            rows["val" if held_out else "train"] += [json.dumps(example) + "\n" for example in examples]
+            for example in make(file.read_text(encoding="utf-8")):
+                row = json.dumps(example)
+                digest = hashlib.sha256(example.get("context", row).encode()).digest()
+                rows["val" if digest[0] < 256 // 10 else "train"].append(row + "\n")
         (out / name).mkdir(parents=True, exist_ok=True)
         for split, written in rows.items():
             (out / name / f"{split}.jsonl").write_text("".join(written), encoding="utf-8")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mptfoundry.config.load import load_train_config
+from mptfoundry.config.run import TrainConfig
 from mptfoundry.mpt.flops import count_parameters
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -23,6 +26,19 @@ PARAMETERS = {
     "mpt-30b": 29_957_200_896,
     "mpt-30b-8k": 29_957_200_896,
     "mpt-70b": 64_838_967_296,
+    "mpt-text-classification": 4_197_120,
+    "mpt-token-classification": 4_197_893,
+    "mpt-question-answering": 4_197_122,
+}
+# A record for each head's loader.
+RECORDS: dict[str, dict[str, Any]] = {
+    "mpt-text-classification": {"text": "def f(x):", "label": "code"},
+    "mpt-token-classification": {"words": ["def", "f", "(", ")"], "labels": ["keyword", "name", 2, 2]},
+    "mpt-question-answering": {
+        "question": "Which?",
+        "context": "def f(x):",
+        "answers": {"text": ["f"], "answer_start": [4]},
+    },
 }
 SHRUNK = ["model.d_model=32", "model.n_heads=4", "model.n_layers=2", "model.vocab_size=64"]
 
@@ -67,10 +83,10 @@ def test_it_leaves_the_hardware_to_auto(path: Path) -> None:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=each)
 def test_a_small_one_of_its_kind_is_built(path: Path) -> None:
-    from mptfoundry.mpt.network import MPT
+    from mptfoundry.mpt.heads import make_network
 
     model = load_train_config(path, SHRUNK)[0].model
-    network = MPT(model.network(), device="meta")
+    network = make_network(model.network(), device="meta")
     assert sum(p.numel() for p in network.parameters()) == count_parameters(model)
 
 
@@ -84,19 +100,34 @@ def test_a_small_one_of_its_kind_trains_on_a_cpu(path: Path, shards: Path, tmp_p
     words += ["max_duration=2ba", "global_train_batch_size=8", "log_to_console=false", "load_path=null"]
     words += ["save_interval=2ba", "eval_interval=2ba", "eval_subset_num_batches=1"]
     words.append(f"save_folder={tmp_path}/{{run_name}}")
+    words += data_of_its_kind(recipe, shards, tmp_path)
+    config, _ = load_train_config(path, words)
+    train(config)
+    rows = list(read_rows(tmp_path / path.stem / "metrics.jsonl"))
+    assert [row["batch"] for row in rows if "loss" in row] == [1, 2]
+    assert any("eval" in row for row in rows)
+
+
+def data_of_its_kind(recipe: TrainConfig, shards: Path, folder: Path) -> list[str]:
+    """Words that point a recipe's loaders at small data."""
+    if recipe.train_loader.name == "labelled":
+        (folder / "examples.jsonl").write_text((json.dumps(RECORDS[recipe.run_name]) + "\n") * 16)
+        loaders = ("train_loader", "eval_loader")
+        return [
+            f"{name}.dataset.{key}"
+            for name in loaders
+            for key in (f"local={folder}/examples.jsonl", "split=null")
+        ]
+    words = []
     names = recipe.train_loader.dataset.streams
     here = [f"train_loader.dataset.streams.{name}" for name in names] if names else ["train_loader.dataset"]
     loaders = recipe.eval_loader if isinstance(recipe.eval_loader, tuple) else (recipe.eval_loader,)
     several = isinstance(recipe.eval_loader, tuple)
     here += [f"eval_loader.{i}.dataset" if several else "eval_loader.dataset" for i in range(len(loaders))]
     for number, key in enumerate(here):  # streaming wants a folder of its own for each stream
-        (tmp_path / str(number)).symlink_to(shards / "a")
-        words += [f"{key}.local={tmp_path / str(number)}", f"{key}.remote=null"]
-    config, _ = load_train_config(path, words)
-    train(config)
-    rows = list(read_rows(tmp_path / path.stem / "metrics.jsonl"))
-    assert [row["batch"] for row in rows if "loss" in row] == [1, 2]
-    assert any("eval" in row for row in rows)
+        (folder / str(number)).symlink_to(shards / "a")
+        words += [f"{key}.local={folder / str(number)}", f"{key}.remote=null"]
+    return words
 
 
 @pytest.mark.parametrize("name", ["mpt-7b", "mpt-30b"])

@@ -21,8 +21,8 @@ from composer.utils import dist
 from torch.utils.data import DataLoader, DistributedSampler
 
 from mptfoundry.data.collate import NOT_LEARNED, count_samples
+from mptfoundry.data.example_sources import Source
 from mptfoundry.data.labelled_records import (
-    ROWS_AT_ONCE,
     Checked,
     Record,
     Task,
@@ -34,6 +34,7 @@ from mptfoundry.data.labelled_records import (
 from mptfoundry.data.text import filler_id
 from mptfoundry.errors import DataError
 
+ROWS_AT_ONCE = 1000
 # A place that no row has: an answer there isn't learned.
 OUTSIDE = 2**31
 
@@ -42,8 +43,7 @@ log = logging.getLogger(__name__)
 
 def build_labelled_loader(
     *,
-    local: str,
-    split: str | None = None,
+    source: Source,
     fields: Mapping[str, str] | None = None,
     task: Task,
     labels: Mapping[str, int] | None = None,
@@ -61,7 +61,8 @@ def build_labelled_loader(
     """Build the loader of a data set.
 
     Args:
-        local: A file or folder, as for `read_records`; likewise `split`, and `fields` for its `names`.
+        source: Files, a folder or a data set.
+        fields: Names of a record's fields -> their names in the data, where they differ.
         task: What a record holds.
         labels: The labels' numbers by name; for spans none.
         problem: For `sequence`: transformers' `problem_type`.
@@ -80,7 +81,7 @@ def build_labelled_loader(
     Raises:
         DataError: Files are missing or damaged, a record doesn't hold what it should, or there are too few.
     """
-    records = read_records(local, split, fields or {}, where)
+    records = read_records(source, fields or {})
     encoded = [
         *encode(records, tokenizer, max_seq_len, task=task, labels=labels or {}, problem=problem),
     ]
@@ -187,7 +188,7 @@ def encode(
         encodings = _tokenize(chunk, checked, tokenizer, max_seq_len, task)
         for record, (_, context, wanted), encoding in zip(chunk, checked, encodings, strict=True):
             if not encoding.ids:
-                raise DataError(f"{record.place}: the tokenizer makes no token of its text.")
+                raise DataError(f"{record.where()}: the tokenizer makes no token of its text.")
             example: dict[str, Any] = {"input_ids": np.asarray(encoding.ids, np.int64)}
             if task == "sequence":
                 kind = np.int64 if problem == "single_label_classification" else np.float32

@@ -1,4 +1,4 @@
-"""Records of labelled data sets: read from JSONL, Parquet or a folder that `datasets` saved, and checked.
+"""Records of labelled data sets: read as those of finetuning are, and checked.
 
 By task a record has the fields
 
@@ -13,17 +13,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from mptfoundry.data.collate import NOT_LEARNED
+from mptfoundry.data.example_sources import Source, find_records
+from mptfoundry.data.records import BadInput, plan_units, read_rows
 from mptfoundry.errors import DataError
 
 Task = Literal["sequence", "token", "span"]
-SUFFIXES = (".jsonl", ".json", ".parquet")
-ROWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -31,12 +31,12 @@ class Record:
     """A record's values by the names above, and where it lies.
 
     Attributes:
-        place: Begins every error.
+        where: Says where it lies; that begins every error.
         values: What was read.
         names: Names above -> names in the data, where they differ.
     """
 
-    place: str
+    where: Callable[[], str]
     values: Mapping[str, Any]
     names: Mapping[str, str]
 
@@ -60,7 +60,7 @@ class Record:
 
     def error(self, name: str, text: str) -> DataError:
         """What is wrong with a field."""
-        return DataError(f"{self.place}: {self.names.get(name, name)}: {text}.")
+        return DataError(f"{self.where()}: {self.names.get(name, name)}: {text}.")
 
 
 class Checked(NamedTuple):
@@ -73,29 +73,24 @@ class Checked(NamedTuple):
     wanted: Any
 
 
-def read_records(
-    local: str, split: str | None, names: Mapping[str, str], where: str = "train_loader"
-) -> Iterator[Record]:
-    """Read the records of a file or folder, in order.
+def read_records(source: Source, names: Mapping[str, str]) -> Iterator[Record]:
+    """Read the records of a source, in order.
 
     Args:
-        local: A JSONL or Parquet file, a folder of such files, or a folder that `datasets` saved.
-        split: A file of the folder without its suffix, a folder in it, or a split of a saved data set.
+        source: Files, a folder or a data set.
         names: As in Record.
-        where: What the user calls this loader, for errors.
 
     Raises:
         DataError: Nothing is there, or it can't be read.
     """
-    folder = Path(local).expanduser()
-    if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        rows = _read_saved(folder, split, where)
-    else:
-        rows = (row for file in _files(folder, split, where) for row in _read_file(file))
-    for place, values in rows:
-        if not isinstance(values, dict):
-            raise DataError(f"{place}: this is {_short(values)}, not an object with fields.")
-        yield Record(place, values, names)
+    inventory = find_records(source, Path())
+    for unit in plan_units(inventory.inputs, inventory.datasets, cut_texts=False):
+        for row in (row for part in unit.parts for row in read_rows(part, inventory.datasets)):
+            if isinstance(row, BadInput):
+                raise row
+            if not isinstance(row.values, dict):
+                raise DataError(f"{row.where()}: this is {_short(row.values)}, not an object with fields.")
+            yield Record(row.where, row.values, names)
 
 
 def check_text(record: Record, labels: Mapping[str, int], problem: str) -> Checked:
@@ -162,52 +157,6 @@ def label_number(label: Any, labels: Mapping[str, int], record: Record, name: st
         return label
     known = ", ".join([*labels][:8]) + ", ..." * (len(labels) > 8)
     raise record.error(name, f"{_short(label)} is no label. Use 0 to {len(labels) - 1}, or a name: {known}")
-
-
-def _files(folder: Path, split: str | None, where: str) -> list[Path]:
-    places = [folder / f"{split}{suffix}" for suffix in ("", *SUFFIXES)] if split else [folder]
-    for path in places:
-        if path.is_file():
-            return [path]
-        if files := sorted(file for file in path.glob("*") if file.suffix in SUFFIXES):
-            return files
-    looked_at = ", ".join(str(path) for path in places)
-    raise DataError(f"{where}.dataset.local: no JSONL or Parquet file. Looked at {looked_at}.")
-
-
-def _read_file(file: Path) -> Iterator[tuple[str, Any]]:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        if file.suffix == ".parquet":
-            batches = parquet.ParquetFile(file).iter_batches(ROWS_AT_ONCE)
-            rows = (row for batch in batches for row in batch.to_pylist())
-            yield from ((f"{file}: row {number}", row) for number, row in enumerate(rows))
-            return
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                if not line.isspace():
-                    yield f"{file}:{number}", _parse(line, f"{file}:{number}")
-    except (OSError, UnicodeDecodeError, ArrowException) as error:
-        raise DataError(f"{file}: it can't be read ({error}).") from error
-
-
-def _parse(line: str, place: str) -> Any:
-    try:
-        return json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: this is not a line of JSON ({error}).") from error
-
-
-def _read_saved(folder: Path, split: str | None, where: str) -> Iterator[tuple[str, Any]]:
-    import datasets
-
-    found = datasets.load_from_disk(str(folder))
-    if isinstance(found, datasets.DatasetDict):
-        if split not in found:
-            raise DataError(f"{where}.dataset.split: {folder} has no {split}. Use {', '.join(found)}.")
-        found = found[split]
-    yield from ((f"{folder}: row {row}", values) for row, values in enumerate(found))
 
 
 def _is_number(value: Any) -> bool:

@@ -15,6 +15,7 @@ import torch
 from pyarrow import parquet
 
 from mptfoundry.data.collate import NOT_LEARNED
+from mptfoundry.data.example_sources import Source
 from mptfoundry.data.labelled import OUTSIDE, build_labelled_loader
 from mptfoundry.errors import DataError
 
@@ -37,8 +38,13 @@ def build(tmp_path: Path, tiny_tokenizer: Any) -> Build:
 
     def make(records: list[dict[str, Any]], task: str = "sequence", **options: Any) -> Any:
         (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        given = {"local": str(tmp_path / "train.jsonl"), "labels": LABELS, "tokenizer": tiny_tokenizer}
-        given |= {"max_seq_len": 64, "device_batch_size": 4, "drop_last": False, **options}
+        place = Source(
+            "train_loader.dataset",
+            local=options.pop("local", str(tmp_path / "train.jsonl")),
+            split=options.pop("split", None),
+        )
+        given = {"source": place, "labels": LABELS, "tokenizer": tiny_tokenizer, "max_seq_len": 64}
+        given |= {"device_batch_size": 4, "drop_last": False, **options}
         return build_labelled_loader(task=task, **given)  # type: ignore[arg-type]
 
     return make
@@ -282,12 +288,10 @@ def test_a_line_that_is_no_record_is_named(build: Build, tmp_path: Path, content
 
 
 def test_a_place_without_examples_is_named(build: Build, tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"train_loader.dataset.local: no JSONL or Parquet file. Looked at .*val"
-    ):
+    with pytest.raises(DataError, match=r"train_loader.dataset.split: .* has no val: .*There are train"):
         build(TEXTS, local=str(tmp_path), split="val")
     (tmp_path / "bad.parquet").write_text("no")
-    with pytest.raises(DataError, match=r"bad.parquet: it can't be read"):
+    with pytest.raises(DataError, match=r"bad.parquet: this is no readable Parquet file"):
         build(TEXTS, local=str(tmp_path / "bad.parquet"))
     with pytest.raises(DataError, match="1 examples don't fill one batch of 4"):
         build(TEXTS[:1], drop_last=True)

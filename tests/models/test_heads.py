@@ -136,6 +136,7 @@ from composer.core import Evaluator
 from composer.loggers import InMemoryLogger
 from composer.utils import FSDP2Config, dist
 from mptfoundry.callbacks.gloo_average import AverageGradients
+from mptfoundry.data.example_sources import Source
 from mptfoundry.data.labelled import build_labelled_loader
 from mptfoundry.models.heads import ComposerHead
 from mptfoundry.mpt.config import AttnConfig
@@ -157,15 +158,16 @@ HEADS = {
 def train(task, parallelism=None):
     tokenizer, ranks = load_tokenizer(folder + "/tokenizer"), dist.get_world_size()
     labels = getattr(HEADS[task], "label2id", None)
-    common = dict(local=folder, task=task, labels=labels, tokenizer=tokenizer, max_seq_len=32)
+    source = Source("loader", local=folder, split=task)
+    common = dict(source=source, task=task, labels=labels, tokenizer=tokenizer, max_seq_len=32)
     logger = InMemoryLogger()
     model = ComposerHead(make_network(HEADS[task], seed=0), tokenizer=tokenizer)
     trainer = Trainer(
         model=model,
         train_dataloader=build_labelled_loader(
-            **common, split=task, device_batch_size=8 // ranks, shuffle=True),
+            **common, device_batch_size=8 // ranks, shuffle=True),
         eval_dataloader=Evaluator(label="held_out", dataloader=build_labelled_loader(
-            **common, split=task, device_batch_size=3, drop_last=False, is_training=False)),
+            **common, device_batch_size=3, drop_last=False, is_training=False)),
         optimizers=DecoupledLionW(model.parameters(), lr=1e-3),
         max_duration="4ba", eval_interval="4ba", device="cpu", progress_bar=False,
         device_train_microbatch_size=int(microbatch), accumulate_train_batch_on_tokens=True,
@@ -178,9 +180,8 @@ def train(task, parallelism=None):
 
 if __name__ == "__main__":
     dist.initialize_dist("cpu")
-    found = {task: train(task) for task in HEADS}
-    if dist.get_world_size() > 1:
-        found["sharded"] = train("sequence", {"fsdp": FSDP2Config()})
+    sharded = {"sequence": {"fsdp": FSDP2Config()}} if dist.get_world_size() > 1 else {}
+    found = {task: train(task, sharded.get(task)) for task in HEADS}
     if dist.get_global_rank() == 0:
         json.dump(found, open(out, "w"))
     dist.barrier()
@@ -205,7 +206,7 @@ def examples(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -
     return folder
 
 
-def test_ranks_and_microbatches_change_neither_losses_nor_measures(
+def test_ranks_copied_or_sharded_and_microbatches_change_neither_losses_nor_measures(
     examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     script = tmp_path / "train.py"
@@ -217,8 +218,7 @@ def test_ranks_and_microbatches_change_neither_losses_nor_measures(
     monkeypatch.setattr(sys, "argv", [str(script), str(examples), str(tmp_path / "one.json"), "8"])
     runpy.run_path(str(script), run_name="__main__")
     one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
-    for task, values in two.items():
-        expected = one["sequence" if task == "sharded" else task]
+    for task, expected in one.items():
         assert len(expected["loss/train/total"]) == 4 and len(expected) >= 4
         for name, numbers in expected.items():
-            assert values[name] == pytest.approx(numbers, rel=1e-4), (task, name)
+            assert two[task][name] == pytest.approx(numbers, rel=1e-4), (task, name)
