@@ -70,17 +70,20 @@ def _forward_span(
 
 @triton.jit
 def _bound(q, longest, inner, outer, HAS_SOFTCAP: constexpr):
-    """What no score of a row exceeds before the bias, by Cauchy and Schwarz."""
+    """What no score of a row exceeds before the bias, by Cauchy and Schwarz; 1e29 where that is no number."""
     norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)) * longest
-    bound = tl.minimum(outer, outer * inner * norm) if HAS_SOFTCAP else outer * norm
-    return bound * 1.001
+    bound = outer * inner * norm if HAS_SOFTCAP else outer * norm
+    bound = tl.where(bound < 1e28, bound * 1.001, 1e29)
+    return tl.where(bound < 1e29, tl.minimum(outer, bound), bound) if HAS_SOFTCAP else bound
 
 
 @triton.jit
 def _stop(bound, highest, inside, slope, frame, bits, BLOCK_K: constexpr):
     """The first block that may still count: no key before it reaches a weight of 2 ** -bits in any row."""
-    gap = tl.max(tl.where(inside & (highest > LOWEST), bound - highest, NOTHING))
-    stop = tl.minimum(tl.maximum(frame - (gap + bits) / slope, 0.0), frame)
+    # A row that has seen nothing says nothing; one whose scores are no numbers forbids to stop.
+    gap = tl.where(highest > LOWEST, bound - highest, tl.where(highest == LOWEST, NOTHING, 1e29))
+    widest = tl.max(tl.where(inside, gap, NOTHING))
+    stop = tl.minimum(tl.maximum(frame - (widest + bits) / slope, 0.0), frame)
     return stop.to(tl.int32) // BLOCK_K * BLOCK_K
 
 

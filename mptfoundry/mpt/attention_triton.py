@@ -60,12 +60,12 @@ def attend(
     is_decoding = context.cache is not None and seq * (n_heads // kv_heads) <= _MOST_DECODING_ROWS
     needs_grad = torch.is_grad_enabled() and query.requires_grad
     if is_decoding and not needs_grad and context.dropout == 0:
-        return torch.ops.__getattr__(_NAMESPACE).decode(
+        return _operators.decode(
             query, key, value, context.slopes, marks, context.scale, window, softcap, has_prefix
         )
     seed = torch.randint(2**62, (1,), device=query.device) if context.dropout > 0 else None
     skips = context.slopes is not None and context.skips
-    out, _, _ = torch.ops.__getattr__(_NAMESPACE).attention(
+    out, _, _ = _operators.attention(
         query, key, value, context.slopes, marks, bounds, seed, context.scale, window, softcap,
         context.dropout, has_prefix, skips,
     )  # fmt: skip
@@ -250,7 +250,7 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
 
 def _differentiate(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
     query, key, value, slopes, marks, bounds, seed, out, log_sum, reach = ctx.saved_tensors
-    grads = torch.ops.__getattr__(_NAMESPACE).attention_backward(
+    grads = _operators.attention_backward(
         grad, query, key, value, out, log_sum, reach, slopes, marks, bounds, seed, *ctx.options
     )
     return (*grads, *(None,) * 10)
@@ -306,14 +306,17 @@ def _cut(keys: int, programs: int, device: torch.device) -> tuple[int, int]:
     return keys_of_part, -(-keys // keys_of_part)
 
 
-@register_flop_formula(torch.ops.__getattr__(_NAMESPACE).attention)
+_operators = getattr(torch.ops, _NAMESPACE)
+
+
+@register_flop_formula(_operators.attention)
 def _flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
     """As PyTorch counts its own attention: neither the causal half nor what is skipped is left out."""
     batch, seq, n_heads, head_dim = query
     return 4 * batch * n_heads * seq * key[1] * head_dim
 
 
-@register_flop_formula(torch.ops.__getattr__(_NAMESPACE).attention_backward)
+@register_flop_formula(_operators.attention_backward)
 def _backward_flops(grad: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
     batch, seq, n_heads, head_dim = query
     return 10 * batch * n_heads * seq * key[1] * head_dim
