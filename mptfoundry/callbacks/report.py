@@ -22,8 +22,9 @@ if TYPE_CHECKING:
 
 PICTURE = "report.png"
 PAGE = "report.md"
-# The main metric of an evaluation: the one that is comparable with the training loss.
-EVAL_LOSS = "LanguageCrossEntropy"
+# The main metric of an evaluation, the one that is comparable with the training loss: a language model's, or
+# that of a model with a head.
+EVAL_LOSSES = ("LanguageCrossEntropy", "loss")
 
 
 def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = None) -> Path:
@@ -106,7 +107,8 @@ def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None
         style = {"marker": "o", "markersize": 4, "linewidth": 0.8, "color": f"C{number}"}
         panels[0].plot(*zip(*points, strict=True), **style, label=f"eval {label}")
     panels[0].legend()
-    _panel(panels[0], "loss, nats per token")
+    has_head = any("loss" in metrics for row in evaluations for metrics in row["eval"].values())
+    _panel(panels[0], "loss" if has_head else "loss, nats per token")
     for axes, name, title in (
         (panels[1], "lr", "learning rate"),
         (panels[2], "tokens_per_second", "tokens/s"),
@@ -166,8 +168,9 @@ def _eval_losses(evaluations: Sequence[Row]) -> dict[str, list[tuple[int, float]
     points: dict[str, list[tuple[int, float]]] = {}
     for row in evaluations:
         for label, metrics in row["eval"].items():
-            if metrics.get(EVAL_LOSS) is not None:
-                points.setdefault(label, []).append((row["tokens"], metrics[EVAL_LOSS]))
+            found = [metrics[name] for name in EVAL_LOSSES if metrics.get(name) is not None]
+            if found:
+                points.setdefault(label, []).append((row["tokens"], found[0]))
     return points
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mptfoundry.callbacks.report import smooth, write_report
+from mptfoundry.callbacks.report import _eval_losses, smooth, write_report
 from mptfoundry.errors import DataError
 
 
@@ -75,3 +75,9 @@ def test_smoothing_starts_at_the_first_value_and_passes_over_holes() -> None:
     assert averages[0] == 1.0
     assert averages[1] == pytest.approx(0.9 / 1.9)
     assert averages == sorted(averages, reverse=True)
+
+
+def test_the_picture_has_the_losses_of_evaluations_whatever_the_model() -> None:
+    language = {"tokens": 10, "eval": {"held_out": {"LanguageCrossEntropy": 2.5, "tokens": 99.0}}}
+    head = {"tokens": 20, "eval": {"held_out": {"accuracy": 0.9, "loss": 0.5}, "other": {"loss": None}}}
+    assert _eval_losses([language, head]) == {"held_out": [(10, 2.5), (20, 0.5)]}
