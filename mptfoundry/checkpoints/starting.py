@@ -71,6 +71,10 @@ class StartingWeights:
     @torch.no_grad()
     def fill(self, network: nn.Module) -> None:
         """Set all parameters of a network that has storage."""
+        if self._source is not None:
+            outlines = self._source.weights.outlines
+            stored = [outlines[n] for n, _ in network.named_parameters() if n not in self.drawn]
+            self._bar.total = sum(outline.numel * outline.dtype.itemsize for outline in stored)
         for name, parameter in network.named_parameters():
             parameter.copy_(self(name, tuple(parameter.shape)))
         self._bar.close()
