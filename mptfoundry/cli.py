@@ -207,7 +207,7 @@ VERBS = {
     ),
     "preview": Verb(
         _preview,
-        "show samples of a data set as text",
+        "show samples of a data set as text, and what is learned of them",
         "SHARDS_OR_CONFIG [key=value ...]",
         "mptfoundry preview shards samples=5",
         "PreviewConfig",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from mptfoundry.config.data import TextLoaderConfig
+from mptfoundry.config.data import FinetuningLoaderConfig, TextLoaderConfig
 from mptfoundry.config.load import load_train_config
+from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import PreviewConfig
 from mptfoundry.data.mix import describe_mix, draw_mix, mix_table
 from mptfoundry.data.preview import preview as preview_folder
-from mptfoundry.errors import ConfigError
+from mptfoundry.errors import ConfigError, DataError
 
 
 def preview(options: PreviewConfig) -> str:
@@ -34,7 +36,10 @@ def preview(options: PreviewConfig) -> str:
 
 
 def _preview_config(options: PreviewConfig, color: bool) -> str:
-    config, _ = load_train_config(options.data, [])
+    words = [f"variables.{name}={json.dumps(value)}" for name, value in options.variables.items()]
+    config, _ = load_train_config(options.data, [*words, f"allow_code={str(options.allow_code).lower()}"])
+    if isinstance(config.train_loader, FinetuningLoaderConfig):
+        return _preview_finetuning(config, config.train_loader, options, color)
     if not isinstance(config.train_loader, TextLoaderConfig):
         raise ConfigError(f"{options.data}: train_loader has no shards of text to show. Name another config.")
     dataset, batches = config.train_loader.dataset, config.batches()
@@ -61,4 +66,33 @@ def _preview_config(options: PreviewConfig, color: bool) -> str:
             color=color,
         )
         parts.append(f"{name}\n{text}")
+    return "\n\n".join(parts)
+
+
+def _preview_finetuning(
+    config: TrainConfig, loader: FinetuningLoaderConfig, options: PreviewConfig, color: bool
+) -> str:
+    """Tokenizes what is not tokenized yet; the run finds it done."""
+    from mptfoundry.data.example_preview import preview_examples
+    from mptfoundry.data.finetuning import judge, load_examples
+    from mptfoundry.data.packing import plan_packing
+    from mptfoundry.loaders import finetuning_sources
+    from mptfoundry.tokenizer import load_tokenizer
+
+    dataset, length = loader.dataset, config.max_seq_len
+    tokenizer = load_tokenizer(options.tokenizer or config.tokenizer.name, config.tokenizer.kwargs)
+    sources, targets, cache = finetuning_sources(loader, "train_loader", allow_code=config.allow_code)
+    stores = load_examples(
+        sources, tokenizer, max_seq_len=length, targets=targets, cache=cache, where="train_loader"
+    )
+    parts = []
+    for (name, source), store in zip(sources.items(), stores, strict=True):
+        text = preview_examples(store, tokenizer, max_seq_len=length, samples=options.samples, color=color)
+        packing = plan_packing(store.lengths, length, dataset.packing_ratio, (config.seed,))
+        rows = f"{packing.rows:,} rows, {packing.ratio:.2f} examples in each, {packing.fill:.1%} of it filled"
+        parts.append(f"{name}: {rows}\n{text}")
+        try:
+            judge(store, source.where, dataset.max_bad_records, dataset.max_dropped)
+        except DataError as error:
+            parts.append(f"A run would end here. {error}")
     return "\n\n".join(parts)

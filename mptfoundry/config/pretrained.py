@@ -21,6 +21,7 @@ from mptfoundry.mpt.head_config import trunk_of
 _NAME: KeyPath = ("model", "pretrained_model_name_or_path")
 _OVERRIDES: KeyPath = ("model", "config_overrides")
 _LENGTH: tuple[str, ...] = ("max_seq_len",)
+_SIZES = (("d_model",), ("n_heads",), ("n_layers",), ("vocab_size",))
 _ALIASES: dict[tuple[str, ...], tuple[str, ...]] = {("layer_norm_epsilon",): ("norm_eps",)}
 
 
@@ -36,9 +37,11 @@ def fill_architecture(document: Document) -> list[str]:
     notes: list[str] = []
     there = _look_at(name, document, notes)
     _rename(name, document, notes if there is not None else [])
-    if there is None:
-        return notes
     written = leaves(overrides) if isinstance(overrides, dict) else {}
+    if there is None:
+        for path, value in written.items():
+            _put(document, _ALIASES.get(path, path), value, document.origin(_OVERRIDES + path))
+        return notes
     changes = {_ALIASES.get(path, path): value for path, value in written.items()}
     for path, expected, given in differing(there, document.tree["model"], changes):
         document.report(
@@ -62,7 +65,8 @@ def _look_at(name: str, document: Document, notes: list[str]) -> MPTConfig | Non
     """The architecture of the model; None if it can't be read, which is a problem, or need not be.
 
     A section that says all of it, as a run's own `config.yaml` does, stands for a model on the hub or one
-    that is no longer there: a run that is resumed needs it no more. Whoever reads the weights compares it.
+    that is no longer there: a run that is resumed needs it no more. So does one that says its sizes, where the
+    model can't be reached. Whoever reads the weights compares it.
     """
     is_here = Path(name).expanduser().exists()
     needed = [path for path, value in leaves(MPTConfig().to_dict()).items() if value is not None]
@@ -73,6 +77,8 @@ def _look_at(name: str, document: Document, notes: list[str]) -> MPTConfig | Non
         folder = locate(name, None if revision is None else str(revision), config_only=True)
         config = trunk_of(architecture_of(folder))
     except CheckpointError as error:
+        if not is_here and all(_is_given(document, size) for size in _SIZES):
+            return None
         document.report(_NAME, str(error))
         return None
     if not is_here and revision != folder.name:

@@ -67,6 +67,7 @@ class PreviewConfig:
         samples: How many samples of each folder.
         picture: File to draw a config's data mix into, such as `mix.png`.
         allow_code: Run the `preprocessing_fn` that a config names. On the command line only.
+        variables: Values that a config refers to as `${variables.x}`.
     """
 
     data: str
@@ -75,6 +76,7 @@ class PreviewConfig:
     samples: int = 3
     picture: str | None = None
     allow_code: bool = False
+    variables: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -90,10 +90,11 @@ def show(ids: Sequence[int], tokenizer: Any, *, color: bool = False) -> str:
     documents = (
         f"{len(lengths)} documents: {' + '.join(map(str, lengths))}" if len(lengths) > 1 else "1 document"
     )
-    return f"{len(ids):,} tokens, {documents}\n{_shorten(''.join(pieces))}"
+    return f"{len(ids):,} tokens, {documents}\n{shorten(''.join(pieces))}"
 
 
-def _shorten(text: str) -> str:
+def shorten(text: str) -> str:
+    """A text without its middle, if it is long."""
     if len(text) <= MOST_CHARACTERS:
         return text
     half = MOST_CHARACTERS // 2
