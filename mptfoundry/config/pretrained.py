@@ -65,8 +65,8 @@ def _look_at(name: str, document: Document, notes: list[str]) -> MPTConfig | Non
     """The architecture of the model; None if it can't be read, which is a problem, or need not be.
 
     A section that says all of it, as a run's own `config.yaml` does, stands for a model on the hub or one
-    that is no longer there: a run that is resumed needs it no more. So does one that says its sizes, where the
-    model can't be reached. Whoever reads the weights compares it.
+    that is no longer there: a run that is resumed needs it no more. So does one that says its sizes, where
+    the model can't be reached. Whoever reads the weights compares it.
     """
     is_here = Path(name).expanduser().exists()
     needed = [path for path, value in leaves(MPTConfig().to_dict()).items() if value is not None]
@@ -77,7 +77,8 @@ def _look_at(name: str, document: Document, notes: list[str]) -> MPTConfig | Non
         folder = locate(name, None if revision is None else str(revision), config_only=True)
         config = trunk_of(architecture_of(folder))
     except CheckpointError as error:
-        if not is_here and all(_is_given(document, size) for size in _SIZES):
+        compared_later = document.get(("model", "pretrained")) is not False
+        if not is_here and compared_later and all(_is_given(document, size) for size in _SIZES):
             return None
         document.report(_NAME, str(error))
         return None

@@ -72,6 +72,16 @@ def test_what_a_run_wrote_loads_to_the_same_also_when_the_folder_is_gone(run: Ca
     )
 
 
+def test_a_model_out_of_reach_is_waited_for_where_the_file_says_its_sizes(write: Write) -> None:
+    named = SMALL.replace("  name: mpt_causal_lm\n", NAMED) + "seed: 1\n"
+    sized = write(text=named.replace("  n_layers: 2\n", "  n_layers: 2\n  vocab_size: 512\n"))
+    words = ["model.config_overrides.resid_pdrop=0.1"]
+    assert load_train_config(sized, words)[0].model.resid_pdrop == 0.1
+    for path, word in ((sized, "model.pretrained=false"), (write(text=named), "seed=2")):
+        (said,) = problems_of(path, [word])
+        assert "there: is neither a folder nor in the Hugging Face cache" in said
+
+
 def test_overrides_change_the_architecture_at_any_depth(run: Callable[..., str]) -> None:
     changes = [
         "resid_pdrop=0.1",
