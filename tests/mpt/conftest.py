@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,3 +18,35 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def triton_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's kernels run: on a GPU, or without one by the interpreter, made quicker."""
+    triton = pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        return
+    from triton.runtime import interpreter
+
+    from mptfoundry.mpt.attention_forward import forward_kernel
+
+    if not isinstance(forward_kernel, interpreter.InterpretedFunction):
+        pytest.skip("Triton was imported without TRITON_INTERPRET=1, and there is no GPU")
+    if _numbers(triton) >= (3, 6) and _numbers(np) >= (2, 4):
+        pytest.skip(f"Triton {triton.__version__}'s interpreter crashes with numpy {np.__version__}")
+    # Two thirds of the interpreter's time: the same patches at each call, and a check of each integer sum.
+    builder, patch, patched = interpreter.interpreter_builder, interpreter._patch_lang, set[str]()
+    options = dataclasses.replace(builder.options, sanitize_overflow=False)
+
+    def patch_once(function: Any) -> SimpleNamespace:
+        if function.__module__ not in patched:
+            patched.add(function.__module__)
+            patch(function)
+        return SimpleNamespace(restore=lambda: None)
+
+    monkeypatch.setattr(builder, "options", options)
+    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+
+
+def _numbers(package: Any) -> tuple[int, ...]:
+    return tuple(int(part) for part in package.__version__.split(".")[:2])

@@ -1,4 +1,7 @@
-"""The plain formulas, in full matrices and any dtype: float64 is the truth, float32 the yardstick."""
+"""The plain formulas, in full matrices and any dtype: float64 is the truth, float32 the yardstick.
+
+Letters of the shapes: keys = tokens in the cache + seq.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,23 @@ from mptfoundry.mpt.position import AttentionContext
 
 
 def attend_plainly(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    context: AttentionContext,
+    kept: torch.Tensor | None = None,
+    half: torch.dtype | None = None,
 ) -> torch.Tensor:
-    """Attention with its whole (batch, n_heads, seq, keys) matrix of scores."""
+    """Attention with its whole (batch, n_heads, seq, keys) matrix of scores.
+
+    ``kept`` (batch, n_heads, seq, keys) says which weights the context's dropout leaves. ``half`` is what
+    tensor cores multiply: weights, and in backward the gradients of the scores, are rounded to it.
+    """
     n_heads, past = query.shape[2], key.shape[1] - query.shape[1]
     q, k, v = (x.repeat_interleave(n_heads // x.shape[2], 2).transpose(1, 2) for x in (query, key, value))
     scores = q @ k.mT * context.scale
+    if half is not None and scores.requires_grad:
+        scores.register_hook(lambda grad: grad.to(half).to(grad.dtype))
     if context.softcap is not None:
         scores = context.softcap * torch.tanh(scores / context.softcap)
     places = torch.arange(key.shape[1])
@@ -30,7 +44,12 @@ def attend_plainly(
     if context.documents is not None:
         visible = visible & (context.documents[:, past:, None] == context.documents[:, None])
     scores = scores.masked_fill(~visible[:, None], -torch.inf)
-    return (scores.softmax(-1) @ v).transpose(1, 2)
+    weights = scores.softmax(-1)
+    if kept is not None:
+        weights = weights * kept / (1 - context.dropout)
+    if half is not None:
+        weights = weights + (weights.to(half).to(weights.dtype) - weights).detach()
+    return (weights @ v).transpose(1, 2)
 
 
 def with_gradients(
