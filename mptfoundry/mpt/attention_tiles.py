@@ -19,7 +19,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Kernel -> width -> tile. `sm_80` also serves 8.6 and 8.9, which have 99 KiB of shared memory.
+# Generation -> kernel -> width -> tile. `sm_80` also serves 8.6 and 8.9, which have 99 KiB of shared memory.
+# `backward_key_grouped` is for query heads that share a key head.
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_90": {
         "forward": {
@@ -27,7 +28,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             32: Tile(128, 64, 8, 3),
             64: Tile(128, 64, 8, 3),
             128: Tile(128, 64, 8, 3),
-            256: Tile(128, 32, 8, 2),
+            256: Tile(64, 32, 8, 2),
         },
         "backward_query": {
             16: Tile(64, 64, 4, 3),
@@ -41,7 +42,14 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             32: Tile(64, 64, 4, 3),
             64: Tile(64, 128, 8, 2),
             128: Tile(32, 128, 8, 2),
-            256: Tile(32, 64, 8, 1),
+            256: Tile(16, 64, 8, 2),
+        },
+        "backward_key_grouped": {
+            16: Tile(64, 64, 4, 3),
+            32: Tile(64, 64, 4, 3),
+            64: Tile(32, 128, 8, 2),
+            128: Tile(32, 64, 8, 2),
+            256: Tile(16, 64, 8, 2),
         },
     },
     "sm_80": {
@@ -50,35 +58,66 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             32: Tile(128, 64, 8, 3),
             64: Tile(128, 64, 8, 3),
             128: Tile(128, 32, 8, 2),
-            256: Tile(64, 32, 8, 2),
+            256: Tile(32, 32, 8, 2),
         },
         "backward_query": {
             16: Tile(64, 64, 4, 3),
             32: Tile(64, 64, 4, 3),
             64: Tile(64, 32, 4, 3),
             128: Tile(64, 64, 8, 2),
-            256: Tile(64, 16, 8, 1),
+            256: Tile(32, 32, 8, 2),
         },
         "backward_key": {
             16: Tile(64, 64, 4, 3),
             32: Tile(64, 64, 4, 3),
             64: Tile(64, 128, 8, 2),
             128: Tile(32, 64, 8, 2),
-            256: Tile(16, 64, 8, 1),
+            256: Tile(32, 32, 8, 2),
+        },
+        "backward_key_grouped": {
+            16: Tile(64, 64, 4, 3),
+            32: Tile(64, 64, 4, 3),
+            64: Tile(32, 128, 8, 2),
+            128: Tile(32, 32, 8, 2),
+            256: Tile(32, 32, 8, 2),
         },
     },
     "float32": {
-        "forward": {width: Tile(64, 32, 4 if width < 128 else 8, 2) for width in (16, 32, 64, 128)}
-        | {256: Tile(32, 16, 8, 2)},
-        "backward_query": {width: Tile(32, 32, 4 if width < 128 else 8, 1) for width in (16, 32, 64, 128)}
-        | {256: Tile(16, 16, 8, 1)},
-        "backward_key": {width: Tile(32, 32, 4 if width < 128 else 8, 1) for width in (16, 32, 64, 128)}
-        | {256: Tile(16, 16, 8, 1)},
+        "forward": {
+            16: Tile(64, 32, 8, 2),
+            32: Tile(64, 32, 8, 2),
+            64: Tile(32, 16, 8, 2),
+            128: Tile(32, 16, 8, 2),
+            256: Tile(16, 16, 8, 2),
+        },
+        "backward_query": {
+            16: Tile(32, 32, 4, 2),
+            32: Tile(32, 32, 4, 2),
+            64: Tile(32, 32, 8, 2),
+            128: Tile(32, 16, 8, 2),
+            256: Tile(16, 16, 8, 2),
+        },
+        "backward_key": {
+            16: Tile(32, 32, 4, 2),
+            32: Tile(32, 32, 4, 2),
+            64: Tile(32, 32, 8, 2),
+            128: Tile(32, 32, 8, 2),
+            256: Tile(16, 16, 8, 2),
+        },
+        "backward_key_grouped": {
+            16: Tile(32, 32, 4, 2),
+            32: Tile(32, 32, 4, 2),
+            64: Tile(32, 32, 8, 2),
+            128: Tile(32, 32, 8, 2),
+            256: Tile(16, 16, 8, 2),
+        },
     },
 }
 
-KEYS_OF_DECODING = 64
-"""Keys that the decoding kernel visits at once."""
+
+def keys_of_decoding(head_dim: int, number_bytes: int) -> int:
+    """Keys that the decoding kernel visits at once."""
+    return 64 if padded(head_dim) < 256 else 32 if number_bytes == 2 else 16
 
 
 def padded(head_dim: int) -> int:
@@ -87,10 +126,10 @@ def padded(head_dim: int) -> int:
 
 
 def tile_of(kernel: str, head_dim: int, capability: tuple[int, int], number_bytes: int) -> Tile:
-    """The tile of `forward`, `backward_query` or `backward_key`.
+    """The tile of a kernel.
 
     Args:
-        kernel: Its name.
+        kernel: `forward`, `backward_query`, `backward_key` or `backward_key_grouped`.
         head_dim: Width of a head.
         capability: Of the GPU, such as (9, 0).
         number_bytes: 2 for bfloat16 and float16, 4 for float32.

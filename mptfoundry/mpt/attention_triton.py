@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import register_flop_formula
 
-from .attention_tiles import KEYS_OF_DECODING, Tile, padded, tile_of
+from .attention_tiles import Tile, keys_of_decoding, padded, tile_of
 from .position import PADDING, AttentionContext
 
 try:
@@ -226,7 +226,7 @@ def _backward(  # type: ignore[no-untyped-def]
             BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages,
             **options,
         )  # fmt: skip
-        tile = _tile("backward_key", query)
+        tile = _tile("backward_key" if kv_heads == n_heads else "backward_key_grouped", query)
         blocks = -(-keys // tile.block_k)
         backward_key_kernel[(blocks * batch * kv_heads,)](
             grad, query, key, value, log_sum, reach, *pointers, delta, grad_key, grad_value,
@@ -270,7 +270,8 @@ def _decode(query, key, value, slopes, marks, scale, window, softcap, has_prefix
     batch, seq, n_heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
     group = n_heads // kv_heads
-    keys_of_part, parts = _cut(keys, batch * kv_heads, query.device)
+    block_k = keys_of_decoding(head_dim, query.element_size())
+    keys_of_part, parts = _cut(keys, block_k, batch * kv_heads, query.device)
     partial = torch.empty(batch, parts, n_heads, seq, head_dim, dtype=torch.float32, device=query.device)
     partial_sum = torch.empty(batch, parts, n_heads, seq, dtype=torch.float32, device=query.device)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -280,7 +281,7 @@ def _decode(query, key, value, slopes, marks, scale, window, softcap, has_prefix
             query, key, value, partial, partial_sum, *(partial if x is None else x for x in (slopes, marks)),
             *_strides(query, key, value), keys, seq, keys, parts, keys_of_part, n_heads,
             *_factors(scale, softcap), window,
-            GROUP=group, HEAD_DIM=head_dim, WIDTH=width, ROWS=padded(group * seq), BLOCK_K=KEYS_OF_DECODING,
+            GROUP=group, HEAD_DIM=head_dim, WIDTH=width, ROWS=padded(group * seq), BLOCK_K=block_k,
             **_features(query, slopes, marks, has_prefix, window, softcap), PRECISION=_precision(query),
             num_warps=4, num_stages=2,
         )  # fmt: skip
@@ -296,13 +297,13 @@ def _(query, *_):  # type: ignore[no-untyped-def]
     return torch.empty(query.shape, dtype=query.dtype, device=query.device)
 
 
-def _cut(keys: int, programs: int, device: torch.device) -> tuple[int, int]:
+def _cut(keys: int, block_k: int, programs: int, device: torch.device) -> tuple[int, int]:
     """Keys of a part, a multiple of the kernel's block, and parts: enough to occupy the GPU twice over."""
     processors = (
         torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     )
     wanted = max(1, min(128, 2 * processors // programs))
-    keys_of_part = max(1, -(-keys // (wanted * KEYS_OF_DECODING))) * KEYS_OF_DECODING
+    keys_of_part = max(1, -(-keys // (wanted * block_k))) * block_k
     return keys_of_part, -(-keys // keys_of_part)
 
 

@@ -52,6 +52,7 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 
 def use_tiles(monkeypatch: pytest.MonkeyPatch, sizes: dict[str, tuple[int, int]]) -> None:
+    sizes = {**sizes, "backward_key_grouped": sizes["backward_key"]}
     table = {kernel: {2**power: Tile(*size, 4, 1) for power in range(4, 9)} for kernel, size in sizes.items()}
     monkeypatch.setattr(attention_tiles, "TILES", dict.fromkeys(attention_tiles.TILES, table))
 

@@ -50,7 +50,7 @@ MIXES: dict[str, dict[str, Any]] = {
 @pytest.fixture
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Parts of two blocks of 16 keys."""
-    monkeypatch.setattr(attention_triton, "KEYS_OF_DECODING", 16)
+    monkeypatch.setattr(attention_triton, "keys_of_decoding", lambda *_: 16)
     monkeypatch.setattr(attention_triton, "_cut", lambda keys, *_: (32, -(-keys // 32)))
 
 
