@@ -13,9 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from mptfoundry.build import open_pretrained
 from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.config.load import load_train_config
+from mptfoundry.config.model import ModelConfig
 from mptfoundry.errors import CheckpointError, ConfigError
+from mptfoundry.export.importing import CHECKPOINT, import_model
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from mptfoundry.train import train
@@ -115,6 +118,25 @@ def test_a_folder_that_changed_after_its_config_was_resolved_is_noticed(
     (resolved.parent / "latest-rank0.pt").unlink()
     with pytest.raises(ConfigError, match=r"model.norm_eps: 1e-05 is not what .*there says, 1e-06"):
         load_train_config(resolved)
+
+
+def test_the_model_is_compared_again_when_its_weights_are_read(there: Path) -> None:
+    said = {"pretrained_model_name_or_path": str(there), **vars(MODEL)}
+    assert open_pretrained(ModelConfig(**said)).config == MODEL
+    with pytest.raises(ConfigError, match=r"model.norm_eps: 1e-06 is not what .*there says, 1e-05"):
+        open_pretrained(ModelConfig(**{**said, "norm_eps": 1e-6}))
+
+
+def test_what_was_imported_is_loaded_by_its_path_too(
+    run: Callable[..., Path], there: Path, tmp_path: Path
+) -> None:
+    import_model(str(there), tmp_path / "imported", progress=False)
+    checkpoint = tmp_path / "imported" / CHECKPOINT
+    words = ["model.pretrained=false", f"load_path={checkpoint}", "load_weights_only=true", "seed=3"]
+    found = weights_of(run(*words))
+    assert all(torch.equal(found[name], tensor) for name, tensor in weights_of(tmp_path / "imported").items())
+    with pytest.raises(CheckpointError, match=r"is one file, and fsdp_config.state_dict_type: sharded loads"):
+        run(*words, "fsdp_config.state_dict_type=sharded", "run_name=sharded")
 
 
 def test_two_ranks_that_shard_start_from_the_same_weights(

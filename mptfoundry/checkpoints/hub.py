@@ -71,7 +71,8 @@ def _snapshot(name: str, revision: str | None, config_only: bool) -> Path:
         wanted = [*_TEXTS, kind]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns="*/*"))
     except Exception as error:  # the client's errors have no common class
-        why = offline or (str(error).strip().splitlines() or [type(error).__name__])[0]
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        why = offline or said[0].rstrip(".")
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(
             f"{name}{at}: is neither a folder nor in the Hugging Face cache, and can't be fetched: {why}. "
