@@ -17,7 +17,7 @@ except ImportError:
 from .attention_kernels import LOWEST, NOTHING, bias_of, is_visible, load_rows, marks_of_queries, scores_of
 
 
-@triton.jit(do_not_specialize=["seq", "keys", "parts", "keys_of_part"])
+@triton.jit(do_not_specialize=["seq", "keys", "parts", "keys_of_part", "stride_mb"])
 def decode_kernel(
     q, k, v, partial, partial_sum, slopes, marks,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
