@@ -40,7 +40,7 @@ NATIVE_RULES: tuple[tuple[str, str, Callable[[MPTConfig], bool]], ...] = (
 
 NATIVE_CODE = "modeling_mpt.py"
 # transformers' own classes under MPT's first names.
-NATIVE_CODE_TEXT = '''"""transformers' own MPT under the names of the published one, by which some converters know it."""
+NATIVE_CODE_TEXT = '''"""transformers' own MPT under the names by which some converters know it."""
 
 from transformers import MptConfig, MptForCausalLM
 

@@ -29,7 +29,7 @@ def test_the_card_tells_the_runs_numbers_up_to_the_checkpoint(write_run: WriteRu
     run = write_run(batch=2)
     lines = [
         {"batch": 1, "tokens": 64, "loss": 6.0},
-        {"batch": 1, "eval": {"held_out": {"LanguagePerplexity": 300.0, "tokens": 1234}}},
+        {"batch": 1, "eval": {"held_out": {"LanguagePerplexity": 300.0, "tokens": 1234.0}}},
         {"batch": 2, "tokens": 128, "loss": 5.5},
         {"batch": 3, "tokens": 192, "loss": 5.0},
     ]
