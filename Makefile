@@ -1,8 +1,9 @@
 # make quickstart   install, then run the whole life of a small MPT on this machine's own text
+# make finetune-demo   after it: finetune its model to write docstrings, in two minutes
 # make test         install, then format check, lint, types and tests: what CI runs
 # make gpu          on a machine with a GPU: its tests, then the benchmarks
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test gpu clean
+.PHONY: help install quickstart finetune-demo test gpu clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -25,6 +26,9 @@ install: $(VENV)/installed
 
 quickstart: install
 	$(BIN)/python scripts/quickstart.py text="$(TEXT)"
+
+finetune-demo: install
+	$(BIN)/python scripts/finetune_demo.py
 
 test: install
 	$(BIN)/ruff format --check .

@@ -29,6 +29,12 @@ PARAMETERS = {
     "mpt-text-classification": 4_197_120,
     "mpt-token-classification": 4_197_893,
     "mpt-question-answering": 4_197_122,
+    "mpt-7b-instruct": 6_649_286_656,
+    "mpt-7b-chat": 6_649_286_656,
+    "mpt-7b-storywriter": 6_649_286_656,
+    "mpt-30b-instruct": 29_957_200_896,
+    "mpt-30b-chat": 29_957_200_896,
+    "finetune-demo": 4_196_608,
 }
 # A record for each head's loader.
 RECORDS: dict[str, dict[str, Any]] = {
@@ -41,6 +47,7 @@ RECORDS: dict[str, dict[str, Any]] = {
     },
 }
 SHRUNK = ["model.d_model=32", "model.n_heads=4", "model.n_layers=2", "model.vocab_size=64"]
+SHRUNK += ["model.pretrained_model_name_or_path=null", "model.config_overrides=null"]
 
 
 def each(path: Path) -> str:
@@ -96,7 +103,7 @@ def test_a_small_one_of_its_kind_trains_on_a_cpu(path: Path, shards: Path, tmp_p
     from mptfoundry.train import train
 
     recipe, _ = load_train_config(path)
-    words = [*SHRUNK, "model.vocab_size=384", "max_seq_len=32", f"tokenizer.name={shards}/tokenizer"]
+    words = [*SHRUNK, "model.vocab_size=512", "max_seq_len=32", f"tokenizer.name={shards}/tokenizer"]
     words += ["max_duration=2ba", "global_train_batch_size=8", "log_to_console=false", "load_path=null"]
     words += ["save_interval=2ba", "eval_interval=2ba", "eval_subset_num_batches=1"]
     words.append(f"save_folder={tmp_path}/{{run_name}}")
@@ -118,6 +125,17 @@ def data_of_its_kind(recipe: TrainConfig, shards: Path, folder: Path) -> list[st
             for name in loaders
             for key in (f"local={folder}/examples.jsonl", "split=null")
         ]
+    if recipe.train_loader.name == "finetuning":
+        record = json.dumps({"prompt": "def", "response": " f(x):"}) + "\n"
+        (folder / "records.jsonl").write_text(record * 64)
+        here = [f"train_loader.dataset.streams.{name}" for name in recipe.train_loader.dataset.streams or ()]
+        words = [
+            f"{key}.{said}"
+            for key in (*(here or ["train_loader.dataset"]), "eval_loader.dataset")
+            for said in (f"local={folder}/records.jsonl", "hf_name=null")
+        ]
+        caches = [f"{name}.dataset.cache_folder={folder}/cache" for name in ("train_loader", "eval_loader")]
+        return words + caches
     words = []
     names = recipe.train_loader.dataset.streams
     here = [f"train_loader.dataset.streams.{name}" for name in names] if names else ["train_loader.dataset"]
@@ -128,6 +146,14 @@ def data_of_its_kind(recipe: TrainConfig, shards: Path, folder: Path) -> list[st
         (folder / str(number)).symlink_to(shards / "a")
         words += [f"{key}.local={folder / str(number)}", f"{key}.remote=null"]
     return words
+
+
+def test_storywriter_is_mpt_7b_with_what_long_rows_need() -> None:
+    config = load_train_config(CONFIGS[0].parent / "mpt-7b-storywriter.yaml")[0]
+    attention = config.model.attn_config
+    assert (config.max_seq_len, attention.alibi_bias_max, attention.clip_qkv) == (65536, 16, 6)
+    assert config.max_duration == "2500ba"
+    assert config.fsdp_config is not None and config.fsdp_config.activation_checkpointing
 
 
 @pytest.mark.parametrize("name", ["mpt-7b", "mpt-30b"])
