@@ -26,7 +26,7 @@ from mptfoundry.callbacks.report import write_report
 from mptfoundry.callbacks.rng_resume import restore_random_state
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.checkpoints.names import checkpoints_in
-from mptfoundry.checkpoints.reading import expected_shapes, open_model
+from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model
 from mptfoundry.config.load import to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
@@ -55,11 +55,7 @@ def train(config: TrainConfig) -> Trainer:
     folder = run_folder(config)
     refuse_another_model(config, folder)
     say(summary_table(config, device))
-    resumes = has_checkpoint(config)
-    source = None
-    if not resumes:
-        takes_weights = config.model.takes_weights
-        source = build.open_pretrained(config.model) if takes_weights else build.open_base(config)
+    source = starting_model(config)
     if source is not None:
         say(f"weights: from {source.path}; the optimizer starts new")
     build.run_code_paths(config)
@@ -82,7 +78,7 @@ def train(config: TrainConfig) -> Trainer:
         **_plain_arguments(config, resolved, device, has_weights=source is not None),
     )
     restore_random_state(trainer)
-    if resumes and config.model.takes_weights and trainer.state.timestamp.batch == 0:
+    if config.model.takes_weights and source is None and trainer.state.timestamp.batch == 0:
         raise CheckpointError(f"save_folder: the checkpoint in {config.save_folder} was not loaded.")
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": to_yaml(config)})
@@ -104,6 +100,13 @@ def run_folder(config: TrainConfig) -> Path:
     if config.save_folder is not None and not urlparse(config.save_folder).scheme:
         return Path(config.save_folder.format(run_name=config.run_name))
     return Path("runs") / config.run_name
+
+
+def starting_model(config: TrainConfig) -> ModelSource | None:
+    """The model whose weights the run takes; None where they are new, or come with a checkpoint."""
+    if not (config.model.takes_weights or config.load_path) or has_checkpoint(config):
+        return None
+    return build.open_pretrained(config.model) if config.model.takes_weights else build.open_base(config)
 
 
 def has_checkpoint(config: TrainConfig) -> bool:
