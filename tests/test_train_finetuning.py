@@ -131,7 +131,8 @@ def test_llm_foundrys_finetuning_files_train(
     words = [*words, *SHRUNK, "variables.max_seq_len=64"]
     config, notes = load_train_config(tmp_path / f"{name}.yaml", words)
     assert any("hf_causal_lm is now mpt_causal_lm" in note for note in notes)
-    assert any("icl_tasks is left out" in note for note in notes) == (name == "mpt-30b-instruct")
+    for text in ("icl_tasks is left out", "packed examples never see one another here"):
+        assert any(text in note for note in notes) == (name == "mpt-30b-instruct")
     train(config)
     losses, evaluations = measured(tmp_path / "run")
     assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
@@ -189,7 +190,9 @@ def test_preview_shows_what_a_run_would_learn_and_why_it_would_end(small: Callab
 def test_all_ranks_wait_for_the_one_that_prepares_and_share_its_error(
     small: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = small([TALK] * 8 + [{"prompt": "x"}])
+    config = small([TALK] * 8)
+    held_out = f"{{name: finetuning, dataset: {{local: {tmp_path}/gone.jsonl}}}}"
+    config.write_text(f"{config.read_text()}eval_loader: {held_out}\n")
     command = [str(Path(sys.executable).parent / "composer"), "-n", "2", str(ROOT / "scripts" / "train.py")]
     result = subprocess.run(
         [*command, str(config)],
@@ -201,5 +204,5 @@ def test_all_ranks_wait_for_the_one_that_prepares_and_share_its_error(
     )
     assert result.returncode == 1, result.stderr
     said = result.stdout + result.stderr
-    assert said.count("1 of 9 records are bad") == 1
-    assert f"{tmp_path}/records.jsonl:9: response: is missing or null." in said
+    assert said.count("train_loader.dataset: 8 examples; ") == 1
+    assert said.count("gone.jsonl: there is no such file or folder.") == 1

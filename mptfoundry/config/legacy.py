@@ -170,6 +170,7 @@ def translate(document: Document) -> list[str]:
     for key, allowed, reason in _DROPPED:
         _drop(document, _path(key), allowed, reason, notes)
     _tasks_without_data(document, notes)
+    _unmasked_packing(document, notes)
     _low_precision_norm(document, notes)
     for loader in _loader_paths(document):
         for key, allowed, reason in _LOADER_DROPPED:
@@ -246,6 +247,17 @@ def _tasks_without_data(document: Document, notes: list[str]) -> None:
     tasks = document.tree.get("icl_tasks")
     if isinstance(tasks, list) and all(isinstance(t, dict) and t.get("dataset_uri") is None for t in tasks):
         _drop(document, ("icl_tasks",), ANY, "none of its tasks says where its data lies", notes)
+
+
+def _unmasked_packing(document: Document, notes: list[str]) -> None:
+    """llm-foundry's packed examples see one another unless told otherwise: other mathematics than here."""
+    switch = ("attn_config", "attn_uses_sequence_id")
+    paths: list[KeyPath] = [("model", *switch), ("model", "config_overrides", *switch)]
+    off = next((path for path in paths if document.get(path) is False), None)
+    ratios = [document.get((*loader, "dataset", "packing_ratio")) for loader in _loader_paths(document)]
+    if off and any(ratios):
+        text = "is false, but packed examples never see one another here"
+        notes.append(f"{document.origin(off).place}: {dotted(off)} {text}.")
 
 
 def _multiquery(document: Document, notes: list[str]) -> None:

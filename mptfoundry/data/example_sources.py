@@ -176,7 +176,8 @@ def _fetch_shards(source: Source, cache: Path) -> Path:
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{source.where}.remote: {remote} can't be fetched: {error}.") from error
+        text = str(error).strip().removesuffix(".")
+        raise DataError(f"{source.where}.remote: {remote} can't be fetched: {text}.") from error
     return folder
 
 

@@ -125,3 +125,27 @@ def test_the_digest_is_of_the_content_alone(folder: Path) -> None:
     before = digest(folder / "mds" / "train")
     shard.write_bytes(shard.read_bytes().replace(b"r2", b"R2"))
     assert digest(folder / "mds" / "train") != before
+
+
+def test_remote_shards_are_copied_here_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from streaming.base.storage import download
+
+    fetched: list[str] = []
+
+    class FromFolder(download.LocalDownloader):
+        @staticmethod
+        def _client_identifier() -> str:
+            return "file"
+
+        def _download_file_impl(self, remote: str, local: str, timeout: float) -> None:
+            fetched.append(Path(remote).name)
+            super()._download_file_impl(remote.removeprefix("file://"), local, timeout)
+
+    monkeypatch.setitem(download.DOWNLOADER_MAPPINGS, "file", FromFolder)
+    source = Source("train_loader.dataset", remote=f"file://{folder}/mds", split="train")
+    for _ in range(2):
+        assert records_of(find_records(source, folder / "cache")) == RECORDS
+    assert fetched == ["index.json", "shard.00000.mds", "index.json"]
+    gone = Source("train_loader.dataset", remote=f"file://{folder}/gone")
+    with pytest.raises(DataError, match=r"train_loader\.dataset\.remote: file://.*/gone can't be fetched: "):
+        find_records(gone, folder / "cache")
