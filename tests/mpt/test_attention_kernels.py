@@ -125,7 +125,7 @@ def test_positions_far_along_a_row_cost_no_precision(
 
 
 def skipping_case(**options: Any) -> Case:
-    return make_case(**{"seq": 96, **options}, slopes=(4.0, 1.0))
+    return make_case(**{"seq": 96, "slopes": (4.0, 1.0), **options})
 
 
 def first_visited(case: Case) -> torch.Tensor:
@@ -145,12 +145,12 @@ def test_keys_too_far_to_count_are_not_visited(monkeypatch: pytest.MonkeyPatch) 
     assert not first_visited((inputs, grad, dataclasses.replace(context, skips=False))).any()
 
 
-def towards(inputs: list[torch.Tensor], near: float, far: float) -> None:
-    """Queries of one direction; keys along it, those of the first quarter by `far`, the others by `near`."""
+def towards(near: float, far: float, inputs: list[torch.Tensor]) -> None:
+    """Queries of one direction, keys along it: by ``far`` in the first quarter of a row, else by ``near``."""
     query, key, _ = inputs
     direction = torch.nn.functional.normalize(query[:, :1, :1], dim=-1)
-    query.add_(4 * direction)
-    key[:] = key * 0.1 + near * direction
+    query[:] = 0.01 * query + 4 * direction
+    key[:] = 0.01 * key + near * direction
     key[:, : key.shape[1] // 4] += (far - near) * direction
 
 
@@ -161,17 +161,19 @@ def scale_randomly(seed: int, inputs: list[torch.Tensor]) -> None:
         x *= 10 ** (1.5 * torch.rand(*x.shape[:3], 1, generator=draw) - 1)
 
 
+GENTLE = {"slopes": (0.9, 0.7)}
 # Options of a case, and what is done to its queries, keys and values.
 ADVERSE: dict[str, tuple[dict[str, Any], Callable[[list[torch.Tensor]], object]]] = {
     "nothing adverse": ({}, lambda x: None),
+    "a bound that is met": (GENTLE, lambda x: x[0].mul_(1e-3)),
     "a far key that outweighs its distance": ({}, lambda x: (x[0][:, 90].fill_(15), x[1][:, 3].fill_(15))),
-    "a far key just below what counts": ({}, lambda x: towards(x, 0.0, 16.0)),
+    "far keys that nearly outweigh it": (GENTLE, partial(towards, 0.0, 70.0)),
     "long queries": ({}, lambda x: x[0].mul_(5)),
-    "near keys against the queries": ({}, lambda x: towards(x, -8.0, 8.0)),
+    "near keys against the queries": (GENTLE, partial(towards, -35.0, 35.0)),
     "near keys of no length": ({}, lambda x: (x[1][:, 30:].mul_(1e-4), x[1][:, :30].mul_(5))),
     "a long key in padding": ({"right": 30}, lambda x: x[1][:, -1].fill_(5)),
     "large far values": ({}, lambda x: x[2][:, :9].mul_(1e4)),
-    "softcap": ({"softcap": 30.0}, lambda x: towards(x, -8.0, 8.0)),
+    "softcap": (GENTLE | {"softcap": 60.0}, partial(towards, -35.0, 35.0)),
     "one key head": ({"kv_heads": 1}, lambda x: x[1][:, :20].mul_(5)),
     "documents": ({"documents": ((3, 70),)}, lambda x: x[1][:, :20].mul_(5)),
     "prefix": ({"prefix": ((0, 60),)}, lambda x: x[1][:, 50:60].mul_(5)),
