@@ -245,6 +245,18 @@ def test_what_stock_transformers_saved_becomes_a_run(tmp_path: Path, tokenizer_f
     torch.testing.assert_close(network(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
 
 
+def test_a_model_that_ends_in_a_head_keeps_it(tmp_path: Path) -> None:
+    from transformers import MptConfig, MptForSequenceClassification
+
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=97, max_seq_len=64, num_labels=3)
+    theirs = MptForSequenceClassification(config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    import_model(str(tmp_path / "theirs"), tmp_path / "run", progress=False)
+    found = dict(open_model(tmp_path / "run").tensors())
+    assert found.keys() == theirs.state_dict().keys()
+    assert torch.equal(found["score.weight"], theirs.state_dict()["score.weight"])
+
+
 @pytest.fixture
 def source(network: MPT, tmp_path: Path, tokenizer_folder: Path) -> Path:
     return published_in_safetensors(tmp_path / "source", network.state_dict(), tokenizer_folder)
