@@ -1,4 +1,4 @@
-"""`train_loader` and `eval_loader` -> batches: one function a kind of loader, in a plain table of their names."""
+"""`train_loader` and `eval_loader` -> batches: a function for each kind of loader, in a table of their names."""
 
 from __future__ import annotations
 

@@ -283,7 +283,7 @@ def _decode(query, key, value, slopes, marks, scale, window, softcap, has_prefix
             *_factors(scale, softcap), window,
             GROUP=group, HEAD_DIM=head_dim, WIDTH=width, ROWS=padded(group * seq), BLOCK_K=block_k,
             **_features(query, slopes, marks, has_prefix, window, softcap), PRECISION=_precision(query),
-            num_warps=4, num_stages=2,
+            num_warps=8 if width == 256 else 4, num_stages=2,
         )  # fmt: skip
         join_kernel[(batch * n_heads * seq,)](
             partial, partial_sum, out, seq, parts, n_heads,

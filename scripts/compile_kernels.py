@@ -1,0 +1,305 @@
+"""Compiles the Triton kernels of attention for GPUs that need not be here, and prints what became of each.
+
+    python scripts/compile_kernels.py [arch=90,80] [head_dim=64,128] [features=alibi,alibi+documents]
+        [group=1,4] [dtype=bfloat16,float32] [kernel=forward_kernel] [and ...] [processes=2] [out=FILE.json]
+
+Without words it compiles every variant that ships, and with words all combinations of what they name; after
+`and` another such set begins. Attention is called on the CPU with small tensors that lie in memory as a
+model's do; where Triton would launch a kernel, it is compiled as its launcher compiles it for a GPU of that
+architecture, with its own ptxas, and not launched. Compiled kernels are kept, and taken from, where Triton
+keeps them (TRITON_CACHE_DIR): what has just been compiled takes no seconds.
+
+* *spilled*: bytes of spill stores and loads in the machine code, as `ptxas -v` tells them. It is asked where
+  cuobjdump sees a stack; without one nothing is spilled.
+* *shared*: bytes of shared memory of a program.
+* *dots*: matrix products in Triton's code; *cores*: how many of them are done by tensor cores, with how many
+  `wgmma` (sm_90, 64 rows at least) or `mma` instructions. float32 is multiplied without.
+
+A variant that breaks one of the rules in `why_refused` is named at the end, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from mptfoundry.mpt import attention_triton
+from mptfoundry.mpt.attention_tiles import Tile, tile_of
+from mptfoundry.mpt.position import AttentionContext, alibi_slopes
+
+ARCHITECTURES = (90, 80)
+HEAD_DIMS = (32, 64, 80, 96, 112, 128, 192, 256)
+EVERYTHING = "alibi+documents+window+prefix+softcap+dropout"
+FEATURES = (
+    "causal", "alibi", "alibi+unskipped", "alibi+documents", "window", "prefix+documents", "softcap",
+    "dropout", "everything",
+)  # fmt: skip
+
+# 8.6 and 8.9, which run what is made for sm_80, have less shared memory than 8.0.
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
+# Bytes, without dropout and with it, whose random numbers take many registers.
+SPILL_LIMIT = {
+    "forward_kernel": (0, 64),
+    "backward_query_kernel": (64, 1024),
+    "backward_key_kernel": (64, 1024),
+    "decode_kernel": (64, 64),
+}
+# Matrix products of a kernel: so many in each of its loops, of which there are two but in decoding.
+DOTS = {"forward_kernel": 4, "backward_query_kernel": 6, "backward_key_kernel": 8, "decode_kernel": 2}
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Case(NamedTuple):
+    """One way of calling attention, with the kernels wanted of it (all if empty) and tiles in place of the
+    table's, by their names there."""
+
+    arch: int
+    head_dim: int
+    features: str
+    group: int = 1
+    dtype: str = "bfloat16"
+    kernels: tuple[str, ...] = ()
+    tiles: tuple[tuple[str, Tile], ...] = ()
+
+
+def main(words: list[str]) -> int:
+    sets: list[dict[str, str]] = [{}]
+    for word in words:
+        if word == "and":
+            sets.append({})
+        else:
+            key, value = word.split("=", 1)
+            sets[-1][key] = value
+    options = {key: value for some in sets for key, value in some.items()}
+    cases = dict.fromkeys(case for some in sets for case in shipped(some))
+    started_at = time.monotonic()
+    rows = []
+    print(TITLES)
+    for row in compile_all(cases, int(options.get("processes", os.cpu_count() or 1))):
+        rows.append(row)
+        print(line(row), flush=True)
+    print(f"{len(rows)} kernels in {time.monotonic() - started_at:.0f} s, triton {triton.__version__}")
+    refused = [row for row in rows if row["refused"]]
+    for row in refused:
+        print(f"error: {line(row)[:71].strip()}: {row['refused']}.", file=sys.stderr)
+    if "out" in options:
+        Path(options["out"]).write_text(json.dumps(rows, indent=1) + "\n")
+    return 1 if refused else 0
+
+
+def shipped(options: dict[str, str]) -> Iterator[Case]:
+    """Every combination of what the options name, or else of all there is."""
+
+    def asked(name: str, default: Iterable[object]) -> list[str]:
+        return options[name].split(",") if name in options else [str(x) for x in default]
+
+    kernels = tuple(asked("kernel", ()))
+    for arch, head_dim, features, group, dtype in itertools.product(
+        asked("arch", ARCHITECTURES),
+        asked("head_dim", HEAD_DIMS),
+        asked("features", FEATURES),
+        asked("group", (1, 4)),
+        asked("dtype", ("bfloat16", "float32")),
+    ):
+        yield Case(int(arch), int(head_dim), features, int(group), dtype, kernels)
+
+
+def compile_all(cases: Iterable[Case], processes: int) -> Iterator[dict[str, Any]]:
+    """The rows of all cases, each of which is compiled by one of the processes."""
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), torch.set_num_threads, (1,))
+    with pool:
+        for rows in pool.map(compile_case, cases):
+            yield from rows
+
+
+def compile_case(case: Case) -> list[dict[str, Any]]:
+    """Compile the kernels of a forward, a backward and a decoding step, and describe each."""
+    rows: dict[str, dict[str, Any]] = {}
+    kept: dict[str, Any] = {}
+    launch = JITFunction.run
+
+    def compile_instead(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
+        name = kernel.fn.__name__
+        if (case.kernels and name not in case.kernels) or "error" in rows.get(name, {}):
+            return
+        tile = [options[key] for key in ("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages") if key in options]
+        row = rows.setdefault(name, {**case._asdict(), "kernel": name, "tile": tile})
+        started_at = time.monotonic()
+        try:
+            compiled = launch(kernel, *args, grid=grid, warmup=True, **options)
+        except Exception as raised:
+            row["error"] = _cause_of(raised)
+            return
+        if name not in kept:
+            kept[name] = compiled
+            row |= {"seconds": time.monotonic() - started_at, **describe(compiled)}
+        elif compiled is not kept[name]:
+            row["error"] = "it is compiled anew for another batch or length"
+
+    driver.set_active(_NoGPU(case.arch))
+    attention_triton.tile_of = lambda kernel, head_dim, capability, number_bytes: dict(case.tiles).get(
+        kernel, tile_of(kernel, head_dim, divmod(case.arch, 10), number_bytes)
+    )
+    JITFunction.run = compile_instead
+    try:
+        call_attention(case, batch=2, seq=64, past=0)
+        call_attention(case, batch=1, seq=1, past=36)
+    finally:
+        JITFunction.run = launch
+    return [{**row, "refused": why_refused(row)} for row in rows.values()]
+
+
+def _cause_of(error: BaseException) -> str:
+    """Triton wraps an error in one more for each function around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(f"{type(error).__name__}: {error}".split())[-300:]
+
+
+class _NoGPU:
+    """What Triton's launcher asks of a driver before it compiles."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return self.arch  # by which the launcher keeps what it compiled
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def call_attention(case: Case, batch: int, seq: int, past: int) -> None:
+    """Forward, backward and a decoding step of (batch, seq) queries; what comes out means nothing."""
+    n_heads, keys, head_dim = 32, past + seq, case.head_dim
+    kv_heads = n_heads // case.group
+    has = (EVERYTHING if case.features == "everything" else case.features).split("+")
+    places = torch.arange(keys).expand(batch, keys)
+    context = AttentionContext(
+        head_dim**-0.5,
+        slopes=alibi_slopes(n_heads, 8) if "alibi" in has else None,
+        documents=places // 40 if "documents" in has else None,
+        prefix=places < 20 if "prefix" in has else None,
+        window=32 if "window" in has else None,
+        softcap=30.0 if "softcap" in has else None,
+        dropout=0.1 if "dropout" in has else 0.0,
+        cache=_Cache(),
+        skips="unskipped" not in has,
+    )
+    widths = [heads * head_dim for heads in (n_heads, kv_heads, kv_heads)]
+    fused = torch.zeros(batch, keys, sum(widths), dtype=getattr(torch, case.dtype), requires_grad=True)
+    query, key, value = (part.unflatten(-1, (-1, head_dim)) for part in fused.split(widths, -1))
+    out = attention_triton.attend(query[:, past:], key, value, context)
+    out.backward(torch.zeros_like(out))
+    if context.dropout == 0:
+        with torch.no_grad():
+            attention_triton.attend(query[:, -1:], key, value, context)
+
+
+class _Cache:
+    """That there is one makes a step without gradients a decoding step."""
+
+    length = 0
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return key, value
+
+
+def describe(compiled: Any) -> dict[str, Any]:
+    """Registers, spills, shared memory and tensor-core instructions of a compiled kernel."""
+    ptx, layouts = compiled.asm["ptx"], compiled.asm["ttgir"]
+    products = re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) [^\n]*-> tensor<[^\n#]*(#\w+)>", layouts)
+    on_cores = set(re.findall(r"(#\w+) = #ttg\.nvidia_mma", layouts))
+    spilled = 0
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, source = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _told_by("cuobjdump", "-res-usage", cubin)
+        if _number(r"STACK:(\d+)", usage):
+            source.write_text(ptx)
+            arch = re.findall(r"\.target (sm_\w+)", ptx)[0]
+            told = _told_by("ptxas", "-v", "-lineinfo", f"--gpu-name={arch}", source, "-o", cubin)
+            spilled = _number(r"(\d+) bytes spill stores", told) + _number(r"(\d+) bytes spill loads", told)
+    return {
+        "registers": _number(r"REG:(\d+)", usage),
+        "spilled": spilled,
+        "shared": compiled.metadata.shared,
+        "dots": len(products),
+        "dots_on_cores": sum(layout in on_cores for layout in products),
+        "wgmma": ptx.count("wgmma.mma_async"),
+        "mma": ptx.count("mma.sync"),
+    }
+
+
+def _told_by(tool: str, *words: object) -> str:
+    command = [str(TOOLS / tool), *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def _number(pattern: str, text: str) -> int:
+    return int(re.findall(pattern, text)[0])
+
+
+def why_refused(row: dict[str, Any]) -> str | None:
+    """Which rule a variant breaks; None if it may ship."""
+    if "error" in row:
+        return row["error"]
+    name, arch = row["kernel"], row["arch"]
+    has_dropout = row["features"] == "everything" or "dropout" in row["features"]
+    allowed = SPILL_LIMIT.get(name, (0, 0))[has_dropout]
+    if row["spilled"] > allowed:
+        return f"{row['spilled']} bytes are spilled, {allowed} may be"
+    if row["shared"] > SHARED_LIMIT[arch]:
+        return f"it takes {row['shared']} bytes of shared memory, there are {SHARED_LIMIT[arch]}"
+    dots = DOTS.get(name, 0)
+    if row["dots"] < dots:
+        return f"it has {row['dots']} matrix products, not {dots}"
+    if row["dtype"] == "float32" or not dots:
+        return None
+    if row["dots_on_cores"] < row["dots"]:
+        return f"{row['dots'] - row['dots_on_cores']} of its matrix products are not done by tensor cores"
+    if arch == 90 and name != "decode_kernel" and (row["mma"] or not row["wgmma"]):
+        return "its matrix products are not done by wgmma"
+    return None
+
+
+TITLES = (
+    "kernel           arch dim features           group dtype    tile          "
+    " registers spilled  shared  dots cores wgmma   mma seconds"
+)
+
+
+def line(row: dict[str, Any]) -> str:
+    tile = "x".join(map(str, row["tile"]))
+    head = f"{row['kernel'].removesuffix('_kernel'):16} {row['arch']:>4} {row['head_dim']:>3} "
+    head += f"{row['features']:18} {row['group']:>5} {row['dtype']:8} {tile:14} "
+    if "error" in row:
+        return f"{head}{row['error']}"
+    keys = {"registers": 9, "spilled": 7, "shared": 7, "dots": 5, "dots_on_cores": 5, "wgmma": 5, "mma": 5}
+    return head + " ".join(f"{row[key]:>{width}}" for key, width in keys.items()) + f" {row['seconds']:>7.1f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

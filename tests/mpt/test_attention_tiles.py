@@ -1,0 +1,80 @@
+"""The kernels with the tiles that ship, compiled for GPUs that are not here, and the table's own rules."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mptfoundry.mpt.attention_tiles import TILES, padded, tile_of
+
+ROOT = Path(__file__).parents[2]
+# The tree's widths and what training uses most; the script compiles the rest.
+ESSENTIAL = (
+    "group=1 dtype=bfloat16 head_dim=64,80,128,256 features=alibi+documents "
+    "and group=1 dtype=bfloat16 head_dim=128 features=causal,alibi,everything "
+    "and group=4 dtype=bfloat16 head_dim=128 features=alibi+documents "
+    "and group=1 dtype=float32 head_dim=64 features=alibi+documents"
+)
+
+
+def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """In a process that compiles kernels instead of interpreting them."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'scripts'}"
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, **options
+    )
+
+
+def test_what_training_uses_compiles_without_spills_onto_tensor_cores(tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    out = tmp_path / "kernels.json"
+    done = run(["scripts/compile_kernels.py", *ESSENTIAL.split(), f"out={out}"], timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())
+    assert {row["kernel"] for row in rows} == {
+        f"{name}_kernel" for name in ("forward", "backward_query", "backward_key", "decode", "join")
+    }
+    assert {row["arch"] for row in rows} == {80, 90} and len(rows) == 2 * (9 * 5 - 2)
+
+
+REFUSED = """
+from compile_kernels import Case, compile_case, why_refused
+from mptfoundry.mpt.attention_tiles import Tile
+
+if __name__ == "__main__":
+    tile = ("forward", Tile(128, 128, 4, 2))
+    (row,) = compile_case(Case(90, 64, "causal", kernels=("forward_kernel",), tiles=(tile,)))
+    print(row["refused"])
+    for change in ({"dots_on_cores": 3}, {"dots": 2}, {"mma": 8}, {"shared": 240_000}):
+        print(why_refused(row | {"spilled": 0} | change))
+"""
+
+
+def test_a_spill_a_lost_product_and_too_much_shared_memory_are_refused() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    done = run(["-c", REFUSED], timeout=300)
+    spills, *others = done.stdout.splitlines()
+    assert spills.endswith("bytes are spilled, 0 may be"), done.stderr
+    assert others == [
+        "1 of its matrix products are not done by tensor cores",
+        "it has 2 matrix products, not 4",
+        "its matrix products are not done by wgmma",
+        "it takes 240000 bytes of shared memory, there are 232448",
+    ]
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_every_width_has_tiles_whose_blocks_of_queries_fit_forwards(name: str) -> None:
+    capability, number_bytes = {"sm_90": ((9, 0), 2), "sm_80": ((8, 0), 2), "float32": ((9, 0), 4)}[name]
+    for head_dim in range(16, 257):
+        tiles = {kernel: tile_of(kernel, head_dim, capability, number_bytes) for kernel in TILES[name]}
+        assert tiles["forward"] == TILES[name]["forward"][padded(head_dim)]
+        # Backward goes by where forward's block stopped, so a block of its queries lies in one of them.
+        assert tiles["forward"].block_q % tiles["backward_query"].block_q == 0
