@@ -1,4 +1,5 @@
-"""All that wants a GPU, behind one command: `make gpu`. Its tests first, then the benchmarks.
+"""All that wants a GPU, behind one command: `make gpu`. The kernels are compiled side by side first, so that
+the tests and benchmarks that follow find them in Triton's cache.
 
     python scripts/gpu.py [out=FILE.json]
 
@@ -16,11 +17,22 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+# What the tests and benchmarks launch.
+KERNELS = (
+    "arch={arch} dtype=bfloat16 group=1 features=alibi+documents "
+    "and arch={arch} dtype=bfloat16 group=1 head_dim=64,128 "
+    "features=causal,alibi,alibi+unskipped,alibi+documents+unskipped "
+    "and arch={arch} dtype=bfloat16 group=1 head_dim=128 features=alibi+window,alibi+softcap,alibi+prefix "
+    "and arch={arch} dtype=bfloat16 group=4 head_dim=128 "
+    "features=alibi+documents,alibi+documents+window+prefix+softcap "
+    "and arch={arch} dtype=float16,float32 group=1 head_dim=64,128 features=alibi+documents"
+)
 # Name, command, seconds it may take. A benchmark writes its rows as JSON to the file it is given as `out`.
 STEPS = [
+    ("kernels", [sys.executable, "scripts/compile_kernels.py", *KERNELS.split(), "out={out}"], 100),
     ("tests", [sys.executable, "-m", "pytest", "tests/gpu", "-p", "no:cacheprovider"], 180),
-    ("attention", [sys.executable, "scripts/bench_attention.py", "out={out}"], 150),
-    ("training step", [sys.executable, "scripts/bench_step.py", "out={out}"], 200),
+    ("attention", [sys.executable, "scripts/bench_attention.py", "out={out}"], 170),
+    ("training step", [sys.executable, "scripts/bench_step.py", "out={out}"], 150),
 ]
 
 
@@ -31,11 +43,12 @@ def main(words: list[str]) -> int:
         print("error: no GPU found here. Run this on a machine with one.", file=sys.stderr)
         return 1
     options = dict(word.split("=", 1) for word in words)
+    arch = 90 if torch.cuda.get_device_capability() >= (9, 0) else 80
     report: dict[str, object] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "started_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "steps": [run(name, command, seconds) for name, command, seconds in STEPS],
+        "steps": [run(name, command, seconds, arch) for name, command, seconds in STEPS],
     }
     print(table(report))
     if "out" in options:
@@ -43,11 +56,11 @@ def main(words: list[str]) -> int:
     return 0 if all(step["exit_code"] == 0 for step in report["steps"]) else 1  # type: ignore[attr-defined]
 
 
-def run(name: str, command: list[str], seconds: int) -> dict[str, object]:
+def run(name: str, command: list[str], seconds: int, arch: int) -> dict[str, object]:
     """Runs one step with its output visible; what it wrote to `out` comes back under `rows`."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "rows.json")
-        words = [word.format(out=out) for word in command]
+        words = [word.format(out=out, arch=arch) for word in command]
         print(f"\n== {name}: {' '.join(words)}", flush=True)
         started_at = time.monotonic()
         environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
