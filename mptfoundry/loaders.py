@@ -1,4 +1,4 @@
-"""`train_loader` and `eval_loader` -> batches: a function for each kind of loader, in a table of their names."""
+"""`train_loader` and `eval_loader` -> batches: a function for each kind of loader, in a table of names."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ def make_contestants(number: dict[str, int]) -> dict[str, Continue]:
         attn_config=AttnConfig(alibi=True),
     )
     network = MPT(config, seed=1).eval()
-    theirs: Any = MptForCausalLM(
+    theirs: Any = MptForCausalLM(  # type: ignore[attr-defined]
         MptConfig(
             d_model=config.d_model,
             n_heads=config.n_heads,
