@@ -137,7 +137,8 @@ def contestants_of(case: Case) -> dict[str, Attend]:
         for name, backend in sdpa_backends(case).items():
             others[f"SDPA, {name}, no bias"] = sdpa(None, backend)
     if bias_is_small and (case.alibi or case.device == "cpu"):
-        others["SDPA, bias tensor"] = sdpa(masked_bias(case)[None].to(case.dtype), None)
+        bias, hidden = bias_of(case)
+        others["SDPA, bias tensor"] = sdpa(bias.masked_fill_(hidden, -torch.inf)[None].to(case.dtype), None)
     return others | mine
 
 
@@ -177,22 +178,23 @@ def our_backends(case: Case) -> dict[str, Attend]:
 
 def formula(case: Case, dtype: torch.dtype | None = None) -> Attend:
     """The plain formula with its (heads, seq, seq) of bias, in the case's dtype or another."""
-    bias = masked_bias(case).to(dtype if dtype == torch.float64 else torch.float32)
+    bias, hidden = bias_of(case)
+    bias = bias.to(dtype or bias.dtype)
 
     def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         q, k, v = (x.to(dtype or x.dtype).transpose(1, 2) for x in (q, k, v))
-        scores = q @ k.mT * case.head_dim**-0.5 + bias
+        scores = (q @ k.mT * case.head_dim**-0.5 + bias).masked_fill(hidden, -torch.inf)
         return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2)
 
     return attend
 
 
-def masked_bias(case: Case) -> torch.Tensor:
-    """(heads, seq, seq) float32, -inf where a token does not see another."""
+def bias_of(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """(heads, seq, seq) float32, and (seq, seq) where a token does not see another."""
     places, numbers = torch.arange(case.seq, device=case.device), case.numbers
     hidden = (places > places[:, None]) | (numbers != numbers[:, None])
     slopes = alibi_slopes(case.heads, 8, case.device) * case.alibi
-    return (slopes[:, None, None] * (places - places[:, None])).masked_fill_(hidden, -torch.inf)
+    return slopes[:, None, None] * (places - places[:, None]), hidden
 
 
 def sdpa_backends(case: Case) -> dict[str, SDPBackend | None]:
