@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import datetime
 import json
 import os
@@ -32,6 +34,26 @@ TINY = MPTConfig(
     no_bias=True,
     attn_config=AttnConfig(alibi=True),
 )
+
+
+@pytest.fixture(autouse=True)
+def shared_memory_is_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Streaming keeps every file of shared memory that it opens until the process ends: too many for one."""
+    opened: list[Any] = []
+    register = atexit.register
+
+    def noting(function: Any, *args: Any, **kwargs: Any) -> Any:
+        owner = getattr(function, "__self__", None)
+        if type(owner).__module__ == "streaming.base.shared.memory":
+            opened.append(owner)
+        return register(function, *args, **kwargs)
+
+    monkeypatch.setattr(atexit, "register", noting)
+    yield
+    for memory in opened:
+        for file in memory.opened_shms:
+            with contextlib.suppress(BufferError):  # a data set that lives on uses it
+                file.close()
 
 
 @pytest.fixture(autouse=True)
