@@ -226,16 +226,20 @@ def test_nothing_else_was_imported(elsewhere: tuple[dict[str, torch.Tensor], dic
 
 @pytest.fixture
 def load_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Load a folder's own code into this process; its modules are forgotten afterwards."""
+    """Load a folder's own code into this process; its modules are forgotten afterwards, others' before."""
     from transformers import AutoModelForCausalLM, dynamic_module_utils
 
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
+            del sys.modules[name]
+
+    forget()
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield lambda folder, **options: AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, **options
     )
-    for name in [name for name in sys.modules if name.split(".")[0] == "transformers_modules"]:
-        del sys.modules[name]
+    forget()
 
 
 def test_several_folders_and_the_package_live_in_one_process(
