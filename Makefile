@@ -1,9 +1,10 @@
 # make quickstart   install, then run the whole life of a small MPT on this machine's own text
 # make finetune-demo   after it: finetune its model to write docstrings, in two minutes
 # make test         install, then format check, lint, types and tests: what CI runs
+# make soak         the tests that take long: runs that are killed again and again
 # make gpu          on a machine with a GPU: its tests, then the benchmarks
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart finetune-demo test gpu clean
+.PHONY: help install quickstart finetune-demo test soak gpu clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -35,6 +36,9 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
+
+soak: install
+	MPTFOUNDRY_SOAK=1 $(BIN)/python -m pytest tests/soak
 
 gpu:
 	python3 scripts/gpu.py

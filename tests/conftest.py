@@ -9,7 +9,11 @@ import json
 import os
 import random
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +29,29 @@ from torch.torch_version import TorchVersion
 
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 
+ROOT = Path(__file__).parent.parent
+TINY_RUN = """
+max_seq_len: 32
+model: {{name: mpt_causal_lm, d_model: 32, n_heads: 4, n_layers: 2, vocab_size: 384, no_bias: true,
+  resid_pdrop: 0.1, attn_config: {{alibi: true}}}}
+tokenizer: {{name: {folder}/tokenizer}}
+train_loader:
+  name: text
+  num_workers: 0
+  dataset:
+    split: train
+    num_canonical_nodes: 2
+    streams:
+      a: {{local: {folder}/a, proportion: 0.75}}
+      b: {{local: {folder}/b, proportion: 0.25}}
+optimizer: {{name: decoupled_lionw, lr: 1e-3}}
+scheduler: {{name: cosine_with_warmup, t_warmup: 1ba}}
+algorithms: {{gradient_clipping: {{clipping_type: norm, clipping_threshold: 1.0}}}}
+max_duration: 12ba
+global_train_batch_size: 8
+save_folder: {out}/{{run_name}}
+save_interval: 3ba
+"""
 TINY = MPTConfig(
     d_model=32,
     n_heads=4,
@@ -112,6 +139,67 @@ def documents(kind: str) -> list[str]:
         prose = f"The {one} of {number} is larger than the {two} of {number % 7}.\n"
         rows.append(json.dumps({"text": code if kind == "a" else prose}) + "\n")
     return rows
+
+
+@pytest.fixture
+def tiny_run(shards: Path, tmp_path: Path) -> Path:
+    """The config of a run of twelve batches with dropout and two streams, saved every third batch; its runs
+    lie in `tmp_path`."""
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY_RUN.format(folder=shards, out=tmp_path))
+    return config
+
+
+@dataclass
+class Launched:
+    """A training under the `composer` launcher, in a session of its own.
+
+    Attributes:
+        process: The launcher.
+        log: What all ranks print.
+    """
+
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def printed(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def wait(self, seconds: float = 240) -> int:
+        """The launcher's exit code, once it has ended."""
+        return self.process.wait(timeout=seconds)
+
+    def kill_all(self) -> None:
+        """Kill the launcher and every rank at once, as a machine that loses its power does."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
+    """Start `scripts/train.py CONFIG [key=value ...]` under the launcher; nothing of it outlives the test."""
+    started: list[Launched] = []
+
+    def start(config: Path, *words: str, ranks: int = 1, **environment: str) -> Launched:
+        launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), "scripts/train.py"]
+        log = tmp_path / f"launched-{len(started)}.log"
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [*launcher, str(config), *words],
+                cwd=ROOT,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        started.append(Launched(process, log))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.kill_all()
 
 
 @pytest.fixture

@@ -235,7 +235,9 @@ def load_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
     forget()
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
+    # Once it has loaded code from another cache, Python would look there first.
+    elsewhere = [entry for entry in sys.path if not Path(entry, "transformers_modules").is_dir()]
+    monkeypatch.setattr(sys, "path", elsewhere)
     yield lambda folder, **options: AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, **options
     )

@@ -1,0 +1,38 @@
+"""A run that is killed at any moment and started again with the same command is the run that never was."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mptfoundry.callbacks.metrics_file import read_rows
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(row["batch"], row["loss"]) for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_random_steps_a_run_has_the_losses_of_one_that_was_not(
+    tiny_run: Path, launch: Callable[..., Any], tmp_path: Path, ranks: int
+) -> None:
+    whole = launch(tiny_run, "run_name=whole", ranks=ranks)
+    assert whole.wait() == 0, whole.printed
+    draw = random.Random(ranks)
+    for _ in range(4):
+        run = launch(tiny_run, "run_name=killed", ranks=ranks)
+        stop_at = draw.randrange(2, 12)
+        metrics = tmp_path / "killed" / "metrics.jsonl"
+        while run.process.poll() is None:
+            if metrics.is_file() and metrics.read_text().count("\n") >= stop_at:
+                break
+            time.sleep(0.02)
+        run.kill_all()
+    last = launch(tiny_run, "run_name=killed", ranks=ranks)
+    assert last.wait() == 0, last.printed
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
