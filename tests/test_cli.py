@@ -100,8 +100,9 @@ def test_data_missing_on_all_ranks_is_said_once(shards: Path, tmp_path: Path) ->
 def test_an_error_of_one_rank_names_the_rank(tmp_path: Path) -> None:
     code = tmp_path / "mine.py"
     code.write_text(
-        "import os\nfrom mptfoundry.errors import DataError\n"
+        "import os, time\nfrom mptfoundry.errors import DataError\n"
         "if os.environ['RANK'] == '1':\n    raise DataError('the disk is full.')\n"
+        "time.sleep(60)\n"
     )
     done = launch(f"code_paths=[{code}]", "allow_code=true", f"save_folder={tmp_path}/run")
     assert done.returncode != 0
