@@ -128,3 +128,12 @@ def test_two_ranks_train_as_one(shards: Path, tmp_path: Path) -> None:
         rows = read_rows(tmp_path / ranks / "metrics.jsonl")
         losses.append([row["loss"] for row in rows if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_torchruns_name_for_the_number_of_a_machine_is_understood(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NODE_RANK", raising=False)
+    monkeypatch.setenv("GROUP_RANK", "3")
+    assert main(["explain", "seed"]) == 0
+    assert os.environ["NODE_RANK"] == "3"

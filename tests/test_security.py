@@ -323,3 +323,29 @@ def test_a_tokenizer_of_the_hub_is_read_at_the_revision_that_is_named(
     assert special("team/words@v1") == special(f"team/words@{'b' * 40}") == pinned
     with pytest.raises(ConfigError, match="is a folder, which has none"):
         load_tokenizer(str(tokenizer_folder), {"revision": "v1"})
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "revision"),
+    [
+        ("team/books@v1", {}, "v1"),
+        ("team/books", {"hf_kwargs": {"revision": "v1"}}, "v1"),
+        ("team/books", {}, None),
+    ],
+)
+def test_a_data_set_of_the_hub_is_asked_for_at_the_revision_that_is_named(
+    name: str, given: dict[str, Any], revision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is no hub here; what its client is asked is looked at."""
+    import datasets
+
+    asked: dict[str, Any] = {}
+
+    def load_dataset(path: str, **options: Any) -> Any:
+        asked.update(options, path=path)
+        return datasets.Dataset.from_list([{"prompt": "a", "response": "b"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    find_records(Source("here", hf_name=name, **given), tmp_path)
+    assert asked.pop("revision", None) == revision
+    assert asked == {"path": "team/books", "split": "train", "trust_remote_code": False}
