@@ -184,6 +184,11 @@ def _own_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Path
     for path in here:
         if _is_sound(path, config):
             return path
+    if here or there:
+        raise CheckpointError(
+            f"save_folder: none of the {len({*there, *(path.name for path in here)})} checkpoints in {url} "
+            "is whole. Restore one, or use another run_name."
+        )
     return None
 
 

@@ -36,7 +36,7 @@ from mptfoundry.resolve import Resolved, resolve_auto
 from mptfoundry.resuming import Start, found_start, held_folder, run_folder, uploader
 
 # Said by Composer of what is meant so: the last batch of an evaluation is smaller than the others, and
-# `eval_subset_num_batches` is a limit that a short evaluation does not reach.
+# `eval_subset_num_batches` is a limit that a short evaluation does not reach. The last is PyTorch's own use.
 EXPECTED_WARNINGS = (
     "Cannot split (tensor|list) of length",
     "DataloaderNumBatchesWarning",

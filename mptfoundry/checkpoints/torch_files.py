@@ -118,7 +118,7 @@ def why_file_is_not_whole(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/data.pkl") for name in archive.namelist()):
                 return None
-        return "a zip archive that torch.save did not write"
+        return "damaged, or a zip archive that torch.save did not write"
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         size = path.stat().st_size
         return f"damaged or cut short at {size:,} bytes ({str(error) or type(error).__name__})"
