@@ -61,8 +61,8 @@ class Resume(Callback):
         """Load it, once the model is wrapped and before anything else is."""
         run_name, configured = state.run_name, _hyperparameters(state)
         content = self._read(state)
-        names = [name for name, _ in content["state"].get("algorithms") or ()]
         try:
+            names = [name for name, _ in content["state"].get("algorithms") or ()]
             if self.weights_only:
                 state.load_model_state(content["state"], logger, strict=self.strict, exclude_algorithms=names)
                 return
@@ -93,13 +93,15 @@ class Resume(Callback):
     def _read(self, state: State) -> dict[str, Any]:
         if self.checkpoint.is_dir():
             return self._read_shards(state)
+        only = self.weights_only
         if not state.load_monolith_rank0_only:
-            return self._filtered(read_state(self.checkpoint, mapped=state.device.name != "cpu"))
+            mapped = state.device.name != "cpu"
+            return self._filtered(read_state(self.checkpoint, weights_only=only, mapped=mapped))
         # The weights and the optimizer stay on rank 0, which hands them out as the model is sharded.
         kept: dict[str, Any] = {"model": None, "optimizers": None}
         content: list[Any] = [None]
         if dist.get_global_rank() == 0:
-            content[0] = self._filtered(read_state(self.checkpoint, mapped=True))
+            content[0] = self._filtered(read_state(self.checkpoint, weights_only=only, mapped=True))
             kept = {part: content[0]["state"].pop(part, None) for part in kept}
         dist.broadcast_object_list(content)
         content[0]["state"].update(kept)

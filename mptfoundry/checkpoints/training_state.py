@@ -18,15 +18,18 @@ from mptfoundry.checkpoints.sharded import DAMAGE, Reader, read_metadata, why_fo
 from mptfoundry.checkpoints.torch_files import load_plain, load_plain_bytes
 from mptfoundry.errors import CheckpointError
 
+# What a run can't go on without.
+_PARTS = ("model", "optimizers", "timestamp")
 # A state lacks something of these only by mistake; a callback, say, may be new.
 _NEEDED = ("state.model.", "state.optimizers.")
 
 
-def read_state(file: Path, *, mapped: bool) -> dict[str, Any]:
+def read_state(file: Path, *, weights_only: bool, mapped: bool) -> dict[str, Any]:
     """The state in a whole checkpoint.
 
     Args:
         file: The checkpoint.
+        weights_only: The model is all that it has to hold.
         mapped: Map the tensors from the file instead of reading them; whoever takes them has to copy them.
 
     Raises:
@@ -35,6 +38,12 @@ def read_state(file: Path, *, mapped: bool) -> dict[str, Any]:
     content = load_plain(file, mapped=mapped)
     if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
         raise CheckpointError(f"{file}: not a checkpoint of a training run; it holds no state.")
+    missing = [part for part in _PARTS[: 1 if weights_only else None] if part not in content["state"]]
+    if missing:
+        hint = (
+            "" if "model" in missing else " For its weights alone set load_path and load_weights_only: true."
+        )
+        raise CheckpointError(f"{file}: can't be continued; it holds no {' and no '.join(missing)}.{hint}")
     return content
 
 
