@@ -138,18 +138,6 @@ def find_split(folder: str | Path, split: str | None, where: str) -> Path:
     raise DataError(f"{where}: {folder} has no split {split!r}. {have}")
 
 
-def _refuse_pickles(shards: Sequence[Mapping[str, Any]], path: Path, where: str) -> None:
-    """Raises DataError where reading a sample would unpickle something, which can run code."""
-    for shard in shards:
-        names, encodings = (shard.get(f"column_{what}") or () for what in ("names", "encodings"))
-        for name, encoding in zip(names, encodings, strict=False):
-            if str(encoding).partition(":")[0] == "pkl":
-                raise DataError(
-                    f"{where}: {path}: refused, since the column {name!r} is pickled, and reading it could run "
-                    "code. Write it in another encoding."
-                )
-
-
 def _read_meta(content: Any, path: Path, where: str) -> ShardMeta | None:
     if content is None:
         return None
@@ -159,6 +147,18 @@ def _read_meta(content: Any, path: Path, where: str) -> ShardMeta | None:
         raise DataError(
             f"{where}: the key {META_KEY!r} in {path} is damaged ({error!r}). Prepare again."
         ) from error
+
+
+def _refuse_pickles(shards: Sequence[Mapping[str, Any]], path: Path, where: str) -> None:
+    """Raises DataError where reading a sample would unpickle something, which can run code."""
+    for shard in shards:
+        names, encodings = (shard.get(f"column_{what}") or () for what in ("names", "encodings"))
+        for name, encoding in zip(names, encodings, strict=False):
+            if str(encoding).partition(":")[0] == "pkl":
+                raise DataError(
+                    f"{where}: {path}: refused, since the column {name!r} is pickled, and reading it could "
+                    "run code. Write it in another encoding."
+                )
 
 
 def _why_no_index(folder: Path) -> str:
