@@ -51,11 +51,11 @@ def changes_since(path: Path, config: TrainConfig) -> list[Change]:
         there = to_yaml(load_train_config(path, ["allow_code=true"])[0])
     except ConfigError:
         there = path.read_text()
-    before, after = (
-        dict(_leaves(OmegaConf.to_container(OmegaConf.create(t)))) for t in (there, to_yaml(config))
-    )
-    keys = sorted({*before, *after} - {key for key in before if before[key] == after.get(key)})
-    return [Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+    here = to_yaml(config)
+    before, after = (dict(_leaves(OmegaConf.to_container(OmegaConf.create(text)))) for text in (there, here))
+    keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    opened = {parent for key in keys for parent in _parents(key)}
+    return [Change(key, before.get(key), after.get(key)) for key in keys if key not in opened]
 
 
 def refuse_changes(changes: Sequence[Change], config: TrainConfig, place: Path) -> None:
@@ -100,6 +100,12 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(item, f"{path}.{key}" if path else str(key))
     elif path.split(".")[0] not in ("allow_changes", "variables"):
         yield path, value
+
+
+def _parents(key: str) -> Iterator[str]:
+    steps = key.split(".")
+    for length in range(1, len(steps)):
+        yield ".".join(steps[:length])
 
 
 def _show(value: Any) -> str:
