@@ -125,7 +125,7 @@ def refuse_another_model(config: TrainConfig, folder: Path) -> None:
 
     Before anything is written: the folder's `config.yaml` belongs to those checkpoints.
     """
-    if not (folder / "config.yaml").is_file() or not checkpoints_in(folder):
+    if not (folder / "config.yaml").is_file() or all(map(is_unfinished, checkpoints_in(folder))):
         return
     there, here = expected_shapes(open_model(folder).config), expected_shapes(config.model.network())
     for name in [*here, *there]:
