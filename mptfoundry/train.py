@@ -74,9 +74,10 @@ def train(config: TrainConfig) -> Trainer:
         algorithms=build.build_algorithms(config),
         callbacks=[throughput, AverageGradients(), *build.build_callbacks(config, tokenizer, folder)],
         loggers=[*build.build_loggers(config), *_own_loggers(config, folder)],
-        parallelism_config=build.build_parallelism(config, resolved, device),
+        parallelism_config=build.build_parallelism(config, device),
         **_plain_arguments(config, resolved, device, has_weights=source is not None),
     )
+    build.prefetch_weights(config, model)
     restore_random_state(trainer)
     if config.model.takes_weights and source is None and trainer.state.timestamp.batch == 0:
         raise CheckpointError(f"save_folder: the checkpoint in {config.save_folder} was not loaded.")
