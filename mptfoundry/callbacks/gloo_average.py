@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from torch.distributed.fsdp import FSDPModule
@@ -33,10 +34,16 @@ def add_up_and_divide(module: Any) -> None:
     if hasattr(module, "set_force_sum_reduction_for_comms"):
         module.set_force_sum_reduction_for_comms(True)
     else:
-        # Before PyTorch 2.8 sums are for float16 alone, and nothing but this function says so.
+        # Before PyTorch 2.8 sums are for float16 alone, and nothing but this function says so; and a step
+        # over several copies asserts an event, which the CPU's streams don't record.
         _fsdp_collectives._get_gradient_divide_factors = _divide_afterwards  # type: ignore[assignment]
+        torch.cpu.Stream.record_event = _record_event  # type: ignore[assignment]
 
 
 def _divide_afterwards(shards: Any, copies: Any, *_: Any) -> tuple[float, float]:
     """What to divide by before and after adding up over the two groups of ranks; None is no group."""
     return 1.0, float(shards.size() * (1 if copies is None else copies.size()))
+
+
+def _record_event(stream: Any, event: Any = None) -> Any:
+    return event or torch.cpu.Event()

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 
 from mptfoundry.config.schema import show
 
-BlockChoice = int | str | tuple[int | str, ...]
-Target = str | tuple[str, ...] | dict[str, BlockChoice]
+BlockChoice = int | tuple[int | str, ...] | str
+Target = dict[str, BlockChoice] | tuple[str, ...] | str
 
 PARTS: dict[str, tuple[str, ...]] = {
     "block": ("mptblock",),

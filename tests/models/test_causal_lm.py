@@ -70,14 +70,11 @@ def test_flops_are_those_of_the_batchs_length() -> None:
     assert model.flops_per_batch(batch()) == expected
 
 
-def test_blocks_are_what_is_wrapped_and_checkpointed() -> None:
+def test_blocks_are_what_is_wrapped() -> None:
     network = MPT(CONFIG, device="meta")
     ComposerMPT(network)
-    for wants in (network.fsdp_wrap_fn, network.activation_checkpointing_fn):
-        assert [name for name, module in network.named_modules() if wants(module)] == [
-            "transformer.blocks.0",
-            "transformer.blocks.1",
-        ]
+    wrapped = [name for name, module in network.named_modules() if network.fsdp_wrap_fn(module)]
+    assert wrapped == ["transformer.blocks.0", "transformer.blocks.1"]
 
 
 def test_weights_drawn_module_by_module_after_meta_are_those_drawn_at_once() -> None:
