@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +17,7 @@ import torch
 from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.checkpoints.reading import open_model
 
+ROOT = Path(__file__).parent.parent.parent
 PLAIN = ("model.resid_pdrop=0", "model.n_layers=4", "max_duration=20ba", "save_interval=5ba")
 # Ranks, whether all are killed after twelve batches and started again, and how the run is spread over them.
 # All have ALiBi, tied embeddings, LION and clipping by norm.
@@ -66,6 +71,24 @@ def kill_after(batches: int, run: Any, folder: Path) -> None:
             break
         time.sleep(0.02)
     run.kill_all()
+
+
+def evaluated(ranks: int, run: Path, data: Path) -> dict[str, float]:
+    out = run / f"eval-{ranks}.json"
+    loader = f"eval_loader={{name: text, label: held_out, dataset: {{local: {data}/a, split: val}}}}"
+    words = [str(run), loader, "device_eval_batch_size=3", f"out={out}"]
+    launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), "scripts/eval.py"]
+    subprocess.run([*launcher, *words], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    return json.loads(out.read_text())["results"]["held_out"]
+
+
+def test_a_sharded_run_is_evaluated_in_shards_on_several_ranks_and_whole_on_one(
+    tiny_run: Path, launch: Callable[..., Any], tmp_path: Path, shards: Path
+) -> None:
+    run = launch(tiny_run, "run_name=two", "fsdp_config={state_dict_type: sharded}", ranks=2)
+    assert run.wait() == 0, run.printed
+    whole, sharded = (evaluated(ranks, tmp_path / "two", shards) for ranks in (1, 2))
+    assert sharded == pytest.approx(whole, rel=1e-6) and whole["tokens"] > 0
 
 
 def test_every_spread_over_ranks_trains_the_model_that_one_rank_trains(

@@ -1,4 +1,4 @@
-"""Two launchers, each a node with a memory, a cache and perhaps a network of its own, are one run."""
+"""Two launchers, each a node with a memory, a cache and a network of its own, are one run."""
 
 from __future__ import annotations
 
@@ -38,16 +38,9 @@ def network(*words: str) -> None:
 
 
 @pytest.fixture
-def one_network() -> Iterator[tuple[str, list[Node]]]:
-    """The address of the first node, and how to run something on each of the two."""
-    if not is_allowed("unshare", "-m", "mount", "-t", "tmpfs", "none", "/dev/shm"):
-        pytest.skip("needs the right to mount: root outside of a locked container")
-    yield "127.0.0.1", [(("unshare", "-m", *OWN_MEMORY), {})] * 2
-
-
-@pytest.fixture
 def two_networks() -> Iterator[tuple[str, list[Node]]]:
-    """The same, the nodes in network namespaces that a pair of veth devices joins."""
+    """The address of the first node, and how to run something on each of the two, which lie in network
+    namespaces that a pair of veth devices joins."""
     names = [f"mpt{os.getpid()}{end}" for end in "ab"]
     if not is_allowed("ip", "netns", "add", names[0]):
         pytest.skip("needs `ip` and the right to make network namespaces")
@@ -73,16 +66,14 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-@pytest.mark.parametrize("nodes", ["one_network", "two_networks"])
 def test_two_nodes_train_the_model_that_one_trains(
-    nodes: str,
+    two_networks: tuple[str, list[Node]],
     shards: Path,
     tiny_run: Path,
     launch: Callable[..., Any],
     tmp_path: Path,
-    request: pytest.FixtureRequest,
 ) -> None:
-    address, (first, second) = request.getfixturevalue(nodes)
+    address, (first, second) = two_networks
     remote = [f"train_loader.dataset.streams.{name}.remote={shards / name}" for name in "ab"]
     alone = launch(tiny_run, "run_name=alone", *PLAIN, *remote, within=first[0])
     assert alone.wait() == 0, alone.printed
