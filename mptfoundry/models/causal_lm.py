@@ -63,8 +63,8 @@ class ComposerMPT(ComposerModel):
         # In a plain dict, since a metric that is a submodule would be wrapped and saved with the model.
         self._eval_metrics = dict(eval_metrics or {})
         self._flops_per_token: dict[int, int] = {}
-        block = type(network.transformer.blocks[0])
-        network.fsdp_wrap_fn = lambda module: isinstance(module, block)  # type: ignore[assignment]
+        blocks = frozenset(network.transformer.blocks)
+        network.fsdp_wrap_fn = blocks.__contains__  # type: ignore[assignment]
         self.start_from(lambda name, shape, rows=None: draw(name, shape, network.config, seed, rows))
 
     def start_from(self, first_value: FirstValue) -> None:
