@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from mptfoundry.config.changes import makes_the_run
 from mptfoundry.config.model import ModelConfig
 from mptfoundry.config.recomputation import recomputed_parts
 
@@ -56,3 +58,8 @@ def test_a_target_that_the_model_does_not_have_is_refused(target: Any, said: str
             vocab_size=64,
             activation_checkpointing_target=target,
         )
+
+
+def test_a_run_may_go_on_with_another_target(load: Callable[..., Any]) -> None:
+    assert not makes_the_run("model.activation_checkpointing_target.block", load())
+    assert makes_the_run("model.n_layers", load())
