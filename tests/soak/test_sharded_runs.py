@@ -36,7 +36,7 @@ SPREADS: dict[str, tuple[int, bool, str, tuple[str, ...]]] = {
     ),
     "full-shard-of-four": (
         4,
-        True,
+        False,
         "{activation_checkpointing: true, state_dict_type: full}",
         ("device_train_microbatch_size=1",),
     ),
@@ -46,12 +46,6 @@ SPREADS: dict[str, tuple[int, bool, str, tuple[str, ...]]] = {
         "{sharding_strategy: HYBRID_SHARD, data_parallel_replicate_degree: 2, state_dict_type: sharded, "
         "activation_checkpointing: true}",
         ("model.activation_checkpointing_target={block: every-2, mlp: [1]}",),
-    ),
-    "two-copies-made-on-the-first-rank": (
-        4,
-        False,
-        "{sharding_strategy: _HYBRID_SHARD_ZERO2, data_parallel_shard_degree: 2}",
-        ("model.init_device=mixed",),
     ),
     "whole-copies": (2, False, "{sharding_strategy: NO_SHARD, activation_checkpointing: true}", ()),
 }
