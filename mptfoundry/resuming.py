@@ -95,7 +95,9 @@ def found_start(config: TrainConfig) -> Iterator[Start]:
     with ExitStack() as stack:
         own = _own_checkpoint(config, folder, stack) if config.resumes and config.save_folder else None
         if own is not None:
-            decided_by_rank_0(lambda: say_changes(config, folder))
+            # On a new machine the config comes from the store, beside the checkpoint.
+            written = folder if (folder / "config.yaml").is_file() else own.parent
+            decided_by_rank_0(lambda: say_changes(config, written))
             yield Start(own, is_own=True)
         elif config.load_path is not None:
             yield Start(_named_checkpoint(config, folder, stack))

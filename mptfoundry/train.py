@@ -145,6 +145,9 @@ def write_run_files(config: TrainConfig, folder: Path, tokenizer: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
         tokenizer.save_pretrained(folder / "tokenizer")
+        if (upload := uploader(config)) is not None:
+            for file in (folder / "config.yaml", *(folder / "tokenizer").iterdir()):
+                upload(file, str(file.relative_to(folder)))
     except OSError as error:
         raise ConfigError(
             f"save_folder: {folder} can't be written to: {error.strerror}. Use a folder of yours on a disk "
@@ -181,7 +184,8 @@ def _checkpointing(
             filename=config.save_filename,
             latest_filename=config.latest_filename,
             save_interval=config.save_interval,
-            overwrite=config.save_overwrite,
+            # What lies further on than a start of the run's own was damaged, and passed over on request.
+            overwrite=config.save_overwrite or start.is_own,
             num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
             weights_only=config.save_weights_only,
             ignore_keys=config.save_ignore_keys and list(config.save_ignore_keys),
