@@ -239,7 +239,7 @@ def test_another_batch_size_goes_on_from_the_same_sample(
     size: int,
     workers: int,
 ) -> None:
-    every = seen(whole.parent / f"every-{size}-{workers}", run, monkeypatch, "save_folder=null")
+    every = seen(whole.parent / f"every-{size}-{workers}", run, monkeypatch)
     words = [
         f"global_train_batch_size={size}",
         "max_duration=72sp",
