@@ -25,7 +25,8 @@ _MAKES_THE_RUN = re.compile(
 )
 # ... but for those of them that tell how a thing is computed or fetched, and not what it is.
 _MAKES_NO_DIFFERENCE = re.compile(
-    r"model\.(loss_fn|init_device|pretrained\w*|revision|config_overrides|attn_config\.(attn_impl|alibi_skips))(\..*)?|"
+    r"model\.(loss_fn|init_device|pretrained\w*|revision|config_overrides|activation_checkpointing_target|"
+    r"attn_config\.(attn_impl|alibi_skips))(\..*)?|"
     r"train_loader\.dataset(\.streams\.[^.]+)?\.(predownload|cache_limit|download_retry|download_timeout|"
     r"validate_hash|verify|keep_zip|cache_folder|safe_load|max_bad_records)"
 )
