@@ -6,10 +6,12 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mptfoundry.callbacks.metrics_file import read_rows
@@ -40,6 +42,19 @@ SCONTROL = """#!/bin/bash
 if [ "$1" = show ]; then echo 127.0.0.1; else echo "$2" >> "$REQUEUED"; fi
 """
 SQUEUE = "#!/bin/bash\necho RUNNING\n"
+
+# A third of a second a batch, so that there is time to stop it; in place of a callback with a known name.
+SLOW = """
+import time
+from composer.core import Callback
+from mptfoundry import build
+
+class Slow(Callback):
+    def batch_start(self, state, logger):
+        time.sleep(0.3)
+
+build.CALLBACKS["lr_monitor"] = Slow
+"""
 
 
 @pytest.fixture
@@ -101,3 +116,29 @@ def test_every_way_to_start_two_processes_gives_the_same_losses(
         assert [process.wait(timeout=240) for process in started] == [0] * len(started), name
         assert losses(tmp_path / name) == losses(tmp_path / "launched"), name
     assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm-direct.sbatch"])
+def test_a_job_that_slurm_stops_is_queued_again_and_goes_on_as_if_nothing_had_happened(
+    tiny_run: Path, launch: Callable[..., Any], tmp_path: Path, slurm: dict[str, str], script: str
+) -> None:
+    """Slurm signals every process of its steps at once: launchers, ranks and the loaders' workers."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = [str(tiny_run), "run_name=stopped", "train_loader.num_workers=1"]
+    slow = [f"code_paths=[{tmp_path}/slow.py]", "allow_code=true", "callbacks.lr_monitor={}"]
+    command = ["bash", f"clusters/{script}", *words]
+    job = subprocess.Popen([*command, *slow], cwd=ROOT, env=slurm)
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    while job.poll() is None and not (metrics.is_file() and metrics.read_text().count("\n") >= 4):
+        time.sleep(0.1)
+    [srun] = psutil.Process(job.pid).children()
+    for process in srun.children(recursive=True):
+        process.terminate()
+    assert job.wait(timeout=60) == 143
+    assert (tmp_path / "requeued").read_text() == f"{slurm['SLURM_JOB_ID']}\n"
+    done = losses(tmp_path / "stopped")[-1][0]
+    assert 4 <= done < 12 and (tmp_path / "stopped" / f"ep0-ba{done}-rank0.pt").is_file()
+    assert subprocess.run(command, cwd=ROOT, env=slurm, timeout=240).returncode == 0
+    whole = launch(tiny_run, "run_name=whole", "train_loader.num_workers=1", ranks=2)
+    assert whole.wait() == 0, whole.printed
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
