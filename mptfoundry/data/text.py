@@ -233,6 +233,10 @@ class TextLoader(StreamingDataLoader):
         try:
             yield from super().__iter__()
         except DataError as error:
+            # Left to the garbage collector, they take seconds to end.
+            workers: Any = self._iterator
+            if workers is not None:
+                workers._shutdown_workers()
             marker = f"{DataError.__module__}.{DataError.__qualname__}: "
             text = str(error)
             if marker not in text:

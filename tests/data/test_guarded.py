@@ -24,13 +24,20 @@ Build = Callable[..., Any]
 
 
 @pytest.fixture
-def build(tiny_tokenizer: Any) -> Build:
+def build(tiny_tokenizer: Any) -> Iterator[Build]:
+    built: list[Any] = []
+
     def call(**options: Any) -> Any:
         settings = {"tokenizer": tiny_tokenizer, "max_seq_len": 64, "vocab_size": 320, "device_batch_size": 4}
         settings |= {"split": "train", "drop_last": False, "download_retry": 1}
-        return build_text_loader(**{**settings, **options}).dataloader
+        built.append(build_text_loader(**{**settings, **options}).dataloader)
+        return built[-1]
 
-    return call
+    yield call
+    for loader in built:
+        # Left to the garbage collector, workers take seconds to end.
+        if loader._iterator is not None:
+            loader._iterator._shutdown_workers()
 
 
 @pytest.fixture
