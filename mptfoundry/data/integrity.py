@@ -88,7 +88,8 @@ def unpack(compression: str, data: bytes, size: int) -> bytes:
     name = CODECS[compression.split(":")[0]]
     try:
         if name == "snappy":
-            # Its length stands before its data, and is compared with the size before anything is made of it.
+            if _snappy_length(data) != size:
+                raise ValueError(f"it is not made of the {size:,} bytes that its index says")
             raw = pyarrow.decompress(data, decompressed_size=size, codec=name, asbytes=True)
         else:
             with pyarrow.CompressedInputStream(io.BytesIO(data), name) as file:
@@ -96,9 +97,18 @@ def unpack(compression: str, data: bytes, size: int) -> bytes:
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"it is no {compression} data ({error})") from error
     if len(raw) != size:
-        less = "less" if len(raw) < size else "more"
-        raise ValueError(f"it becomes {less} than the {size:,} bytes that its index says")
+        raise ValueError(f"it is not made of the {size:,} bytes that its index says")
     return raw
+
+
+def _snappy_length(data: bytes) -> int:
+    """What stands before the data: a number in groups of seven bits, the lowest first."""
+    length = 0
+    for place, byte in enumerate(data[:5]):
+        length |= (byte & 0x7F) << (7 * place)
+        if byte < 0x80:
+            return length
+    return -1
 
 
 def problems_of(
