@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,9 @@ from mptfoundry.data.prepare import prepare
 
 @pytest.fixture
 def many_shards(shards: Path, tmp_path: Path) -> Path:
-    """Stream `a` in some thirty shards."""
+    """Stream `a` in many shards."""
     options: dict[str, Any] = {"tokenizer": str(shards / "tokenizer"), "max_seq_len": 32, "workers": 1}
-    prepare([str(shards / "a.jsonl")], tmp_path / "many", shard_bytes=1500, progress=False, **options)
+    prepare([str(shards / "a.jsonl")], tmp_path / "many", shard_bytes=800, progress=False, **options)
     assert len(list((tmp_path / "many" / "train").glob("*.mds"))) > 10
     return tmp_path / "many"
 
@@ -48,10 +46,14 @@ def set_up(tiny_run: Path, loader: str, dataset: dict[str, Any]) -> None:
     tiny_run.write_text(yaml.safe_dump(config))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize(
-    ("fault", "loader"), [(damage, "train_loader"), (lose, "train_loader"), (damage, "eval_loader")]
+    ("fault", "loader", "ranks", "workers"),
+    [
+        *((damage, "train_loader", ranks, workers) for ranks in (1, 2) for workers in (0, 2)),
+        *((lose, "train_loader", 2, workers) for workers in (0, 2)),
+        (damage, "eval_loader", 1, 2),
+        (damage, "eval_loader", 2, 0),
+    ],
 )
 def test_a_bad_shard_ends_a_launched_run_with_its_name(
     tiny_run: Path,
@@ -68,10 +70,7 @@ def test_a_bad_shard_ends_a_launched_run_with_its_name(
     if fault is lose:
         dataset = {"remote": str(many_shards), "local": str(tmp_path / "cache"), "split": "train"}
     set_up(tiny_run, loader, dataset | {"download_retry": 1})
-    started_at = time.monotonic()
     run = launch(tiny_run, "run_name=bad", f"{loader}.num_workers={workers}", ranks=ranks)
     assert run.wait() == 1, run.printed
     assert run.printed.count(message) in range(1, 3 * ranks), run.printed
     assert "Traceback" not in run.printed and "error: " in run.printed, run.printed
-    assert time.monotonic() - started_at < 200
-    shutil.rmtree(many_shards)
