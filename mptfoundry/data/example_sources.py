@@ -16,14 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-<<<<<<< HEAD
-from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs
+from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs, load_from_hub
 from mptfoundry.data.integrity import fastest_hash, problem_of
 from mptfoundry.data.shards import INDEX, check_shard_files, read_index
-=======
-from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs, load_from_hub
-from mptfoundry.data.shards import INDEX, read_index
->>>>>>> main
 from mptfoundry.errors import DataError
 
 BUILDERS = ("json", "parquet")
