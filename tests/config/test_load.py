@@ -118,7 +118,7 @@ def test_verbs_read_their_words() -> None:
 def test_workers_and_a_cluster_are_not_given_at_once() -> None:
     words = ["inputs=[a]", "out=shards", "tokenizer=tok", "max_seq_len=2048", "engine=spark"]
     assert parse_words(words, PrepareConfig).engine == "spark"
-    with pytest.raises(ConfigError, match=r"workers: belongs to this machine, and engine: spark has its own"):
+    with pytest.raises(ConfigError, match=r"workers=3: belongs to this machine, and engine: spark has"):
         parse_words([*words, "workers=3"], PrepareConfig)
 
 
