@@ -96,8 +96,8 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
         where: What the user calls it, for errors: `train_loader.dataset.streams.code`.
 
     Raises:
-        DataError: It is missing, half prepared, damaged, empty, names files outside its folder, counts more
-            samples than can be in its files, or has a pickled column.
+        DataError: It is missing, half prepared, damaged, empty, names files outside its folder, or counts
+            more samples than can be in its files.
     """
     folder = Path(folder)
     path = folder / INDEX
@@ -109,24 +109,14 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
         for shard in shards:
             _check_entry(shard, path, where)
         samples = sum(shard["samples"] for shard in shards)
-        pickled = sorted(column for shard in shards for column in _pickled_columns(shard))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{where}: {path} is damaged ({error!r}). Prepare or fetch the folder again."
         ) from error
-    if pickled:
-        raise DataError(
-            f"{where}: {path}: refused, since the column {pickled[0]!r} is pickled, and reading it could run "
-            "code. Write it in another encoding."
-        )
     if samples == 0:
         raise DataError(f"{where}: {folder} holds no samples. Prepare more text than max_seq_len tokens.")
+    _refuse_pickles(shards, path, where)
     return ShardIndex(folder, shards, _read_meta(content.get(META_KEY), path, where))
-
-
-def _pickled_columns(shard: Mapping[str, Any]) -> list[str]:
-    columns = zip(shard.get("column_names", ()), shard.get("column_encodings", ()), strict=False)
-    return [str(name) for name, encoding in columns if str(encoding).partition(":")[0] == "pkl"]
 
 
 def find_split(folder: str | Path, split: str | None, where: str) -> Path:
@@ -209,6 +199,18 @@ def _read_meta(content: Any, path: Path, where: str) -> ShardMeta | None:
         raise DataError(
             f"{where}: the key {META_KEY!r} in {path} is damaged ({error!r}). Prepare again."
         ) from error
+
+
+def _refuse_pickles(shards: Sequence[Mapping[str, Any]], path: Path, where: str) -> None:
+    """Raises DataError where reading a sample would unpickle something, which can run code."""
+    for shard in shards:
+        names, encodings = (shard.get(f"column_{what}") or () for what in ("names", "encodings"))
+        for name, encoding in zip(names, encodings, strict=False):
+            if str(encoding).partition(":")[0] == "pkl":
+                raise DataError(
+                    f"{where}: {path}: refused, since the column {name!r} is pickled, and reading it could "
+                    "run code. Write it in another encoding."
+                )
 
 
 def _why_no_index(folder: Path) -> str:
