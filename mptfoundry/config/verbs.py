@@ -29,7 +29,9 @@ class PrepareConfig:
         add_eos: Put the tokenizer's end-of-text token after each document.
         add_bos: Put the tokenizer's beginning-of-text token before each document.
         bad_input: What a broken record or text does: end the preparation, or be counted and left out.
-        workers: Processes. `auto`: one for each processor.
+        engine: Where text is encoded: in processes of this machine, or on the machines of a Spark cluster,
+            with the same shards. Every machine needs this package and sees the inputs under the same paths.
+        workers: Processes of this machine. `auto`: one for each processor.
         shard_bytes: Size of a shard before compression.
         compression: How shards are compressed, such as `zstd` or `zstd:7`. Default: not.
         progress: Show a progress bar.
@@ -50,10 +52,15 @@ class PrepareConfig:
     add_eos: bool = True
     add_bos: bool = False
     bad_input: Literal["error", "skip"] = "error"
+    engine: Literal["local", "spark"] = "local"
     workers: int | Literal["auto"] = "auto"
     shard_bytes: int = 1 << 26
     compression: str | None = None
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.engine == "spark" and self.workers != "auto":
+            raise ValueError("workers: belongs to this machine, and engine: spark has its own. Remove it.")
 
 
 @dataclass(frozen=True, kw_only=True)
