@@ -22,6 +22,7 @@ from composer.optim import ComposerScheduler, DecoupledAdamW
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 
+from mptfoundry.checkpoints.adapters import fingerprint
 from mptfoundry.checkpoints.architecture import differing, leaves
 from mptfoundry.checkpoints.hub import locate
 from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model
@@ -37,6 +38,7 @@ from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.export.folder import export_weights
 from mptfoundry.generation import generate_text
+from mptfoundry.models.adapters import add_adapters
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.heads import ComposerHead
 from mptfoundry.mpt.head_config import HeadConfig, trunk_of
@@ -105,17 +107,24 @@ def open_pretrained(model: ModelConfig) -> ModelSource:
 
 
 def open_base(config: TrainConfig) -> ModelSource | None:
-    """The model in `load_path` where it lacks the head that is to be trained; else None: Composer loads it.
+    """The model in `load_path` where it is the base of adapters, or lacks the head that is to be trained.
+
+    Elsewhere Composer loads what lies there, and this is None.
 
     Raises:
         CheckpointError: It is not there or damaged.
         ConfigError: It is not what the config says, or more than its weights is asked for.
     """
     head, path = config.model if isinstance(config.model, HeadConfig) else None, config.load_path
-    if head is None or path is None or "://" in path:
+    lora = config.model.peft_config
+    if (head is None and lora is None) or path is None or "://" in path:
         return None
     path = path.format(rank=dist.get_global_rank(), run_name=config.run_name)
     source = open_model(path)
+    if lora is not None:
+        _check_trunk(source, config.model, path)
+        return source
+    assert head is not None
     if any(name.startswith(f"{head.head}.") for name in source.weights.outlines):
         return None
     if not config.load_weights_only:
@@ -152,25 +161,38 @@ def build_model(
         options = {key: value for key, value in asdict(config.compile_config).items() if value}
         for block in network.transformer.blocks:
             block.compile(**options)
-    model = compose(network, tokenizer, seed=config.seed)
+    weights = None
     if source is not None:
         speaks, head = dist.get_global_rank() == 0, getattr(network_config, "head", None)
         new, unused = ((f"{head}.",), ("lm_head.",)) if head else ((), ())
         weights = StartingWeights(source, network, seed=config.seed, new=new, unused=unused, progress=speaks)
         if weights.drawn and speaks:
             print(f"weights: new are {', '.join(weights.drawn)}", flush=True)
-        model.start_from(weights)
         if not on_meta:
             weights.fill(network)
+    if source is not None and (lora := config.model.peft_config) is not None:
+        options, targets = asdict(lora), lora.targets(network_config)
+        add_adapters(network, options, targets=targets, fingerprint=fingerprint(source), seed=config.seed)
+    model = compose(
+        network, tokenizer, seed=config.seed, extra_flops_per_token=config.learned.extra_flops_per_token
+    )
+    if weights is not None:
+        model.start_from(weights)
     return model
 
 
-def compose(network: Any, tokenizer: Any, *, seed: int = 0) -> ComposerMPT:
+def compose(network: Any, tokenizer: Any, *, seed: int = 0, extra_flops_per_token: int = 0) -> ComposerMPT:
     """A network as Composer sees it, with the metrics of its kind."""
     if isinstance(network.config, HeadConfig):
         return ComposerHead(network, tokenizer=tokenizer, seed=seed)
     metrics = token_loss_metrics(token_byte_lengths(tokenizer, network.config.vocab_size))
-    return ComposerMPT(network, eval_metrics=metrics, tokenizer=tokenizer, seed=seed)
+    return ComposerMPT(
+        network,
+        eval_metrics=metrics,
+        tokenizer=tokenizer,
+        seed=seed,
+        extra_flops_per_token=extra_flops_per_token,
+    )
 
 
 def build_optimizer(config: TrainConfig, model: ComposerMPT) -> torch.optim.Optimizer:

@@ -7,7 +7,7 @@ for one device, and an estimate. Nothing is built, and torch is not imported.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mptfoundry.config.parallel import resolve_fsdp
@@ -229,13 +229,14 @@ def estimate_memory(config: TrainConfig, device: Device, microbatch: int, precis
     a block keeps its input, and one block at a time is computed anew.
     """
     model, fsdp = config.model, config.fsdp_config
-    parameters, block = count_parameters(model), block_parameters(model)
+    learned, block = config.learned, block_parameters(model)
+    parameters = count_parameters(model) + learned.adapters
     number = FP32 if precision == "fp32" else 2
     shards = _shards(config, device)
     if shards == 1:
         # autocast's copies of the weights, and the buckets in which DDP sends gradients
         gathered = (parameters * number if number < FP32 else 0) + (
-            parameters * FP32 if device.count > 1 else 0
+            learned.learned * FP32 if device.count > 1 else 0
         )
     else:
         # weights and gradients of what is never resharded in a step, of one block, and of the next
@@ -244,21 +245,36 @@ def estimate_memory(config: TrainConfig, device: Device, microbatch: int, precis
             fsdp.sharding_strategy in {"SHARD_GRAD_OP", "_HYBRID_SHARD_ZERO2"}
             or fsdp.reshard_after_forward is False
         )
-        gathered = number * (working + (parameters if keeps_all else working))
+        gradients = working * learned.learned // parameters
+        gathered = number * (gradients + (parameters if keeps_all else working))
     tokens = microbatch * config.max_seq_len
-    kept = model.n_layers * block_activations(model)
+    of_block = block_activations(model) + _adapter_activations(config)
+    kept = model.n_layers * of_block
     if fsdp is not None and fsdp.activation_checkpointing:
-        kept = model.n_layers * model.d_model + block_activations(model)
+        kept = model.n_layers * model.d_model + of_block
     chunk = min(tokens * model.vocab_size, LOSS_CHUNK_LOGITS[device.kind])
     return Memory(
         weights=parameters * FP32 // shards,
-        gradients=parameters * FP32 // shards,
-        optimizer=parameters * STATE_BYTES[config.optimizer.name] // shards,
+        gradients=learned.learned * FP32 // shards,
+        optimizer=learned.learned * STATE_BYTES[config.optimizer.name] // shards,
         gathered=gathered,
         activations=tokens * kept * number,
-        logits=chunk * (FP32 + 2 * number) + model.vocab_size * model.d_model * FP32,
+        logits=chunk * (FP32 + 2 * number)
+        + (model.vocab_size * model.d_model * FP32 if learned.learns_output else 0),
         overhead=OVERHEAD[device.kind],
     )
+
+
+def _adapter_activations(config: TrainConfig) -> int:
+    """Numbers for each token that one block's adapters keep: what lies between their two matrices, and with
+    dropout what goes into them.
+    """
+    lora = config.model.peft_config
+    if lora is None:
+        return 0
+    shapes = lora.adapter_shapes(replace(config.model.network(), n_layers=1))
+    inputs = [shape[1] for name, shape in shapes.items() if ".lora_A." in name]
+    return lora.r * len(inputs) + (sum(inputs) if lora.lora_dropout else 0)
 
 
 def _shards(config: TrainConfig, device: Device) -> int:

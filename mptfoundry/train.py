@@ -25,8 +25,11 @@ from mptfoundry.callbacks.metrics_file import MetricsFile
 from mptfoundry.callbacks.report import write_report
 from mptfoundry.callbacks.rng_resume import restore_random_state
 from mptfoundry.callbacks.throughput import Throughput
+from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base, lora_of
+from mptfoundry.checkpoints.architecture import read_run
 from mptfoundry.checkpoints.names import checkpoints_in
-from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model
+from mptfoundry.checkpoints.reading import ModelSource, open_model
+from mptfoundry.config.learned import names_in
 from mptfoundry.config.load import to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
@@ -57,14 +60,19 @@ def train(config: TrainConfig) -> Trainer:
     say(summary_table(config, device))
     source = starting_model(config)
     if source is not None:
-        say(f"weights: from {source.path}; the optimizer starts new")
+        what = "; the optimizer starts new" if config.model.peft_config is None else ", beside the adapters"
+        say(f"weights: from {source.path}{what}")
     build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
     train_loader = loaders.build_train_loader(config, resolved, device, tokenizer)
     evaluators = loaders.build_eval_loaders(config, resolved, tokenizer)
     model = build.build_model(config, resolved, tokenizer, source)
     write_run_files(config, folder, tokenizer)
-    throughput = Throughput(config.model.network(), peak_flops=device.peak_flops)
+    throughput = Throughput(
+        config.model.network(),
+        peak_flops=device.peak_flops,
+        extra_flops_per_token=config.learned.extra_flops_per_token,
+    )
     trainer = Trainer(
         model=model,
         train_dataloader=train_loader,
@@ -80,6 +88,9 @@ def train(config: TrainConfig) -> Trainer:
     restore_random_state(trainer)
     if config.model.takes_weights and source is None and trainer.state.timestamp.batch == 0:
         raise CheckpointError(f"save_folder: the checkpoint in {config.save_folder} was not loaded.")
+    if source is not None and config.model.peft_config is not None:
+        buffers = trainer.state.model.named_buffers()
+        check_base(source, next(value for name, value in buffers if name.endswith(FINGERPRINT)))
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": to_yaml(config)})
     if _is_finished(trainer):
@@ -104,7 +115,9 @@ def run_folder(config: TrainConfig) -> Path:
 
 def starting_model(config: TrainConfig) -> ModelSource | None:
     """The model whose weights the run takes; None where they are new, or come with a checkpoint."""
-    if not (config.model.takes_weights or config.load_path) or has_checkpoint(config):
+    if not (config.model.takes_weights or config.load_path):
+        return None
+    if config.model.peft_config is None and has_checkpoint(config):
         return None
     return build.open_pretrained(config.model) if config.model.takes_weights else build.open_base(config)
 
@@ -133,7 +146,8 @@ def refuse_another_model(config: TrainConfig, folder: Path) -> None:
     """
     if not (folder / "config.yaml").is_file() or not checkpoints_in(folder):
         return
-    there, here = expected_shapes(open_model(folder).config), expected_shapes(config.model.network())
+    there = names_in(open_model(folder).config, lora_of(read_run(folder)))
+    here = names_in(config.model.network(), config.model.peft_config)
     for name in [*here, *there]:
         if there.get(name) != here.get(name):
             sizes = [str(shapes[name]) if name in shapes else "missing" for shapes in (there, here)]

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from mptfoundry.config.learned import LoRAConfig
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import (
     HEADS,
+    HeadConfig,
     SequenceClassifierConfig,
     SpanFinderConfig,
     TokenClassifierConfig,
@@ -31,6 +33,8 @@ class ModelConfig(MPTConfig):
             alone.
         config_overrides: Switches of that model to change, such as `max_seq_len`. Another `vocab_size` cuts
             the embedding, or pads it with the mean of its rows.
+        peft_config: Learn adapters beside that model's weights, which stay as they are. Default: all is
+            learned.
     """
 
     name: Literal["mpt_causal_lm"] = "mpt_causal_lm"
@@ -40,6 +44,7 @@ class ModelConfig(MPTConfig):
     revision: str | None = None
     pretrained: bool | None = None
     config_overrides: dict[str, Any] = field(default_factory=dict)
+    peft_config: LoRAConfig | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -47,6 +52,13 @@ class ModelConfig(MPTConfig):
             for key in ("revision", "pretrained", "config_overrides"):
                 if getattr(self, key):
                     raise ValueError(f"{key}: has no effect without pretrained_model_name_or_path.")
+        if self.peft_config is not None:
+            if isinstance(self, HeadConfig):
+                raise ValueError(f"peft_config: is for language models alone, and not for {self.name}.")
+            try:
+                self.peft_config.targets(self)
+            except ValueError as error:
+                raise ValueError(f"peft_config.{error}") from error
 
     @property
     def takes_weights(self) -> bool:
