@@ -139,7 +139,9 @@ def open_base(config: TrainConfig) -> ModelSource | None:
 def _check_trunk(source: ModelSource, model: ModelConfig, name: str) -> None:
     changes = leaves(model.config_overrides)
     for path, there, here in differing(trunk_of(source.config), model.network().to_dict(), changes):
-        raise ConfigError(f"model.{'.'.join(path)}: {here} is not what {name} says, {there}.")
+        # What is named by its path alone has no config_overrides, where dropout would be said.
+        if model.pretrained_model_name_or_path is not None or not path[-1].endswith("pdrop"):
+            raise ConfigError(f"model.{'.'.join(path)}: {here} is not what {name} says, {there}.")
 
 
 def build_model(

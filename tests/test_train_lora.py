@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from mptfoundry.config.load import load_train_config, parse_words
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.errors import CheckpointError
 from mptfoundry.evaluate import evaluate
+from mptfoundry.export.folder import export
 from mptfoundry.train import train
 
 pytest.importorskip("peft", reason="peft is not installed: pip install 'mptfoundry[peft]'")
@@ -125,6 +127,54 @@ def test_two_ranks_that_shard_learn_what_one_learns_and_go_on(
     expected = dict(open_model(alone).tensors())
     for name, tensor in open_model(place / "shared").tensors():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("format", ["native", "custom"])
+def test_exported_both_ways_stock_classes_compute_what_the_run_does(
+    finished: Path, place: Path, tmp_path: Path, format: Any
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for name, model in (("base", place / "base"), ("merged", finished)):
+        export(model, tmp_path / name, dtype="fp32", format=format, progress=False)
+    summary = export(finished, tmp_path / "adapter", dtype="fp32", adapter="separate")
+    assert "4,096 parameters of adapters as float32" in str(summary)
+    load = partial(AutoModelForCausalLM.from_pretrained, trust_remote_code=True)
+    merged = load(tmp_path / "merged").eval()
+    beside = PeftModel.from_pretrained(load(tmp_path / "base"), tmp_path / "adapter").eval()
+    network, _ = load_network(finished)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "adapter")("def f(x):\n    return", return_tensors="pt")
+    with torch.no_grad():
+        expected, base = network(ids["input_ids"]).logits, load(tmp_path / "base")(**ids).logits
+        for other in (merged, beside):
+            torch.testing.assert_close(other(**ids).logits, expected, rtol=1e-4, atol=1e-4)
+    assert (expected - base).abs().max() > 0.1
+
+
+def test_adapters_alone_are_refused_where_they_are_not_all(finished: Path, place: Path, run: Run) -> None:
+    with pytest.raises(CheckpointError, match=r"base/ep0-ba2-rank0.pt: has no adapters to write separately"):
+        export(place / "base", place / "none", adapter="separate")
+    clipped = run("clipped", "max_duration=1ba", "model.config_overrides.attn_config.clip_qkv=6")
+    with pytest.raises(CheckpointError, match=r"separate can't express attn_config.clip_qkv: 6"):
+        export(clipped, place / "none", adapter="separate")
+    assert not (place / "none").exists()
+
+
+def test_a_path_to_a_base_stands_for_its_name(run: Run, place: Path, finished: Path) -> None:
+    words = ["model.pretrained_model_name_or_path=null", "load_weights_only=true", f"load_path={place}/base"]
+    sizes = (
+        "d_model=32 n_heads=4 n_layers=2 vocab_size=384 no_bias=true attn_config.alibi=true resid_pdrop=0.1"
+    )
+    words += ["model.config_overrides=null", *(f"model.{size}" for size in sizes.split())]
+    assert losses(run("by-path", *words)) == losses(finished)
+
+
+def test_adapters_are_learned_beside_adapters_that_were_merged(run: Run, place: Path, finished: Path) -> None:
+    words = [f"model.pretrained_model_name_or_path={finished}", "model.config_overrides=null"]
+    second = run("second", *words, "optimizer.lr=0", "max_duration=1ba")
+    expected = dict(open_model(finished).tensors())
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in open_model(second).tensors())
 
 
 def test_another_base_is_refused(finished: Path, run: Run, place: Path) -> None:
