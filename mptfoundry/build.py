@@ -106,33 +106,30 @@ def open_pretrained(model: ModelConfig) -> ModelSource:
     return with_rows(source, model.vocab_size)
 
 
-def open_base(config: TrainConfig) -> ModelSource | None:
-    """The model in `load_path` where it is the base of adapters, or lacks the head that is to be trained.
+def open_base(config: TrainConfig, checkpoint: Path) -> ModelSource | None:
+    """The model of a checkpoint that is the base of adapters, or lacks the head that is to be trained.
 
-    Elsewhere Composer loads what lies there, and this is None.
+    Elsewhere the checkpoint is loaded as it is, and this is None.
 
     Raises:
         CheckpointError: It is not there or damaged.
         ConfigError: It is not what the config says, or more than its weights is asked for.
     """
-    head, path = config.model if isinstance(config.model, HeadConfig) else None, config.load_path
-    lora = config.model.peft_config
-    if (head is None and lora is None) or path is None or "://" in path:
+    head = config.model if isinstance(config.model, HeadConfig) else None
+    if head is None and config.model.peft_config is None:
         return None
-    path = path.format(rank=dist.get_global_rank(), run_name=config.run_name)
-    source = open_model(path)
-    if lora is not None:
-        _check_trunk(source, config.model, path)
+    source = open_model(checkpoint)
+    if head is None:
+        _check_trunk(source, config.model, str(checkpoint))
         return source
-    assert head is not None
     if any(name.startswith(f"{head.head}.") for name in source.weights.outlines):
         return None
     if not config.load_weights_only:
         raise ConfigError(
-            f"load_path: {path} lacks {head.head}, the head of {config.model.name}. Its weights alone can be "
-            "taken: set load_weights_only: true."
+            f"load_path: {checkpoint} lacks {head.head}, the head of {config.model.name}. Its weights alone "
+            "can be taken: set load_weights_only: true."
         )
-    _check_trunk(source, config.model, path)
+    _check_trunk(source, config.model, str(checkpoint))
     return source
 
 

@@ -125,7 +125,9 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def tile_of(kernel: str, head_dim: int, capability: tuple[int, int], number_bytes: int) -> Tile:
+def tile_of(
+    kernel: str, head_dim: int, capability: tuple[int, int], number_bytes: int, *, has_dropout: bool = False
+) -> Tile:
     """The tile of a kernel.
 
     Args:
@@ -133,6 +135,12 @@ def tile_of(kernel: str, head_dim: int, capability: tuple[int, int], number_byte
         head_dim: Width of a head.
         capability: Of the GPU, such as (9, 0).
         number_bytes: 2 for bfloat16 and float16, 4 for float32.
+        has_dropout: Whether weights are dropped, whose random numbers take the registers of a smaller block.
     """
     name = "float32" if number_bytes == 4 else "sm_90" if capability >= (9, 0) else "sm_80"
-    return TILES[name][kernel][padded(head_dim)]
+    tile = TILES[name][kernel][padded(head_dim)]
+    if not has_dropout:
+        return tile
+    if kernel.startswith("backward_key"):
+        return tile._replace(block_q=16)
+    return tile._replace(block_k=max(16, tile.block_k // 2))
