@@ -41,6 +41,7 @@ from mptfoundry.generation import generate_text
 from mptfoundry.models.adapters import add_adapters
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.heads import ComposerHead
+from mptfoundry.models.quantized import quantize_blocks
 from mptfoundry.mpt.head_config import HeadConfig, trunk_of
 from mptfoundry.mpt.heads import make_network
 from mptfoundry.mpt.network import MPT
@@ -49,7 +50,7 @@ from mptfoundry.optim.clipping import GradientClipping
 from mptfoundry.optim.groups import parameter_groups
 from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.optim.schedules import BatchSize, Schedule
-from mptfoundry.resolve import Resolved
+from mptfoundry.resolve import COMPUTE_DTYPE, Resolved
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer, token_byte_lengths
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -169,6 +170,8 @@ def build_model(
             print(f"weights: new are {', '.join(weights.drawn)}", flush=True)
         if not on_meta:
             weights.fill(network)
+    if (bits := config.model.bits) is not None:
+        quantize_blocks(network, bits, getattr(torch, COMPUTE_DTYPE[resolved.precision]))
     if source is not None and (lora := config.model.peft_config) is not None:
         options, targets = asdict(lora), lora.targets(network_config)
         add_adapters(network, options, targets=targets, fingerprint=fingerprint(source), seed=config.seed)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mptfoundry.config.learned import matrix_parameters
 from mptfoundry.config.parallel import resolve_fsdp
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import GIB, Device
@@ -253,8 +254,9 @@ def estimate_memory(config: TrainConfig, device: Device, microbatch: int, precis
     if fsdp is not None and fsdp.activation_checkpointing:
         kept = model.n_layers * model.d_model + of_block
     chunk = min(tokens * model.vocab_size, LOSS_CHUNK_LOGITS[device.kind])
+    quantized = matrix_parameters(model) if model.bits else 0
     return Memory(
-        weights=parameters * FP32 // shards,
+        weights=(parameters * FP32 - quantized * FP32 + quantized * (model.bits or 0) // 8) // shards,
         gradients=learned.learned * FP32 // shards,
         optimizer=learned.learned * STATE_BYTES[config.optimizer.name] // shards,
         gathered=gathered,

@@ -177,6 +177,24 @@ def test_adapters_are_learned_beside_adapters_that_were_merged(run: Run, place: 
     assert all(torch.equal(tensor, expected[name]) for name, tensor in open_model(second).tensors())
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_base_in_few_bits_is_learned_beside_and_is_whole_afterwards(
+    run: Run, place: Path, finished: Path, bits: int
+) -> None:
+    pytest.importorskip(
+        "bitsandbytes", reason="bitsandbytes is not installed: pip install 'mptfoundry[bitsandbytes]'"
+    )
+    folder = run(f"few-{bits}", f"model.load_in_{bits}bit=true")
+    assert losses(folder) == pytest.approx(losses(finished), rel=0.05)
+    assert losses(folder) != losses(finished)
+    state, other = (state_of(each / "ep0-ba4-rank0.pt")["model"] for each in (folder, finished))
+    assert set(state) == set(other)
+    base = dict(open_model(place / "base").tensors())
+    for name, tensor in open_model(folder).tensors():
+        is_adapted = f"model.{name.removesuffix('.weight')}.lora_A.default.weight" in state
+        assert torch.equal(tensor, base[name]) != is_adapted
+
+
 def test_another_base_is_refused(finished: Path, run: Run, place: Path) -> None:
     moved = place / "base-before"
     (place / "base").rename(moved)

@@ -150,6 +150,11 @@ def count_learned(network: MPTConfig, lora: LoRAConfig | None, disable_grad: Seq
     )
 
 
+def matrix_parameters(network: MPTConfig) -> int:
+    """Parameters of the blocks' matrices."""
+    return sum(math.prod(shape) for shape in _matrices(network).values())
+
+
 def pattern_problem(pattern: str, names: Sequence[str]) -> str | None:
     """What is wrong with a pattern that should match some of the names, or None."""
     try:

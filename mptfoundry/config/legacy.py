@@ -41,7 +41,6 @@ _DROPPED: tuple[tuple[str, Any, str], ...] = (
     ("model.use_flash_attention_2", ANY, "attn_config.attn_impl says it"),
     ("model.attn_implementation", ANY, "attn_config.attn_impl says it"),
     ("model.use_logits", ANY, "there is no other kind of output here"),
-    ("model.load_in_8bit", False, "it is off"),
     ("model.allow_embedding_resizing", False, "it is off"),
     ("model.pretrained_lora_id_or_path", None, "it is blank"),
     ("model.should_save_peft_only", ANY, "a checkpoint of adapters never holds their base"),
@@ -94,7 +93,6 @@ REFUSED: dict[tuple[str, str], str] = {
     ("TrainConfig", "only_hf_checkpoint"): _FORMAT,
     ("TrainConfig", "parameters"): "this is a platform's job file. Give what stands under `parameters` as a "
     "file of its own.",
-    ("ModelConfig", "load_in_8bit"): "a run trains whole weights. Remove it.",
     ("ModelConfig", "allow_embedding_resizing"): "config_overrides.vocab_size says how many rows. Remove it.",
     ("ModelConfig", "pretrained_lora_id_or_path"): "adapters start new. Merge those into their base first.",
     ("ModelConfig", "lora"): _PEFT,

@@ -35,6 +35,9 @@ class ModelConfig(MPTConfig):
             the embedding, or pads it with the mean of its rows.
         peft_config: Learn adapters beside that model's weights, which stay as they are. Default: all is
             learned.
+        load_in_8bit: Keep the matrices beside the adapters in 8 bits while training, by bitsandbytes. What is
+            evaluated, generated or exported afterwards has the base's own weights.
+        load_in_4bit: The same in 4 bits (NF4).
     """
 
     name: Literal["mpt_causal_lm"] = "mpt_causal_lm"
@@ -45,6 +48,8 @@ class ModelConfig(MPTConfig):
     pretrained: bool | None = None
     config_overrides: dict[str, Any] = field(default_factory=dict)
     peft_config: LoRAConfig | None = None
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -52,6 +57,10 @@ class ModelConfig(MPTConfig):
             for key in ("revision", "pretrained", "config_overrides"):
                 if getattr(self, key):
                     raise ValueError(f"{key}: has no effect without pretrained_model_name_or_path.")
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("load_in_8bit and load_in_4bit are both given. Use one of them.")
+        if self.bits and self.peft_config is None:
+            raise ValueError(f"load_in_{self.bits}bit: can't be learned. Add adapters: peft_config.")
         if self.peft_config is not None:
             if isinstance(self, HeadConfig):
                 raise ValueError(f"peft_config: is for language models alone, and not for {self.name}.")
@@ -59,6 +68,11 @@ class ModelConfig(MPTConfig):
                 self.peft_config.targets(self)
             except ValueError as error:
                 raise ValueError(f"peft_config.{error}") from error
+
+    @property
+    def bits(self) -> Literal[8, 4] | None:
+        """Of the blocks' matrices, where they are quantized."""
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else None
 
     @property
     def takes_weights(self) -> bool:

@@ -198,6 +198,11 @@ def _adapters(values: Mapping[str, Any]) -> Iterator[Problem]:
     ):
         if fsdp is not None and getattr(fsdp, key) is value:
             yield f"fsdp_config.{key}", f"{str(value).lower()}: with model.peft_config {why}. Remove it."
+    if fsdp is not None and model.bits:
+        yield (
+            f"model.load_in_{model.bits}bit",
+            "is for whole copies: it can't be sharded. Remove fsdp_config.",
+        )
     if "hf_checkpointer" in values.get("callbacks", {}):
         yield (
             "callbacks.hf_checkpointer",

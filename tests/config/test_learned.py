@@ -83,6 +83,19 @@ def test_what_would_leave_adapters_without_gradients_is_refused(problems: Proble
     assert "with model.peft_config learned and frozen parameters would be one. Remove it." in text
 
 
+def test_few_bits_are_for_whole_copies_beside_adapters(problems: Problems, load: Load) -> None:
+    (text,) = problems(words=("model.load_in_4bit=true",))
+    assert text.endswith("model.load_in_4bit=true: can't be learned. Add adapters: peft_config.")
+    (text,) = problems(words=(*LORA, "model.load_in_8bit=true", "model.load_in_4bit=true"))
+    assert "load_in_8bit and load_in_4bit are both given. Use one of them." in text
+    (text,) = problems(words=(*LORA, "model.load_in_8bit=true", "fsdp_config.version=2"))
+    assert text.endswith("is for whole copies: it can't be sharded. Remove fsdp_config.")
+    whole, few = (load(words=(*LORA, *more)) for more in ((), ("model.load_in_4bit=true",)))
+    matrices = 2 * 12 * 64 * 64
+    saved = make_plan(whole, cpu()).memory.weights - make_plan(few, cpu()).memory.weights
+    assert saved == matrices * 4 - matrices // 2
+
+
 def test_a_pattern_that_names_nothing_or_everything_is_refused_before_the_run(problems: Problems) -> None:
     (text,) = problems(words=("optimizer.disable_grad=[wte,wpee]",))
     assert text.startswith("command line: optimizer.disable_grad=[wte,wpee]: wpee matches no parameter.")
