@@ -105,12 +105,13 @@ def build_trainer(config: TrainConfig, resolved: Resolved, device: Device, start
         algorithms=build.build_algorithms(config),
         callbacks=[throughput, AverageGradients(), *given, *_checkpointing(config, folder, start, source)],
         loggers=[*build.build_loggers(config), *_own_loggers(config, folder)],
-        parallelism_config=build.build_parallelism(config, resolved, device),
+        parallelism_config=build.build_parallelism(config, device),
         **_plain_arguments(config, resolved, device),
     )
     if source is not None and config.model.peft_config is not None:
         buffers = trainer.state.model.named_buffers()
         check_base(source, next(value for name, value in buffers if name.endswith(FINGERPRINT)))
+    build.prefetch_weights(config, model)
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": to_yaml(config)})
     return trainer

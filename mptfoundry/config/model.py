@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from mptfoundry.config.learned import LoRAConfig
+from mptfoundry.config.recomputation import Target, recomputed_parts
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import (
     HEADS,
@@ -38,6 +39,10 @@ class ModelConfig(MPTConfig):
         load_in_8bit: Keep the matrices beside the adapters in 8 bits while training, by bitsandbytes. What is
             evaluated, generated or exported afterwards has the base's own weights.
         load_in_4bit: The same in 4 bits (NF4).
+        activation_checkpointing_target: What `fsdp_config.activation_checkpointing` recomputes: `block`,
+            `attention`, `mlp`, `norm` or a list of these, in all blocks, or each with its blocks (`first-N`,
+            `last-N`, `middle-N`, `range-N-M`, `every-K`, numbers from 0, a list of these, or N for the first
+            N). Default: `block`.
     """
 
     name: Literal["mpt_causal_lm"] = "mpt_causal_lm"
@@ -50,9 +55,11 @@ class ModelConfig(MPTConfig):
     peft_config: LoRAConfig | None = None
     load_in_8bit: bool = False
     load_in_4bit: bool = False
+    activation_checkpointing_target: Target | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        recomputed_parts(self.activation_checkpointing_target, self.n_layers)
         if self.pretrained_model_name_or_path is None:
             for key in ("revision", "pretrained", "config_overrides"):
                 if getattr(self, key):

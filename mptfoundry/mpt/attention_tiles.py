@@ -45,8 +45,8 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             256: Tile(16, 64, 8, 2),
         },
         "backward_key_grouped": {
-            16: Tile(64, 64, 4, 3),
-            32: Tile(64, 64, 4, 3),
+            16: Tile(32, 64, 4, 3),
+            32: Tile(32, 64, 4, 3),
             64: Tile(32, 128, 8, 2),
             128: Tile(32, 64, 8, 2),
             256: Tile(16, 64, 8, 2),
@@ -75,8 +75,8 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             256: Tile(32, 32, 8, 2),
         },
         "backward_key_grouped": {
-            16: Tile(64, 64, 4, 3),
-            32: Tile(64, 64, 4, 3),
+            16: Tile(32, 64, 4, 3),
+            32: Tile(16, 64, 4, 3),
             64: Tile(32, 128, 8, 2),
             128: Tile(32, 32, 8, 2),
             256: Tile(32, 32, 8, 2),
