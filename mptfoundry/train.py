@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from composer import Trainer
-from composer.core import Time
+from composer.core import Event, Time
 from composer.loggers import LoggerDestination
 from composer.utils import dist, format_name_with_dist
 from composer.utils.file_helpers import list_remote_objects
@@ -24,16 +24,19 @@ from mptfoundry.callbacks.gloo_average import AverageGradients
 from mptfoundry.callbacks.metrics_file import MetricsFile
 from mptfoundry.callbacks.report import write_report
 from mptfoundry.callbacks.rng_resume import restore_random_state
+from mptfoundry.callbacks.step_guard import EvaluationLeft, StepGuard
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.checkpoints.names import checkpoints_in
 from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model
 from mptfoundry.config.load import to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
-from mptfoundry.errors import CheckpointError, ConfigError
+from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
+from mptfoundry.ranks import RankWatch
 from mptfoundry.resolve import Resolved, resolve_auto
+from mptfoundry.signals import StopSignals
 
 # Said by Composer of what is meant so: the last batch of an evaluation is smaller than the others, and
 # `eval_subset_num_batches` is a limit that a short evaluation does not reach.
@@ -48,10 +51,19 @@ def train(config: TrainConfig) -> Trainer:
 
     Raises:
         ConfigError, DataError, CheckpointError: Something that the config names is missing or doesn't fit.
+        TrainingError: The numbers are not finite, or a rank is silent.
+        RunStopped: SIGTERM or SIGINT came; what was trained is saved.
     """
     device = detect_device()
     resolved = resolve_auto(config, device)
-    set_up_process(config, device)
+    watch = RankWatch(config.dist_timeout)
+    with StopSignals(speaks=dist.get_global_rank() == 0, failure=watch.failure) as signals:
+        set_up_process(config, device)
+        with watch, watch.explained():
+            return _train(config, resolved, device, StepGuard(signals, watch))
+
+
+def _train(config: TrainConfig, resolved: Resolved, device: Device, guard: StepGuard) -> Trainer:
     folder = run_folder(config)
     refuse_another_model(config, folder)
     say(summary_table(config, device))
@@ -72,7 +84,7 @@ def train(config: TrainConfig) -> Trainer:
         optimizers=build.build_optimizer(config, model),
         schedulers=build.build_scheduler(config),
         algorithms=build.build_algorithms(config),
-        callbacks=[throughput, AverageGradients(), *build.build_callbacks(config, tokenizer, folder)],
+        callbacks=[guard, throughput, AverageGradients(), *build.build_callbacks(config, tokenizer, folder)],
         loggers=[*build.build_loggers(config), *_own_loggers(config, folder)],
         parallelism_config=build.build_parallelism(config, resolved, device),
         **_plain_arguments(config, resolved, device, has_weights=source is not None),
@@ -85,14 +97,44 @@ def train(config: TrainConfig) -> Trainer:
     if _is_finished(trainer):
         say(f"{config.run_name} is finished: {trainer.state.timestamp.batch.value} batches are done.")
     else:
-        if config.eval_first and trainer.state.timestamp.batch == 0:
-            trainer.eval()
-        trainer.fit()
+        fit(trainer, config, guard)
     trainer.close()
     if dist.get_global_rank() == 0:
         facts = {"model": config.model.name, "parameters": f"{count_parameters(config.model):,}"}
         say(f"report: {write_report(folder, facts=facts)}")
     return trainer
+
+
+def fit(trainer: Trainer, config: TrainConfig, guard: StepGuard) -> None:
+    """Trains to the run's end. Raises RunStopped where it was asked to stop before; all is saved then."""
+    state = trainer.state
+    with guard.signals.answered_by_training():
+        try:
+            if config.eval_first and state.timestamp.batch == 0:
+                trainer.eval()
+            trainer.fit()
+        except EvaluationLeft:
+            # The evaluation comes before the place where Composer saves.
+            state.set_dataloader(state.train_dataloader, "train")
+            state.stop_training()
+            trainer.engine.run_event(Event.BATCH_CHECKPOINT)
+        if not guard.is_stopping:
+            return
+        trainer.close()
+    kept = (
+        f"its checkpoint is in {config.save_folder.format(run_name=config.run_name)}"
+        if config.save_folder
+        else None
+    )
+    raise RunStopped(
+        f"{guard.signals.requested or 'a signal to another rank'}: stopped after batch {state.timestamp.batch.value}; "
+        + (f"{kept}. " if kept else "nothing is kept, since save_folder is null. ")
+        + (
+            "The same command goes on."
+            if config.resumes
+            else "The same command begins anew: autoresume is off."
+        )
+    )
 
 
 def run_folder(config: TrainConfig) -> Path:

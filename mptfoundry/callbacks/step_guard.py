@@ -1,0 +1,191 @@
+"""What all ranks decide together at each step, before the weights change: stop, skip it, or refuse its numbers.
+
+Each rank contributes three numbers, whether it was asked to stop, whether its loss is not finite, and its loss;
+they are added up over the ranks in one small collective, after that of the gradients, and read together with
+the gradient's norm right before Composer reads the loss. So no rank waits where it didn't before, and every
+rank decides on the same values. A request to stop is answered at the end of the batch, by Composer's own
+way to end a training: its checkpoint is written, and nothing else that belongs to a run's end is done.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+
+import torch
+from composer.core import Callback, Precision, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from mptfoundry.callbacks.hf_export import HFExport
+from mptfoundry.callbacks.loss_spikes import LossSpikes
+from mptfoundry.callbacks.samples import Generate
+from mptfoundry.errors import TrainingError
+from mptfoundry.optim.clipping import GradientClipping
+from mptfoundry.ranks import RankWatch
+from mptfoundry.signals import StopSignals
+
+LAUNCHER_SECONDS = 30.0
+SHOWN_LOSSES, SHOWN_SAMPLES = 8, 16
+
+
+class EvaluationLeft(Exception):
+    """An evaluation was left since the run was asked to stop; raised on all ranks at the same batch."""
+
+
+class StepGuard(Callback):
+    """Guards each step of a training.
+
+    Args:
+        signals: Tells whether this process was asked to stop.
+        watch: Is told how far this rank has come.
+
+    Attributes:
+        is_stopping: All ranks have agreed to stop at the end of this batch.
+
+    Raises:
+        TrainingError: At a step whose loss or gradient is not finite, or whose loss is out of bounds. On all
+            ranks, with the same text, and the weights as they were before it.
+        EvaluationLeft: Within an evaluation, when the run is asked to stop.
+    """
+
+    def __init__(self, signals: StopSignals, watch: RankWatch) -> None:
+        self.is_stopping = False
+        self.signals = signals
+        self._watch = watch
+        self._spikes = LossSpikes()
+        self._clipping = GradientClipping()
+        self._losses: list[Tensor] = []
+        self._recent: deque[float] = deque(maxlen=SHOWN_LOSSES)
+        self._started_at: float | None = None
+        self._saving_since: float | None = None
+        self._steps: deque[float] = deque(maxlen=5)
+        self._longest_save = 0.0
+        self._has_warned = False
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Find who judges losses and who measures the gradient's norm."""
+        self._spikes = next(c for c in state.callbacks if isinstance(c, LossSpikes))
+        self._clipping = next(a for a in state.algorithms if isinstance(a, GradientClipping))
+        self._watch.batch = lambda: state.timestamp.batch.value
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        """Measure what the last checkpoint took."""
+        if self._saving_since is not None:
+            self._longest_save = max(self._longest_save, time.monotonic() - self._saving_since)
+            self._saving_since = None
+            self._warn_if_a_stop_takes_too_long()
+        self._started_at = time.monotonic()
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Forget the losses of the batch before, or of a try that ran out of memory."""
+        self._losses = []
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        """Keep the microbatch's loss, on its device."""
+        assert isinstance(state.loss, Tensor)
+        self._losses.append(state.loss.detach().float().mean())
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Decide; the gradients are there, the weights have not changed."""
+        own = torch.stack(self._losses).mean()
+        asked = torch.full_like(own, float(self.signals.requested is not None))
+        told = torch.stack([asked, (~own.isfinite()).float(), own])
+        dist.all_reduce(told)
+        norm = self._clipping.grad_norm
+        told = told if norm is None else torch.cat([told, norm.to(told).reshape(1)])
+        asked_by, broken, total, *norms = told.tolist()
+        loss = total / dist.get_world_size()
+        # Under a gradient scaler an overflow is met by a smaller scale.
+        is_scaled = state.precision == Precision.AMP_FP16
+        if broken or not (is_scaled or all(map(math.isfinite, norms))):
+            raise TrainingError(self._what_broke(state, own, norms))
+        self._judge(loss, state, logger)
+        self._recent.append(loss)
+        if asked_by:
+            self._stop(state)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Let this batch be the last one, or measure it."""
+        if self.is_stopping:
+            state.stop_training()
+        elif self._started_at is not None:
+            self._steps.append(time.monotonic() - self._started_at)
+            self._warn_if_a_stop_takes_too_long()
+
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Begin to measure what a checkpoint takes; this callback comes before the saver."""
+        self._saving_since = time.monotonic()
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        """Leave the evaluation if any rank was asked to stop."""
+        asked = state.device.tensor_to_device(torch.tensor(float(self.signals.requested is not None)))
+        dist.all_reduce(asked)
+        if asked.item():
+            self._stop(state)
+            raise EvaluationLeft
+
+    def _stop(self, state: State) -> None:
+        self.is_stopping = True
+        # What only shows how far a run has come would take the time that the checkpoint needs.
+        state.evaluators = []
+        state.callbacks = [c for c in state.callbacks if not isinstance(c, (HFExport, Generate))]
+
+    def _judge(self, loss: float, state: State, logger: Logger) -> None:
+        verdict = self._spikes.judge(loss)
+        if verdict is None:
+            return
+        batch = state.timestamp.batch.value + 1
+        if verdict.stops:
+            raise TrainingError(
+                f"batch {batch}: {verdict.text}. Its step was not taken. Go on from a checkpoint before the rise, "
+                "with a lower optimizer.lr or with callbacks.kill_loss_spike.skip_batch: true."
+            )
+        logger.log_metrics({"loss_spike": loss})
+        if dist.get_global_rank() == 0:
+            print(
+                f"batch {batch}: {verdict.text}{'; its step is left out' if verdict.skips else ''}",
+                flush=True,
+            )
+        if verdict.skips:
+            for parameter in state.model.parameters():
+                parameter.grad = None
+
+    def _what_broke(self, state: State, own: Tensor, norms: list[float]) -> str:
+        """The error's text, the same on all ranks; they meet once more to tell what each has."""
+        ids = state.batch.get("sample_id", torch.empty(0)).flatten().tolist()
+        ranks = dist.all_gather_object((own.item(), ids))
+        bad = [(rank, loss, ids) for rank, (loss, ids) in enumerate(ranks) if not math.isfinite(loss)]
+        if bad:
+            shown = ", ".join(f"{loss} on rank {rank}{_samples(ids)}" for rank, loss, ids in bad[:4])
+            more = f" and on {len(bad) - 4} more ranks" if len(bad) > 4 else ""
+            what = f"the loss is {shown}{more}"
+        else:
+            what = f"the gradient's norm is {norms[0]}, while the loss is finite on every rank"
+        before = ", ".join(f"{loss:.4g}" for loss in self._recent) or "none"
+        return (
+            f"batch {state.timestamp.batch.value + 1}: {what}. The weights are as they were before it, and nothing "
+            f"was saved. Losses before: {before}. Go on from the newest checkpoint with a lower optimizer.lr, "
+            "with algorithms.gradient_clipping, or look at these samples."
+        )
+
+    def _warn_if_a_stop_takes_too_long(self) -> None:
+        step = statistics.median(self._steps) if self._steps else 0.0
+        if self._has_warned or len(self._steps) < 3 or step + self._longest_save <= LAUNCHER_SECONDS:
+            return
+        self._has_warned = True
+        if dist.get_global_rank() == 0:
+            print(
+                f"note: a stop takes a step, {step:.0f} s, and a checkpoint, {self._longest_save:.0f} s. The "
+                f"launcher kills {LAUNCHER_SECONDS:g} s after SIGTERM: then the run goes on from the checkpoint "
+                "before. Start the ranks without it, with a longer grace of the scheduler's, or save more often.",
+                flush=True,
+            )
+
+
+def _samples(ids: list[int]) -> str:
+    shown = ", ".join(map(str, ids[:SHOWN_SAMPLES]))
+    return f" (samples {shown}{', ...' if len(ids) > SHOWN_SAMPLES else ''})" if ids else ""
