@@ -12,27 +12,27 @@ import os
 import re
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mptfoundry import __version__
 from mptfoundry.errors import ConfigError, MPTFoundryError, RunStopped
-from mptfoundry.ranks import announce_failure, connect, failure_text, rank, world_size
+from mptfoundry.ranks import announce_failure, connect, rank, report, world_size
 
 if TYPE_CHECKING:
     from mptfoundry.config.run import TrainConfig
     from mptfoundry.config.verbs import GenerateConfig
 
 KEY = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
-SECONDS_TO_WAIT_FOR_RANK_0 = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0, 1 (data, checkpoint ...), 2 (config), 130 (Ctrl-C) or, where
-    a training was asked to stop, 143."""
+    """Runs one verb and returns the exit code: 0, 1 (data, checkpoint ...), 2 (config), 130 (Ctrl-C), or 143
+    where a training was asked to stop."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # The flag's usual form; a verb's own parser knows words alone.
+    words = ["clean=true" if word == "--clean" and words[0] == "doctor" else word for word in words]
     arguments = _parser(words).parse_args(words)
     try:
         VERBS[arguments.verb].run(arguments.words)
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _leave_signals()
         if os.environ.get("MPTFOUNDRY_DEBUG") == "1":
             raise
-        _report(error)
+        report(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _leave_signals() -> None:
-    """From here on the exit code stands, also where the launcher, who has seen another rank end, sends SIGTERM."""
+    """From here on the exit code stands, also where the launcher ends all ranks since one has ended."""
     if world_size() > 1:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -164,8 +164,12 @@ def _explain(words: list[str]) -> None:
 
 
 def _doctor(words: list[str]) -> None:
-    from mptfoundry.doctor import doctor, troubles
+    options = _options(words, "DoctorConfig")
+    from mptfoundry.doctor import clean, doctor, troubles
 
+    if options.clean:
+        print(clean())
+        return
     print(doctor())
     if troubles():
         raise MPTFoundryError("something that training needs is missing here; see above.")
@@ -274,7 +278,11 @@ VERBS = {
         "GenerateConfig",
     ),
     "doctor": Verb(
-        _doctor, "show what works on this machine, and why the rest does not", "", "mptfoundry doctor"
+        _doctor,
+        "show what works on this machine, and why the rest does not",
+        "[clean=true]",
+        "mptfoundry doctor",
+        "DoctorConfig",
     ),
 }
 
@@ -342,45 +350,6 @@ def _options(words: list[str], schema: str, *names: str, rest: str | None = None
     elif left:
         raise ConfigError(f"{left[0]}: is no key=value. Put = between a key and its value.")
     return parse_words([*named, *(word for word in words if KEY.match(word))], getattr(verbs, schema))
-
-
-def _report(error: MPTFoundryError) -> None:
-    """Prints an error once where all ranks share it, and with its rank where only one has it.
-
-    A config is the same on every rank, so rank 0 speaks for all. Later errors are told apart by way of the
-    store that the ranks met at.
-    """
-    lines = [f"error: {line}" for line in str(error).splitlines() if line.strip()]
-    if world_size() == 1:
-        print("\n".join(lines), file=sys.stderr)
-        return
-    store = connect()
-    announce_failure(store, str(error), error.exit_code)
-    if rank() != 0 and (store is None or _same_as_rank_0(store, str(error))):
-        # Rank 0 says it. The launcher ends all ranks with the first one: let that be rank 0.
-        time.sleep(SECONDS_TO_WAIT_FOR_RANK_0)
-        return
-    is_shared = rank() == 0 and (store is None or _all_report(store, str(error)))
-    name = "" if is_shared else f"rank {rank()}: "
-    print("\n".join(f"{name}{line}" for line in lines), file=sys.stderr, flush=True)
-
-
-def _same_as_rank_0(store: Any, text: str) -> bool:
-    return _wait_for(store, [0]) and failure_text(store, 0) == text
-
-
-def _all_report(store: Any, text: str) -> bool:
-    ranks = range(world_size())
-    return _wait_for(store, ranks) and all(failure_text(store, each) == text for each in ranks)
-
-
-def _wait_for(store: Any, ranks: Iterable[int]) -> bool:
-    until = time.monotonic() + SECONDS_TO_WAIT_FOR_RANK_0
-    while time.monotonic() < until:
-        if all(failure_text(store, each) is not None for each in ranks):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ class CheckpointError(MPTFoundryError):
 
 
 class TrainingError(MPTFoundryError):
-    """The training itself can't go on: its numbers are not finite, its loss left all bounds, a rank is gone."""
+    """The training can't go on: its numbers are not finite, its loss left all bounds, a rank is silent."""
 
 
 class RunStopped(Exception):

@@ -1,8 +1,9 @@
 """What ranks know of one another beside their collectives: who has failed, and who is silent.
 
-All of it goes through the store at which the ranks have met, over a connection of its own, so it works while the
-main thread waits. Words: a *beat* is what a rank tells every few seconds: its batch, and where its main thread
-is. A rank whose beats stop is lost; one that beats and is not in a collective while the others wait there is late.
+All of it goes through the store at which the ranks have met, over a connection of its own, so it works while
+the main thread waits. Words: a *beat* is what a rank tells every few seconds: its batch, and where its main
+thread is. A rank whose beats stop is lost; one that beats and is not in a collective while the others wait
+there is late.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -24,6 +25,7 @@ from typing import Any
 from mptfoundry.errors import MPTFoundryError, TrainingError
 
 FAILURE, BEAT = "mptfoundry/failure", "mptfoundry/beat"
+SECONDS_TO_WAIT_FOR_RANK_0 = 10.0
 _LONGEST_SECONDS_BETWEEN_BEATS = 5.0
 # Said by gloo, NCCL and the store when a collective comes to no end.
 _COMMUNICATION = re.compile(r"gloo|NCCL|ProcessGroup|TCPStore|Connection (closed|reset|refused)|Broken pipe")
@@ -42,7 +44,7 @@ def world_size() -> int:
 
 
 def connect() -> Any:
-    """A connection to the store; None where a process is alone, or has not met the others, or they are gone."""
+    """A connection to the store; None where a process is alone, hasn't met the others, or they are gone."""
     torch = sys.modules.get("torch")
     if world_size() == 1 or torch is None or not torch.distributed.is_initialized():
         return None
@@ -72,6 +74,45 @@ def failure_text(store: Any, number: int) -> str | None:
     with contextlib.suppress(RuntimeError):
         return store.get(key).decode() if store.check([key]) else None
     return None
+
+
+def report(error: MPTFoundryError) -> None:
+    """Prints an error once where all ranks share it, and with its rank where only one has it.
+
+    A config is the same on every rank, so rank 0 speaks for all. Later errors are told apart by way of the
+    store that the ranks met at.
+    """
+    lines = [f"error: {line}" for line in str(error).splitlines() if line.strip()]
+    if world_size() == 1:
+        print("\n".join(lines), file=sys.stderr)
+        return
+    store = connect()
+    announce_failure(store, str(error), error.exit_code)
+    if rank() != 0 and (store is None or _same_as_rank_0(store, str(error))):
+        # Rank 0 says it. The launcher ends all ranks with the first one: let that be rank 0.
+        time.sleep(SECONDS_TO_WAIT_FOR_RANK_0)
+        return
+    is_shared = rank() == 0 and (store is None or _all_report(store, str(error)))
+    name = "" if is_shared else f"rank {rank()}: "
+    print("\n".join(f"{name}{line}" for line in lines), file=sys.stderr, flush=True)
+
+
+def _same_as_rank_0(store: Any, text: str) -> bool:
+    return _wait_for(store, [0]) and failure_text(store, 0) == text
+
+
+def _all_report(store: Any, text: str) -> bool:
+    ranks = range(world_size())
+    return _wait_for(store, ranks) and all(failure_text(store, each) == text for each in ranks)
+
+
+def _wait_for(store: Any, ranks: Iterable[int]) -> bool:
+    until = time.monotonic() + SECONDS_TO_WAIT_FOR_RANK_0
+    while time.monotonic() < until:
+        if all(failure_text(store, each) is not None for each in ranks):
+            return True
+        time.sleep(0.05)
+    return False
 
 
 class RankWatch:
@@ -145,8 +186,8 @@ class RankWatch:
         if late:
             said = "; ".join(f"rank {each} did not arrive: it is in {_place(after[each])}" for each in late)
             return (
-                f"{said}. The others have waited for {self.timeout:g} s. Look at its data and its machine; if it "
-                "may take so long, raise dist_timeout."
+                f"{said}. The others have waited for {self.timeout:g} s. Look at its data and machine, or "
+                "raise dist_timeout if it may take so long."
             )
         places = sorted({f"{_place(beat)}" for beat in after.values()})
         return (

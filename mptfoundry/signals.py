@@ -1,9 +1,9 @@
 """SIGTERM and SIGINT are requests to stop, which a run answers at the end of a batch.
 
 Python runs a signal's handler in the main thread, and only between two of its instructions: not while that
-thread waits in a collective for a rank that is gone. So a thread of its own takes note of signals here, and can
-end the process whatever the main thread is doing. Before training begins there is nothing to save, and a signal
-ends the process at once.
+thread waits in a collective for a rank that is gone. So a thread of its own takes note of signals here, and
+can end the process whatever the main thread is doing. Before training begins there is nothing to save, and a
+signal ends the process at once.
 
 The launcher signals each rank, and a signal to the whole group arrives, too: all within a few seconds of the
 first are one request. Child processes, such as the loader's workers, leave signals to their parent.
@@ -36,8 +36,8 @@ class StopSignals:
 
     Args:
         speaks: Print what a signal does; on one rank of all.
-        failure: The exit code of a rank that has failed, if one has: then a signal is the launcher's, which ends
-            the others, and no request.
+        failure: The exit code of a rank that has failed, if one has: then a signal is the launcher's, which
+            ends the others, and no request.
 
     Attributes:
         requested: The signal's name, once one has come.
@@ -131,7 +131,7 @@ class StopSignals:
 
 
 def _obey_the_parent_alone() -> None:
-    """In a forked child: signals to the whole group are the parent's; what the parent itself sends ends it."""
+    """In a forked child: signals to the whole group are its parent's; what the parent sends it ends it."""
     if not _listening:
         return
     signal.set_wakeup_fd(-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -32,6 +33,7 @@ from mptfoundry.config.load import to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
+from mptfoundry.leftovers import clean_start
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
 from mptfoundry.ranks import RankWatch
@@ -58,12 +60,16 @@ def train(config: TrainConfig) -> Trainer:
     resolved = resolve_auto(config, device)
     watch = RankWatch(config.dist_timeout)
     with StopSignals(speaks=dist.get_global_rank() == 0, failure=watch.failure) as signals:
-        set_up_process(config, device)
-        with watch, watch.explained():
-            return _train(config, resolved, device, StepGuard(signals, watch))
+        starting = clean_start() if dist.get_local_rank() == 0 else ExitStack()
+        with starting:
+            set_up_process(config, device)
+            with watch, watch.explained():
+                return _train(config, resolved, device, StepGuard(signals, watch), starting)
 
 
-def _train(config: TrainConfig, resolved: Resolved, device: Device, guard: StepGuard) -> Trainer:
+def _train(
+    config: TrainConfig, resolved: Resolved, device: Device, guard: StepGuard, starting: ExitStack
+) -> Trainer:
     folder = run_folder(config)
     refuse_another_model(config, folder)
     say(summary_table(config, device))
@@ -89,6 +95,7 @@ def _train(config: TrainConfig, resolved: Resolved, device: Device, guard: StepG
         parallelism_config=build.build_parallelism(config, resolved, device),
         **_plain_arguments(config, resolved, device, has_weights=source is not None),
     )
+    starting.close()
     restore_random_state(trainer)
     if config.model.takes_weights and source is None and trainer.state.timestamp.batch == 0:
         raise CheckpointError(f"save_folder: the checkpoint in {config.save_folder} was not loaded.")
@@ -121,20 +128,18 @@ def fit(trainer: Trainer, config: TrainConfig, guard: StepGuard) -> None:
         if not guard.is_stopping:
             return
         trainer.close()
-    kept = (
-        f"its checkpoint is in {config.save_folder.format(run_name=config.run_name)}"
-        if config.save_folder
-        else None
-    )
-    raise RunStopped(
-        f"{guard.signals.requested or 'a signal to another rank'}: stopped after batch {state.timestamp.batch.value}; "
-        + (f"{kept}. " if kept else "nothing is kept, since save_folder is null. ")
-        + (
-            "The same command goes on."
-            if config.resumes
-            else "The same command begins anew: autoresume is off."
-        )
-    )
+    raise RunStopped(_how_it_goes_on(trainer, config, guard))
+
+
+def _how_it_goes_on(trainer: Trainer, config: TrainConfig, guard: StepGuard) -> str:
+    who, batch = guard.signals.requested or "a signal to another rank", trainer.state.timestamp.batch.value
+    stopped = f"{who}: {config.run_name} stopped after batch {batch}"
+    if config.save_folder is None:
+        return f"{stopped}. Nothing is kept of it, since save_folder is null: the next start begins anew."
+    kept = f"{stopped}; its checkpoint is in {config.save_folder.format(run_name=config.run_name)}"
+    if config.resumes:
+        return f"{kept}. The same command goes on."
+    return f"{kept}. autoresume is off: name the checkpoint in load_path to go on."
 
 
 def run_folder(config: TrainConfig) -> Path:

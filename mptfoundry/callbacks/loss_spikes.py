@@ -1,8 +1,8 @@
 """Losses that leave what the batches before them had, as llm-foundry's `kill_loss_spike` finds them.
 
 An *outlier* is a loss of at least `outlier_multiplier` times the mean of the last `window_size`; a *spike* is
-more than `patience` of them in a row. The window is saved with a checkpoint, so that a resumed run judges as one
-that was never stopped.
+more than `patience` of them in a row. The window is saved with a checkpoint, so that a resumed run judges as
+one that was never stopped.
 """
 
 from __future__ import annotations
@@ -34,8 +34,7 @@ class LossSpikes(Callback):
         patience: Outliers in a row that are no spike yet.
         outlier_multiplier: How many times the mean of the window is out of bounds.
         window_size: Batches of the window.
-        loss_cap: A run whose loss is higher in half of the window's batches, past its first two windows, has a
-            loss that stays high.
+        loss_cap: A loss above it in half of the window's batches, past the first two windows, stays high.
         skip_batch: Leave out the step of each outlier: weights and moments stay as they are.
     """
 
@@ -55,8 +54,8 @@ class LossSpikes(Callback):
                 )
         if outlier_multiplier <= 1:
             raise ConfigError(
-                f"callbacks.kill_loss_spike.outlier_multiplier: {outlier_multiplier} makes every loss an outlier. "
-                "Use a number above 1."
+                f"callbacks.kill_loss_spike.outlier_multiplier: {outlier_multiplier} makes every loss an "
+                "outlier. Use a number above 1."
             )
         self.log_only = log_only
         self.patience = patience
@@ -80,7 +79,7 @@ class LossSpikes(Callback):
         if is_outlier:
             is_spike = self._in_a_row > self.patience
             text = (
-                f"loss spike: {loss:.4g} is {loss / mean if mean else float('inf'):.3g} times the mean of the last "
+                f"loss spike: {loss:.4g} is at least {self.outlier_multiplier:g} times the mean of the last "
                 f"{size} batches, {mean:.4g}; {self._in_a_row} in a row"
             )
             return Verdict(text, stops=is_spike and not self.log_only, skips=self.skip_batch)

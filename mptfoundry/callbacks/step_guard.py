@@ -1,10 +1,10 @@
-"""What all ranks decide together at each step, before the weights change: stop, skip it, or refuse its numbers.
+"""What all ranks decide together at each step, before the weights change: stop, skip it, or refuse it.
 
-Each rank contributes three numbers, whether it was asked to stop, whether its loss is not finite, and its loss;
-they are added up over the ranks in one small collective, after that of the gradients, and read together with
-the gradient's norm right before Composer reads the loss. So no rank waits where it didn't before, and every
-rank decides on the same values. A request to stop is answered at the end of the batch, by Composer's own
-way to end a training: its checkpoint is written, and nothing else that belongs to a run's end is done.
+Each rank contributes three numbers, whether it was asked to stop, whether its loss is not finite, and its
+loss; they are added up over the ranks in one small collective, after that of the gradients, and read together
+with the gradient's norm right before Composer reads the loss. So no rank waits where it didn't before, and
+every rank decides on the same values. A request to stop is answered at the end of the batch, by Composer's
+own way to end a training: its checkpoint is written, and nothing else that belongs to a run's end is done.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import math
 import statistics
 import time
 from collections import deque
+from typing import Any
 
 import torch
 from composer.core import Callback, Precision, State
@@ -24,7 +25,6 @@ from mptfoundry.callbacks.hf_export import HFExport
 from mptfoundry.callbacks.loss_spikes import LossSpikes
 from mptfoundry.callbacks.samples import Generate
 from mptfoundry.errors import TrainingError
-from mptfoundry.optim.clipping import GradientClipping
 from mptfoundry.ranks import RankWatch
 from mptfoundry.signals import StopSignals
 
@@ -57,7 +57,7 @@ class StepGuard(Callback):
         self.signals = signals
         self._watch = watch
         self._spikes = LossSpikes()
-        self._clipping = GradientClipping()
+        self._clipping: Any = None
         self._losses: list[Tensor] = []
         self._recent: deque[float] = deque(maxlen=SHOWN_LOSSES)
         self._started_at: float | None = None
@@ -69,7 +69,7 @@ class StepGuard(Callback):
     def init(self, state: State, logger: Logger) -> None:
         """Find who judges losses and who measures the gradient's norm."""
         self._spikes = next(c for c in state.callbacks if isinstance(c, LossSpikes))
-        self._clipping = next(a for a in state.algorithms if isinstance(a, GradientClipping))
+        self._clipping = next(a for a in state.algorithms if hasattr(a, "grad_norm"))
         self._watch.batch = lambda: state.timestamp.batch.value
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
@@ -141,8 +141,8 @@ class StepGuard(Callback):
         batch = state.timestamp.batch.value + 1
         if verdict.stops:
             raise TrainingError(
-                f"batch {batch}: {verdict.text}. Its step was not taken. Go on from a checkpoint before the rise, "
-                "with a lower optimizer.lr or with callbacks.kill_loss_spike.skip_batch: true."
+                f"batch {batch}: {verdict.text}. Its step was not taken. Go on from a checkpoint before the "
+                "rise, with a lower optimizer.lr or with callbacks.kill_loss_spike.skip_batch: true."
             )
         logger.log_metrics({"loss_spike": loss})
         if dist.get_global_rank() == 0:
@@ -167,9 +167,9 @@ class StepGuard(Callback):
             what = f"the gradient's norm is {norms[0]}, while the loss is finite on every rank"
         before = ", ".join(f"{loss:.4g}" for loss in self._recent) or "none"
         return (
-            f"batch {state.timestamp.batch.value + 1}: {what}. The weights are as they were before it, and nothing "
-            f"was saved. Losses before: {before}. Go on from the newest checkpoint with a lower optimizer.lr, "
-            "with algorithms.gradient_clipping, or look at these samples."
+            f"batch {state.timestamp.batch.value + 1}: {what}. The weights are as they were before it, and "
+            f"nothing was saved. Losses before: {before}. Go on from the newest checkpoint with a lower "
+            "optimizer.lr, with algorithms.gradient_clipping, or look at these samples."
         )
 
     def _warn_if_a_stop_takes_too_long(self) -> None:
@@ -179,9 +179,9 @@ class StepGuard(Callback):
         self._has_warned = True
         if dist.get_global_rank() == 0:
             print(
-                f"note: a stop takes a step, {step:.0f} s, and a checkpoint, {self._longest_save:.0f} s. The "
-                f"launcher kills {LAUNCHER_SECONDS:g} s after SIGTERM: then the run goes on from the checkpoint "
-                "before. Start the ranks without it, with a longer grace of the scheduler's, or save more often.",
+                f"note: a stop takes a step, {step:.0f} s, and a save, {self._longest_save:.0f} s. The "
+                f"launcher kills {LAUNCHER_SECONDS:g} s after SIGTERM, and the run goes on from an older "
+                "checkpoint. Start the ranks without it, with a longer grace, or save more often.",
                 flush=True,
             )
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT to real runs: saved within the launcher's patience, and resumed as if nothing had happened."""
+"""SIGTERM and SIGINT to real runs: saved within the launcher's patience, and resumed bitwise."""
 
 from __future__ import annotations
 
