@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-SHARED_MEMORY = Path("/dev/shm")
+SHARED_MEMORY, PROCESSES = Path("/dev/shm"), Path("/proc")
 # Names of streaming's, by whose number a data set is known; torch's, which hold the process; the launcher's.
 _BLOCK = re.compile(
     r"(\d{6})_(locals|barrier|next_epoch|cache_usage|shard_states|shard_access_times|resume|epoch_shape|epoch_data)"
@@ -26,7 +26,7 @@ _BLOCK = re.compile(
 _LOCK = re.compile(r"(\d{6})_(barrier|cache)_filelock")
 _TENSOR = re.compile(r"torch_(\d+)_\d+_\d+")
 _LOG = re.compile(r"rank\d+\.std(out|err)\.txt")
-_SOCKETS = Path("/proc/net/unix")
+_SOCKETS = PROCESSES / "net" / "unix"
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Leftover:
 
 def find_leftovers() -> list[Leftover]:
     """What dead processes of this user left here, by path; nothing where processes can't be looked at."""
-    if not Path("/proc/self/fd").is_dir():
+    if not (PROCESSES / "self" / "fd").is_dir():
         return []
     candidates = sorted({*_in_shared_memory(), *_in_temporary_folder()})
     # Looked at last: what came into use meanwhile is then seen in use.
@@ -87,7 +87,7 @@ def clean_start() -> contextlib.ExitStack:
 def _in_shared_memory() -> Iterator[Path]:
     for path in _owned(SHARED_MEMORY):
         tensor = _TENSOR.fullmatch(path.name)
-        if _BLOCK.fullmatch(path.name) or (tensor and not Path("/proc", tensor[1]).exists()):
+        if _BLOCK.fullmatch(path.name) or (tensor and not (PROCESSES / tensor[1]).exists()):
             yield path
 
 
@@ -132,7 +132,7 @@ def _number(name: str) -> str | None:
 def _used_files() -> set[str]:
     """Every file that a process has open or mapped, of the processes that this user may look at."""
     used = set()
-    for process in Path("/proc").glob("[0-9]*"):
+    for process in PROCESSES.glob("[0-9]*"):
         with contextlib.suppress(OSError):
             for line in (process / "maps").read_text().splitlines():
                 place = line.split(maxsplit=5)

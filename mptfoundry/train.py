@@ -29,7 +29,7 @@ from mptfoundry.callbacks.step_guard import EvaluationLeft, StepGuard
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.checkpoints.names import checkpoints_in
 from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model
-from mptfoundry.config.load import to_yaml
+from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
@@ -56,6 +56,7 @@ def train(config: TrainConfig) -> Trainer:
         TrainingError: The numbers are not finite, or a rank is silent.
         RunStopped: SIGTERM or SIGINT came; what was trained is saved.
     """
+    refuse_redacted(config)
     device = detect_device()
     resolved = resolve_auto(config, device)
     watch = RankWatch(config.dist_timeout)

@@ -101,3 +101,25 @@ def test_a_signal_is_a_checkpoint_at_the_end_of_the_batch_and_the_same_command_g
     whole = launch(tiny_run, "run_name=whole", f"train_loader.num_workers={workers}", ranks=ranks)
     assert again.wait() == 0 and whole.wait() == 0, again.printed
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_an_evaluation_is_left_for_a_signal(
+    tiny_run: Path, launch: Callable[..., Any], tmp_path: Path, slow: list[str], shards: Path
+) -> None:
+    evaluation = f"eval_loader={{name: text, label: held_out, dataset: {{local: {shards}/a, split: val}}}}"
+    words = [evaluation, "eval_interval=4ba", "device_eval_batch_size=1"]
+    run = launch(tiny_run, "run_name=stopped", *words, *slow, ranks=2)
+    wait_for_batch(run, tmp_path / "stopped", 4)
+    time.sleep(2)
+    to_the_launcher(run, signal.SIGTERM)
+    assert run.wait() == 143, run.printed
+    assert (tmp_path / "stopped" / "ep0-ba4-rank0.pt").is_file() and "stopped after batch 4" in run.printed
+    assert not any("eval" in row for row in read_rows(tmp_path / "stopped" / "metrics.jsonl"))
+
+
+def test_a_signal_while_a_run_starts_ends_it_cleanly(tiny_run: Path, launch: Callable[..., Any]) -> None:
+    run = launch(tiny_run, "run_name=early", ranks=2)
+    time.sleep(4)
+    to_the_launcher(run, signal.SIGTERM)
+    assert run.wait() == 143, run.printed
+    assert "nothing had to be saved" in run.printed
