@@ -47,7 +47,7 @@ class StopSignals:
         self.requested: str | None = None
         self._speaks = speaks
         self._failure = failure
-        self._is_training = False
+        self._is_training = self._is_failing = False
         self._first_at: float | None = None
         self._pipe: tuple[int, int] | None = None
 
@@ -78,12 +78,17 @@ class StopSignals:
 
     @contextmanager
     def answered_by_training(self) -> Iterator[None]:
-        """While this lasts, a request is kept for whoever looks at `requested`."""
+        """While this lasts, a request is kept for whoever looks at `requested`.
+
+        Where it ends with an error, that is what is reported, whatever signals come.
+        """
         self._is_training = True
         try:
             yield
-        finally:
-            self._is_training = False
+        except BaseException:
+            self._is_failing = True
+            raise
+        self._is_training = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """The main thread's part: leave whatever comes before training."""
@@ -116,7 +121,7 @@ class StopSignals:
             if code is not None:
                 os._exit(code)
             self.requested = number.name
-            if self._is_training:
+            if self._is_training and not self._is_failing:
                 self._say(
                     f"{number.name}: the run saves at the end of this batch, and stops. Another signal after "
                     f"{SECONDS_OF_ONE_REQUEST:g} s ends it at once."

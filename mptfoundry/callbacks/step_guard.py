@@ -73,11 +73,8 @@ class StepGuard(Callback):
         self._watch.batch = lambda: state.timestamp.batch.value
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        """Measure what the last checkpoint took."""
-        if self._saving_since is not None:
-            self._longest_save = max(self._longest_save, time.monotonic() - self._saving_since)
-            self._saving_since = None
-            self._warn_if_a_stop_takes_too_long()
+        """Begin to measure the step."""
+        self._note_what_saving_took()
         self._started_at = time.monotonic()
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
@@ -119,6 +116,14 @@ class StepGuard(Callback):
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """Begin to measure what a checkpoint takes; this callback comes before the saver."""
         self._saving_since = time.monotonic()
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """What comes now is no longer that checkpoint."""
+        self._note_what_saving_took()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """There is nothing more to measure."""
+        self._saving_since = None
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
         """Leave the evaluation if any rank was asked to stop."""
@@ -171,6 +176,12 @@ class StepGuard(Callback):
             f"nothing was saved. Losses before: {before}. Go on from the newest checkpoint with a lower "
             "optimizer.lr, with algorithms.gradient_clipping, or look at these samples."
         )
+
+    def _note_what_saving_took(self) -> None:
+        if self._saving_since is not None:
+            self._longest_save = max(self._longest_save, time.monotonic() - self._saving_since)
+            self._saving_since = None
+            self._warn_if_a_stop_takes_too_long()
 
     def _warn_if_a_stop_takes_too_long(self) -> None:
         step = statistics.median(self._steps) if self._steps else 0.0
