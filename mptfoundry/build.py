@@ -104,26 +104,25 @@ def open_pretrained(model: ModelConfig) -> ModelSource:
     return with_rows(source, model.vocab_size)
 
 
-def open_base(config: TrainConfig) -> ModelSource | None:
-    """The model in `load_path` where it lacks the head that is to be trained; else None: Composer loads it.
+def open_base(config: TrainConfig, checkpoint: Path) -> ModelSource | None:
+    """The model of a checkpoint that lacks the head that is to be trained; else None: it is loaded as it is.
 
     Raises:
         CheckpointError: It is not there or damaged.
         ConfigError: It is not what the config says, or more than its weights is asked for.
     """
-    head, path = config.model if isinstance(config.model, HeadConfig) else None, config.load_path
-    if head is None or path is None or "://" in path:
+    head = config.model if isinstance(config.model, HeadConfig) else None
+    if head is None:
         return None
-    path = path.format(rank=dist.get_global_rank(), run_name=config.run_name)
-    source = open_model(path)
+    source = open_model(checkpoint)
     if any(name.startswith(f"{head.head}.") for name in source.weights.outlines):
         return None
     if not config.load_weights_only:
         raise ConfigError(
-            f"load_path: {path} lacks {head.head}, the head of {config.model.name}. Its weights alone can be "
-            "taken: set load_weights_only: true."
+            f"load_path: {checkpoint} lacks {head.head}, the head of {config.model.name}. Its weights alone "
+            "can be taken: set load_weights_only: true."
         )
-    _check_trunk(source, config.model, path)
+    _check_trunk(source, config.model, str(checkpoint))
     return source
 
 

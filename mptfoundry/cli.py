@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The flag's usual form; a verb's own parser knows words alone.
     words = ["clean=true" if word == "--clean" and words[0] == "doctor" else word for word in words]
     arguments = _parser(words).parse_args(words)
+    if "GROUP_RANK" in os.environ:
+        os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])  # torchrun's name for it
     try:
         VERBS[arguments.verb].run(arguments.words)
     except RunStopped as stopped:

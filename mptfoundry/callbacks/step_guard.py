@@ -61,20 +61,19 @@ class StepGuard(Callback):
         self._losses: list[Tensor] = []
         self._recent: deque[float] = deque(maxlen=SHOWN_LOSSES)
         self._started_at: float | None = None
-        self._saving_since: float | None = None
         self._steps: deque[float] = deque(maxlen=5)
-        self._longest_save = 0.0
+        self._saver: Any = None
         self._has_warned = False
 
     def init(self, state: State, logger: Logger) -> None:
-        """Find who judges losses and who measures the gradient's norm."""
+        """Find who judges losses, who measures the gradient's norm, and who saves."""
         self._spikes = next(c for c in state.callbacks if isinstance(c, LossSpikes))
         self._clipping = next(a for a in state.algorithms if hasattr(a, "grad_norm"))
+        self._saver = next((c for c in state.callbacks if hasattr(c, "save_seconds")), None)
         self._watch.batch = lambda: state.timestamp.batch.value
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
         """Begin to measure the step."""
-        self._note_what_saving_took()
         self._started_at = time.monotonic()
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
@@ -112,18 +111,6 @@ class StepGuard(Callback):
         elif self._started_at is not None:
             self._steps.append(time.monotonic() - self._started_at)
             self._warn_if_a_stop_takes_too_long()
-
-    def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Begin to measure what a checkpoint takes; this callback comes before the saver."""
-        self._saving_since = time.monotonic()
-
-    def epoch_end(self, state: State, logger: Logger) -> None:
-        """What comes now is no longer that checkpoint."""
-        self._note_what_saving_took()
-
-    def fit_end(self, state: State, logger: Logger) -> None:
-        """There is nothing more to measure."""
-        self._saving_since = None
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
         """Leave the evaluation if any rank was asked to stop."""
@@ -177,20 +164,16 @@ class StepGuard(Callback):
             "optimizer.lr, with algorithms.gradient_clipping, or look at these samples."
         )
 
-    def _note_what_saving_took(self) -> None:
-        if self._saving_since is not None:
-            self._longest_save = max(self._longest_save, time.monotonic() - self._saving_since)
-            self._saving_since = None
-            self._warn_if_a_stop_takes_too_long()
-
     def _warn_if_a_stop_takes_too_long(self) -> None:
-        step = statistics.median(self._steps) if self._steps else 0.0
-        if self._has_warned or len(self._steps) < 3 or step + self._longest_save <= LAUNCHER_SECONDS:
+        if self._has_warned or len(self._steps) < 3:
+            return
+        step, save = statistics.median(self._steps), self._saver.save_seconds if self._saver else 0.0
+        if step + save <= LAUNCHER_SECONDS:
             return
         self._has_warned = True
         if dist.get_global_rank() == 0:
             print(
-                f"note: a stop takes a step, {step:.0f} s, and a save, {self._longest_save:.0f} s. The "
+                f"note: a stop takes a step, {step:.0f} s, and a save, {save:.0f} s. The "
                 f"launcher kills {LAUNCHER_SECONDS:g} s after SIGTERM, and the run goes on from an older "
                 "checkpoint. Start the ranks without it, with a longer grace, or save more often.",
                 flush=True,

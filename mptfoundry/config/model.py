@@ -93,7 +93,8 @@ class TokenizerConfig:
     """Which tokenizer turns text into ids.
 
     Attributes:
-        name: A folder with a tokenizer in Hugging Face format, or its name on the hub.
+        name: A folder with a tokenizer in Hugging Face format, or its name on the hub, `NAME@REVISION` for
+            a branch, tag or commit.
         kwargs: Passed to `AutoTokenizer.from_pretrained`; `model_max_length` is `max_seq_len`.
     """
 

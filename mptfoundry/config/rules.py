@@ -7,6 +7,7 @@ field does not hide what is wrong elsewhere.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from mptfoundry.config.durations import parse_duration
 from mptfoundry.mpt.head_config import HeadConfig
 
 Problem = tuple[str, str]
+_PACKED = re.compile(r"\.(tar|tgz|tar\.\w+|pt\.(bz2|gz|lz4|lzma|lzo|xz|zst))$")
 
 
 def between_sections(values: Mapping[str, Any]) -> Iterator[Problem]:
@@ -200,6 +202,11 @@ def _checkpoints(values: Mapping[str, Any]) -> Iterator[Problem]:
             "and model.pretrained_model_name_or_path both say where the weights come from. Remove one; with "
             "model.pretrained: false the latter gives the architecture alone.",
         )
+    for key in ("save_filename", "load_path"):
+        if (name := values.get(key)) and _PACKED.search(name):
+            yield key, f"{name} is no plain file. Archives and compressed checkpoints are not read: use .pt."
+    if "/" in values.get("save_filename", ""):
+        yield "save_filename", f"{values['save_filename']} names a folder, too. Say that in save_folder."
     if values.get("autoresume"):
         if "save_folder" in values and values["save_folder"] is None:
             yield "autoresume", "needs save_folder, where the checkpoint to resume from lies."

@@ -59,7 +59,8 @@ class RecordsConfig:
 
     Attributes:
         hf_name: A file or folder of JSONL, Parquet or MDS shards, a folder that `datasets` saved, or the name
-            of a data set on the Hugging Face hub; or `json` or `parquet` with `hf_kwargs`.
+            of a data set on the Hugging Face hub, `NAME@REVISION` for a branch, tag or commit; or `json`
+            or `parquet` with `hf_kwargs`.
         hf_kwargs: For files: `data_files` or `data_dir`. For the hub: arguments of `datasets.load_dataset`.
         local: A file or folder as above; or the folder for a copy of `remote`.
         remote: URL of MDS shards.

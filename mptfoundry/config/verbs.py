@@ -14,7 +14,7 @@ class PrepareConfig:
 
     Attributes:
         inputs: Files and folders of text, source code, JSONL or Parquet, folders saved by `datasets`, or
-            `hf:NAME` for a data set of the Hugging Face hub.
+            `hf:NAME` or `hf:NAME@REVISION` for a data set of the Hugging Face hub.
         out: Folder of the shards; those of a split lie in `out/split`.
         tokenizer: Folder of a tokenizer, or its name on the hub.
         max_seq_len: Tokens of a sample.

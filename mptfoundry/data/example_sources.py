@@ -17,7 +17,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs
+from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs, load_from_hub
 from mptfoundry.data.shards import INDEX, read_index
 from mptfoundry.errors import DataError
 
@@ -182,11 +182,9 @@ def _fetch_shards(source: Source, cache: Path) -> Path:
 
 
 def _hub(source: Source) -> Inventory:
-    import datasets
-
     name, split = str(source.hf_name), source.split or "train"
     try:
-        dataset = datasets.load_dataset(name, split=split, **source.hf_kwargs)
+        dataset = load_from_hub(name, split=split, **source.hf_kwargs)
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(

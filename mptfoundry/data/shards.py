@@ -93,7 +93,8 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
         where: What the user calls it, for errors: `train_loader.dataset.streams.code`.
 
     Raises:
-        DataError: It is missing, half prepared, damaged, empty, or names files outside its folder.
+        DataError: It is missing, half prepared, damaged, empty, names files outside its folder, or has a
+            pickled column.
     """
     folder = Path(folder)
     path = folder / INDEX
@@ -106,6 +107,7 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
             part["basename"] for shard in shards for part in (shard["raw_data"], shard["zip_data"]) if part
         ]
         samples = sum(int(shard["samples"]) for shard in shards)
+        pickled = sorted(column for shard in shards for column in _pickled_columns(shard))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{where}: {path} is damaged ({error!r}). Prepare or fetch the folder again."
@@ -115,9 +117,19 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
             raise DataError(
                 f"{where}: {path} names the shard {name!r}, which lies outside its folder. Don't use it."
             )
+    if pickled:
+        raise DataError(
+            f"{where}: {path}: refused, since the column {pickled[0]!r} is pickled, and reading it could run "
+            "code. Write it in another encoding."
+        )
     if samples == 0:
         raise DataError(f"{where}: {folder} holds no samples. Prepare more text than max_seq_len tokens.")
     return ShardIndex(folder, shards, _read_meta(content.get(META_KEY), path, where))
+
+
+def _pickled_columns(shard: Mapping[str, Any]) -> list[str]:
+    columns = zip(shard.get("column_names", ()), shard.get("column_encodings", ()), strict=False)
+    return [str(name) for name, encoding in columns if str(encoding).partition(":")[0] == "pkl"]
 
 
 def find_split(folder: str | Path, split: str | None, where: str) -> Path:

@@ -119,7 +119,9 @@ def test_an_evaluation_is_left_for_a_signal(
 
 def test_a_signal_while_a_run_starts_ends_it_cleanly(tiny_run: Path, launch: Callable[..., Any]) -> None:
     run = launch(tiny_run, "run_name=early", ranks=2)
-    time.sleep(4)
+    # What a run will be is said before its data and its model are there.
+    while "run folder" not in run.printed and run.process.poll() is None:
+        time.sleep(0.05)
     to_the_launcher(run, signal.SIGTERM)
     assert run.wait() == 143, run.printed
     assert "nothing had to be saved" in run.printed
