@@ -179,8 +179,9 @@ class RankWatch:
         lost = [each for each in after if before[each] == after[each]]
         late = [each for each in after if each not in lost and not after[each]["waits"]]
         if lost:
+            # Its last beat is older than its end; where it is missed is here.
             said = "; ".join(
-                f"rank {each} gives no sign of life since {_place(after[each])}" for each in lost
+                f"rank {each} gives no sign of life in batch {self.batch() + 1}" for each in lost
             )
             return f"{said}. Its process or its machine has ended: look there. The same command goes on."
         if late:
@@ -227,9 +228,7 @@ def _aborts() -> bool:
 
 
 def _place(beat: dict[str, Any]) -> str:
-    return f"batch {beat['batch'] + 1}" + (
-        f" at {beat['where']}" if beat.get("where") else ", before its first beat"
-    )
+    return f"batch {beat['batch'] + 1} at {beat['where']}"
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:

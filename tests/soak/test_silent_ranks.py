@@ -54,7 +54,7 @@ def test_a_rank_that_is_killed_is_named(
 ) -> None:
     run = launch(tiny_run, "dist_timeout=10", *with_trouble(1, "os.kill(os.getpid(), 9)"), ranks=2)
     assert run.wait() != 0
-    assert "rank 1 gives no sign of life since batch 4" in run.printed, run.printed
+    assert "rank 1 gives no sign of life in batch 4" in run.printed, run.printed
 
 
 @pytest.mark.parametrize("rank", [0, 1])
