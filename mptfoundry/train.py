@@ -75,7 +75,7 @@ def train(config: TrainConfig) -> Trainer:
             with found_start(config) as start:
                 trainer = build_trainer(config, resolved, device, start, guard)
             starting.close()
-            if _is_finished(trainer):
+            if _is_finished(trainer) and not guard.owes_evaluation:
                 say(f"{config.run_name} is finished: {trainer.state.timestamp.batch.value} batches are done.")
             else:
                 fit(trainer, config, guard)
@@ -91,9 +91,11 @@ def fit(trainer: Trainer, config: TrainConfig, guard: StepGuard) -> None:
     state = trainer.state
     with guard.signals.answered_by_training():
         try:
-            if config.eval_first and state.timestamp.batch == 0:
+            if guard.owes_evaluation or (config.eval_first and state.timestamp.batch == 0):
                 trainer.eval()
-            trainer.fit()
+                guard.owes_evaluation = False
+            if not _is_finished(trainer):
+                trainer.fit()
         except EvaluationLeft:
             # The evaluation comes before the place where Composer saves.
             state.set_dataloader(state.train_dataloader, "train")

@@ -16,7 +16,7 @@ from collections import deque
 from typing import Any
 
 import torch
-from composer.core import Callback, Precision, State
+from composer.core import Callback, Event, Precision, State
 from composer.loggers import Logger
 from composer.utils import dist
 from torch import Tensor
@@ -45,6 +45,8 @@ class StepGuard(Callback):
 
     Attributes:
         is_stopping: All ranks have agreed to stop at the end of this batch.
+        owes_evaluation: An evaluation that was due where the run stopped has not been made. This is saved with
+            the checkpoint, and the evaluation made when the run goes on.
 
     Raises:
         TrainingError: At a step whose loss or gradient is not finite, or whose loss is out of bounds. On all
@@ -53,7 +55,7 @@ class StepGuard(Callback):
     """
 
     def __init__(self, signals: StopSignals, watch: RankWatch) -> None:
-        self.is_stopping = False
+        self.is_stopping = self.owes_evaluation = False
         self.signals = signals
         self._watch = watch
         self._spikes = LossSpikes()
@@ -107,6 +109,10 @@ class StepGuard(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Let this batch be the last one, or measure it."""
         if self.is_stopping:
+            is_last = state.max_duration is not None and state.timestamp >= state.max_duration
+            due = [each.eval_interval(state, Event.BATCH_END) for each in state.evaluators]  # type: ignore[misc]
+            self.owes_evaluation = bool(due) and (is_last or any(due))
+            state.evaluators = []
             state.stop_training()
         elif self._started_at is not None:
             self._steps.append(time.monotonic() - self._started_at)
@@ -118,12 +124,20 @@ class StepGuard(Callback):
         dist.all_reduce(asked)
         if asked.item():
             self._stop(state)
+            self.owes_evaluation = True
             raise EvaluationLeft
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        return {"owes_evaluation": self.owes_evaluation}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Know it."""
+        self.owes_evaluation = state["owes_evaluation"]
 
     def _stop(self, state: State) -> None:
         self.is_stopping = True
         # What only shows how far a run has come would take the time that the checkpoint needs.
-        state.evaluators = []
         state.callbacks = [c for c in state.callbacks if not isinstance(c, (HFExport, Generate))]
 
     def _judge(self, loss: float, state: State, logger: Logger) -> None:
