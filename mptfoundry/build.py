@@ -21,6 +21,7 @@ from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler, DecoupledAdamW
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
+from torch.distributed.fsdp import FSDPModule
 
 from mptfoundry.checkpoints.architecture import differing, leaves
 from mptfoundry.checkpoints.hub import locate
@@ -29,7 +30,8 @@ from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.checkpoints.vocabulary import with_rows
 from mptfoundry.config import signatures
 from mptfoundry.config.model import ModelConfig
-from mptfoundry.config.parallel import resolve_fsdp
+from mptfoundry.config.parallel import prefetched_blocks, resolve_fsdp
+from mptfoundry.config.recomputation import recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import GenerateConfig
 from mptfoundry.devices import Device
@@ -39,6 +41,8 @@ from mptfoundry.export.folder import export_weights
 from mptfoundry.generation import generate_text
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.heads import ComposerHead
+from mptfoundry.models.recomputation import Recomputation, recompute
+from mptfoundry.models.sharding import HybridConfig, prefetch, start_on_the_cpu
 from mptfoundry.mpt.head_config import HeadConfig, trunk_of
 from mptfoundry.mpt.heads import make_network
 from mptfoundry.mpt.network import MPT
@@ -140,13 +144,17 @@ def build_model(
     Its weights are drawn, or read from `source`: by each rank what it holds, tensor by tensor.
     """
     network_config = config.model.network()
+    # With `mixed` Composer sends the weights of the first rank of all to the others.
     on_meta = resolved.init_device == "meta" or (
-        resolved.init_device == "mixed" and dist.get_local_rank() != 0
+        resolved.init_device == "mixed" and dist.get_global_rank() != 0
     )
     is_drawn = source is None and not on_meta
     network: Any = make_network(
         network_config, device="meta" if on_meta else "cpu", seed=config.seed if is_drawn else None
     )
+    recompute_activations(config, network)
+    if on_meta and not torch.cuda.is_available():
+        start_on_the_cpu(network)
     if config.compile_config is not None:
         options = {key: value for key, value in asdict(config.compile_config).items() if value}
         for block in network.transformer.blocks:
@@ -223,14 +231,41 @@ def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
     return [_make(LOGGERS, name, kwargs) for name, kwargs in config.loggers.items()]
 
 
-def build_parallelism(config: TrainConfig, resolved: Resolved, device: Device) -> dict[str, Any] | None:
+def recompute_activations(config: TrainConfig, network: Any) -> None:
+    """Have the network keep fewer activations, where the config asks for it."""
+    fsdp, model = config.fsdp_config, config.model
+    if fsdp is None or not (fsdp.activation_checkpointing or fsdp.activation_cpu_offload):
+        return
+    how = Recomputation(
+        computes_anew=fsdp.activation_checkpointing,
+        offloads=fsdp.activation_cpu_offload,
+        reentrant=bool(fsdp.activation_checkpointing_reentrant),
+    )
+    recompute(network, recomputed_parts(model.activation_checkpointing_target, model.n_layers), how)
+
+
+def build_parallelism(config: TrainConfig, device: Device) -> dict[str, Any] | None:
     """Composer's parallelism: one of its two FSDP configs, or None where each device holds a whole copy."""
     if config.fsdp_config is None:
         return None
     version, options, _ = resolve_fsdp(
-        config.fsdp_config, device_type=device.torch_type, microbatch_auto=False
+        config.fsdp_config,
+        device_type=device.torch_type,
+        microbatch_auto=False,
+        devices=device.count,
+        per_node=device.per_node,
     )
-    return {"fsdp": FSDP2Config(**options) if version == 2 else FSDPConfig(**options)}
+    if version is None:
+        return None
+    kind = FSDPConfig if version == 1 else HybridConfig if "copies" in options else FSDP2Config
+    return {"fsdp": kind(**options)}
+
+
+def prefetch_weights(config: TrainConfig, model: ComposerMPT) -> None:
+    """Have FSDP2 gather as many blocks ahead as the config says; `model` has been sharded."""
+    if config.fsdp_config is not None and isinstance(model.model, FSDPModule):
+        forward, backward = prefetched_blocks(config.fsdp_config)
+        prefetch(model.model, forward=forward, backward=backward)
 
 
 def _generate_text(

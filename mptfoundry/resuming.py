@@ -33,6 +33,7 @@ from mptfoundry.checkpoints.names import (
     why_not_whole,
 )
 from mptfoundry.checkpoints.reading import expected_shapes, open_model
+from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.checkpoints.writing import remove_unfinished
 from mptfoundry.config.changes import changes_since, makes_the_run, refuse_changes
 from mptfoundry.config.run import TrainConfig
@@ -124,7 +125,7 @@ def refuse_another_model(config: TrainConfig, folder: Path) -> None:
 
     Before anything is written: the folder's `config.yaml` belongs to those checkpoints.
     """
-    if not (folder / "config.yaml").is_file() or not checkpoints_in(folder):
+    if not (folder / "config.yaml").is_file() or all(map(is_unfinished, checkpoints_in(folder))):
         return
     there, here = expected_shapes(open_model(folder).config), expected_shapes(config.model.network())
     for name in [*here, *there]:
@@ -246,10 +247,12 @@ def _damage(checkpoint: Path) -> str | None:
         reason = why_not_whole(checkpoint)
         parts = parts_of(checkpoint) if reason is None else []
         reason = reason or why_damaged(checkpoint, parts[dist.get_global_rank() :: dist.get_world_size()])
+        if reason is None and checkpoint.is_file():
+            load_plain(checkpoint)  # which reads the outline alone, as torch does
     except FileNotFoundError:
         reason = "not seen by all nodes; save_folder has to lie on a disk that they share, or be a URL"
     except CheckpointError as error:
-        reason = str(error).rstrip(".")
+        reason = str(error).removeprefix(f"{checkpoint}: ").rstrip(".")
     return next((found for found in dist.all_gather_object(reason) if found is not None), None)
 
 

@@ -147,9 +147,10 @@ def build_trainer(
         algorithms=build.build_algorithms(config),
         callbacks=[*own, *given, *_checkpointing(config, folder, start, source)],
         loggers=[*build.build_loggers(config), *_own_loggers(config, folder)],
-        parallelism_config=build.build_parallelism(config, resolved, device),
+        parallelism_config=build.build_parallelism(config, device),
         **_plain_arguments(config, resolved, device),
     )
+    build.prefetch_weights(config, model)
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": to_yaml(config)})
     return trainer

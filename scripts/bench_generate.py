@@ -4,7 +4,8 @@
         [vocab=8192] [repeats=7] [out=FILE.json]
 
 Random weights in float32, each contestant through its own `generate`, in turns; the ids must be the same.
-Medians over the repeats of the prompt's time and of the time per further token, both in milliseconds.
+Medians over the repeats of the prompt's time and of the time per further token, both in milliseconds, and of
+their ratios, turn by turn.
 """
 
 from __future__ import annotations
@@ -38,13 +39,15 @@ def main(words: list[str]) -> int:
     print(f"{'batch':>5}  {'':<14} {'prompt ms':>10} {'ms/token':>10} {'tokens/s':>10}")
     for batch in map(int, options.get("batch", "1,8").split(",")):
         measured = measure(contestants, batch, number)
-        for name, (prompt_ms, token_ms) in measured.items():
+        for name, turns in measured.items():
+            prompt_ms, token_ms = medians(turns)
             row = {"batch": batch, "contestant": name, "prompt_ms": prompt_ms, "token_ms": token_ms}
             rows.append(row)
             speed = 1000 * batch / token_ms
             print(f"{batch:>5}  {name:<14} {prompt_ms:>10.1f} {token_ms:>10.2f} {speed:>10.1f}")
-        ours, theirs = measured.values()
-        print(f"{batch:>5}  ratio          {theirs[0] / ours[0]:>10.2f} {theirs[1] / ours[1]:>10.2f}")
+        pairs = zip(*measured.values(), strict=True)
+        ratios = medians([(theirs[0] / ours[0], theirs[1] / ours[1]) for ours, theirs in pairs])
+        print("{:>5}  {:<14} {:>10.2f} {:>10.2f}".format(batch, "ratio", *ratios), flush=True)
     if "out" in options:
         Path(options["out"]).write_text(json.dumps(rows, indent=2) + "\n")
     return 0
@@ -90,8 +93,8 @@ def make_contestants(number: dict[str, int]) -> dict[str, Continue]:
 
 def measure(
     contestants: dict[str, Continue], batch: int, number: dict[str, int]
-) -> dict[str, tuple[float, float]]:
-    """Median milliseconds of the prompt with its first token, and of each further token."""
+) -> dict[str, list[tuple[float, float]]]:
+    """Each turn's milliseconds of the prompt with its first token, and of each further token."""
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(number["vocab"], (batch, number["prompt"]), generator=generator)
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in contestants}
@@ -102,12 +105,14 @@ def measure(
             whole, out = seconds(run, ids, number["new"])
             outs.append(out)
             if turn:
-                times[name].append((first, (whole - first) / (number["new"] - 1)))
+                times[name].append((1000 * first, 1000 * (whole - first) / (number["new"] - 1)))
         assert torch.equal(*outs), "the contestants gave different tokens"
-    return {
-        name: (1000 * statistics.median(first), 1000 * statistics.median(further))
-        for name, (first, further) in ((name, zip(*pairs, strict=True)) for name, pairs in times.items())
-    }
+    return times
+
+
+def medians(turns: list[tuple[float, float]]) -> tuple[float, float]:
+    first, further = zip(*turns, strict=True)
+    return statistics.median(first), statistics.median(further)
 
 
 def seconds(run: Continue, ids: torch.Tensor, new: int) -> tuple[float, torch.Tensor]:

@@ -143,6 +143,15 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(config: Pat
         start_of(config, stopped, "resume_past_damage=true")
 
 
+def test_a_run_that_has_only_unfinished_checkpoints_begins_anew(
+    whole: Path, stopped: Path, run: Callable[..., Path]
+) -> None:
+    for file in stopped.glob("ep0*"):
+        cut_to(0.5)(file)
+    run(stopped.name)
+    assert losses(stopped) == losses(whole)
+
+
 @pytest.mark.parametrize("target", [None, "ep0-ba9-rank0.pt", "ep0-ba3-rank0.pt"])
 def test_no_link_is_believed(config: Path, stopped: Path, target: str | None) -> None:
     (stopped / "latest-rank0.pt").unlink()

@@ -18,7 +18,7 @@ from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.data.chat import RecordError, turns_of
 from mptfoundry.data.example_sources import Source, find_records
 from mptfoundry.data.inputs import find_inputs
-from mptfoundry.data.records import plan_units, read_rows
+from mptfoundry.data.records import Row, plan_units, read_rows
 from mptfoundry.data.shards import read_index
 from mptfoundry.data.text import build_text_loader
 from mptfoundry.errors import ConfigError, DataError, MPTFoundryError
@@ -235,6 +235,25 @@ def test_a_pickled_type_in_parquet_is_not_unpickled(tmp_path: Path, trace: Path)
     ]
     assert [row.values for row in rows] == [{"text": "a"}]
     assert not trace.exists()
+
+
+def test_what_a_cell_of_a_data_set_names_is_not_opened(tmp_path: Path) -> None:
+    """An image is stored as bytes or as the place that it is to be fetched from."""
+    import datasets
+
+    stored = {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}
+    features = datasets.Features({"prompt": datasets.Value("string"), "picture": stored})
+    cell = {"bytes": None, "path": "http://127.0.0.1:9/secret.png"}
+    table = datasets.Dataset.from_list([{"prompt": "a", "picture": cell}], features=features)
+    table.save_to_disk(str(tmp_path / "saved"))
+    info = tmp_path / "saved" / "dataset_info.json"
+    about = json.loads(info.read_text())
+    about["features"]["picture"] = {"_type": "Image"}
+    info.write_text(json.dumps(about))
+    found = find_records(Source("here", local=str(tmp_path / "saved")), tmp_path)
+    units = plan_units(found.inputs, found.datasets, False)
+    rows = [row for unit in units for part in unit.parts for row in read_rows(part, found.datasets)]
+    assert [row.values for row in rows if isinstance(row, Row)] == [{"prompt": "a", "picture": cell}]
 
 
 @pytest.mark.parametrize("has_json", [True, False])

@@ -45,7 +45,7 @@ class StepGuard(Callback):
 
     Attributes:
         is_stopping: All ranks have agreed to stop at the end of this batch.
-        owes_evaluation: An evaluation that was due where the run stopped has not been made. This is saved with
+        owes_evaluation: An evaluation that was due where the run stopped was not made. This is saved with
             the checkpoint, and the evaluation made when the run goes on.
 
     Raises:

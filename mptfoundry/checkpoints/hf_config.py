@@ -34,7 +34,8 @@ FLAT_KEYS: dict[str, str] = {
 
 # Keys without influence on what a loaded model computes: how it was made, named, drawn, run, generated from.
 _WITHOUT_EFFECT_TEXT = """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
+    activation_checkpointing_target add_cross_attention
     architectures auto_map bad_words_ids begin_suppress_tokens bos_token_id chunk_size_feed_forward
     config_overrides cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dtype
     early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty fc_type

@@ -141,23 +141,33 @@ def network_of(
     Raises:
         ConfigError: The attention backend that is asked for can't serve this model on this device.
     """
-    from mptfoundry.mpt.backends import choose_backend
-    from mptfoundry.mpt.heads import make_network
-
-    config = replace(source.config, attn_config=replace(source.config.attn_config, attn_impl=attn_impl))
     dtype = dtype or source.weights.outlines[EMBEDDING].dtype
-    try:
-        computes_in = str(compute_dtype or dtype).removeprefix("torch.")
-        choose_backend(config, torch.device(device).type, computes_in)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    network = make_network(config, device="meta")
+    network = outline_of(source, device=device, compute_dtype=compute_dtype or dtype, attn_impl=attn_impl)
     network.to(dtype).to_empty(device=device)
     targets = dict(network.named_parameters())
     with torch.no_grad():
         for name, tensor in source.tensors():
             targets[name].copy_(tensor)
     return network.eval()
+
+
+def outline_of(
+    source: ModelSource, *, device: str | torch.device, compute_dtype: torch.dtype, attn_impl: AttnImpl
+) -> nn.Module:
+    """The network of an opened model on the meta device, for `device`; nothing is read.
+
+    Raises:
+        ConfigError: As `network_of`.
+    """
+    from mptfoundry.mpt.backends import choose_backend
+    from mptfoundry.mpt.heads import make_network
+
+    config = replace(source.config, attn_config=replace(source.config.attn_config, attn_impl=attn_impl))
+    try:
+        choose_backend(config, torch.device(device).type, str(compute_dtype).removeprefix("torch."))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return make_network(config, device="meta")
 
 
 def tokenizer_of(source: ModelSource) -> Any:

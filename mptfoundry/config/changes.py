@@ -25,7 +25,8 @@ _MAKES_THE_RUN = re.compile(
 )
 # ... but for those of them that tell how a thing is computed or fetched, and not what it is.
 _MAKES_NO_DIFFERENCE = re.compile(
-    r"model\.(loss_fn|init_device|pretrained\w*|revision|config_overrides|attn_config\.(attn_impl|alibi_skips))(\..*)?|"
+    r"model\.(loss_fn|init_device|pretrained\w*|revision|config_overrides|activation_checkpointing_target|"
+    r"attn_config\.(attn_impl|alibi_skips))(\..*)?|"
     r"train_loader\.dataset(\.streams\.[^.]+)?\.(predownload|cache_limit|download_retry|download_timeout|"
     r"validate_hash|verify|keep_zip|cache_folder|safe_load|max_bad_records)"
 )
@@ -51,11 +52,11 @@ def changes_since(path: Path, config: TrainConfig) -> list[Change]:
         there = to_yaml(load_train_config(path, ["allow_code=true"])[0])
     except ConfigError:
         there = path.read_text()
-    before, after = (
-        dict(_leaves(OmegaConf.to_container(OmegaConf.create(t)))) for t in (there, to_yaml(config))
-    )
-    keys = sorted({*before, *after} - {key for key in before if before[key] == after.get(key)})
-    return [Change(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)]
+    here = to_yaml(config)
+    before, after = (dict(_leaves(OmegaConf.to_container(OmegaConf.create(text)))) for text in (there, here))
+    keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    opened = {parent for key in keys for parent in _parents(key)}
+    return [Change(key, before.get(key), after.get(key)) for key in keys if key not in opened]
 
 
 def refuse_changes(changes: Sequence[Change], config: TrainConfig, place: Path) -> None:
@@ -100,6 +101,12 @@ def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(item, f"{path}.{key}" if path else str(key))
     elif path.split(".")[0] not in ("allow_changes", "variables"):
         yield path, value
+
+
+def _parents(key: str) -> Iterator[str]:
+    steps = key.split(".")
+    for length in range(1, len(steps)):
+        yield ".".join(steps[:length])
 
 
 def _show(value: Any) -> str:

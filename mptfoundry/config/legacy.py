@@ -85,7 +85,8 @@ _FORMAT = "runs save checkpoints in Composer's format alone. Remove it, and use 
 
 # (class, key), (top section, its name) or (key, value) -> why.
 REFUSED: dict[tuple[str, str], str] = {
-    ("TrainConfig", "tp_config"): "fsdp_config shards a model over devices. Remove it.",
+    ("TrainConfig", "tp_config"): "Composer's tensor parallelism fails with version 2 of FSDP and is untried "
+    "here with version 1. fsdp_config shards a model over devices; remove this.",
     ("TrainConfig", "profiler"): "runs are not traced. Remove it.",
     ("TrainConfig", "icl_tasks"): _TASKS,
     ("TrainConfig", "eval_gauntlet"): _TASKS,

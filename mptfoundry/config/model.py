@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from mptfoundry.config.recomputation import Target, recomputed_parts
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import (
     HEADS,
@@ -31,6 +32,10 @@ class ModelConfig(MPTConfig):
             alone.
         config_overrides: Switches of that model to change, such as `max_seq_len`. Another `vocab_size` cuts
             the embedding, or pads it with the mean of its rows.
+        activation_checkpointing_target: What `fsdp_config.activation_checkpointing` recomputes: `block`,
+            `attention`, `mlp`, `norm` or a list of these, in all blocks, or each with its blocks (`first-N`,
+            `last-N`, `middle-N`, `range-N-M`, `every-K`, numbers from 0, a list of these, or N for the first
+            N). Default: `block`.
     """
 
     name: Literal["mpt_causal_lm"] = "mpt_causal_lm"
@@ -40,9 +45,11 @@ class ModelConfig(MPTConfig):
     revision: str | None = None
     pretrained: bool | None = None
     config_overrides: dict[str, Any] = field(default_factory=dict)
+    activation_checkpointing_target: Target | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        recomputed_parts(self.activation_checkpointing_target, self.n_layers)
         if self.pretrained_model_name_or_path is None:
             for key in ("revision", "pretrained", "config_overrides"):
                 if getattr(self, key):

@@ -29,6 +29,7 @@ def between_sections(values: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _preprocessing(values)
     yield from _schedule(values)
     yield from _checkpoints(values)
+    yield from _sharding(values)
     if values.get("code_paths") and "allow_code" in values and not values["allow_code"]:
         yield "code_paths", "names code, which runs only with allow_code=true on the command line."
 
@@ -212,3 +213,24 @@ def _checkpoints(values: Mapping[str, Any]) -> Iterator[Problem]:
             yield "autoresume", "needs save_folder, where the checkpoint to resume from lies."
         if values.get("save_weights_only"):
             yield "autoresume", "needs whole checkpoints. Set save_weights_only: false."
+
+
+def _sharding(values: Mapping[str, Any]) -> Iterator[Problem]:
+    if "model" not in values or "fsdp_config" not in values:
+        return
+    model, fsdp = values["model"], values["fsdp_config"]
+    saves = fsdp is not None and (fsdp.activation_checkpointing or fsdp.activation_cpu_offload)
+    if model.activation_checkpointing_target is not None and not saves:
+        yield (
+            "model.activation_checkpointing_target",
+            "has no effect without fsdp_config.activation_checkpointing or activation_cpu_offload. Set one.",
+        )
+    if fsdp is None:
+        return
+    if model.init_device == "meta" and fsdp.load_monolith_rank0_only:
+        yield (
+            "model.init_device",
+            "meta: fsdp_config.load_monolith_rank0_only loads into a whole model on rank 0. Use mixed.",
+        )
+    if fsdp.activation_cpu_offload and values.get("compile_config") is not None:
+        yield "fsdp_config.activation_cpu_offload", "true does not go together with compile_config."

@@ -93,8 +93,7 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
         where: What the user calls it, for errors: `train_loader.dataset.streams.code`.
 
     Raises:
-        DataError: It is missing, half prepared, damaged, empty, names files outside its folder, or has a
-            pickled column.
+        DataError: It is missing, half prepared, damaged, empty, or names files outside its folder.
     """
     folder = Path(folder)
     path = folder / INDEX
@@ -107,7 +106,6 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
             part["basename"] for shard in shards for part in (shard["raw_data"], shard["zip_data"]) if part
         ]
         samples = sum(int(shard["samples"]) for shard in shards)
-        pickled = sorted(column for shard in shards for column in _pickled_columns(shard))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{where}: {path} is damaged ({error!r}). Prepare or fetch the folder again."
@@ -117,19 +115,10 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
             raise DataError(
                 f"{where}: {path} names the shard {name!r}, which lies outside its folder. Don't use it."
             )
-    if pickled:
-        raise DataError(
-            f"{where}: {path}: refused, since the column {pickled[0]!r} is pickled, and reading it could run "
-            "code. Write it in another encoding."
-        )
     if samples == 0:
         raise DataError(f"{where}: {folder} holds no samples. Prepare more text than max_seq_len tokens.")
+    _refuse_pickles(shards, path, where)
     return ShardIndex(folder, shards, _read_meta(content.get(META_KEY), path, where))
-
-
-def _pickled_columns(shard: Mapping[str, Any]) -> list[str]:
-    columns = zip(shard.get("column_names", ()), shard.get("column_encodings", ()), strict=False)
-    return [str(name) for name, encoding in columns if str(encoding).partition(":")[0] == "pkl"]
 
 
 def find_split(folder: str | Path, split: str | None, where: str) -> Path:
@@ -158,6 +147,18 @@ def _read_meta(content: Any, path: Path, where: str) -> ShardMeta | None:
         raise DataError(
             f"{where}: the key {META_KEY!r} in {path} is damaged ({error!r}). Prepare again."
         ) from error
+
+
+def _refuse_pickles(shards: Sequence[Mapping[str, Any]], path: Path, where: str) -> None:
+    """Raises DataError where reading a sample would unpickle something, which can run code."""
+    for shard in shards:
+        names, encodings = (shard.get(f"column_{what}") or () for what in ("names", "encodings"))
+        for name, encoding in zip(names, encodings, strict=False):
+            if str(encoding).partition(":")[0] == "pkl":
+                raise DataError(
+                    f"{where}: {path}: refused, since the column {name!r} is pickled, and reading it could "
+                    "run code. Write it in another encoding."
+                )
 
 
 def _why_no_index(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""How Composer sees a network: a batch in, a loss out, and what FSDP wraps, checkpoints and initialises.
+"""How Composer sees a network: a batch in, a loss out, and what FSDP wraps and initialises.
 
 A batch is a dict of `input_ids` (batch, seq) and `labels` (batch, seq), and whatever else the network takes
 by name: `attention_mask`, `sequence_id`, `prefix_mask`, each (batch, seq), and the number `max_documents`.
@@ -63,9 +63,8 @@ class ComposerMPT(ComposerModel):
         # In a plain dict, since a metric that is a submodule would be wrapped and saved with the model.
         self._eval_metrics = dict(eval_metrics or {})
         self._flops_per_token: dict[int, int] = {}
-        block = type(network.transformer.blocks[0])
-        for name in ("fsdp_wrap_fn", "activation_checkpointing_fn"):
-            setattr(network, name, lambda module: isinstance(module, block))
+        blocks = frozenset(network.transformer.blocks)
+        network.fsdp_wrap_fn = blocks.__contains__  # type: ignore[assignment]
         self.start_from(lambda name, shape, rows=None: draw(name, shape, network.config, seed, rows))
 
     def start_from(self, first_value: FirstValue) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 from . import attention_flash, attention_torch, attention_triton
 from .backends import choose_backend
 from .config import MPTConfig
+from .linear import Linear
 from .norm import make_norm
 from .position import AttentionContext, rotate
 
@@ -43,14 +44,14 @@ class Attention(nn.Module):
         self.clip_qkv = config.attn_config.clip_qkv
         self.config = config
         qkv_width = self.q_width + 2 * self.kv_width
-        self.Wqkv = nn.Linear(config.d_model, qkv_width, bias=config.has_qkv_bias, device=device)
+        self.Wqkv = Linear(config.d_model, qkv_width, bias=config.has_qkv_bias, device=device)
         self.normalise_heads = config.attn_config.qk_gn
         self.q_ln: nn.Module | None = None
         self.k_ln: nn.Module | None = None
         if config.attn_config.qk_ln or config.attn_config.qk_gn:
             self.q_ln = make_norm(self.head_dim if self.normalise_heads else self.q_width, config, device)
             self.k_ln = make_norm(self.head_dim if self.normalise_heads else self.kv_width, config, device)
-        self.out_proj = nn.Linear(self.q_width, config.d_model, bias=not config.no_bias, device=device)
+        self.out_proj = Linear(self.q_width, config.d_model, bias=not config.no_bias, device=device)
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
         """Map (batch, seq, d_model) to (batch, seq, d_model); appends to the context's cache."""

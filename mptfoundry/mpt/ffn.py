@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .config import ActivationConfig, MPTConfig
+from .linear import Linear
 
 
 class FFN(nn.Module):
@@ -20,7 +21,7 @@ class FFN(nn.Module):
 
     def __init__(self, config: MPTConfig, device: torch.device | str | None) -> None:
         super().__init__()
-        linear = partial(nn.Linear, bias=not config.no_bias, device=device)
+        linear = partial(Linear, bias=not config.no_bias, device=device)
         self.act = make_activation(config.ffn_config.ffn_act_fn)
         self.up_proj = linear(config.d_model, config.d_ffn)
         self.down_proj = linear(config.d_ffn, config.d_model)

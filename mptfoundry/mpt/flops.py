@@ -54,12 +54,21 @@ def block_activations(config: MPTConfig) -> int:
     """Numbers for each token that a block's forward keeps for its backward, attention being a fused kernel:
     what goes into the norms and matrices, the queries, keys and values, and both sides of the nonlinearity.
     """
+    return 4 * config.d_model + attention_activations(config) + ffn_activations(config)
+
+
+def attention_activations(config: MPTConfig) -> int:
+    """Of these, what the attention keeps beside its input."""
     heads = config.n_heads * config.d_head
     qkv = heads + 2 * config.kv_heads * config.d_head
     attn = config.attn_config
     copies_of_qkv = 1 + (attn.clip_qkv is not None) + (attn.qk_ln or attn.qk_gn) + attn.rope
-    hidden = 4 if config.ffn_config.ffn_type == "mptglu" else 2
-    return 4 * config.d_model + copies_of_qkv * qkv + heads + hidden * config.d_ffn
+    return copies_of_qkv * qkv + heads
+
+
+def ffn_activations(config: MPTConfig) -> int:
+    """Of these, what the feed-forward network keeps beside its input."""
+    return (4 if config.ffn_config.ffn_type == "mptglu" else 2) * config.d_ffn
 
 
 def _embedding(config: MPTConfig) -> int:

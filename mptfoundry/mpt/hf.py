@@ -39,6 +39,7 @@ from .config import MPTConfig, from_values
 from .ffn import FFN  # noqa: F401
 from .head_config import HEADS  # noqa: F401
 from .init import initialize_parameter
+from .linear import Linear  # noqa: F401
 from .loss import IGNORED, linear_cross_entropy
 from .network import Transformer
 from .norm import make_norm  # noqa: F401

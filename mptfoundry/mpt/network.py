@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from .block import Block
 from .config import MPTConfig
 from .init import materialise
+from .linear import linear
 from .loss import IGNORED, linear_cross_entropy
 from .norm import make_norm
 from .position import (
@@ -234,7 +235,7 @@ class MPT(nn.Module):
             x = x * self.config.logit_factor
         if labels is not None:
             return self._loss(x, labels)
-        logits = F.linear(x[:, -1:] if last_only else x, self.output_weight)
+        logits = linear(x[:, -1:] if last_only else x, self.output_weight)
         softcap = self.config.final_logit_softcapping
         return MPTOutput(logits=logits if softcap is None else softcap * torch.tanh(logits / softcap))
 

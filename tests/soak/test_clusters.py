@@ -95,9 +95,7 @@ def test_every_way_to_start_two_processes_gives_the_same_losses(
     }
     for name, machines in ways.items():
         started = [
-            subprocess.Popen(
-                [*words, str(tiny_run), f"run_name={name}", "autoresume=false"], cwd=ROOT, env=slurm
-            )
+            subprocess.Popen([*words, str(tiny_run), f"run_name={name}"], cwd=ROOT, env=slurm)
             for words in machines
         ]
         assert [process.wait(timeout=240) for process in started] == [0] * len(started), name

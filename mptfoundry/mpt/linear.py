@@ -1,0 +1,41 @@
+"""A matrix times the rows of a batch, also where the rows are as few as a batch that generates has.
+
+Letters of the shapes: rows = batch * seq.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+# So many rows a CPU multiplies faster from the other side: it goes through the matrix once, whose rows are
+# the long ones. `python scripts/bench_generate.py` shows what it brings.
+_ROWS = range(8, 33)
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """PyTorch's `linear`, from (..., in_features) to (..., out_features), faster for few rows."""
+    if not _is_faster_from_the_left(x, weight):
+        return F.linear(x, weight, bias)
+    out = torch.mm(weight, x.flatten(0, -2).t()).t().contiguous()  # (rows, out_features)
+    if bias is not None:
+        out += bias
+    return out.view(*x.shape[:-1], -1)
+
+
+class Linear(nn.Linear):
+    """`torch.nn.Linear` by `linear`."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Map (..., in_features) to (..., out_features)."""
+        return linear(input, self.weight, self.bias)
+
+
+def _is_faster_from_the_left(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether these are few rows of plain float32 on a CPU, outside of training and of a trace."""
+    if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
+        return False
+    is_plain = type(weight) in (torch.Tensor, nn.Parameter)  # and not quantized or sharded
+    is_float32 = is_plain and x.is_cpu and x.dtype == weight.dtype == torch.float32
+    return is_float32 and x.dim() > 1 and x.shape[:-1].numel() in _ROWS
