@@ -21,7 +21,9 @@ from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler, DecoupledAdamW
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
+from torch.distributed.fsdp import FSDPModule
 
+from mptfoundry.checkpoints.adapters import fingerprint
 from mptfoundry.checkpoints.architecture import differing, leaves
 from mptfoundry.checkpoints.hub import locate
 from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model
@@ -29,7 +31,8 @@ from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.checkpoints.vocabulary import with_rows
 from mptfoundry.config import signatures
 from mptfoundry.config.model import ModelConfig
-from mptfoundry.config.parallel import resolve_fsdp
+from mptfoundry.config.parallel import prefetched_blocks, resolve_fsdp
+from mptfoundry.config.recomputation import recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import GenerateConfig
 from mptfoundry.devices import Device
@@ -37,8 +40,12 @@ from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.export.folder import export_weights
 from mptfoundry.generation import generate_text
+from mptfoundry.models.adapters import add_adapters
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.heads import ComposerHead
+from mptfoundry.models.quantized import quantize_blocks
+from mptfoundry.models.recomputation import Recomputation, recompute
+from mptfoundry.models.sharding import HybridConfig, prefetch, start_on_the_cpu
 from mptfoundry.mpt.head_config import HeadConfig, trunk_of
 from mptfoundry.mpt.heads import make_network
 from mptfoundry.mpt.network import MPT
@@ -47,7 +54,7 @@ from mptfoundry.optim.clipping import GradientClipping
 from mptfoundry.optim.groups import parameter_groups
 from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.optim.schedules import BatchSize, Schedule
-from mptfoundry.resolve import Resolved
+from mptfoundry.resolve import COMPUTE_DTYPE, Resolved
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer, token_byte_lengths
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -104,33 +111,39 @@ def open_pretrained(model: ModelConfig) -> ModelSource:
     return with_rows(source, model.vocab_size)
 
 
-def open_base(config: TrainConfig) -> ModelSource | None:
-    """The model in `load_path` where it lacks the head that is to be trained; else None: Composer loads it.
+def open_base(config: TrainConfig, checkpoint: Path) -> ModelSource | None:
+    """The model of a checkpoint that is the base of adapters, or lacks the head that is to be trained.
+
+    Elsewhere the checkpoint is loaded as it is, and this is None.
 
     Raises:
         CheckpointError: It is not there or damaged.
         ConfigError: It is not what the config says, or more than its weights is asked for.
     """
-    head, path = config.model if isinstance(config.model, HeadConfig) else None, config.load_path
-    if head is None or path is None or "://" in path:
+    head = config.model if isinstance(config.model, HeadConfig) else None
+    if head is None and config.model.peft_config is None:
         return None
-    path = path.format(rank=dist.get_global_rank(), run_name=config.run_name)
-    source = open_model(path)
+    source = open_model(checkpoint)
+    if head is None:
+        _check_trunk(source, config.model, str(checkpoint))
+        return source
     if any(name.startswith(f"{head.head}.") for name in source.weights.outlines):
         return None
     if not config.load_weights_only:
         raise ConfigError(
-            f"load_path: {path} lacks {head.head}, the head of {config.model.name}. Its weights alone can be "
-            "taken: set load_weights_only: true."
+            f"load_path: {checkpoint} lacks {head.head}, the head of {config.model.name}. Its weights alone "
+            "can be taken: set load_weights_only: true."
         )
-    _check_trunk(source, config.model, path)
+    _check_trunk(source, config.model, str(checkpoint))
     return source
 
 
 def _check_trunk(source: ModelSource, model: ModelConfig, name: str) -> None:
     changes = leaves(model.config_overrides)
     for path, there, here in differing(trunk_of(source.config), model.network().to_dict(), changes):
-        raise ConfigError(f"model.{'.'.join(path)}: {here} is not what {name} says, {there}.")
+        # What is named by its path alone has no config_overrides, where dropout would be said.
+        if model.pretrained_model_name_or_path is not None or not path[-1].endswith("pdrop"):
+            raise ConfigError(f"model.{'.'.join(path)}: {here} is not what {name} says, {there}.")
 
 
 def build_model(
@@ -141,36 +154,55 @@ def build_model(
     Its weights are drawn, or read from `source`: by each rank what it holds, tensor by tensor.
     """
     network_config = config.model.network()
+    # With `mixed` Composer sends the weights of the first rank of all to the others.
     on_meta = resolved.init_device == "meta" or (
-        resolved.init_device == "mixed" and dist.get_local_rank() != 0
+        resolved.init_device == "mixed" and dist.get_global_rank() != 0
     )
     is_drawn = source is None and not on_meta
     network: Any = make_network(
         network_config, device="meta" if on_meta else "cpu", seed=config.seed if is_drawn else None
     )
+    recompute_activations(config, network)
+    if on_meta and not torch.cuda.is_available():
+        start_on_the_cpu(network)
     if config.compile_config is not None:
         options = {key: value for key, value in asdict(config.compile_config).items() if value}
         for block in network.transformer.blocks:
             block.compile(**options)
-    model = compose(network, tokenizer, seed=config.seed)
+    weights = None
     if source is not None:
         speaks, head = dist.get_global_rank() == 0, getattr(network_config, "head", None)
         new, unused = ((f"{head}.",), ("lm_head.",)) if head else ((), ())
         weights = StartingWeights(source, network, seed=config.seed, new=new, unused=unused, progress=speaks)
         if weights.drawn and speaks:
             print(f"weights: new are {', '.join(weights.drawn)}", flush=True)
-        model.start_from(weights)
         if not on_meta:
             weights.fill(network)
+    if (bits := config.model.bits) is not None:
+        quantize_blocks(network, bits, getattr(torch, COMPUTE_DTYPE[resolved.precision]))
+    if source is not None and (lora := config.model.peft_config) is not None:
+        options, targets = asdict(lora), lora.targets(network_config)
+        add_adapters(network, options, targets=targets, fingerprint=fingerprint(source), seed=config.seed)
+    model = compose(
+        network, tokenizer, seed=config.seed, extra_flops_per_token=config.learned.extra_flops_per_token
+    )
+    if weights is not None:
+        model.start_from(weights)
     return model
 
 
-def compose(network: Any, tokenizer: Any, *, seed: int = 0) -> ComposerMPT:
+def compose(network: Any, tokenizer: Any, *, seed: int = 0, extra_flops_per_token: int = 0) -> ComposerMPT:
     """A network as Composer sees it, with the metrics of its kind."""
     if isinstance(network.config, HeadConfig):
         return ComposerHead(network, tokenizer=tokenizer, seed=seed)
     metrics = token_loss_metrics(token_byte_lengths(tokenizer, network.config.vocab_size))
-    return ComposerMPT(network, eval_metrics=metrics, tokenizer=tokenizer, seed=seed)
+    return ComposerMPT(
+        network,
+        eval_metrics=metrics,
+        tokenizer=tokenizer,
+        seed=seed,
+        extra_flops_per_token=extra_flops_per_token,
+    )
 
 
 def build_optimizer(config: TrainConfig, model: ComposerMPT) -> torch.optim.Optimizer:
@@ -220,14 +252,41 @@ def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
     return [_make(LOGGERS, name, kwargs) for name, kwargs in config.loggers.items()]
 
 
-def build_parallelism(config: TrainConfig, resolved: Resolved, device: Device) -> dict[str, Any] | None:
+def recompute_activations(config: TrainConfig, network: Any) -> None:
+    """Have the network keep fewer activations, where the config asks for it."""
+    fsdp, model = config.fsdp_config, config.model
+    if fsdp is None or not (fsdp.activation_checkpointing or fsdp.activation_cpu_offload):
+        return
+    how = Recomputation(
+        computes_anew=fsdp.activation_checkpointing,
+        offloads=fsdp.activation_cpu_offload,
+        reentrant=bool(fsdp.activation_checkpointing_reentrant),
+    )
+    recompute(network, recomputed_parts(model.activation_checkpointing_target, model.n_layers), how)
+
+
+def build_parallelism(config: TrainConfig, device: Device) -> dict[str, Any] | None:
     """Composer's parallelism: one of its two FSDP configs, or None where each device holds a whole copy."""
     if config.fsdp_config is None:
         return None
     version, options, _ = resolve_fsdp(
-        config.fsdp_config, device_type=device.torch_type, microbatch_auto=False
+        config.fsdp_config,
+        device_type=device.torch_type,
+        microbatch_auto=False,
+        devices=device.count,
+        per_node=device.per_node,
     )
-    return {"fsdp": FSDP2Config(**options) if version == 2 else FSDPConfig(**options)}
+    if version is None:
+        return None
+    kind = FSDPConfig if version == 1 else HybridConfig if "copies" in options else FSDP2Config
+    return {"fsdp": kind(**options)}
+
+
+def prefetch_weights(config: TrainConfig, model: ComposerMPT) -> None:
+    """Have FSDP2 gather as many blocks ahead as the config says; `model` has been sharded."""
+    if config.fsdp_config is not None and isinstance(model.model, FSDPModule):
+        forward, backward = prefetched_blocks(config.fsdp_config)
+        prefetch(model.model, forward=forward, backward=backward)
 
 
 def _generate_text(

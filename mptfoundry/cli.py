@@ -31,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb and returns the exit code: 0, 1 (data, checkpoint ...), 2 (config) or 130 (Ctrl-C)."""
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser(words).parse_args(words)
+    if "GROUP_RANK" in os.environ:
+        os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])  # torchrun's name for it
     try:
         VERBS[arguments.verb].run(arguments.words)
     except MPTFoundryError as error:

@@ -16,9 +16,12 @@ from typing import Any
 import torch
 from composer import Trainer
 from composer.utils import dist
+from composer.utils.parallelism import FSDP2Config
 
 from mptfoundry import build
-from mptfoundry.checkpoints.reading import ModelSource, network_of, open_model, tokenizer_of
+from mptfoundry.checkpoints.architecture import read_run
+from mptfoundry.checkpoints.reading import ModelSource, network_of, open_model, outline_of, tokenizer_of
+from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.checkpoints.writing import whole_or_absent
 from mptfoundry.config.data import LoaderConfig
 from mptfoundry.config.load import load_train_config
@@ -26,6 +29,8 @@ from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import ConfigError
 from mptfoundry.loaders import LoaderContext, build_evaluators, head_of
+from mptfoundry.models.causal_lm import ComposerMPT
+from mptfoundry.models.sharding import start_on_the_cpu
 from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision, choose_workers
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
@@ -58,15 +63,10 @@ def evaluate(options: EvalConfig) -> Results:
     loaders = _loaders(options, source)
     contexts = _contexts(options, source, device, tokenizer, loaders)
     precision = choose_precision(device)[0] if options.precision == "auto" else options.precision
-    network = network_of(
-        source,
-        device=device.torch_type,
-        dtype=torch.float32,
-        compute_dtype=getattr(torch, COMPUTE_DTYPE[precision]),
-        attn_impl=options.attn_impl,
-    )
+    is_sharded = dist.get_world_size() > 1 and _was_sharded(source)
     trainer = Trainer(
-        model=build.compose(network, tokenizer),
+        model=_model(options, source, device, tokenizer, precision, is_sharded=is_sharded),
+        parallelism_config={"fsdp": FSDP2Config()} if is_sharded else None,
         eval_dataloader=build_evaluators(loaders, contexts),
         eval_subset_num_batches=options.eval_subset_num_batches,
         device=device.kind,
@@ -100,6 +100,36 @@ def results_table(results: Results) -> str:
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value == int(value) and abs(value) >= 1000 else f"{value:.4f}"
+
+
+def _was_sharded(source: ModelSource) -> bool:
+    """Whether the model's run had it sharded: it may not fit on one device."""
+    return source.run_folder is not None and read_run(source.run_folder).get("fsdp_config") is not None
+
+
+def _model(
+    options: EvalConfig,
+    source: ModelSource,
+    device: Device,
+    tokenizer: Any,
+    precision: str,
+    *,
+    is_sharded: bool,
+) -> ComposerMPT:
+    """The model whole, or of which each rank reads its shards once it has them."""
+    chosen: dict[str, Any] = {
+        "device": device.torch_type,
+        "compute_dtype": getattr(torch, COMPUTE_DTYPE[precision]),
+        "attn_impl": options.attn_impl,
+    }
+    if not is_sharded:
+        return build.compose(network_of(source, dtype=torch.float32, **chosen), tokenizer)
+    network = outline_of(source, **chosen)
+    model = build.compose(network, tokenizer)
+    model.start_from(StartingWeights(source, network, seed=options.seed))
+    if device.kind == "cpu":
+        start_on_the_cpu(network)
+    return model
 
 
 def _loaders(options: EvalConfig, source: ModelSource) -> dict[str, LoaderConfig]:

@@ -7,15 +7,24 @@ for one device, and an estimate. Nothing is built, and torch is not imported.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mptfoundry.config.parallel import resolve_fsdp
+from mptfoundry.config.learned import matrix_parameters
+from mptfoundry.config.model import AnyModelConfig
+from mptfoundry.config.parallel import KEEPING, FSDPConfig, copies_and_shards, resolve_fsdp
+from mptfoundry.config.recomputation import recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import GIB, Device
 from mptfoundry.errors import ConfigError
 from mptfoundry.mpt.backends import choose_backend
-from mptfoundry.mpt.flops import block_activations, block_parameters, count_parameters
+from mptfoundry.mpt.flops import (
+    attention_activations,
+    block_activations,
+    block_parameters,
+    count_parameters,
+    ffn_activations,
+)
 from mptfoundry.mpt.head_config import HeadConfig
 
 FP32 = 4
@@ -39,7 +48,7 @@ class Resolved:
         loss_fn: `model.loss_fn`.
         init_device: `model.init_device`.
         precision: `precision`.
-        fsdp_version: `fsdp_config.version`; None without an `fsdp_config`.
+        fsdp_version: `fsdp_config.version`; None where every device holds a whole copy.
         device_train_microbatch_size: Sequences that a device trains at once.
         device_eval_batch_size: Sequences that a device evaluates at once.
         num_workers: Reading processes for each device, by loader: `train`, and each evaluation label.
@@ -103,7 +112,7 @@ def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
         value, reasons[key] = choice()
         return value
 
-    model, is_sharded = config.model, config.fsdp_config is not None
+    model, fsdp_version = config.model, _fsdp_version(config, device, reasons)
     share = device_batch(config, device)
     precision = choose("precision", config.precision, lambda: choose_precision(device))
     microbatch = choose(
@@ -116,9 +125,9 @@ def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
     return Resolved(
         attn_impl=_attention(config, device, precision, reasons),
         loss_fn="torch" if isinstance(model, HeadConfig) else choose("model.loss_fn", model.loss_fn, _loss),
-        init_device=_init_device(model.init_device, is_sharded, device, reasons),
+        init_device=_init_device(config, fsdp_version, reasons),
         precision=precision,
-        fsdp_version=_fsdp_version(config, device, reasons),
+        fsdp_version=fsdp_version,
         device_train_microbatch_size=microbatch,
         device_eval_batch_size=choose(
             "device_eval_batch_size", config.device_eval_batch_size, lambda: (microbatch, "as in training")
@@ -197,26 +206,37 @@ def _loss() -> tuple[str, str]:
     return "torch_crossentropy", "exact, in chunks of tokens: the full logits never exist"
 
 
-def _init_device(given: str, is_sharded: bool, device: Device, reasons: dict[str, str]) -> str:
+def _init_device(config: TrainConfig, fsdp_version: int | None, reasons: dict[str, str]) -> str:
     """Where weights are made; what is drawn is the same everywhere, so `meta` may give way to `cpu`."""
+    given, fsdp = config.model.init_device, config.fsdp_config
     if given == "cpu":
         return given
-    if not is_sharded:
-        reasons["model.init_device"] = "without FSDP every device holds the whole model"
-    elif device.kind == "cpu":
-        reasons["model.init_device"] = "Composer shards weights that were made on meta on GPUs only"
-    elif given == "auto":
+    if fsdp is None or fsdp_version is None:
+        reasons["model.init_device"] = "every device holds the whole model"
+        return "cpu"
+    if given == "auto":
         reasons["model.init_device"] = "with FSDP each device draws only its own shards"
-        return "meta"
-    else:
-        return given
-    return "cpu"
+        given = "meta"
+        if fsdp.load_monolith_rank0_only:
+            reasons["model.init_device"] = "rank 0 loads the whole model"
+            given = "mixed"
+    if given == "mixed" and fsdp_version == 1 and not fsdp.sync_module_states:
+        raise ConfigError(
+            "fsdp_config.sync_module_states: has to be true with model.init_device: mixed and version 1."
+        )
+    return given
 
 
 def _fsdp_version(config: TrainConfig, device: Device, reasons: dict[str, str]) -> int | None:
     if config.fsdp_config is None:
         return None
-    version, _, notes = resolve_fsdp(config.fsdp_config, device_type=device.torch_type, microbatch_auto=False)
+    version, _, notes = resolve_fsdp(
+        config.fsdp_config,
+        device_type=device.torch_type,
+        microbatch_auto=False,
+        devices=device.count,
+        per_node=device.per_node,
+    )
     if config.fsdp_config.version == "auto":
         reasons["fsdp_config.version"] = "; ".join(notes) or "no key needs version 1"
     return version
@@ -225,51 +245,81 @@ def _fsdp_version(config: TrainConfig, device: Device, reasons: dict[str, str]) 
 def estimate_memory(config: TrainConfig, device: Device, microbatch: int, precision: str) -> Memory:
     """Bytes of one device at the height of a step that computes `microbatch` sequences at once.
 
-    Activations are counted from what each block keeps for backward (`block_activations`); with checkpointing
-    a block keeps its input, and one block at a time is computed anew.
+    Activations are counted from what each block keeps for backward (`block_activations`); of what is
+    recomputed only the input is kept, and one of them at a time is computed anew.
     """
     model, fsdp = config.model, config.fsdp_config
-    parameters, block = count_parameters(model), block_parameters(model)
+    learned, block = config.learned, block_parameters(model)
+    parameters = count_parameters(model) + learned.adapters
     number = FP32 if precision == "fp32" else 2
     shards = _shards(config, device)
     if shards == 1:
         # autocast's copies of the weights, and the buckets in which DDP sends gradients
         gathered = (parameters * number if number < FP32 else 0) + (
-            parameters * FP32 if device.count > 1 else 0
+            learned.learned * FP32 if device.count > 1 else 0
         )
     else:
         # weights and gradients of what is never resharded in a step, of one block, and of the next
         working = min(parameters, parameters - model.n_layers * block + 2 * block)
         keeps_all = fsdp is not None and (
-            fsdp.sharding_strategy in {"SHARD_GRAD_OP", "_HYBRID_SHARD_ZERO2"}
-            or fsdp.reshard_after_forward is False
+            fsdp.sharding_strategy in KEEPING or fsdp.reshard_after_forward is False
         )
-        gathered = number * (working + (parameters if keeps_all else working))
+        gradients = working * learned.learned // parameters
+        gathered = number * (gradients + (parameters if keeps_all else working))
     tokens = microbatch * config.max_seq_len
-    kept = model.n_layers * block_activations(model)
-    if fsdp is not None and fsdp.activation_checkpointing:
-        kept = model.n_layers * model.d_model + block_activations(model)
+    kept = _kept_activations(model, fsdp, _adapter_activations(model))
     chunk = min(tokens * model.vocab_size, LOSS_CHUNK_LOGITS[device.kind])
+    quantized = matrix_parameters(model) if model.bits else 0
     return Memory(
-        weights=parameters * FP32 // shards,
-        gradients=parameters * FP32 // shards,
-        optimizer=parameters * STATE_BYTES[config.optimizer.name] // shards,
+        weights=(parameters * FP32 - quantized * FP32 + quantized * (model.bits or 0) // 8) // shards,
+        gradients=learned.learned * FP32 // shards,
+        optimizer=learned.learned * STATE_BYTES[config.optimizer.name] // shards,
         gathered=gathered,
         activations=tokens * kept * number,
-        logits=chunk * (FP32 + 2 * number) + model.vocab_size * model.d_model * FP32,
+        logits=chunk * (FP32 + 2 * number)
+        + (model.vocab_size * model.d_model * FP32 if learned.learns_output else 0),
         overhead=OVERHEAD[device.kind],
     )
 
 
+def _kept_activations(model: AnyModelConfig, fsdp: FSDPConfig | None, adapters: int) -> int:
+    """Numbers for each token that blocks keep on the device for backward; one block's adapters keep `adapters`."""
+    whole = block_activations(model) + adapters
+    if fsdp is None or not (fsdp.activation_checkpointing or fsdp.activation_cpu_offload):
+        return model.n_layers * whole
+    # What a part keeps, and its input, which it still keeps where it is not offloaded.
+    sizes = {
+        "block": (whole, model.d_model),
+        "attention": (attention_activations(model), 0),
+        "mlp": (ffn_activations(model), 0),
+        "norm": (0, 0),
+    }
+    parts = recomputed_parts(model.activation_checkpointing_target, model.n_layers)
+    kept, largest = model.n_layers * whole, 0
+    for part, blocks in parts.items():
+        size, rest = sizes[part]
+        kept -= len(blocks) * (size - (0 if fsdp.activation_cpu_offload else rest))
+        largest = max(largest, size)
+    return kept + largest
+
+
+def _adapter_activations(model: AnyModelConfig) -> int:
+    """Numbers for each token that one block's adapters keep: what lies between their two matrices, and with
+    dropout what goes into them.
+    """
+    lora = model.peft_config
+    if lora is None:
+        return 0
+    shapes = lora.adapter_shapes(replace(model.network(), n_layers=1))
+    inputs = [shape[1] for name, shape in shapes.items() if ".lora_A." in name]
+    return lora.r * len(inputs) + (sum(inputs) if lora.lora_dropout else 0)
+
+
 def _shards(config: TrainConfig, device: Device) -> int:
     """Over how many devices one copy of the weights is spread."""
-    fsdp = config.fsdp_config
-    if fsdp is None or fsdp.sharding_strategy == "NO_SHARD":
+    if config.fsdp_config is None:
         return 1
-    if fsdp.data_parallel_shard_degree is not None and fsdp.data_parallel_shard_degree > 0:
-        return fsdp.data_parallel_shard_degree
-    hybrid = fsdp.sharding_strategy in {"HYBRID_SHARD", "_HYBRID_SHARD_ZERO2"}
-    return device.per_node if hybrid else device.count
+    return copies_and_shards(config.fsdp_config, devices=device.count, per_node=device.per_node)[1]
 
 
 def _gib(size: int) -> str:

@@ -36,7 +36,8 @@ def load_tokenizer(
     """Load a tokenizer from a folder or by its name on the Hugging Face hub; none of its code is run.
 
     Args:
-        name: A folder with a `tokenizer.json` (or what transformers converts to one), or a hub name.
+        name: A folder with a `tokenizer.json` (or what transformers converts to one), or a name on the hub,
+            perhaps `NAME@REVISION` with a branch, tag or commit.
         kwargs: Passed on to transformers' `from_pretrained`.
         max_seq_len: Becomes `model_max_length`, in tokens, unless `kwargs` gives another one.
 
@@ -48,11 +49,16 @@ def load_tokenizer(
         raise ConfigError("tokenizer.kwargs.trust_remote_code: no tokenizer's code is run. Remove the key.")
     folder = Path(name).expanduser()
     if folder.is_dir():
+        if "revision" in options:
+            raise ConfigError(
+                f"tokenizer.kwargs.revision: {name} is a folder, which has none. Remove the key."
+            )
         tokenizer = _load_from_folder(folder, options)
     elif name.startswith(("/", "./", "../", "~")) or folder.exists():
         raise ConfigError(f"tokenizer.name: {name} is not a folder. Give a folder that holds tokenizer.json.")
     else:
-        tokenizer = _load_from_hub(name, options)
+        name, at, revision = name.partition("@")
+        tokenizer = _load_from_hub(name, {**options, "revision": revision} if at else options)
     if not tokenizer.is_fast:
         raise ConfigError(
             f"tokenizer.name: {name} has no tokenizer.json and transformers can't convert it to one. "

@@ -8,36 +8,41 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from composer import Trainer
-from composer.core import Time
+from composer.core import Callback, Time
 from composer.loggers import LoggerDestination
-from composer.utils import dist, format_name_with_dist
-from composer.utils.file_helpers import list_remote_objects
+from composer.utils import dist
 
 from mptfoundry import build, loaders
 from mptfoundry.callbacks.console import ConsoleLine
 from mptfoundry.callbacks.gloo_average import AverageGradients
 from mptfoundry.callbacks.metrics_file import MetricsFile
 from mptfoundry.callbacks.report import write_report
-from mptfoundry.callbacks.rng_resume import restore_random_state
+from mptfoundry.callbacks.resume import Resume
 from mptfoundry.callbacks.throughput import Throughput
-from mptfoundry.checkpoints.names import checkpoints_in
-from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model
+from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
+from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
+from mptfoundry.checkpoints.reading import ModelSource
 from mptfoundry.config.load import to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
-from mptfoundry.errors import CheckpointError, ConfigError
+from mptfoundry.errors import ConfigError
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
 from mptfoundry.resolve import Resolved, resolve_auto
+from mptfoundry.resuming import Start, found_start, held_folder, run_folder, uploader
 
 # Said by Composer of what is meant so: the last batch of an evaluation is smaller than the others, and
-# `eval_subset_num_batches` is a limit that a short evaluation does not reach.
-EXPECTED_WARNINGS = ("Cannot split (tensor|list) of length", "DataloaderNumBatchesWarning")
+# `eval_subset_num_batches` is a limit that a short evaluation does not reach. The last is PyTorch's own use.
+EXPECTED_WARNINGS = (
+    "Cannot split (tensor|list) of length",
+    "DataloaderNumBatchesWarning",
+    "TypedStorage is deprecated",
+)
 
 
 def train(config: TrainConfig) -> Trainer:
@@ -53,18 +58,44 @@ def train(config: TrainConfig) -> Trainer:
     resolved = resolve_auto(config, device)
     set_up_process(config, device)
     folder = run_folder(config)
-    refuse_another_model(config, folder)
+    with held_folder(folder):
+        with found_start(config) as start:
+            trainer = build_trainer(config, resolved, device, start)
+        if _is_finished(trainer):
+            say(f"{config.run_name} is finished: {trainer.state.timestamp.batch.value} batches are done.")
+        else:
+            if config.eval_first and trainer.state.timestamp.batch == 0:
+                trainer.eval()
+            trainer.fit()
+        trainer.close()
+        if dist.get_global_rank() == 0:
+            facts = {"model": config.model.name, "parameters": f"{count_parameters(config.model):,}"}
+            say(f"report: {write_report(folder, facts=facts)}")
+    return trainer
+
+
+def build_trainer(config: TrainConfig, resolved: Resolved, device: Device, start: Start) -> Trainer:
+    """Composer's Trainer, with all that the config describes, standing where the run starts."""
+    folder = run_folder(config)
+    if start.is_own:
+        say(f"resuming from {start.checkpoint}")
     say(summary_table(config, device))
-    source = starting_model(config)
+    source = starting_model(config, start)
     if source is not None:
-        say(f"weights: from {source.path}; the optimizer starts new")
+        what = "; the optimizer starts new" if config.model.peft_config is None else ", beside the adapters"
+        say(f"weights: from {source.path}{what}")
     build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
     train_loader = loaders.build_train_loader(config, resolved, device, tokenizer)
     evaluators = loaders.build_eval_loaders(config, resolved, tokenizer)
     model = build.build_model(config, resolved, tokenizer, source)
     write_run_files(config, folder, tokenizer)
-    throughput = Throughput(config.model.network(), peak_flops=device.peak_flops)
+    throughput = Throughput(
+        config.model.network(),
+        peak_flops=device.peak_flops,
+        extra_flops_per_token=config.learned.extra_flops_per_token,
+    )
+    given = build.build_callbacks(config, tokenizer, folder)
     trainer = Trainer(
         model=model,
         train_dataloader=train_loader,
@@ -72,75 +103,30 @@ def train(config: TrainConfig) -> Trainer:
         optimizers=build.build_optimizer(config, model),
         schedulers=build.build_scheduler(config),
         algorithms=build.build_algorithms(config),
-        callbacks=[throughput, AverageGradients(), *build.build_callbacks(config, tokenizer, folder)],
+        callbacks=[throughput, AverageGradients(), *given, *_checkpointing(config, folder, start, source)],
         loggers=[*build.build_loggers(config), *_own_loggers(config, folder)],
-        parallelism_config=build.build_parallelism(config, resolved, device),
-        **_plain_arguments(config, resolved, device, has_weights=source is not None),
+        parallelism_config=build.build_parallelism(config, device),
+        **_plain_arguments(config, resolved, device),
     )
-    restore_random_state(trainer)
-    if config.model.takes_weights and source is None and trainer.state.timestamp.batch == 0:
-        raise CheckpointError(f"save_folder: the checkpoint in {config.save_folder} was not loaded.")
+    if source is not None and config.model.peft_config is not None:
+        buffers = trainer.state.model.named_buffers()
+        check_base(source, next(value for name, value in buffers if name.endswith(FINGERPRINT)))
+    build.prefetch_weights(config, model)
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": to_yaml(config)})
-    if _is_finished(trainer):
-        say(f"{config.run_name} is finished: {trainer.state.timestamp.batch.value} batches are done.")
-    else:
-        if config.eval_first and trainer.state.timestamp.batch == 0:
-            trainer.eval()
-        trainer.fit()
-    trainer.close()
-    if dist.get_global_rank() == 0:
-        facts = {"model": config.model.name, "parameters": f"{count_parameters(config.model):,}"}
-        say(f"report: {write_report(folder, facts=facts)}")
     return trainer
 
 
-def run_folder(config: TrainConfig) -> Path:
-    """The run's local folder: `save_folder` if that is local, else `runs/{run_name}`."""
-    if config.save_folder is not None and not urlparse(config.save_folder).scheme:
-        return Path(config.save_folder.format(run_name=config.run_name))
-    return Path("runs") / config.run_name
-
-
-def starting_model(config: TrainConfig) -> ModelSource | None:
+def starting_model(config: TrainConfig, start: Start) -> ModelSource | None:
     """The model whose weights the run takes; None where they are new, or come with a checkpoint."""
-    if not (config.model.takes_weights or config.load_path) or has_checkpoint(config):
+    has_adapters = config.model.peft_config is not None
+    if start.is_own and not has_adapters:
         return None
-    return build.open_pretrained(config.model) if config.model.takes_weights else build.open_base(config)
-
-
-def has_checkpoint(config: TrainConfig) -> bool:
-    """Whether the run goes on from a checkpoint of its own; Composer looks for it by the same name."""
-    if not config.resumes or config.save_folder is None:
-        return False
-    found = [False]
-    if dist.get_global_rank() == 0:
-        folder = config.save_folder.format(run_name=config.run_name)
-        latest = format_name_with_dist(config.latest_filename, config.run_name)
-        if urlparse(folder).scheme:
-            names = {Path(name).name for name in list_remote_objects(folder)}
-            found[0] = latest in names or f"{latest}.symlink" in names
-        else:
-            found[0] = (Path(folder) / latest).exists()
-    dist.broadcast_object_list(found)
-    return found[0]
-
-
-def refuse_another_model(config: TrainConfig, folder: Path) -> None:
-    """Raises CheckpointError where the run's folder holds checkpoints that `config.model` can't continue.
-
-    Before anything is written: the folder's `config.yaml` belongs to those checkpoints.
-    """
-    if not (folder / "config.yaml").is_file() or not checkpoints_in(folder):
-        return
-    there, here = expected_shapes(open_model(folder).config), expected_shapes(config.model.network())
-    for name in [*here, *there]:
-        if there.get(name) != here.get(name):
-            sizes = [str(shapes[name]) if name in shapes else "missing" for shapes in (there, here)]
-            raise CheckpointError(
-                f"save_folder: {folder} holds checkpoints of another model: {name} is {sizes[0]} there and "
-                f"{sizes[1]} in this config. Use another run_name or save_folder."
-            )
+    if config.model.takes_weights:
+        return build.open_pretrained(config.model)
+    if start.is_own and config.load_path:
+        return build.open_base(config, Path(config.load_path.format(rank=0, run_name=config.run_name)))
+    return build.open_base(config, start.checkpoint) if start.checkpoint else None
 
 
 def say(text: str) -> None:
@@ -172,6 +158,9 @@ def write_run_files(config: TrainConfig, folder: Path, tokenizer: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
         tokenizer.save_pretrained(folder / "tokenizer")
+        if (upload := uploader(config)) is not None:
+            for file in (folder / "config.yaml", *(folder / "tokenizer").iterdir()):
+                upload(file, str(file.relative_to(folder)))
     except OSError as error:
         raise ConfigError(
             f"save_folder: {folder} can't be written to: {error.strerror}. Use a folder of yours on a disk "
@@ -187,10 +176,37 @@ def _own_loggers(config: TrainConfig, folder: Path) -> list[LoggerDestination]:
     return own
 
 
-def _plain_arguments(
-    config: TrainConfig, resolved: Resolved, device: Device, *, has_weights: bool
-) -> dict[str, Any]:
-    """The Trainer's arguments that the config gives as they are; `has_weights`: there is nothing to load."""
+def _checkpointing(
+    config: TrainConfig, folder: Path, start: Start, source: ModelSource | None
+) -> Iterator[Callback]:
+    """What loads the checkpoint that the run starts from, and what saves those to come."""
+    if start.checkpoint is not None and (start.is_own or source is None):
+        # What the config says of loading is meant for the checkpoint that it names.
+        yield Resume(
+            start.checkpoint,
+            weights_only=config.load_weights_only and not start.is_own,
+            strict=config.load_strict_model_weights,
+            ignore_keys=None if start.is_own else config.load_ignore_keys,
+            keep_optimizer=start.is_own,
+        )
+    if config.save_folder is not None:
+        yield WholeCheckpoints(
+            folder,
+            upload=uploader(config),
+            in_background=config.save_async,
+            filename=config.save_filename,
+            latest_filename=config.latest_filename,
+            save_interval=config.save_interval,
+            # What lies further on than a start of the run's own was damaged, and passed over on request.
+            overwrite=config.save_overwrite or start.is_own,
+            num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+            weights_only=config.save_weights_only,
+            ignore_keys=config.save_ignore_keys and list(config.save_ignore_keys),
+        )
+
+
+def _plain_arguments(config: TrainConfig, resolved: Resolved, device: Device) -> dict[str, Any]:
+    """The Trainer's arguments that the config gives as they are."""
     return {
         "device": device.kind,
         "run_name": config.run_name,
@@ -207,35 +223,7 @@ def _plain_arguments(
         "accumulate_train_batch_on_tokens": config.accumulate_train_batch_on_tokens,
         "dist_timeout": config.dist_timeout,
         "python_log_level": config.python_log_level,
-        "save_folder": config.save_folder and config.save_folder.format(run_name=config.run_name),
-        "save_filename": config.save_filename,
-        "save_latest_filename": config.latest_filename,
-        "save_interval": config.save_interval,
-        "save_num_checkpoints_to_keep": config.save_num_checkpoints_to_keep,
-        "save_overwrite": config.save_overwrite,
-        "save_weights_only": config.save_weights_only,
-        "save_ignore_keys": config.save_ignore_keys and list(config.save_ignore_keys),
-        "autoresume": config.resumes,
-        "load_path": None if has_weights else _load_path(config),
-        "load_weights_only": config.load_weights_only,
-        "load_strict_model_weights": config.load_strict_model_weights,
-        "load_ignore_keys": config.load_ignore_keys and list(config.load_ignore_keys),
     }
-
-
-def _load_path(config: TrainConfig) -> str | None:
-    """The checkpoint to start from, which is there and of a kind that Composer loads."""
-    if config.load_path is None:
-        return None
-    path = config.load_path.format(rank=dist.get_global_rank(), run_name=config.run_name)
-    if not urlparse(path).scheme and not Path(path).exists():
-        raise CheckpointError(f"load_path: {path} is missing. Name a checkpoint, or remove the key.")
-    if Path(path).is_file() and config.fsdp_config and config.fsdp_config.state_dict_type == "sharded":
-        raise CheckpointError(
-            f"load_path: {path} is one file, and fsdp_config.state_dict_type: sharded loads folders. For its "
-            "weights alone, name it in model.pretrained_model_name_or_path instead."
-        )
-    return path
 
 
 def _is_finished(trainer: Trainer) -> bool:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -179,15 +179,24 @@ class Launched:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
-    """Start `scripts/train.py CONFIG [key=value ...]` under the launcher; nothing of it outlives the test."""
+    """Start `scripts/train.py CONFIG [key=value ...]` under the launcher; nothing of it outlives the test.
+
+    `options` are the launcher's own; `within` is a command that runs it, such as in a namespace."""
     started: list[Launched] = []
 
-    def start(config: Path, *words: str, ranks: int = 1, **environment: str) -> Launched:
-        launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), "scripts/train.py"]
+    def start(
+        config: Path,
+        *words: str,
+        ranks: int = 1,
+        options: Sequence[str] = (),
+        within: Sequence[str] = (),
+        **environment: str,
+    ) -> Launched:
+        launcher = [*within, sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), *options]
         log = tmp_path / f"launched-{len(started)}.log"
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*launcher, str(config), *words],
+                [*launcher, "scripts/train.py", str(config), *words],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
                 stdout=output,

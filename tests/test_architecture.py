@@ -15,7 +15,7 @@ FLOORS = [
     ["errors", "mpt"],
     ["config", "devices", "resolve", "plan", "tokenizer", "checkpoints"],
     ["models", "data", "optim", "callbacks", "evals", "generation", "export"],
-    ["build", "loaders"],
+    ["build", "loaders", "resuming"],
     ["train", "evaluate", "preview", "doctor"],
     ["cli"],
 ]

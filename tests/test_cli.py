@@ -100,8 +100,9 @@ def test_data_missing_on_all_ranks_is_said_once(shards: Path, tmp_path: Path) ->
 def test_an_error_of_one_rank_names_the_rank(tmp_path: Path) -> None:
     code = tmp_path / "mine.py"
     code.write_text(
-        "import os\nfrom mptfoundry.errors import DataError\n"
+        "import os, time\nfrom mptfoundry.errors import DataError\n"
         "if os.environ['RANK'] == '1':\n    raise DataError('the disk is full.')\n"
+        "time.sleep(60)\n"
     )
     done = launch(f"code_paths=[{code}]", "allow_code=true", f"save_folder={tmp_path}/run")
     assert done.returncode != 0
@@ -127,3 +128,12 @@ def test_two_ranks_train_as_one(shards: Path, tmp_path: Path) -> None:
         rows = read_rows(tmp_path / ranks / "metrics.jsonl")
         losses.append([row["loss"] for row in rows if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_torchruns_name_for_the_number_of_a_machine_is_understood(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("NODE_RANK", raising=False)
+    monkeypatch.setenv("GROUP_RANK", "3")
+    assert main(["explain", "seed"]) == 0
+    assert os.environ["NODE_RANK"] == "3"

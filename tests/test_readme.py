@@ -48,7 +48,7 @@ def test_every_command_names_what_exists(command: str) -> None:
     if words[0] == "mptfoundry":
         assert words[1] in VERBS
     for word in words:
-        if re.fullmatch(r"(configs|scripts|docker)/\S+", word):
+        if re.fullmatch(r"(configs|scripts|docker|clusters)/\S+", word):
             assert (ROOT / word).exists(), word
 
 

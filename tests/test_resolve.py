@@ -191,3 +191,36 @@ def test_checkpointing_keeps_a_blocks_input_alone() -> None:
     recomputed = estimate_memory(checkpointed, device, 1, "amp_bf16").activations
     assert kept == tokens * layers * 32 * width
     assert recomputed == tokens * (layers * 2 * width + 32 * width)
+
+
+def test_the_estimate_follows_what_is_recomputed_and_offloaded() -> None:
+    """In widths, of which a block keeps 16: the attention 4, the MLP 8 beside their inputs, 1 for its own."""
+
+    def kept(target: str, *words: str) -> float:
+        given = ["fsdp_config.activation_checkpointing=true", *words]
+        target_word = f"model.activation_checkpointing_target={target}"
+        config = load("mpt-7b", "global_train_batch_size=8", target_word, *given)
+        number = estimate_memory(config, named_device("h100", 8), 1, "amp_bf16").activations
+        return number / (2048 * 4096 * 2)
+
+    assert kept("{block: every-2}") == 16 * 16 + 16 * 1 + 16
+    assert kept("mlp") == 32 * 8 + 8
+    assert kept("[attention,mlp]") == 32 * 4 + 8
+    assert kept("norm") == 32 * 16
+    assert kept("block", "fsdp_config.activation_cpu_offload=true") == 16
+
+
+def test_where_weights_are_made_follows_from_the_sharding() -> None:
+    device = named_device("h100", 8)
+
+    def made(*words: str) -> str:
+        return resolve_auto(load("mpt-7b", *words), device).init_device
+
+    assert made() == "meta"
+    assert made("fsdp_config.sharding_strategy=NO_SHARD", "fsdp_config.state_dict_type=full") == "cpu"
+    rank_0 = ["fsdp_config.load_monolith_rank0_only=true", "fsdp_config.state_dict_type=full"]
+    assert made(*rank_0) == "mixed"
+    with pytest.raises(ConfigError, match="sync_module_states: has to be true"):
+        made("model.init_device=mixed", "fsdp_config.version=1")
+    with pytest.raises(ConfigError, match=r"model.init_device.*Use mixed"):
+        made("model.init_device=meta", *rank_0)

@@ -12,8 +12,8 @@ import logging
 import re
 from pathlib import Path
 
-from mptfoundry.checkpoints.sharded import METADATA, why_folder_is_not_whole
-from mptfoundry.checkpoints.torch_files import why_file_is_not_whole
+from mptfoundry.checkpoints.sharded import METADATA, read_metadata, why_folder_is_not_whole
+from mptfoundry.checkpoints.torch_files import ends_as_written, why_file_is_not_whole
 from mptfoundry.errors import CheckpointError
 
 _PROGRESS = re.compile(r"ep(?P<epoch>\d+)-ba(?P<batch>\d+)(-rank\d+)?(\.pt)?")
@@ -78,6 +78,21 @@ def is_sharded(path: Path) -> bool:
 def why_not_whole(checkpoint: Path) -> str | None:
     """What is missing from a checkpoint, from its outline alone (values aren't read); None if nothing is."""
     return why_folder_is_not_whole(checkpoint) if checkpoint.is_dir() else why_file_is_not_whole(checkpoint)
+
+
+def is_unfinished(checkpoint: Path) -> bool:
+    """Whether a checkpoint lacks its end or a file, as when its writing or copying was stopped.
+
+    False also for one that has them and is damaged: `why_not_whole` tells.
+    """
+    if checkpoint.is_file():
+        return not ends_as_written(checkpoint)
+    if not is_sharded(checkpoint):
+        return True
+    try:
+        return why_folder_is_not_whole(checkpoint, read_metadata(checkpoint)) is not None
+    except CheckpointError:
+        return False
 
 
 def _looks_like_a_checkpoint(path: Path) -> bool:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
+from mptfoundry.checkpoints.adapters import lora_of, with_adapters
 from mptfoundry.checkpoints.architecture import RUN_CONFIG, config_of_run, overridden, read_run, run_of
 from mptfoundry.checkpoints.folders import confined
 from mptfoundry.checkpoints.hf_config import config_of_folder, config_of_others
 from mptfoundry.checkpoints.hf_folder import FolderWeights
+from mptfoundry.checkpoints.hub import locate
 from mptfoundry.checkpoints.names import find_checkpoint
 from mptfoundry.checkpoints.sharded import ShardedWeights
 from mptfoundry.checkpoints.torch_files import open_composer_file
@@ -141,23 +143,33 @@ def network_of(
     Raises:
         ConfigError: The attention backend that is asked for can't serve this model on this device.
     """
-    from mptfoundry.mpt.backends import choose_backend
-    from mptfoundry.mpt.heads import make_network
-
-    config = replace(source.config, attn_config=replace(source.config.attn_config, attn_impl=attn_impl))
     dtype = dtype or source.weights.outlines[EMBEDDING].dtype
-    try:
-        computes_in = str(compute_dtype or dtype).removeprefix("torch.")
-        choose_backend(config, torch.device(device).type, computes_in)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
-    network = make_network(config, device="meta")
+    network = outline_of(source, device=device, compute_dtype=compute_dtype or dtype, attn_impl=attn_impl)
     network.to(dtype).to_empty(device=device)
     targets = dict(network.named_parameters())
     with torch.no_grad():
         for name, tensor in source.tensors():
             targets[name].copy_(tensor)
     return network.eval()
+
+
+def outline_of(
+    source: ModelSource, *, device: str | torch.device, compute_dtype: torch.dtype, attn_impl: AttnImpl
+) -> nn.Module:
+    """The network of an opened model on the meta device, for `device`; nothing is read.
+
+    Raises:
+        ConfigError: As `network_of`.
+    """
+    from mptfoundry.mpt.backends import choose_backend
+    from mptfoundry.mpt.heads import make_network
+
+    config = replace(source.config, attn_config=replace(source.config.attn_config, attn_impl=attn_impl))
+    try:
+        choose_backend(config, torch.device(device).type, str(compute_dtype).removeprefix("torch."))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return make_network(config, device="meta")
 
 
 def tokenizer_of(source: ModelSource) -> Any:
@@ -240,8 +252,26 @@ def _open_checkpoint(checkpoint: Path, config: MPTConfig | None) -> ModelSource:
             )
         config = config_of_others(content, f"{checkpoint}: state.integrations.huggingface")
     tokenizer_folder = _tokenizer_in(folder / "tokenizer") if folder else None
-    trained = folder is not None and "train_loader" in read_run(folder)
-    return ModelSource(checkpoint, config, weights, tokenizer_folder, folder if trained else None)
+    run = read_run(folder) if folder is not None else {"model": {}}
+    trained = folder if "train_loader" in run else None
+    source = ModelSource(checkpoint, config, weights, tokenizer_folder, trained)
+    if folder is None or (lora := lora_of(run)) is None:
+        return source
+    return with_adapters(_base_of(run, folder, config), weights, lora, source)
+
+
+def _base_of(run: Mapping[str, Any], folder: Path, config: MPTConfig) -> ModelSource:
+    """The model beside whose weights the run's adapters were learned."""
+    name = run["model"].get("pretrained_model_name_or_path") or run.get("load_path")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{folder / RUN_CONFIG}: names no base for the adapters of model.peft_config.")
+    try:
+        path = locate(name, run["model"].get("revision"))
+        if run_of(path.resolve()) == folder.resolve():
+            raise CheckpointError(f"{name} is the run itself.")
+        return with_rows(open_model(path), config.vocab_size)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base of the adapters in {folder}: {error}") from error
 
 
 def _tokenizer_in(folder: Path) -> Path | None:

@@ -24,7 +24,7 @@ from mptfoundry.errors import CheckpointError
 METADATA = ".metadata"
 _CHILD = "state.model.model."
 _NOTES = "state.integrations.huggingface."
-_DAMAGE = (RuntimeError, ValueError, KeyError, AssertionError, OSError, EOFError, pickle.UnpicklingError)
+DAMAGE = (RuntimeError, ValueError, KeyError, AssertionError, OSError, EOFError, pickle.UnpicklingError)
 _OUTLINE_CLASSES = {
     "Metadata",
     "TensorStorageMetadata",
@@ -85,7 +85,7 @@ class ShardedWeights:
             piece = io.BytesIO(stream.read(place.length))
         try:
             return torch.load(piece, weights_only=True)
-        except (*_DAMAGE, TypeError) as error:
+        except (*DAMAGE, TypeError) as error:
             raise CheckpointError(
                 f"{file}: refused, since reading it would need more than values."
             ) from error
@@ -107,8 +107,8 @@ class ShardedWeights:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(state, storage_reader=_Reader(self.path, self._metadata), no_dist=True)
-        except (*_DAMAGE, dcp.api.CheckpointException) as error:
+                dcp.load(state, storage_reader=Reader(self.path, self._metadata), no_dist=True)
+        except (*DAMAGE, dcp.api.CheckpointException) as error:
             raise CheckpointError(f"{self.path}: damaged, {name} can't be read.") from error
         whole = state[_CHILD + name].to(dtype or entry.properties.dtype)
         return whole if rows is None else cut(whole, rows).clone()
@@ -159,8 +159,8 @@ def why_folder_is_not_whole(folder: Path, metadata: outline.Metadata | None = No
     return None
 
 
-class _Reader(dcp.FileSystemReader):
-    """torch's reader, given an outline that was read safely."""
+class Reader(dcp.FileSystemReader):
+    """torch's reader, given an outline that was read safely and names files of the folder alone."""
 
     def __init__(self, folder: Path, metadata: outline.Metadata) -> None:
         super().__init__(folder)

@@ -14,7 +14,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from mptfoundry.checkpoints.weights import Rows, TensorOutline, cut, todays_name
 from mptfoundry.errors import CheckpointError
 
 _CHILD = "model."
+_END_RECORD = 22
 _DAMAGE = (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, UnicodeError, MemoryError)
 _DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
 
@@ -80,8 +81,8 @@ def open_state_dict(path: Path) -> TorchFile:
     return TorchFile(path, content)
 
 
-def load_plain(path: Path) -> Any:
-    """What `torch.save` wrote, tensors mapped from the file; never runs code.
+def load_plain(path: Path, *, mapped: bool = True) -> Any:
+    """What `torch.save` wrote, tensors mapped from the file or read; never runs code.
 
     Raises:
         CheckpointError: The file is damaged, or loading it would need more than tensors and plain values.
@@ -90,12 +91,25 @@ def load_plain(path: Path) -> Any:
         raise CheckpointError(f"{path}: {reason}.")
     try:
         with torch.serialization.safe_globals(_harmless()):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path)) from error
     except _DAMAGE as error:
         first_line = str(error).strip().split("\n")[0]
         raise CheckpointError(f"{path}: damaged, it can't be read ({first_line}).") from error
+
+
+def load_plain_bytes(content: BinaryIO, what: str) -> Any:
+    """What `torch.save` wrote into a piece of a file, which `what` names; never runs code.
+
+    Raises:
+        CheckpointError: It is damaged, or loading it would need more than tensors and plain values.
+    """
+    try:
+        with torch.serialization.safe_globals(_harmless()):
+            return torch.load(content, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, *_DAMAGE) as error:
+        raise CheckpointError(f"{what}: refused, since reading it would need more than values.") from error
 
 
 def why_file_is_not_whole(path: Path) -> str | None:
@@ -104,10 +118,17 @@ def why_file_is_not_whole(path: Path) -> str | None:
         with zipfile.ZipFile(path) as archive:
             if any(name.endswith("/data.pkl") for name in archive.namelist()):
                 return None
-        return "a zip archive that torch.save did not write"
+        return "damaged, or a zip archive that torch.save did not write"
     except (zipfile.BadZipFile, OSError, ValueError) as error:
         size = path.stat().st_size
         return f"damaged or cut short at {size:,} bytes ({str(error) or type(error).__name__})"
+
+
+def ends_as_written(path: Path) -> bool:
+    """Whether a file has the end of an archive that `torch.save` wrote."""
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - _END_RECORD))
+        return file.read(4) == b"PK\5\6"
 
 
 def _harmless() -> list[Any]:

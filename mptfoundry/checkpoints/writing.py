@@ -12,6 +12,8 @@ from pathlib import Path
 
 from mptfoundry.errors import CheckpointError
 
+_UNFINISHED = re.compile(r"\..+\.part|\..+\.staged\..+")
+
 
 @contextmanager
 def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
@@ -43,7 +45,7 @@ def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     except OSError as error:
         raise CheckpointError(f"{path}: can't be written ({error.strerror or error}).") from error
     finally:
-        _remove(temporary)
+        remove(temporary)
 
 
 def refuse_what_is_there(path: Path, *, overwrite: bool) -> None:
@@ -51,6 +53,41 @@ def refuse_what_is_there(path: Path, *, overwrite: bool) -> None:
     is_empty_folder = path.is_dir() and not any(path.iterdir())
     if path.exists() and not overwrite and not is_empty_folder:
         raise CheckpointError(f"{path}: is there already. Name another place, or set overwrite=true.")
+
+
+def point(link: Path, target: Path) -> None:
+    """Let a link lead to `target`, a file or folder beside it; it leads to the old one or to the new one."""
+    temporary = link.with_name(f".{link.name}.{socket.gethostname()}.{os.getpid()}.part")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target, link.parent))
+    temporary.replace(link)
+
+
+def remove_unfinished(folder: Path) -> list[Path]:
+    """Remove from a folder what was begun there and never got its name; for who alone writes there."""
+    unfinished = [entry for entry in folder.iterdir() if _UNFINISHED.fullmatch(entry.name)]
+    for entry in unfinished:
+        remove(entry)
+    return unfinished
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine still runs."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a link or a folder with all that is in it; what is gone already is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _put_in_place(temporary: Path, path: Path) -> None:
@@ -89,22 +126,5 @@ def _remove_leftovers(path: Path) -> None:
     pattern = re.compile(re.escape(f".{path.name}.") + host + r"\.(\d+)(\.old)?\.part")
     for entry in path.parent.iterdir():
         match = pattern.fullmatch(entry.name)
-        if match and not _is_alive(int(match[1])):
-            _remove(entry)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+        if match and not is_alive(int(match[1])):
+            remove(entry)

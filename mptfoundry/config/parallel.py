@@ -8,6 +8,11 @@ from typing import Any, Literal
 from mptfoundry.config.schema import show
 from mptfoundry.errors import ConfigError
 
+# Strategies that free the gathered weights after forward, and those of several copies.
+RESHARDING = ("FULL_SHARD", "HYBRID_SHARD")
+HYBRID = ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
+KEEPING = ("SHARD_GRAD_OP", "_HYBRID_SHARD_ZERO2")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FSDPConfig:
@@ -18,28 +23,32 @@ class FSDPConfig:
     Attributes:
         version: PyTorch's first or second FSDP. `auto` is 2, or 1 where a given key needs it.
         sharding_strategy: What is sharded: all (`FULL_SHARD`), all but the weights between forward and
-            backward (`SHARD_GRAD_OP`), nothing (`NO_SHARD`), or all inside a node (`HYBRID_SHARD`).
-            Version 1; version 2 says the first two as `reshard_after_forward`.
-        reshard_after_forward: Free the gathered weights between forward and backward. Version 2.
+            backward (`SHARD_GRAD_OP`), all within groups of devices that each hold a copy (`HYBRID_SHARD`,
+            `_HYBRID_SHARD_ZERO2`), by default the nodes, or nothing (`NO_SHARD`: DDP, or version 1's own).
+        reshard_after_forward: Free the gathered weights between forward and backward. Version 2; version 1
+            says it by the strategy.
         mixed_precision: `DEFAULT` computes in the low precision and sums gradients in float32, `PURE` does
             both in the low precision, `FULL` neither.
-        activation_checkpointing: Recompute each block's activations in backward instead of keeping them.
+        activation_checkpointing: Recompute activations in backward instead of keeping them: each block's, or
+            those of `model.activation_checkpointing_target`.
         activation_checkpointing_reentrant: PyTorch's older way to recompute. Version 1.
-        activation_cpu_offload: Keep activations in the CPU's memory.
+        activation_cpu_offload: Keep the same blocks' or parts' activations in the CPU's memory; with
+            `activation_checkpointing` what goes into them.
         state_dict_type: One whole checkpoint file, or a folder of one shard a rank.
         load_monolith_rank0_only: Read a whole checkpoint on rank 0 alone and send it to the others.
         sync_module_states: Send rank 0's weights to all ranks at the start. Version 1.
         limit_all_gathers: Hold back gathers that memory could not take. Version 1.
-        backward_prefetch: When the next weights are gathered in backward. Version 1.
-        backward_prefetch_limit: How many gathers ahead, backward. Version 1.
-        forward_prefetch: Gather the next weights ahead of the forward pass. Version 1.
-        forward_prefetch_limit: How many gathers ahead, forward. Version 1.
+        backward_prefetch: When the next weights are gathered in backward: before or after this block's
+            gradients, or not ahead. Version 2 has the first.
+        backward_prefetch_limit: How many blocks ahead, backward.
+        forward_prefetch: Gather the next blocks' weights ahead of the forward pass.
+        forward_prefetch_limit: How many blocks ahead, forward.
         cpu_offload: Keep the shards in the CPU's memory. Version 1.
         auto_wrap: Shard block by block, as the model says. Version 1; version 2 always does.
         use_orig_params: Keep the parameters' own shapes. Version 1; version 2 always does.
         keep_low_precision_grads: Keep gradients in the low precision. Version 1.
-        data_parallel_shard_degree: Devices that share one copy of the weights; -1: all. Version 1.
-        data_parallel_replicate_degree: Copies of the weights. Version 1.
+        data_parallel_shard_degree: Devices that share one copy of the weights; -1: what the copies leave.
+        data_parallel_replicate_degree: Copies of the weights.
         sharded_ckpt_prefix_dir: Folder of a sharded checkpoint. Version 1; version 2 has this name fixed.
         te_checkpoint_wrapper: Only `false`: Transformer Engine isn't supported.
         te_shard_fp8_weight: Only `false`: Transformer Engine isn't supported.
@@ -76,7 +85,7 @@ class FSDPConfig:
 
     def __post_init__(self) -> None:
         reshard, strategy = self.reshard_after_forward, self.sharding_strategy
-        if reshard is not None and strategy is not None and reshard != (strategy == "FULL_SHARD"):
+        if reshard is not None and strategy is not None and reshard != (strategy in RESHARDING):
             raise ValueError(
                 f"reshard_after_forward: {show(reshard)} is not what sharding_strategy: {strategy} means. "
                 "Give one of them."
@@ -92,6 +101,36 @@ class FSDPConfig:
             raise ValueError(
                 "load_monolith_rank0_only: true reads whole checkpoints. Set state_dict_type: full."
             )
+        if strategy == "NO_SHARD":
+            self._check_whole_copies()
+        for name in ("forward_prefetch_limit", "backward_prefetch_limit"):
+            limit = getattr(self, name)
+            if limit is not None and limit < 1:
+                raise ValueError(f"{name}: {limit} is too small. Use 1 or more.")
+        if self.forward_prefetch_limit is not None and not self.forward_prefetch:
+            raise ValueError("forward_prefetch_limit: has no effect without forward_prefetch: true.")
+
+    def _check_whole_copies(self) -> None:
+        """Raises ValueError where nothing is sharded and something is said of shards."""
+        if self.state_dict_type == "sharded":
+            raise ValueError("state_dict_type: sharded: NO_SHARD has no shards to save. Set it to full.")
+        if self.data_parallel_shard_degree not in (None, 1, -1):
+            raise ValueError(
+                f"data_parallel_shard_degree: {self.data_parallel_shard_degree}: NO_SHARD cuts nothing. "
+                "Remove one of them."
+            )
+        if self.version != 1 and not needs_version_1(self):
+            of_shards = {
+                "mixed_precision": self.mixed_precision == "PURE",
+                "load_monolith_rank0_only": self.load_monolith_rank0_only,
+                "forward_prefetch": bool(self.forward_prefetch),
+                "backward_prefetch": self.backward_prefetch is not None,
+            }
+            for name in (name for name, given in of_shards.items() if given):
+                raise ValueError(
+                    f"{name}: {show(getattr(self, name))}: whole copies (DDP) don't have it. Remove it, or "
+                    "set version: 1."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,40 +159,74 @@ class CompileConfig:
 def needs_version_1(config: FSDPConfig) -> dict[str, Any]:
     """The keys that were given a value that only PyTorch's first FSDP has."""
     in_both: dict[str, tuple[Any, ...]] = {
-        "sharding_strategy": ("FULL_SHARD", "SHARD_GRAD_OP"),
         "activation_checkpointing_reentrant": (False,),
-        "backward_prefetch": (),
-        "backward_prefetch_limit": (),
-        "forward_prefetch": (False,),
-        "forward_prefetch_limit": (),
+        "backward_prefetch": ("BACKWARD_PRE",),
         "cpu_offload": (False,),
         "auto_wrap": (True,),
         "use_orig_params": (True,),
         "keep_low_precision_grads": (False,),
-        "data_parallel_shard_degree": (-1,),
-        "data_parallel_replicate_degree": (1,),
         "sharded_ckpt_prefix_dir": ("ep{epoch}-ba{batch}",),
     }
     given = {name: getattr(config, name) for name in in_both}
     return {name: value for name, value in given.items() if value is not None and value not in in_both[name]}
 
 
+def copies_and_shards(config: FSDPConfig, *, devices: int, per_node: int) -> tuple[int, int]:
+    """How often the weights exist over all devices, and into how many parts each copy is cut.
+
+    Raises:
+        ConfigError: That is not what the devices make.
+    """
+    if config.sharding_strategy == "NO_SHARD":
+        return devices, 1
+    copies, shards = config.data_parallel_replicate_degree, config.data_parallel_shard_degree
+    if copies in (None, -1) and shards in (None, -1):
+        hybrid = config.sharding_strategy in HYBRID and devices % per_node == 0
+        copies = devices // per_node if hybrid else 1
+    if copies is None or copies == -1:
+        assert shards is not None
+        copies = devices // shards if shards > 0 else 0
+    if shards is None or shards == -1:
+        shards = devices // copies if copies > 0 else 0
+    if copies < 1 or shards < 1 or copies * shards != devices:
+        raise ConfigError(
+            f"fsdp_config.data_parallel_replicate_degree: {copies} copies of {shards} shards are not the "
+            f"{devices} devices of this run. Give one of data_parallel_replicate_degree and "
+            f"data_parallel_shard_degree, a divisor of {devices}."
+        )
+    if shards == 1 < devices:
+        raise ConfigError(
+            "fsdp_config.data_parallel_shard_degree: 1 shards nothing. Set sharding_strategy: NO_SHARD."
+        )
+    return copies, shards
+
+
+def prefetched_blocks(config: FSDPConfig) -> tuple[int, int]:
+    """How many blocks ahead version 2 is told to gather in forward and in backward; 0: as it does itself."""
+    forward = (config.forward_prefetch_limit or 1) if config.forward_prefetch else 0
+    backward = config.backward_prefetch_limit or (1 if config.backward_prefetch else 0)
+    return forward, backward
+
+
 def resolve_fsdp(
-    config: FSDPConfig, *, device_type: str, microbatch_auto: bool
-) -> tuple[Literal[1, 2], dict[str, Any], list[str]]:
+    config: FSDPConfig, *, device_type: str, microbatch_auto: bool, devices: int = 1, per_node: int = 1
+) -> tuple[Literal[1, 2] | None, dict[str, Any], list[str]]:
     """Choose the version of FSDP and say the configuration in its words.
 
     Args:
         config: What was asked for.
         device_type: `cpu`, or anything else for GPUs.
         microbatch_auto: Whether Composer searches for the microbatch size itself, which only version 1 can.
+        devices: Devices of the run.
+        per_node: Devices of it on one machine.
 
     Returns:
-        The version, the keyword arguments of Composer's `FSDPConfig` (1) or `FSDP2Config` (2), and notes on
+        The version, or None for whole copies (DDP); the keyword arguments of Composer's `FSDPConfig` (1) or
+        `FSDP2Config` (2), the latter with `copies` and `shards` where there are several copies; and notes on
         what decided and what has no effect.
 
     Raises:
-        ConfigError: The version can't do what was asked for, or not on this device.
+        ConfigError: The version can't do what was asked for, or not on these devices.
     """
     reasons = [f"fsdp_config.{name}: {show(value)}" for name, value in needs_version_1(config).items()]
     if microbatch_auto:
@@ -170,46 +243,45 @@ def resolve_fsdp(
     if version == 1 and device_type == "cpu":
         why = f", which {', '.join(reasons)} asks for," if reasons else ""
         raise ConfigError(f"fsdp_config.version: 1{why} needs GPUs. Version 2 runs on a CPU.")
+    copies, shards = copies_and_shards(config, devices=devices, per_node=per_node)
     if version == 1:
-        return 1, _version_1(config), notes
+        return 1, _version_1(config, copies, shards), notes
     if config.limit_all_gathers is not None or config.sync_module_states is not None:
         notes.append(
             "limit_all_gathers and sync_module_states have no effect: version 2 always does as they ask"
         )
-    return 2, _version_2(config), notes
+    if config.sharding_strategy == "NO_SHARD":
+        return None, {}, [*notes, "NO_SHARD: every device holds a whole copy (DDP)"]
+    if copies > 1:
+        notes.append(f"{copies} copies, each of {shards} shards")
+    return 2, _version_2(config, copies, shards), notes
 
 
 def _shared(config: FSDPConfig) -> dict[str, Any]:
-    names = (
-        "activation_checkpointing",
-        "activation_cpu_offload",
-        "state_dict_type",
-        "load_monolith_rank0_only",
-    )
-    return {name: getattr(config, name) for name in (*names, "mixed_precision", "verbose")}
+    names = ("state_dict_type", "load_monolith_rank0_only", "mixed_precision", "verbose")
+    return {name: getattr(config, name) for name in names}
 
 
-def _version_1(config: FSDPConfig) -> dict[str, Any]:
-    keeps = config.reshard_after_forward is False
-    strategy = config.sharding_strategy or ("SHARD_GRAD_OP" if keeps else "FULL_SHARD")
+def _version_1(config: FSDPConfig, copies: int, shards: int) -> dict[str, Any]:
+    strategy: str | None = config.sharding_strategy
+    if strategy != "NO_SHARD":
+        keeps = strategy in KEEPING or config.reshard_after_forward is False
+        names = ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2") if copies > 1 else ("FULL_SHARD", "SHARD_GRAD_OP")
+        strategy = names[keeps]
     own = (
         *("sync_module_states", "limit_all_gathers", "backward_prefetch", "backward_prefetch_limit"),
         *("forward_prefetch", "forward_prefetch_limit", "cpu_offload", "auto_wrap", "use_orig_params"),
-        *("keep_low_precision_grads", "data_parallel_shard_degree", "data_parallel_replicate_degree"),
-        "sharded_ckpt_prefix_dir",
+        *("keep_low_precision_grads", "sharded_ckpt_prefix_dir"),
     )
     given = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
-    reentrant = bool(config.activation_checkpointing_reentrant)
-    return {
-        **_shared(config),
-        **given,
-        "sharding_strategy": strategy,
-        "activation_checkpointing_reentrant": reentrant,
-    }
+    if copies > 1 and strategy != "NO_SHARD":
+        given |= {"data_parallel_replicate_degree": copies, "data_parallel_shard_degree": shards}
+    return {**_shared(config), **given, "sharding_strategy": strategy}
 
 
-def _version_2(config: FSDPConfig) -> dict[str, Any]:
+def _version_2(config: FSDPConfig, copies: int, shards: int) -> dict[str, Any]:
     reshard = config.reshard_after_forward
     if reshard is None:
-        reshard = config.sharding_strategy != "SHARD_GRAD_OP"
-    return {**_shared(config), "reshard_after_forward": reshard}
+        reshard = config.sharding_strategy not in KEEPING
+    hybrid = {"copies": copies, "shards": shards} if copies > 1 else {}
+    return {**_shared(config), **hybrid, "reshard_after_forward": reshard}

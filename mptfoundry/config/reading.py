@@ -14,13 +14,18 @@ from typing import Any
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from mptfoundry.config.document import UNRESOLVED, Document, KeyPath, Origin, dotted, parse_key
 from mptfoundry.errors import ConfigError
 
 DEEPEST = 60
+MOST_VALUES = 100_000
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _KEY = re.compile(r"[A-Za-z_][^=\s]*")
+_SECRET = re.compile(
+    r"(^|_)(API_?KEY|KEY|SECRET|TOKEN|PASS|PASSWORD|PASSWD|CREDENTIALS?|AUTH|SAS)(_|$)", re.I
+)
 
 
 def read_document(
@@ -48,6 +53,20 @@ def read_document(
             config[key] = value
     document.tree = _resolve(config, OmegaConf.to_container(config, resolve=False), (), document)
     return document
+
+
+def _environment_variable(name: str, *default: Any) -> Any:
+    """`${oc.env:NAME}`: a file that somebody else wrote could send a secret away within an address."""
+    if _SECRET.search(name):
+        raise ValueError(
+            f"{name} may be a secret, which no file reads. Give the value on the command line, or leave it "
+            "to the package that needs it"
+        )
+    return oc.env(name, *default)
+
+
+# In the resolver, since the name of a variable may be an interpolation itself.
+OmegaConf.register_resolver("oc.env", _environment_variable, replace=True)
 
 
 def _read_file(path: Path, document: Document) -> DictConfig:
@@ -125,6 +144,7 @@ class _Lines:
         self.file = file
         self.document = document
         self.seen: dict[int, KeyPath] = {}
+        self.values = 0
 
     def note(self, node: yaml.Node, path: KeyPath = ()) -> None:
         """Note what stands below a node."""
@@ -157,6 +177,9 @@ class _Lines:
 
     def note_value(self, node: yaml.Node, line: int, path: KeyPath) -> None:
         """Note one value, and what stands below it."""
+        self.values += 1
+        if self.values > MOST_VALUES:  # aliases of aliases make billions out of a few lines
+            raise ConfigError(f"{self.file}:{line}: has more than {MOST_VALUES:,} values. Use fewer.")
         is_plain = isinstance(node, yaml.ScalarNode) and node.style not in ("'", '"')
         self.note_alias(node)
         self.seen.setdefault(id(node), path)
@@ -278,4 +301,5 @@ def _unresolved(raw: str, error: Exception, document: Document) -> str:
         near = difflib.get_close_matches(wanted[1], known, 1)
         hint = f" Did you mean ${{{near[0]}}}?" if near else ""
         return f"{raw} refers to a key that is not there.{hint}"
-    return f"{raw} can't be resolved: {_first_line(error)}."
+    reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", _first_line(error))
+    return f"{raw} can't be resolved: {reason}."

@@ -7,13 +7,16 @@ field does not hide what is wrong elsewhere.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mptfoundry.config.durations import parse_duration
+from mptfoundry.config.learned import pattern_problems
 from mptfoundry.mpt.head_config import HeadConfig
 
 Problem = tuple[str, str]
+_PACKED = re.compile(r"\.(tar|tgz|tar\.\w+|pt\.(bz2|gz|lz4|lzma|lzo|xz|zst))$")
 
 
 def between_sections(values: Mapping[str, Any]) -> Iterator[Problem]:
@@ -25,8 +28,11 @@ def between_sections(values: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _documents(values)
     yield from _heads(values)
     yield from _preprocessing(values)
+    yield from _patterns(values)
+    yield from _adapters(values)
     yield from _schedule(values)
     yield from _checkpoints(values)
+    yield from _sharding(values)
     if values.get("code_paths") and "allow_code" in values and not values["allow_code"]:
         yield "code_paths", "names code, which runs only with allow_code=true on the command line."
 
@@ -159,6 +165,52 @@ def _preprocessing(values: Mapping[str, Any]) -> Iterator[Problem]:
                     break
 
 
+def _patterns(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Every pattern names parameters of the model, and something is left to learn."""
+    model, optimizer = values.get("model"), values.get("optimizer")
+    if model is None or optimizer is None:
+        return
+    groups = [group.param_str_match for group in optimizer.param_groups]
+    for key, text in pattern_problems(model.network(), model.peft_config, optimizer.disable_grad, groups):
+        yield f"optimizer.{key}", text
+
+
+def _adapters(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Adapters stand beside the weights of a base model, which a resumed run reads from the same place."""
+    model, path, fsdp = values.get("model"), values.get("load_path"), values.get("fsdp_config")
+    if model is None or model.peft_config is None:
+        return
+    if not model.takes_weights and not path:
+        yield (
+            "model.peft_config",
+            "learns beside the weights of a base model. Name it in model.pretrained_model_name_or_path, or "
+            "in load_path with load_weights_only: true.",
+        )
+    if path and not values.get("load_weights_only", True):
+        yield (
+            "load_path",
+            f"{path} is the adapters' base, of which weights alone are taken. Set load_weights_only: true.",
+        )
+    if path and "://" in path:
+        yield "load_path", f"{path} is the adapters' base, and is read from this machine. Name a local path."
+    for key, value, why in (
+        ("use_orig_params", False, "learned and frozen parameters would be one"),
+        ("activation_checkpointing_reentrant", True, "no gradient would reach the adapters"),
+    ):
+        if fsdp is not None and getattr(fsdp, key) is value:
+            yield f"fsdp_config.{key}", f"{str(value).lower()}: with model.peft_config {why}. Remove it."
+    if fsdp is not None and model.bits:
+        yield (
+            f"model.load_in_{model.bits}bit",
+            "is for whole copies: it can't be sharded. Remove fsdp_config.",
+        )
+    if "hf_checkpointer" in values.get("callbacks", {}):
+        yield (
+            "callbacks.hf_checkpointer",
+            "exports whole models, and this one has adapters. Remove it; `mptfoundry export` takes a run.",
+        )
+
+
 def _schedule(values: Mapping[str, Any]) -> Iterator[Problem]:
     """The fall at the end has to lie inside the run, and after the rise; a rise may be cut off by the end."""
     scheduler, total = values.get("scheduler"), values.get("max_duration")
@@ -200,8 +252,34 @@ def _checkpoints(values: Mapping[str, Any]) -> Iterator[Problem]:
             "and model.pretrained_model_name_or_path both say where the weights come from. Remove one; with "
             "model.pretrained: false the latter gives the architecture alone.",
         )
+    for key in ("save_filename", "load_path"):
+        if (name := values.get(key)) and _PACKED.search(name):
+            yield key, f"{name} is no plain file. Archives and compressed checkpoints are not read: use .pt."
+    if "/" in values.get("save_filename", ""):
+        yield "save_filename", f"{values['save_filename']} names a folder, too. Say that in save_folder."
     if values.get("autoresume"):
         if "save_folder" in values and values["save_folder"] is None:
             yield "autoresume", "needs save_folder, where the checkpoint to resume from lies."
         if values.get("save_weights_only"):
             yield "autoresume", "needs whole checkpoints. Set save_weights_only: false."
+
+
+def _sharding(values: Mapping[str, Any]) -> Iterator[Problem]:
+    if "model" not in values or "fsdp_config" not in values:
+        return
+    model, fsdp = values["model"], values["fsdp_config"]
+    saves = fsdp is not None and (fsdp.activation_checkpointing or fsdp.activation_cpu_offload)
+    if model.activation_checkpointing_target is not None and not saves:
+        yield (
+            "model.activation_checkpointing_target",
+            "has no effect without fsdp_config.activation_checkpointing or activation_cpu_offload. Set one.",
+        )
+    if fsdp is None:
+        return
+    if model.init_device == "meta" and fsdp.load_monolith_rank0_only:
+        yield (
+            "model.init_device",
+            "meta: fsdp_config.load_monolith_rank0_only loads into a whole model on rank 0. Use mixed.",
+        )
+    if fsdp.activation_cpu_offload and values.get("compile_config") is not None:
+        yield "fsdp_config.activation_cpu_offload", "true does not go together with compile_config."

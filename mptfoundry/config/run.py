@@ -8,11 +8,12 @@ here once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
 from mptfoundry.config.data import LoaderConfig, loaders_by_label
 from mptfoundry.config.durations import Duration, parse_duration
+from mptfoundry.config.learned import Learned, count_learned
 from mptfoundry.config.model import AnyModelConfig, TokenizerConfig
 from mptfoundry.config.optim import OptimizerConfig, SchedulerConfig
 from mptfoundry.config.parallel import CompileConfig, FSDPConfig
@@ -74,9 +75,16 @@ class TrainConfig:
         save_latest_filename: Name of the link to the newest checkpoint. Default: `latest-rank{rank}.pt`, or
             `latest-sharded-rank{rank}` for sharded ones.
         save_ignore_keys: Parts of the state left out of checkpoints, with wildcards.
+        save_async: Write checkpoints while training goes on, from a copy in the host's memory. Otherwise
+            training waits until they are written.
         autoresume: Continue from the newest checkpoint in `save_folder`. Default: true where a save folder
             is given, unless `save_overwrite` or `save_weights_only`.
-        load_path: Checkpoint to start from.
+        resume_past_damage: Where the newest checkpoint holds other bytes than were written, continue from the
+            one before it. Otherwise that is an error.
+        allow_changes: Keys, or sections, that may differ from those of the run that is continued although
+            they make it another one, such as `global_train_batch_size`.
+        load_path: Checkpoint to start from: a file, a folder of shards, or a run's folder, of which the
+            newest whole one is taken; or a URL of these.
         load_weights_only: Of that checkpoint take the weights alone.
         load_strict_model_weights: An error if its weights' names don't match the model's.
         load_ignore_keys: Parts of that checkpoint to leave, with wildcards.
@@ -128,7 +136,10 @@ class TrainConfig:
     save_filename: str = "ep{epoch}-ba{batch}-rank{rank}.pt"
     save_latest_filename: str | None = None
     save_ignore_keys: tuple[str, ...] | None = None
+    save_async: bool = True
     autoresume: bool | None = None
+    resume_past_damage: bool = False
+    allow_changes: tuple[str, ...] = ()
     load_path: str | None = None
     load_weights_only: bool = False
     load_strict_model_weights: bool = True
@@ -153,7 +164,11 @@ class TrainConfig:
     @staticmethod
     def rules(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         """The problems between sections, as (dotted key, text); fields that `values` lacks are not judged."""
-        return between_sections(values)
+        yield from between_sections(values)
+        known = {field.name for field in fields(TrainConfig)}
+        for key in values.get("allow_changes", ()):
+            if key.split(".")[0] not in known:
+                yield "allow_changes", f"{key} is no key of a run. Use the keys that the refusal names."
 
     @property
     def eval_loaders(self) -> dict[str, LoaderConfig]:
@@ -174,6 +189,11 @@ class TrainConfig:
             return self.save_latest_filename
         is_sharded = self.fsdp_config is not None and self.fsdp_config.state_dict_type == "sharded"
         return "latest-sharded-rank{rank}" if is_sharded else "latest-rank{rank}.pt"
+
+    @property
+    def learned(self) -> Learned:
+        """How many of the model's parameters are learned."""
+        return count_learned(self.model.network(), self.model.peft_config, self.optimizer.disable_grad)
 
     def batches(self) -> int | None:
         """Steps of the run; None where they depend on the size of the data."""

@@ -27,7 +27,7 @@ class StreamConfig:
         choose: Samples drawn in an epoch.
         download_retry: Further attempts after a failed download. Default: the data set's.
         download_timeout: Seconds that a download may take. Default: the data set's.
-        validate_hash: Hash that each shard is checked by. Default: the data set's.
+        validate_hash: The hash that is compared. Default: the data set's.
         keep_zip: Keep the compressed shard beside the decompressed one. Default: the data set's.
     """
 
@@ -59,7 +59,8 @@ class RecordsConfig:
 
     Attributes:
         hf_name: A file or folder of JSONL, Parquet or MDS shards, a folder that `datasets` saved, or the name
-            of a data set on the Hugging Face hub; or `json` or `parquet` with `hf_kwargs`.
+            of a data set on the Hugging Face hub, `NAME@REVISION` for a branch, tag or commit; or `json`
+            or `parquet` with `hf_kwargs`.
         hf_kwargs: For files: `data_files` or `data_dir`. For the hub: arguments of `datasets.load_dataset`.
         local: A file or folder as above; or the folder for a copy of `remote`.
         remote: URL of MDS shards.

@@ -236,7 +236,7 @@ def _add_dataset(
 
     try:
         if word.startswith(HUB_PREFIX):
-            dataset = datasets.load_dataset(word.removeprefix(HUB_PREFIX), subset, split=split)
+            dataset = load_from_hub(word.removeprefix(HUB_PREFIX), name=subset, split=split)
         else:
             dataset = datasets.load_from_disk(str(Path(word).expanduser()))
     except Exception as error:
@@ -256,6 +256,26 @@ def _add_dataset(
             raise DataError(f"{word}: the column {text_key!r} holds {feature}, not strings. Set text_key.")
         dataset = dataset.select_columns([text_key])
     add_dataset(inventory, word, f"{word}/{subset or ''}/{split}", dataset)
+
+
+def load_from_hub(name_at_revision: str, /, **options: Any) -> Any:
+    """A data set of the Hugging Face hub, none of whose code is run.
+
+    Args:
+        name_at_revision: `NAME`, or `NAME@REVISION` with a branch, tag or commit.
+        options: Arguments of `datasets.load_dataset`.
+
+    Raises:
+        DataError: It would be read by unpickling.
+    """
+    import datasets
+
+    path, at, revision = name_at_revision.partition("@")
+    if path == "pandas":
+        raise DataError("pandas reads pickles, which can run code. Convert the files to Parquet.")
+    if at:
+        options["revision"] = revision
+    return datasets.load_dataset(path, trust_remote_code=False, **options)
 
 
 def add_dataset(inventory: Inventory, word: str, name: str, dataset: Any) -> None:

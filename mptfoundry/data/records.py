@@ -327,10 +327,11 @@ def _line_number(path: str, offset: int) -> int:
 def _read_table(part: Part, datasets: Sequence[Any], column: str | None) -> Iterator[Row | BadInput]:
     if part.kind == "dataset":
         dataset = datasets[int(part.source)]
-        rows = (dataset if column is None else dataset.select_columns([column]))[part.start : part.stop]
-        for number in range(part.stop - part.start):
-            values = {name: cells[number] for name, cells in rows.items()}
-            yield Row(values, partial("row {} of the data set".format, part.start + number))
+        dataset = dataset if column is None else dataset.select_columns([column])
+        # As they are stored: `datasets` would open what a cell of an image or a sound names, a URL, too.
+        rows = dataset.with_format("arrow")[part.start : part.stop].to_pylist()
+        for row, values in enumerate(rows, part.start):
+            yield Row(values, partial("row {} of the data set".format, row))
         return
     from pyarrow import ArrowException, parquet
 

@@ -173,7 +173,7 @@ def _their_logits(
     before = their_logging.get_verbosity()
     their_logging.set_verbosity_error()
     try:
-        AutoTokenizer.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         model = _load(folder) if words is None else _load_part(folder, cut, words)
     finally:
         their_logging.set_verbosity(before)

@@ -115,22 +115,39 @@ def find_objects(root: str, list_objects: List) -> RemoteModel:
         return RemoteModel(path.parent, path.name, [*below, *_small_files(path.parent, list_objects)])
     if f"{root}/config.json" in below:
         return RemoteModel(path, ".", [name for name in below if PurePosixPath(name).parent == path])
+    whole = _whole_ones(root, below)
+    if not whole:
+        raise CheckpointError(
+            f"{root}: no model there, or no right to see it. Looked for whole checkpoints by Composer's "
+            "names (ep0-ba10-rank0.pt, or a folder ep0-ba10) and for config.json."
+        )
+    newest = next(iter(whole))
+    return RemoteModel(path, newest, whole[newest] + _small_files(path, list_objects))
+
+
+def remote_checkpoints(url: str) -> list[str]:
+    """Names of the whole checkpoints in the run folder at a URL, newest first.
+
+    Raises:
+        CheckpointError: The store can't be read.
+    """
+    with _readable(url):
+        store, root = _open_store(url.rstrip("/"))
+        return list(_whole_ones(root, _below(root, lambda prefix: list(store.list_objects(prefix)))))
+
+
+def _whole_ones(root: str, below: list[str]) -> dict[str, list[str]]:
+    """The checkpoints among the objects below `root` and the objects of each, newest first."""
     entries: dict[str, list[str]] = {}
     for name in below:
-        entries.setdefault(PurePosixPath(name).relative_to(path).parts[0], []).append(name)
+        entries.setdefault(PurePosixPath(name).relative_to(root).parts[0], []).append(name)
     whole = [
         (progress[1], entry)
         for entry, names in entries.items()
         if (progress := progress_of(Path(entry)))
         and (names == [f"{root}/{entry}"] or f"{root}/{entry}/{METADATA}" in names)
     ]
-    if not whole:
-        raise CheckpointError(
-            f"{root}: no model there, or no right to see it. Looked for whole checkpoints by Composer's "
-            "names (ep0-ba10-rank0.pt, or a folder ep0-ba10) and for config.json."
-        )
-    newest = max(whole)[1]
-    return RemoteModel(path, newest, entries[newest] + _small_files(path, list_objects))
+    return {entry: entries[entry] for _, entry in sorted(whole, reverse=True)}
 
 
 def _small_files(folder: PurePosixPath, list_objects: List) -> list[str]:

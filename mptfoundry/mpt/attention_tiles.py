@@ -45,8 +45,8 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             256: Tile(16, 64, 8, 2),
         },
         "backward_key_grouped": {
-            16: Tile(64, 64, 4, 3),
-            32: Tile(64, 64, 4, 3),
+            16: Tile(32, 64, 4, 3),
+            32: Tile(32, 64, 4, 3),
             64: Tile(32, 128, 8, 2),
             128: Tile(32, 64, 8, 2),
             256: Tile(16, 64, 8, 2),
@@ -75,8 +75,8 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
             256: Tile(32, 32, 8, 2),
         },
         "backward_key_grouped": {
-            16: Tile(64, 64, 4, 3),
-            32: Tile(64, 64, 4, 3),
+            16: Tile(32, 64, 4, 3),
+            32: Tile(16, 64, 4, 3),
             64: Tile(32, 128, 8, 2),
             128: Tile(32, 32, 8, 2),
             256: Tile(32, 32, 8, 2),
@@ -125,7 +125,9 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def tile_of(kernel: str, head_dim: int, capability: tuple[int, int], number_bytes: int) -> Tile:
+def tile_of(
+    kernel: str, head_dim: int, capability: tuple[int, int], number_bytes: int, *, has_dropout: bool = False
+) -> Tile:
     """The tile of a kernel.
 
     Args:
@@ -133,6 +135,12 @@ def tile_of(kernel: str, head_dim: int, capability: tuple[int, int], number_byte
         head_dim: Width of a head.
         capability: Of the GPU, such as (9, 0).
         number_bytes: 2 for bfloat16 and float16, 4 for float32.
+        has_dropout: Whether weights are dropped, whose random numbers take the registers of a smaller block.
     """
     name = "float32" if number_bytes == 4 else "sm_90" if capability >= (9, 0) else "sm_80"
-    return TILES[name][kernel][padded(head_dim)]
+    tile = TILES[name][kernel][padded(head_dim)]
+    if not has_dropout:
+        return tile
+    if kernel.startswith("backward_key"):
+        return tile._replace(block_q=16)
+    return tile._replace(block_k=max(16, tile.block_k // 2))

@@ -122,9 +122,9 @@ def _features(
     }
 
 
-def _tile(kernel: str, query: torch.Tensor) -> Tile:
+def _tile(kernel: str, query: torch.Tensor, *, has_dropout: bool) -> Tile:
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else (9, 0)
-    return tile_of(kernel, query.shape[-1], capability, query.element_size())
+    return tile_of(kernel, query.shape[-1], capability, query.element_size(), has_dropout=has_dropout)
 
 
 def _factors(scale: float, softcap: float) -> tuple[float, float]:
@@ -153,7 +153,7 @@ def _attention(  # type: ignore[no-untyped-def]
     """Out (batch, seq, n_heads, head_dim), log_sum (batch, n_heads, seq), reach (batch, n_heads, blocks)."""
     batch, seq, n_heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
-    tile = _tile("forward", query)
+    tile = _tile("forward", query, has_dropout=seed is not None)
     out, log_sum, reach = _empty_results(query)
     blocks = reach.shape[2]
     longest = log_sum
@@ -177,7 +177,7 @@ def _attention(  # type: ignore[no-untyped-def]
 
 def _empty_results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, seq, n_heads, _ = query.shape
-    blocks = -(-seq // _tile("forward", query).block_q)
+    blocks = -(-seq // _tile("forward", query, has_dropout=False).block_q)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     log_sum = torch.empty(batch, n_heads, seq, dtype=torch.float32, device=query.device)
     return out, log_sum, torch.empty(batch, n_heads, blocks, dtype=torch.int32, device=query.device)
@@ -201,6 +201,7 @@ def _backward(  # type: ignore[no-untyped-def]
     """The gradients of query, key and value."""
     batch, seq, n_heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
+    has_dropout = seed is not None
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grad_query, grad_key, grad_value = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
@@ -212,13 +213,13 @@ def _backward(  # type: ignore[no-untyped-def]
         "GROUP": n_heads // kv_heads,
         "HEAD_DIM": head_dim,
         "WIDTH": padded(head_dim),
-        "REACH_BLOCK": _tile("forward", query).block_q,
+        "REACH_BLOCK": _tile("forward", query, has_dropout=has_dropout).block_q,
         **_features(query, slopes, marks, has_prefix, window, softcap),
-        "HAS_DROPOUT": seed is not None,
+        "HAS_DROPOUT": has_dropout,
         "PRECISION": _precision(query),
     }
     with torch.cuda.device_of(query):
-        tile = _tile("backward_query", query)
+        tile = _tile("backward_query", query, has_dropout=has_dropout)
         blocks = -(-seq // tile.block_q)
         backward_query_kernel[(blocks * batch * n_heads,)](
             grad, query, key, value, out, log_sum, reach, *pointers, delta, grad_query,
@@ -226,7 +227,8 @@ def _backward(  # type: ignore[no-untyped-def]
             BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages,
             **options,
         )  # fmt: skip
-        tile = _tile("backward_key" if kv_heads == n_heads else "backward_key_grouped", query)
+        kernel = "backward_key" if kv_heads == n_heads else "backward_key_grouped"
+        tile = _tile(kernel, query, has_dropout=has_dropout)
         blocks = -(-keys // tile.block_k)
         backward_key_kernel[(blocks * batch * kv_heads,)](
             grad, query, key, value, log_sum, reach, *pointers, delta, grad_key, grad_value,

@@ -54,14 +54,10 @@ torch.distributed.init_process_group("gloo")
 tensor = torch.arange(35.0).reshape(7, 5)
 sharded = distribute_tensor(tensor, init_device_mesh("cpu", (2,)), [Shard(0)])
 dcp.save({"state": {"model": {"model.a": sharded}}}, storage_writer=dcp.FileSystemWriter(sys.argv[1]))
-torch.distributed.destroy_process_group()
+torch.distributed.barrier()  # destroying the group hangs now and then: gloo waits for a thread of its own
 """
 
 
-@pytest.mark.skipif(
-    os.environ.get("MPTFOUNDRY_SOAK") != "1",
-    reason="two processes that save by DCP hung now and then, cause unknown; MPTFOUNDRY_SOAK=1 runs it",
-)
 def test_the_pieces_of_two_ranks_become_one_tensor(tmp_path: Path) -> None:
     script, folder = tmp_path / "save.py", tmp_path / "ep0-ba1"
     script.write_text(SAVE_ON_A_RANK)

@@ -188,7 +188,7 @@ def test_what_is_blank_or_off_needs_no_word(write: Callable[..., str], line: str
     ("line", "said"),
     [
         ("icl_tasks: tasks.yaml", "icl_tasks: is not supported: a run evaluates its eval_loader."),
-        ("tp_config: {strategy: ffn}", "tp_config: is not supported: fsdp_config shards"),
+        ("tp_config: {strategy: ffn}", "tp_config: is not supported: Composer's tensor parallelism fails"),
         ("profiler: {schedule: {}}", "profiler: is not supported"),
         ("freeze: [wte]", "freeze: is not supported: patterns in optimizer.disable_grad"),
         ("parameters: {seed: 1}", "parameters: is not supported: this is a platform's job file."),

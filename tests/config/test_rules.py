@@ -131,3 +131,21 @@ def test_batches_are_counted_where_they_do_not_depend_on_the_data(
 ) -> None:
     config = load(words=(f"max_duration={max_duration}", "scheduler.t_warmup=0ba"))
     assert config.batches() == batches
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "said"),
+    [
+        (("model.activation_checkpointing_target=mlp",), "target=mlp", "has no effect without fsdp_config"),
+        (
+            ("fsdp_config.activation_cpu_offload=true", "compile_config.dynamic=false"),
+            "activation_cpu_offload=true",
+            "does not go together with compile_config",
+        ),
+    ],
+)
+def test_what_sharding_and_recomputation_cannot_combine_is_refused(
+    problems: Problems, words: tuple[str, ...], key: str, said: str
+) -> None:
+    (problem,) = problems(words=words)
+    assert key in problem and said in problem

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from mptfoundry.config.data import StreamConfig, TextDatasetConfig
 from mptfoundry.config.durations import parse_duration
 from mptfoundry.config.forms import parse_bytes, parse_count
 from mptfoundry.config.optim import DecoupledLionWConfig, InvSqrtWithWarmupConfig, ParamGroupConfig
-from mptfoundry.config.parallel import CompileConfig, FSDPConfig, resolve_fsdp
+from mptfoundry.config.parallel import CompileConfig, FSDPConfig, prefetched_blocks, resolve_fsdp
 from mptfoundry.config.schema import field_types
 from mptfoundry.errors import ConfigError
 
@@ -46,7 +47,7 @@ def test_streams_take_what_streaming_takes() -> None:
 def test_text_data_sets_take_what_streaming_takes_and_what_reads_tokens() -> None:
     theirs = _constructor(_source("streaming", "base", "dataset.py"), "StreamingDataset")
     given_by_the_run = {"batch_size", "stream_name", "stream_config", "kwargs"}
-    ours = {"max_seq_len", "token_encoding_type", "eos_token_id", "bos_token_id"}
+    ours = {"max_seq_len", "token_encoding_type", "eos_token_id", "bos_token_id", "verify"}
     assert set(field_types(TextDatasetConfig)) == (theirs - given_by_the_run) | ours
 
 
@@ -94,6 +95,73 @@ def test_sharding_strategy_and_reshard_after_forward_say_the_same() -> None:
         FSDPConfig(sharding_strategy="FULL_SHARD", reshard_after_forward=False)
 
 
+def resolved(devices: int = 8, per_node: int = 4, **keys: Any) -> tuple[int | None, dict[str, Any]]:
+    return resolve_fsdp(
+        FSDPConfig(**keys), device_type="cuda", microbatch_auto=False, devices=devices, per_node=per_node
+    )[:2]
+
+
+@pytest.mark.parametrize(
+    ("keys", "copies", "shards"),
+    [
+        ({"sharding_strategy": "HYBRID_SHARD"}, 2, 4),
+        ({"sharding_strategy": "HYBRID_SHARD", "data_parallel_replicate_degree": 4}, 4, 2),
+        ({"data_parallel_shard_degree": 2}, 4, 2),
+        ({"data_parallel_shard_degree": -1, "data_parallel_replicate_degree": 2}, 2, 4),
+    ],
+)
+def test_a_hybrid_has_copies_of_shards_by_default_one_a_node(
+    keys: dict[str, Any], copies: int, shards: int
+) -> None:
+    version, options = resolved(**keys)
+    assert (version, options["copies"], options["shards"]) == (2, copies, shards)
+    _, first = resolved(version=1, **keys)
+    assert first["sharding_strategy"] == "HYBRID_SHARD"
+    assert first["data_parallel_replicate_degree"] == copies
+    assert first["data_parallel_shard_degree"] == shards
+
+
+def test_a_hybrid_on_one_node_is_fully_sharded() -> None:
+    assert "copies" not in resolved(devices=4, sharding_strategy="HYBRID_SHARD")[1]
+    first = resolved(devices=4, version=1, sharding_strategy="_HYBRID_SHARD_ZERO2")[1]
+    assert first["sharding_strategy"] == "SHARD_GRAD_OP"
+
+
+@pytest.mark.parametrize("keys", [{"data_parallel_shard_degree": 3}, {"data_parallel_replicate_degree": 16}])
+def test_copies_and_shards_have_to_make_the_devices(keys: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="are not the 8 devices of this run"):
+        resolved(**keys)
+    with pytest.raises(ConfigError, match="shards nothing"):
+        resolved(data_parallel_shard_degree=1)
+
+
+def test_no_shard_is_whole_copies_unless_the_first_version_is_asked_for() -> None:
+    assert resolved(sharding_strategy="NO_SHARD") == (None, {})
+    version, options = resolved(sharding_strategy="NO_SHARD", version=1)
+    assert (version, options["sharding_strategy"]) == (1, "NO_SHARD")
+    for keys, said in (
+        ({"state_dict_type": "sharded"}, "no shards to save"),
+        ({"mixed_precision": "PURE"}, r"whole copies \(DDP\) don't have it"),
+        ({"forward_prefetch": True}, "whole copies"),
+        ({"data_parallel_shard_degree": 4}, "cuts nothing"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            FSDPConfig(sharding_strategy="NO_SHARD", **keys)
+
+
+def test_prefetch_is_said_to_both_versions() -> None:
+    keys: dict[str, Any] = {"forward_prefetch": True, "forward_prefetch_limit": 2}
+    assert resolved(**keys, backward_prefetch="BACKWARD_PRE")[0] == 2
+    assert resolved(**keys, backward_prefetch="BACKWARD_POST")[0] == 1
+    assert prefetched_blocks(FSDPConfig(**keys, backward_prefetch_limit=3)) == (2, 3)
+    assert prefetched_blocks(FSDPConfig(forward_prefetch=True, backward_prefetch="BACKWARD_PRE")) == (1, 1)
+    assert prefetched_blocks(FSDPConfig()) == (0, 0)
+    with pytest.raises(ValueError, match="no effect without forward_prefetch"):
+        FSDPConfig(forward_prefetch_limit=2)
+    with pytest.raises(ValueError, match="backward_prefetch_limit: 0 is too small"):
+        FSDPConfig(backward_prefetch_limit=0)
+
+
 def test_what_a_version_or_a_device_cannot_do_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="cpu_offload: true is not in version 2"):
         FSDPConfig(version=2, cpu_offload=True)
@@ -130,6 +198,8 @@ def test_a_data_set_has_one_kind_of_source() -> None:
         TextDatasetConfig(local="x", streams={"a": StreamConfig(local="y")})
     with pytest.raises(ValueError, match="told apart by one"):
         TextDatasetConfig(local="x", eos_token_id=0, bos_token_id=1)
+    with pytest.raises(ValueError, match="validate_hash: is compared by no one with verify: off"):
+        TextDatasetConfig(local="x", verify="off", validate_hash="sha1")
     assert [*TextDatasetConfig(local="x", split="train").sources] == ["train"]
 
 

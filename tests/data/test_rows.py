@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from mptfoundry.callbacks.gloo_average import AverageGradients
 from mptfoundry.callbacks.metrics_file import MetricsFile, read_rows
-from mptfoundry.callbacks.rng_resume import restore_random_state
+from mptfoundry.callbacks.resume import Resume
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.data.examples import ExampleStore, write_examples
 from mptfoundry.data.rows import build_row_loader
@@ -106,7 +106,9 @@ class Seen(Callback):
         self.losses.append(state.total_loss_dict["loss/train/total"])
 
 
-def train(spec: Any, max_duration: str, *, dropout: float = 0.1, **options: Any) -> tuple[Seen, Trainer]:
+def train(
+    spec: Any, max_duration: str, *, dropout: float = 0.1, load_path: str | None = None, **options: Any
+) -> tuple[Seen, Trainer]:
     config = MPTConfig(**{**vars(CONFIG), "resid_pdrop": dropout})
     model = ComposerMPT(MPT(config, seed=1), eval_metrics=token_loss_metrics())
     seen = Seen()
@@ -118,11 +120,15 @@ def train(spec: Any, max_duration: str, *, dropout: float = 0.1, **options: Any)
         device="cpu",
         seed=7,
         accumulate_train_batch_on_tokens=True,
-        callbacks=[seen, AverageGradients(), Throughput(CONFIG)],
+        callbacks=[
+            seen,
+            AverageGradients(),
+            Throughput(CONFIG),
+            *([Resume(Path(load_path))] if load_path else []),
+        ],
         progress_bar=False,
         **options,
     )
-    restore_random_state(trainer)
     trainer.fit()
     trainer.close()
     return seen, trainer

@@ -15,6 +15,7 @@ from torch import nn
 
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.models.causal_lm import ComposerMPT
+from mptfoundry.models.recomputation import Recomputation, recompute
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.flops import flops_per_token
 from mptfoundry.mpt.network import MPT
@@ -70,14 +71,12 @@ def test_flops_are_those_of_the_batchs_length() -> None:
     assert model.flops_per_batch(batch()) == expected
 
 
-def test_blocks_are_what_is_wrapped_and_checkpointed() -> None:
+def test_blocks_are_what_is_wrapped_recomputed_or_not() -> None:
     network = MPT(CONFIG, device="meta")
+    recompute(network, {"block": [0]}, Recomputation())
     ComposerMPT(network)
-    for wants in (network.fsdp_wrap_fn, network.activation_checkpointing_fn):
-        assert [name for name, module in network.named_modules() if wants(module)] == [
-            "transformer.blocks.0",
-            "transformer.blocks.1",
-        ]
+    wrapped = [name for name, module in network.named_modules() if network.fsdp_wrap_fn(module)]
+    assert wrapped == ["transformer.blocks.0", "transformer.blocks.1"]
 
 
 def test_weights_drawn_module_by_module_after_meta_are_those_drawn_at_once() -> None:

@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 # The tree's widths and what training uses most; the script compiles the rest.
 ESSENTIAL = (
     "group=1 dtype=bfloat16 head_dim=64,80,128,256 features=alibi+documents "
-    "and group=1 dtype=bfloat16 head_dim=128 features=causal,alibi,everything "
+    "and group=1 dtype=bfloat16 head_dim=128 features=causal,alibi "
+    "and group=1 dtype=bfloat16 head_dim=64,128 features=everything "
     "and group=4 dtype=bfloat16 head_dim=128 features=alibi+documents "
     "and group=1 dtype=float32 head_dim=64 features=alibi+documents"
 )
@@ -41,7 +42,7 @@ def test_what_training_uses_compiles_without_spills_onto_tensor_cores(tmp_path: 
     assert {row["kernel"] for row in rows} == {
         f"{name}_kernel" for name in ("forward", "backward_query", "backward_key", "decode", "join")
     }
-    assert {row["arch"] for row in rows} == {80, 90} and len(rows) == 2 * (9 * 5 - 2)
+    assert {row["arch"] for row in rows} == {80, 90} and len(rows) == 2 * (10 * 5 - 2 * 2)
 
 
 REFUSED = """
@@ -70,11 +71,16 @@ def test_a_spill_a_lost_product_and_too_much_shared_memory_are_refused() -> None
     ]
 
 
+@pytest.mark.parametrize("has_dropout", [False, True])
 @pytest.mark.parametrize("name", TILES)
-def test_every_width_has_tiles_whose_blocks_of_queries_fit_forwards(name: str) -> None:
+def test_every_width_has_tiles_whose_blocks_of_queries_fit_forwards(name: str, has_dropout: bool) -> None:
     capability, number_bytes = {"sm_90": ((9, 0), 2), "sm_80": ((8, 0), 2), "float32": ((9, 0), 4)}[name]
     for head_dim in range(16, 257):
-        tiles = {kernel: tile_of(kernel, head_dim, capability, number_bytes) for kernel in TILES[name]}
-        assert tiles["forward"] == TILES[name]["forward"][padded(head_dim)]
+        device = (head_dim, capability, number_bytes)
+        tiles = {kernel: tile_of(kernel, *device, has_dropout=has_dropout) for kernel in TILES[name]}
+        table = TILES[name]["forward"][padded(head_dim)]
+        assert tiles["forward"].block_q == table.block_q
+        assert (tiles["forward"] == table) or has_dropout
+        assert min(min(tile[:2]) for tile in tiles.values()) >= 16
         # Backward goes by where forward's block stopped, so a block of its queries lies in one of them.
         assert tiles["forward"].block_q % tiles["backward_query"].block_q == 0

@@ -9,7 +9,7 @@ import pytest
 import torch
 from composer import Trainer
 
-from mptfoundry.callbacks.rng_resume import restore_random_state
+from mptfoundry.callbacks.resume import Resume
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -18,11 +18,14 @@ def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in trainer.state.model.state_dict().items()}
 
 
-def run(make_trainer: MakeTrainer, folder: Path, **options: object) -> dict[str, torch.Tensor]:
+def run(make_trainer: MakeTrainer, folder: Path, checkpoint: Path | None = None) -> dict[str, torch.Tensor]:
     trainer = make_trainer(
-        max_duration="10ba", save_folder=str(folder), save_interval="1ba", save_overwrite=True, **options
+        max_duration="10ba",
+        save_folder=str(folder),
+        save_interval="1ba",
+        save_overwrite=True,
+        callbacks=[Resume(checkpoint)] if checkpoint else [],
     )
-    restore_random_state(trainer)
     trainer.fit()
     trainer.close()
     return weights(trainer)
@@ -36,7 +39,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     whole = run(make_trainer, tmp_path / "whole")
     epoch = 0 if stopped_after <= 6 else 1
     checkpoint = tmp_path / "whole" / f"ep{epoch}-ba{stopped_after}-rank0.pt"
-    resumed = run(make_trainer, tmp_path / "resumed", load_path=str(checkpoint))
+    resumed = run(make_trainer, tmp_path / "resumed", checkpoint)
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
 
 

@@ -1,0 +1,146 @@
+"""A run goes on from a checkpoint as if it had never stopped: its state, and the random numbers after it.
+
+Composer would load with `torch.load(weights_only=False)` and evaluate text that it finds there; here the
+state comes from our own reader, and no algorithm is taken from the checkpoint. Composer also restores the
+random state only where an epoch begins, or while it skips the batches that have been seen. StreamingDataset
+resumes by itself, so there is nothing to skip, and dropout would differ from the first batch on. Here it is
+restored where training really goes on: right before the first batch's forward, or, if the checkpoint lies at
+an epoch's very end, at that end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist, reproducibility
+from composer.utils.checkpoint import glob_filter
+
+from mptfoundry.checkpoints.training_state import fill_state, read_state, saved_random_states
+from mptfoundry.errors import CheckpointError, MPTFoundryError
+
+_MISFIT = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError, AssertionError)
+# What an optimizer's group holds of the run's progress, and not of its config.
+_PROGRESS = ("params", "lr")
+
+
+class Resume(Callback):
+    """Loads a checkpoint into the trainer before its first batch.
+
+    Args:
+        checkpoint: A file, or a folder of shards where the run saves such.
+        weights_only: Take the model's weights alone.
+        strict: The weights' names have to be the model's.
+        ignore_keys: Parts of the state to leave, with wildcards.
+        keep_optimizer: Hyperparameters of the optimizer are this run's, not the checkpoint's.
+
+    Raises:
+        CheckpointError: When the trainer is built: the checkpoint is damaged, or not one of this run.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        weights_only: bool = False,
+        strict: bool = True,
+        ignore_keys: Sequence[str] | None = None,
+        keep_optimizer: bool = False,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.weights_only = weights_only
+        self.strict = strict
+        self.ignore_keys = list(ignore_keys or ())
+        self.keep_optimizer = keep_optimizer
+        self._random: list[dict[str, Any]] | None = None
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        """Load it, once the model is wrapped and before anything else is."""
+        run_name, configured = state.run_name, _hyperparameters(state)
+        content = self._read(state)
+        try:
+            names = [name for name, _ in content["state"].get("algorithms") or ()]
+            if self.weights_only:
+                state.load_model_state(content["state"], logger, strict=self.strict, exclude_algorithms=names)
+                return
+            state.load_state_dict(content["state"], logger, strict=self.strict, exclude_algorithms=names)
+        except MPTFoundryError:
+            raise
+        except _MISFIT as error:
+            reason = (str(error).strip() or type(error).__name__).replace("\n", " ")
+            raise CheckpointError(f"{self.checkpoint}: does not fit this run ({reason[:500]}).") from error
+        state.run_name = run_name
+        self._random = content.get("rng")
+        if self.keep_optimizer:
+            _set_hyperparameters(state, configured)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Restore before the first batch, after whatever the loader drew when it was opened."""
+        self._restore()
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Restore at the end of an epoch that had no batch left."""
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._random is not None:
+            reproducibility.load_rng_state(self._random)
+            self._random = None
+
+    def _read(self, state: State) -> dict[str, Any]:
+        if self.checkpoint.is_dir():
+            return self._read_shards(state)
+        only = self.weights_only
+        if not state.load_monolith_rank0_only:
+            mapped = state.device.name != "cpu"
+            return self._filtered(read_state(self.checkpoint, weights_only=only, mapped=mapped))
+        # The weights and the optimizer stay on rank 0, which hands them out as the model is sharded.
+        kept: dict[str, Any] = {"model": None, "optimizers": None}
+        content: list[Any] = [None]
+        if dist.get_global_rank() == 0:
+            content[0] = self._filtered(read_state(self.checkpoint, weights_only=only, mapped=True))
+            kept = {part: content[0]["state"].pop(part, None) for part in kept}
+        dist.broadcast_object_list(content)
+        content[0]["state"].update(kept)
+        return content[0]  # type: ignore[no-any-return]
+
+    def _read_shards(self, state: State) -> dict[str, Any]:
+        if not state.fsdp_sharded_state_dict_enabled:
+            raise CheckpointError(
+                f"load_path: {self.checkpoint} is a folder of shards, and this run has whole checkpoints. "
+                "Set fsdp_config.state_dict_type: sharded; for its weights alone, name it in "
+                "model.pretrained_model_name_or_path."
+            )
+        content: dict[str, Any] = {"state": {"model": state.get_model_state_dict()}}
+        if not self.weights_only:
+            random = reproducibility.get_rng_state()[: saved_random_states(self.checkpoint)]
+            content = {"state": state.state_dict(), "rng": random}
+        content = self._filtered(content)
+        fill_state(content, self.checkpoint, strict=self.strict)
+        return content
+
+    def _filtered(self, content: dict[str, Any]) -> dict[str, Any]:
+        if self.ignore_keys:
+            glob_filter(self.ignore_keys)(content)
+            content.setdefault("state", {})
+        return content
+
+
+def _hyperparameters(state: State) -> list[dict[str, Any]]:
+    groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
+    return [{key: value for key, value in group.items() if key not in _PROGRESS} for group in groups]
+
+
+def _set_hyperparameters(state: State, configured: list[dict[str, Any]]) -> None:
+    """Let the optimizer go on with other hyperparameters; its moments and the schedule's place stay."""
+    groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
+    for group, wanted in zip(groups, configured, strict=True):
+        before = group.get("initial_lr")
+        group.update(wanted)
+        if before:
+            group["lr"] *= group["initial_lr"] / before
+    for scheduler in state.schedulers:
+        scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]

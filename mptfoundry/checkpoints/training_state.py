@@ -1,0 +1,103 @@
+"""The whole state of a training run out of a checkpoint, without running anything that lies in it.
+
+A *state* is what Composer saves: `{"state": {"model": ..., "optimizers": ..., ...}, "rng": [...]}`. A file
+gives it as it is; a folder of shards fills a state of the same form, each rank its own pieces.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+
+from mptfoundry.checkpoints.sharded import DAMAGE, Reader, read_metadata, why_folder_is_not_whole
+from mptfoundry.checkpoints.torch_files import load_plain, load_plain_bytes
+from mptfoundry.errors import CheckpointError
+
+# What a run can't go on without.
+_PARTS = ("model", "optimizers", "timestamp")
+# A state lacks something of these only by mistake; a callback, say, may be new.
+_NEEDED = ("state.model.", "state.optimizers.")
+
+
+def read_state(file: Path, *, weights_only: bool, mapped: bool) -> dict[str, Any]:
+    """The state in a whole checkpoint.
+
+    Args:
+        file: The checkpoint.
+        weights_only: The model is all that it has to hold.
+        mapped: Map the tensors from the file instead of reading them; whoever takes them has to copy them.
+
+    Raises:
+        CheckpointError: It is damaged, or something else, or loading it would run code.
+    """
+    content = load_plain(file, mapped=mapped)
+    if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
+        raise CheckpointError(f"{file}: not a checkpoint of a training run; it holds no state.")
+    missing = [part for part in _PARTS[: 1 if weights_only else None] if part not in content["state"]]
+    if missing:
+        hint = (
+            "" if "model" in missing else " For its weights alone set load_path and load_weights_only: true."
+        )
+        raise CheckpointError(f"{file}: can't be continued; it holds no {' and no '.join(missing)}.{hint}")
+    return content
+
+
+def saved_random_states(folder: Path) -> int:
+    """How many ranks' random states a folder of shards holds."""
+    paths = (getattr(read_metadata(folder), "planner_data", None) or {}).values()
+    return len({path[1] for path in paths if len(path) == 3 and path[0] == "rng"})
+
+
+def fill_state(state: dict[str, Any], folder: Path, *, strict: bool = True) -> None:
+    """Read a state of the form of `state` from a folder of shards, in place; all ranks together.
+
+    Args:
+        state: Its tensors are overwritten, its values replaced. What the folder lacks stays as it is.
+        folder: The checkpoint.
+        strict: A weight or a part of the optimizer that the folder lacks is an error.
+
+    Raises:
+        CheckpointError: It is damaged, lacks something, or loading it would run code.
+    """
+    metadata = read_metadata(folder)
+    if reason := why_folder_is_not_whole(folder, metadata):
+        raise CheckpointError(f"{folder}: {reason}.")
+    try:
+        dcp.load(state, storage_reader=Reader(folder, metadata), planner=_PlainPlanner(folder, strict=strict))
+    except dcp.api.CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values()]
+        ours = next((cause for cause in causes if isinstance(cause, CheckpointError)), None)
+        raise ours or CheckpointError(f"{folder}: can't be loaded ({_first_line(causes[0])}).") from error
+    except (*DAMAGE, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder}: can't be loaded ({_first_line(error)}).") from error
+
+
+class _PlainPlanner(dcp.DefaultLoadPlanner):
+    """Torch's planner; of what isn't a tensor it takes plain values alone."""
+
+    def __init__(self, folder: Path, *, strict: bool) -> None:
+        super().__init__(allow_partial_load=True)
+        self._folder = folder
+        self._strict = strict
+
+    def create_local_plan(self) -> LoadPlan:
+        plan = super().create_local_plan()
+        stored: Mapping[str, Any] = self.metadata.state_dict_metadata  # type: ignore[union-attr]
+        missing = [key for key in self.state_dict if key not in stored and key.startswith(_NEEDED)]
+        if missing and self._strict:
+            raise CheckpointError(f"{self._folder}: {len(missing)} parts are missing, such as {missing[0]}.")
+        return plan
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        load_plain_bytes(value, f"{self._folder}: {read_item.storage_index.fqn}")
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")

@@ -1,0 +1,113 @@
+"""What changed in a run's config between its checkpoint and this start, and what of it is refused.
+
+Some keys make the run: with others of them it would go on as another one, and nothing in its curves would say
+so. They may change only where `allow_changes` names them. All else may change freely, and is shown.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from mptfoundry.config.load import load_train_config, to_yaml
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.errors import ConfigError
+
+# With another one of these the run is another run ...
+_MAKES_THE_RUN = re.compile(
+    r"(seed|max_seq_len|global_train_batch_size|accumulate_train_batch_on_tokens|train_subset_num_batches|"
+    r"model|tokenizer|optimizer|train_loader\.name|train_loader\.drop_last|train_loader\.dataset)(\..*)?"
+)
+# ... but for those of them that tell how a thing is computed or fetched, and not what it is.
+_MAKES_NO_DIFFERENCE = re.compile(
+    r"model\.(loss_fn|init_device|pretrained\w*|revision|config_overrides|activation_checkpointing_target|"
+    r"attn_config\.(attn_impl|alibi_skips))(\..*)?|"
+    r"train_loader\.dataset(\.streams\.[^.]+)?\.(predownload|cache_limit|download_retry|download_timeout|"
+    r"validate_hash|verify|keep_zip|cache_folder|safe_load|max_bad_records)"
+)
+_LOCAL = re.compile(r"train_loader\.dataset(\.streams\.[^.]+)?\.local")
+
+
+@dataclass(frozen=True)
+class Change:
+    """One key of the config; a value of None means that it is not given."""
+
+    key: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_show(self.before)} -> {_show(self.after)}"
+
+
+def changes_since(path: Path, config: TrainConfig) -> list[Change]:
+    """The keys whose values in a run's `config.yaml` are not those of `config`, by their names' order."""
+    try:
+        # What was written by an older version lacks what is new since; a default is no change.
+        there = to_yaml(load_train_config(path, ["allow_code=true"])[0])
+    except ConfigError:
+        there = path.read_text()
+    here = to_yaml(config)
+    before, after = (dict(_leaves(OmegaConf.to_container(OmegaConf.create(text)))) for text in (there, here))
+    keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
+    opened = {parent for key in keys for parent in _parents(key)}
+    return [Change(key, before.get(key), after.get(key)) for key in keys if key not in opened]
+
+
+def refuse_changes(changes: Sequence[Change], config: TrainConfig, place: Path) -> None:
+    """Raise ConfigError for changes that would make another run of it and that nobody has allowed."""
+    refused = [
+        change for change in changes if makes_the_run(change.key, config) and not is_allowed(change, config)
+    ]
+    if not refused:
+        return
+    keys = ",".join(change.key for change in refused)
+    lines = [f"{c.key}: {_show(c.before)} in the run of {place}, {_show(c.after)} here." for c in refused]
+    raise ConfigError(
+        "\n".join(lines)
+        + f"\nThe run would go on as another one. Restore {'it' if len(refused) == 1 else 'them'}, "
+        f"use another run_name, or set allow_changes=[{keys}]."
+    )
+
+
+def makes_the_run(key: str, config: TrainConfig) -> bool:
+    """Whether a run goes on as another one when a key has another value."""
+    if _LOCAL.fullmatch(key) and _is_a_cache(key, config):
+        return False
+    return bool(_MAKES_THE_RUN.fullmatch(key)) and not _MAKES_NO_DIFFERENCE.fullmatch(key)
+
+
+def is_allowed(change: Change, config: TrainConfig) -> bool:
+    """Whether `allow_changes` names the key, or a section that it lies in."""
+    return any(f"{change.key}.".startswith(f"{allowed}.") for allowed in config.allow_changes)
+
+
+def _is_a_cache(key: str, config: TrainConfig) -> bool:
+    """Whether a `local` only keeps what comes from a `remote`."""
+    value: Any = config
+    for step in key.split(".")[:-1]:
+        value = value.get(step) if isinstance(value, Mapping) else getattr(value, step, None)
+    return getattr(value, "remote", None) is not None
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}" if path else str(key))
+    elif path.split(".")[0] not in ("allow_changes", "variables"):
+        yield path, value
+
+
+def _parents(key: str) -> Iterator[str]:
+    steps = key.split(".")
+    for length in range(1, len(steps)):
+        yield ".".join(steps[:length])
+
+
+def _show(value: Any) -> str:
+    return "not given" if value is None else str(value)

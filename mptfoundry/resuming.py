@@ -1,0 +1,281 @@
+"""Where a training run starts: from a checkpoint of its own, from one that the config names, or from nothing.
+
+This is decided before anything is built, by looking at what lies in the run's folder and, where `save_folder`
+is a URL, in the store. No link is believed. Rank 0 decides, and all ranks go on from the same checkpoint or
+end with the same error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlparse
+
+from composer.utils import (
+    ObjectStoreTransientError,
+    dist,
+    maybe_create_object_store_from_uri,
+    parse_uri,
+    retry,
+)
+
+from mptfoundry.checkpoints.adapters import lora_of
+from mptfoundry.checkpoints.architecture import read_run
+from mptfoundry.checkpoints.checksums import parts_of, why_damaged
+from mptfoundry.checkpoints.lock import only_run_in
+from mptfoundry.checkpoints.names import (
+    checkpoints_in,
+    find_checkpoint,
+    is_unfinished,
+    progress_of,
+    why_not_whole,
+)
+from mptfoundry.checkpoints.reading import open_model
+from mptfoundry.checkpoints.torch_files import load_plain
+from mptfoundry.checkpoints.writing import remove_unfinished
+from mptfoundry.config.changes import changes_since, makes_the_run, refuse_changes
+from mptfoundry.config.learned import names_in
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.data.once import once_per_node
+from mptfoundry.errors import CheckpointError, MPTFoundryError
+from mptfoundry.export.staging import remote_checkpoints, staged
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        checkpoint: A local file or folder of shards; None: nothing.
+        is_own: It is the run's own, which goes on as it was; otherwise `load_path` names it.
+    """
+
+    checkpoint: Path | None = None
+    is_own: bool = False
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """The run's local folder: `save_folder` if that is local, else `runs/{run_name}`."""
+    if config.save_folder is not None and not _is_remote(config.save_folder):
+        return Path(config.save_folder.format(run_name=config.run_name))
+    return Path("runs") / config.run_name
+
+
+@contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """Hold the run's folder for this run alone, with nothing in it that a dead one left unfinished.
+
+    Raises:
+        CheckpointError: Another run holds it.
+        ConfigError: It can't be written to.
+    """
+    with ExitStack() as stack:
+        decided_by_rank_0(lambda: stack.enter_context(only_run_in(folder)))
+        if dist.get_local_rank() == 0 and folder.is_dir():
+            for entry in remove_unfinished(folder):
+                print(f"removed: {entry}, which a run that was killed had not finished", flush=True)
+        dist.barrier()
+        yield
+
+
+@contextmanager
+def found_start(config: TrainConfig) -> Iterator[Start]:
+    """What the run starts from; what has to be fetched is there for as long as the block goes on.
+
+    Raises:
+        CheckpointError: The newest checkpoint is damaged, or there is none where `load_path` says.
+        ConfigError: The config has changed in what makes the run.
+    """
+    folder = run_folder(config)
+    decided_by_rank_0(lambda: refuse_another_model(config, folder))
+    with ExitStack() as stack:
+        own = _own_checkpoint(config, folder, stack) if config.resumes and config.save_folder else None
+        if own is not None:
+            # On a new machine the config comes from the store, beside the checkpoint.
+            written = folder if (folder / "config.yaml").is_file() else own.parent
+            decided_by_rank_0(lambda: say_changes(config, written))
+            yield Start(own, is_own=True)
+        elif config.load_path is not None:
+            yield Start(_named_checkpoint(config, folder, stack))
+        else:
+            yield Start()
+        dist.barrier()
+
+
+def decided_by_rank_0(decide: Callable[[], T]) -> T | None:
+    """What rank 0 decides; None for what can't be sent. Its error is raised on all ranks."""
+    answer: list[T | None] = [None]
+    error: list[MPTFoundryError | None] = [None]
+    if dist.get_global_rank() == 0:
+        try:
+            answer[0] = decide()
+        except MPTFoundryError as raised:
+            error[0] = raised
+    dist.broadcast_object_list(error)
+    if error[0] is not None:
+        raise error[0]
+    dist.broadcast_object_list(answer)
+    return answer[0]
+
+
+def refuse_another_model(config: TrainConfig, folder: Path) -> None:
+    """Raises CheckpointError where the run's folder holds checkpoints that `config.model` can't continue.
+
+    Before anything is written: the folder's `config.yaml` belongs to those checkpoints.
+    """
+    if not (folder / "config.yaml").is_file() or all(map(is_unfinished, checkpoints_in(folder))):
+        return
+    there = names_in(open_model(folder).config, lora_of(read_run(folder)))
+    here = names_in(config.model.network(), config.model.peft_config)
+    for name in [*here, *there]:
+        if there.get(name) != here.get(name):
+            sizes = [str(shapes[name]) if name in shapes else "missing" for shapes in (there, here)]
+            raise CheckpointError(
+                f"save_folder: {folder} holds checkpoints of another model: {name} is {sizes[0]} there and "
+                f"{sizes[1]} in this config. Use another run_name or save_folder."
+            )
+
+
+def say_changes(config: TrainConfig, folder: Path) -> None:
+    """Print what has changed in the config since the run was started last, if that may change."""
+    if not (folder / "config.yaml").is_file():
+        return
+    changes = changes_since(folder / "config.yaml", config)
+    refuse_changes(changes, config, folder)
+    if changes:
+        print("config: changed since the checkpoint", flush=True)
+    for change in changes:
+        note = " (allowed)" if makes_the_run(change.key, config) else ""
+        print(f"  {change}{note}", flush=True)
+
+
+def uploader(config: TrainConfig) -> Callable[[Path, str], None] | None:
+    """What keeps the checkpoints' files in the store of a remote `save_folder`; None for a local one."""
+    if config.save_folder is None or not _is_remote(config.save_folder):
+        return None
+    url = config.save_folder.format(run_name=config.run_name).rstrip("/")
+    store, root = maybe_create_object_store_from_uri(url), parse_uri(url)[2]
+    assert store is not None
+
+    def upload(file: Path, name: str) -> None:
+        try:
+            send = retry(ObjectStoreTransientError, num_attempts=4)(store.upload_object)
+            send(f"{root}/{name}".lstrip("/"), str(file))
+        except Exception as error:  # each store has its own
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(f"{url}/{name}: can't be uploaded ({reason}).") from error
+
+    return upload
+
+
+def _own_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Path | None:
+    """The newest whole checkpoint of the run, here or in its store."""
+    here = decided_by_rank_0(lambda: _finished_ones(folder)) or []
+    assert config.save_folder is not None
+    url = config.save_folder.format(run_name=config.run_name).rstrip("/")
+    there = decided_by_rank_0(lambda: remote_checkpoints(url)) or [] if _is_remote(url) else []
+    newest_here = max((_batch(path) for path in here), default=-1)
+    for name in there:
+        if _batch(Path(name)) <= newest_here:
+            break
+        fetched = _fetched(f"{url}/{name}", folder, stack)
+        if _is_sound(fetched, config, shown_as=f"{url}/{name}"):
+            return fetched
+    for path in here:
+        if _is_sound(path, config):
+            return path
+    if here or there:
+        raise CheckpointError(
+            f"save_folder: none of the {len({*there, *(path.name for path in here)})} checkpoints in {url} "
+            "is whole. Restore one, or use another run_name."
+        )
+    return None
+
+
+def _named_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Path:
+    """The checkpoint that `load_path` names."""
+    assert config.load_path is not None
+    path = config.load_path.format(rank=0, run_name=config.run_name)
+    if _is_remote(path):
+        found: Path | None = find_checkpoint(_fetched(path, folder, stack))
+    else:
+        if not Path(path).exists():
+            raise CheckpointError(f"load_path: {path} is missing. Name a checkpoint, or remove the key.")
+        found = decided_by_rank_0(lambda: find_checkpoint(path))
+    assert found is not None
+    shards = config.fsdp_config is not None and config.fsdp_config.state_dict_type == "sharded"
+    if found.is_file() and shards:
+        raise CheckpointError(
+            f"load_path: {path} is one file, and fsdp_config.state_dict_type: sharded loads folders. For its "
+            "weights alone, name it in model.pretrained_model_name_or_path instead."
+        )
+    if reason := _damage(found):
+        raise CheckpointError(f"load_path: {found}: {reason}. Name another checkpoint.")
+    return found
+
+
+def _finished_ones(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, newest first; unfinished ones are named and left out."""
+    finished = []
+    for path in checkpoints_in(folder) if folder.is_dir() else ():
+        if is_unfinished(path):
+            print(f"{path}: {why_not_whole(path)}; passed over", flush=True)
+        else:
+            finished.append(path)
+    return finished
+
+
+def _is_sound(checkpoint: Path, config: TrainConfig, shown_as: str | None = None) -> bool:
+    """Whether a checkpoint has the bytes that were written; if not that is an error, unless it may be."""
+    reason = _damage(checkpoint)
+    if reason is None:
+        return True
+    if not config.resume_past_damage:
+        raise CheckpointError(
+            f"{shown_as or checkpoint}: {reason}. Restore it, remove it, or set resume_past_damage=true to "
+            "continue from the one before it."
+        )
+    if dist.get_global_rank() == 0:
+        print(f"{shown_as or checkpoint}: {reason}; passed over, as resume_past_damage says", flush=True)
+    return False
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint; each rank looks at its share of them."""
+    try:
+        reason = why_not_whole(checkpoint)
+        parts = parts_of(checkpoint) if reason is None else []
+        reason = reason or why_damaged(checkpoint, parts[dist.get_global_rank() :: dist.get_world_size()])
+        if reason is None and checkpoint.is_file():
+            load_plain(checkpoint)  # which reads the outline alone, as torch does
+    except FileNotFoundError:
+        reason = "not seen by all nodes; save_folder has to lie on a disk that they share, or be a URL"
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{checkpoint}: ").rstrip(".")
+    return next((found for found in dist.all_gather_object(reason) if found is not None), None)
+
+
+def _fetched(url: str, folder: Path, stack: ExitStack) -> Path:
+    """A checkpoint out of a store, on each node's own disk until the stack ends."""
+
+    def fetch() -> str:
+        first = dist.get_global_rank() == 0
+        return str(stack.enter_context(staged(url, folder / "fetched", None, progress=first)))
+
+    return Path(once_per_node(fetch, what=f"fetching {url}"))
+
+
+def _batch(checkpoint: Path) -> int:
+    progress = progress_of(checkpoint)
+    return progress[1] if progress else -1
+
+
+def _is_remote(path: str) -> bool:
+    return bool(urlparse(path).scheme)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mptfoundry.checkpoints.lock import NAME, only_run_in
+from mptfoundry.errors import CheckpointError, ConfigError
+
+HOLDS = """
+import sys
+from pathlib import Path
+from mptfoundry.checkpoints.lock import only_run_in
+with only_run_in(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def holder(folder: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", HOLDS, str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"held\n"
+    return process
+
+
+def test_a_second_process_is_refused_by_the_first_ones_host_and_number(tmp_path: Path) -> None:
+    with holder(tmp_path / "run") as first:
+        with (
+            pytest.raises(
+                CheckpointError, match=rf"in use by the run of process {first.pid} on {socket.gethostname()}"
+            ),
+            only_run_in(tmp_path / "run"),
+        ):
+            pass
+        first.kill()
+        first.wait()
+        with only_run_in(tmp_path / "run"):
+            assert json.loads((tmp_path / "run" / NAME).read_text())["pid"] == os.getpid()
+        assert (tmp_path / "run" / NAME).read_text() == ""
+
+
+def no_locks(*_: object) -> None:
+    raise OSError(errno.ENOLCK, "No locks available")
+
+
+def test_without_locks_a_run_of_the_same_machine_is_refused_and_others_are_said_not_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with holder(tmp_path) as first:
+        monkeypatch.setattr(fcntl, "lockf", no_locks)
+        with pytest.raises(CheckpointError, match=f"process {first.pid} on"), only_run_in(tmp_path):
+            pass
+        first.kill()
+        first.wait()
+    with only_run_in(tmp_path):
+        pass
+    assert "a file system without locks (No locks available): a second run" in caplog.text
+
+
+def test_a_place_that_cannot_be_written_is_the_configs_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ConfigError, match="can't be written to: File exists"),
+        only_run_in(tmp_path / "file"),
+    ):
+        pass

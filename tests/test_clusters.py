@@ -1,0 +1,315 @@
+"""What ships for clusters: run here with stand-ins for the schedulers, and linted where a linter is.
+
+Each script or manifest has to start the processes of one run with the right numbers, to be started again
+after exit code 143 and only then, and to leave the processes the time that they need to save.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mptfoundry.cli import main
+
+ROOT = Path(__file__).parent.parent
+CLUSTERS = ROOT / "clusters"
+SCRIPTS = sorted(CLUSTERS.glob("*.sbatch"))
+MANIFESTS = sorted(CLUSTERS.glob("*.yaml"))
+STAND_INS = {
+    # Starts what it is given once for each task, one after another, as two machines of two devices would.
+    "srun": """
+        while [[ $1 == --* ]]; do shift; done
+        worst=0
+        for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
+          local_rank=$((rank % SLURM_NTASKS_PER_NODE)) node=$((rank / SLURM_NTASKS_PER_NODE))
+          SLURM_PROCID=$rank SLURM_LOCALID=$local_rank SLURM_NODEID=$node "$@"
+          code=$?
+          worst=$((code > worst ? code : worst))
+        done
+        exit $worst
+    """,
+    "scontrol": """
+        if [ "$1" = requeue ]; then echo "$2" >> "$NOTES/requeued"; else printf 'node-a\\nnode-b\\n'; fi
+    """,
+    "squeue": 'echo "${JOB_STATE:-RUNNING}"',
+    "composer": 'note_command composer "$@"',
+    "python": 'note_command python "$@"',
+}
+NOTE = f"""
+    note_command() {{
+      {sys.executable} -c 'import json, os, sys; print(json.dumps([dict(os.environ), sys.argv[1:]]))' "$@" \\
+        >> "$NOTES/commands"
+      return "${{EXIT_CODE:-0}}"
+    }}
+"""
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path) -> Path:
+    """A folder whose `bin` has the schedulers' commands; notes of what they were told lie in it."""
+    (tmp_path / "bin").mkdir()
+    for name, text in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/bash\n{NOTE}{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    return tmp_path
+
+
+def run(
+    stand_ins: Path, *words: str, **environment: str
+) -> tuple[int, list[tuple[dict[str, str], list[str]]]]:
+    """The exit code, and the environment and the words of each command that was started."""
+    path = f"{stand_ins}/bin{os.pathsep}{os.environ['PATH']}"
+    plain = {"PATH": path, "VENV": str(stand_ins), "NOTES": str(stand_ins), "HOME": str(stand_ins)}
+    done = subprocess.run(words, env={**plain, **environment}, cwd=ROOT, timeout=60)
+    notes = stand_ins / "commands"
+    return done.returncode, [tuple(json.loads(line)) for line in notes.read_text().splitlines()]
+
+
+def submit(script: Path, stand_ins: Path, *words: str, **environment: str) -> Any:
+    """Run a script as Slurm does on the first of two machines with two devices each."""
+    tasks_per_node = 2 if "direct" in script.name else 1
+    slurm = {"SLURM_JOB_ID": "41234", "SLURM_JOB_NODELIST": "node-[a-b]", "SLURM_NNODES": "2"}
+    slurm |= {"SLURM_GPUS_ON_NODE": "2", "SLURM_NTASKS": str(2 * tasks_per_node)}
+    slurm |= {"SLURM_NTASKS_PER_NODE": str(tasks_per_node)}
+    return run(stand_ins, "bash", str(script), *words, **slurm, **environment)
+
+
+def options_of(words: list[str]) -> dict[str, str]:
+    """`--name value` pairs of the launcher, before the script."""
+    before = words[1 : words.index("scripts/train.py")]
+    return dict(zip(before[::2], before[1::2], strict=True))
+
+
+def words_after(words: list[str]) -> list[str]:
+    return words[words.index("scripts/train.py") + 1 :]
+
+
+def pod_template() -> dict[str, Any]:
+    return job_spec()["template"]["spec"]
+
+
+def job_spec() -> dict[str, Any]:
+    manifest = yaml.safe_load((CLUSTERS / "kubernetes.yaml").read_text())
+    return manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+
+
+def seconds_of_the_launcher() -> int:
+    """How long the launcher waits before it kills, read in its source."""
+    spec = find_spec("composer")
+    assert spec is not None and spec.submodule_search_locations is not None
+    source = (Path(spec.submodule_search_locations[0]) / "cli/launcher.py").read_text()
+    found = re.search(r"CLEANUP_TIMEOUT = datetime.timedelta\(seconds=(\d+)\)", source)
+    assert found is not None
+    return int(found[1])
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *MANIFESTS], ids=lambda path: path.name)
+def test_what_it_names_exists(path: Path) -> None:
+    named = re.findall(r"(?<![\w/.-])((?:configs|scripts|clusters|docker)/[\w.-]*\w)", path.read_text())
+    assert named
+    for name in named:
+        assert (ROOT / name).exists(), name
+
+
+def test_slurm_starts_a_launcher_on_each_machine(stand_ins: Path) -> None:
+    said = ["configs/mpt-tiny.yaml", "save_folder=/shared/{run_name}", "run_name=a b"]
+    code, commands = submit(CLUSTERS / "slurm.sbatch", stand_ins, *said)
+    assert code == 0
+    for node, (_, words) in enumerate(commands):
+        assert words_after(words) == said
+        assert options_of(words) == {
+            "--nproc": "2",
+            "--world_size": "4",
+            "--node_rank": str(node),
+            "--master_addr": "node-a",
+            "--master_port": "21234",
+        }
+    assert len(commands) == 2
+
+
+def test_slurm_starts_each_process_where_there_is_no_launcher(stand_ins: Path) -> None:
+    said = ["configs/mpt-tiny.yaml", "run_name=a b"]
+    code, commands = submit(CLUSTERS / "slurm-direct.sbatch", stand_ins, *said)
+    assert code == 0
+    for rank, (environment, words) in enumerate(commands):
+        assert words == ["python", "scripts/train.py", *said]
+        numbers = {"RANK": rank, "LOCAL_RANK": rank % 2, "NODE_RANK": rank // 2}
+        numbers |= {"WORLD_SIZE": 4, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 21234}
+        assert {name: int(environment[name]) for name in numbers} == numbers
+        assert environment["MASTER_ADDR"] == "node-a"
+    assert len(commands) == 4
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    ("code", "state", "is_queued_again"),
+    [
+        (0, "RUNNING", False),
+        (1, "RUNNING", False),
+        (2, "RUNNING", False),
+        (143, "RUNNING", True),
+        (143, "COMPLETING", False),
+    ],
+)
+def test_slurm_queues_again_what_was_stopped_and_nothing_else(
+    script: Path, code: int, state: str, is_queued_again: bool, stand_ins: Path
+) -> None:
+    found, _ = submit(script, stand_ins, "configs/mpt-tiny.yaml", EXIT_CODE=str(code), JOB_STATE=state)
+    assert found == code
+    requeued = stand_ins / "requeued"
+    assert (requeued.read_text() if requeued.exists() else "") == ("41234\n" if is_queued_again else "")
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_a_signal_to_slurms_shell_does_not_keep_it_from_queueing_again(script: Path, stand_ins: Path) -> None:
+    (stand_ins / "bin" / "srun").write_text(f"#!/bin/bash\nkill -TERM $PPID\nsleep 0.2\n{STAND_INS['srun']}")
+    code, _ = submit(script, stand_ins, "configs/mpt-tiny.yaml", EXIT_CODE="143")
+    assert code == 143
+    assert (stand_ins / "requeued").read_text() == "41234\n"
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_slurm_leaves_the_time_to_save(script: Path) -> None:
+    options = dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?", script.read_text(), re.MULTILINE))
+    signal, _, seconds = options["signal"].partition("@")
+    assert signal == "TERM"
+    assert int(seconds) >= 2 * seconds_of_the_launcher()
+    assert "requeue" in options and options["open-mode"] == "append"
+
+
+def test_kubernetes_starts_a_launcher_in_each_pod(stand_ins: Path) -> None:
+    container = pod_template()["containers"][0]
+    given = {each["name"]: each["value"] for each in container["env"] if "value" in each}
+    assert set(given) == {"NODES", "GPUS"}
+    known = {**given, "JOBSET_NAME": "mpt", "JOB_COMPLETION_INDEX": "1"}
+    code, [(_, words)] = run(stand_ins, *container["command"], *container["args"], **known)
+    assert code == 0 and words_after(words) == container["args"]
+    devices, machines = int(given["GPUS"]), int(given["NODES"])
+    assert options_of(words) == {
+        "--nproc": str(devices),
+        "--world_size": str(devices * machines),
+        "--node_rank": "1",
+        "--master_addr": "mpt-node-0-0.mpt",
+        "--master_port": str(container["ports"][0]["containerPort"]),
+    }
+    assert int(container["resources"]["limits"]["nvidia.com/gpu"]) == devices
+    assert job_spec()["parallelism"] == job_spec()["completions"] == machines
+
+
+def test_kubernetes_starts_all_pods_again_unless_the_config_is_wrong() -> None:
+    manifest, job = yaml.safe_load((CLUSTERS / "kubernetes.yaml").read_text()), job_spec()
+    [rule] = job["podFailurePolicy"]["rules"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"]["operator"] == "In" and rule["onExitCodes"]["values"] == [2]
+    assert rule["onExitCodes"]["containerName"] == pod_template()["containers"][0]["name"]
+    assert job["backoffLimit"] == 0 and pod_template()["restartPolicy"] == "Never"
+    policy = manifest["spec"]["failurePolicy"]
+    assert policy["maxRestarts"] >= 100
+    assert [(each["action"], each["onJobFailureReasons"]) for each in policy["rules"]] == [
+        ("FailJobSet", ["PodFailurePolicy"])
+    ]
+
+
+def test_kubernetes_pods_have_time_shared_memory_and_the_images_user() -> None:
+    pod = pod_template()
+    assert pod["terminationGracePeriodSeconds"] >= 2 * seconds_of_the_launcher()
+    mounts = {each["mountPath"]: each["name"] for each in pod["containers"][0]["volumeMounts"]}
+    volumes = {each["name"]: each for each in pod["volumes"]}
+    assert set(mounts.values()) == set(volumes)
+    assert volumes[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
+    assert f"USER {pod['securityContext']['runAsUser']}\n" in (ROOT / "docker/Dockerfile").read_text()
+
+
+def test_skypilot_starts_a_launcher_on_each_machine_and_recovers_what_was_stopped(stand_ins: Path) -> None:
+    task = yaml.safe_load((CLUSTERS / "skypilot.yaml").read_text())
+    known = {"SKYPILOT_NUM_GPUS_PER_NODE": "2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    known |= {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", **task["envs"]}
+    text = task["run"].replace("$PWD/.venv", "$VENV")
+    code, [(_, words)] = run(stand_ins, "bash", "-c", text, **known)
+    assert code == 0
+    assert words_after(words) == [task["envs"]["CONFIG"], f"save_folder={task['envs']['RUNS']}/{{run_name}}"]
+    assert options_of(words) == {
+        "--nproc": "2",
+        "--world_size": "4",
+        "--node_rank": "1",
+        "--master_addr": "10.0.0.1",
+        "--master_port": "29500",
+    }
+    assert task["resources"]["job_recovery"]["recover_on_exit_codes"] == [143]
+
+
+def commands() -> list[list[str]]:
+    """The config and the words that each script or manifest trains with, or says that it may."""
+    task = yaml.safe_load((CLUSTERS / "skypilot.yaml").read_text())
+    found = [
+        pod_template()["containers"][0]["args"],
+        [task["envs"]["CONFIG"], "save_folder=s3://b/{run_name}"],
+    ]
+    for script in SCRIPTS:
+        [said] = re.findall(r"^#   sbatch .*\.sbatch (.*)$", script.read_text(), re.MULTILINE)
+        found.append(said.split())
+    return found
+
+
+@pytest.mark.parametrize("words", commands(), ids=lambda words: words[0])
+def test_every_command_describes_a_run(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(ROOT / words[0]), *words[1:]]) == 0
+
+
+def linter(name: str) -> str:
+    """The path of a linter; the test is left out where it is not installed."""
+    found = shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is not installed")
+    return found
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_has_nothing_to_say(script: Path) -> None:
+    subprocess.run([linter("shellcheck"), "--severity=style", script], check=True)
+
+
+@pytest.mark.parametrize("manifest", MANIFESTS, ids=lambda path: path.name)
+def test_yamllint_has_nothing_to_say(manifest: Path) -> None:
+    rules = "document-start: disable, line-length: {max: 110}, comments: {min-spaces-from-content: 1}"
+    subprocess.run(
+        [linter("yamllint"), "--strict", "-d", f"{{extends: default, rules: {{{rules}}}}}", manifest],
+        check=True,
+    )
+
+
+def test_kubernetes_knows_every_field_of_the_job(tmp_path: Path) -> None:
+    validate = linter("kubernetes-validate")
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "node"}, "spec": job_spec()}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job))
+    subprocess.run([validate, "--strict", tmp_path / "job.yaml"], check=True)
+
+
+def test_skypilot_reads_the_task(tmp_path: Path) -> None:
+    python = Path(linter("sky")).parent / "python"
+    read = "import sys, sky; task = sky.Task.from_yaml(sys.argv[1]); print(task.num_nodes)"
+    environment = {
+        **os.environ,
+        "HOME": str(tmp_path),
+        "PYTHONPATH": "",
+        "SKYPILOT_DISABLE_USAGE_COLLECTION": "1",
+    }
+    done = subprocess.run(
+        [python, "-c", read, CLUSTERS / "skypilot.yaml"],
+        env=environment,
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.split()[-1] == "2"

@@ -1,0 +1,42 @@
+"""Two ranks under the launcher, sharded, with all that makes it cheaper, train the model that one trains."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mptfoundry.callbacks.metrics_file import read_rows
+from mptfoundry.checkpoints.reading import open_model
+from mptfoundry.config.load import load_train_config
+from mptfoundry.train import train
+
+PLAIN = ("model.resid_pdrop=0", "max_duration=6ba", "save_interval=6ba")
+SHARDED = (
+    "fsdp_config={state_dict_type: sharded, activation_checkpointing: true, forward_prefetch: true, "
+    "backward_prefetch: BACKWARD_PRE}",
+    "model.activation_checkpointing_target={block: first-1, mlp: last-1}",
+)
+
+
+def result(folder: Path) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
+    rows = [row for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+    weights = {name: tensor.clone() for name, tensor in open_model(folder).tensors()}
+    return [[row[name] for row in rows] for name in ("loss", "grad_norm")], weights
+
+
+def test_two_sharded_ranks_train_the_model_that_one_trains(
+    tiny_run: Path, launch: Callable[..., Any], tmp_path: Path
+) -> None:
+    two = launch(tiny_run, "run_name=two", *PLAIN, *SHARDED, ranks=2)
+    train(load_train_config(tiny_run, ["run_name=one", *PLAIN])[0])
+    assert two.wait() == 0, two.printed
+    (measured, weights), (expected, alone) = result(tmp_path / "two"), result(tmp_path / "one")
+    assert len(measured[0]) == 6
+    for found, value in zip(measured, expected, strict=True):
+        assert found == pytest.approx(value, rel=1e-5)
+    for name, weight in alone.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-5, atol=1e-6)
