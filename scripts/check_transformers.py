@@ -44,7 +44,16 @@ def environment(folder: Path, version: str) -> Path:
         venv.create(folder, with_pip=True)
         own = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
         Path(own, "around.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    install = [str(python), "-m", "pip", "install", "--quiet", f"transformers=={version}", "accelerate", "peft"]
+    install = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        f"transformers=={version}",
+        "accelerate",
+        "peft",
+    ]
     subprocess.run(install, check=True)
     return python
 
