@@ -29,6 +29,7 @@ from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
 from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
 from mptfoundry.checkpoints.reading import ModelSource
+from mptfoundry.checkpoints.writing import whole_or_absent
 from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
@@ -204,7 +205,8 @@ def write_run_files(config: TrainConfig, folder: Path, tokenizer: Any) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config))
+        with whole_or_absent(folder / "config.yaml", overwrite=True) as unfinished:
+            unfinished.write_text(to_yaml(config))
         tokenizer.save_pretrained(folder / "tokenizer")
         if (upload := uploader(config)) is not None:
             for file in (folder / "config.yaml", *(folder / "tokenizer").iterdir()):
