@@ -232,8 +232,12 @@ def build_algorithms(config: TrainConfig) -> list[Algorithm]:
 
 
 def build_callbacks(config: TrainConfig, tokenizer: Any, run_folder: Path) -> list[Callback]:
-    """The callbacks that the config names; those that generate text or export are given the means to."""
-    given = {name: dict(kwargs) for name, kwargs in config.callbacks.items()}
+    """The callbacks that the config names; those that generate text or export are given the means to.
+
+    Losses are always judged, with the defaults where nothing is said of it.
+    """
+    given: dict[str, dict[str, Any]] = {"kill_loss_spike": {}}
+    given |= {name: dict(kwargs) for name, kwargs in config.callbacks.items()}
     if "generate_callback" in given:
         kwargs = given["generate_callback"]
         names = {field.name for field in fields(GenerateConfig)} - {"prompts"}

@@ -283,7 +283,7 @@ def estimate_memory(config: TrainConfig, device: Device, microbatch: int, precis
 
 
 def _kept_activations(model: AnyModelConfig, fsdp: FSDPConfig | None, adapters: int) -> int:
-    """Numbers for each token that blocks keep on the device for backward; adapters of one keep `adapters`."""
+    """Numbers for each token that all blocks keep on the device for backward; `adapters`: those of one."""
     whole = block_activations(model) + adapters
     if fsdp is None or not (fsdp.activation_checkpointing or fsdp.activation_cpu_offload):
         return model.n_layers * whole

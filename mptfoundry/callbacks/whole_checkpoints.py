@@ -55,6 +55,9 @@ class WholeCheckpoints(CheckpointSaver):
         in_background: Write while training goes on; otherwise training waits.
         options: Arguments of Composer's CheckpointSaver.
 
+    Attributes:
+        save_seconds: What the last checkpoint took until it was there, in seconds.
+
     Raises:
         CheckpointError: At `fit_start` or at a save: it would not fit on the disk. At the batch after a save:
             writing it failed. The checkpoints before it are as they were.
@@ -68,6 +71,7 @@ class WholeCheckpoints(CheckpointSaver):
         self.upload = upload
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
         self._writing: Future[None] | None = None
+        self.save_seconds = 0.0
         # Ranks that write together talk in a group of their own, beside what training says meanwhile.
         self._group: Any = None
 
@@ -115,8 +119,9 @@ class WholeCheckpoints(CheckpointSaver):
             writing.result()
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
-        started_at = time.monotonic()
+        called_at = time.monotonic()
         self.wait()
+        started_at = time.monotonic()
         self.last_checkpoint_batch = state.timestamp.batch
         is_sharded = bool(state.fsdp_sharded_state_dict_enabled)
         content = _content(state, self.ignore_keys, weights_only=self.weights_only)
@@ -128,12 +133,16 @@ class WholeCheckpoints(CheckpointSaver):
             if self._pool is not None:
                 content = _copied(content, _live(state))
             save = _Save(content, target, self._group, self.upload, self._tidy(state, target))
-            write = save.shards if is_sharded else save.file
+
+            def write() -> None:
+                save.shards() if is_sharded else save.file()
+                self.save_seconds = time.monotonic() - started_at
+
             if self._pool is not None:
                 self._writing = self._pool.submit(write)
             else:
                 write()
-        logger.log_metrics({"checkpoint/held_seconds": time.monotonic() - started_at})
+        logger.log_metrics({"checkpoint/held_seconds": time.monotonic() - called_at})
 
     def _name(self, state: State, *, is_sharded: bool) -> str:
         if not is_sharded:

@@ -185,6 +185,18 @@ class ImportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Show what works on this machine.
+
+    Attributes:
+        clean: Instead, remove the shared memory and temporary files that dead runs of this user left, and
+            list them. What a living process uses stays.
+    """
+
+    clean: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class GenerateConfig:
     """Continue a text, or talk.
 
