@@ -163,8 +163,6 @@ def build_model(
         network_config, device="meta" if on_meta else "cpu", seed=config.seed if is_drawn else None
     )
     recompute_activations(config, network)
-    if on_meta and not torch.cuda.is_available():
-        start_on_the_cpu(network)
     if config.compile_config is not None:
         options = {key: value for key, value in asdict(config.compile_config).items() if value}
         for block in network.transformer.blocks:
@@ -183,6 +181,8 @@ def build_model(
     if source is not None and (lora := config.model.peft_config) is not None:
         options, targets = asdict(lora), lora.targets(network_config)
         add_adapters(network, options, targets=targets, fingerprint=fingerprint(source), seed=config.seed)
+    if on_meta and not torch.cuda.is_available():
+        start_on_the_cpu(network)
     model = compose(
         network, tokenizer, seed=config.seed, extra_flops_per_token=config.learned.extra_flops_per_token
     )
