@@ -10,35 +10,44 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mptfoundry import __version__
-from mptfoundry.errors import ConfigError, MPTFoundryError
+from mptfoundry.errors import ConfigError, MPTFoundryError, RunStopped
+from mptfoundry.ranks import announce_failure, connect, rank, report, world_size
 
 if TYPE_CHECKING:
     from mptfoundry.config.run import TrainConfig
     from mptfoundry.config.verbs import GenerateConfig
 
 KEY = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
-SECONDS_TO_WAIT_FOR_RANK_0 = 10.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0, 1 (data, checkpoint ...), 2 (config) or 130 (Ctrl-C)."""
+    """Runs one verb and returns the exit code: 0, 1 (data, checkpoint ...), 2 (config), 130 (Ctrl-C), or 143
+    where a training was asked to stop."""
     words = list(sys.argv[1:] if argv is None else argv)
+    # The flag's usual form; a verb's own parser knows words alone.
+    words = ["clean=true" if word == "--clean" and words[0] == "doctor" else word for word in words]
     arguments = _parser(words).parse_args(words)
     if "GROUP_RANK" in os.environ:
         os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])  # torchrun's name for it
     try:
         VERBS[arguments.verb].run(arguments.words)
+    except RunStopped as stopped:
+        _leave_signals()
+        if rank() == 0:
+            print(stopped, file=sys.stderr, flush=True)
+        return stopped.exit_code
     except MPTFoundryError as error:
+        _leave_signals()
         if os.environ.get("MPTFOUNDRY_DEBUG") == "1":
             raise
-        _report(error)
+        report(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr)
@@ -46,14 +55,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         # The reader of our output, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except Exception as error:
+        _leave_signals()
+        announce_failure(connect(), repr(error), MPTFoundryError.exit_code)
+        raise
+    _leave_signals()
     return 0
 
 
+def _leave_signals() -> None:
+    """From here on the exit code stands, also where the launcher ends all ranks since one has ended."""
+    if world_size() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _train(words: list[str]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _stop_while_starting)
     config = _load_config(words)
     from mptfoundry.train import train
 
     train(config)
+
+
+def _stop_while_starting(number: int, frame: Any) -> None:
+    raise RunStopped(f"{signal.Signals(number).name}: stopped while starting; nothing had to be saved.")
 
 
 def _check(words: list[str]) -> None:
@@ -68,7 +94,7 @@ def _eval(words: list[str]) -> None:
     from mptfoundry.evaluate import evaluate, results_table
 
     results = evaluate(options)
-    if _rank() == 0:
+    if rank() == 0:
         print(results_table(results))
 
 
@@ -140,8 +166,12 @@ def _explain(words: list[str]) -> None:
 
 
 def _doctor(words: list[str]) -> None:
-    from mptfoundry.doctor import doctor, troubles
+    options = _options(words, "DoctorConfig")
+    from mptfoundry.doctor import clean, doctor, troubles
 
+    if options.clean:
+        print(clean())
+        return
     print(doctor())
     if troubles():
         raise MPTFoundryError("something that training needs is missing here; see above.")
@@ -250,7 +280,11 @@ VERBS = {
         "GenerateConfig",
     ),
     "doctor": Verb(
-        _doctor, "show what works on this machine, and why the rest does not", "", "mptfoundry doctor"
+        _doctor,
+        "show what works on this machine, and why the rest does not",
+        "[clean=true]",
+        "mptfoundry doctor",
+        "DoctorConfig",
     ),
 }
 
@@ -296,7 +330,7 @@ def _load_config(words: list[str]) -> TrainConfig:
     if not words or "=" in words[0]:
         raise ConfigError("no config named. Say which YAML file describes the run, before any key=value.")
     config, notes = load_train_config(words[0], words[1:])
-    if _rank() == 0:
+    if rank() == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
     return config
@@ -318,58 +352,6 @@ def _options(words: list[str], schema: str, *names: str, rest: str | None = None
     elif left:
         raise ConfigError(f"{left[0]}: is no key=value. Put = between a key and its value.")
     return parse_words([*named, *(word for word in words if KEY.match(word))], getattr(verbs, schema))
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
-
-
-def _report(error: MPTFoundryError) -> None:
-    """Prints an error once where all ranks share it, and with its rank where only one has it.
-
-    A config is the same on every rank, so rank 0 speaks for all. Later errors are told apart by way of the
-    store that the ranks met at.
-    """
-    rank, world_size = _rank(), int(os.environ.get("WORLD_SIZE", 1))
-    lines = [f"error: {line}" for line in str(error).splitlines() if line.strip()]
-    if world_size == 1:
-        print("\n".join(lines), file=sys.stderr)
-        return
-    store = _store()
-    if store is not None:
-        store.set(f"mptfoundry/error/{rank}", str(error))
-    if rank != 0 and (store is None or _same_as_rank_0(store, str(error))):
-        # Rank 0 says it. The launcher ends all ranks with the first one: let that be rank 0.
-        time.sleep(SECONDS_TO_WAIT_FOR_RANK_0)
-        return
-    is_shared = rank == 0 and (store is None or _all_report(store, str(error), world_size))
-    name = "" if is_shared else f"rank {rank}: "
-    print("\n".join(f"{name}{line}" for line in lines), file=sys.stderr, flush=True)
-
-
-def _store() -> Any:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.distributed.is_initialized():
-        return None
-    return torch.distributed.distributed_c10d._get_default_store()
-
-
-def _same_as_rank_0(store: Any, text: str) -> bool:
-    return _wait_for(store, ["mptfoundry/error/0"]) and store.get("mptfoundry/error/0").decode() == text
-
-
-def _all_report(store: Any, text: str, world_size: int) -> bool:
-    keys = [f"mptfoundry/error/{rank}" for rank in range(world_size)]
-    return _wait_for(store, keys) and all(store.get(key).decode() == text for key in keys)
-
-
-def _wait_for(store: Any, keys: list[str]) -> bool:
-    until = time.monotonic() + SECONDS_TO_WAIT_FOR_RANK_0
-    while time.monotonic() < until:
-        if store.check(keys):
-            return True
-        time.sleep(0.05)
-    return False
 
 
 if __name__ == "__main__":

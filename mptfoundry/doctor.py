@@ -21,6 +21,7 @@ from pathlib import Path
 
 from mptfoundry import __version__
 from mptfoundry.devices import GIB, Device, launcher_device, visible_gpus
+from mptfoundry.leftovers import find_leftovers, remove_leftovers
 from mptfoundry.mpt.backends import choose_backend, why_not
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision
@@ -40,6 +41,7 @@ _PACKAGES: dict[str, str | None] = {
     "triton": "kernels of our own on NVIDIA GPUs; comes with torch on Linux",
     "flash-attn": "attn_impl: flash; pip install --no-build-isolation 'mptfoundry[flash]'",
     "peft": "LoRA; pip install 'mptfoundry[peft]'",
+    "bitsandbytes": "LoRA beside 8 or 4 bits; pip install 'mptfoundry[bitsandbytes]'",
 }
 _HUB_TIMEOUT_SECONDS = 3.0
 
@@ -63,6 +65,15 @@ def doctor() -> str:
     head = f"mptfoundry {__version__}, Python {platform.python_version()}, {platform.platform()}"
     blocks = ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items()]
     return "\n\n".join([head, *blocks])
+
+
+def clean() -> str:
+    """Removes what dead runs left; the list that `mptfoundry doctor clean=true` prints."""
+    found = find_leftovers()
+    gone = remove_leftovers(found)
+    lines = [f"removed {each.path}, {each.bytes:,} bytes" for each in gone]
+    lines += [f"{each.path} can't be removed" for each in found if each not in gone]
+    return "\n".join(lines or ["dead runs left nothing here"])
 
 
 def troubles() -> list[str]:
@@ -195,14 +206,14 @@ def _traps(device: Device) -> list[str]:
         if _numbers(triton) >= (3, 6) and _numbers(numpy) >= (2, 4):
             lines.append(f"Triton {triton}'s interpreter crashes with numpy {numpy}. Use numpy below 2.4.")
     shared = Path("/dev/shm")
-    if shared.is_dir():
-        if shutil.disk_usage(shared).total < GIB:
-            lines.append(
-                "Shared memory is small: start the container with --shm-size=8g, or use num_workers 0."
-            )
-        left = sum(1 for path in shared.iterdir() if re.match(r"\d{6}_", path.name))
-        if left:
-            lines.append(f"{left} blocks of streaming runs, living or dead, are in shared memory.")
+    if shared.is_dir() and shutil.disk_usage(shared).total < GIB:
+        lines.append("Shared memory is small: start the container with --shm-size=8g, or use num_workers 0.")
+    if left := find_leftovers():
+        size = sum(each.bytes for each in left)
+        lines.append(
+            f"{len(left)} blocks and files of dead runs are left, {size / 2**20:.1f} MiB. The next run "
+            "removes them, and so does: mptfoundry doctor clean=true"
+        )
     if 0 < _open_files()[0] < 1024:
         lines.append("Few files may be open at once; raise it for data sets of many shards: ulimit -n 4096")
     return lines

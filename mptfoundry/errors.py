@@ -31,3 +31,13 @@ class DataError(MPTFoundryError):
 
 class CheckpointError(MPTFoundryError):
     """A checkpoint or an exported folder is missing, damaged, or doesn't fit the model."""
+
+
+class TrainingError(MPTFoundryError):
+    """The training can't go on: its numbers are not finite, its loss left all bounds, a rank is silent."""
+
+
+class RunStopped(Exception):
+    """The run was asked to stop, and did; its text says how it goes on. Schedulers start 143 again."""
+
+    exit_code = 143

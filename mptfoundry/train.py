@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from composer import Trainer
-from composer.core import Callback, Time
+from composer.core import Callback, Event, Time
 from composer.loggers import LoggerDestination
 from composer.utils import dist
 
@@ -23,17 +24,23 @@ from mptfoundry.callbacks.gloo_average import AverageGradients
 from mptfoundry.callbacks.metrics_file import MetricsFile
 from mptfoundry.callbacks.report import write_report
 from mptfoundry.callbacks.resume import Resume
+from mptfoundry.callbacks.step_guard import EvaluationLeft, StepGuard
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
+from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
 from mptfoundry.checkpoints.reading import ModelSource
-from mptfoundry.config.load import to_yaml
+from mptfoundry.checkpoints.writing import whole_or_absent
+from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
-from mptfoundry.errors import ConfigError
+from mptfoundry.errors import ConfigError, RunStopped
+from mptfoundry.leftovers import clean_start
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
+from mptfoundry.ranks import RankWatch
 from mptfoundry.resolve import Resolved, resolve_auto
 from mptfoundry.resuming import Start, found_start, held_folder, run_folder, uploader
+from mptfoundry.signals import StopSignals
 
 # Said by Composer of what is meant so: the last batch of an evaluation is smaller than the others, and
 # `eval_subset_num_batches` is a limit that a short evaluation does not reach. The last is PyTorch's own use.
@@ -52,28 +59,70 @@ def train(config: TrainConfig) -> Trainer:
 
     Raises:
         ConfigError, DataError, CheckpointError: Something that the config names is missing or doesn't fit.
+        TrainingError: The numbers are not finite, or a rank is silent.
+        RunStopped: SIGTERM or SIGINT came; what was trained is saved.
     """
+    refuse_redacted(config)
     device = detect_device()
     resolved = resolve_auto(config, device)
-    set_up_process(config, device)
-    folder = run_folder(config)
-    with held_folder(folder):
-        with found_start(config) as start:
-            trainer = build_trainer(config, resolved, device, start)
-        if _is_finished(trainer):
-            say(f"{config.run_name} is finished: {trainer.state.timestamp.batch.value} batches are done.")
-        else:
-            if config.eval_first and trainer.state.timestamp.batch == 0:
-                trainer.eval()
-            trainer.fit()
-        trainer.close()
-        if dist.get_global_rank() == 0:
-            facts = {"model": config.model.name, "parameters": f"{count_parameters(config.model):,}"}
-            say(f"report: {write_report(folder, facts=facts)}")
+    watch = RankWatch(config.dist_timeout)
+    is_first_here = dist.get_local_rank() == 0
+    with (
+        StopSignals(speaks=dist.get_global_rank() == 0, failure=watch.failure) as signals,
+        clean_start() if is_first_here else ExitStack() as starting,
+    ):
+        set_up_process(config, device)
+        with watch, watch.explained(), held_folder(run_folder(config)):
+            guard = StepGuard(signals, watch)
+            with found_start(config) as start:
+                trainer = build_trainer(config, resolved, device, start, guard)
+            starting.close()
+            if _is_finished(trainer) and not guard.owes_evaluation:
+                say(f"{config.run_name} is finished: {trainer.state.timestamp.batch.value} batches are done.")
+            else:
+                fit(trainer, config, guard)
+            trainer.close()
+            if dist.get_global_rank() == 0:
+                facts = {"model": config.model.name, "parameters": f"{count_parameters(config.model):,}"}
+                say(f"report: {write_report(run_folder(config), facts=facts)}")
     return trainer
 
 
-def build_trainer(config: TrainConfig, resolved: Resolved, device: Device, start: Start) -> Trainer:
+def fit(trainer: Trainer, config: TrainConfig, guard: StepGuard) -> None:
+    """Trains to the run's end. Raises RunStopped where it was asked to stop before; all is saved then."""
+    state = trainer.state
+    with guard.signals.answered_by_training():
+        try:
+            if guard.owes_evaluation or (config.eval_first and state.timestamp.batch == 0):
+                trainer.eval()
+                guard.owes_evaluation = False
+            if not _is_finished(trainer):
+                trainer.fit()
+        except EvaluationLeft:
+            # The evaluation comes before the place where Composer saves.
+            state.set_dataloader(state.train_dataloader, "train")
+            state.stop_training()
+            trainer.engine.run_event(Event.BATCH_CHECKPOINT)
+        if not guard.is_stopping:
+            return
+        trainer.close()
+    raise RunStopped(_how_it_goes_on(trainer, config, guard))
+
+
+def _how_it_goes_on(trainer: Trainer, config: TrainConfig, guard: StepGuard) -> str:
+    who, batch = guard.signals.requested or "a signal to another rank", trainer.state.timestamp.batch.value
+    stopped = f"{who}: {config.run_name} stopped after batch {batch}"
+    if config.save_folder is None:
+        return f"{stopped}. Nothing is kept of it, since save_folder is null: the next start begins anew."
+    kept = f"{stopped}; its checkpoint is in {config.save_folder.format(run_name=config.run_name)}"
+    if config.resumes:
+        return f"{kept}. The same command goes on."
+    return f"{kept}. autoresume is off: name the checkpoint in load_path to go on."
+
+
+def build_trainer(
+    config: TrainConfig, resolved: Resolved, device: Device, start: Start, guard: StepGuard
+) -> Trainer:
     """Composer's Trainer, with all that the config describes, standing where the run starts."""
     folder = run_folder(config)
     if start.is_own:
@@ -81,15 +130,21 @@ def build_trainer(config: TrainConfig, resolved: Resolved, device: Device, start
     say(summary_table(config, device))
     source = starting_model(config, start)
     if source is not None:
-        say(f"weights: from {source.path}; the optimizer starts new")
+        what = "; the optimizer starts new" if config.model.peft_config is None else ", beside the adapters"
+        say(f"weights: from {source.path}{what}")
     build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
     train_loader = loaders.build_train_loader(config, resolved, device, tokenizer)
     evaluators = loaders.build_eval_loaders(config, resolved, tokenizer)
     model = build.build_model(config, resolved, tokenizer, source)
     write_run_files(config, folder, tokenizer)
-    throughput = Throughput(config.model.network(), peak_flops=device.peak_flops)
+    throughput = Throughput(
+        config.model.network(),
+        peak_flops=device.peak_flops,
+        extra_flops_per_token=config.learned.extra_flops_per_token,
+    )
     given = build.build_callbacks(config, tokenizer, folder)
+    own = [guard, throughput, AverageGradients()]
     trainer = Trainer(
         model=model,
         train_dataloader=train_loader,
@@ -97,11 +152,14 @@ def build_trainer(config: TrainConfig, resolved: Resolved, device: Device, start
         optimizers=build.build_optimizer(config, model),
         schedulers=build.build_scheduler(config),
         algorithms=build.build_algorithms(config),
-        callbacks=[throughput, AverageGradients(), *given, *_checkpointing(config, folder, start, source)],
+        callbacks=[*own, *given, *_checkpointing(config, folder, start, source)],
         loggers=[*build.build_loggers(config), *_own_loggers(config, folder)],
         parallelism_config=build.build_parallelism(config, device),
         **_plain_arguments(config, resolved, device),
     )
+    if source is not None and config.model.peft_config is not None:
+        buffers = trainer.state.model.named_buffers()
+        check_base(source, next(value for name, value in buffers if name.endswith(FINGERPRINT)))
     build.prefetch_weights(config, model)
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": to_yaml(config)})
@@ -110,10 +168,13 @@ def build_trainer(config: TrainConfig, resolved: Resolved, device: Device, start
 
 def starting_model(config: TrainConfig, start: Start) -> ModelSource | None:
     """The model whose weights the run takes; None where they are new, or come with a checkpoint."""
-    if start.is_own:
+    has_adapters = config.model.peft_config is not None
+    if start.is_own and not has_adapters:
         return None
     if config.model.takes_weights:
         return build.open_pretrained(config.model)
+    if start.is_own and config.load_path:
+        return build.open_base(config, Path(config.load_path.format(rank=0, run_name=config.run_name)))
     return build.open_base(config, start.checkpoint) if start.checkpoint else None
 
 
@@ -144,8 +205,12 @@ def write_run_files(config: TrainConfig, folder: Path, tokenizer: Any) -> None:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config))
+        with whole_or_absent(folder / "config.yaml", overwrite=True) as unfinished:
+            unfinished.write_text(to_yaml(config))
         tokenizer.save_pretrained(folder / "tokenizer")
+        if (upload := uploader(config)) is not None:
+            for file in (folder / "config.yaml", *(folder / "tokenizer").iterdir()):
+                upload(file, str(file.relative_to(folder)))
     except OSError as error:
         raise ConfigError(
             f"save_folder: {folder} can't be written to: {error.strerror}. Use a folder of yours on a disk "
@@ -165,7 +230,7 @@ def _checkpointing(
     config: TrainConfig, folder: Path, start: Start, source: ModelSource | None
 ) -> Iterator[Callback]:
     """What loads the checkpoint that the run starts from, and what saves those to come."""
-    if start.checkpoint is not None and source is None:
+    if start.checkpoint is not None and (start.is_own or source is None):
         # What the config says of loading is meant for the checkpoint that it names.
         yield Resume(
             start.checkpoint,
@@ -182,7 +247,8 @@ def _checkpointing(
             filename=config.save_filename,
             latest_filename=config.latest_filename,
             save_interval=config.save_interval,
-            overwrite=config.save_overwrite,
+            # What lies further on than a start of the run's own was damaged, and passed over on request.
+            overwrite=config.save_overwrite or start.is_own,
             num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
             weights_only=config.save_weights_only,
             ignore_keys=config.save_ignore_keys and list(config.save_ignore_keys),

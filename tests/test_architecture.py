@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mptfoundry"
 FLOORS = [
-    ["errors", "mpt"],
+    ["errors", "mpt", "ranks", "signals", "leftovers"],
     ["config", "devices", "resolve", "plan", "tokenizer", "checkpoints"],
     ["models", "data", "optim", "callbacks", "evals", "generation", "export"],
     ["build", "loaders", "resuming"],

@@ -34,6 +34,7 @@ from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_chec
 from mptfoundry.checkpoints.names import checkpoints_in, progress_of, why_not_whole
 from mptfoundry.checkpoints.sharded import METADATA
 from mptfoundry.checkpoints.writing import point, remove, whole_or_absent
+from mptfoundry.config.learned import ADAPTER
 from mptfoundry.errors import CheckpointError
 
 # Moments of the optimizers that a config names; before the first step they are not there to be counted.
@@ -54,6 +55,9 @@ class WholeCheckpoints(CheckpointSaver):
         in_background: Write while training goes on; otherwise training waits.
         options: Arguments of Composer's CheckpointSaver.
 
+    Attributes:
+        save_seconds: What the last checkpoint took until it was there, in seconds.
+
     Raises:
         CheckpointError: At `fit_start` or at a save: it would not fit on the disk. At the batch after a save:
             writing it failed. The checkpoints before it are as they were.
@@ -67,6 +71,7 @@ class WholeCheckpoints(CheckpointSaver):
         self.upload = upload
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
         self._writing: Future[None] | None = None
+        self.save_seconds = 0.0
         # Ranks that write together talk in a group of their own, beside what training says meanwhile.
         self._group: Any = None
 
@@ -79,7 +84,11 @@ class WholeCheckpoints(CheckpointSaver):
         if not self.overwrite:
             _agree(lambda: self._refuse_later_ones(int(state.timestamp.batch)))
         moments = 0 if self.weights_only else sum(_MOMENTS.get(type(o).__name__, 0) for o in state.optimizers)
-        self._refuse_what_does_not_fit(list(state.model.parameters()), state, copies=1 + moments)
+        parameters = dict(state.model.named_parameters())
+        learned = [each for each in parameters.values() if each.requires_grad]
+        # Adapters are saved without the base that they stand beside.
+        kept = learned if any(ADAPTER in name for name in parameters) else list(parameters.values())
+        self._refuse_what_does_not_fit(kept + moments * learned, state)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """End the run if the checkpoint that was being written could not be."""
@@ -110,8 +119,9 @@ class WholeCheckpoints(CheckpointSaver):
             writing.result()
 
     def _save_checkpoint(self, state: State, logger: Logger) -> None:
-        started_at = time.monotonic()
+        called_at = time.monotonic()
         self.wait()
+        started_at = time.monotonic()
         self.last_checkpoint_batch = state.timestamp.batch
         is_sharded = bool(state.fsdp_sharded_state_dict_enabled)
         content = _content(state, self.ignore_keys, weights_only=self.weights_only)
@@ -123,12 +133,16 @@ class WholeCheckpoints(CheckpointSaver):
             if self._pool is not None:
                 content = _copied(content, _live(state))
             save = _Save(content, target, self._group, self.upload, self._tidy(state, target))
-            write = save.shards if is_sharded else save.file
+
+            def write() -> None:
+                save.shards() if is_sharded else save.file()
+                self.save_seconds = time.monotonic() - started_at
+
             if self._pool is not None:
                 self._writing = self._pool.submit(write)
             else:
                 write()
-        logger.log_metrics({"checkpoint/held_seconds": time.monotonic() - started_at})
+        logger.log_metrics({"checkpoint/held_seconds": time.monotonic() - called_at})
 
     def _name(self, state: State, *, is_sharded: bool) -> str:
         if not is_sharded:
@@ -160,9 +174,9 @@ class WholeCheckpoints(CheckpointSaver):
                     "another run_name."
                 )
 
-    def _refuse_what_does_not_fit(self, content: Any, state: State, copies: int = 1) -> None:
-        """Raise CheckpointError on all ranks if `copies` of the content take more than is free."""
-        needed = copies * sum(tensor.numel() * tensor.element_size() for tensor in _tensors(content))
+    def _refuse_what_does_not_fit(self, content: Any, state: State) -> None:
+        """Raise CheckpointError on all ranks if the content takes more than is free."""
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(content))
         if self.upload is not None and state.fsdp_sharded_state_dict_enabled:
             needed = needed * dist.get_local_world_size() // dist.get_world_size()
 

@@ -19,8 +19,10 @@ from mptfoundry.config.reading import read_document
 from mptfoundry.config.rules import tokens_of
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.schema import default_of
+from mptfoundry.config.secrets import REDACTED, redacted, redactions
 from mptfoundry.config.signatures import PACKAGES
 from mptfoundry.config.walk import build
+from mptfoundry.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -61,9 +63,20 @@ def parse_words(words: Sequence[str], schema: type[T], path: str | Path | None =
 def to_yaml(config: Any) -> str:
     """A configuration as YAML text that loads to an equal one.
 
-    Fields that are None by default and permissions of the command line are left out.
+    Fields that are None by default and permissions of the command line are left out, and secrets replaced.
     """
-    return OmegaConf.to_yaml(OmegaConf.create(_plain(config)))
+    return OmegaConf.to_yaml(OmegaConf.create(redacted(_plain(config))))
+
+
+def refuse_redacted(config: Any) -> None:
+    """Raise ConfigError where a run would be started with what stands for a secret in a saved config."""
+    problems = [
+        f"{'.'.join(path)}: {REDACTED} stands for a secret, which is not saved with a run. Give it on the "
+        "command line, or name the file that the run was first started with."
+        for path in redactions(_plain(config))
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _plain(value: Any) -> Any:

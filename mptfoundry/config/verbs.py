@@ -135,6 +135,8 @@ class ExportConfig:
         out: The folder to write.
         format: `native`: stock transformers loads it; `custom`: with the network's code, for every model.
             `auto`: native where transformers' own classes express the model.
+        adapter: Adapters of a LoRA run are added to its base's weights (`merged`), or written alone as a
+            PEFT folder (`separate`).
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: the run's.
         run_folder: Local folder of the run, for a remote checkpoint without config and tokenizer beside it.
         dtype: Number format of the weights.
@@ -146,6 +148,7 @@ class ExportConfig:
     model: str
     out: str
     format: Literal["auto", "native", "custom"] = "auto"
+    adapter: Literal["merged", "separate"] = "merged"
     tokenizer: str | None = None
     run_folder: str | None = None
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -179,6 +182,18 @@ class ImportConfig:
     tokenizer: str | None = None
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
     overwrite: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """Show what works on this machine.
+
+    Attributes:
+        clean: Instead, remove the shared memory and temporary files that dead runs of this user left, and
+            list them. What a living process uses stays.
+    """
+
+    clean: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

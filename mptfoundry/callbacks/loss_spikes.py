@@ -1,0 +1,104 @@
+"""Losses that leave what the batches before them had, as llm-foundry's `kill_loss_spike` finds them.
+
+An *outlier* is a loss of at least `outlier_multiplier` times the mean of the last `window_size`; a *spike* is
+more than `patience` of them in a row. The window is saved with a checkpoint, so that a resumed run judges as
+one that was never stopped.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from composer.core import Callback
+
+from mptfoundry.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to be said of a batch's loss, and done about it, before the weights change."""
+
+    text: str
+    stops: bool = False
+    skips: bool = False
+
+
+class LossSpikes(Callback):
+    """Judges the loss of each batch, once the window is full.
+
+    Args:
+        log_only: Say it and train on; otherwise a spike, or a loss that stays high, ends the run.
+        patience: Outliers in a row that are no spike yet.
+        outlier_multiplier: How many times the mean of the window is out of bounds.
+        window_size: Batches of the window.
+        loss_cap: A loss above it in half of the window's batches, past the first two windows, stays high.
+        skip_batch: Leave out the step of each outlier: weights and moments stay as they are.
+    """
+
+    def __init__(
+        self,
+        log_only: bool = True,
+        patience: int = 4,
+        outlier_multiplier: float = 2.0,
+        window_size: int = 100,
+        loss_cap: float = 10.0,
+        skip_batch: bool = False,
+    ) -> None:
+        for name, value, least in (("patience", patience, 0), ("window_size", window_size, 2)):
+            if value < least:
+                raise ConfigError(
+                    f"callbacks.kill_loss_spike.{name}: {value} is too small. Use {least} or more."
+                )
+        if outlier_multiplier <= 1:
+            raise ConfigError(
+                f"callbacks.kill_loss_spike.outlier_multiplier: {outlier_multiplier} makes every loss an "
+                "outlier. Use a number above 1."
+            )
+        self.log_only = log_only
+        self.patience = patience
+        self.outlier_multiplier = outlier_multiplier
+        self.loss_cap = loss_cap
+        self.skip_batch = skip_batch
+        self._window: deque[float] = deque(maxlen=window_size)
+        self._in_a_row = 0
+        self._batches = 0
+        self._is_high = False
+
+    def judge(self, loss: float) -> Verdict | None:
+        """Take the loss of the next batch; None where nothing is to be said of it."""
+        self._batches += 1
+        size = self._window.maxlen or 0
+        mean = fmean(self._window) if len(self._window) == size else None
+        is_outlier = mean is not None and loss >= self.outlier_multiplier * mean
+        self._in_a_row = self._in_a_row + 1 if is_outlier else 0
+        if not (is_outlier and self.skip_batch):
+            self._window.append(loss)
+        if is_outlier:
+            is_spike = self._in_a_row > self.patience
+            text = (
+                f"loss spike: {loss:.4g} is at least {self.outlier_multiplier:g} times the mean of the last "
+                f"{size} batches, {mean:.4g}; {self._in_a_row} in a row"
+            )
+            return Verdict(text, stops=is_spike and not self.log_only, skips=self.skip_batch)
+        was_high, self._is_high = self._is_high, self._stays_high()
+        if self._is_high and not (was_high and self.log_only):
+            text = f"high loss: half of the last {size} batches or more were above {self.loss_cap:g}"
+            return Verdict(text, stops=not self.log_only)
+        return None
+
+    def _stays_high(self) -> bool:
+        size = self._window.maxlen or 0
+        high = sum(loss > self.loss_cap for loss in self._window)
+        return self._batches > 2 * size and high >= size / 2
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window, for a checkpoint."""
+        return {"window": list(self._window), "in_a_row": self._in_a_row, "batches": self._batches}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with a checkpoint's window."""
+        self._window.extend(state["window"])
+        self._in_a_row, self._batches = state["in_a_row"], state["batches"]

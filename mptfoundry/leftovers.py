@@ -1,0 +1,145 @@
+"""What dead runs left in shared memory and in the temporary folder, and its removal.
+
+A process that is killed cannot tidy up. Its blocks of shared memory stay, and so do the locks that streaming
+leaves even otherwise; streaming counts past each, so that every start takes a little longer. What is here
+belongs to nobody: no process has it mapped or open. The blocks and locks of one data set, `000017_*`, stay or
+go together. Only what belongs to this user is looked at.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+SHARED_MEMORY, PROCESSES = Path("/dev/shm"), Path("/proc")
+# Names of streaming's, by whose number a data set is known; torch's, which hold the process; the launcher's.
+_BLOCK = re.compile(
+    r"(\d{6})_(locals|barrier|next_epoch|cache_usage|shard_states|shard_access_times|resume|epoch_shape|epoch_data)"
+)
+_LOCK = re.compile(r"(\d{6})_(barrier|cache)_filelock")
+_TENSOR = re.compile(r"torch_(\d+)_\d+_\d+")
+_LOG = re.compile(r"rank\d+\.std(out|err)\.txt")
+_SOCKETS = PROCESSES / "net" / "unix"
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A file or a folder that no living process uses."""
+
+    path: Path
+    bytes: int
+
+
+def find_leftovers() -> list[Leftover]:
+    """What dead processes of this user left here, by path; nothing where processes can't be looked at."""
+    if not (PROCESSES / "self" / "fd").is_dir():
+        return []
+    candidates = sorted({*_in_shared_memory(), *_in_temporary_folder()})
+    # Looked at last: what came into use meanwhile is then seen in use.
+    used = _used_files()
+    living = {_number(Path(path).name) for path in used} - {None}
+    return [
+        Leftover(path, _size(path))
+        for path in candidates
+        if not any(str(file) in used for file in _files(path)) and _number(path.name) not in living
+    ]
+
+
+def remove_leftovers(found: Iterable[Leftover]) -> list[Leftover]:
+    """Remove them; returns what is gone now."""
+    gone = []
+    for leftover in found:
+        if leftover.path.is_dir():
+            shutil.rmtree(leftover.path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                leftover.path.unlink()
+        if not leftover.path.exists():
+            gone.append(leftover)
+    return gone
+
+
+def clean_start() -> contextlib.ExitStack:
+    """Remove leftovers before a run opens its data; to be closed when that is done.
+
+    The ranks of a run look for a free number one after the other, and have to find the same. So nothing is
+    removed while another run on this machine starts, and what is returned keeps others from it. Called on one
+    rank of a machine, before the ranks meet.
+    """
+    starts = contextlib.ExitStack()
+    with contextlib.suppress(OSError):
+        place = Path(tempfile.gettempdir()) / f"mptfoundry-{os.getuid()}.lock"
+        file = starts.enter_context(os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)))
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_leftovers(find_leftovers())
+        fcntl.flock(file, fcntl.LOCK_SH)
+    return starts
+
+
+def _in_shared_memory() -> Iterator[Path]:
+    for path in _owned(SHARED_MEMORY):
+        tensor = _TENSOR.fullmatch(path.name)
+        if _BLOCK.fullmatch(path.name) or (tensor and not (PROCESSES / tensor[1]).exists()):
+            yield path
+
+
+def _in_temporary_folder() -> Iterator[Path]:
+    sockets = _SOCKETS.read_text() if _SOCKETS.exists() else None
+    for path in _owned(Path(tempfile.gettempdir())):
+        if path.is_dir():
+            inside = list(_owned(path))
+            is_log = path.name.startswith("tmp") and all(_LOG.fullmatch(each.name) for each in inside)
+            # Where the workers of a loader hand over tensors; a socket that is listed has somebody behind it.
+            is_meeting = path.name.startswith("pymp-") and all(each.is_socket() for each in inside)
+            is_dead = is_meeting and sockets is not None and not any(str(each) in sockets for each in inside)
+            if inside and (is_log or is_dead):
+                yield path
+        elif _LOCK.fullmatch(path.name):
+            yield path
+
+
+def _owned(folder: Path) -> Iterator[Path]:
+    with contextlib.suppress(OSError):
+        for path in folder.iterdir():
+            with contextlib.suppress(OSError):
+                if path.lstat().st_uid == os.getuid() and not path.is_symlink():
+                    yield path
+
+
+def _files(path: Path) -> list[Path]:
+    return list(path.iterdir()) if path.is_dir() else [path]
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return sum(each.lstat().st_size for each in _files(path))
+    return 0
+
+
+def _number(name: str) -> str | None:
+    found = _BLOCK.fullmatch(name) or _LOCK.fullmatch(name)
+    return found[1] if found else None
+
+
+def _used_files() -> set[str]:
+    """Every file that a process has open or mapped, of the processes that this user may look at."""
+    used = set()
+    for process in PROCESSES.glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            for line in (process / "maps").read_text().splitlines():
+                place = line.split(maxsplit=5)
+                if len(place) == 6 and place[5].startswith("/"):
+                    used.add(place[5])
+        with contextlib.suppress(OSError):
+            for link in (process / "fd").iterdir():
+                with contextlib.suppress(OSError):
+                    used.add(str(link.readlink()))
+    return used

@@ -1,0 +1,251 @@
+"""What ranks know of one another beside their collectives: who has failed, and who is silent.
+
+All of it goes through the store at which the ranks have met, over a connection of its own, so it works while
+the main thread waits. Words: a *beat* is what a rank tells every few seconds: its batch, and where its main
+thread is. A rank whose beats stop is lost; one that beats and is not in a collective while the others wait
+there is late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import sys
+import sysconfig
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from mptfoundry.errors import MPTFoundryError, TrainingError
+
+FAILURE, BEAT = "mptfoundry/failure", "mptfoundry/beat"
+SECONDS_TO_WAIT_FOR_RANK_0 = 10.0
+_LONGEST_SECONDS_BETWEEN_BEATS = 5.0
+# Said by gloo, NCCL and the store when a collective comes to no end.
+_COMMUNICATION = re.compile(r"gloo|NCCL|ProcessGroup|TCPStore|Connection (closed|reset|refused)|Broken pipe")
+_LIBRARIES = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"])
+_COLLECTIVES = ("torch/distributed/", "torch/autograd/graph.py")
+
+
+def rank() -> int:
+    """This process's number among all."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def connect() -> Any:
+    """A connection to the store; None where a process is alone, hasn't met the others, or they are gone."""
+    torch = sys.modules.get("torch")
+    if world_size() == 1 or torch is None or not torch.distributed.is_initialized():
+        return None
+    with contextlib.suppress(RuntimeError, KeyError):
+        return torch.distributed.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=10),
+        )
+    return None
+
+
+def announce_failure(store: Any, text: str, exit_code: int) -> None:
+    """Tell the other ranks that this one ends with an error, and which; without a store there is nobody."""
+    if store is None:
+        return
+    with contextlib.suppress(RuntimeError):
+        store.set(f"{FAILURE}/{rank()}", text)
+        store.set(f"{FAILURE}/code/{rank()}", str(exit_code))
+
+
+def failure_text(store: Any, number: int) -> str | None:
+    """The error that a rank has announced."""
+    key = f"{FAILURE}/{number}"
+    with contextlib.suppress(RuntimeError):
+        return store.get(key).decode() if store.check([key]) else None
+    return None
+
+
+def report(error: MPTFoundryError) -> None:
+    """Prints an error once where all ranks share it, and with its rank where only one has it.
+
+    A config is the same on every rank, so rank 0 speaks for all. Later errors are told apart by way of the
+    store that the ranks met at.
+    """
+    lines = [f"error: {line}" for line in str(error).splitlines() if line.strip()]
+    if world_size() == 1:
+        print("\n".join(lines), file=sys.stderr)
+        return
+    store = connect()
+    announce_failure(store, str(error), error.exit_code)
+    if rank() != 0 and (store is None or _same_as_rank_0(store, str(error))):
+        # Rank 0 says it. The launcher ends all ranks with the first one: let that be rank 0.
+        time.sleep(SECONDS_TO_WAIT_FOR_RANK_0)
+        return
+    is_shared = rank() == 0 and (store is None or _all_report(store, str(error)))
+    name = "" if is_shared else f"rank {rank()}: "
+    print("\n".join(f"{name}{line}" for line in lines), file=sys.stderr, flush=True)
+
+
+def _same_as_rank_0(store: Any, text: str) -> bool:
+    return _wait_for(store, [0]) and failure_text(store, 0) == text
+
+
+def _all_report(store: Any, text: str) -> bool:
+    ranks = range(world_size())
+    return _wait_for(store, ranks) and all(failure_text(store, each) == text for each in ranks)
+
+
+def _wait_for(store: Any, ranks: Iterable[int]) -> bool:
+    until = time.monotonic() + SECONDS_TO_WAIT_FOR_RANK_0
+    while time.monotonic() < until:
+        if all(failure_text(store, each) is not None for each in ranks):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+class RankWatch:
+    """Beats for this rank, as a context, and says which ranks are silent.
+
+    Args:
+        timeout: Seconds that a collective waits for all ranks.
+
+    Attributes:
+        batch: How many batches this rank has done.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.batch: Callable[[], int] = lambda: 0
+        self._seconds = min(_LONGEST_SECONDS_BETWEEN_BEATS, timeout / 5)
+        self._store: Any = None
+        self._has_waited = False
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> RankWatch:
+        self._store = connect()
+        if self._store is not None:
+            self._thread = threading.Thread(target=self._beat, name="beats", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._ended.set()
+
+    def failure(self) -> int | None:
+        """The exit code of another rank that has announced an error; None while there is none."""
+        if self._store is None:
+            return None
+        with contextlib.suppress(RuntimeError):
+            for number in range(world_size()):
+                key = f"{FAILURE}/code/{number}"
+                if number != rank() and self._store.check([key]):
+                    return int(self._store.get(key))
+        return None
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """Turn the error of a collective that came to no end into one that names the silent ranks."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._store is None or not _COMMUNICATION.search(str(error)):
+                raise
+            self._has_waited = True
+            raise TrainingError(self.silent()) from error
+
+    def silent(self) -> str:
+        """Which ranks did not arrive, and where they were last seen; takes two or three beats' time."""
+        try:
+            before = self._beats()
+            time.sleep(2.5 * self._seconds)
+            after = self._beats()
+        except RuntimeError:
+            return (
+                "rank 0, at which all ranks have met, is gone. Look at what it printed, and at its machine."
+            )
+        lost = [each for each in after if before[each] == after[each]]
+        late = [each for each in after if each not in lost and not after[each]["waits"]]
+        if lost:
+            # Its last beat is older than its end; where it is missed is here.
+            said = "; ".join(
+                f"rank {each} gives no sign of life in batch {self.batch() + 1}" for each in lost
+            )
+            return f"{said}. Its process or its machine has ended: look there. The same command goes on."
+        if late:
+            said = "; ".join(f"rank {each} did not arrive: it is in {_place(after[each])}" for each in late)
+            return (
+                f"{said}. The others have waited for {self.timeout:g} s. Look at its data and machine, or "
+                "raise dist_timeout if it may take so long."
+            )
+        places = sorted({f"{_place(beat)}" for beat in after.values()})
+        return (
+            f"ranks wait for one another in {' and in '.join(places)}; what they compute must have differed."
+        )
+
+    def _beats(self) -> dict[int, dict[str, Any]]:
+        found = {}
+        for number in range(world_size()):
+            key = f"{BEAT}/{number}"
+            there = self._store.check([key])
+            found[number] = json.loads(self._store.get(key)) if there else {"batch": 0, "waits": False}
+        return found
+
+    def _beat(self) -> None:
+        count, stands_since, last, has_warned = 0, time.monotonic(), None, False
+        with contextlib.suppress(RuntimeError):
+            while not self._ended.is_set():
+                frame = sys._current_frames().get(threading.main_thread().ident or 0)
+                waits = self._has_waited or _waits(frame)
+                beat: dict[str, Any] = {"batch": self.batch(), "where": _where(frame), "waits": waits}
+                del frame
+                count += 1
+                self._store.set(f"{BEAT}/{rank()}", json.dumps({"count": count, **beat}))
+                if beat != last:
+                    last, stands_since = beat, time.monotonic()
+                standing = time.monotonic() - stands_since
+                if standing > self.timeout - 4 * self._seconds and not has_warned and _aborts():
+                    has_warned = True
+                    print(f"rank {rank()} waits: {self.silent()}", file=sys.stderr, flush=True)
+                self._ended.wait(self._seconds)
+
+
+def _aborts() -> bool:
+    """Whether a collective that takes too long ends the process without an exception, as NCCL's do."""
+    return sys.modules["torch"].distributed.get_backend() == "nccl"
+
+
+def _place(beat: dict[str, Any]) -> str:
+    return f"batch {beat['batch'] + 1} at {beat['where']}"
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
+
+def _waits(frame: FrameType | None) -> bool:
+    return any(part in each.f_code.co_filename for each in _frames(frame) for part in _COLLECTIVES)
+
+
+def _where(frame: FrameType | None) -> str | None:
+    """The innermost line that is no library's, else the innermost of all."""
+    own = (each for each in _frames(frame) if not each.f_code.co_filename.startswith(_LIBRARIES))
+    found = next(own, frame)
+    if found is None:
+        return None
+    place = Path(found.f_code.co_filename)
+    return f"{place.parent.name}/{place.name}:{found.f_lineno}, {found.f_code.co_name}"

@@ -1,0 +1,54 @@
+"""Twenty runs that are killed with all their processes leave what one leaves, and the next start nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mptfoundry.callbacks.metrics_file import read_rows
+
+KILLED_RUNS = 20
+
+
+def numbers_of(run: Any) -> set[str]:
+    """The numbers of the data sets that the processes of a run have open."""
+    found: set[str] = set()
+    listed = subprocess.run(["pgrep", "-s", str(run.process.pid)], capture_output=True, text=True).stdout
+    for process in listed.split():
+        maps = Path("/proc", process, "maps")
+        found |= set(re.findall(r"/dev/shm/(\d{6})_", maps.read_text())) if maps.exists() else set()
+    return found
+
+
+def test_twenty_killed_runs_leave_no_more_than_one(
+    tiny_run: Path, launch: Callable[..., Any], tmp_path: Path, shards: Path
+) -> None:
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    used: list[set[str]] = []
+    for number in range(KILLED_RUNS):
+        run = launch(
+            tiny_run, f"run_name=killed{number}", "train_loader.num_workers=2", TMPDIR=str(temporary)
+        )
+        metrics = tmp_path / f"killed{number}" / "metrics.jsonl"
+        while run.process.poll() is None and not (metrics.is_file() and len(list(read_rows(metrics))) > 1):
+            time.sleep(0.02)
+        used.append(numbers_of(run))
+        run.kill_all()
+    last = launch(tiny_run, "run_name=last", TMPDIR=str(temporary))
+    assert last.wait() == 0, last.printed
+    assert all(used)
+    left = {path.name[:6] for path in Path("/dev/shm").iterdir()} & set.union(*used)
+    # Others may have taken a number that has become free; what is ours holds the place of our data.
+    ours = [
+        n for n in left if str(shards).lstrip("/").encode() in Path("/dev/shm", f"{n}_locals").read_bytes()
+    ]
+    assert not ours
+    # The launcher's folder for logs is empty where there is one rank, so nothing tells whose it was.
+    names = [path.name for path in temporary.iterdir() if not (path.is_dir() and not list(path.iterdir()))]
+    assert set(names) <= {f"mptfoundry-{os.getuid()}.lock"}, names

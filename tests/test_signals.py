@@ -1,0 +1,152 @@
+"""Each test has a process of its own: signals belong to a process."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from mptfoundry.signals import StopSignals
+
+HEAD = """
+import os, signal, sys, time
+from mptfoundry import signals
+from mptfoundry.errors import RunStopped
+from mptfoundry.signals import StopSignals
+signals.SECONDS_OF_ONE_REQUEST, signals.SECONDS_TO_END = 1.0, 1.0
+"""
+TRAINS = """
+with StopSignals() as stop, stop.answered_by_training():
+    print("ready", flush=True)
+    until = time.monotonic() + 20
+    while time.monotonic() < until and not stop.requested:
+        time.sleep(0.01)
+    {then}
+"""
+
+Start = Callable[[str], subprocess.Popen[str]]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts a program that says when it is ready for signals."""
+    started: list[subprocess.Popen[str]] = []
+
+    def run(body: str) -> subprocess.Popen[str]:
+        program = [sys.executable, "-c", HEAD + body]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(program, stdout=pipe, stderr=pipe, text=True, start_new_session=True))
+        assert started[-1].stdout is not None and started[-1].stdout.readline() == "ready\n"
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_kept_for_the_training_to_answer(start: Start, number: int) -> None:
+    process = start(TRAINS.format(then="print(stop.requested)"))
+    process.send_signal(number)
+    out, said = process.communicate(timeout=10)
+    assert out == f"{signal.Signals(number).name}\n" and process.returncode == 0
+    assert "the run saves at the end of this batch, and stops." in said
+
+
+def test_signals_within_some_seconds_are_one_request(start: Start) -> None:
+    process = start(TRAINS.format(then="time.sleep(0.5); print('saved')"))
+    for _ in range(3):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.1)
+    assert process.communicate(timeout=10)[0] == "saved\n" and process.returncode == 0
+
+
+def test_a_later_signal_ends_the_process_whatever_its_main_thread_does(start: Start) -> None:
+    # A lock that is never released: the main thread runs no line of Python any more.
+    process = start(
+        TRAINS.format(then="import _thread; l = _thread.allocate_lock(); l.acquire(); l.acquire()")
+    )
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.3)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=10)[1]
+    assert process.returncode == 143 and "SIGTERM again: the run ends at once" in said
+
+
+def test_before_training_a_signal_ends_the_run_cleanly(start: Start) -> None:
+    process = start(
+        """
+try:
+    with StopSignals():
+        print("ready", flush=True)
+        time.sleep(20)
+except RunStopped as stopped:
+    print(stopped)
+    sys.exit(stopped.exit_code)
+"""
+    )
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=10)[0].startswith("SIGTERM: stopped outside of training")
+    assert process.returncode == 143
+
+
+def test_a_start_that_waits_for_ever_is_ended_too(start: Start) -> None:
+    process = start(
+        """
+import select
+with StopSignals():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # the main thread never learns of it
+    print("ready", flush=True)
+    time.sleep(20)
+"""
+    )
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 143
+
+
+def test_the_launchers_signal_after_the_failure_of_a_rank_is_no_request(start: Start) -> None:
+    process = start(TRAINS.replace("StopSignals()", "StopSignals(failure=lambda: 2)").format(then="pass"))
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=10)
+    assert process.returncode == 2
+
+
+def test_workers_leave_signals_to_their_parent_and_end_when_it_says_so(start: Start) -> None:
+    process = start(
+        """
+import multiprocessing
+def work():
+    time.sleep(20)
+with StopSignals() as stop, stop.answered_by_training():
+    workers = [multiprocessing.get_context("fork").Process(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    time.sleep(0.3)
+    print("ready", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    print(all(worker.is_alive() for worker in workers))
+    for worker in workers:
+        worker.terminate()
+        worker.join(5)
+    print([worker.exitcode for worker in workers])
+"""
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.killpg(process.pid, number)
+    assert process.communicate(timeout=10)[0] == "True\n[0, 0]\n"
+
+
+def test_afterwards_signals_are_what_they_were() -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    with StopSignals() as stop:
+        assert signal.getsignal(signal.SIGTERM) == stop._handle
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
