@@ -1,6 +1,6 @@
 """Measure what checking shards costs: `verify: off | lazy | full` of train_loader.dataset.
 
-    python scripts/bench_verify.py [megabytes=512] [max_seq_len=2048] [runs=3] [folder=FOLDER]
+    python scripts/bench_verify.py [megabytes=128] [max_seq_len=2048] [runs=3] [folder=FOLDER]
 
 Shards of 64 MiB of random ids are written to FOLDER (default: a temporary one) and read from the page cache,
 once by each kind of checking in turns; the median counts. A step is what `configs/mpt-125m.yaml` reads.
@@ -25,7 +25,7 @@ from mptfoundry.data.shards import check_shard_files, read_index
 from mptfoundry.data.text import build_text_loader
 from mptfoundry.data.writer import ShardWriter
 
-DEFAULTS = {"megabytes": "512", "max_seq_len": "2048", "runs": "3", "folder": ""}
+DEFAULTS = {"megabytes": "128", "max_seq_len": "2048", "runs": "3", "folder": ""}
 ROWS = 8
 
 
@@ -70,7 +70,8 @@ def _write(folder: Path, megabytes: int, length: int) -> None:
 def _read(folder: Path, length: int, verify: Any) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"p": 0})), pad_token="p")
     options: dict[str, Any] = {"tokenizer": tokenizer, "max_seq_len": length, "vocab_size": 50_432}
-    loader = build_text_loader(local=str(folder), verify=verify, device_batch_size=ROWS, **options).dataloader
+    options |= {"device_batch_size": ROWS, "predownload": 2048}
+    loader = build_text_loader(local=str(folder), verify=verify, **options).dataloader
     for _ in loader:  # type: ignore[union-attr]
         pass
 
