@@ -23,6 +23,7 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from torch.distributed.fsdp import FSDPModule
 
+from mptfoundry.checkpoints.adapters import fingerprint
 from mptfoundry.checkpoints.architecture import differing, leaves
 from mptfoundry.checkpoints.hub import locate
 from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model
@@ -39,8 +40,10 @@ from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.export.folder import export_weights
 from mptfoundry.generation import generate_text
+from mptfoundry.models.adapters import add_adapters
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.heads import ComposerHead
+from mptfoundry.models.quantized import quantize_blocks
 from mptfoundry.models.recomputation import Recomputation, recompute
 from mptfoundry.models.sharding import HybridConfig, prefetch, start_on_the_cpu
 from mptfoundry.mpt.head_config import HeadConfig, trunk_of
@@ -51,7 +54,7 @@ from mptfoundry.optim.clipping import GradientClipping
 from mptfoundry.optim.groups import parameter_groups
 from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.optim.schedules import BatchSize, Schedule
-from mptfoundry.resolve import Resolved
+from mptfoundry.resolve import COMPUTE_DTYPE, Resolved
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer, token_byte_lengths
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -109,16 +112,21 @@ def open_pretrained(model: ModelConfig) -> ModelSource:
 
 
 def open_base(config: TrainConfig, checkpoint: Path) -> ModelSource | None:
-    """The model of a checkpoint that lacks the head that is to be trained; else None: it is loaded as it is.
+    """The model of a checkpoint that is the base of adapters, or lacks the head that is to be trained.
+
+    Elsewhere the checkpoint is loaded as it is, and this is None.
 
     Raises:
         CheckpointError: It is not there or damaged.
         ConfigError: It is not what the config says, or more than its weights is asked for.
     """
     head = config.model if isinstance(config.model, HeadConfig) else None
-    if head is None:
+    if head is None and config.model.peft_config is None:
         return None
     source = open_model(checkpoint)
+    if head is None:
+        _check_trunk(source, config.model, str(checkpoint))
+        return source
     if any(name.startswith(f"{head.head}.") for name in source.weights.outlines):
         return None
     if not config.load_weights_only:
@@ -133,7 +141,9 @@ def open_base(config: TrainConfig, checkpoint: Path) -> ModelSource | None:
 def _check_trunk(source: ModelSource, model: ModelConfig, name: str) -> None:
     changes = leaves(model.config_overrides)
     for path, there, here in differing(trunk_of(source.config), model.network().to_dict(), changes):
-        raise ConfigError(f"model.{'.'.join(path)}: {here} is not what {name} says, {there}.")
+        # What is named by its path alone has no config_overrides, where dropout would be said.
+        if model.pretrained_model_name_or_path is not None or not path[-1].endswith("pdrop"):
+            raise ConfigError(f"model.{'.'.join(path)}: {here} is not what {name} says, {there}.")
 
 
 def build_model(
@@ -159,25 +169,40 @@ def build_model(
         options = {key: value for key, value in asdict(config.compile_config).items() if value}
         for block in network.transformer.blocks:
             block.compile(**options)
-    model = compose(network, tokenizer, seed=config.seed)
+    weights = None
     if source is not None:
         speaks, head = dist.get_global_rank() == 0, getattr(network_config, "head", None)
         new, unused = ((f"{head}.",), ("lm_head.",)) if head else ((), ())
         weights = StartingWeights(source, network, seed=config.seed, new=new, unused=unused, progress=speaks)
         if weights.drawn and speaks:
             print(f"weights: new are {', '.join(weights.drawn)}", flush=True)
-        model.start_from(weights)
         if not on_meta:
             weights.fill(network)
+    if (bits := config.model.bits) is not None:
+        quantize_blocks(network, bits, getattr(torch, COMPUTE_DTYPE[resolved.precision]))
+    if source is not None and (lora := config.model.peft_config) is not None:
+        options, targets = asdict(lora), lora.targets(network_config)
+        add_adapters(network, options, targets=targets, fingerprint=fingerprint(source), seed=config.seed)
+    model = compose(
+        network, tokenizer, seed=config.seed, extra_flops_per_token=config.learned.extra_flops_per_token
+    )
+    if weights is not None:
+        model.start_from(weights)
     return model
 
 
-def compose(network: Any, tokenizer: Any, *, seed: int = 0) -> ComposerMPT:
+def compose(network: Any, tokenizer: Any, *, seed: int = 0, extra_flops_per_token: int = 0) -> ComposerMPT:
     """A network as Composer sees it, with the metrics of its kind."""
     if isinstance(network.config, HeadConfig):
         return ComposerHead(network, tokenizer=tokenizer, seed=seed)
     metrics = token_loss_metrics(token_byte_lengths(tokenizer, network.config.vocab_size))
-    return ComposerMPT(network, eval_metrics=metrics, tokenizer=tokenizer, seed=seed)
+    return ComposerMPT(
+        network,
+        eval_metrics=metrics,
+        tokenizer=tokenizer,
+        seed=seed,
+        extra_flops_per_token=extra_flops_per_token,
+    )
 
 
 def build_optimizer(config: TrainConfig, model: ComposerMPT) -> torch.optim.Optimizer:

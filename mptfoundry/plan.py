@@ -7,9 +7,11 @@ built, and torch is not imported.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from mptfoundry.config.data import LoaderConfig
 from mptfoundry.config.durations import UNITS, parse_duration
+from mptfoundry.config.learned import Learned
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import GIB, Device, launcher_device
 from mptfoundry.mpt.flops import count_parameters, flops_per_token
@@ -27,6 +29,7 @@ class Plan:
         device: What it computes on.
         resolved: What every `auto` means there.
         parameters: Of the model.
+        learned: How many of them, and of adapters beside them, the run changes.
         flops_per_token: Of training, in the convention in which MFU is published.
         causal_flops_per_token: The same with only the attention that a causal model needs.
         tokens_per_batch: Of one step, over all devices.
@@ -37,6 +40,7 @@ class Plan:
     device: Device
     resolved: Resolved
     parameters: int
+    learned: Learned
     flops_per_token: int
     causal_flops_per_token: int
     tokens_per_batch: int
@@ -74,12 +78,14 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         ConfigError: The batch does not split over the devices, or options exclude one another there.
     """
     resolved = resolve_auto(config, device)
+    flops = partial(flops_per_token, config.model, config.max_seq_len)
     return Plan(
         device=device,
         resolved=resolved,
         parameters=count_parameters(config.model),
-        flops_per_token=flops_per_token(config.model, config.max_seq_len, causal=False),
-        causal_flops_per_token=flops_per_token(config.model, config.max_seq_len, causal=True),
+        learned=config.learned,
+        flops_per_token=flops(causal=False) + config.learned.extra_flops_per_token,
+        causal_flops_per_token=flops(causal=True) + config.learned.extra_flops_per_token,
         tokens_per_batch=config.global_train_batch_size * config.max_seq_len,
         batches=_batches(config),
         memory=estimate_memory(config, device, resolved.device_train_microbatch_size, resolved.precision),
@@ -110,6 +116,7 @@ def summary_table(config: TrainConfig, device: Device | None = None) -> str:
     plan = make_plan(config, device)
     rows = [
         ("model", _model_in_words(config, plan)),
+        *_learned_in_words(config, plan.learned),
         ("FLOPs", f"{plan.flops_per_token:.4g} per token, {plan.causal_flops_per_token:.4g} if causal"),
         ("batch", _batch_in_words(config, plan)),
         ("duration", _duration_in_words(config, plan)),
@@ -141,6 +148,19 @@ def _model_in_words(config: TrainConfig, plan: Plan) -> str:
         f"{plan.parameters:,} parameters: {model.n_layers} layers, width {model.d_model}, {heads}, "
         f"{positions} positions, {biases}, vocabulary {model.vocab_size}"
     )
+
+
+def _learned_in_words(config: TrainConfig, learned: Learned) -> list[tuple[str, str]]:
+    """Only where something is frozen."""
+    if not learned.frozen:
+        return []
+    share = learned.learned / (learned.learned + learned.frozen)
+    text = f"{learned.learned:,} parameters, {share:.2%}"
+    if (lora := config.model.peft_config) is not None:
+        text += f": LoRA of rank {lora.r} on {', '.join(lora.targets(config.model))}"
+    if config.optimizer.disable_grad:
+        text += f"; frozen: {', '.join(config.optimizer.disable_grad)}"
+    return [("learned", text)]
 
 
 def _batch_in_words(config: TrainConfig, plan: Plan) -> str:

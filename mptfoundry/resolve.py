@@ -7,9 +7,10 @@ for one device, and an estimate. Nothing is built, and torch is not imported.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from mptfoundry.config.learned import matrix_parameters
 from mptfoundry.config.model import AnyModelConfig
 from mptfoundry.config.parallel import KEEPING, FSDPConfig, copies_and_shards, resolve_fsdp
 from mptfoundry.config.recomputation import recomputed_parts
@@ -248,13 +249,14 @@ def estimate_memory(config: TrainConfig, device: Device, microbatch: int, precis
     recomputed only the input is kept, and one of them at a time is computed anew.
     """
     model, fsdp = config.model, config.fsdp_config
-    parameters, block = count_parameters(model), block_parameters(model)
+    learned, block = config.learned, block_parameters(model)
+    parameters = count_parameters(model) + learned.adapters
     number = FP32 if precision == "fp32" else 2
     shards = _shards(config, device)
     if shards == 1:
         # autocast's copies of the weights, and the buckets in which DDP sends gradients
         gathered = (parameters * number if number < FP32 else 0) + (
-            parameters * FP32 if device.count > 1 else 0
+            learned.learned * FP32 if device.count > 1 else 0
         )
     else:
         # weights and gradients of what is never resharded in a step, of one block, and of the next
@@ -262,24 +264,27 @@ def estimate_memory(config: TrainConfig, device: Device, microbatch: int, precis
         keeps_all = fsdp is not None and (
             fsdp.sharding_strategy in KEEPING or fsdp.reshard_after_forward is False
         )
-        gathered = number * (working + (parameters if keeps_all else working))
+        gradients = working * learned.learned // parameters
+        gathered = number * (gradients + (parameters if keeps_all else working))
     tokens = microbatch * config.max_seq_len
-    kept = _kept_activations(model, fsdp)
+    kept = _kept_activations(model, fsdp, _adapter_activations(model))
     chunk = min(tokens * model.vocab_size, LOSS_CHUNK_LOGITS[device.kind])
+    quantized = matrix_parameters(model) if model.bits else 0
     return Memory(
-        weights=parameters * FP32 // shards,
-        gradients=parameters * FP32 // shards,
-        optimizer=parameters * STATE_BYTES[config.optimizer.name] // shards,
+        weights=(parameters * FP32 - quantized * FP32 + quantized * (model.bits or 0) // 8) // shards,
+        gradients=learned.learned * FP32 // shards,
+        optimizer=learned.learned * STATE_BYTES[config.optimizer.name] // shards,
         gathered=gathered,
         activations=tokens * kept * number,
-        logits=chunk * (FP32 + 2 * number) + model.vocab_size * model.d_model * FP32,
+        logits=chunk * (FP32 + 2 * number)
+        + (model.vocab_size * model.d_model * FP32 if learned.learns_output else 0),
         overhead=OVERHEAD[device.kind],
     )
 
 
-def _kept_activations(model: AnyModelConfig, fsdp: FSDPConfig | None) -> int:
-    """Numbers for each token that all blocks keep on the device for backward."""
-    whole = block_activations(model)
+def _kept_activations(model: AnyModelConfig, fsdp: FSDPConfig | None, adapters: int) -> int:
+    """Numbers for each token that all blocks keep on the device for backward; `adapters`: those of one."""
+    whole = block_activations(model) + adapters
     if fsdp is None or not (fsdp.activation_checkpointing or fsdp.activation_cpu_offload):
         return model.n_layers * whole
     # What a part keeps, and its input, which it still keeps where it is not offloaded.
@@ -296,6 +301,18 @@ def _kept_activations(model: AnyModelConfig, fsdp: FSDPConfig | None) -> int:
         kept -= len(blocks) * (size - (0 if fsdp.activation_cpu_offload else rest))
         largest = max(largest, size)
     return kept + largest
+
+
+def _adapter_activations(model: AnyModelConfig) -> int:
+    """Numbers for each token that one block's adapters keep: what lies between their two matrices, and with
+    dropout what goes into them.
+    """
+    lora = model.peft_config
+    if lora is None:
+        return 0
+    shapes = lora.adapter_shapes(replace(model.network(), n_layers=1))
+    inputs = [shape[1] for name, shape in shapes.items() if ".lora_A." in name]
+    return lora.r * len(inputs) + (sum(inputs) if lora.lora_dropout else 0)
 
 
 def _shards(config: TrainConfig, device: Device) -> int:

@@ -23,6 +23,8 @@ from composer.utils import (
     retry,
 )
 
+from mptfoundry.checkpoints.adapters import lora_of
+from mptfoundry.checkpoints.architecture import read_run
 from mptfoundry.checkpoints.checksums import parts_of, why_damaged
 from mptfoundry.checkpoints.lock import only_run_in
 from mptfoundry.checkpoints.names import (
@@ -32,10 +34,11 @@ from mptfoundry.checkpoints.names import (
     progress_of,
     why_not_whole,
 )
-from mptfoundry.checkpoints.reading import expected_shapes, open_model
+from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.checkpoints.writing import remove_unfinished
 from mptfoundry.config.changes import changes_since, makes_the_run, refuse_changes
+from mptfoundry.config.learned import names_in
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.data.once import once_per_node
 from mptfoundry.errors import CheckpointError, MPTFoundryError
@@ -95,7 +98,9 @@ def found_start(config: TrainConfig) -> Iterator[Start]:
     with ExitStack() as stack:
         own = _own_checkpoint(config, folder, stack) if config.resumes and config.save_folder else None
         if own is not None:
-            decided_by_rank_0(lambda: say_changes(config, folder))
+            # On a new machine the config comes from the store, beside the checkpoint.
+            written = folder if (folder / "config.yaml").is_file() else own.parent
+            decided_by_rank_0(lambda: say_changes(config, written))
             yield Start(own, is_own=True)
         elif config.load_path is not None:
             yield Start(_named_checkpoint(config, folder, stack))
@@ -127,7 +132,8 @@ def refuse_another_model(config: TrainConfig, folder: Path) -> None:
     """
     if not (folder / "config.yaml").is_file() or all(map(is_unfinished, checkpoints_in(folder))):
         return
-    there, here = expected_shapes(open_model(folder).config), expected_shapes(config.model.network())
+    there = names_in(open_model(folder).config, lora_of(read_run(folder)))
+    here = names_in(config.model.network(), config.model.peft_config)
     for name in [*here, *there]:
         if there.get(name) != here.get(name):
             sizes = [str(shapes[name]) if name in shapes else "missing" for shapes in (there, here)]

@@ -27,6 +27,7 @@ from mptfoundry.callbacks.resume import Resume
 from mptfoundry.callbacks.step_guard import EvaluationLeft, StepGuard
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
+from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
 from mptfoundry.checkpoints.reading import ModelSource
 from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
@@ -128,14 +129,19 @@ def build_trainer(
     say(summary_table(config, device))
     source = starting_model(config, start)
     if source is not None:
-        say(f"weights: from {source.path}; the optimizer starts new")
+        what = "; the optimizer starts new" if config.model.peft_config is None else ", beside the adapters"
+        say(f"weights: from {source.path}{what}")
     build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
     train_loader = loaders.build_train_loader(config, resolved, device, tokenizer)
     evaluators = loaders.build_eval_loaders(config, resolved, tokenizer)
     model = build.build_model(config, resolved, tokenizer, source)
     write_run_files(config, folder, tokenizer)
-    throughput = Throughput(config.model.network(), peak_flops=device.peak_flops)
+    throughput = Throughput(
+        config.model.network(),
+        peak_flops=device.peak_flops,
+        extra_flops_per_token=config.learned.extra_flops_per_token,
+    )
     given = build.build_callbacks(config, tokenizer, folder)
     own = [guard, throughput, AverageGradients()]
     trainer = Trainer(
@@ -150,6 +156,9 @@ def build_trainer(
         parallelism_config=build.build_parallelism(config, device),
         **_plain_arguments(config, resolved, device),
     )
+    if source is not None and config.model.peft_config is not None:
+        buffers = trainer.state.model.named_buffers()
+        check_base(source, next(value for name, value in buffers if name.endswith(FINGERPRINT)))
     build.prefetch_weights(config, model)
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": to_yaml(config)})
@@ -158,10 +167,13 @@ def build_trainer(
 
 def starting_model(config: TrainConfig, start: Start) -> ModelSource | None:
     """The model whose weights the run takes; None where they are new, or come with a checkpoint."""
-    if start.is_own:
+    has_adapters = config.model.peft_config is not None
+    if start.is_own and not has_adapters:
         return None
     if config.model.takes_weights:
         return build.open_pretrained(config.model)
+    if start.is_own and config.load_path:
+        return build.open_base(config, Path(config.load_path.format(rank=0, run_name=config.run_name)))
     return build.open_base(config, start.checkpoint) if start.checkpoint else None
 
 
@@ -194,6 +206,9 @@ def write_run_files(config: TrainConfig, folder: Path, tokenizer: Any) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(to_yaml(config))
         tokenizer.save_pretrained(folder / "tokenizer")
+        if (upload := uploader(config)) is not None:
+            for file in (folder / "config.yaml", *(folder / "tokenizer").iterdir()):
+                upload(file, str(file.relative_to(folder)))
     except OSError as error:
         raise ConfigError(
             f"save_folder: {folder} can't be written to: {error.strerror}. Use a folder of yours on a disk "
@@ -213,7 +228,7 @@ def _checkpointing(
     config: TrainConfig, folder: Path, start: Start, source: ModelSource | None
 ) -> Iterator[Callback]:
     """What loads the checkpoint that the run starts from, and what saves those to come."""
-    if start.checkpoint is not None and source is None:
+    if start.checkpoint is not None and (start.is_own or source is None):
         # What the config says of loading is meant for the checkpoint that it names.
         yield Resume(
             start.checkpoint,
@@ -230,7 +245,8 @@ def _checkpointing(
             filename=config.save_filename,
             latest_filename=config.latest_filename,
             save_interval=config.save_interval,
-            overwrite=config.save_overwrite,
+            # What lies further on than a start of the run's own was damaged, and passed over on request.
+            overwrite=config.save_overwrite or start.is_own,
             num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
             weights_only=config.save_weights_only,
             ignore_keys=config.save_ignore_keys and list(config.save_ignore_keys),

@@ -3,7 +3,7 @@
     python scripts/check_transformers.py version=5.23.0 [folder=ENVIRONMENT] [tests=PATH,...]
     python scripts/check_transformers.py python=OTHER/bin/python [tests=PATH,...]
 
-The first makes an environment that holds that version, accelerate and what they need, and takes the rest,
+The first makes an environment that holds that version, accelerate, PEFT and what they need, and takes the rest,
 torch above all, from this one; it is made anew in a temporary folder, unless `folder` keeps it. (pip notes
 there that Composer's streaming wants another transformers; what is tested doesn't import it.) The second uses
 an environment that is there. The exit code is pytest's.
@@ -44,7 +44,16 @@ def environment(folder: Path, version: str) -> Path:
         venv.create(folder, with_pip=True)
         own = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
         Path(own, "around.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    install = [str(python), "-m", "pip", "install", "--quiet", f"transformers=={version}", "accelerate"]
+    install = [
+        str(python),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        f"transformers=={version}",
+        "accelerate",
+        "peft",
+    ]
     subprocess.run(install, check=True)
     return python
 

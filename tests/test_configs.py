@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 
 from mptfoundry.config.load import load_train_config
 from mptfoundry.config.run import TrainConfig
+from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.flops import count_parameters
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
@@ -30,6 +33,7 @@ PARAMETERS = {
     "mpt-token-classification": 4_197_893,
     "mpt-question-answering": 4_197_122,
     "mpt-7b-instruct": 6_649_286_656,
+    "mpt-7b-instruct-lora": 6_649_286_656,
     "mpt-7b-chat": 6_649_286_656,
     "mpt-7b-storywriter": 6_649_286_656,
     "mpt-30b-instruct": 29_957_200_896,
@@ -46,6 +50,7 @@ RECORDS: dict[str, dict[str, Any]] = {
         "answers": {"text": ["f"], "answer_start": [4]},
     },
 }
+TINY = MPTConfig(d_model=32, n_heads=4, n_layers=2, no_bias=True, attn_config=AttnConfig(alibi=True))
 SHRUNK = ["model.d_model=32", "model.n_heads=4", "model.n_layers=2", "model.vocab_size=64"]
 SHRUNK += ["model.pretrained_model_name_or_path=null", "model.config_overrides=null"]
 
@@ -92,13 +97,15 @@ def test_it_leaves_the_hardware_to_auto(path: Path) -> None:
 def test_a_small_one_of_its_kind_is_built(path: Path) -> None:
     from mptfoundry.mpt.heads import make_network
 
-    model = load_train_config(path, SHRUNK)[0].model
+    model = load_train_config(path, [*SHRUNK, "model.peft_config=null"])[0].model
     network = make_network(model.network(), device="meta")
     assert sum(p.numel() for p in network.parameters()) == count_parameters(model)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=each)
-def test_a_small_one_of_its_kind_trains_on_a_cpu(path: Path, shards: Path, tmp_path: Path) -> None:
+def test_a_small_one_of_its_kind_trains_on_a_cpu(
+    path: Path, shards: Path, tmp_path: Path, write_run: Callable[..., Path]
+) -> None:
     from mptfoundry.callbacks.metrics_file import read_rows
     from mptfoundry.train import train
 
@@ -108,6 +115,10 @@ def test_a_small_one_of_its_kind_trains_on_a_cpu(path: Path, shards: Path, tmp_p
     words += ["save_interval=2ba", "eval_interval=2ba", "eval_subset_num_batches=1"]
     words.append(f"save_folder={tmp_path}/{{run_name}}")
     words += data_of_its_kind(recipe, shards, tmp_path)
+    if recipe.model.peft_config is not None:
+        pytest.importorskip("peft", reason="peft is not installed: pip install 'mptfoundry[peft]'")
+        base = write_run(replace(TINY, vocab_size=512, max_seq_len=32), name="base")
+        words.append(f"model.pretrained_model_name_or_path={base}")
     config, _ = load_train_config(path, words)
     train(config)
     rows = list(read_rows(tmp_path / path.stem / "metrics.jsonl"))

@@ -136,6 +136,17 @@ def test_a_flipped_bit_is_named_and_the_one_before_is_taken_on_request(
     assert "passed over, as resume_past_damage says" in capsys.readouterr().out
 
 
+def test_past_a_damaged_checkpoint_the_run_is_the_one_that_was_never_stopped(
+    whole: Path, stopped: Path, run: Callable[..., Path]
+) -> None:
+    flip_at(0.5)(stopped / "ep0-ba6-rank0.pt")
+    run(stopped.name, "resume_past_damage=true")
+    assert losses(stopped) == losses(whole)
+    for batch in (6, 9):
+        one, other = weights(whole, batch), weights(stopped, batch)
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(config: Path, stopped: Path) -> None:
     for file in stopped.glob("ep0*"):
         flip(file, file.stat().st_size // 2)
@@ -219,21 +230,25 @@ def seen(folder: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
     return samples
 
 
-@pytest.mark.parametrize("size", [4, 12])
+@pytest.mark.parametrize(("size", "workers"), [(4, 0), (12, 0), (4, 2)])
 def test_another_batch_size_goes_on_from_the_same_sample(
-    whole: Path, stopped: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, size: int
+    whole: Path,
+    stopped: Path,
+    run: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    workers: int,
 ) -> None:
-    every = seen(whole.parent / f"every-{size}", run, monkeypatch, "save_folder=null", "max_duration=9ba")
+    every = seen(whole.parent / f"every-{size}-{workers}", run, monkeypatch)
     words = [
         f"global_train_batch_size={size}",
         "max_duration=72sp",
         "allow_changes=[global_train_batch_size]",
     ]
-    rest = seen(stopped, run, monkeypatch, *words)
+    rest = seen(stopped, run, monkeypatch, *words, f"train_loader.num_workers={workers}")
     assert len(every) == 72 and rest == every[48:]
-    assert [row["samples"] for row in read_rows(stopped / "metrics.jsonl")][6:] == list(
-        range(48 + size, 73, size)
-    )
+    samples = [row["samples"] for row in read_rows(stopped / "metrics.jsonl")]
+    assert samples[6:] == list(range(48 + size, 73, size))
 
 
 def test_another_learning_rate_that_is_allowed_is_taken(stopped: Path, run: Callable[..., Path]) -> None:

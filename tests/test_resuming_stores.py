@@ -11,7 +11,7 @@ import pytest
 
 from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.config.load import load_train_config
-from mptfoundry.errors import CheckpointError
+from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.train import train
 from tests.conftest import TINY_RUN
 
@@ -68,7 +68,9 @@ def losses(folder: Path) -> list[float]:
 
 
 def names(bucket: Any) -> set[str]:
-    return {item.key.removeprefix("some/run/") for item in bucket.objects.all()}
+    """Of the checkpoints' objects, below the run's folder."""
+    found = {item.key.removeprefix("some/run/") for item in bucket.objects.all()}
+    return {name for name in found if name.startswith("ep")}
 
 
 @pytest.mark.parametrize("kind", ["whole", "sharded"])
@@ -106,6 +108,14 @@ def test_a_damaged_object_is_named_and_the_one_before_is_taken_on_request(
     with pytest.raises(CheckpointError, match=r"s3://runs/some/run/ep0-ba6-rank0.pt: damaged.*resume_past"):
         run(6)
     assert len(losses(run(6, "resume_past_damage=true"))) == 3
+
+
+def test_what_changed_is_known_on_another_machine_too(run: Callable[..., Path], bucket: Any) -> None:
+    run(6)
+    keys = {item.key for item in bucket.objects.all()}
+    assert {"some/run/config.yaml", "some/run/tokenizer/tokenizer.json"} <= keys
+    with pytest.raises(ConfigError, match=r"global_train_batch_size: 8 in the run of .*, 4 here"):
+        run(6, "global_train_batch_size=4")
 
 
 def test_a_load_path_may_be_a_run_in_a_store(run: Callable[..., Path]) -> None:

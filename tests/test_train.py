@@ -13,6 +13,7 @@ import torch
 from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.config.load import load_train_config
 from mptfoundry.errors import CheckpointError, ConfigError, DataError
+from mptfoundry.mpt.network import MPT
 from mptfoundry.train import train
 
 # Mean losses of batches 1 to 6 of the run below, in float32; processors differ in the last digits.
@@ -157,6 +158,24 @@ def test_every_optimizer_trains(run: Run, optimizer: str, scheduler: str) -> Non
     words = [f"optimizer={optimizer}", f"scheduler={{name: {scheduler}, t_warmup: 1ba}}"]
     found = losses(run(name, *words, "max_duration=2ba", "eval_loader=null"))
     assert len(found) == 2
+
+
+def test_what_is_frozen_stays_as_it_is_and_the_run_goes_on(run: Run, folder: Path) -> None:
+    words = ["optimizer.disable_grad=[wte,blocks.0.]", "eval_loader=null", "max_duration=4ba"]
+    whole = run("frozen", *words, "save_interval=2ba")
+    (whole / "ep0-ba4-rank0.pt").rename(folder / "whole.pt")
+    (whole / "latest-rank0.pt").unlink()
+    (whole / "latest-rank0.pt").symlink_to("ep0-ba2-rank0.pt")
+    run("frozen", *words, "save_interval=2ba")
+    state = torch.load(folder / "whole.pt", weights_only=False)["state"]
+    again = weights(whole / "ep0-ba4-rank0.pt")
+    new = MPT(load_train_config(folder / "config.yaml")[0].model.network(), seed=17).state_dict()
+    moments = state["optimizers"]["DecoupledLionW"]["state"]
+    for name, tensor in state["model"].items():
+        is_frozen = "wte" in name or "blocks.0." in name
+        assert torch.equal(tensor, again[name])
+        assert torch.equal(tensor, new[name.removeprefix("model.")]) == is_frozen
+        assert (name not in moments) == is_frozen
 
 
 def test_without_a_save_folder_the_runs_files_lie_in_runs(

@@ -7,14 +7,19 @@ from typing import Any
 
 import torch
 from composer.core import Callback, Event, State, get_precision_context
-from composer.loggers import Logger
+from composer.loggers import Logger, TensorboardLogger
 from composer.utils import create_interval_scheduler, dist, model_eval_mode
 
 from mptfoundry.errors import ConfigError
 
+COLUMNS = ["batch", "prompt", "generation"]
+
 
 class Generate(Callback):
     """Lets the network continue prompts at an interval, prints the texts, and logs them as `generations`.
+
+    Loggers get a table of `batch`, `prompt` and `generation`: metrics.jsonl, W&B and MLflow as such,
+    TensorBoard, which has none, as text.
 
     Every rank takes part, since a sharded network needs them all. The run's random numbers stay as they are:
     training with and without generations gives the same weights.
@@ -65,8 +70,20 @@ class Generate(Callback):
             get_precision_context(state.precision, state.precision_config),
         ):
             texts = list(self.generate(model.model, self.prompts))
-        rows = [list(pair) for pair in zip(self.prompts, texts, strict=True)]
-        logger.log_table(["prompt", "generation"], rows, name="generations")
-        if dist.get_global_rank() == 0:
-            for prompt, text in rows:
-                print(f"[batch {state.timestamp.batch.value}]  {prompt!r} -> {text!r}", flush=True)
+        batch = int(state.timestamp.batch)
+        rows = [[batch, prompt, text] for prompt, text in zip(self.prompts, texts, strict=True)]
+        logger.log_table(COLUMNS, rows, name="generations")
+        if dist.get_global_rank() != 0:
+            return
+        for destination in logger.destinations:
+            if isinstance(destination, TensorboardLogger) and destination.writer is not None:
+                destination.writer.add_text("generations", markdown(COLUMNS, rows), global_step=batch)
+        for _, prompt, text in rows:
+            print(f"[batch {batch}]  {prompt!r} -> {text!r}", flush=True)
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table whose texts keep to their line and their cell."""
+    lines = [columns, ["---"] * len(columns)]
+    lines += [[str(cell).replace("|", "\\|").replace("\n", "\\n") for cell in row] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -33,11 +33,20 @@ class Throughput(Callback):
     Args:
         config: The network.
         peak_flops: Dense bf16 FLOP/s of one device; None if it isn't known, as on a CPU.
+        extra_flops_per_token: Beside those of learning all of the network; negative where some is frozen.
         window: Batches that a rate is averaged over. The first batch, which warms up, falls out at once.
     """
 
-    def __init__(self, config: MPTConfig, *, peak_flops: float | None = None, window: int = 10) -> None:
+    def __init__(
+        self,
+        config: MPTConfig,
+        *,
+        peak_flops: float | None = None,
+        extra_flops_per_token: int = 0,
+        window: int = 10,
+    ) -> None:
         self.config = config
+        self.extra_flops_per_token = extra_flops_per_token
         self.peak_flops = peak_flops
         self._window: deque[tuple[float, int]] = deque(maxlen=window)
         self._batches = 0
@@ -84,7 +93,8 @@ class Throughput(Callback):
     def _share_of_peak(self, tokens_per_second: float, seq_len: int, *, causal: bool) -> float | None:
         if self.peak_flops is None:
             return None
-        return tokens_per_second * flops_per_token(self.config, seq_len, causal=causal) / self.peak_flops
+        flops = flops_per_token(self.config, seq_len, causal=causal) + self.extra_flops_per_token
+        return tokens_per_second * flops / self.peak_flops
 
     def _eta_seconds(self, state: State) -> float | None:
         """What is left, at the window's pace, evaluations and checkpoints as often as up to now."""

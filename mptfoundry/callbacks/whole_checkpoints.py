@@ -34,6 +34,7 @@ from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_chec
 from mptfoundry.checkpoints.names import checkpoints_in, progress_of, why_not_whole
 from mptfoundry.checkpoints.sharded import METADATA
 from mptfoundry.checkpoints.writing import point, remove, whole_or_absent
+from mptfoundry.config.learned import ADAPTER
 from mptfoundry.errors import CheckpointError
 
 # Moments of the optimizers that a config names; before the first step they are not there to be counted.
@@ -83,7 +84,11 @@ class WholeCheckpoints(CheckpointSaver):
         if not self.overwrite:
             _agree(lambda: self._refuse_later_ones(int(state.timestamp.batch)))
         moments = 0 if self.weights_only else sum(_MOMENTS.get(type(o).__name__, 0) for o in state.optimizers)
-        self._refuse_what_does_not_fit(list(state.model.parameters()), state, copies=1 + moments)
+        parameters = dict(state.model.named_parameters())
+        learned = [each for each in parameters.values() if each.requires_grad]
+        # Adapters are saved without the base that they stand beside.
+        kept = learned if any(ADAPTER in name for name in parameters) else list(parameters.values())
+        self._refuse_what_does_not_fit(kept + moments * learned, state)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """End the run if the checkpoint that was being written could not be."""
@@ -169,9 +174,9 @@ class WholeCheckpoints(CheckpointSaver):
                     "another run_name."
                 )
 
-    def _refuse_what_does_not_fit(self, content: Any, state: State, copies: int = 1) -> None:
-        """Raise CheckpointError on all ranks if `copies` of the content take more than is free."""
-        needed = copies * sum(tensor.numel() * tensor.element_size() for tensor in _tensors(content))
+    def _refuse_what_does_not_fit(self, content: Any, state: State) -> None:
+        """Raise CheckpointError on all ranks if the content takes more than is free."""
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(content))
         if self.upload is not None and state.fsdp_sharded_state_dict_enabled:
             needed = needed * dist.get_local_world_size() // dist.get_world_size()
 

@@ -45,12 +45,15 @@ def only_run_in(folder: Path) -> Iterator[None]:
         ) from error
     try:
         _take(file, folder)
-        os.ftruncate(file, 0)
-        os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
-        yield
-        os.ftruncate(file, 0)
-    finally:
+    except CheckpointError:
         os.close(file)
+        raise
+    os.ftruncate(file, 0)
+    os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+    yield
+    # After an error a checkpoint may still be on its way to the disk: the lock then ends with the process.
+    os.ftruncate(file, 0)
+    os.close(file)
 
 
 def _take(file: int, folder: Path) -> None:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
+from mptfoundry.checkpoints.adapters import lora_of, with_adapters
 from mptfoundry.checkpoints.architecture import RUN_CONFIG, config_of_run, overridden, read_run, run_of
 from mptfoundry.checkpoints.folders import confined
 from mptfoundry.checkpoints.hf_config import config_of_folder, config_of_others
 from mptfoundry.checkpoints.hf_folder import FolderWeights
+from mptfoundry.checkpoints.hub import locate
 from mptfoundry.checkpoints.names import find_checkpoint
 from mptfoundry.checkpoints.sharded import ShardedWeights
 from mptfoundry.checkpoints.torch_files import open_composer_file
@@ -250,8 +252,26 @@ def _open_checkpoint(checkpoint: Path, config: MPTConfig | None) -> ModelSource:
             )
         config = config_of_others(content, f"{checkpoint}: state.integrations.huggingface")
     tokenizer_folder = _tokenizer_in(folder / "tokenizer") if folder else None
-    trained = folder is not None and "train_loader" in read_run(folder)
-    return ModelSource(checkpoint, config, weights, tokenizer_folder, folder if trained else None)
+    run = read_run(folder) if folder is not None else {"model": {}}
+    trained = folder if "train_loader" in run else None
+    source = ModelSource(checkpoint, config, weights, tokenizer_folder, trained)
+    if folder is None or (lora := lora_of(run)) is None:
+        return source
+    return with_adapters(_base_of(run, folder, config), weights, lora, source)
+
+
+def _base_of(run: Mapping[str, Any], folder: Path, config: MPTConfig) -> ModelSource:
+    """The model beside whose weights the run's adapters were learned."""
+    name = run["model"].get("pretrained_model_name_or_path") or run.get("load_path")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{folder / RUN_CONFIG}: names no base for the adapters of model.peft_config.")
+    try:
+        path = locate(name, run["model"].get("revision"))
+        if run_of(path.resolve()) == folder.resolve():
+            raise CheckpointError(f"{name} is the run itself.")
+        return with_rows(open_model(path), config.vocab_size)
+    except CheckpointError as error:
+        raise CheckpointError(f"the base of the adapters in {folder}: {error}") from error
 
 
 def _tokenizer_in(folder: Path) -> Path | None:

@@ -38,7 +38,10 @@ class TextDatasetConfig:
         cache_limit: Size of the shard cache, such as `100gb`; the least used shards go. Default: none.
         download_retry: Further attempts after a failed download.
         download_timeout: Seconds that a download may take.
-        validate_hash: Hash that each shard is checked by, where the shards carry one.
+        verify: When shards are compared with the hashes in their index: `lazy`, each before it is first read
+            in this run; `full`, also all that are on this machine before the first batch; `off`, never.
+            Sizes are always compared.
+        validate_hash: The hash that is compared, such as `sha1`. Default: the fastest that the index has.
         keep_zip: Keep the compressed shard beside the decompressed one.
         partition_algo: How samples are dealt out to devices and workers.
         sampling_method: Draw the samples of a stream anew each epoch (`balanced`) or not (`fixed`).
@@ -66,6 +69,7 @@ class TextDatasetConfig:
     cache_limit: ByteSize | None = None
     download_retry: int = 2
     download_timeout: float = 60.0
+    verify: Literal["lazy", "full", "off"] = "lazy"
     validate_hash: str | None = None
     keep_zip: bool = False
     partition_algo: Literal["relaxed", "orig"] = "relaxed"
@@ -91,6 +95,8 @@ class TextDatasetConfig:
             raise ValueError("neither streams nor remote nor local is given. Say where the shards lie.")
         if self.eos_token_id is not None and self.bos_token_id is not None:
             raise ValueError("eos_token_id and bos_token_id are both given. Documents are told apart by one.")
+        if self.verify == "off" and self.validate_hash is not None:
+            raise ValueError("validate_hash: is compared by no one with verify: off. Remove one of them.")
 
     @property
     def separates_documents(self) -> bool:

@@ -41,11 +41,9 @@ _DROPPED: tuple[tuple[str, Any, str], ...] = (
     ("model.use_flash_attention_2", ANY, "attn_config.attn_impl says it"),
     ("model.attn_implementation", ANY, "attn_config.attn_impl says it"),
     ("model.use_logits", ANY, "there is no other kind of output here"),
-    ("model.load_in_8bit", False, "it is off"),
     ("model.allow_embedding_resizing", False, "it is off"),
     ("model.pretrained_lora_id_or_path", None, "it is blank"),
-    ("model.peft_config", None, "it is blank"),
-    ("model.should_save_peft_only", ANY, "it has no effect without peft_config"),
+    ("model.should_save_peft_only", ANY, "a checkpoint of adapters never holds their base"),
     ("icl_tasks", None, "it is blank"),
     ("eval_gauntlet", None, "it is blank"),
     ("icl_seq_len", ANY, "it has no effect without icl_tasks"),
@@ -73,7 +71,7 @@ _LOADER_DROPPED: tuple[tuple[str, Any, str], ...] = (
 
 _PARTS = "the blocks of a model are all alike, of torch's own layers. Remove it."
 _MOE = "mixtures of experts are another architecture. Remove it."
-_PEFT = "a run trains whole weights. Remove it."
+_PEFT = "say it in model.peft_config: {r: 16, lora_alpha: 32}."
 _TASKS = "a run evaluates its eval_loader. Remove it."
 _HUB = "name the MPT to start from in pretrained_model_name_or_path."
 _OBJECT = "it holds an object, which a file can't say. Remove it."
@@ -96,9 +94,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("TrainConfig", "only_hf_checkpoint"): _FORMAT,
     ("TrainConfig", "parameters"): "this is a platform's job file. Give what stands under `parameters` as a "
     "file of its own.",
-    ("ModelConfig", "load_in_8bit"): "a run trains whole weights. Remove it.",
     ("ModelConfig", "allow_embedding_resizing"): "config_overrides.vocab_size says how many rows. Remove it.",
-    ("ModelConfig", "peft_config"): _PEFT,
+    ("ModelConfig", "pretrained_lora_id_or_path"): "adapters start new. Merge those into their base first.",
     ("ModelConfig", "lora"): _PEFT,
     ("ModelConfig", "fc_type"): _PARTS,
     ("ModelConfig", "block_overrides"): _PARTS,

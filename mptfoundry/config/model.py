@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from mptfoundry.config.learned import LoRAConfig
 from mptfoundry.config.recomputation import Target, recomputed_parts
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import (
     HEADS,
+    HeadConfig,
     SequenceClassifierConfig,
     SpanFinderConfig,
     TokenClassifierConfig,
@@ -32,6 +34,11 @@ class ModelConfig(MPTConfig):
             alone.
         config_overrides: Switches of that model to change, such as `max_seq_len`. Another `vocab_size` cuts
             the embedding, or pads it with the mean of its rows.
+        peft_config: Learn adapters beside that model's weights, which stay as they are. Default: all is
+            learned.
+        load_in_8bit: Keep the matrices beside the adapters in 8 bits while training, by bitsandbytes. What is
+            evaluated, generated or exported afterwards has the base's own weights.
+        load_in_4bit: The same in 4 bits (NF4).
         activation_checkpointing_target: What `fsdp_config.activation_checkpointing` recomputes: `block`,
             `attention`, `mlp`, `norm` or a list of these, in all blocks, or each with its blocks (`first-N`,
             `last-N`, `middle-N`, `range-N-M`, `every-K`, numbers from 0, a list of these, or N for the first
@@ -45,6 +52,9 @@ class ModelConfig(MPTConfig):
     revision: str | None = None
     pretrained: bool | None = None
     config_overrides: dict[str, Any] = field(default_factory=dict)
+    peft_config: LoRAConfig | None = None
+    load_in_8bit: bool = False
+    load_in_4bit: bool = False
     activation_checkpointing_target: Target | None = None
 
     def __post_init__(self) -> None:
@@ -54,6 +64,22 @@ class ModelConfig(MPTConfig):
             for key in ("revision", "pretrained", "config_overrides"):
                 if getattr(self, key):
                     raise ValueError(f"{key}: has no effect without pretrained_model_name_or_path.")
+        if self.load_in_8bit and self.load_in_4bit:
+            raise ValueError("load_in_8bit and load_in_4bit are both given. Use one of them.")
+        if self.bits and self.peft_config is None:
+            raise ValueError(f"load_in_{self.bits}bit: can't be learned. Add adapters: peft_config.")
+        if self.peft_config is not None:
+            if isinstance(self, HeadConfig):
+                raise ValueError(f"peft_config: is for language models alone, and not for {self.name}.")
+            try:
+                self.peft_config.targets(self)
+            except ValueError as error:
+                raise ValueError(f"peft_config.{error}") from error
+
+    @property
+    def bits(self) -> Literal[8, 4] | None:
+        """Of the blocks' matrices, where they are quantized."""
+        return 8 if self.load_in_8bit else 4 if self.load_in_4bit else None
 
     @property
     def takes_weights(self) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mptfoundry.config.durations import parse_duration
+from mptfoundry.config.learned import pattern_problems
 from mptfoundry.mpt.head_config import HeadConfig
 
 Problem = tuple[str, str]
@@ -27,6 +28,8 @@ def between_sections(values: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _documents(values)
     yield from _heads(values)
     yield from _preprocessing(values)
+    yield from _patterns(values)
+    yield from _adapters(values)
     yield from _schedule(values)
     yield from _checkpoints(values)
     yield from _sharding(values)
@@ -160,6 +163,52 @@ def _preprocessing(values: Mapping[str, Any]) -> Iterator[Problem]:
                 yield f"{place}.preprocessing_fn", text
                 if own:
                     break
+
+
+def _patterns(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Every pattern names parameters of the model, and something is left to learn."""
+    model, optimizer = values.get("model"), values.get("optimizer")
+    if model is None or optimizer is None:
+        return
+    groups = [group.param_str_match for group in optimizer.param_groups]
+    for key, text in pattern_problems(model.network(), model.peft_config, optimizer.disable_grad, groups):
+        yield f"optimizer.{key}", text
+
+
+def _adapters(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """Adapters stand beside the weights of a base model, which a resumed run reads from the same place."""
+    model, path, fsdp = values.get("model"), values.get("load_path"), values.get("fsdp_config")
+    if model is None or model.peft_config is None:
+        return
+    if not model.takes_weights and not path:
+        yield (
+            "model.peft_config",
+            "learns beside the weights of a base model. Name it in model.pretrained_model_name_or_path, or "
+            "in load_path with load_weights_only: true.",
+        )
+    if path and not values.get("load_weights_only", True):
+        yield (
+            "load_path",
+            f"{path} is the adapters' base, of which weights alone are taken. Set load_weights_only: true.",
+        )
+    if path and "://" in path:
+        yield "load_path", f"{path} is the adapters' base, and is read from this machine. Name a local path."
+    for key, value, why in (
+        ("use_orig_params", False, "learned and frozen parameters would be one"),
+        ("activation_checkpointing_reentrant", True, "no gradient would reach the adapters"),
+    ):
+        if fsdp is not None and getattr(fsdp, key) is value:
+            yield f"fsdp_config.{key}", f"{str(value).lower()}: with model.peft_config {why}. Remove it."
+    if fsdp is not None and model.bits:
+        yield (
+            f"model.load_in_{model.bits}bit",
+            "is for whole copies: it can't be sharded. Remove fsdp_config.",
+        )
+    if "hf_checkpointer" in values.get("callbacks", {}):
+        yield (
+            "callbacks.hf_checkpointer",
+            "exports whole models, and this one has adapters. Remove it; `mptfoundry export` takes a run.",
+        )
 
 
 def _schedule(values: Mapping[str, Any]) -> Iterator[Problem]:

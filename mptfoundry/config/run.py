@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from mptfoundry.config.data import LoaderConfig, loaders_by_label
 from mptfoundry.config.durations import Duration, parse_duration
+from mptfoundry.config.learned import Learned, count_learned
 from mptfoundry.config.model import AnyModelConfig, TokenizerConfig
 from mptfoundry.config.optim import OptimizerConfig, SchedulerConfig
 from mptfoundry.config.parallel import CompileConfig, FSDPConfig
@@ -188,6 +189,11 @@ class TrainConfig:
             return self.save_latest_filename
         is_sharded = self.fsdp_config is not None and self.fsdp_config.state_dict_type == "sharded"
         return "latest-sharded-rank{rank}" if is_sharded else "latest-rank{rank}.pt"
+
+    @property
+    def learned(self) -> Learned:
+        """How many of the model's parameters are learned."""
+        return count_learned(self.model.network(), self.model.peft_config, self.optimizer.disable_grad)
 
     def batches(self) -> int | None:
         """Steps of the run; None where they depend on the size of the data."""

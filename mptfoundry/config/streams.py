@@ -27,7 +27,7 @@ class StreamConfig:
         choose: Samples drawn in an epoch.
         download_retry: Further attempts after a failed download. Default: the data set's.
         download_timeout: Seconds that a download may take. Default: the data set's.
-        validate_hash: Hash that each shard is checked by. Default: the data set's.
+        validate_hash: The hash that is compared. Default: the data set's.
         keep_zip: Keep the compressed shard beside the decompressed one. Default: the data set's.
     """
 

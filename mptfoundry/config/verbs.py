@@ -29,7 +29,9 @@ class PrepareConfig:
         add_eos: Put the tokenizer's end-of-text token after each document.
         add_bos: Put the tokenizer's beginning-of-text token before each document.
         bad_input: What a broken record or text does: end the preparation, or be counted and left out.
-        workers: Processes. `auto`: one for each processor.
+        engine: Where text is encoded: in processes of this machine, or on the machines of a Spark cluster,
+            with the same shards. Every machine needs this package and sees the inputs under the same paths.
+        workers: Processes of this machine. `auto`: one for each processor.
         shard_bytes: Size of a shard before compression.
         compression: How shards are compressed, such as `zstd` or `zstd:7`. Default: not.
         progress: Show a progress bar.
@@ -50,10 +52,15 @@ class PrepareConfig:
     add_eos: bool = True
     add_bos: bool = False
     bad_input: Literal["error", "skip"] = "error"
+    engine: Literal["local", "spark"] = "local"
     workers: int | Literal["auto"] = "auto"
     shard_bytes: int = 1 << 26
     compression: str | None = None
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        if self.engine == "spark" and self.workers != "auto":
+            raise ValueError("workers: belongs to this machine, and engine: spark has its own. Remove it.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +135,8 @@ class ExportConfig:
         out: The folder to write.
         format: `native`: stock transformers loads it; `custom`: with the network's code, for every model.
             `auto`: native where transformers' own classes express the model.
+        adapter: Adapters of a LoRA run are added to its base's weights (`merged`), or written alone as a
+            PEFT folder (`separate`).
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: the run's.
         run_folder: Local folder of the run, for a remote checkpoint without config and tokenizer beside it.
         dtype: Number format of the weights.
@@ -139,6 +148,7 @@ class ExportConfig:
     model: str
     out: str
     format: Literal["auto", "native", "custom"] = "auto"
+    adapter: Literal["merged", "separate"] = "merged"
     tokenizer: str | None = None
     run_folder: str | None = None
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"

@@ -8,7 +8,6 @@ the hub, or, as llm-foundry's files have it, `json` or `parquet` with `hf_kwargs
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,10 +17,12 @@ from typing import Any
 from tqdm import tqdm
 
 from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs, load_from_hub
-from mptfoundry.data.shards import INDEX, read_index
+from mptfoundry.data.integrity import fastest_hash, problem_of
+from mptfoundry.data.shards import INDEX, check_shard_files, read_index
 from mptfoundry.errors import DataError
 
 BUILDERS = ("json", "parquet")
+MANY_SHARDS = 8
 SPLIT_NAMES = ("train", "val", "valid", "validation", "test", "eval", "dev")
 
 
@@ -143,6 +144,7 @@ def _data_files(folder: Path, given: Any, source: Source) -> list[str]:
 
 def _shards(folder: Path, source: Source) -> Inventory:
     index = read_index(folder, source.where)
+    check_shard_files(index, source.where, title=source.where if len(index.shards) >= MANY_SHARDS else "")
     size = sum(int(shard["raw_data"]["bytes"]) for shard in index.shards)
     return Inventory([Input("mds", str(folder), folder.name, size)])
 
@@ -161,18 +163,19 @@ def _fetch_shards(source: Source, cache: Path) -> Path:
     try:
         loader = CloudDownloader.get(remote)
 
-        def fetch(basename: str, size: int | None) -> None:
-            path = folder / basename
-            if size is None or not path.is_file() or path.stat().st_size != size:
-                path.unlink(missing_ok=True)
-                loader.download(f"{remote}/{basename}", str(path))
+        def fetch(basename: str) -> None:
+            # None is seen half under its own name.
+            part = folder / f"{basename}.part"
+            part.unlink(missing_ok=True)
+            loader.download(f"{remote}/{basename}", str(part))
+            part.replace(folder / basename)
 
-        fetch(INDEX, None)
-        shards = json.loads((folder / INDEX).read_text())["shards"]
-        read_index(folder, source.where)
-        for shard in tqdm(shards, desc=source.where, unit="shard", disable=len(shards) < 8):
+        fetch(INDEX)
+        shards = read_index(folder, source.where).shards
+        for shard in tqdm(shards, desc=source.where, unit="shard", disable=len(shards) < MANY_SHARDS):
             entry = shard["zip_data"] or shard["raw_data"]
-            fetch(entry["basename"], int(entry["bytes"]))
+            if problem_of(folder / entry["basename"], entry, fastest_hash(entry["hashes"])):
+                fetch(entry["basename"])
     except DataError:
         raise
     except Exception as error:

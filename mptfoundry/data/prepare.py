@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -22,6 +23,7 @@ from mptfoundry.data.job import Job, find_finished, open_journal, plan_job
 from mptfoundry.data.journal import Journal, locked, read_state, remove_marks
 from mptfoundry.data.records import BadInput, plan_units
 from mptfoundry.data.shards import ShardMeta
+from mptfoundry.data.spark import encode_on_spark
 from mptfoundry.data.summary import PrepareSummary, SplitSummary
 from mptfoundry.data.work import EncodingPlan, encode_units
 from mptfoundry.errors import DataError
@@ -37,6 +39,7 @@ def prepare(
     tokenizer: str,
     max_seq_len: int,
     split: str = "train",
+    engine: Literal["local", "spark"] = "local",
     workers: int | None = None,
     text_key: str = "text",
     add_eos: bool = True,
@@ -62,6 +65,7 @@ def prepare(
         tokenizer: Folder or hub name.
         max_seq_len: Tokens in a sample.
         split: Name of the main split.
+        engine: Who encodes: processes of this machine, or a Spark cluster, which has workers of its own.
         workers: Processes that encode. Default: one for each core.
         text_key: The field of a record that holds its text.
         add_eos: Put the tokenizer's EOS after each document.
@@ -110,7 +114,7 @@ def prepare(
             _summarize(job, finished), time.perf_counter() - started_at, 0, was_finished=True
         )
     with _claimed(job) as journal:
-        encoded_tokens = _encode(job, journal, workers or len(os.sched_getaffinity(0)), progress)
+        encoded_tokens = _encode(job, journal, engine, workers or len(os.sched_getaffinity(0)), progress)
         metas = _finish(job, journal)
     skipped = dict(job.inventory.skipped + journal.skipped)
     seconds = time.perf_counter() - started_at
@@ -148,7 +152,7 @@ def _is_worth_keeping(journal: Journal, error: BaseException) -> bool:
     )
 
 
-def _encode(job: Job, journal: Journal, workers: int, progress: bool) -> int:
+def _encode(job: Job, journal: Journal, engine: str, workers: int, progress: bool) -> int:
     """Encode the units that the journal does not hold yet; returns how many tokens that gave."""
     plan = EncodingPlan(
         job.tokenizer_json,
@@ -163,6 +167,8 @@ def _encode(job: Job, journal: Journal, workers: int, progress: bool) -> int:
     units = islice(plan_units(job.inventory.inputs, plan.datasets, job.encoder.can_cut), journal.units, None)
     if job.inventory.size - journal.weight < SMALLEST_PARALLEL_BYTES:
         workers = 1
+    is_spark = engine == "spark"
+    results = encode_on_spark(units, plan) if is_spark else encode_units(units, plan, workers, job.encoder)
     tokens = 0
     seconds_before, started_at = journal.seconds, time.monotonic()
     with tqdm(
@@ -174,7 +180,7 @@ def _encode(job: Job, journal: Journal, workers: int, progress: bool) -> int:
         disable=not progress,
         mininterval=0.5 if sys.stderr.isatty() else 30,
     ) as bar:
-        for result in encode_units(units, plan, workers, job.encoder):
+        for result in results:
             journal.add(result)
             tokens += (len(result.kept.ids) + len(result.held_out.ids)) // job.id_bytes
             seconds = max(time.monotonic() - started_at, 1e-9)

@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 
+from mptfoundry.data.integrity import CODECS, fastest_hash, problem_of, problems_of, refuse, unpack
 from mptfoundry.errors import DataError
 
 INDEX = "index.json"
 PREPARING = ".preparing"
 META_KEY = "mptfoundry"
+# Places in a shard are numbers of 32 bits.
+LARGEST_SHARD = 2**32 - 1
 INTEGER_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 
 
@@ -93,7 +96,8 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
         where: What the user calls it, for errors: `train_loader.dataset.streams.code`.
 
     Raises:
-        DataError: It is missing, half prepared, damaged, empty, or names files outside its folder.
+        DataError: It is missing, half prepared, damaged, empty, names files outside its folder, or counts
+            more samples than can be in its files.
     """
     folder = Path(folder)
     path = folder / INDEX
@@ -102,19 +106,13 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         shards = content["shards"]
-        names = [
-            part["basename"] for shard in shards for part in (shard["raw_data"], shard["zip_data"]) if part
-        ]
-        samples = sum(int(shard["samples"]) for shard in shards)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        for shard in shards:
+            _check_entry(shard, path, where)
+        samples = sum(shard["samples"] for shard in shards)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DataError(
             f"{where}: {path} is damaged ({error!r}). Prepare or fetch the folder again."
         ) from error
-    for name in names:
-        if Path(name).name != name or name in ("", ".", ".."):
-            raise DataError(
-                f"{where}: {path} names the shard {name!r}, which lies outside its folder. Don't use it."
-            )
     if samples == 0:
         raise DataError(f"{where}: {folder} holds no samples. Prepare more text than max_seq_len tokens.")
     _refuse_pickles(shards, path, where)
@@ -136,6 +134,60 @@ def find_split(folder: str | Path, split: str | None, where: str) -> Path:
     splits = sorted(entry.name for entry in folder.iterdir() if (entry / INDEX).is_file())
     have = f"It has {', '.join(splits)}." if splits else "It has no splits."
     raise DataError(f"{where}: {folder} has no split {split!r}. {have}")
+
+
+def check_shard_files(index: ShardIndex, where: str, *, title: str = "") -> None:
+    """Compare all files of a folder with its index, by hash where it has some, else by size.
+
+    Args:
+        index: Of a folder on this machine.
+        where: What the user calls it, for errors.
+        title: Before a progress bar; empty for none.
+
+    Raises:
+        DataError: Files are missing or damaged; the first of them are named.
+    """
+    folder = index.folder
+
+    def stored(shard: Mapping[str, Any]) -> Mapping[str, Any]:
+        raw, packed = shard["raw_data"], shard["zip_data"]
+        return packed if packed and not (folder / raw["basename"]).is_file() else raw
+
+    def look(entry: Mapping[str, Any]) -> str | None:
+        return problem_of(folder / entry["basename"], entry, fastest_hash(entry["hashes"]))
+
+    found = problems_of(map(stored, index.shards), look, lambda entry: entry["bytes"], title=title)
+    refuse(where, [f"{folder / entry['basename']} {problem}" for entry, problem in found])
+
+
+def _check_entry(shard: Mapping[str, Any], path: Path, where: str) -> None:
+    """Raises DataError unless what an index says of a shard is confined to its folder, and can be."""
+    samples, raw, packed = shard["samples"], shard["raw_data"], shard["zip_data"]
+    if shard["format"] != "mds":
+        raise DataError(f"{where}: {path} is of {shard['format']!r} shards. Only mds shards are read.")
+    for part in filter(None, (raw, packed)):
+        name, size, hashes = part["basename"], part["bytes"], part["hashes"]
+        parts = name.split("/")
+        if {"", ".", "..", INDEX} & set(parts) or "\\" in name or "\0" in name:
+            raise DataError(
+                f"{where}: {path} names the shard {name!r}, which lies outside its folder. Don't use it."
+            )
+        if (
+            not isinstance(size, int)
+            or size < 0
+            or not all(isinstance(text, str) for text in hashes.values())
+        ):
+            raise TypeError(f"{name}: {part}")
+    if packed and str(shard["compression"]).split(":")[0] not in CODECS:
+        raise DataError(
+            f"{where}: {path} names the compression {shard['compression']!r}. Known are {', '.join(CODECS)}."
+        )
+    # A shard begins with their number and the place of each sample, and of the end.
+    if not isinstance(samples, int) or samples < 0 or not 4 * samples + 8 <= raw["bytes"] <= LARGEST_SHARD:
+        raise DataError(
+            f"{where}: {path} says that {raw['basename']} holds {samples} samples in {raw['bytes']} bytes, "
+            "which can't be. Prepare or fetch the folder again."
+        )
 
 
 def _read_meta(content: Any, path: Path, where: str) -> ShardMeta | None:
@@ -182,7 +234,6 @@ def read_samples(index: ShardIndex, numbers: Iterable[int]) -> Iterator[dict[str
     Raises:
         DataError: A shard is missing or damaged.
     """
-    from streaming.base.compression import decompress
     from streaming.base.format import reader_from_json
 
     starts = np.cumsum([0, *(int(shard["samples"]) for shard in index.shards)])
@@ -199,7 +250,9 @@ def read_samples(index: ShardIndex, numbers: Iterable[int]) -> Iterator[dict[str
                     if not (folder / name).is_file() and entry["zip_data"]:
                         packed = (folder / entry["zip_data"]["basename"]).read_bytes()
                         folder = Path(unpacked)
-                        (folder / name).write_bytes(decompress(entry["compression"], packed))
+                        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                        raw = unpack(entry["compression"], packed, entry["raw_data"]["bytes"])
+                        (folder / name).write_bytes(raw)
                     opened, reader = position, reader_from_json(str(folder), "", entry)
                 yield reader[number - int(starts[position])]
             except (OSError, ValueError, IndexError, KeyError) as error:

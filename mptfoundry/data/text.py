@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import torch
 from composer.core import DataSpec
-from streaming import Stream, StreamingDataLoader, StreamingDataset
+from streaming import StreamingDataLoader
 
 from mptfoundry.data.collate import TextCollator, count_samples, count_tokens
+from mptfoundry.data.guarded import GuardedDataset, GuardedStream, Verify
+from mptfoundry.data.once import once_per_node
 from mptfoundry.data.shards import INTEGER_DTYPES
 from mptfoundry.data.streams import Source, check_shards, plan_sources, warn_of_unknown
 from mptfoundry.errors import ConfigError, DataError
@@ -42,6 +43,7 @@ def build_text_loader(
     eos_token_id: int | None = None,
     bos_token_id: int | None = None,
     token_encoding_type: str = "int64",
+    verify: Verify = "lazy",
     pin_memory: bool | None = None,
     prefetch_factor: int = 2,
     persistent_workers: bool = True,
@@ -68,6 +70,7 @@ def build_text_loader(
         eos_token_id: Ends a document, for `sequence_ids`. Default: the tokenizer's, unless BOS is given.
         bos_token_id: Starts a document, for `sequence_ids`.
         token_encoding_type: Type of the ids in a `tokens` column of bytes.
+        verify: When shards are compared with their hashes; see GuardedDataset.
         pin_memory: Default: only if there is a GPU.
         where: What the user calls this loader, for errors.
         streaming: Further arguments of streaming's StreamingDataset.
@@ -88,12 +91,14 @@ def build_text_loader(
         max_seq_len=max_seq_len,
         vocab_size=vocab_size,
         token_encoding_type=token_encoding_type,
+        verify=verify,
         batch_size=device_batch_size,
         shuffle=shuffle,
         shuffle_seed=seed,
         where=where,
         **streaming,
     )
+    once_per_node(dataset.check_files, what=f"{where}: checking shards")
     _check_streams(dataset, sources, tokenizer)
     if drop_last:
         _check_that_it_fills_a_batch(dataset, device_batch_size, where)
@@ -113,7 +118,7 @@ def build_text_loader(
     return DataSpec(loader, get_num_samples_in_batch=count_samples, get_num_tokens_in_batch=count_tokens)
 
 
-class TextDataset(StreamingDataset):
+class TextDataset(GuardedDataset):
     """Samples of token ids, each checked as it is read.
 
     Args:
@@ -122,7 +127,7 @@ class TextDataset(StreamingDataset):
         max_seq_len: The most tokens that a sample may have.
         vocab_size: Each id must be below it.
         token_encoding_type: Type of the ids where they are stored as bytes.
-        streaming: Arguments of StreamingDataset.
+        guarded: Arguments of GuardedDataset.
     """
 
     def __init__(
@@ -133,15 +138,14 @@ class TextDataset(StreamingDataset):
         max_seq_len: int,
         vocab_size: int,
         token_encoding_type: str,
-        **streaming: Any,
+        **guarded: Any,
     ) -> None:
         self.stream_names = list(stream_names)
         self.tokenizer = tokenizer
         self.max_seq_len = max_seq_len
         self.vocab_size = vocab_size
         self.token_encoding_type = token_encoding_type
-        self.background_error: BaseException | None = None
-        super().__init__(**streaming)
+        super().__init__(**guarded)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
         """Read one sample: `input_ids` (tokens,) int64 with 1 <= tokens <= max_seq_len, and `sample_id`.
@@ -176,19 +180,6 @@ class TextDataset(StreamingDataset):
             )
         return {"input_ids": ids, "sample_id": int(sample_id)}
 
-    def on_exception(self, future: Future) -> None:
-        """Keep what failed in the background and stop the threads, so that iteration can raise it."""
-        error = future.exception()
-        if error is not None:
-            self.background_error = error
-            self._event.set()
-
-    def _each_sample_id(self, it: Any) -> Iterator[int]:
-        yield from super()._each_sample_id(it)
-        # Streaming only stops when a shard can't be fetched in the background: the epoch would seem over.
-        if self.background_error is not None:
-            raise DataError(f"A shard can't be read: {self.background_error}") from self.background_error
-
     def _stored_ids(self, tokens: Any, sample_id: int) -> np.ndarray:
         if isinstance(tokens, np.ndarray):
             ids = tokens
@@ -222,17 +213,46 @@ class TextDataset(StreamingDataset):
 
 
 class TextLoader(StreamingDataLoader):
-    """StreamingDataLoader whose workers' DataErrors arrive as what they say, without a traceback's text."""
+    """StreamingDataLoader whose epochs are whole, and whose workers' DataErrors arrive as what they say.
+
+    Args:
+        dataset: A GuardedDataset.
+        loader: Arguments of StreamingDataLoader.
+    """
+
+    dataset: GuardedDataset
+
+    def __init__(self, dataset: GuardedDataset, **loader: Any) -> None:
+        workers = max(1, loader.get("num_workers", 0))
+        # In shared memory, where the workers put it.
+        dataset.planned = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
+        super().__init__(dataset, **loader)
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        self.dataset.planned.fill_(-1)
         try:
             yield from super().__iter__()
         except DataError as error:
+            # Left to the garbage collector, they take seconds to end.
+            workers: Any = self._iterator
+            if workers is not None:
+                workers._shutdown_workers()
             marker = f"{DataError.__module__}.{DataError.__qualname__}: "
             text = str(error)
             if marker not in text:
                 raise
             raise DataError(text.rsplit(marker, 1)[1].strip()) from error
+        self._check_that_all_came()
+
+    def _check_that_all_came(self) -> None:
+        """Raises DataError if the epoch is over, but not all was read that it deals to this rank."""
+        planned, rows = self.dataset.planned, self.batch_size or 1
+        due = int((planned // rows * rows if self.drop_last else planned).sum())
+        if bool((planned < 0).any()) or self.num_samples_yielded != due:
+            raise DataError(
+                f"{self.dataset.where}: the epoch ended after {self.num_samples_yielded:,} samples of this "
+                f"rank; its part has {due:,}. Samples were lost on the way: start again from the checkpoint."
+            )
 
 
 def filler_id(tokenizer: Any) -> int:
@@ -263,7 +283,7 @@ def _collator(
 
 
 def _build_dataset(
-    sources: Sequence[Source], *, where: str, token_encoding_type: str, **arguments: Any
+    sources: Sequence[Source], *, where: str, token_encoding_type: str, verify: Verify, **arguments: Any
 ) -> TextDataset:
     if token_encoding_type not in INTEGER_DTYPES:
         raise ConfigError(
@@ -273,7 +293,11 @@ def _build_dataset(
     try:
         return TextDataset(
             token_encoding_type=token_encoding_type,
-            streams=[Stream(**source.arguments) for source in sources],
+            where=f"{where}.dataset",
+            verify=verify,
+            streams=[
+                GuardedStream(where=source.where, verify=verify, **source.arguments) for source in sources
+            ],
             stream_names=[source.where for source in sources],
             **arguments,
         )

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from mptfoundry.data.shards import INDEX, META_KEY, PREPARING, ShardMeta
+from mptfoundry.data.shards import INDEX, LARGEST_SHARD, META_KEY, PREPARING, ShardMeta
 from mptfoundry.errors import DataError
 
 HASHES = ("sha1", "xxh64")
-LARGEST_SHARD = 2**32 - 1
 
 
 class ShardWriter:

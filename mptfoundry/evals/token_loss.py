@@ -1,14 +1,15 @@
-"""Loss, perplexity and bits per byte over a whole data set, exact.
+"""Loss, perplexity, accuracy and bits per byte over a whole data set, exact.
 
 A mean of batches' means is wrong as soon as batches differ in tokens, and a sampler that repeats samples to
 give every rank as many counts them twice. Here every sample leaves one row of sums, the rows of all ranks are
 gathered, repeated samples are dropped, the sums are added up in float64 in the order of the samples and
 divided once: the result doesn't depend on the batch size or on the number of ranks.
 
-Words: a row is (sample_id, loss, tokens, byte_loss, bytes): the sample's number in the data set, the sum of
-its tokens' losses in nats, how many tokens were predicted, the part of the loss that fell on tokens that
-stand for bytes, and how many bytes those are. A special token such as the end of a document stands for no
-byte; it counts in the loss and in the perplexity, not in bits per byte, which so compares across tokenizers.
+Words: a row is (sample_id, loss, tokens, byte_loss, bytes, correct): the sample's number in the data set, the
+sum of its tokens' losses in nats, how many tokens were predicted, the part of the loss that fell on tokens
+that stand for bytes, how many bytes those are, and how many of the tokens were the likeliest. A special token
+such as the end of a document stands for no byte; it counts in all but bits per byte, which so compares across
+tokenizers.
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ UNNUMBERED = -1
 
 
 def token_loss_rows(
-    token_loss: Tensor, labels: Tensor, sample_id: Tensor | None = None, token_bytes: Tensor | None = None
+    token_loss: Tensor,
+    labels: Tensor,
+    sample_id: Tensor | None = None,
+    token_bytes: Tensor | None = None,
+    token_correct: Tensor | None = None,
 ) -> Tensor:
     """One row of sums for each sample of a batch.
 
@@ -37,9 +42,10 @@ def token_loss_rows(
         labels: (batch, seq) int64, aligned with the inputs; -100 where nothing is predicted.
         sample_id: (batch,) int64, the samples' numbers in the data set; None: each counts.
         token_bytes: (vocab_size,) int64, the bytes that each token stands for; None: the bytes are 0.
+        token_correct: (batch, seq) bool, aligned as `token_loss`; None: how many is not known, NaN.
 
     Returns:
-        (batch, 5) float64: sample_id, loss, tokens, byte_loss, bytes.
+        (batch, 6) float64: sample_id, loss, tokens, byte_loss, bytes, correct.
     """
     targets = labels[:, 1:]
     predicted = targets != -100
@@ -50,12 +56,16 @@ def token_loss_rows(
         target_bytes = token_bytes[targets.clamp(min=0)] * predicted
     if sample_id is None:
         sample_id = torch.full((len(labels),), UNNUMBERED, device=labels.device)
+    correct = torch.full((len(labels),), math.nan, device=labels.device)
+    if token_correct is not None:
+        correct = (token_correct[:, :-1] & predicted).sum(-1)
     columns = (
         sample_id.to(labels.device),
         losses.sum(-1),
         predicted.sum(-1),
         (losses * (target_bytes > 0)).sum(-1),
         target_bytes.sum(-1),
+        correct,
     )
     return torch.stack([column.double() for column in columns], dim=-1)
 
@@ -64,22 +74,23 @@ def add_up(rows: Tensor) -> dict[str, float]:
     """The results over all rows, each sample counted once.
 
     Args:
-        rows: (samples, 5) float64, in any order, repeats included.
+        rows: (samples, 6) float64, in any order, repeats included.
 
     Returns:
-        LanguageCrossEntropy (nats for each token), LanguagePerplexity (its exponential), bits_per_byte,
-        tokens, bytes and samples. A mean over nothing is NaN.
+        LanguageCrossEntropy (nats for each token), LanguagePerplexity (its exponential), TokenAccuracy
+        (the share of correct tokens), bits_per_byte, tokens, bytes and samples. A mean over nothing is NaN.
     """
     table = rows.detach().cpu().numpy()
     table = table[np.argsort(table[:, 0], kind="stable")]
     repeated = np.zeros(len(table), dtype=bool)
     repeated[1:] = (table[1:, 0] == table[:-1, 0]) & (table[1:, 0] != UNNUMBERED)
     table = table[~repeated]
-    loss, tokens, byte_loss, text_bytes = (math.fsum(table[:, column]) for column in range(1, 5))
+    loss, tokens, byte_loss, text_bytes, correct = (math.fsum(column) for column in table.T[1:])
     cross_entropy = loss / tokens if tokens else math.nan
     return {
         "LanguageCrossEntropy": cross_entropy,
         "LanguagePerplexity": _exp(cross_entropy),
+        "TokenAccuracy": correct / tokens if tokens else math.nan,
         "bits_per_byte": byte_loss / math.log(2) / text_bytes if text_bytes else math.nan,
         "tokens": tokens,
         "bytes": text_bytes,
@@ -107,8 +118,16 @@ class TokenLoss(Metric):
         self.register_buffer("token_bytes", table, persistent=False)
 
     def update(self, batch: Mapping[str, Tensor], outputs: Any) -> None:
-        """Add a batch: `outputs.token_loss` (batch, seq) of the network, and the batch that it was given."""
-        rows = token_loss_rows(outputs.token_loss, batch["labels"], batch.get("sample_id"), self.token_bytes)
+        """Add a batch: `outputs.token_loss` and `outputs.token_correct` (batch, seq) of the network, and the
+        batch that it was given.
+        """
+        rows = token_loss_rows(
+            outputs.token_loss,
+            batch["labels"],
+            batch.get("sample_id"),
+            self.token_bytes,
+            outputs.token_correct,
+        )
         self.rows.append(rows)
 
     def compute(self) -> Tensor:
@@ -136,6 +155,12 @@ class LanguagePerplexity(TokenLoss):
     result = "LanguagePerplexity"
 
 
+class TokenAccuracy(TokenLoss):
+    """Share of the tokens that are the likeliest."""
+
+    result = "TokenAccuracy"
+
+
 class BitsPerByte(TokenLoss):
     """Bits that the text costs for each of its bytes."""
 
@@ -157,6 +182,7 @@ def token_loss_metrics(token_bytes: np.ndarray | None = None) -> dict[str, Metri
     metrics: dict[str, Metric] = {
         "LanguageCrossEntropy": LanguageCrossEntropy(),
         "LanguagePerplexity": LanguagePerplexity(),
+        "TokenAccuracy": TokenAccuracy(),
         "tokens": TokenCount(),
     }
     if token_bytes is not None:
@@ -165,7 +191,7 @@ def token_loss_metrics(token_bytes: np.ndarray | None = None) -> dict[str, Metri
 
 
 def _no_rows(device: torch.device) -> Tensor:
-    return torch.zeros(0, 5, dtype=torch.float64, device=device)
+    return torch.zeros(0, 6, dtype=torch.float64, device=device)
 
 
 def _exp(value: float) -> float:

@@ -23,6 +23,7 @@ from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_mo
 from mptfoundry.checkpoints.weights import EMBEDDING, Rows, TensorOutline
 from mptfoundry.checkpoints.writing import refuse_what_is_there, whole_or_absent
 from mptfoundry.errors import CheckpointError
+from mptfoundry.export.adapter import AdapterSummary, export_adapter
 from mptfoundry.export.card import model_card
 from mptfoundry.export.comparison import Comparison, check_bytes, compare_logits
 from mptfoundry.export.native import NATIVE_CODE, NATIVE_CODE_TEXT, native_config, why_not_native
@@ -84,6 +85,7 @@ def export(
     *,
     dtype: str | None = "bf16",
     format: Format = "auto",
+    adapter: Literal["merged", "separate"] = "merged",
     tokenizer: str | None = None,
     run_folder: str | None = None,
     shard_bytes: int = 5_000_000_000,
@@ -91,7 +93,7 @@ def export(
     overwrite: bool = False,
     progress: bool = True,
     memory_bytes: int | None = None,
-) -> ExportSummary:
+) -> ExportSummary | AdapterSummary:
     """Write a model as a Hugging Face folder.
 
     Args:
@@ -100,6 +102,7 @@ def export(
         out: The folder to write; there whole or not at all.
         dtype: A key of `DTYPES`; None: as stored.
         format: `native`, `custom`, or `auto`: native where transformers' own classes express the model.
+        adapter: A run's adapters are added to its base's weights, or written alone as a PEFT folder.
         tokenizer: Folder or hub name. Default: the run's.
         run_folder: Where the run's config and tokenizer lie, for a remote checkpoint without them.
         shard_bytes: Largest weight file.
@@ -120,6 +123,9 @@ def export(
         else:
             path = stack.enter_context(staged(model, out, run_folder, progress=progress))
             source = open_model(path)
+        if adapter == "separate":
+            text, number_format = _tokenizer_for(source, tokenizer), DTYPES[dtype or "fp32"]
+            return export_adapter(source, out, number_format, text, overwrite=overwrite)
         chosen, why = choose_format(source.config, format)
         number_format = DTYPES[dtype] if dtype is not None else source.weights.outlines[EMBEDDING].dtype
         text = _tokenizer_for(source, tokenizer)
@@ -170,7 +176,9 @@ def export_weights(
     source = ModelSource(
         run_folder / checkpoint, config, _WeightsInMemory(weights), run_folder / "tokenizer", run_folder
     )
-    return export(source, out, dtype=None, overwrite=overwrite, progress=False)
+    summary = export(source, out, dtype=None, overwrite=overwrite, progress=False)
+    assert isinstance(summary, ExportSummary)
+    return summary
 
 
 @dataclass(frozen=True)

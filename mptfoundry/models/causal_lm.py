@@ -7,7 +7,7 @@ by name: `attention_mask`, `sequence_id`, `prefix_mask`, each (batch, seq), and 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from composer.models import ComposerModel
@@ -15,19 +15,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate
 from torchmetrics import Metric
 
+from mptfoundry.models.adapters import FirstValue, beside, is_adapter, keep_adapters_alone
 from mptfoundry.mpt.flops import flops_per_token
 from mptfoundry.mpt.init import draw
 from mptfoundry.mpt.network import MPT, MPTOutput
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-class FirstValue(Protocol):
-    """Gives what a parameter begins with, all of it or the rows from the first to before the last."""
-
-    def __call__(self, name: str, shape: tuple[int, ...], rows: tuple[int, int] | None = None, /) -> Tensor:
-        """On the CPU, in any number format."""
 
 
 class ComposerMPT(ComposerModel):
@@ -44,6 +38,7 @@ class ComposerMPT(ComposerModel):
         eval_metrics: Metrics of evaluation by name; each is updated with (batch, the network's output).
         tokenizer: Kept for those who look for it here, such as Composer's text callbacks.
         seed: For weights that are still on the meta device, drawn once FSDP has placed them.
+        extra_flops_per_token: Beside those of learning all of the network; negative where some is frozen.
     """
 
     inputs: tuple[str, ...] = ("attention_mask", "sequence_id", "prefix_mask", "max_documents", "labels")
@@ -55,14 +50,19 @@ class ComposerMPT(ComposerModel):
         eval_metrics: Mapping[str, Metric] | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int = 0,
+        extra_flops_per_token: int = 0,
     ) -> None:
         super().__init__()
         self.model = network
+        if any(is_adapter(name) for name, _ in network.named_parameters()):
+            keep_adapters_alone(self)
         self.config = network.config
         self.tokenizer = tokenizer
         # In a plain dict, since a metric that is a submodule would be wrapped and saved with the model.
         self._eval_metrics = dict(eval_metrics or {})
+        self._extra_flops_per_token = extra_flops_per_token
         self._flops_per_token: dict[int, int] = {}
+        self._seed = seed
         blocks = frozenset(network.transformer.blocks)
         network.fsdp_wrap_fn = blocks.__contains__  # type: ignore[assignment]
         self.start_from(lambda name, shape, rows=None: draw(name, shape, network.config, seed, rows))
@@ -70,6 +70,7 @@ class ComposerMPT(ComposerModel):
     def start_from(self, first_value: FirstValue) -> None:
         """Take weights that are still on the meta device from `first_value`, once FSDP has placed them."""
         names = {module: name for name, module in self.model.named_modules()}
+        first_value = beside(first_value, self._seed)
 
         def set_weights(module: nn.Module) -> None:
             initialize_module(module, names[module], first_value)
@@ -100,7 +101,8 @@ class ComposerMPT(ComposerModel):
         """
         rows, seq_len = batch["input_ids"].shape
         if seq_len not in self._flops_per_token:
-            self._flops_per_token[seq_len] = flops_per_token(self.config, seq_len, causal=False)
+            flops = flops_per_token(self.config, seq_len, causal=False)
+            self._flops_per_token[seq_len] = flops + self._extra_flops_per_token
         return rows * seq_len * self._flops_per_token[seq_len]
 
 

@@ -7,24 +7,32 @@ activation checkpointing is not counted: it is work, not progress.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 from .config import MPTConfig
 from .head_config import HeadConfig
 
 
+def parameter_shapes(config: MPTConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all parameters of the network of `config`; shared ones stand once."""
+    block = _block_shapes(config)
+    blocks = {
+        f"transformer.blocks.{layer}.{name}": shape
+        for layer in range(config.n_layers)
+        for name, shape in block.items()
+    }
+    return _shapes_around_blocks(config) | blocks
+
+
 def count_parameters(config: MPTConfig) -> int:
     """The number of parameters of the network of `config`, exactly."""
-    return (
-        _embedding(config)
-        + (config.max_seq_len * config.d_model if config.has_learned_positions else 0)
-        + config.n_layers * block_parameters(config)
-        + _norm(config, config.d_model)
-        + _output(config)
-    )
+    return _numbers(_shapes_around_blocks(config)) + config.n_layers * block_parameters(config)
 
 
 def block_parameters(config: MPTConfig) -> int:
     """The number of parameters of one block: two norms, the attention and the feed-forward network."""
-    return 2 * _norm(config, config.d_model) + _attention(config) + _ffn(config)
+    return _numbers(_block_shapes(config))
 
 
 def flops_per_token(config: MPTConfig, seq_len: int, *, causal: bool) -> int:
@@ -41,7 +49,7 @@ def flops_per_token(config: MPTConfig, seq_len: int, *, causal: bool) -> int:
             MFU is published. True: only those up to itself, the arithmetic really needed.
     """
     is_multiplied_too = config.tie_word_embeddings and not isinstance(config, HeadConfig)
-    multiplied = count_parameters(config) - (0 if is_multiplied_too else _embedding(config))
+    multiplied = count_parameters(config) - (0 if is_multiplied_too else config.vocab_size * config.d_model)
     window = config.attn_config.sliding_window_size
     keys = seq_len if window < 0 else min(seq_len, window + 1)
     attention = 12 * config.n_layers * config.n_heads * config.d_head * keys
@@ -71,38 +79,44 @@ def ffn_activations(config: MPTConfig) -> int:
     return (4 if config.ffn_config.ffn_type == "mptglu" else 2) * config.d_ffn
 
 
-def _embedding(config: MPTConfig) -> int:
-    return config.vocab_size * config.d_model
-
-
-def _output(config: MPTConfig) -> int:
+def _shapes_around_blocks(config: MPTConfig) -> dict[str, tuple[int, ...]]:
+    tokens = (config.vocab_size, config.d_model)
+    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": tokens}
+    if config.has_learned_positions:
+        shapes["transformer.wpe.weight"] = (config.max_seq_len, config.d_model)
+    shapes |= _norm("transformer.norm_f", config.d_model, config)
     if isinstance(config, HeadConfig):
-        return config.head_parameters
-    return 0 if config.tie_word_embeddings else _embedding(config)
+        return shapes | _linear(config.head, config.d_model, config.outputs, config.has_bias)
+    return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": tokens}
 
 
-def _attention(config: MPTConfig) -> int:
-    queries = config.n_heads * config.d_head
-    keys = config.kv_heads * config.d_head
-    count = _linear(config.d_model, queries + 2 * keys, config.has_qkv_bias)
-    count += _linear(queries, config.d_model, not config.no_bias)
-    if config.attn_config.qk_ln:
-        count += _norm(config, queries) + _norm(config, keys)
-    if config.attn_config.qk_gn:
-        count += 2 * _norm(config, config.d_head)
-    return count
+def _block_shapes(config: MPTConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one block's parameters."""
+    queries, keys = config.n_heads * config.d_head, config.kv_heads * config.d_head
+    attn, bias = config.attn_config, not config.no_bias
+    shapes = _norm("norm_1", config.d_model, config)
+    shapes |= _linear("attn.Wqkv", config.d_model, queries + 2 * keys, config.has_qkv_bias)
+    if attn.qk_ln or attn.qk_gn:
+        shapes |= _norm("attn.q_ln", config.d_head if attn.qk_gn else queries, config)
+        shapes |= _norm("attn.k_ln", config.d_head if attn.qk_gn else keys, config)
+    shapes |= _linear("attn.out_proj", queries, config.d_model, bias)
+    shapes |= _norm("norm_2", config.d_model, config)
+    shapes |= _linear("ffn.up_proj", config.d_model, config.d_ffn, bias)
+    shapes |= _linear("ffn.down_proj", config.d_ffn, config.d_model, bias)
+    if config.ffn_config.ffn_type == "mptglu":
+        shapes |= _linear("ffn.gate_proj", config.d_model, config.d_ffn, bias)
+    return shapes
 
 
-def _ffn(config: MPTConfig) -> int:
-    bias = not config.no_bias
-    into = 2 if config.ffn_config.ffn_type == "mptglu" else 1
-    return into * _linear(config.d_model, config.d_ffn, bias) + _linear(config.d_ffn, config.d_model, bias)
+def _numbers(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())
 
 
-def _linear(features_in: int, features_out: int, bias: bool) -> int:
-    return features_in * features_out + (features_out if bias else 0)
+def _linear(name: str, features_in: int, features_out: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    weight: dict[str, tuple[int, ...]] = {f"{name}.weight": (features_out, features_in)}
+    return weight | ({f"{name}.bias": (features_out,)} if bias else {})
 
 
-def _norm(config: MPTConfig, features: int) -> int:
+def _norm(name: str, features: int, config: MPTConfig) -> dict[str, tuple[int, ...]]:
     has_bias = config.norm_type.endswith("layernorm") and not config.no_bias
-    return features * (2 if has_bias else 1)
+    return {f"{name}.{leaf}": (features,) for leaf in ("weight", "bias")[: 1 + has_bias]}

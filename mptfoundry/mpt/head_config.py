@@ -32,11 +32,6 @@ class HeadConfig(MPTConfig):
         """Numbers that the head gives for a token."""
         return 2
 
-    @property
-    def head_parameters(self) -> int:
-        """Parameters of the head."""
-        return (self.d_model + self.has_bias) * self.outputs
-
     def head_keys(self) -> dict[str, Any]:
         """What the head adds to transformers' `config.json`."""
         return {"architectures": [self.architecture]}

@@ -325,7 +325,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             return None, logits_of(x[:, kept])
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().to(x.device)
         if type(self.lm_head) is nn.Linear and type(self.lm_head.weight) is nn.Parameter:
-            loss, _ = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets, softcap)
+            loss, _, _ = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets, softcap)
         else:  # an adapter, a quantized layer or a quantized weight in its place
             loss = F.cross_entropy(logits_of(x).flatten(0, 1).float(), targets, ignore_index=IGNORED)
         return loss, None if self.training else logits_of(x[:, kept])

@@ -70,8 +70,23 @@ def draw(
     Returns:
         (rows, ...) float32 on the CPU.
     """
+    return draw_numbers(_distribution(name, shape, config), name, shape, seed, rows)
+
+
+# Which distribution, with its numbers: constant (value), normal (standard deviation), uniform (low, high).
+Distribution = tuple[str, tuple[float, ...]]
+
+
+def draw_numbers(
+    distribution: Distribution,
+    name: str,
+    shape: tuple[int, ...],
+    seed: int,
+    rows: tuple[int, int] | None = None,
+) -> torch.Tensor:
+    """Draw from a distribution what belongs to `name`; arguments and result are those of `draw`."""
     first, last = rows or (0, shape[0])
-    kind, numbers = _distribution(name, shape, config)
+    kind, numbers = distribution
     if kind == "constant":
         return torch.full((last - first, *shape[1:]), numbers[0])
     per_block = max(1, _BLOCK_NUMBERS // math.prod(shape[1:]))
@@ -92,11 +107,7 @@ def draw(
         return torch.cat(list(pool.map(draw_block, blocks)))
 
 
-# Which distribution, with its numbers: constant (value), normal (standard deviation), uniform (low, high).
-_Distribution = tuple[str, tuple[float, ...]]
-
-
-def _distribution(name: str, shape: tuple[int, ...], config: MPTConfig) -> _Distribution:
+def _distribution(name: str, shape: tuple[int, ...], config: MPTConfig) -> Distribution:
     """What a parameter is drawn from."""
     module, leaf = name.split(".")[-2:]
     init = config.init_config

@@ -21,7 +21,7 @@ _CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Cross entropy of ``softmax(hidden @ weight.T)``, under autocast in its dtype, summed in float32.
 
     Differentiable once, in ``hidden`` and ``weight``.
@@ -34,11 +34,12 @@ def linear_cross_entropy(
 
     Returns:
         The mean over the learned tokens, 0 if there are none, a float32 scalar; and each token's loss,
-        (tokens,) float32, 0 where not learned, which carries no gradient.
+        (tokens,) float32, 0 where not learned, which carries no gradient; and where no gradient is wanted
+        whether the target has the highest logit, (tokens,) bool.
     """
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    total, losses = _LinearCrossEntropy.apply(hidden, weight, targets, softcap, wants_grad)
-    return total / (targets != IGNORED).sum().clamp_(min=1), losses
+    total, losses, correct = _LinearCrossEntropy.apply(hidden, weight, targets, softcap, wants_grad)
+    return total / (targets != IGNORED).sum().clamp_(min=1), losses, correct
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -50,21 +51,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         softcap: float | None,
         wants_grad: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         dtype = compute_dtype(hidden) or hidden.dtype
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(dtype)
             if wants_grad:
                 wanted = ctx.needs_input_grad[:2]
+                correct = None
                 losses, ctx.grads = _losses_and_grads(hidden, matrix, targets, softcap, wanted)
                 ctx.dtypes = hidden.dtype, weight.dtype
             else:
-                losses = _losses(hidden, matrix, targets, softcap)
+                losses, correct = _losses(hidden, matrix, targets, softcap)
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        return losses.sum(), losses, correct
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("The loss can be differentiated once: its gradients were made in forward.")
         grads, ctx.grads = ctx.grads, None
@@ -76,14 +78,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _losses(
     hidden: torch.Tensor, matrix: torch.Tensor, targets: torch.Tensor, softcap: float | None
-) -> torch.Tensor:
-    """Each token's loss, (tokens,) float32."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each token's loss, (tokens,) float32, and whether its target has the highest logit, (tokens,) bool."""
     step = _tokens_of_chunk(matrix)
-    parts = [
-        F.cross_entropy(_logits(some, matrix, softcap), wanted, ignore_index=IGNORED, reduction="none")
-        for some, wanted in zip(hidden.split(step), targets.split(step), strict=True)
-    ]
-    return torch.cat(parts).float()
+    losses, correct = [], []
+    for some, wanted in zip(hidden.split(step), targets.split(step), strict=True):
+        logits = _logits(some, matrix, softcap)
+        losses.append(F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="none"))
+        correct.append(logits.argmax(-1) == wanted)
+    return torch.cat(losses).float(), torch.cat(correct)
 
 
 def _losses_and_grads(

@@ -37,11 +37,13 @@ class MPTOutput(NamedTuple):
         loss: Mean cross entropy over the learned tokens, a float32 scalar.
         token_loss: (batch, seq) float32; entry t is the loss of predicting the label at t + 1, 0 where that
             is not learned and at the end of a row.
+        token_correct: (batch, seq) bool; whether the label at t + 1 is the likeliest token.
         logits: (batch, seq, vocab), or (batch, 1, vocab) of the last token.
     """
 
     loss: torch.Tensor | None = None
     token_loss: torch.Tensor | None = None
+    token_correct: torch.Tensor | None = None
     logits: torch.Tensor | None = None
 
 
@@ -213,7 +215,8 @@ class MPT(nn.Module):
                 result; a backend that has to know needs not ask the device.
 
         Returns:
-            With ``labels`` the loss, and outside training each token's loss; otherwise logits.
+            With ``labels`` the loss, and outside training what it is for each token (``token_correct`` only
+            where no gradient is wanted); otherwise logits.
 
         Raises:
             ValueError: The arguments don't fit together or the model.
@@ -248,10 +251,13 @@ class MPT(nn.Module):
     def _loss(self, x: torch.Tensor, labels: torch.Tensor) -> MPTOutput:
         """The loss of predicting ``labels`` (batch, seq) from x (batch, seq, d_model) one token before."""
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-        loss, token_loss = linear_cross_entropy(
+        loss, token_loss, correct = linear_cross_entropy(
             x.flatten(0, 1), self.output_weight, targets.flatten(), self.config.final_logit_softcapping
         )
-        return MPTOutput(loss=loss, token_loss=None if self.training else token_loss.view_as(labels))
+        if self.training:
+            return MPTOutput(loss=loss)
+        correct = None if correct is None else correct.view_as(labels)
+        return MPTOutput(loss=loss, token_loss=token_loss.view_as(labels), token_correct=correct)
 
     def _check(
         self,

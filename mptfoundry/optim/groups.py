@@ -6,13 +6,13 @@ A pattern is a regular expression that is searched in the parameter's name, such
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from mptfoundry.config.learned import pattern_problem
 from mptfoundry.errors import ConfigError
 
 
@@ -39,14 +39,14 @@ def parameter_groups(
     """
     named = dict(named_parameters)
     patterns = [disable_grad] if isinstance(disable_grad, str) else list(disable_grad)
-    asked = [(f"optimizer.disable_grad: {pattern}", pattern) for pattern in patterns]
-    for i, group in enumerate(param_groups):
-        pattern = group["param_str_match"]
-        asked.append((f"optimizer.param_groups[{i}].param_str_match: {pattern}", pattern))
+    asked = [("disable_grad", pattern) for pattern in patterns]
+    asked += [
+        (f"param_groups[{i}].param_str_match", g["param_str_match"]) for i, g in enumerate(param_groups)
+    ]
     names = list(named)
-    problems = [problem for key, pattern in asked if (problem := _problem(key, pattern, names))]
+    problems = [(key, text) for key, pattern in asked if (text := pattern_problem(pattern, names))]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError([f"optimizer.{key}: {text}" for key, text in problems])
     for name, parameter in named.items():
         if any(re.search(pattern, name) for pattern in patterns):
             parameter.requires_grad_(False)
@@ -64,14 +64,3 @@ def parameter_groups(
         options = {key: value for key, value in group.items() if key != "param_str_match"}
         groups.append({"params": [learned.pop(name) for name in names], **options})
     return [{"params": list(learned.values())}, *groups] if learned else groups
-
-
-def _problem(key: str, pattern: str, names: Sequence[str]) -> str | None:
-    """What is wrong with a pattern, or None."""
-    try:
-        if any(re.search(pattern, name) for name in names):
-            return None
-    except re.error as error:
-        return f"{key} is not a regular expression: {error}."
-    nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0)
-    return f"{key} matches no parameter. The nearest names are {', '.join(nearest)}."

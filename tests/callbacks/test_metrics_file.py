@@ -54,7 +54,13 @@ def test_a_batch_is_a_row_and_an_evaluation_is_a_row(
     assert set(evaluation["eval"]) == {"held_out"}
     scores = evaluation["eval"]["held_out"]
     assert scores["tokens"] == 24 * 7
-    assert set(scores) == {"LanguageCrossEntropy", "LanguagePerplexity", "tokens", "bits_per_byte"}
+    assert set(scores) == {
+        "LanguageCrossEntropy",
+        "LanguagePerplexity",
+        "TokenAccuracy",
+        "tokens",
+        "bits_per_byte",
+    }
     assert evaluation["batch"] == 4
 
 

@@ -15,6 +15,8 @@ import pytest
 import torch
 from composer import Trainer
 from composer.core import Callback, State
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from mptfoundry.callbacks import whole_checkpoints
 from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
@@ -96,6 +98,19 @@ def test_training_goes_on_while_a_checkpoint_is_written_and_does_not_change_it(
     assert all(torch.equal(saved[name], value) for name, value in note.weights[1].items())
     moved = note.weights[2]
     assert any(not torch.equal(saved[name], value) for name, value in moved.items())
+
+
+def test_a_copy_of_shards_shares_no_memory_with_them() -> None:
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    live = distribute_tensor(torch.arange(6.0), init_device_mesh("cpu", (1,)), [Shard(0)])
+    fresh = torch.ones(3)
+    content = {"a": live, "b": [fresh], "c": 1}
+    copy = whole_checkpoints._copied(content, {whole_checkpoints._address(live)})
+    live.to_local().zero_()
+    assert isinstance(copy["a"], DTensor) and copy["a"].placements == live.placements
+    assert torch.equal(copy["a"].to_local(), torch.arange(6.0))
+    assert copy["b"][0].data_ptr() == fresh.data_ptr() and copy["c"] == 1
 
 
 def test_both_ways_to_write_give_the_same_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:

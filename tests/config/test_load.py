@@ -115,6 +115,13 @@ def test_verbs_read_their_words() -> None:
     assert parse_words(words, EvalConfig).eval_loaders["eval"].dataset.local == "x"
 
 
+def test_workers_and_a_cluster_are_not_given_at_once() -> None:
+    words = ["inputs=[a]", "out=shards", "tokenizer=tok", "max_seq_len=2048", "engine=spark"]
+    assert parse_words(words, PrepareConfig).engine == "spark"
+    with pytest.raises(ConfigError, match=r"workers=3: belongs to this machine, and engine: spark has"):
+        parse_words([*words, "workers=3"], PrepareConfig)
+
+
 def test_verbs_report_all_problems_of_their_words() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_words(["model=runs/a", "dtyp=bf16", "overwrite=maybe"], ExportConfig)

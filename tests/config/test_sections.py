@@ -47,7 +47,7 @@ def test_streams_take_what_streaming_takes() -> None:
 def test_text_data_sets_take_what_streaming_takes_and_what_reads_tokens() -> None:
     theirs = _constructor(_source("streaming", "base", "dataset.py"), "StreamingDataset")
     given_by_the_run = {"batch_size", "stream_name", "stream_config", "kwargs"}
-    ours = {"max_seq_len", "token_encoding_type", "eos_token_id", "bos_token_id"}
+    ours = {"max_seq_len", "token_encoding_type", "eos_token_id", "bos_token_id", "verify"}
     assert set(field_types(TextDatasetConfig)) == (theirs - given_by_the_run) | ours
 
 
@@ -198,6 +198,8 @@ def test_a_data_set_has_one_kind_of_source() -> None:
         TextDatasetConfig(local="x", streams={"a": StreamConfig(local="y")})
     with pytest.raises(ValueError, match="told apart by one"):
         TextDatasetConfig(local="x", eos_token_id=0, bos_token_id=1)
+    with pytest.raises(ValueError, match="validate_hash: is compared by no one with verify: off"):
+        TextDatasetConfig(local="x", verify="off", validate_hash="sha1")
     assert [*TextDatasetConfig(local="x", split="train").sources] == ["train"]
 
 

@@ -127,6 +127,23 @@ def test_the_digest_is_of_the_content_alone(folder: Path) -> None:
     assert digest(folder / "mds" / "train") != before
 
 
+def test_a_damaged_shard_of_records_is_named(folder: Path, tmp_path: Path) -> None:
+    from streaming import MDSWriter
+
+    hashed: dict[str, Any] = {"columns": {"prompt": "str", "response": "str"}, "hashes": ["xxh3_64"]}
+    with MDSWriter(out=str(tmp_path / "hashed"), **hashed) as out:
+        out.write({"prompt": "one", "response": "two"})
+    source = Source("train_loader.dataset", local=str(tmp_path / "hashed"))
+    assert find_records(source, tmp_path / "cache").inputs
+    path = tmp_path / "hashed" / "shard.00000.mds"
+    path.write_bytes(path.read_bytes().replace(b"two", b"too"))
+    with pytest.raises(DataError, match=r"^train_loader\.dataset: \S+mds is damaged: its xxh3_64 is not"):
+        find_records(source, tmp_path / "cache")
+    path.unlink()
+    with pytest.raises(DataError, match=r"^train_loader\.dataset: \S+mds is missing\."):
+        find_records(source, tmp_path / "cache")
+
+
 def test_remote_shards_are_copied_here_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from streaming.base.storage import download
 

@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from mptfoundry.data.shards import find_split, narrowest_dtype, read_index, read_samples
+from mptfoundry.data.shards import check_shard_files, find_split, narrowest_dtype, read_index, read_samples
 from mptfoundry.errors import DataError
 
 
@@ -70,13 +71,80 @@ def test_a_damaged_or_empty_index_is_one_error(tmp_path: Path, content: str, mes
         read_index(tmp_path, "loader")
 
 
-@pytest.mark.parametrize("name", ["../shard.00000.mds", "/etc/passwd", ".."])
-def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path, prepared: Path, name: str) -> None:
+def hostile(prepared: Path, folder: Path, **changes: Any) -> Path:
+    """A folder with an index whose second shard says other things than it should."""
     index = json.loads((prepared / "train" / "index.json").read_text())
-    index["shards"][0]["raw_data"]["basename"] = name
-    (tmp_path / "index.json").write_text(json.dumps(index))
+    shard = index["shards"][1]
+    if "compression" in changes:
+        shard["zip_data"] = dict(shard["raw_data"])
+    for place, value in changes.items():
+        part, _, key = place.rpartition("__")
+        (shard[part] if part else shard)[key] = value
+    folder.mkdir(exist_ok=True)
+    (folder / "index.json").write_text(json.dumps(index))
+    return folder
+
+
+NAMES_ELSEWHERE = [
+    *("../shard.00000.mds", "/etc/passwd", "..", ".", "", "a/../../b", "a//b", "index.json", "a\\..\\b"),
+    "shard\0.mds",
+]
+
+
+@pytest.mark.parametrize("part", ["raw_data", "zip_data"])
+@pytest.mark.parametrize("name", NAMES_ELSEWHERE)
+def test_an_index_that_names_files_elsewhere_is_refused(
+    tmp_path: Path, prepared: Path, name: str, part: str
+) -> None:
+    folder = hostile(prepared, tmp_path, compression="zstd", **{f"{part}__basename": name})
     with pytest.raises(DataError, match="lies outside its folder"):
-        read_index(tmp_path, "loader")
+        read_index(folder, "loader")
+
+
+def test_an_index_may_name_files_in_folders_of_its_folder(tmp_path: Path, prepared: Path) -> None:
+    """As streaming's merge_index writes them."""
+    folder = hostile(prepared, tmp_path, raw_data__basename="part0/shard.00000.mds")
+    assert read_index(folder, "loader").shards[1]["raw_data"]["basename"] == "part0/shard.00000.mds"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"samples": 10**15}, r"says that shard\.00001\.mds holds 1000000000000000 samples in \d+ bytes"),
+        ({"samples": -5}, "which can't be"),
+        ({"samples": 1.5}, "which can't be"),
+        ({"samples": 1, "raw_data__bytes": 2**40}, "which can't be"),
+        ({"raw_data__bytes": "1e3"}, "is damaged"),
+        ({"raw_data__bytes": -1}, "is damaged"),
+        ({"raw_data__hashes": {"sha1": 5}}, "is damaged"),
+        ({"raw_data__hashes": None}, "is damaged"),
+        ({"zip_data__bytes": -1, "compression": "zstd"}, "is damaged"),
+        ({"compression": None}, "names the compression None. Known are br, bz2, gz, snappy, zstd"),
+        ({"compression": "sh"}, "names the compression 'sh'"),
+        ({"format": "csv"}, "is of 'csv' shards. Only mds shards are read"),
+    ],
+)
+def test_an_index_that_can_not_be_is_refused(
+    tmp_path: Path, prepared: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        read_index(hostile(prepared, tmp_path, **changes), "loader")
+
+
+def test_all_bad_files_of_a_folder_are_found_and_the_first_named(tmp_path: Path, prepared: Path) -> None:
+    for path in (prepared / "train").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    index = read_index(tmp_path, "here")
+    check_shard_files(index, "here")
+    for path in tmp_path.glob("*.mds"):
+        path.write_bytes(path.read_bytes()[::-1])
+    (tmp_path / "shard.00001.mds").unlink()
+    with pytest.raises(DataError) as caught:
+        check_shard_files(index, "here")
+    lines = str(caught.value).splitlines()
+    assert len(lines) == min(6, len(index.shards))
+    assert lines[1] == f"here: {tmp_path}/shard.00001.mds is missing."
+    assert lines[-1].endswith("Copy or prepare them again.")
 
 
 def test_a_shard_that_is_cut_short_is_named(tmp_path: Path, prepared: Path) -> None:

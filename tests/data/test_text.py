@@ -249,35 +249,6 @@ def test_a_wrong_encoding_type_is_refused(build: Any, prepared: Path) -> None:
         build(local=str(prepared), split="train", token_encoding_type="float", where="loader")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_shard_that_is_gone_ends_the_epoch_with_an_error(
-    build: Any, prepared: Path, tmp_path: Path, workers: int
-) -> None:
-    remote, local = tmp_path / "remote" / "train", tmp_path / "local"
-    remote.mkdir(parents=True)
-    for path in (prepared / "train").iterdir():
-        if path.name != "shard.00002.mds":
-            (remote / path.name).write_bytes(path.read_bytes())
-    spec = build(
-        remote=str(remote.parent),
-        local=str(local),
-        split="train",
-        num_workers=workers,
-        download_retry=1,
-        predownload=8,
-    )
-    with pytest.raises(DataError, match=r"can't be read: .*shard\.00002\.mds"):
-        rows_of(spec)
-
-
-def test_a_shard_that_is_cut_short_is_named(build: Any, prepared: Path, tmp_path: Path) -> None:
-    for path in (prepared / "train").iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "shard.00001.mds").write_bytes(b"\0\0")
-    with pytest.raises(DataError, match=r"dataset: sample \d+ of shard\.00001\.mds can't be read: "):
-        rows_of(build(local=str(tmp_path)))
-
-
 def test_a_remote_folder_is_copied_and_its_tokenizer_compared(
     build: Any, prepared: Path, tmp_path: Path
 ) -> None:

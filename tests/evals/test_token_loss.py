@@ -29,6 +29,11 @@ def data(samples: int = 11, seq: int = 6) -> tuple[torch.Tensor, torch.Tensor]:
     return token_loss * predicted, labels
 
 
+def outputs(token_loss: torch.Tensor) -> SimpleNamespace:
+    """Of a network whose likeliest token is right where the loss is below one."""
+    return SimpleNamespace(token_loss=token_loss, token_correct=token_loss < 1)
+
+
 def scores(order: list[list[int]]) -> dict[str, float]:
     """The metrics after batches of the samples with these numbers."""
     token_loss, labels = data()
@@ -36,22 +41,26 @@ def scores(order: list[list[int]]) -> dict[str, float]:
     for numbers in order:
         batch = {"labels": labels[numbers], "sample_id": torch.tensor(numbers)}
         for metric in metrics.values():
-            metric.update(batch, SimpleNamespace(token_loss=token_loss[numbers]))
+            metric.update(batch, outputs(token_loss[numbers]))
     return {name: metric.compute().item() for name, metric in metrics.items()}
 
 
 def test_two_samples_by_hand() -> None:
-    """Predicted are 3 and 0 (a special token) with losses 1 and 2, then 5 with loss 4; 8 bytes in all."""
+    """Predicted are 3 and 0 (a special token) with losses 1 and 2, then 5 with loss 4; 8 bytes in all. Two of
+    them are the likeliest, and so is a token that is not predicted.
+    """
     rows = token_loss_rows(
         torch.tensor([[1.0, 2.0, 0.0], [0.0, 4.0, 0.0]]),
         torch.tensor([[7, 3, 0], [7, -100, 5]]),
         torch.tensor([4, 9]),
         torch.tensor(TOKEN_BYTES),
+        torch.tensor([[True, False, True], [True, True, True]]),
     )
-    assert rows.tolist() == [[4, 3, 2, 1, 3], [9, 4, 1, 4, 5]]
+    assert rows.tolist() == [[4, 3, 2, 1, 3, 1], [9, 4, 1, 4, 5, 1]]
     result = add_up(rows)
     assert result["LanguageCrossEntropy"] == pytest.approx(7 / 3, abs=1e-15)
     assert result["LanguagePerplexity"] == pytest.approx(math.exp(7 / 3))
+    assert result["TokenAccuracy"] == 2 / 3
     assert result["bits_per_byte"] == pytest.approx(5 / math.log(2) / 8)
     assert (result["tokens"], result["bytes"], result["samples"]) == (3, 8, 2)
 
@@ -69,6 +78,8 @@ def test_it_is_the_mean_over_all_tokens_in_float64() -> None:
     truth = math.fsum(token_loss.double().flatten().tolist()) / count
     assert scores([list(range(11))])["LanguageCrossEntropy"] == truth
     assert scores([list(range(11))])["tokens"] == count
+    below_one = (token_loss[:, :-1] < 1) & (labels[:, 1:] != -100)
+    assert scores([list(range(11))])["TokenAccuracy"] == below_one.sum().item() / count
 
 
 def test_samples_without_a_number_count_each_time() -> None:
@@ -77,7 +88,7 @@ def test_samples_without_a_number_count_each_time() -> None:
     twice = add_up(torch.cat([token_loss_rows(token_loss, labels)] * 2))
     assert twice["tokens"] == 2 * once["tokens"]
     assert twice["samples"] == 22
-    assert math.isnan(once["bits_per_byte"])
+    assert math.isnan(once["bits_per_byte"]) and math.isnan(once["TokenAccuracy"])
 
 
 def test_nothing_gives_no_number() -> None:
@@ -87,17 +98,16 @@ def test_nothing_gives_no_number() -> None:
 
 
 def test_a_perplexity_beyond_float64_is_infinite() -> None:
-    rows = torch.tensor([[0.0, 1e6, 1.0, 0.0, 0.0]], dtype=torch.float64)
+    rows = torch.tensor([[0.0, 1e6, 1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
     assert add_up(rows)["LanguagePerplexity"] == math.inf
 
 
 TWO_RANKS = """
 import sys
-from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 sys.path.insert(0, {folder!r})
-from test_token_loss import TOKEN_BYTES, data, scores
+from test_token_loss import TOKEN_BYTES, data, outputs, scores
 from mptfoundry.evals.token_loss import token_loss_metrics
 
 dist.init_process_group("gloo")
@@ -109,13 +119,13 @@ mine = ([[0, 2, 4], [6, 8, 10]], [[1, 3], [5, 7, 9], [0]])[rank]
 for numbers in mine:
     batch = {{"labels": labels[numbers], "sample_id": torch.tensor(numbers)}}
     for metric in metrics.values():
-        metric.update(batch, SimpleNamespace(token_loss=token_loss[numbers]))
+        metric.update(batch, outputs(token_loss[numbers]))
 found = {{name: metric.compute().item() for name, metric in metrics.items()}}
 assert found == scores([list(range(11))]), found
 # A rank may have no sample at all.
 count = token_loss_metrics()["tokens"]
 if rank == 0:
-    count.update({{"labels": labels, "sample_id": torch.arange(11)}}, SimpleNamespace(token_loss=token_loss))
+    count.update({{"labels": labels, "sample_id": torch.arange(11)}}, outputs(token_loss))
 assert count.compute().item() == found["tokens"]
 dist.barrier()
 """

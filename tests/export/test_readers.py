@@ -62,6 +62,21 @@ def test_ctranslate2_generates_the_same_tokens(folder: Path, tmp_path: Path) -> 
     assert result[0].sequences_ids[0] == expected[0].tolist()
 
 
+def test_onnx_generates_the_same_tokens(folder: Path, tmp_path: Path) -> None:
+    reason = "optimum-onnx is not installed"
+    exporters = pytest.importorskip("optimum.exporters.onnx", reason=reason)
+    runtime = pytest.importorskip("optimum.onnxruntime", reason=reason)
+    exporters.main_export(
+        str(folder), tmp_path / "onnx", task="text-generation-with-past", no_post_process=True
+    )
+    model, exported = load(folder), runtime.ORTModelForCausalLM.from_pretrained(tmp_path / "onnx")
+    tokenizer, _ = encode(folder)
+    for text in (TEXT, "x", 3 * TEXT):
+        batch = tokenizer(text, return_tensors="pt")
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        assert torch.equal(exported.generate(**batch, **options), model.generate(**batch, **options))
+
+
 def test_peft_finds_the_layers_by_itself(folder: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     model = peft.get_peft_model(load(folder), peft.LoraConfig(task_type="CAUSAL_LM", r=2))

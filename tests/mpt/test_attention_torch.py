@@ -315,3 +315,20 @@ def test_saved_for_backward_is_linear_in_the_sequence(feature: str) -> None:
     rows = inputs[0].numel() // inputs[0].shape[-1]
     # Queries, keys, values and the output, and one logarithmic sum a row.
     assert sum(saved) <= 4 * inputs[0].numel() + rows
+
+
+@pytest.mark.parametrize("feature", ["plain", "alibi", "steep alibi, a scale", "even weights"])
+def test_one_query_is_exact_against_the_longest_cache(feature: str) -> None:
+    keys, n_heads, head_dim = 83_968, 32, 8
+    generator = torch.Generator().manual_seed(3)
+    query = torch.randn(1, 1, n_heads, head_dim, generator=generator)
+    stored = torch.randn(2, 1, n_heads, keys + 32, head_dim, generator=generator)
+    key, value = (x.transpose(1, 2)[:, :keys] for x in stored)
+    value += 1  # so that the sum of the weights counts
+    if feature == "even weights":
+        query = query * 0
+    slopes = {"alibi": 16, "steep alibi, a scale": 8}.get(feature)
+    context = AttentionContext(0.3, None if slopes is None else alibi_slopes(n_heads, slopes))
+    inputs = [query, key, value]
+    truth = attend_plainly(*(x.double() for x in inputs), context)
+    assert_as_exact([attend(*inputs, context)], [attend_plainly(*inputs, context)], [truth])

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from mptfoundry.mpt.config import AttnConfig, FFNConfig, MPTConfig
-from mptfoundry.mpt.flops import block_activations, count_parameters, flops_per_token
+from mptfoundry.mpt.flops import block_activations, count_parameters, flops_per_token, parameter_shapes
+from mptfoundry.mpt.head_config import HEADS
+from mptfoundry.mpt.heads import make_network
 from mptfoundry.mpt.network import MPT
 
 PUBLISHED = {"7b": (4096, 32, 32, 6_649_286_656), "30b": (7168, 64, 48, 29_957_200_896)}
@@ -89,6 +91,19 @@ def test_the_count_is_that_of_the_network_for_every_switch():
     for config in grid():
         network = MPT(config, device="meta")
         assert sum(p.numel() for p in network.parameters()) == count_parameters(config), config
+
+
+def test_the_shapes_are_those_of_the_network_for_every_switch():
+    for config in grid():
+        found = {name: tuple(p.shape) for name, p in MPT(config, device="meta").named_parameters()}
+        assert parameter_shapes(config) == found, config
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_the_shapes_are_those_of_the_network_with_a_head(kind):
+    config = kind(d_model=24, n_heads=4, n_layers=2, max_seq_len=10, vocab_size=37)
+    found = {name: tuple(p.shape) for name, p in make_network(config, device="meta").named_parameters()}
+    assert parameter_shapes(config) == found
 
 
 def test_flops_follow_the_published_convention():

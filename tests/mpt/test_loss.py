@@ -59,7 +59,7 @@ def test_value_and_gradients_are_those_of_cross_entropy(softcap: float | None) -
 def test_each_token_has_its_loss(with_grad: bool) -> None:
     hidden, weight, targets = case()
     with torch.set_grad_enabled(with_grad):
-        mean, losses = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
+        mean, losses, _ = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
     expected = F.cross_entropy(hidden.double() @ weight.double().T, targets, reduction="none")
     assert losses.dtype == torch.float32 and not losses.requires_grad
     torch.testing.assert_close(losses, expected.float())
@@ -70,14 +70,14 @@ def test_each_token_has_its_loss(with_grad: bool) -> None:
 def test_nothing_to_learn_gives_zero_loss_and_zero_gradients() -> None:
     hidden, weight, targets = case()
     hidden.requires_grad_(), weight.requires_grad_()
-    loss, losses = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
+    loss, losses, _ = linear_cross_entropy(hidden, weight, torch.full_like(targets, -100))
     loss.backward()
     assert loss == 0 and not losses.any() and not hidden.grad.any() and not weight.grad.any()
 
 
 def test_a_hopeless_token_has_a_large_and_finite_loss() -> None:
     weight = torch.tensor([[500.0], [-500.0]], requires_grad=True)
-    loss, _ = linear_cross_entropy(torch.ones(1, 1), weight, torch.tensor([1]))
+    loss, _, _ = linear_cross_entropy(torch.ones(1, 1), weight, torch.tensor([1]))
     loss.backward()
     assert loss == 1000 and weight.grad.flatten().tolist() == [1, -1]
 
@@ -128,7 +128,18 @@ def test_under_autocast_logits_are_low_precision_and_sums_are_not() -> None:
 
 def test_a_second_backward_is_refused() -> None:
     hidden, weight, targets = case()
-    loss, _ = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
+    loss, _, _ = linear_cross_entropy(hidden.requires_grad_(), weight, targets)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="differentiated once"):
         loss.backward()
+
+
+def test_a_target_is_correct_where_its_logit_is_the_highest() -> None:
+    hidden, weight, targets = case()
+    targets[3] = -100
+    likeliest = (hidden @ weight.T).argmax(-1)
+    targets[::2] = likeliest[::2]
+    with torch.no_grad():
+        correct = linear_cross_entropy(hidden, weight, targets)[2]
+    assert torch.equal(correct, likeliest == targets) and correct.any() and not correct.all()
+    assert linear_cross_entropy(hidden.requires_grad_(), weight, targets)[2] is None

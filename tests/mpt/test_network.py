@@ -383,4 +383,4 @@ def test_what_does_not_fit_together_is_refused() -> None:
 
 
 def test_an_output_is_empty_until_asked() -> None:
-    assert MPTOutput() == MPTOutput(loss=None, token_loss=None, logits=None)
+    assert MPTOutput() == MPTOutput(loss=None, token_loss=None, token_correct=None, logits=None)

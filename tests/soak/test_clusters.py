@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from mptfoundry.callbacks.metrics_file import read_rows
@@ -18,8 +22,8 @@ ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 # A machine has shared memory and temporary files of its own, by which streaming's processes on it meet.
 MACHINE = """#!/bin/bash
-export TMPDIR=$(mktemp -d)
-exec unshare --map-root-user --mount bash -c 'mount -t tmpfs none /dev/shm && exec "$@"' machine "$@"
+exec unshare --map-root-user --mount bash -c '
+  mount -t tmpfs none /dev/shm && mount -t tmpfs none /var/tmp && TMPDIR=/var/tmp exec "$@"' machine "$@"
 """
 # Slurm's commands, for a cluster of such machines, one task on each.
 SRUN = """#!/bin/bash
@@ -41,6 +45,19 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$2" >> "$REQUEUED"; fi
 """
 SQUEUE = "#!/bin/bash\necho RUNNING\n"
 
+# A third of a second a batch, so that there is time to stop it; in place of a callback with a known name.
+SLOW = """
+import time
+from composer.core import Callback
+from mptfoundry import build
+
+class Slow(Callback):
+    def batch_start(self, state, logger):
+        time.sleep(0.3)
+
+build.CALLBACKS["lr_monitor"] = Slow
+"""
+
 
 @pytest.fixture
 def slurm(tmp_path: Path) -> dict[str, str]:
@@ -54,11 +71,26 @@ def slurm(tmp_path: Path) -> dict[str, str]:
     job |= {"SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_GPUS_ON_NODE": "1"}
     path = f"{commands}{os.pathsep}{os.environ['PATH']}"
     here = {"VENV": str(BIN.parent), "OMP_NUM_THREADS": "1", "REQUEUED": str(tmp_path / "requeued")}
-    (tmp_path / "tmp").mkdir()
-    environment = {**os.environ, **job, **here, "PATH": path, "TMPDIR": str(tmp_path / "tmp")}
+    environment = {**os.environ, **job, **here, "PATH": path}
     if subprocess.run([commands / "machine", "true"], env=environment).returncode:
         pytest.skip("this machine lets nobody have shared memory of their own")
     return environment
+
+
+@pytest.fixture
+def start(slurm: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Start a command on the first machine; nothing of it outlives the test."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def popen(*words: str) -> subprocess.Popen[bytes]:
+        started.append(subprocess.Popen(words, cwd=ROOT, env=slurm, start_new_session=True))
+        return started[-1]
+
+    yield popen
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
@@ -82,7 +114,11 @@ def torchrun(port: int, machines: int, processes: int) -> list[list[str]]:
 
 
 def test_every_way_to_start_two_processes_gives_the_same_losses(
-    tiny_run: Path, launch: Callable[..., Any], tmp_path: Path, slurm: dict[str, str]
+    tiny_run: Path,
+    launch: Callable[..., Any],
+    start: Callable[..., Any],
+    tmp_path: Path,
+    slurm: dict[str, str],
 ) -> None:
     launched = launch(tiny_run, "run_name=launched", ranks=2)
     assert launched.wait() == 0, launched.printed
@@ -94,10 +130,40 @@ def test_every_way_to_start_two_processes_gives_the_same_losses(
         "torchrun-on-two": torchrun(port + 1, 2, 1),
     }
     for name, machines in ways.items():
-        started = [
-            subprocess.Popen([*words, str(tiny_run), f"run_name={name}"], cwd=ROOT, env=slurm)
-            for words in machines
-        ]
+        started = [start(*words, str(tiny_run), f"run_name={name}") for words in machines]
         assert [process.wait(timeout=240) for process in started] == [0] * len(started), name
         assert losses(tmp_path / name) == losses(tmp_path / "launched"), name
     assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize("script", ["slurm.sbatch", "slurm-direct.sbatch"])
+def test_a_job_that_slurm_stops_is_queued_again_and_goes_on_as_if_nothing_had_happened(
+    tiny_run: Path,
+    launch: Callable[..., Any],
+    start: Callable[..., Any],
+    tmp_path: Path,
+    slurm: dict[str, str],
+    script: str,
+) -> None:
+    """Slurm signals every process of its steps at once: launchers, ranks and the loaders' workers."""
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = [str(tiny_run), "run_name=stopped", "train_loader.num_workers=1"]
+    slow = [f"code_paths=[{tmp_path}/slow.py]", "allow_code=true", "callbacks.lr_monitor={}"]
+    command = ["bash", f"clusters/{script}", *words]
+    job = start(*command, *slow)
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    until = time.monotonic() + 240
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 4):
+        assert job.poll() is None and time.monotonic() < until
+        time.sleep(0.1)
+    [srun] = psutil.Process(job.pid).children()
+    for process in srun.children(recursive=True):
+        process.terminate()
+    assert job.wait(timeout=60) == 143
+    assert (tmp_path / "requeued").read_text() == f"{slurm['SLURM_JOB_ID']}\n"
+    done = losses(tmp_path / "stopped")[-1][0]
+    assert 4 <= done < 12 and (tmp_path / "stopped" / f"ep0-ba{done}-rank0.pt").is_file()
+    assert start(*command).wait(timeout=240) == 0
+    whole = launch(tiny_run, "run_name=whole", "train_loader.num_workers=1", ranks=2)
+    assert whole.wait() == 0, whole.printed
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")

@@ -16,6 +16,8 @@ import torch
 
 from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.checkpoints.reading import open_model
+from mptfoundry.config.load import load_train_config
+from mptfoundry.train import train
 
 ROOT = Path(__file__).parent.parent.parent
 PLAIN = ("model.resid_pdrop=0", "model.n_layers=4", "max_duration=20ba", "save_interval=5ba")
@@ -85,22 +87,24 @@ def test_a_sharded_run_is_evaluated_in_shards_on_several_ranks_and_whole_on_one(
     assert sharded == pytest.approx(whole, rel=1e-6) and whole["tokens"] > 0
 
 
-def test_every_spread_over_ranks_trains_the_model_that_one_rank_trains(
-    tiny_run: Path, launch: Callable[..., Any], tmp_path: Path
+@pytest.mark.parametrize("name", SPREADS)
+def test_a_run_over_ranks_trains_the_model_that_one_rank_trains(
+    name: str, tiny_run: Path, launch: Callable[..., Any], tmp_path: Path
 ) -> None:
-    alone = launch(tiny_run, "run_name=alone", *PLAIN)
-    assert alone.wait() == 0, alone.printed
+    ranks, is_killed, fsdp, words = SPREADS[name]
+    given = (tiny_run, "run_name=spread", *PLAIN, f"fsdp_config={fsdp}", *words)
+    train(load_train_config(tiny_run, ["run_name=alone", *PLAIN])[0])
+    run = launch(*given, ranks=ranks)
     losses, norms, weights = result(tmp_path / "alone")
     assert len(losses) == 20 and max(norms) > 1, "clipping has something to do"
-    for name, (ranks, is_killed, fsdp, words) in SPREADS.items():
-        given = (tiny_run, f"run_name={name}", *PLAIN, f"fsdp_config={fsdp}", *words)
-        if is_killed:
-            kill_after(12, launch(*given, ranks=ranks), tmp_path / name)
+    if is_killed:
+        kill_after(12, run, tmp_path / "spread")
         run = launch(*given, ranks=ranks)
-        assert run.wait() == 0, (name, run.printed)
-        found_losses, found_norms, found = result(tmp_path / name)
-        assert found_losses == pytest.approx(losses, rel=1e-6), name
-        assert found_norms == pytest.approx(norms, rel=1e-5), name
-        # LION moves each weight by its learning rate or back: one sign that rounding turns would be seen.
-        for key, weight in weights.items():
-            torch.testing.assert_close(found[key], weight, rtol=1e-5, atol=1e-6, msg=f"{name}: {key}")
+    assert run.wait() == 0, run.printed
+    assert ("resuming from" in run.printed) == is_killed
+    found_losses, found_norms, found = result(tmp_path / "spread")
+    assert found_losses == pytest.approx(losses, rel=1e-6)
+    assert found_norms == pytest.approx(norms, rel=1e-5)
+    # LION moves each weight by its learning rate or back: one sign that rounding turns would be seen.
+    for key, weight in weights.items():
+        torch.testing.assert_close(found[key], weight, rtol=1e-5, atol=1e-6, msg=key)

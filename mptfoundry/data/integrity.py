@@ -1,0 +1,144 @@
+"""Whether the files of shards are what their index says: their sizes always, their hashes where it has some.
+
+An *entry* is what `index.json` says of one file: `basename`, `bytes` and `hashes` (algorithm -> hex digest).
+A *problem* is what is wrong with a file, in words that follow its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import xxhash
+from tqdm import tqdm
+
+from mptfoundry.errors import DataError
+
+MISSING = "is missing"
+# By speed. Against what happens to files by accident all serve.
+FASTEST_HASHES = ("xxh3_64", "xxh3_128", "xxh128", "xxh64", "xxh32", "sha1", "blake2b", "md5", "sha256")
+READ_BYTES = 1 << 22
+MOST_PROBLEMS_NAMED = 5
+STILL_WRITTEN_SECONDS = 3.0
+SECONDS_BETWEEN_LOOKS = 0.1
+# pyarrow's names of streaming's algorithms.
+CODECS = {"br": "brotli", "bz2": "bz2", "gz": "gzip", "snappy": "snappy", "zstd": "zstd"}
+
+Item = TypeVar("Item")
+
+
+def fastest_hash(hashes: Mapping[str, str]) -> str | None:
+    """The fastest of the algorithms that an entry has digests by; None if it has none that is known."""
+    known = [name for name in FASTEST_HASHES if name in hashes]
+    others = [name for name in sorted(hashes) if name in hashlib.algorithms_available]
+    return next(iter(known + others), None)
+
+
+def problem_of(path: Path, entry: Mapping[str, Any], algorithm: str | None) -> str | None:
+    """What is wrong with a file; None if it is what its entry says.
+
+    Args:
+        path: The file.
+        entry: What the index says of it.
+        algorithm: The hash that is looked at; None: the size alone.
+    """
+    try:
+        size = path.stat().st_size
+        if size != entry["bytes"]:
+            return f"has {size:,} bytes, and its index says {entry['bytes']:,}"
+        if algorithm is None:
+            return None
+        is_xxhash = algorithm in xxhash.algorithms_available
+        digest: Any = getattr(xxhash, algorithm)() if is_xxhash else hashlib.new(algorithm)
+        with path.open("rb", buffering=0) as file:
+            while block := file.read(READ_BYTES):
+                digest.update(block)
+    except FileNotFoundError:
+        return MISSING
+    except OSError as error:
+        return f"can't be read ({error.strerror or error})"
+    if digest.hexdigest() != entry["hashes"][algorithm]:
+        return f"is damaged: its {algorithm} is not what its index says"
+    return None
+
+
+def wait_for_writer(path: Path, size: int) -> None:
+    """Let a process that is writing a file bring it to `size`; one that has not grown lately has none."""
+    try:
+        while (now := path.stat()).st_size < size and abs(time.time() - now.st_mtime) < STILL_WRITTEN_SECONDS:
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+    except FileNotFoundError:
+        pass
+
+
+def unpack(compression: str, data: bytes, size: int) -> bytes:
+    """Decompress what has to become `size` bytes, and hold no more than that in memory.
+
+    Raises:
+        ValueError: It becomes more or less, or is no such compressed data.
+    """
+    import pyarrow
+
+    name = CODECS[compression.split(":")[0]]
+    try:
+        if name == "snappy":
+            if _snappy_length(data) != size:
+                raise ValueError(f"it is not made of the {size:,} bytes that its index says")
+            raw = pyarrow.decompress(data, decompressed_size=size, codec=name, asbytes=True)
+        else:
+            with pyarrow.CompressedInputStream(io.BytesIO(data), name) as file:
+                raw = file.read(size + 1)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"it is no {compression} data ({error})") from error
+    if len(raw) != size:
+        raise ValueError(f"it is not made of the {size:,} bytes that its index says")
+    return raw
+
+
+def _snappy_length(data: bytes) -> int:
+    """What stands before the data: a number in groups of seven bits, the lowest first."""
+    length = 0
+    for place, byte in enumerate(data[:5]):
+        length |= (byte & 0x7F) << (7 * place)
+        if byte < 0x80:
+            return length
+    return -1
+
+
+def problems_of(
+    items: Iterable[Item], look: Callable[[Item], str | None], size_of: Callable[[Item], int], *, title: str
+) -> list[tuple[Item, str]]:
+    """Look at many files at once, with progress; the items that have a problem, and which.
+
+    Args:
+        items: What is looked at.
+        look: Gives an item's problem. Hashing lets other threads run.
+        size_of: An item's bytes, for progress.
+        title: Before the progress bar; empty for none.
+    """
+    items = list(items)
+    found = []
+    with (
+        ThreadPoolExecutor(min(32, len(os.sched_getaffinity(0)))) as pool,
+        tqdm(total=sum(map(size_of, items)), desc=title, unit="B", unit_scale=True, disable=not title) as bar,
+    ):
+        for item, problem in zip(items, pool.map(look, items), strict=True):
+            bar.update(size_of(item))
+            if problem is not None:
+                found.append((item, problem))
+    return found
+
+
+def refuse(where: str, problems: Iterable[str]) -> None:
+    """Raises DataError with the first of the problems, each the name of a file and what is wrong with it."""
+    lines = [f"{where}: {problem}." for problem in problems]
+    if lines:
+        more = len(lines) - MOST_PROBLEMS_NAMED
+        rest = [f"{where}: {more:,} more files are missing or damaged."] if more > 0 else []
+        raise DataError("\n".join([*lines[:MOST_PROBLEMS_NAMED], *rest]) + " Copy or prepare them again.")
