@@ -44,7 +44,7 @@ def find_leftovers() -> list[Leftover]:
     candidates = sorted({*_in_shared_memory(), *_in_temporary_folder()})
     # Looked at last: what came into use meanwhile is then seen in use.
     used = _used_files()
-    living = {_number(Path(path).name) for path in used} - {None}
+    living = {_number(Path(path).name) for path in used if Path(path).parent == SHARED_MEMORY} - {None}
     return [
         Leftover(path, _size(path))
         for path in candidates

@@ -106,6 +106,7 @@ with StopSignals():
     time.sleep(20)
 """
     )
+    time.sleep(1)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=10)
     assert process.returncode == 143

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from composer import Trainer
-from composer.core import Callback, State
+from composer.core import Callback, Precision, State
 from composer.loggers import InMemoryLogger, Logger
 
 from mptfoundry.callbacks.loss_spikes import LossSpikes
@@ -73,6 +73,20 @@ def test_numbers_that_are_not_finite_end_the_run_before_the_weights_change(
     with pytest.raises(TrainingError, match=rf"{said}.* Losses before: \d\.\d+, \d\.\d+\. "):
         trainer.fit()
     assert all(torch.equal(one, other) for one, other in zip(seen[0], weights(trainer), strict=True))
+
+
+def test_under_a_gradient_scaler_an_overflow_is_no_error(make_trainer: MakeTrainer) -> None:
+    def overflow(state: State) -> None:
+        break_a_gradient(state)
+        # A CPU has no fp16 training; the guard is told that this is one.
+        state._precision = Precision.AMP_FP16
+
+    def settle(state: State) -> None:
+        state._precision = Precision.FP32
+
+    trainer, _ = guarded(make_trainer, At("after_backward", 2, overflow), At("batch_end", 3, settle))
+    trainer.fit()
+    assert trainer.state.timestamp.batch == 6
 
 
 def test_a_guarded_training_has_the_weights_of_one_that_is_not(make_trainer: MakeTrainer) -> None:
