@@ -103,7 +103,7 @@ def _in_temporary_folder() -> Iterator[Path]:
             # Where the workers of a loader hand over tensors; a socket that is listed has somebody behind it.
             is_meeting = path.name.startswith("pymp-") and all(each.is_socket() for each in inside)
             is_dead = is_meeting and sockets is not None and not any(str(each) in sockets for each in inside)
-            # A module that torch writes, imports and needs no more; nobody keeps it open, so its age has to tell.
+            # A module that torch writes and reads once; nobody keeps it open, so its age has to tell.
             is_read = all(each.name in _TORCH_MODULE for each in inside)
             is_read = is_read and time.time() - path.stat().st_mtime > _SECONDS_TO_READ_A_MODULE
             if inside and (is_log or is_dead or is_read):
