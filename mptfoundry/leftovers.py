@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ _BLOCK = re.compile(
 _LOCK = re.compile(r"(\d{6})_(barrier|cache)_filelock")
 _TENSOR = re.compile(r"torch_(\d+)_\d+_\d+")
 _LOG = re.compile(r"rank\d+\.std(out|err)\.txt")
+_TORCH_MODULE = ("_remote_module_non_scriptable.py", "__pycache__")
+_SECONDS_TO_READ_A_MODULE = 3600.0
 _SOCKETS = PROCESSES / "net" / "unix"
 
 
@@ -100,7 +103,10 @@ def _in_temporary_folder() -> Iterator[Path]:
             # Where the workers of a loader hand over tensors; a socket that is listed has somebody behind it.
             is_meeting = path.name.startswith("pymp-") and all(each.is_socket() for each in inside)
             is_dead = is_meeting and sockets is not None and not any(str(each) in sockets for each in inside)
-            if inside and (is_log or is_dead):
+            # A module that torch writes and reads once; nobody keeps it open, so its age has to tell.
+            is_read = all(each.name in _TORCH_MODULE for each in inside)
+            is_read = is_read and time.time() - path.stat().st_mtime > _SECONDS_TO_READ_A_MODULE
+            if inside and (is_log or is_dead or is_read):
                 yield path
         elif _LOCK.fullmatch(path.name):
             yield path

@@ -117,6 +117,16 @@ def test_logs_and_meeting_places_go_when_nobody_has_them(own_temporary: Path) ->
     assert {logs, meeting} <= found and foreign not in found
 
 
+def test_a_module_that_torch_wrote_goes_by_its_age(own_temporary: Path) -> None:
+    folders = [own_temporary / name for name in ("tmpaaaaaaaa", "tmpbbbbbbbb")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "_remote_module_non_scriptable.py").touch()
+    os.utime(folders[0], (0, 0))
+    found = {each.path for each in find_leftovers()}
+    assert folders[0] in found and folders[1] not in found
+
+
 def test_doctor_lists_what_it_removes(own_temporary: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["doctor", "clean=true"], ["doctor", "--clean"]):
         lock = own_temporary / "000998_cache_filelock"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import subprocess
@@ -43,12 +44,27 @@ def test_twenty_killed_runs_leave_no_more_than_one(
     last = launch(tiny_run, "run_name=last", TMPDIR=str(temporary))
     assert last.wait() == 0, last.printed
     assert all(used)
-    left = {path.name[:6] for path in Path("/dev/shm").iterdir()} & set.union(*used)
-    # Others may have taken a number that has become free; what is ours holds the place of our data.
-    ours = [
-        n for n in left if str(shards).lstrip("/").encode() in Path("/dev/shm", f"{n}_locals").read_bytes()
-    ]
-    assert not ours
+    # What a run leaves at its own end is removed a moment after it, by Python's tracker of such blocks.
+    until = time.monotonic() + 30
+    while ours(used, shards) and time.monotonic() < until:
+        time.sleep(0.2)
+    assert not ours(used, shards)
     # The launcher's folder for logs is empty where there is one rank, so nothing tells whose it was.
-    names = [path.name for path in temporary.iterdir() if not (path.is_dir() and not list(path.iterdir()))]
-    assert set(names) <= {f"mptfoundry-{os.getuid()}.lock"}, names
+    # A module that torch has written is removed by its age, an hour.
+    modules = {path.parent for path in temporary.glob("tmp*/_remote_module_non_scriptable.py")}
+    kept = [path for path in temporary.iterdir() if path not in modules]
+    names = {path.name for path in kept if path.is_file() or list(path.iterdir())}
+    locks = {name for name in names if name.endswith("_filelock")}
+    assert names - locks <= {f"mptfoundry-{os.getuid()}.lock"}, names
+    # Those of the last run itself, and of a number that somebody else uses now.
+    assert len(locks) <= 4
+
+
+def ours(used: list[set[str]], shards: Path) -> list[str]:
+    """The numbers of the killed runs that still hold the place of their data, and not somebody else's."""
+    place, found = str(shards).lstrip("/").encode(), []
+    for number in set.union(*used):
+        with contextlib.suppress(FileNotFoundError):
+            if place in Path("/dev/shm", f"{number}_locals").read_bytes():
+                found.append(number)
+    return found
