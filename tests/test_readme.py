@@ -67,6 +67,11 @@ def test_quick_commands_run(command: str, capsys: pytest.CaptureFixture[str]) ->
     assert main(words) == (2 if "lrr" in command else 0)
 
 
+@pytest.mark.parametrize("file", sorted(set(re.findall(r"^\| .*\| `(\S+\.py)` \|$", README, re.MULTILINE))))
+def test_the_tests_of_every_fault_exist(file: str) -> None:
+    assert (ROOT / "tests" / file).is_file()
+
+
 @pytest.mark.parametrize("link", re.findall(r"\]\((?!http)([^)]+)\)", README))
 def test_pictures_and_links_exist(link: str) -> None:
     assert (ROOT / link).exists()
