@@ -341,9 +341,17 @@ class GuardedDataset(StreamingDataset):
         finally:
             it.on_exit()
 
+    def __iter__(self) -> Iterator[Any]:
+        """As streaming's; an epoch after one in which something failed fails for the same reason."""
+        self._raise_background_error()
+        yield from super().__iter__()
+
     def _each_sample_id(self, it: Any) -> Iterator[int]:
         yield from super()._each_sample_id(it)
         # Streaming only stops when a shard can't be had in the background: the epoch would seem over.
+        self._raise_background_error()
+
+    def _raise_background_error(self) -> None:
         error = self.background_error
         if isinstance(error, DataError):
             raise DataError(str(error)) from error
