@@ -268,7 +268,7 @@ def test_every_command_describes_a_run(words: list[str], capsys: pytest.CaptureF
 
 def linter(name: str) -> str:
     """The path of a linter; the test is left out where it is not installed."""
-    found = shutil.which(name)
+    found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if found is None:
         pytest.skip(f"{name} is not installed")
     return found
