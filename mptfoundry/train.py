@@ -43,11 +43,13 @@ from mptfoundry.resuming import Start, found_start, held_folder, run_folder, upl
 from mptfoundry.signals import StopSignals
 
 # Said by Composer of what is meant so: the last batch of an evaluation is smaller than the others, and
-# `eval_subset_num_batches` is a limit that a short evaluation does not reach. The last is PyTorch's own use.
+# `eval_subset_num_batches` is a limit that a short evaluation does not reach. Then PyTorch's own use, and the
+# callback that loads the state, which has none of its own.
 EXPECTED_WARNINGS = (
     "Cannot split (tensor|list) of length",
     "DataloaderNumBatchesWarning",
     "TypedStorage is deprecated",
+    "Resume is not in the state_dict",
 )
 
 
