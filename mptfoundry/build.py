@@ -31,7 +31,7 @@ from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.checkpoints.vocabulary import with_rows
 from mptfoundry.config import signatures
 from mptfoundry.config.model import ModelConfig
-from mptfoundry.config.parallel import prefetched_blocks, resolve_fsdp
+from mptfoundry.config.parallel import prefetched_blocks
 from mptfoundry.config.recomputation import recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import GenerateConfig
@@ -54,7 +54,7 @@ from mptfoundry.optim.clipping import GradientClipping
 from mptfoundry.optim.groups import parameter_groups
 from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.optim.schedules import BatchSize, Schedule
-from mptfoundry.resolve import COMPUTE_DTYPE, Resolved
+from mptfoundry.resolve import COMPUTE_DTYPE, Resolved, fsdp_on
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer, token_byte_lengths
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -259,7 +259,7 @@ def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
 def recompute_activations(config: TrainConfig, network: Any) -> None:
     """Have the network keep fewer activations, where the config asks for it."""
     fsdp, model = config.fsdp_config, config.model
-    if fsdp is None or not (fsdp.activation_checkpointing or fsdp.activation_cpu_offload):
+    if fsdp is None or not fsdp.saves_activations:
         return
     how = Recomputation(
         computes_anew=fsdp.activation_checkpointing,
@@ -273,13 +273,7 @@ def build_parallelism(config: TrainConfig, device: Device) -> dict[str, Any] | N
     """Composer's parallelism: one of its two FSDP configs, or None where each device holds a whole copy."""
     if config.fsdp_config is None:
         return None
-    version, options, _ = resolve_fsdp(
-        config.fsdp_config,
-        device_type=device.torch_type,
-        microbatch_auto=False,
-        devices=device.count,
-        per_node=device.per_node,
-    )
+    version, options, _ = fsdp_on(config.fsdp_config, device)
     if version is None:
         return None
     kind = FSDPConfig if version == 1 else HybridConfig if "copies" in options else FSDP2Config

@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 from mptfoundry.errors import MPTFoundryError, TrainingError
 
+T = TypeVar("T")
 FAILURE, BEAT = "mptfoundry/failure", "mptfoundry/beat"
 SECONDS_TO_WAIT_FOR_RANK_0 = 10.0
 _LONGEST_SECONDS_BETWEEN_BEATS = 5.0
@@ -41,6 +42,23 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes train together."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def decided_by_rank_0(decide: Callable[[], T]) -> T | None:
+    """What rank 0 decides, which all ranks are told, in a collective; its error is raised on all of them."""
+    from composer.utils import dist
+
+    told: list[Any] = [None, None]
+    if dist.get_global_rank() == 0:
+        try:
+            told[0] = decide()
+        except MPTFoundryError as error:
+            told[1] = error
+    dist.broadcast_object_list(told)
+    answer, raised = told
+    if raised is not None:
+        raise raised
+    return answer
 
 
 def connect() -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 from mptfoundry.config.learned import matrix_parameters
 from mptfoundry.config.model import AnyModelConfig
@@ -230,16 +230,21 @@ def _init_device(config: TrainConfig, fsdp_version: int | None, reasons: dict[st
 def _fsdp_version(config: TrainConfig, device: Device, reasons: dict[str, str]) -> int | None:
     if config.fsdp_config is None:
         return None
-    version, _, notes = resolve_fsdp(
-        config.fsdp_config,
+    version, _, notes = fsdp_on(config.fsdp_config, device)
+    if config.fsdp_config.version == "auto":
+        reasons["fsdp_config.version"] = "; ".join(notes) or "no key needs version 1"
+    return version
+
+
+def fsdp_on(fsdp: FSDPConfig, device: Device) -> tuple[Literal[1, 2] | None, dict[str, Any], list[str]]:
+    """`resolve_fsdp` for the devices of a run, whose microbatch is a number by now."""
+    return resolve_fsdp(
+        fsdp,
         device_type=device.torch_type,
         microbatch_auto=False,
         devices=device.count,
         per_node=device.per_node,
     )
-    if config.fsdp_config.version == "auto":
-        reasons["fsdp_config.version"] = "; ".join(notes) or "no key needs version 1"
-    return version
 
 
 def estimate_memory(config: TrainConfig, device: Device, microbatch: int, precision: str) -> Memory:
@@ -285,7 +290,7 @@ def estimate_memory(config: TrainConfig, device: Device, microbatch: int, precis
 def _kept_activations(model: AnyModelConfig, fsdp: FSDPConfig | None, adapters: int) -> int:
     """Numbers for each token that all blocks keep on the device for backward; `adapters`: those of one."""
     whole = block_activations(model) + adapters
-    if fsdp is None or not (fsdp.activation_checkpointing or fsdp.activation_cpu_offload):
+    if fsdp is None or not fsdp.saves_activations:
         return model.n_layers * whole
     # What a part keeps, and its input, which it still keeps where it is not offloaded.
     sizes = {

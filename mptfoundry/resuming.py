@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 from urllib.parse import urlparse
 
 from composer.utils import (
@@ -41,10 +40,10 @@ from mptfoundry.config.changes import changes_since, makes_the_run, refuse_chang
 from mptfoundry.config.learned import names_in
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.data.once import once_per_node
-from mptfoundry.errors import CheckpointError, MPTFoundryError
+from mptfoundry.errors import CheckpointError
 from mptfoundry.export.staging import remote_checkpoints, staged
+from mptfoundry.ranks import decided_by_rank_0
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -107,22 +106,6 @@ def found_start(config: TrainConfig) -> Iterator[Start]:
         else:
             yield Start()
         dist.barrier()
-
-
-def decided_by_rank_0(decide: Callable[[], T]) -> T | None:
-    """What rank 0 decides; None for what can't be sent. Its error is raised on all ranks."""
-    answer: list[T | None] = [None]
-    error: list[MPTFoundryError | None] = [None]
-    if dist.get_global_rank() == 0:
-        try:
-            answer[0] = decide()
-        except MPTFoundryError as raised:
-            error[0] = raised
-    dist.broadcast_object_list(error)
-    if error[0] is not None:
-        raise error[0]
-    dist.broadcast_object_list(answer)
-    return answer[0]
 
 
 def refuse_another_model(config: TrainConfig, folder: Path) -> None:

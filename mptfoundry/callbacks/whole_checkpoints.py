@@ -36,6 +36,7 @@ from mptfoundry.checkpoints.sharded import METADATA
 from mptfoundry.checkpoints.writing import point, remove, whole_or_absent
 from mptfoundry.config.learned import ADAPTER
 from mptfoundry.errors import CheckpointError
+from mptfoundry.ranks import decided_by_rank_0
 
 # Moments of the optimizers that a config names; before the first step they are not there to be counted.
 _MOMENTS = {"DecoupledLionW": 1, "DecoupledAdamW": 2}
@@ -82,7 +83,7 @@ class WholeCheckpoints(CheckpointSaver):
         if dist.get_world_size() > 1 and state.fsdp_sharded_state_dict_enabled:
             self._group = torch.distributed.new_group(backend="gloo")
         if not self.overwrite:
-            _agree(lambda: self._refuse_later_ones(int(state.timestamp.batch)))
+            decided_by_rank_0(lambda: self._refuse_later_ones(int(state.timestamp.batch)))
         moments = 0 if self.weights_only else sum(_MOMENTS.get(type(o).__name__, 0) for o in state.optimizers)
         parameters = dict(state.model.named_parameters())
         learned = [each for each in parameters.values() if each.requires_grad]
@@ -189,7 +190,7 @@ class WholeCheckpoints(CheckpointSaver):
                     "save_num_checkpoints_to_keep."
                 )
 
-        _agree(look)
+        decided_by_rank_0(look)
 
 
 @dataclass
@@ -332,16 +333,3 @@ def _delete_older(folder: Path, batch: int, *, keep: int) -> None:
     older = [found for found, progress in named if progress and progress[1] <= batch]
     for found in older[keep:]:
         remove(found)
-
-
-def _agree(look: Callable[[], None]) -> None:
-    """What rank 0 finds wrong is raised on all ranks."""
-    found: list[CheckpointError | None] = [None]
-    if dist.get_global_rank() == 0:
-        try:
-            look()
-        except CheckpointError as error:
-            found[0] = error
-    dist.broadcast_object_list(found)
-    if found[0] is not None:
-        raise found[0]

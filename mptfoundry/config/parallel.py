@@ -132,6 +132,11 @@ class FSDPConfig:
                     "set version: 1."
                 )
 
+    @property
+    def saves_activations(self) -> bool:
+        """Whether blocks keep less for backward on the device than they compute."""
+        return self.activation_checkpointing or self.activation_cpu_offload
+
 
 @dataclass(frozen=True, kw_only=True)
 class CompileConfig:

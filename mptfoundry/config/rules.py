@@ -268,7 +268,7 @@ def _sharding(values: Mapping[str, Any]) -> Iterator[Problem]:
     if "model" not in values or "fsdp_config" not in values:
         return
     model, fsdp = values["model"], values["fsdp_config"]
-    saves = fsdp is not None and (fsdp.activation_checkpointing or fsdp.activation_cpu_offload)
+    saves = fsdp is not None and fsdp.saves_activations
     if model.activation_checkpointing_target is not None and not saves:
         yield (
             "model.activation_checkpointing_target",
