@@ -8,6 +8,7 @@ import datetime
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -92,6 +93,24 @@ def same_environment() -> Iterator[None]:
         torch.distributed.destroy_process_group()
     os.environ.clear()
     os.environ.update(before)
+
+
+@contextlib.contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.fixture
+def small_files() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """`with small_files(size):` no file of this process grows above `size` bytes, as on a disk that is full.
+
+    Inside a test only: pytest writes of it once it has ended, perhaps to a file that is longer."""
+    return no_file_above
 
 
 @pytest.fixture(scope="session")

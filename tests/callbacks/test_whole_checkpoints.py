@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import threading
 import time
 from collections import namedtuple
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.errors import CheckpointError
 
 MakeTrainer = Callable[..., Trainer]
+SmallFiles = Callable[[int], AbstractContextManager[None]]
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -133,32 +134,30 @@ def test_checkpoints_share_no_memory_with_training_and_keep_no_copy(
     assert writer._writing is None
 
 
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file of this process may be longer than 20 kB, as on a disk that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("in_background", [True, False])
 def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_leaves_nothing(
-    make_trainer: MakeTrainer, tmp_path: Path, small_files: None, in_background: bool
+    make_trainer: MakeTrainer, tmp_path: Path, small_files: SmallFiles, in_background: bool
 ) -> None:
     note = Note()
     trainer = make_trainer(callbacks=[note, saver(tmp_path, in_background=in_background)])
-    with pytest.raises(CheckpointError, match=r"ep0-ba2-rank0.pt: can't be written \(.*"):
+    with (
+        small_files(20_000),
+        pytest.raises(CheckpointError, match=r"ep0-ba2-rank0.pt: can't be written \(.*"),
+    ):
         fit(trainer)
     assert 2 <= len(note.weights) <= 4
     assert names(tmp_path) == set()
 
 
 def test_the_last_checkpoint_that_cannot_be_written_is_an_error_too(
-    make_trainer: MakeTrainer, tmp_path: Path, small_files: None
+    make_trainer: MakeTrainer, tmp_path: Path, small_files: SmallFiles
 ) -> None:
-    with pytest.raises(CheckpointError, match=r"ep0-ba2-rank0.pt: can't be written \(.*"):
-        make_trainer(max_duration="2ba", callbacks=[saver(tmp_path)]).fit()
+    trainer = make_trainer(max_duration="2ba", callbacks=[saver(tmp_path)])
+    with (
+        small_files(20_000),
+        pytest.raises(CheckpointError, match=r"ep0-ba2-rank0.pt: can't be written \(.*"),
+    ):
+        trainer.fit()
 
 
 def give_free_space(monkeypatch: pytest.MonkeyPatch, free: Callable[[], int]) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from mptfoundry.errors import DataError
 
 SHARD = "shard.00002.mds"
 Build = Callable[..., Any]
+SmallFiles = Callable[[int], AbstractContextManager[None]]
 
 
 @pytest.fixture
@@ -235,21 +236,15 @@ def test_the_hash_that_is_asked_for_is_the_one_that_is_compared(
         read(build(local=str(folder), validate_hash="md5"))
 
 
-@pytest.fixture
-def small_files_only() -> Iterator[None]:
-    """The disk takes no file of over 10 kB, as one that is full."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_disk_that_takes_no_more_is_named(
-    build: Build, prepared: Path, tmp_path: Path, workers: int, small_files_only: None
+    build: Build, prepared: Path, tmp_path: Path, workers: int, small_files: SmallFiles
 ) -> None:
     loader = build(remote=str(prepared), local=str(tmp_path), num_workers=workers)
-    with pytest.raises(DataError, match=r"shard\.0000\d\.mds can't be fetched: File too large\.$"):
+    with (
+        small_files(10_000),
+        pytest.raises(DataError, match=r"shard\.0000\d\.mds can't be fetched: File too large\.$"),
+    ):
         read(loader)
 
 
