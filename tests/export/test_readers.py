@@ -24,7 +24,8 @@ TINY = MPTConfig(
     attn_config=AttnConfig(alibi=True),
 )
 TEXT = "def rows(table):"
-OLD = int(transformers.__version__.split(".")[0]) < 5
+VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
+OLD = VERSION < (5, 0)
 
 
 @pytest.fixture
@@ -70,6 +71,21 @@ def test_onnx_generates_the_same_tokens(folder: Path, tmp_path: Path) -> None:
         str(folder), tmp_path / "onnx", task="text-generation-with-past", no_post_process=True
     )
     model, exported = load(folder), runtime.ORTModelForCausalLM.from_pretrained(tmp_path / "onnx")
+    tokenizer, _ = encode(folder)
+    for text in (TEXT, "x", 3 * TEXT):
+        batch = tokenizer(text, return_tensors="pt")
+        options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        assert torch.equal(exported.generate(**batch, **options), model.generate(**batch, **options))
+
+
+def test_openvino_generates_the_same_tokens(folder: Path) -> None:
+    openvino = pytest.importorskip("optimum.intel.openvino", reason="optimum-intel is not installed")
+    if VERSION < (4, 57):
+        pytest.skip("optimum-intel exports MPT from transformers 4.57 on")
+    model = load(folder)
+    exported = openvino.OVModelForCausalLM.from_pretrained(
+        folder, export=True, load_in_8bit=False, ov_config={"INFERENCE_PRECISION_HINT": "f32"}
+    )
     tokenizer, _ = encode(folder)
     for text in (TEXT, "x", 3 * TEXT):
         batch = tokenizer(text, return_tensors="pt")
