@@ -22,7 +22,7 @@ from . import attention_flash, attention_torch, attention_triton
 from .backends import choose_backend
 from .config import MPTConfig
 from .linear import Linear
-from .norm import make_norm
+from .norm import Norm
 from .position import AttentionContext, rotate
 
 BACKENDS: dict[str, ModuleType] = {
@@ -49,8 +49,8 @@ class Attention(nn.Module):
         self.q_ln: nn.Module | None = None
         self.k_ln: nn.Module | None = None
         if config.attn_config.qk_ln or config.attn_config.qk_gn:
-            self.q_ln = make_norm(self.head_dim if self.normalise_heads else self.q_width, config, device)
-            self.k_ln = make_norm(self.head_dim if self.normalise_heads else self.kv_width, config, device)
+            self.q_ln = Norm(self.head_dim if self.normalise_heads else self.q_width, config, device)
+            self.k_ln = Norm(self.head_dim if self.normalise_heads else self.kv_width, config, device)
         self.out_proj = Linear(self.q_width, config.d_model, bias=not config.no_bias, device=device)
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:

@@ -50,7 +50,7 @@ class _Chunks(torch.autograd.Function):
             if context.dropout:
                 weights *= _noise(weights, context.dropout)
             part = weights.to(v.dtype) @ v[:, keys]  # (batch * kv_heads, group * queries, head_dim)
-            out[:, queries] = _by_query(part, out[:, queries].shape, key.shape[2])
+            out[:, queries] = _by_query(part, out[:, queries].shape)
         return out
 
     @staticmethod
@@ -88,7 +88,7 @@ def _backward(
             grad_scores *= 1 - tanh.square()
         grad_scores = grad_scores.mul_(context.scale).to(q.dtype)
         part = grad_scores @ k[:, keys]
-        grad_query[:, queries] = _by_query(part, grad_query[:, queries].shape, kv_heads)
+        grad_query[:, queries] = _by_query(part, grad_query[:, queries].shape)
         grad_k[:, keys] += (grad_scores.mT @ q).to(wide)
     batch = query.shape[0]
     grad_key, grad_value = (x.unflatten(0, (batch, kv_heads)).transpose(1, 2) for x in (grad_k, grad_v))
@@ -188,7 +188,7 @@ def _by_kv_head(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
     return x.transpose(1, 2).reshape(batch * kv_heads, n_heads // kv_heads * queries, head_dim)
 
 
-def _by_query(x: torch.Tensor, shape: torch.Size, kv_heads: int) -> torch.Tensor:
+def _by_query(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The inverse of ``_by_kv_head``: (batch, queries, n_heads, head_dim) of the given shape."""
     batch, queries, n_heads, head_dim = shape
     return x.view(batch, n_heads, queries, head_dim).transpose(1, 2)

@@ -88,6 +88,8 @@ def _bias_of_one(
     context: AttentionContext, keys: int, kv_heads: int, device: torch.device
 ) -> torch.Tensor | None:
     """Bias of the last token's scores, (batch or 1, kv_heads or 1, group or 1, keys); None for none."""
+    if context.slopes is None and context.documents is None and context.window is None:
+        return None
     distance = torch.arange(keys - 1, -1, -1, device=device)
     bias = torch.zeros(1, 1, 1, keys, device=device)
     if context.slopes is not None:
@@ -97,5 +99,4 @@ def _bias_of_one(
         bias = bias.masked_fill(hidden[:, None, None], -torch.inf)
     if context.window is not None:
         bias = bias.masked_fill(distance > context.window, -torch.inf)
-    plain = context.slopes is None and context.documents is None and context.window is None
-    return None if plain else bias
+    return bias

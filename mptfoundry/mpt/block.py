@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from .attention import Attention
 from .config import MPTConfig
 from .ffn import FFN
-from .norm import make_norm
+from .norm import Norm
 from .position import AttentionContext
 
 
@@ -19,9 +19,9 @@ class Block(nn.Module):
     def __init__(self, config: MPTConfig, layer: int, device: torch.device | str | None) -> None:
         super().__init__()
         self.dropout = config.resid_pdrop
-        self.norm_1 = make_norm(config.d_model, config, device)
+        self.norm_1 = Norm(config.d_model, config, device)
         self.attn = Attention(config, layer, device)
-        self.norm_2 = make_norm(config.d_model, config, device)
+        self.norm_2 = Norm(config.d_model, config, device)
         self.ffn = FFN(config, device)
 
     def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:

@@ -103,11 +103,10 @@ class AttnConfig:
     prefix_lm: bool = False
 
     def __post_init__(self) -> None:
-        _check_probability("attn_pdrop", self.attn_pdrop)
-        for name in ("clip_qkv", "softmax_scale", "attn_logit_softcapping"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name}: {value} is not positive. Use a positive number, or null for none.")
+        check_probabilities(self, "attn_pdrop")
+        check_positive(self, _OR_NONE, "clip_qkv", "softmax_scale", "attn_logit_softcapping")
+        check_positive(self, _WHOLE, "alibi_bias_max", "kv_n_heads")
+        check_positive(self, _POSITIVE, "rope_theta")
         if self.alibi and self.rope:
             raise ValueError("alibi and rope are both true. A model has one of them.")
         if self.qk_ln and self.qk_gn:
@@ -148,6 +147,9 @@ class FFNConfig:
     ffn_type: Literal["mptmlp", "mptglu"] = "mptmlp"
     ffn_hidden_size: int | None = None
     ffn_act_fn: ActivationConfig = field(default_factory=ActivationConfig)
+
+    def __post_init__(self) -> None:
+        check_positive(self, _WHOLE, "ffn_hidden_size")
 
 
 InitName = Literal[
@@ -249,10 +251,11 @@ class MPTConfig:
     final_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size", "head_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}: {value} is not positive. Use 1 or more.")
+        sizes = ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size", "head_dim")
+        check_positive(self, _WHOLE, *sizes)
+        check_positive(self, _POSITIVE, "expansion_ratio", "norm_eps")
+        check_positive(self, _OR_NONE, "final_logit_softcapping")
+        check_probabilities(self, "resid_pdrop", "emb_pdrop")
         if self.head_dim is None and self.d_model % self.n_heads:
             raise ValueError(
                 f"d_model: {self.d_model} does not split over {self.n_heads} heads. Use a multiple of "
@@ -270,10 +273,6 @@ class MPTConfig:
             raise ValueError(f"head_dim: {self.d_head} is odd; rotary positions turn pairs of features.")
         if not 0 < self.embedding_fraction <= 1:
             raise ValueError(f"embedding_fraction: {self.embedding_fraction}. Use a number in (0, 1].")
-        if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
-            raise ValueError(f"final_logit_softcapping: {self.final_logit_softcapping} is not positive.")
-        _check_probability("resid_pdrop", self.resid_pdrop)
-        _check_probability("emb_pdrop", self.emb_pdrop)
 
     @property
     def d_head(self) -> int:
@@ -314,9 +313,24 @@ class MPTConfig:
         return asdict(self)
 
 
-def _check_probability(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}: {value} is not a probability. Use 0 or more and less than 1.")
+_WHOLE, _POSITIVE = "Use 1 or more.", "Use a positive number."
+_OR_NONE = "Use a positive number, or null for none."
+
+
+def check_positive(config: Any, advice: str, *names: str) -> None:
+    """Raise ValueError for a field that is zero or less; None is no number."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}: {value} is not positive. {advice}")
+
+
+def check_probabilities(config: Any, *names: str) -> None:
+    """Raise ValueError for a field that is no probability below 1."""
+    for name in names:
+        value = getattr(config, name)
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}: {value} is not a probability. Use 0 or more and less than 1.")
 
 
 def from_values(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from .config import MPTConfig
+from .config import MPTConfig, check_positive, check_probabilities
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
@@ -51,8 +51,7 @@ class _LabelsConfig(HeadConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.num_labels < 1:
-            raise ValueError(f"num_labels: {self.num_labels} is not positive. Use 1 or more.")
+        check_positive(self, "Use 1 or more.", "num_labels")
         given = self.id2label
         if given is not None and set(given) != {str(number) for number in range(self.num_labels)}:
             raise ValueError(
@@ -140,8 +139,7 @@ class TokenClassifierConfig(_LabelsConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_that_there_is_a_choice()
-        if not 0 <= self.classifier_dropout < 1:
-            raise ValueError(f"classifier_dropout: {self.classifier_dropout} is not a probability below 1.")
+        check_probabilities(self, "classifier_dropout")
 
     def head_keys(self) -> dict[str, Any]:
         """What the head adds to transformers' `config.json`."""

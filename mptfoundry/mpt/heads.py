@@ -60,11 +60,6 @@ class _HeadNetwork(nn.Module):
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, max_documents: int | None
     ) -> torch.Tensor:
         """Map (batch, seq) ids to (batch, seq, d_model)."""
-        seq = input_ids.shape[1]
-        if self.config.has_learned_positions and seq > self.config.max_seq_len:
-            raise ValueError(
-                f"input_ids: {seq} tokens, but the model has learned {self.config.max_seq_len} positions."
-            )
         mask = None if attention_mask is None else attention_mask.bool()
         return self.transformer(input_ids, number_documents(mask, None), None, None, max_documents)
 

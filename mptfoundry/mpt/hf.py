@@ -42,7 +42,7 @@ from .init import initialize_parameter
 from .linear import Linear  # noqa: F401
 from .loss import IGNORED, linear_cross_entropy
 from .network import Transformer
-from .norm import make_norm  # noqa: F401
+from .norm import Norm  # noqa: F401
 from .position import AttentionContext, number_documents
 
 with suppress(ImportError):  # triton is not installed

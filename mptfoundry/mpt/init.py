@@ -31,22 +31,12 @@ def materialise(
     Nothing happens where `device` is ``meta`` too.
     """
     device = torch.device(device or "cpu")
-    if device.type != "meta":
-        network.to_empty(device=device)
-        if seed is not None:
-            initialize(network, config, seed)
-
-
-def initialize(network: nn.Module, config: MPTConfig, seed: int) -> None:
-    """Draw all weights of an MPT that has storage.
-
-    Args:
-        network: The network; parameters are known by their names in it.
-        config: Its architecture, with the scheme.
-        seed: Equal seeds give equal weights.
-    """
-    for name, parameter in network.named_parameters():
-        initialize_parameter(parameter, name, config, seed)
+    if device.type == "meta":
+        return
+    network.to_empty(device=device)
+    if seed is not None:
+        for name, parameter in network.named_parameters():
+            initialize_parameter(parameter, name, config, seed)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from .config import MPTConfig
 from .init import materialise
 from .linear import linear
 from .loss import IGNORED, linear_cross_entropy
-from .norm import make_norm
+from .norm import Norm
 from .position import (
     AttentionContext,
     Cache,
@@ -112,7 +112,7 @@ class Transformer(nn.Module):
             self.wpe = nn.Embedding(config.max_seq_len, config.d_model, device=device)
         self.emb_drop = nn.Dropout(config.emb_pdrop)
         self.blocks = nn.ModuleList(block(config, layer, device) for layer in range(config.n_layers))
-        self.norm_f = make_norm(config.d_model, config, device)
+        self.norm_f = Norm(config.d_model, config, device)
 
     def forward(
         self,

@@ -12,56 +12,35 @@ from torch.nn import functional as F
 from .config import MPTConfig
 
 
-class LayerNorm(nn.Module):
-    """Layer norm over the last dimension (https://arxiv.org/abs/1607.06450)."""
+class Norm(nn.Module):
+    """The norm of ``config.norm_type`` over the last dimension; its weights are not initialised.
 
-    def __init__(
-        self, width: int, *, eps: float, bias: bool, low_precision: bool, device: torch.device | str | None
-    ) -> None:
+    Layer norm (https://arxiv.org/abs/1607.06450), or RMS norm (https://arxiv.org/abs/1910.07467), which
+    does not centre and has no bias.
+    """
+
+    def __init__(self, width: int, config: MPTConfig, device: torch.device | str | None) -> None:
         super().__init__()
-        self.eps = eps
-        self.low_precision = low_precision
+        self.eps = config.norm_eps
+        self.low_precision = config.norm_type.startswith("low_precision_")
+        self.centres = config.norm_type.endswith("layernorm")
         self.weight = nn.Parameter(torch.empty(width, device=device))
-        self.bias = nn.Parameter(torch.empty(width, device=device)) if bias else None
+        has_bias = self.centres and not config.no_bias
+        self.bias = nn.Parameter(torch.empty(width, device=device)) if has_bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise (..., width)."""
         dtype = compute_dtype(x) if self.low_precision else None
         if dtype is None:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+            return self._normalise(x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), bias, self.eps)
+            return self._normalise(x.to(dtype), self.weight.to(dtype), bias)
 
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last dimension (https://arxiv.org/abs/1910.07467)."""
-
-    def __init__(
-        self, width: int, *, eps: float, low_precision: bool, device: torch.device | str | None
-    ) -> None:
-        super().__init__()
-        self.eps = eps
-        self.low_precision = low_precision
-        self.weight = nn.Parameter(torch.empty(width, device=device))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Normalise (..., width)."""
-        dtype = compute_dtype(x) if self.low_precision else None
-        if dtype is None:
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.rms_norm(x.to(dtype), self.weight.shape, self.weight.to(dtype), self.eps)
-
-
-def make_norm(width: int, config: MPTConfig, device: torch.device | str | None) -> LayerNorm | RMSNorm:
-    """The norm of ``config.norm_type`` over ``width`` features; its weights are not initialised."""
-    low_precision = config.norm_type.startswith("low_precision_")
-    if config.norm_type.endswith("layernorm"):
-        return LayerNorm(
-            width, eps=config.norm_eps, bias=not config.no_bias, low_precision=low_precision, device=device
-        )
-    return RMSNorm(width, eps=config.norm_eps, low_precision=low_precision, device=device)
+    def _normalise(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.centres:
+            return F.layer_norm(x, weight.shape, weight, bias, self.eps)
+        return F.rms_norm(x, weight.shape, weight, self.eps)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype | None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mptfoundry.mpt.config import AttnConfig, InitConfig, MPTConfig
-from mptfoundry.mpt.init import _BLOCK_NUMBERS, draw, initialize
+from mptfoundry.mpt.init import _BLOCK_NUMBERS, draw
 from mptfoundry.mpt.network import MPT
 
 
@@ -109,16 +109,6 @@ def test_weights_depend_on_seed_and_name_alone() -> None:
     assert not torch.equal(first[UP], first[UP.replace("1", "2")])
     deeper = MPTConfig(**{**vars(config()), "n_layers": 5, "init_config": InitConfig()})
     assert torch.equal(weights(deeper, 1)[UP], first[UP])
-
-
-def test_a_network_from_meta_has_the_same_weights() -> None:
-    shape = config()
-    network = MPT(shape, device="meta")
-    assert all(x.is_meta for x in network.parameters())
-    network.to_empty(device="cpu")
-    initialize(network, shape, seed=1)
-    expected = weights(shape, 1)
-    assert all(torch.equal(x, expected[name]) for name, x in network.named_parameters())
 
 
 def test_a_shard_draws_the_rows_it_holds() -> None:

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from mptfoundry.mpt.config import MPTConfig
-from mptfoundry.mpt.norm import compute_dtype, make_norm
+from mptfoundry.mpt.norm import Norm, compute_dtype
 
 
 def norm(norm_type: str, **options: object) -> torch.nn.Module:
     shape = MPTConfig(d_model=8, n_heads=2, n_layers=1, norm_type=norm_type, norm_eps=0.1, **options)  # type: ignore[arg-type]
-    made = make_norm(8, shape, "cpu")
+    made = Norm(8, shape, "cpu")
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
     return made
