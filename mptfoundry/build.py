@@ -34,7 +34,7 @@ from mptfoundry.config.model import ModelConfig
 from mptfoundry.config.parallel import prefetched_blocks
 from mptfoundry.config.recomputation import recomputed_parts
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.config.verbs import GenerateConfig
+from mptfoundry.config.verbs import Sampling
 from mptfoundry.devices import Device
 from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
@@ -240,9 +240,10 @@ def build_callbacks(config: TrainConfig, tokenizer: Any, run_folder: Path) -> li
     given |= {name: dict(kwargs) for name, kwargs in config.callbacks.items()}
     if "generate_callback" in given:
         kwargs = given["generate_callback"]
-        names = {field.name for field in fields(GenerateConfig)} - {"prompts"}
-        sampling = {"max_new_tokens": 50, **{key: kwargs.pop(key) for key in names & set(kwargs)}}
-        kwargs["generate"] = partial(_generate_text, tokenizer=tokenizer, sampling=sampling)
+        names = {field.name for field in fields(Sampling)}
+        sampling = Sampling(**{key: kwargs.pop(key) for key in names & set(kwargs)})
+        how = {"max_new_tokens": kwargs.pop("max_new_tokens", 50), "sampling": sampling}
+        kwargs["generate"] = partial(_generate_text, tokenizer=tokenizer, how=how)
     if "hf_checkpointer" in given:
         kwargs, network = given["hf_checkpointer"], config.model.network()
         kwargs |= {"run_folder": run_folder, "names": frozenset(expected_shapes(network))}
@@ -288,9 +289,9 @@ def prefetch_weights(config: TrainConfig, model: ComposerMPT) -> None:
 
 
 def _generate_text(
-    network: torch.nn.Module, prompts: Sequence[str], *, tokenizer: Any, sampling: Mapping[str, Any]
+    network: torch.nn.Module, prompts: Sequence[str], *, tokenizer: Any, how: Mapping[str, Any]
 ) -> list[str]:
-    return generate_text(cast(MPT, network), tokenizer, prompts, **sampling)
+    return generate_text(cast(MPT, network), tokenizer, prompts, **how)
 
 
 def _make(table: Mapping[str, str | type], name: str, kwargs: Mapping[str, Any]) -> Any:

@@ -14,6 +14,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mptfoundry import __version__
@@ -135,14 +136,27 @@ def _generate(words: list[str]) -> None:
         )
     from mptfoundry.generation import generate_text
 
+    if options.system is not None:
+        raise ConfigError("system: only a chat begins with it. Put it into the prompt, or use chat.")
+    prompts = [_text_of(prompt) for prompt in options.prompts]
     network, tokenizer = _load_network(options)
-    if len(options.prompts) == 1:
-        print(options.prompts[0], end="", flush=True)
-        generate_text(network, tokenizer, options.prompts, **_sampling(options), stream=_print_piece)
+    if len(prompts) == 1:
+        print(prompts[0], end="", flush=True)
+        generate_text(network, tokenizer, prompts, **_how(options), stream=_print_piece)
         print()
         return
-    texts = generate_text(network, tokenizer, options.prompts, **_sampling(options))
-    print("\n\n".join(f"{prompt}{text}" for prompt, text in zip(options.prompts, texts, strict=True)))
+    texts = generate_text(network, tokenizer, prompts, **_how(options))
+    print("\n\n".join(f"{prompt}{text}" for prompt, text in zip(prompts, texts, strict=True)))
+
+
+def _text_of(prompt: str) -> str:
+    """A prompt, or what is in the file that it names."""
+    if not prompt.startswith("file::"):
+        return prompt
+    try:
+        return Path(prompt.removeprefix("file::")).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"prompts: {prompt} can't be read ({error}).") from error
 
 
 def _print_piece(row: int, piece: str) -> None:
@@ -151,10 +165,12 @@ def _print_piece(row: int, piece: str) -> None:
 
 def _chat(words: list[str]) -> None:
     options = _options(words, "GenerateConfig", "model")
+    if options.prompts:
+        raise ConfigError("prompts: a chat asks for each line itself. Remove it, or use generate.")
     from mptfoundry.generation import chat
 
     network, tokenizer = _load_network(options)
-    chat(network, tokenizer, system=options.system, **_sampling(options))
+    chat(network, tokenizer, system=options.system, **_how(options))
 
 
 def _explain(words: list[str]) -> None:
@@ -185,8 +201,9 @@ def _load_network(options: GenerateConfig) -> tuple[Any, Any]:
     from mptfoundry.tokenizer import load_tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    dtype = dtypes.get(options.dtype, torch.bfloat16 if device == "cuda" else torch.float32)
+    dtype = dtypes.get(options.dtype, torch.bfloat16 if has_bf16 else torch.float32)
     network, tokenizer = load_network(options.model, device=device, dtype=dtype, attn_impl=options.attn_impl)
     if options.tokenizer:
         tokenizer = load_tokenizer(options.tokenizer)
@@ -195,9 +212,8 @@ def _load_network(options: GenerateConfig) -> tuple[Any, Any]:
     return network, tokenizer
 
 
-def _sampling(options: GenerateConfig) -> dict[str, Any]:
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "stop")
-    return {name: getattr(options, name) for name in names}
+def _how(options: GenerateConfig) -> dict[str, Any]:
+    return {"max_new_tokens": options.max_new_tokens, "sampling": options, "stop": options.stop}
 
 
 @dataclass(frozen=True)

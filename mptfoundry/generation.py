@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mptfoundry.config.verbs import Sampling
 from mptfoundry.errors import ConfigError
 from mptfoundry.mpt.config import MPTConfig
 
@@ -22,17 +23,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+GREEDY = Sampling()
+
 
 def generate(
     network: MPT,
     input_ids: torch.Tensor,
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
+    sampling: Sampling = GREEDY,
     eos_token_id: int | Sequence[int] | None = None,
-    seed: int = 17,
     attention_mask: torch.Tensor | None = None,
     stream: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
@@ -42,12 +42,8 @@ def generate(
         network: In eval mode.
         input_ids: (batch, seq) int64; shorter rows are padded on the left.
         max_new_tokens: Tokens to add at most.
-        temperature: Logits are divided by it before the draw; 0: always the likeliest token.
-        top_k: Draw among this many likeliest tokens; 0: all.
-        top_p: Draw among the likeliest tokens that together reach this probability
-            (https://arxiv.org/abs/1904.09751).
+        sampling: How each token is chosen.
         eos_token_id: A row ends after this token, or any of these.
-        seed: Of the draw.
         attention_mask: (batch, seq) bool, false where a row is padded.
         stream: Called after each step with the new ids (batch,).
 
@@ -60,7 +56,6 @@ def generate(
     """
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     columns = [input_ids]
-    sampling = Sampling(temperature, top_k, top_p, seed)
     for ids in _steps(network, input_ids, attention_mask, max_new_tokens, sampling, eos_token_id, done):
         columns.append(ids[:, None])
         if stream is not None:
@@ -74,10 +69,7 @@ def generate_text(
     prompts: Sequence[str],
     *,
     max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 17,
+    sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
     stream: Callable[[int, str], None] | None = None,
 ) -> list[str]:
@@ -88,7 +80,7 @@ def generate_text(
         tokenizer: The network's.
         prompts: An empty one starts at the tokenizer's beginning-of-text token.
         max_new_tokens: Tokens to add at most.
-        temperature, top_k, top_p, seed: As in `generate`.
+        sampling: How each token is chosen.
         stop: A continuation ends before any of these texts.
         stream: Called with the prompt's number and each new piece of its continuation; whole characters only.
 
@@ -96,9 +88,7 @@ def generate_text(
         The continuations, without the prompts and without special tokens.
     """
     encoded = [encode_prompt(tokenizer, prompt, network.config) for prompt in prompts]
-    return _continue(
-        network, tokenizer, encoded, max_new_tokens, Sampling(temperature, top_k, top_p, seed), stop, stream
-    )
+    return _continue(network, tokenizer, encoded, max_new_tokens, sampling, stop, stream)
 
 
 def encode_prompt(tokenizer: Any, prompt: str, config: MPTConfig) -> list[int]:
@@ -115,16 +105,6 @@ def encode_prompt(tokenizer: Any, prompt: str, config: MPTConfig) -> list[int]:
             f"{config.vocab_size - 1}. Use the model's own tokenizer."
         )
     return ids
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen; the fields are those of `generate`."""
-
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 17
 
 
 def choose(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> torch.Tensor:
@@ -300,11 +280,8 @@ def chat(
     network: MPT,
     tokenizer: Any,
     *,
-    max_new_tokens: int = 256,
-    temperature: float = 0.8,
-    top_k: int = 0,
-    top_p: float = 0.95,
-    seed: int = 17,
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
     stop: Sequence[str] = (),
     system: str | None = None,
     input_fn: Callable[[str], str] = input,
@@ -319,7 +296,7 @@ def chat(
         network: In eval mode.
         tokenizer: The network's.
         max_new_tokens: Of an answer.
-        temperature, top_k, top_p, seed: As in `generate`; the seed grows by one with each answer.
+        sampling: How each token is chosen; the seed grows by one with each answer.
         stop: Texts that end an answer.
         system: What the talk begins with.
         input_fn: Asks for a line.
@@ -342,11 +319,10 @@ def chat(
                 output_fn(
                     f"({left_out} tokens from the beginning of the talk no longer fit and are left out.)\n"
                 )
-            sampling = Sampling(temperature, top_k, top_p, seed)
-            seed += 1
             answer = _continue(
                 network, tokenizer, [ids], max_new_tokens, sampling, stop, lambda _, piece: output_fn(piece)
             )
+            sampling = replace(sampling, seed=sampling.seed + 1)
             talk.answered(answer[0])
             output_fn("\n")
     except (EOFError, KeyboardInterrupt):
@@ -356,13 +332,7 @@ def chat(
 class _Talk:
     """What was said so far, and the ids that the next answer continues."""
 
-    def __init__(
-        self,
-        tokenizer: Any,
-        config: MPTConfig,
-        system: str | None,
-        max_new_tokens: int,
-    ) -> None:
+    def __init__(self, tokenizer: Any, config: MPTConfig, system: str | None, max_new_tokens: int) -> None:
         self.tokenizer = tokenizer
         self.config = config
         self.system = system

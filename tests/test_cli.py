@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from mptfoundry.cli import VERBS, main
+from mptfoundry.errors import CheckpointError
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "mpt-tiny.yaml")
@@ -42,6 +45,9 @@ def test_check_prints_the_run(capsys: Capture) -> None:
         (["explain", "optimizer.lrr"], 2, "there is no such key. Did you mean optimizer.lr"),
         (["explain", "a", "b"], 2, "explain: takes one key"),
         (["generate", "model"], 2, "prompts: none is given"),
+        (["generate", "model", "file::nowhere.txt"], 2, "prompts: file::nowhere.txt can't be read"),
+        (["generate", "model", "a", "system=b"], 2, "system: only a chat begins with it."),
+        (["chat", "model", "prompts=[a]"], 2, "prompts: a chat asks for each line itself."),
         (["export", "nowhere", "out", "more"], 2, "more: is no key=value"),
         (["export", "nowhere", "out"], 1, "nowhere: no such file or folder"),
         (["eval", "nowhere"], 1, "nowhere: no such file or folder"),
@@ -61,6 +67,22 @@ def test_a_prompt_may_hold_an_equals_sign(shards: Path, capsys: Capture) -> None
     assert main(["generate", "nowhere", "x = 1", "y=2 and", "seed=3"]) == 2
     assert "unknown key" in capsys.readouterr().err
     assert main(["generate", "nowhere", "x = 1", "seed=3"]) == 1
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_a_gpu_generates_in_bfloat16_only_if_it_has_it(
+    has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(path: str, **options: Any) -> None:
+        asked.append(options["dtype"])
+        raise CheckpointError("read no further.")
+
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr("mptfoundry.checkpoints.reading.load_network", load)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: has_bf16)
+    assert main(["generate", "nowhere", "a"]) == 1
+    assert asked == [torch.bfloat16 if has_bf16 else torch.float32]
 
 
 def test_debug_shows_the_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,16 +11,7 @@ from mptfoundry.errors import ConfigError
 from mptfoundry.generation import Sampling, TextStream, chat, choose, generate, generate_text
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
-
-TINY = MPTConfig(
-    d_model=32,
-    n_heads=4,
-    n_layers=2,
-    max_seq_len=64,
-    vocab_size=384,
-    no_bias=True,
-    attn_config=AttnConfig(alibi=True),
-)
+from tests.conftest import TINY
 
 
 def livelier(config: MPTConfig, seed: int = 1) -> MPT:
@@ -84,16 +75,15 @@ def test_a_row_ends_at_eos_and_the_batch_when_all_have(network: MPT) -> None:
 
 def test_streamed_ids_are_those_returned(network: MPT) -> None:
     columns: list[torch.Tensor] = []
-    out = generate(
-        network, torch.tensor([[5], [6]]), max_new_tokens=6, temperature=1.0, stream=columns.append
-    )
+    ids = torch.tensor([[5], [6]])
+    out = generate(network, ids, max_new_tokens=6, sampling=Sampling(1.0), stream=columns.append)
     assert torch.equal(torch.stack(columns, dim=1), out[:, 1:])
 
 
 def test_the_seed_decides_a_draw(network: MPT) -> None:
     def draw(seed: int) -> list[list[int]]:
         ids = torch.tensor([[5, 6]])
-        return generate(network, ids, max_new_tokens=20, temperature=2.0, seed=seed).tolist()
+        return generate(network, ids, max_new_tokens=20, sampling=Sampling(2.0, seed=seed)).tolist()
 
     assert draw(1) == draw(1) != draw(2)
 
@@ -160,7 +150,7 @@ class TestText:
             tiny_tokenizer,
             prompts,
             max_new_tokens=40,
-            temperature=1.5,
+            sampling=Sampling(1.5),
             stream=lambda row, piece: pieces[row].append(piece),
         )
         assert ["".join(pieces[row]) for row in range(3)] == texts
@@ -236,7 +226,6 @@ class TestChat:
             network,
             tiny_tokenizer,
             max_new_tokens=8,
-            temperature=0.0,
             input_fn=script("a b c", "/quit"),
             output_fn=shown.append,
         )
@@ -254,7 +243,6 @@ class TestChat:
             network,
             tiny_tokenizer,
             max_new_tokens=4,
-            temperature=0.0,
             system="s",
             input_fn=script("a", "b"),
             output_fn=shown.append,
@@ -283,5 +271,5 @@ class TestChat:
             raise KeyboardInterrupt
 
         shown: list[str] = []
-        chat(network, tiny_tokenizer, input_fn=interrupted, output_fn=shown.append)
+        chat(network, tiny_tokenizer, max_new_tokens=4, input_fn=interrupted, output_fn=shown.append)
         assert shown[-1] == "\n"

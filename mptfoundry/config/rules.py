@@ -9,10 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from mptfoundry.config.durations import parse_duration
 from mptfoundry.config.learned import pattern_problems
+from mptfoundry.config.verbs import Sampling
 from mptfoundry.mpt.head_config import HeadConfig
 
 Problem = tuple[str, str]
@@ -27,6 +29,7 @@ def between_sections(values: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _eval_labels(values)
     yield from _documents(values)
     yield from _heads(values)
+    yield from _sampling(values)
     yield from _preprocessing(values)
     yield from _patterns(values)
     yield from _adapters(values)
@@ -149,6 +152,15 @@ def _heads(values: Mapping[str, Any]) -> Iterator[Problem]:
             yield f"{key}.name", f"labelled: model.name: {name} has no head that learns labels. Use text."
     if has_head and "generate_callback" in values.get("callbacks", {}):
         yield "callbacks.generate_callback", f"model.name: {name} makes no text. Remove it."
+
+
+def _sampling(values: Mapping[str, Any]) -> Iterator[Problem]:
+    given = values.get("callbacks", {}).get("generate_callback", {})
+    try:
+        Sampling(**{field.name: given[field.name] for field in fields(Sampling) if field.name in given})
+    except ValueError as error:
+        name, _, text = str(error).partition(": ")
+        yield f"callbacks.generate_callback.{name}", text
 
 
 def _preprocessing(values: Mapping[str, Any]) -> Iterator[Problem]:

@@ -196,8 +196,34 @@ class DoctorConfig:
     clean: bool = False
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen.
+
+    Attributes:
+        temperature: How freely: logits are divided by it before the draw; 0: always the likeliest token.
+        top_k: Choose among this many likeliest tokens; 0: all.
+        top_p: Choose among the likeliest tokens that together have this probability
+            (https://arxiv.org/abs/1904.09751).
+        seed: Seed of the choice.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 17
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature: {self.temperature} is negative. Use 0 or more.")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p: {self.top_p}. Use a number above 0 and up to 1.")
+        if self.top_k < 0:
+            raise ValueError(f"top_k: {self.top_k} is negative. Use 0 for all, or more.")
+
+
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig:
+class GenerateConfig(Sampling):
     """Continue a text, or talk.
 
     Attributes:
@@ -205,10 +231,6 @@ class GenerateConfig:
         prompts: Texts to continue; `file::PATH` reads one from a file.
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: the model's.
         max_new_tokens: Tokens to add at most.
-        temperature: How freely to choose; 0: always the likeliest token.
-        top_k: Choose among this many likeliest tokens; 0: all.
-        top_p: Choose among the likeliest tokens that together have this probability.
-        seed: Seed of the choice.
         stop: Texts that end a continuation.
         system: What a chat begins with.
         dtype: Number format of the weights. `auto`: bfloat16 on GPUs that have it, else float32.
@@ -220,20 +242,13 @@ class GenerateConfig:
     tokenizer: str | None = None
     max_new_tokens: int = 100
     temperature: float = 0.8
-    top_k: int = 0
     top_p: float = 0.95
-    seed: int = 17
     stop: tuple[str, ...] = ()
     system: str | None = None
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     attn_impl: Literal["auto", "torch", "flash", "triton"] = "auto"
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature: {self.temperature} is negative. Use 0 or more.")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p}. Use a number above 0 and up to 1.")
-        if self.top_k < 0:
-            raise ValueError(f"top_k: {self.top_k} is negative. Use 0 for all, or more.")
+        super().__post_init__()
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: {self.max_new_tokens} is not positive. Use 1 or more.")

@@ -110,6 +110,10 @@ def test_a_save_folder_makes_a_run_resume(load: Callable[..., object]) -> None:
         (["eval_subset_num_batches: 0"], "eval_subset_num_batches: 0 batches leave nothing to do."),
         (["device_train_microbatch_size: 0"], "device_train_microbatch_size: 0 is too small. Use 1 or more."),
         (["save_interval: 0ba"], "save_interval: 0ba is no time at all. Use more than 0."),
+        (
+            ["callbacks: {generate_callback: {prompts: [a], top_p: 0}}"],
+            "callbacks.generate_callback.top_p: 0. Use a number above 0 and up to 1.",
+        ),
     ],
 )
 def test_values_that_no_run_can_have_are_refused(problems: Problems, lines: list[str], said: str) -> None:

@@ -269,7 +269,11 @@ def test_the_command_imports_and_what_it_wrote_is_generated_from_and_exported(
     assert main(["import", str(source), f"out={run}", f"tokenizer={tokenizer_folder}", "dtype=fp32"]) == 0
     said = capsys.readouterr().out
     assert f"train from it: model.pretrained_model_name_or_path={run}" in said
-    assert main(["generate", run, "def", "max_new_tokens=3"]) == 0
+    (tmp_path / "prompt.txt").write_text("def", encoding="utf-8")
+    for prompt in ("def", f"file::{tmp_path / 'prompt.txt'}"):
+        capsys.readouterr()
+        assert main(["generate", run, prompt, "max_new_tokens=3"]) == 0
+        assert capsys.readouterr().out.startswith("def")
     assert main(["export", run, exported, "dtype=fp32"]) == 0
     for name, tensor in open_model(exported).tensors():
         assert torch.equal(tensor, open_model(source).weights.read(name))
