@@ -198,12 +198,12 @@ def _load_network(options: GenerateConfig) -> tuple[Any, Any]:
     import torch
 
     from mptfoundry.checkpoints.reading import load_network
+    from mptfoundry.export.shards import DTYPES
     from mptfoundry.tokenizer import load_tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    dtype = dtypes.get(options.dtype, torch.bfloat16 if has_bf16 else torch.float32)
+    dtype = DTYPES.get(options.dtype, torch.bfloat16 if has_bf16 else torch.float32)
     network, tokenizer = load_network(options.model, device=device, dtype=dtype, attn_impl=options.attn_impl)
     if options.tokenizer:
         tokenizer = load_tokenizer(options.tokenizer)

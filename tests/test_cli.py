@@ -50,6 +50,11 @@ def test_check_prints_the_run(capsys: Capture) -> None:
         (["chat", "model", "prompts=[a]"], 2, "prompts: a chat asks for each line itself."),
         (["export", "nowhere", "out", "more"], 2, "more: is no key=value"),
         (["export", "nowhere", "out"], 1, "nowhere: no such file or folder"),
+        (
+            ["export", "a", "b", "adapter=separate", "license=mit"],
+            2,
+            "license=mit: has no effect",
+        ),
         (["eval", "nowhere"], 1, "nowhere: no such file or folder"),
         (["preview", "nowhere"], 1, "nowhere"),
         (["prepare", "nowhere", "out=o", "tokenizer=t"], 2, "max_seq_len: is missing"),

@@ -156,6 +156,12 @@ class ExportConfig:
     shard_bytes: int = 5_000_000_000
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        if self.adapter == "separate":
+            for name in ("format", "shard_bytes", "license"):
+                if getattr(self, name) != getattr(ExportConfig, name):
+                    raise ValueError(f"{name}: has no effect with adapter: separate. Remove it.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
@@ -163,7 +169,7 @@ class ImportConfig:
 
     Attributes:
         source: A Hugging Face folder, its name on the hub, a run folder, or a Composer checkpoint, whole or
-            sharded.
+            sharded; also the URL of one in an object store.
         out: The folder to write.
         revision: Branch, tag or commit of a name on the hub. Default: its main branch.
         config: A folder, `config.json` or YAML with the architecture, where the source does not tell it.

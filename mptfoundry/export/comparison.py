@@ -70,27 +70,19 @@ class Comparison:
         ) + rounding * (self.export_rounding > 0)
 
 
-def compare_logits(
-    source: ModelSource,
-    folder: Path,
-    tokenizer: Any,
-    dtype: torch.dtype,
-    *,
-    memory_bytes: int | None = None,
-) -> Comparison:
+def compare_logits(source: ModelSource, folder: Path, tokenizer: Any, dtype: torch.dtype) -> Comparison:
     """Compare an exported folder with the model that it was made from.
 
-    A model whose float64 weights are larger than `memory_bytes` is compared over its first layers and the
-    text's part of the vocabulary, which shows every switch of the architecture. By default that is a quarter
-    of the machine's memory, and 3 GiB at most.
+    A model whose float64 weights would take more than a quarter of the machine's memory, or 3 GiB, is
+    compared over its first layers and the text's part of the vocabulary, which shows every switch of the
+    architecture.
 
     Raises:
         CheckpointError: The logits differ.
     """
     longest = min(_LONGEST, source.config.max_seq_len)
     ids = torch.tensor([tokenizer(_TEXT, truncation=True, max_length=longest)["input_ids"]])
-    words, memory_bytes = None, memory_bytes or _affordable_bytes()
-    cut = source.config
+    words, memory_bytes, cut = None, _affordable_bytes(), source.config
     if 8 * count_parameters(cut) > memory_bytes:
         words, ids = ids.unique(return_inverse=True)
         cut = replace(cut, vocab_size=len(words))

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +26,7 @@ from mptfoundry.export.adapter import AdapterSummary, export_adapter
 from mptfoundry.export.card import model_card
 from mptfoundry.export.comparison import Comparison, check_bytes, compare_logits
 from mptfoundry.export.native import NATIVE_CODE, NATIVE_CODE_TEXT, native_config, why_not_native
-from mptfoundry.export.shards import write_shards
+from mptfoundry.export.shards import DTYPES, write_shards
 from mptfoundry.export.staging import check_space, staged
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
@@ -36,14 +35,7 @@ from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 Format = Literal["auto", "native", "custom"]
 
-DTYPES = {
-    "bf16": torch.bfloat16,
-    "bfloat16": torch.bfloat16,
-    "fp16": torch.float16,
-    "float16": torch.float16,
-    "fp32": torch.float32,
-    "float32": torch.float32,
-}
+SHARD_BYTES = 5_000_000_000
 
 
 @dataclass(frozen=True)
@@ -80,36 +72,20 @@ class ExportSummary:
 
 
 def export(
-    model: str | Path | ModelSource,
+    model: str | Path,
     out: str | Path,
     *,
-    dtype: str | None = "bf16",
+    dtype: str = "bf16",
     format: Format = "auto",
     adapter: Literal["merged", "separate"] = "merged",
     tokenizer: str | None = None,
     run_folder: str | None = None,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = SHARD_BYTES,
     license: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
-    memory_bytes: int | None = None,
 ) -> ExportSummary | AdapterSummary:
-    """Write a model as a Hugging Face folder.
-
-    Args:
-        model: A run folder, a checkpoint, a Hugging Face folder, the URL of one of these in an object store,
-            or a model that is open already.
-        out: The folder to write; there whole or not at all.
-        dtype: A key of `DTYPES`; None: as stored.
-        format: `native`, `custom`, or `auto`: native where transformers' own classes express the model.
-        adapter: A run's adapters are added to its base's weights, or written alone as a PEFT folder.
-        tokenizer: Folder or hub name. Default: the run's.
-        run_folder: Where the run's config and tokenizer lie, for a remote checkpoint without them.
-        shard_bytes: Largest weight file.
-        license: For the model card, by its SPDX name.
-        overwrite: Replace a folder that is there.
-        progress: Show a bar over the bytes.
-        memory_bytes: For the comparison; see `compare_logits`.
+    """Write a model as a Hugging Face folder; arguments are ExportConfig's, and `progress` shows a bar.
 
     Raises:
         CheckpointError: The model can't be read, is outside what `native` can express (all reasons are
@@ -117,41 +93,15 @@ def export(
     """
     out = Path(out)
     refuse_what_is_there(out, overwrite=overwrite)
-    with ExitStack() as stack:
-        if isinstance(model, ModelSource):
-            source = model
-        else:
-            path = stack.enter_context(staged(model, out, run_folder, progress=progress))
-            source = open_model(path)
-        if adapter == "separate":
-            text, number_format = _tokenizer_for(source, tokenizer), DTYPES[dtype or "fp32"]
-            return export_adapter(source, out, number_format, text, overwrite=overwrite)
-        chosen, why = choose_format(source.config, format)
-        number_format = DTYPES[dtype] if dtype is not None else source.weights.outlines[EMBEDDING].dtype
+    with staged(model, out, run_folder, progress=progress) as path:
+        source = open_model(path)
         text = _tokenizer_for(source, tokenizer)
-        check_space(out, count_parameters(source.config) * number_format.itemsize, "the weights take")
-
-        started_at = time.perf_counter()
-        folder = stack.enter_context(whole_or_absent(out, overwrite=overwrite))
-        folder.mkdir()
-        files, checksums = _write_weights(source, folder, number_format, shard_bytes, progress)
-        seconds = time.perf_counter() - started_at
-        _write_the_rest(source, folder, text, number_format, chosen)
-        card = model_card(out.name, source, folder, number_format, license)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        check_bytes(folder, checksums)
-        comparison = compare_logits(source, folder, text, number_format, memory_bytes=memory_bytes)
-        sizes = [file.stat().st_size for file in files]
-    return ExportSummary(
-        folder=out,
-        format=f"{chosen}, {why}",
-        parameters=count_parameters(source.config),
-        dtype=number_format,
-        weight_bytes=sum(sizes),
-        weight_files=len(files),
-        seconds=seconds,
-        comparison=comparison,
-    )
+        if adapter == "separate":
+            return export_adapter(source, out, DTYPES[dtype], text, overwrite=overwrite)
+        return _write_folder(
+            source, out, text, DTYPES[dtype], format=format, shard_bytes=shard_bytes, license=license,
+            overwrite=overwrite, progress=progress,
+        )  # fmt: skip
 
 
 def export_weights(
@@ -173,12 +123,51 @@ def export_weights(
         run_folder: The run's, with its tokenizer and its metrics.
         overwrite: Replace a folder that is there.
     """
+    refuse_what_is_there(out, overwrite=overwrite)
     source = ModelSource(
         run_folder / checkpoint, config, _WeightsInMemory(weights), run_folder / "tokenizer", run_folder
     )
-    summary = export(source, out, dtype=None, overwrite=overwrite, progress=False)
-    assert isinstance(summary, ExportSummary)
-    return summary
+    text = _tokenizer_for(source, None)
+    return _write_folder(source, out, text, weights[EMBEDDING].dtype, overwrite=overwrite, progress=False)
+
+
+def _write_folder(
+    source: ModelSource,
+    out: Path,
+    tokenizer: Any,
+    dtype: torch.dtype,
+    *,
+    format: Format = "auto",
+    shard_bytes: int = SHARD_BYTES,
+    license: str | None = None,
+    overwrite: bool,
+    progress: bool,
+) -> ExportSummary:
+    """Write an opened model and compare its logits; the folder is there whole or not at all."""
+    chosen, why = choose_format(source.config, format)
+    parameters = count_parameters(source.config)
+    check_space(out, parameters * dtype.itemsize, "the weights take")
+    started_at = time.perf_counter()
+    with whole_or_absent(out, overwrite=overwrite) as folder:
+        folder.mkdir()
+        files, checksums = _write_weights(source, folder, dtype, shard_bytes, progress)
+        seconds = time.perf_counter() - started_at
+        _write_the_rest(source, folder, tokenizer, dtype, chosen)
+        card = model_card(out.name, source, folder, dtype, license)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        check_bytes(folder, checksums)
+        comparison = compare_logits(source, folder, tokenizer, dtype)
+        sizes = [file.stat().st_size for file in files]
+    return ExportSummary(
+        folder=out,
+        format=f"{chosen}, {why}",
+        parameters=parameters,
+        dtype=dtype,
+        weight_bytes=sum(sizes),
+        weight_files=len(files),
+        seconds=seconds,
+        comparison=comparison,
+    )
 
 
 @dataclass(frozen=True)

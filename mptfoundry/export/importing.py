@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 from tqdm import tqdm
 
@@ -28,13 +27,13 @@ from mptfoundry.config.legacy import translate
 from mptfoundry.config.pretrained import fill_architecture
 from mptfoundry.config.reading import read_document
 from mptfoundry.errors import CheckpointError
+from mptfoundry.export.shards import DTYPES
 from mptfoundry.export.staging import check_space, staged
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 CHECKPOINT = "ep0-ba0-rank0.pt"
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # The files of a tokenizer that a checkpoint may carry along.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
@@ -93,18 +92,7 @@ def import_model(
 ) -> ImportSummary:
     """Write a model as the folder of a run, whole or not at all; one tensor is in memory at a time.
 
-    Args:
-        source: A Hugging Face folder, a name on the hub, a run, or a Composer checkpoint, whole or sharded;
-            also the URL of one in an object store.
-        out: The folder to write.
-        revision: Branch, tag or commit of a name on the hub.
-        config: A folder, `config.json` or YAML that tells the architecture where `source` does not.
-        config_overrides: Switches of the architecture to change. Another `vocab_size` cuts the embedding at
-            its end, or pads it with the mean of its rows.
-        tokenizer: Folder or hub name. Default: the source's.
-        dtype: A key of `DTYPES`.
-        overwrite: Replace a folder that is there.
-        progress: Show a bar over the bytes.
+    Arguments are ImportConfig's, and `progress` shows a bar over the bytes.
 
     Raises:
         CheckpointError: The source can't be read, is no MPT, or its weights don't fit its config.

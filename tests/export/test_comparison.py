@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 
 from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.errors import CheckpointError
+from mptfoundry.export import comparison
 from mptfoundry.export.comparison import check_bytes, compare_logits
 from mptfoundry.export.folder import export
 from mptfoundry.export.shards import bytes_of
-from mptfoundry.mpt.config import AttnConfig, MPTConfig
+from mptfoundry.mpt.config import AttnConfig
+from tests.conftest import TINY
 
-TINY = MPTConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=384, no_bias=True)
 WriteRun = Callable[..., Path]
 
 
@@ -26,6 +27,11 @@ def exported(write_run: WriteRun, tmp_path: Path) -> tuple[Any, Path]:
     run, out = write_run(), tmp_path / "out"
     export(run, out, dtype="fp32", progress=False)
     return open_model(run), out
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "_affordable_bytes", lambda: 1)
 
 
 def change(folder: Path, name: str) -> None:
@@ -44,23 +50,23 @@ def test_a_changed_weight_is_found(exported: tuple[Any, Path], tiny_tokenizer: A
 
 
 def test_a_model_too_large_for_memory_is_compared_in_part(
-    exported: tuple[Any, Path], tiny_tokenizer: Any
+    exported: tuple[Any, Path], tiny_tokenizer: Any, little_memory: None
 ) -> None:
     source, folder = exported
-    comparison = compare_logits(source, folder, tiny_tokenizer, torch.float32, memory_bytes=1)
-    assert (comparison.layers, comparison.all_layers) == (1, 2)
-    assert "the first 1 of 2 layers" in str(comparison)
+    found = compare_logits(source, folder, tiny_tokenizer, torch.float32)
+    assert (found.layers, found.all_layers) == (1, 2)
+    assert "the first 1 of 2 layers" in str(found)
     other = replace(source, config=replace(source.config, logit_scale=0.999))
     with pytest.raises(CheckpointError, match=r"does not give the checkpoint's logits"):
-        compare_logits(other, folder, tiny_tokenizer, torch.float32, memory_bytes=1)
+        compare_logits(other, folder, tiny_tokenizer, torch.float32)
 
 
 @pytest.mark.parametrize("attention", [AttnConfig(alibi=True, alibi_bias_max=16), AttnConfig(qk_ln=True)])
 def test_a_part_of_a_folder_with_its_own_code_is_compared_too(
-    write_run: WriteRun, tmp_path: Path, attention: AttnConfig, tiny_tokenizer: Any
+    write_run: WriteRun, tmp_path: Path, attention: AttnConfig, little_memory: None
 ) -> None:
     config = replace(TINY, attn_config=attention, tie_word_embeddings=False)
-    summary = export(write_run(config), tmp_path / "out", progress=False, memory_bytes=1)
+    summary = export(write_run(config), tmp_path / "out", progress=False)
     assert summary.comparison.layers == 1 and summary.comparison.difference == 0
     assert summary.comparison.export_rounding > 0
 

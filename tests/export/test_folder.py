@@ -12,19 +12,12 @@ import torch
 from mptfoundry.checkpoints.reading import load_network
 from mptfoundry.errors import CheckpointError
 from mptfoundry.export import folder as folder_module
-from mptfoundry.export.folder import DTYPES, export
+from mptfoundry.export.folder import export
+from mptfoundry.export.shards import DTYPES
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
+from tests.conftest import TINY
 
-TINY = MPTConfig(
-    d_model=32,
-    n_heads=4,
-    n_layers=2,
-    max_seq_len=64,
-    vocab_size=384,
-    no_bias=True,
-    attn_config=AttnConfig(alibi=True),
-)
 WriteRun = Callable[..., Path]
 
 
@@ -94,9 +87,9 @@ def test_a_custom_folder_that_computes_something_else_gets_no_name(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32", None])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_are_those_of_the_checkpoint_in_the_dtype_asked_for(
-    write_run: WriteRun, tmp_path: Path, dtype: str | None
+    write_run: WriteRun, tmp_path: Path, dtype: str
 ) -> None:
     run, out = write_run(), tmp_path / "out"
     summary = export(run, out, dtype=dtype, shard_bytes=60_000, progress=False)
@@ -104,7 +97,7 @@ def test_weights_are_those_of_the_checkpoint_in_the_dtype_asked_for(
     exported, expected = load_network(out)[0].state_dict(), MPT(TINY, seed=1).state_dict()
     assert list(exported) == list(expected)
     for name, tensor in expected.items():
-        assert torch.equal(exported[name], tensor.to(DTYPES[dtype or "fp32"]))
+        assert torch.equal(exported[name], tensor.to(DTYPES[dtype]))
 
 
 def test_the_folder_around_the_weights_is_what_generate_needs(write_run: WriteRun, tmp_path: Path) -> None:
@@ -226,7 +219,7 @@ def test_what_is_there_is_kept_unless_asked(write_run: WriteRun, tmp_path: Path)
 
 def test_an_exported_folder_can_be_exported_again(write_run: WriteRun, tmp_path: Path) -> None:
     export(write_run(), tmp_path / "a", dtype="fp32", progress=False)
-    export(tmp_path / "a", tmp_path / "b", dtype=None, progress=False)
+    export(tmp_path / "a", tmp_path / "b", dtype="fp32", progress=False)
     for file in ("model.safetensors", "config.json", "tokenizer.json"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 

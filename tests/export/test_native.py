@@ -13,16 +13,7 @@ from mptfoundry.export import native
 from mptfoundry.export.folder import choose_format
 from mptfoundry.export.native import native_config, why_not_native
 from mptfoundry.mpt.config import ActivationConfig, AttnConfig, FFNConfig, MPTConfig
-
-TINY = MPTConfig(
-    d_model=32,
-    n_heads=4,
-    n_layers=2,
-    max_seq_len=64,
-    vocab_size=384,
-    no_bias=True,
-    attn_config=AttnConfig(alibi=True),
-)
+from tests.conftest import TINY
 
 NOT_NATIVE = {
     "attn_config.alibi": replace(TINY, attn_config=AttnConfig()),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,9 @@ import torch
 import transformers
 
 from mptfoundry.export.folder import export
-from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
+from tests.conftest import TINY
 
-TINY = MPTConfig(
-    d_model=64,
-    n_heads=4,
-    n_layers=2,
-    max_seq_len=64,
-    vocab_size=384,
-    no_bias=True,
-    attn_config=AttnConfig(alibi=True),
-)
 TEXT = "def rows(table):"
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
 OLD = VERSION < (5, 0)
@@ -31,10 +23,11 @@ OLD = VERSION < (5, 0)
 @pytest.fixture
 def folder(write_run: Callable[..., Path], tmp_path: Path) -> Path:
     """A native folder whose greedy choices depend on what was said."""
-    network = MPT(TINY, seed=1)
+    wide = replace(TINY, d_model=64)
+    network = MPT(wide, seed=1)
     for parameter in network.parameters():
         parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1
-    export(write_run(TINY, network), tmp_path / "out", dtype="fp32", progress=False)
+    export(write_run(wide, network), tmp_path / "out", dtype="fp32", progress=False)
     return tmp_path / "out"
 
 
