@@ -97,6 +97,8 @@ def main(words: list[str]) -> int:
                 contestants[name] = attend
             else:
                 print(f"{case.seq:>6} {case.head_dim:>4} {case.name:<20} {name:<24} left out: {reason}")
+        if not contestants:
+            continue
         for row in measure(contestants, case, int(options.get("repeats", "7"))):
             rows.append({"device": device, **dataclasses.asdict(case), "case": case.name, **row})
             print(line(rows[-1]), flush=True)

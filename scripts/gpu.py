@@ -39,11 +39,13 @@ STEPS = [
 def main(words: list[str]) -> int:
     import torch
 
+    from mptfoundry.mpt.attention_tiles import generation_of
+
     if not torch.cuda.is_available():
         print("error: no GPU found here. Run this on a machine with one.", file=sys.stderr)
         return 1
     options = dict(word.split("=", 1) for word in words)
-    arch = 90 if torch.cuda.get_device_capability() >= (9, 0) else 80
+    arch = int(generation_of(torch.cuda.get_device_capability()).removeprefix("sm_"))
     report: dict[str, object] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,

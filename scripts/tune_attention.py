@@ -23,7 +23,7 @@ import torch
 from compile_kernels import Case, compile_all
 
 from mptfoundry.mpt import attention_tiles
-from mptfoundry.mpt.attention_tiles import TILES, Tile
+from mptfoundry.mpt.attention_tiles import TILES, Tile, generation_of
 from mptfoundry.mpt.attention_triton import attend
 from mptfoundry.mpt.position import AttentionContext, alibi_slopes
 
@@ -37,11 +37,12 @@ def main(words: list[str]) -> int:
     if not torch.cuda.is_available():
         print("error: no GPU found here. Run this on a machine with one.", file=sys.stderr)
         return 1
-    arch = 90 if torch.cuda.get_device_capability() >= (9, 0) else 80
+    generation = generation_of(torch.cuda.get_device_capability())
+    arch = int(generation.removeprefix("sm_"))
     seq = int(options.get("seq", "8192"))
     batch = max(1, int(options.get("tokens", "32768")) // seq)
-    table = TILES[f"sm_{arch}"]
-    print(f"{torch.cuda.get_device_name()}, {batch} rows of {seq} tokens, the table of sm_{arch}")
+    table = TILES[generation]
+    print(f"{torch.cuda.get_device_name()}, {batch} rows of {seq} tokens, the table of {generation}")
     for width in map(int, options.get("width", "32,64,128,256").split(",")):
         # Forward first: the others follow the blocks in which it notes where it stopped.
         for kernel in options.get("kernel", ",".join(KERNELS)).split(","):
@@ -52,6 +53,8 @@ def main(words: list[str]) -> int:
                 times[tile] = milliseconds(kernel, batch, seq, width)
             best = min(times, key=times.__getitem__)
             table[kernel][width] = best = best if times[best] < 0.99 * times[old] else old
+            if kernel == "forward":
+                fit_backward(table, width)
             print(
                 f"  {kernel:15} {width:>4}  {tuple(old)!s:18} {times[old]:8.3f} ms -> "
                 f"{tuple(best)!s:18} {times[best]:8.3f} ms, of {len(times)}",
@@ -59,8 +62,15 @@ def main(words: list[str]) -> int:
             )
     if options.get("write") != "no":
         path = Path(attention_tiles.__file__)
-        path.write_text(rewritten(path.read_text(), f"sm_{arch}"))
+        path.write_text(rewritten(path.read_text(), generation))
     return 0
+
+
+def fit_backward(table: dict[str, dict[int, Tile]], width: int) -> None:
+    """What forward notes must hold for all queries of a block of backward's, so that is no larger."""
+    forward, backward = table["forward"][width], table["backward_query"]
+    if forward.block_q % backward[width].block_q:
+        backward[width] = backward[width]._replace(block_q=forward.block_q)
 
 
 def able(arch: int, kernel: str, width: int) -> list[Tile]:
@@ -89,7 +99,6 @@ def candidates(arch: int, kernel: str, width: int) -> Iterator[Tile]:
         of_keys = kernel.startswith("backward_key")
         own, sums = (block_k, 2) if of_keys else (block_q, 1)
         too_many = sums * own * width + 2 * block_q * block_k > warps * 32 * 224
-        # What forward notes must hold for all queries of a block.
         splits = kernel == "backward_query" and TILES[f"sm_{arch}"]["forward"][width].block_q % block_q
         if not too_many and not splits and own >= 32:
             yield Tile(block_q, block_k, warps, stages)

@@ -19,7 +19,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Generation -> kernel -> width -> tile. `sm_80` also serves 8.6 and 8.9, which have 99 KiB of shared memory.
+# Generation -> kernel -> width -> tile. `sm_80` also serves 8.6, 8.9 and 12.x, which have 99 KiB of shared
+# memory.
 # `backward_key_grouped` is for query heads that share a key head.
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_90": {
@@ -125,6 +126,11 @@ def padded(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
+def generation_of(capability: tuple[int, int]) -> str:
+    """The table for a GPU of this capability, such as (9, 0), in the numbers of 16 bits."""
+    return "sm_90" if capability[0] in (9, 10) else "sm_80"
+
+
 def tile_of(
     kernel: str, head_dim: int, capability: tuple[int, int], number_bytes: int, *, has_dropout: bool = False
 ) -> Tile:
@@ -137,7 +143,7 @@ def tile_of(
         number_bytes: 2 for bfloat16 and float16, 4 for float32.
         has_dropout: Whether weights are dropped, whose random numbers take the registers of a smaller block.
     """
-    name = "float32" if number_bytes == 4 else "sm_90" if capability >= (9, 0) else "sm_80"
+    name = "float32" if number_bytes == 4 else generation_of(capability)
     tile = TILES[name][kernel][padded(head_dim)]
     if not has_dropout:
         return tile

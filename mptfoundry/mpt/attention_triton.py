@@ -58,7 +58,7 @@ def attend(
     softcap = context.softcap or 0.0
     has_prefix = context.prefix is not None
     is_decoding = context.cache is not None and seq * (n_heads // kv_heads) <= _MOST_DECODING_ROWS
-    needs_grad = torch.is_grad_enabled() and query.requires_grad
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if is_decoding and not needs_grad and context.dropout == 0:
         return _operators.decode(
             query, key, value, context.slopes, marks, context.scale, window, softcap, has_prefix

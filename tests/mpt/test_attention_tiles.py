@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.mpt.attention_tiles import TILES, padded, tile_of
+from mptfoundry.mpt.attention_tiles import TILES, Tile, padded, tile_of
 
 ROOT = Path(__file__).parents[2]
 # The tree's widths and what training uses most; the script compiles the rest.
@@ -71,6 +71,14 @@ def test_a_spill_a_lost_product_and_too_much_shared_memory_are_refused() -> None
     ]
 
 
+@pytest.mark.parametrize(
+    ("capability", "name"),
+    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_90"), ((12, 0), "sm_80")],
+)
+def test_a_gpu_of_little_shared_memory_has_the_smaller_tiles(capability: tuple[int, int], name: str) -> None:
+    assert tile_of("forward", 128, capability, 2) == TILES[name]["forward"][128]
+
+
 @pytest.mark.parametrize("has_dropout", [False, True])
 @pytest.mark.parametrize("name", TILES)
 def test_every_width_has_tiles_whose_blocks_of_queries_fit_forwards(name: str, has_dropout: bool) -> None:
@@ -84,3 +92,15 @@ def test_every_width_has_tiles_whose_blocks_of_queries_fit_forwards(name: str, h
         assert min(min(tile[:2]) for tile in tiles.values()) >= 16
         # Backward goes by where forward's block stopped, so a block of its queries lies in one of them.
         assert tiles["forward"].block_q % tiles["backward_query"].block_q == 0
+
+
+def test_a_tile_that_is_tuned_for_forward_leaves_backward_one_that_fits(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from tune_attention import fit_backward
+
+    table = {"forward": {64: Tile(32, 64, 4, 3)}, "backward_query": {64: Tile(128, 64, 8, 3)}}
+    fit_backward(table, 64)
+    assert table["backward_query"] == {64: Tile(32, 64, 8, 3)}
