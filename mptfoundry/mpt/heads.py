@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from .config import MPTConfig
 from .head_config import HeadConfig, SequenceClassifierConfig, SpanFinderConfig, TokenClassifierConfig
 from .init import materialise
-from .loss import IGNORED
+from .loss import mean_cross_entropy, wide
 from .network import MPT, Transformer
 from .position import number_documents
 
@@ -115,7 +115,7 @@ class SequenceClassifier(_HeadNetwork):
         logits = self._head(hidden[torch.arange(batch, device=last.device), last])  # (batch, num_labels)
         if labels is None:
             return HeadOutput(None, None, logits)
-        return HeadOutput(self._loss(_wide(logits), labels), torch.tensor(batch), logits)
+        return HeadOutput(self._loss(wide(logits), labels), torch.tensor(batch), logits)
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         problem = self.config.problem_type or self.config.problem
@@ -160,7 +160,7 @@ class TokenClassifier(_HeadNetwork):
         logits = self._head(hidden)
         if labels is None:
             return HeadOutput(None, None, logits)
-        loss, count = _mean_cross_entropy(logits.flatten(0, 1), labels.flatten(), IGNORED)
+        loss, count = mean_cross_entropy(logits.flatten(0, 1), labels.flatten())
         return HeadOutput(loss, count, logits)
 
 
@@ -198,8 +198,8 @@ class SpanFinder(_HeadNetwork):
         if start_positions is None or end_positions is None:
             return HeadOutput(None, None, logits)
         outside = input_ids.shape[1]
-        first, count = _mean_cross_entropy(logits[..., 0], start_positions.clamp(0, outside), outside)
-        last, _ = _mean_cross_entropy(logits[..., 1], end_positions.clamp(0, outside), outside)
+        first, count = mean_cross_entropy(logits[..., 0], start_positions.clamp(0, outside), outside)
+        last, _ = mean_cross_entropy(logits[..., 1], end_positions.clamp(0, outside), outside)
         return HeadOutput((first + last) / 2, count, logits)
 
 
@@ -216,16 +216,3 @@ def make_network(
     """The network of an architecture: a language model, or the one that ends in the config's head."""
     kind = next((network for known, network in _NETWORKS.items() if isinstance(config, known)), MPT)
     return kind(config, device=device, seed=seed)
-
-
-def _mean_cross_entropy(
-    logits: torch.Tensor, targets: torch.Tensor, ignored: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean over the targets that are not `ignored`, 0 if there are none; and how many those are."""
-    total = F.cross_entropy(_wide(logits), targets, ignore_index=ignored, reduction="sum")
-    count = (targets != ignored).sum()
-    return total / count.clamp(min=1), count
-
-
-def _wide(logits: torch.Tensor) -> torch.Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -40,7 +40,7 @@ from .ffn import FFN  # noqa: F401
 from .head_config import HEADS  # noqa: F401
 from .init import initialize_parameter
 from .linear import Linear  # noqa: F401
-from .loss import IGNORED, linear_cross_entropy
+from .loss import IGNORED, linear_cross_entropy, mean_cross_entropy
 from .network import Transformer
 from .norm import Norm  # noqa: F401
 from .position import AttentionContext, number_documents
@@ -323,11 +323,14 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         if labels is None:
             return None, logits_of(x[:, kept])
-        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten().to(x.device)
-        if type(self.lm_head) is nn.Linear and type(self.lm_head.weight) is nn.Parameter:
-            loss, _, _ = linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets, softcap)
-        else:  # an adapter, a quantized layer or a quantized weight in its place
-            loss = F.cross_entropy(logits_of(x).flatten(0, 1).float(), targets, ignore_index=IGNORED)
+        targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+        head = self.lm_head
+        is_plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter
+        if is_plain and head.weight.device == x.device:
+            loss = linear_cross_entropy(x.flatten(0, 1), head.weight, targets.to(x.device), softcap)[0]
+        else:  # an adapter, a quantized layer or weight in its place, or a matrix that lies elsewhere
+            logits = logits_of(x).flatten(0, 1)
+            loss = mean_cross_entropy(logits, targets.to(logits.device))[0]
         return loss, None if self.training else logits_of(x[:, kept])
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)

@@ -42,6 +42,15 @@ def linear_cross_entropy(
     return total / (targets != IGNORED).sum().clamp_(min=1), losses, correct
 
 
+def mean_cross_entropy(
+    logits: torch.Tensor, targets: torch.Tensor, ignored: int = IGNORED
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean over the targets that are not `ignored`, 0 if there are none; and how many those are."""
+    total = F.cross_entropy(wide(logits), targets, ignore_index=ignored, reduction="sum")
+    count = (targets != ignored).sum()
+    return total / count.clamp(min=1), count
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -137,6 +146,10 @@ def _tokens_of_chunk(matrix: torch.Tensor) -> int:
 
 def _logits(hidden: torch.Tensor, matrix: torch.Tensor, softcap: float | None) -> torch.Tensor:
     """Logits of a chunk in float32 or wider, (tokens, vocab)."""
-    logits = hidden.to(matrix.dtype) @ matrix.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = wide(hidden.to(matrix.dtype) @ matrix.T)
     return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
+
+
+def wide(x: torch.Tensor) -> torch.Tensor:
+    """In float32 or wider."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -270,6 +270,18 @@ def test_a_model_may_lie_in_several_places(
     torch.testing.assert_close(model(ids).logits, network("steep_slopes")(ids).logits)
 
 
+def test_a_loss_is_computed_where_the_last_matrix_lies(
+    folders: Path, load_here: Callable[..., Any], tmp_path: Path
+) -> None:
+    pytest.importorskip("accelerate", reason="transformers' device_map needs it")
+    places = {"transformer": "cpu", "lm_head": "disk"}
+    name, ids = "gated_untied_softcaps", torch.arange(9)[None]
+    model = load_here(folders / name, device_map=places, offload_folder=tmp_path / "disk")
+    assert model.lm_head.weight.is_meta
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids, labels=ids).loss, network(name)(ids, labels=ids).loss)
+
+
 @EACH
 def test_a_custom_folder_is_read_back_as_the_model_it_was(folders: Path, name: str) -> None:
     assert open_model(folders / name).config == ARCHITECTURES[name]

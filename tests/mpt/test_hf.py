@@ -259,6 +259,7 @@ def test_a_loss_goes_through_what_stands_in_the_heads_place() -> None:
     output = model(ids, labels=ids)
     expected = nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(output.loss, expected)
+    assert model(ids, labels=torch.full_like(ids, -100)).loss == 0
 
 
 @SOME
