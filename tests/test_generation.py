@@ -12,21 +12,12 @@ from mptfoundry.generation import Sampling, TextStream, chat, choose, generate, 
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from tests.conftest import TINY
-
-
-def livelier(config: MPTConfig, seed: int = 1) -> MPT:
-    """A network whose choices depend on what was said, unlike those of small new weights."""
-    network = MPT(config, seed=seed).eval()
-    noise = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter += torch.randn(parameter.shape, generator=noise) * 0.2
-    return network
+from tests.mpt.reference import livelier
 
 
 @pytest.fixture(scope="module")
 def network() -> MPT:
-    return livelier(TINY)
+    return livelier(TINY, 0.2)
 
 
 def step_by_step(network: MPT, row: list[int], new: int) -> list[int]:
@@ -52,7 +43,7 @@ CONFIGS = {
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_a_padded_batch_with_a_cache_gives_what_each_row_gives_alone(config: MPTConfig) -> None:
-    network = livelier(config)
+    network = livelier(config, 0.2)
     rows = [[5, 6, 7, 8, 9, 10, 11], [12, 13, 14], [15]]
     padded = torch.tensor([[0] * (7 - len(row)) + row for row in rows])
     mask = torch.tensor([[False] * (7 - len(row)) + [True] * len(row) for row in rows])
@@ -132,7 +123,7 @@ def test_alibi_goes_past_the_trained_length_with_a_note(
 
 
 def test_learned_positions_end() -> None:
-    network = livelier(replace(TINY, attn_config=AttnConfig()))
+    network = livelier(replace(TINY, attn_config=AttnConfig()), 0.2)
     with pytest.raises(
         ConfigError, match=r"prompt and continuation are 70 tokens, the model has 64 learned pos"
     ):

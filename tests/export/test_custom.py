@@ -20,6 +20,7 @@ from mptfoundry.export.custom import copy_code, custom_config
 from mptfoundry.export.shards import write_shards
 from mptfoundry.mpt.config import ActivationConfig, AttnConfig, FFNConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
+from tests.mpt.reference import in_float64, livelier, rms
 
 TINY = MPTConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=384)
 ARCHITECTURES = {
@@ -111,12 +112,7 @@ save_file(tensors, out / "logits.safetensors")
 
 
 def network(name: str) -> MPT:
-    """A network whose biases and norms say something, too."""
-    made = MPT(ARCHITECTURES[name], seed=1).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in made.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return made
+    return livelier(ARCHITECTURES[name])
 
 
 def write_folder(folder: Path, made: MPT, tokenizer: Any) -> Path:
@@ -176,16 +172,10 @@ def test_logits_are_the_networks(
     batch = load_file(folders / "batch.safetensors")
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     made = network(name)
-    exact = MPT(made.config).double().eval()
-    exact.load_state_dict(made.state_dict())
     with torch.no_grad():
-        truth = exact(ids, attention_mask=mask).logits[mask]
+        truth = in_float64(made)(ids, attention_mask=mask).logits[mask]
         plain, given = made(ids, attention_mask=mask).logits[mask], elsewhere[0][name][mask]
     assert rms(given - truth) <= 2 * rms(plain - truth)
-
-
-def rms(x: torch.Tensor) -> float:
-    return x.double().square().mean().sqrt().item()
 
 
 @EACH

@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from mptfoundry.export.folder import export
-from mptfoundry.mpt.network import MPT
 from tests.conftest import TINY
+from tests.mpt.reference import livelier
 
 TEXT = "def rows(table):"
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -24,10 +24,7 @@ OLD = VERSION < (5, 0)
 def folder(write_run: Callable[..., Path], tmp_path: Path) -> Path:
     """A native folder whose greedy choices depend on what was said."""
     wide = replace(TINY, d_model=64)
-    network = MPT(wide, seed=1)
-    for parameter in network.parameters():
-        parameter.data += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)) * 0.1
-    export(write_run(wide, network), tmp_path / "out", dtype="fp32", progress=False)
+    export(write_run(wide, livelier(wide)), tmp_path / "out", dtype="fp32", progress=False)
     return tmp_path / "out"
 
 

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from mptfoundry.mpt.config import MPTConfig
+from mptfoundry.mpt.network import MPT
 from mptfoundry.mpt.position import AttentionContext
 
 
@@ -63,6 +65,21 @@ def with_gradients(
     out = function(*leaves)
     gradients = torch.autograd.grad(out, leaves, grad.to(dtype))
     return [x.detach().double() for x in (out, *gradients)]
+
+
+def livelier(config: MPTConfig, by: float = 0.1) -> MPT:
+    """A network whose biases and norms say something, too, and whose choices depend on what was said."""
+    made = MPT(config, seed=1).eval()
+    generator = torch.Generator().manual_seed(0)
+    for parameter in made.parameters():
+        parameter.data += by * torch.randn(parameter.shape, generator=generator)
+    return made
+
+
+def in_float64(made: MPT) -> MPT:
+    exact = MPT(made.config)
+    exact.load_state_dict(made.state_dict())
+    return exact.double().train(made.training)
 
 
 def rms(x: torch.Tensor) -> float:

@@ -20,8 +20,8 @@ from mptfoundry.mpt.network import MPT
 from mptfoundry.mpt.position import AttentionContext
 
 from . import test_network
-from .reference import assert_as_exact, rms
-from .test_network import config, in_float64, native_pair, tokens
+from .reference import assert_as_exact, in_float64, livelier, rms
+from .test_network import config, native_pair, tokens
 
 ARCHITECTURES = {
     **test_network.ARCHITECTURES,
@@ -37,15 +37,6 @@ SOME = pytest.mark.parametrize(
 )
 
 
-def network(name: str) -> MPT:
-    """A network whose biases and norms say something, too."""
-    made = MPT(ARCHITECTURES[name], seed=1).eval()
-    generator = torch.Generator().manual_seed(0)
-    for parameter in made.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
-    return made
-
-
 def wrapped(made: MPT) -> MPTFoundryForCausalLM:
     """transformers' class with a network's weights."""
     model = MPTFoundryForCausalLM(MPTFoundryConfig(**made.config.to_dict(), pad_token_id=0))
@@ -55,7 +46,7 @@ def wrapped(made: MPT) -> MPTFoundryForCausalLM:
 
 
 def pair(name: str) -> tuple[MPT, MPTFoundryForCausalLM]:
-    made = network(name)
+    made = livelier(ARCHITECTURES[name])
     return made, wrapped(made)
 
 
@@ -201,8 +192,7 @@ def test_hidden_states_begin_with_the_embedding_and_end_with_the_norm() -> None:
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_no_gradient(architecture: str, reentrant: bool) -> None:
     ids = tokens(2, 20)
-    made = network(architecture)
-    made = MPT(replace(made.config, resid_pdrop=0.1), seed=1)
+    made = MPT(replace(ARCHITECTURES[architecture], resid_pdrop=0.1), seed=1)
     gradients = []
     for checkpoints in (False, True):
         model = wrapped(made).train()
