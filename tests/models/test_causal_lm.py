@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import runpy
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -184,25 +180,12 @@ if __name__ == "__main__":
 
 
 def test_two_ranks_train_and_evaluate_as_one_copied_or_sharded(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    on_one_rank_and_two: Callable[..., tuple[Any, Any]],
 ) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(TRAIN)
-    one, two = tmp_path / "one.json", tmp_path / "two.json"
-    launcher = Path(sys.executable).parent / "composer"
-    done = subprocess.run(
-        [str(launcher), "-n", "2", str(script), str(two)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    monkeypatch.setattr(sys, "argv", [str(script), str(one)])
-    runpy.run_path(str(script), run_name="__main__")
-    (alone,) = json.loads(one.read_text()).values()
+    one, two = on_one_rank_and_two(TRAIN)
+    (alone,) = one.values()
     assert alone["grad_norm"][0] > 0.5
     assert alone["metrics/held_out/tokens"] == [35 * 7]
-    for together in json.loads(two.read_text()).values():
+    for together in two.values():
         for name, values in alone.items():
             assert together[name] == pytest.approx(values, rel=1e-5), name

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import runpy
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +144,7 @@ from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.tokenizer import load_tokenizer
 
 warnings.simplefilter("ignore")
-folder, out, microbatch = sys.argv[1:]
+out, folder = sys.argv[1:]
 SHAPE = dict(d_model=16, n_heads=2, n_layers=1, vocab_size=384, max_seq_len=32)
 SHAPE["attn_config"] = AttnConfig(alibi=True)
 HEADS = {
@@ -170,7 +168,7 @@ def train(task, parallelism=None):
             **common, device_batch_size=3, drop_last=False, is_training=False)),
         optimizers=DecoupledLionW(model.parameters(), lr=1e-3),
         max_duration="4ba", eval_interval="4ba", device="cpu", progress_bar=False,
-        device_train_microbatch_size=int(microbatch), accumulate_train_batch_on_tokens=True,
+        device_train_microbatch_size=8 if ranks == 1 else 3, accumulate_train_batch_on_tokens=True,
         loggers=[logger], callbacks=[AverageGradients()], parallelism_config=parallelism,
     )
     trainer.fit()
@@ -207,17 +205,9 @@ def examples(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -
 
 
 def test_ranks_copied_or_sharded_and_microbatches_change_neither_losses_nor_measures(
-    examples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    examples: Path, on_one_rank_and_two: Callable[..., tuple[Any, Any]]
 ) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(TRAIN)
-    launcher = Path(sys.executable).parent / "composer"
-    words = [str(launcher), "-n", "2", str(script), str(examples), str(tmp_path / "two.json"), "3"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    monkeypatch.setattr(sys, "argv", [str(script), str(examples), str(tmp_path / "one.json"), "8"])
-    runpy.run_path(str(script), run_name="__main__")
-    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    one, two = on_one_rank_and_two(TRAIN, str(examples))
     for task, expected in one.items():
         assert len(expected["loss/train/total"]) == 4 and len(expected) >= 4
         for name, numbers in expected.items():
