@@ -46,6 +46,7 @@ def test_check_prints_the_run(capsys: Capture) -> None:
         (["explain", "a", "b"], 2, "explain: takes one key"),
         (["generate", "model"], 2, "prompts: none is given"),
         (["generate", "model", "file::nowhere.txt"], 2, "prompts: file::nowhere.txt can't be read"),
+        (["generate", "model", "a", "stop=['']"], 2, "an empty text would end each continuation at once"),
         (["generate", "model", "a", "system=b"], 2, "system: only a chat begins with it."),
         (["chat", "model", "prompts=[a]"], 2, "prompts: a chat asks for each line itself."),
         (["export", "nowhere", "out", "more"], 2, "more: is no key=value"),

@@ -256,5 +256,7 @@ class GenerateConfig(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if "" in self.stop:
+            raise ValueError("stop: an empty text would end each continuation at once. Remove it.")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: {self.max_new_tokens} is not positive. Use 1 or more.")

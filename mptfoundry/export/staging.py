@@ -50,6 +50,8 @@ def staged(model: str | Path, out: Path, run_folder: str | None, *, progress: bo
             )
         yield Path(model)
         return
+    if run_folder is not None and not Path(run_folder).is_dir():
+        raise CheckpointError(f"run_folder: {run_folder}: there is no such folder. Name the run's.")
     url = str(model).rstrip("/")
     with _readable(url):
         store, root = _open_store(url)

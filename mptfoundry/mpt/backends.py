@@ -65,10 +65,6 @@ def why_not(
     return _RULES[name](config, device_type, dtype, elsewhere)
 
 
-def _why_not_torch(config: MPTConfig, device_type: str, dtype: str, elsewhere: bool) -> str | None:
-    return None
-
-
 def _why_not_triton(config: MPTConfig, device_type: str, dtype: str, elsewhere: bool) -> str | None:
     is_interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not is_interpreted:
@@ -102,7 +98,7 @@ def _why_not_flash(config: MPTConfig, device_type: str, dtype: str, elsewhere: b
 
 
 # In the order in which they are proposed.
-_RULES = {"torch": _why_not_torch, "triton": _why_not_triton, "flash": _why_not_flash}
+_RULES = {"torch": lambda *_: None, "triton": _why_not_triton, "flash": _why_not_flash}
 
 
 def _flash_is_missing() -> str | None:

@@ -10,7 +10,6 @@ Letters of the shapes: batch = rows, seq = tokens of this pass, keys = tokens in
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
@@ -141,24 +140,18 @@ def _moved(context: AttentionContext, device: torch.device) -> AttentionContext:
         return None if value is None else value.to(device)
 
     rotary = context.rotary
-    moved = replace(
+    return replace(
         context,
         slopes=to(context.slopes),
         documents=to(context.documents),
         prefix=to(context.prefix),
         rotary=None if rotary is None else (rotary[0].to(device), rotary[1].to(device)),
-        _made={"device": device},
+        _made={name: made for name, made in context._made.items() if name == "backend"} | {"device": device},
     )
-    backend = context.once("backend", lambda: None)
-    if backend is not None:
-        moved.once("backend", lambda: backend)
-    return moved
 
 
 class LayersOf:
     """The network's view of one of transformers' caches."""
-
-    max_len = math.inf
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
@@ -261,9 +254,8 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=None if hidden is None else (*hidden, x),
             attentions=None if kept is None else tuple(kept.weights),
         )
-        return (
-            output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
-        )
+        as_dict = self.config.return_dict if return_dict is None else return_dict
+        return output if as_dict else output.to_tuple()
 
     def _opened_cache(self, given: Any, use_cache: bool | None) -> LayersOf | None:
         """The cache that was given, or a new one where one is to be returned."""

@@ -84,6 +84,8 @@ def test_a_checkpoint_alone_takes_what_it_lacks_from_the_local_run(
     url = "folder://bucket/ep0-ba10-rank0.pt"
     with pytest.raises(CheckpointError, match=r"config\.json|config\.yaml"):
         export(url, tmp_path / "out", progress=False)
+    with pytest.raises(CheckpointError, match=r"run_folder: nowhere: there is no such folder"):
+        export(url, tmp_path / "out", run_folder="nowhere", progress=False)
     export(url, tmp_path / "out", run_folder=str(run), progress=False)
     assert open_model(tmp_path / "out").config.d_model == 32
 
