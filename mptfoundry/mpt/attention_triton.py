@@ -109,16 +109,28 @@ def mark(
     return marks.int(), torch.where(is_padding, nothing, bounds).int()
 
 
-def _features(
-    query: torch.Tensor, slopes: Any, marks: Any, has_prefix: bool, window: int, softcap: float
-) -> dict[str, bool]:
+def _constants(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    slopes: torch.Tensor | None,
+    marks: torch.Tensor | None,
+    window: int,
+    softcap: float,
+    has_prefix: bool,
+) -> dict[str, Any]:
+    """What all kernels are compiled for; float32 is multiplied as such, not as tensor cores would."""
+    head_dim, is_float32 = query.shape[3], query.dtype == torch.float32
     return {
+        "GROUP": query.shape[2] // key.shape[2],
+        "HEAD_DIM": head_dim,
+        "WIDTH": padded(head_dim),
         "HAS_ALIBI": slopes is not None,
         "HAS_MARKS": marks is not None,
         "HAS_PREFIX": has_prefix,
         "HAS_WINDOW": window >= 0,
         "HAS_SOFTCAP": softcap > 0,
-        "EXACT": has_prefix or query.dtype == torch.float32,
+        "EXACT": has_prefix or is_float32,
+        "PRECISION": "ieee" if is_float32 else "tf32",
     }
 
 
@@ -137,11 +149,6 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
-def _precision(query: torch.Tensor) -> str:
-    """float32 is multiplied as float32, not as what tensor cores make of it."""
-    return "ieee" if query.dtype == torch.float32 else "tf32"
-
-
 @torch.library.custom_op(
     f"{_NAMESPACE}::attention",
     mutates_args=(),
@@ -151,8 +158,8 @@ def _attention(  # type: ignore[no-untyped-def]
     query, key, value, slopes, marks, bounds, seed, scale, window, softcap, dropout, has_prefix, skips
 ):  # fmt: skip
     """Out (batch, seq, n_heads, head_dim), log_sum (batch, n_heads, seq), reach (batch, n_heads, blocks)."""
-    batch, seq, n_heads, head_dim = query.shape
-    keys, kv_heads = key.shape[1:3]
+    batch, seq, n_heads, _ = query.shape
+    keys = key.shape[1]
     tile = _tile("forward", query, has_dropout=seed is not None)
     out, log_sum, reach = _empty_results(query)
     blocks = reach.shape[2]
@@ -167,10 +174,9 @@ def _attention(  # type: ignore[no-untyped-def]
             *(nothing if x is None else x for x in (slopes, marks, bounds)), longest,
             nothing if seed is None else seed, *_strides(query, key, value),
             seq, keys, batch * keys, n_heads, blocks, *_factors(scale, softcap), window, dropout, bits,
-            GROUP=n_heads // kv_heads, HEAD_DIM=head_dim, WIDTH=padded(head_dim), BLOCK_Q=tile.block_q,
-            BLOCK_K=tile.block_k, **_features(query, slopes, marks, has_prefix, window, softcap),
-            HAS_DROPOUT=seed is not None, SKIPS=skips, PRECISION=_precision(query),
-            num_warps=tile.warps, num_stages=tile.stages,
+            **_constants(query, key, slopes, marks, window, softcap, has_prefix), BLOCK_Q=tile.block_q,
+            BLOCK_K=tile.block_k, HAS_DROPOUT=seed is not None, SKIPS=skips, num_warps=tile.warps,
+            num_stages=tile.stages,
         )  # fmt: skip
     return out, log_sum, reach
 
@@ -178,14 +184,12 @@ def _attention(  # type: ignore[no-untyped-def]
 def _empty_results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, seq, n_heads, _ = query.shape
     blocks = -(-seq // _tile("forward", query, has_dropout=False).block_q)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    log_sum = torch.empty(batch, n_heads, seq, dtype=torch.float32, device=query.device)
-    return out, log_sum, torch.empty(batch, n_heads, blocks, dtype=torch.int32, device=query.device)
+    log_sum = query.new_empty((batch, n_heads, seq), dtype=torch.float32)
+    reach = query.new_empty((batch, n_heads, blocks), dtype=torch.int32)
+    return query.new_empty(query.shape), log_sum, reach
 
 
-@_attention.register_fake
-def _(query, *_):  # type: ignore[no-untyped-def]
-    return _empty_results(query)
+_attention.register_fake(lambda query, *_: _empty_results(query))
 
 
 @torch.library.custom_op(
@@ -199,24 +203,18 @@ def _backward(  # type: ignore[no-untyped-def]
     dropout, has_prefix, skips,
 ):  # fmt: skip
     """The gradients of query, key and value."""
-    batch, seq, n_heads, head_dim = query.shape
+    batch, seq, n_heads, _ = query.shape
     keys, kv_heads = key.shape[1:3]
     has_dropout = seed is not None
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    grad_query, grad_key, grad_value = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)
-    )
+    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     delta = torch.empty_like(log_sum)
     pointers = [log_sum if x is None else x for x in (slopes, marks, bounds, seed)]
     factors = (*_factors(scale, softcap), window, dropout)
     options = {
-        "GROUP": n_heads // kv_heads,
-        "HEAD_DIM": head_dim,
-        "WIDTH": padded(head_dim),
+        **_constants(query, key, slopes, marks, window, softcap, has_prefix),
         "REACH_BLOCK": _tile("forward", query, has_dropout=has_dropout).block_q,
-        **_features(query, slopes, marks, has_prefix, window, softcap),
         "HAS_DROPOUT": has_dropout,
-        "PRECISION": _precision(query),
     }
     with torch.cuda.device_of(query):
         tile = _tile("backward_query", query, has_dropout=has_dropout)
@@ -239,9 +237,7 @@ def _backward(  # type: ignore[no-untyped-def]
     return grad_query, grad_key, grad_value
 
 
-@_backward.register_fake
-def _(grad, query, key, value, *_):  # type: ignore[no-untyped-def]
-    return tuple(torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value))
+_backward.register_fake(lambda grad, *inputs: tuple(x.new_empty(x.shape) for x in inputs[:3]))
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
@@ -271,20 +267,18 @@ def _decode(query, key, value, slopes, marks, scale, window, softcap, has_prefix
     """Few queries against many keys, without a gradient."""
     batch, seq, n_heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
-    group = n_heads // kv_heads
     block_k = keys_of_decoding(head_dim, query.element_size())
     keys_of_part, parts = _cut(keys, block_k, batch * kv_heads, query.device)
-    partial = torch.empty(batch, parts, n_heads, seq, head_dim, dtype=torch.float32, device=query.device)
-    partial_sum = torch.empty(batch, parts, n_heads, seq, dtype=torch.float32, device=query.device)
-    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    width = padded(head_dim)
+    partial = query.new_empty((batch, parts, n_heads, seq, head_dim), dtype=torch.float32)
+    partial_sum, out = partial.new_empty(partial.shape[:4]), query.new_empty(query.shape)
+    constants = _constants(query, key, slopes, marks, window, softcap, has_prefix)
+    width = constants["WIDTH"]
     with torch.cuda.device_of(query):
         decode_kernel[(batch * kv_heads * parts,)](
             query, key, value, partial, partial_sum, *(partial if x is None else x for x in (slopes, marks)),
             *_strides(query, key, value), keys, seq, keys, parts, keys_of_part, n_heads,
             *_factors(scale, softcap), window,
-            GROUP=group, HEAD_DIM=head_dim, WIDTH=width, ROWS=padded(group * seq), BLOCK_K=block_k,
-            **_features(query, slopes, marks, has_prefix, window, softcap), PRECISION=_precision(query),
+            **constants, ROWS=padded(constants["GROUP"] * seq), BLOCK_K=block_k,
             num_warps=8 if width == 256 else 4, num_stages=2,
         )  # fmt: skip
         join_kernel[(batch * n_heads * seq,)](
@@ -294,9 +288,7 @@ def _decode(query, key, value, slopes, marks, scale, window, softcap, has_prefix
     return out
 
 
-@_decode.register_fake
-def _(query, *_):  # type: ignore[no-untyped-def]
-    return torch.empty(query.shape, dtype=query.dtype, device=query.device)
+_decode.register_fake(lambda query, *_: query.new_empty(query.shape))
 
 
 def _cut(keys: int, block_k: int, programs: int, device: torch.device) -> tuple[int, int]:
