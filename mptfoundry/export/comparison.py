@@ -166,7 +166,10 @@ def _their_logits(
     their_logging.set_verbosity_error()
     try:
         AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        model = _load(folder) if words is None else _load_part(folder, cut, words)
+        if words is None:
+            model = class_of(folder).from_pretrained(folder, torch_dtype=torch.float32)
+        else:
+            model = _load_part(folder, cut, words)
     finally:
         their_logging.set_verbosity(before)
     model.eval()
@@ -183,10 +186,6 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     if output.logits.ndim == 2:
         return torch.stack([model(ids[:, : i + 1]).logits for i in range(0, ids.shape[1], 8)], 1)
     return output.logits
-
-
-def _load(folder: Path) -> Any:
-    return class_of(folder).from_pretrained(folder, torch_dtype=torch.float32)
 
 
 def _load_part(folder: Path, cut: MPTConfig, words: torch.Tensor) -> Any:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from composer.models import ComposerModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from mptfoundry.models.adapters import FirstValue, beside, is_adapter, keep_adapters_alone
@@ -73,7 +73,7 @@ class ComposerMPT(ComposerModel):
         first_value = beside(first_value, self._seed)
 
         def set_weights(module: nn.Module) -> None:
-            initialize_module(module, names[module], first_value)
+            _initialize(module, names[module], first_value)
 
         self.model.param_init_fn = set_weights  # type: ignore[assignment]
 
@@ -107,7 +107,7 @@ class ComposerMPT(ComposerModel):
 
 
 @torch.no_grad()
-def initialize_module(module: nn.Module, name: str, first_value: FirstValue) -> None:
+def _initialize(module: nn.Module, name: str, first_value: FirstValue) -> None:
     """Set the weights that `module` itself holds, whole or sharded: the same numbers either way.
 
     Args:
@@ -120,28 +120,15 @@ def initialize_module(module: nn.Module, name: str, first_value: FirstValue) -> 
         if not isinstance(parameter, DTensor):
             parameter.copy_(first_value(full_name, shape))
             continue
-        local = parameter.to_local()
-        rows = own_rows(parameter)
-        if not local.numel():
-            continue
-        if rows is not None:
-            local.copy_(first_value(full_name, shape, rows))
-            continue
-        mesh, placements = parameter.device_mesh, parameter.placements
-        whole = first_value(full_name, shape).to(local.device)
-        everywhere = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
-        local.copy_(everywhere.redistribute(placements=placements).to_local())
+        if (local := parameter.to_local()).numel():
+            local.copy_(first_value(full_name, shape, _own_rows(parameter)))
 
 
-def own_rows(parameter: DTensor) -> tuple[int, int] | None:
-    """The first of this rank's rows and the one after the last; None if it holds no run of whole rows."""
-    sharded = [i for i, placement in enumerate(parameter.placements) if not placement.is_replicate()]
-    if not sharded:
-        return 0, len(parameter)
-    if len(sharded) > 1 or not parameter.placements[sharded[0]].is_shard(0):
-        return None
+def _own_rows(parameter: DTensor) -> tuple[int, int]:
+    """The first of this rank's rows and the one after the last."""
+    (dim,) = (i for i, placement in enumerate(parameter.placements) if placement.is_shard(0))
     mesh = parameter.device_mesh
     # FSDP cuts as torch.chunk does: all shards as long as the first, the last ones shorter or empty.
-    length = -(-len(parameter) // mesh.size(sharded[0]))
-    first = min(mesh.get_local_rank(sharded[0]) * length, len(parameter))
+    length = -(-len(parameter) // mesh.size(dim))
+    first = min(mesh.get_local_rank(dim) * length, len(parameter))
     return first, min(first + length, len(parameter))
