@@ -61,7 +61,6 @@ class ComposerMPT(ComposerModel):
         # In a plain dict, since a metric that is a submodule would be wrapped and saved with the model.
         self._eval_metrics = dict(eval_metrics or {})
         self._extra_flops_per_token = extra_flops_per_token
-        self._flops_per_token: dict[int, int] = {}
         self._seed = seed
         blocks = frozenset(network.transformer.blocks)
         network.fsdp_wrap_fn = blocks.__contains__  # type: ignore[assignment]
@@ -100,10 +99,8 @@ class ComposerMPT(ComposerModel):
         divides by.
         """
         rows, seq_len = batch["input_ids"].shape
-        if seq_len not in self._flops_per_token:
-            flops = flops_per_token(self.config, seq_len, causal=False)
-            self._flops_per_token[seq_len] = flops + self._extra_flops_per_token
-        return rows * seq_len * self._flops_per_token[seq_len]
+        flops = flops_per_token(self.config, seq_len, causal=False) + self._extra_flops_per_token
+        return rows * seq_len * flops
 
 
 @torch.no_grad()

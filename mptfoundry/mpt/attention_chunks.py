@@ -148,13 +148,13 @@ def _weights(
     if context.slopes is not None:
         slopes = context.slopes.to(scores.dtype)[:, None, None]
         by_head.addcmul_(slopes, distance.abs().to(scores.dtype), value=-1)
-    hidden = _hidden(distance, past + start, past + stop, key_start, key_stop, context)
+    hidden = hidden_keys(distance, past + start, past + stop, key_start, key_stop, context)
     if hidden is not None:
         by_head.masked_fill_(hidden, -torch.inf)
     return torch.softmax(scores, -1), tanh
 
 
-def _hidden(
+def hidden_keys(
     distance: torch.Tensor, start: int, stop: int, key_start: int, key_stop: int, context: AttentionContext
 ) -> torch.Tensor | None:
     """Which keys [key_start, key_stop) tokens [start, stop) don't see: (batch or 1, 1, queries, keys) bool.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
+from .attention_chunks import hidden_keys
 from .position import AttentionContext
 
 
@@ -58,11 +59,5 @@ def attention_weights(query: torch.Tensor, key: torch.Tensor, context: Attention
     distance = places[past:, None] - places  # (seq, keys)
     if context.slopes is not None:
         scores = scores - context.slopes.to(scores.dtype)[:, None, None] * distance.abs()
-    visible = (distance >= 0)[None]
-    if context.prefix is not None:
-        visible = visible | (context.prefix[:, past:, None] & context.prefix[:, None])
-    if context.window is not None:
-        visible = visible & (distance.abs() <= context.window)
-    if context.documents is not None:
-        visible = visible & (context.documents[:, past:, None] == context.documents[:, None])
-    return torch.softmax(scores.masked_fill(~visible[:, None], -torch.inf), -1)
+    hidden = hidden_keys(distance, past, keys, 0, keys, context)
+    return torch.softmax(scores if hidden is None else scores.masked_fill(hidden, -torch.inf), -1)

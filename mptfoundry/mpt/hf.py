@@ -240,12 +240,10 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("input_ids, inputs_embeds: exactly one of them is needed.")
         cache = self._opened_cache(past_key_values, use_cache)
         past = 0 if cache is None else cache.length
-        if cache is not None and sequence_id is not None:
-            raise ValueError("sequence_id: rows of several documents can't be kept in a cache.")
         mask = _only_if_padded(attention_mask, past + tokens.shape[1])
         prefix = None if prefix_mask is None else F.pad(prefix_mask.bool(), (past, 0))  # (batch, keys)
         with self._noted(output_hidden_states, output_attentions) as (hidden, kept):
-            x = self.transformer(tokens, number_documents(mask, sequence_id), prefix, cache)
+            x = self.transformer(tokens, number_documents(mask, sequence_id, cache), prefix, cache)
         loss, logits = self._predict(x, labels, logits_to_keep)
         output = CausalLMOutputWithPast(
             loss=loss,

@@ -221,11 +221,11 @@ class MPT(nn.Module):
         Raises:
             ValueError: The arguments don't fit together or the model.
         """
-        self._check(input_ids, sequence_id, cache, max_documents)
         batch, seq = input_ids.shape
         if attention_mask is not None:
             attention_mask = attention_mask[:, -seq:].bool()
-        documents = number_documents(attention_mask, sequence_id)
+        documents = number_documents(attention_mask, sequence_id, cache)
+        self._check(seq, cache, max_documents)
         if cache is not None:
             documents = cache.append_documents(documents, batch, seq)
             if prefix_mask is not None:
@@ -259,19 +259,12 @@ class MPT(nn.Module):
         correct = None if correct is None else correct.view_as(labels)
         return MPTOutput(loss=loss, token_loss=token_loss.view_as(labels), token_correct=correct)
 
-    def _check(
-        self,
-        input_ids: torch.Tensor,
-        sequence_id: torch.Tensor | None,
-        cache: KVCache | None,
-        max_documents: int | None,
-    ) -> None:
+    def _check(self, seq: int, cache: KVCache | None, max_documents: int | None) -> None:
         """Refuse what the network would get wrong."""
-        past = cache.length if cache is not None else 0
-        keys = past + input_ids.shape[1]
-        if cache is not None and sequence_id is not None:
-            raise ValueError("sequence_id: rows of several documents can't be kept in a cache.")
-        if cache is not None and max_documents is not None:
+        if cache is None:
+            return
+        keys = cache.length + seq
+        if max_documents is not None:
             raise ValueError("max_documents: it tells of whole rows and can't be given with a cache.")
-        if cache is not None and keys > cache.max_len:
+        if keys > cache.max_len:
             raise ValueError(f"cache: {keys} tokens don't fit into its {cache.max_len}.")

@@ -77,18 +77,24 @@ class AttentionContext:
 
 
 def number_documents(
-    attention_mask: torch.Tensor | None, sequence_id: torch.Tensor | None
+    attention_mask: torch.Tensor | None, sequence_id: torch.Tensor | None, cache: Cache | None = None
 ) -> torch.Tensor | None:
     """Number the documents of each row.
 
     Args:
         attention_mask: (batch, seq) bool, False where padded.
         sequence_id: (batch, seq) integers that change where a new document begins.
+        cache: What the tokens are appended to, if anything.
 
     Returns:
-        (batch, seq) int64: 0, 1, ... along the row and -1 for padding; None if both arguments are.
+        (batch, seq) int64: 0, 1, ... along the row and -1 for padding; None if mask and id are.
+
+    Raises:
+        ValueError: There are several documents and a cache, which knows of one.
     """
     if sequence_id is not None:
+        if cache is not None:
+            raise ValueError("sequence_id: rows of several documents can't be kept in a cache.")
         begins = F.pad(sequence_id[:, 1:] != sequence_id[:, :-1], (1, 0))
         documents = begins.cumsum(1)
     elif attention_mask is not None:
