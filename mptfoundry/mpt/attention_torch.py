@@ -55,6 +55,9 @@ def _attend_by_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
 ) -> torch.Tensor:
     """Causal attention without bias or mask, by PyTorch's own choice of kernel."""
+    group = query.shape[2] // key.shape[2]
+    if group > 1 and query.dtype == torch.float32:  # it has no kernel of linear memory that groups these
+        key, value = key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),
@@ -62,7 +65,7 @@ def _attend_by_kernel(
         dropout_p=context.dropout,
         is_causal=True,
         scale=context.scale,
-        enable_gqa=query.shape[2] != key.shape[2],
+        enable_gqa=key.shape[2] != query.shape[2],
     )
     return out.transpose(1, 2)
 

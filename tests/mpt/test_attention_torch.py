@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mptfoundry.mpt import attention_chunks
@@ -205,6 +206,20 @@ def test_pytorchs_kernel_is_given_the_right_arguments(feature: str) -> None:
     # On a CPU it is not what attend chooses, but takes the same arguments.
     inputs, _, context = case(**FEATURES[feature])
     torch.testing.assert_close(_attend_by_kernel(*inputs, context), attend_plainly(*inputs, context))
+
+
+def test_pytorchs_kernel_groups_heads_in_half_precision_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, _, context = case(kv_heads=2)
+    calls = []
+
+    def recorded(query: torch.Tensor, key: torch.Tensor, *_: object, **options: object) -> torch.Tensor:
+        calls.append((key.shape[1], options["enable_gqa"]))
+        return query
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recorded)
+    for dtype in (torch.float32, torch.bfloat16):
+        _attend_by_kernel(*(x.to(dtype) for x in inputs), context)
+    assert calls == [(4, False), (2, True)]
 
 
 def test_segments_leave_out_padding_and_are_shared_by_rows_that_are_alike() -> None:
