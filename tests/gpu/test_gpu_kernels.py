@@ -16,7 +16,7 @@ from mptfoundry.mpt.backends import why_not
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.network import KVCache
 from mptfoundry.mpt.position import AttentionContext, alibi_slopes
-from tests.mpt.cases import Calls, assert_kernels_as_exact, make_case, padding_of, plainly
+from tests.mpt.cases import Calls, assert_kernels_as_exact, make_case, on_device, padding_of, plainly
 from tests.mpt.reference import assert_as_exact
 
 _REASON = why_not("triton", MPTConfig(), "cuda", "bfloat16") if torch.cuda.is_available() else "needs a GPU"
@@ -66,18 +66,13 @@ def test_decoding_against_a_long_cache_is_as_exact_as_the_plain_formula(head_dim
     config = MPTConfig(n_heads=4, n_layers=1, head_dim=head_dim)
     cache = KVCache(config, 2, 6000, device="cuda", dtype=torch.bfloat16)
     query, key, value = (x.cuda() for x in case[0])
-    there = dataclasses.replace(moved(context), cache=cache)
+    there = dataclasses.replace(on_device(context), cache=cache)
     with torch.no_grad(), Calls() as calls:
         out = attend(query, *cache.append(0, key, value), there)
     assert "decode" in calls.names
     assert not out.cpu()[padding_of(context, grad)].any()
     truth = plainly(*case, torch.float64)[:1]
     assert_as_exact([out.cpu()], plainly(*case, torch.bfloat16)[:1], truth)
-
-
-def moved(context: AttentionContext) -> AttentionContext:
-    tensors = {name: x.cuda() for name, x in vars(context).items() if isinstance(x, torch.Tensor)}
-    return dataclasses.replace(context, _made={}, **tensors)
 
 
 LONG = 65_536
