@@ -371,7 +371,8 @@ def _fits(value: Any, kind: Any) -> bool:
             if any(value == v and type(value) is type(v) for v in typing.get_args(choice)):
                 return True
         elif typing.get_origin(choice) is tuple:
-            if isinstance(value, (list, tuple)) and len(value) == len(typing.get_args(choice)):
+            kinds = typing.get_args(choice)
+            if isinstance(value, (list, tuple)) and len(value) == len(kinds) and all(map(_fits, value, kinds)):
                 return True
         elif choice is float:
             if isinstance(value, (int, float)) and not isinstance(value, bool):

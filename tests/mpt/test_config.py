@@ -11,6 +11,10 @@ from mptfoundry.mpt.config import MPTConfig, from_values
     ("values", "said"),
     [
         ({"expansion_ratio": -4}, "expansion_ratio: -4 is not positive. Use a positive number."),
+        (
+            {"init_config": {"emb_init_uniform_lim": ["a", 1]}},
+            "init_config.emb_init_uniform_lim: ['a', 1]. Allowed: float, tuple, null.",
+        ),
         ({"norm_eps": -1e-5}, "norm_eps: -1e-05 is not positive. Use a positive number."),
         ({"ffn_config": {"ffn_hidden_size": 0}}, "ffn_hidden_size: 0 is not positive. Use 1 or more."),
         (
