@@ -372,7 +372,11 @@ def _fits(value: Any, kind: Any) -> bool:
                 return True
         elif typing.get_origin(choice) is tuple:
             kinds = typing.get_args(choice)
-            if isinstance(value, (list, tuple)) and len(value) == len(kinds) and all(map(_fits, value, kinds)):
+            if (
+                isinstance(value, (list, tuple))
+                and len(value) == len(kinds)
+                and all(map(_fits, value, kinds))
+            ):
                 return True
         elif choice is float:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
