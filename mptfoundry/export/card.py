@@ -19,19 +19,12 @@ from mptfoundry.mpt.head_config import HeadConfig
 
 PICTURE = "report.png"
 _USE = """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = AutoModelForCausalLM.from_pretrained("{name}"{trust})
-ids = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0]))
-```"""
-_USE_HEAD = """```python
 from transformers import {auto}, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("{name}")
-model = {auto}.from_pretrained("{name}")
-print(model(**tokenizer("Once upon a time", return_tensors="pt")))
+model = {auto}.from_pretrained("{name}"{trust})
+ids = tokenizer("Once upon a time", return_tensors="pt")
+print({result})
 ```"""
 _CUSTOM = """The network's code lies in this folder. It needs torch and transformers; triton and flash-attn
 are used where they are installed."""
@@ -49,16 +42,16 @@ def model_card(name: str, source: ModelSource, folder: Path, dtype: torch.dtype,
         license: SPDX name; without one the card says that none was stated.
     """
     config = source.config
-    task, kind = "text-generation", "language model"
+    task, kind, auto = "text-generation", "language model", "AutoModelForCausalLM"
+    result = "tokenizer.decode(model.generate(**ids, max_new_tokens=50)[0])"
     if isinstance(config, HeadConfig):
-        task, kind = config.task, f"model ({config.architecture})"
+        task, kind, result = config.task, f"model ({config.architecture})", "model(**ids)"
+        auto = config.architecture.replace("Mpt", "AutoModel")
     header = {"library_name": "transformers", "pipeline_tag": task, "tags": ["mpt", "mptfoundry"]}
     if license is not None:
         header["license"] = license
     is_custom = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] != "mpt"
-    use = _USE.format(name=name, trust=", trust_remote_code=True" if is_custom else "")
-    if isinstance(config, HeadConfig):
-        use = _USE_HEAD.format(name=name, auto=config.architecture.replace("Mpt", "AutoModel"))
+    trust = ", trust_remote_code=True" if is_custom else ""
     longer = (
         [] if config.has_learned_positions else [_LONGER.format(name=name, max_seq_len=config.max_seq_len)]
     )
@@ -71,7 +64,7 @@ def model_card(name: str, source: ModelSource, folder: Path, dtype: torch.dtype,
         f"{str(dtype).removeprefix('torch.')}.",
         "## Use",
         *([_CUSTOM] if is_custom else []),
-        use,
+        _USE.format(auto=auto, name=name, trust=trust, result=result),
         *longer,
     ]
     if source.run_folder is not None:

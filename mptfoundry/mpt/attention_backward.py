@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-try:  # An exported folder is loaded where triton is not installed, too.
-    import triton
-    import triton.language as tl
-    from triton.language import constexpr
-except ImportError:
-    raise
-
 from .attention_kernels import (
     NOTHING,
     bias_of,
+    constexpr,
     is_kept,
     is_visible,
     load_rows,
@@ -20,6 +14,8 @@ from .attention_kernels import (
     scores_of,
     shift_of,
     store_rows,
+    tl,
+    triton,
 )
 
 

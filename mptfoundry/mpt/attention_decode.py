@@ -7,14 +7,18 @@ heads that share a key head are one block of rows: row = member * seq + query.
 
 from __future__ import annotations
 
-try:  # An exported folder is loaded where triton is not installed, too.
-    import triton
-    import triton.language as tl
-    from triton.language import constexpr
-except ImportError:
-    raise
-
-from .attention_kernels import LOWEST, NOTHING, bias_of, is_visible, load_rows, marks_of_queries, scores_of
+from .attention_kernels import (
+    LOWEST,
+    NOTHING,
+    bias_of,
+    constexpr,
+    is_visible,
+    load_rows,
+    marks_of_queries,
+    scores_of,
+    tl,
+    triton,
+)
 
 
 @triton.jit(do_not_specialize=["seq", "keys", "parts", "keys_of_part", "stride_mb"])

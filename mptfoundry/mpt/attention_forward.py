@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-try:  # An exported folder is loaded where triton is not installed, too.
-    import triton
-    import triton.language as tl
-    from triton.language import constexpr
-except ImportError:
-    raise
-
 from .attention_kernels import (
     LOWEST,
     NOTHING,
     bias_of,
+    constexpr,
     is_kept,
     is_visible,
     load_rows,
@@ -21,6 +15,8 @@ from .attention_kernels import (
     scores_of,
     shift_of,
     store_rows,
+    tl,
+    triton,
 )
 
 
