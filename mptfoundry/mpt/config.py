@@ -133,6 +133,10 @@ class ActivationConfig:
     name: Literal["gelu", "quick_gelu", "relu", "silu"] = "gelu"
     approximate: Literal["none", "tanh"] = "none"
 
+    def __post_init__(self) -> None:
+        if self.approximate != "none" and self.name != "gelu":
+            raise ValueError(f"approximate: only gelu takes it, not {self.name}. Remove it.")
+
 
 @dataclass(frozen=True)
 class FFNConfig:

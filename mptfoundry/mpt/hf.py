@@ -226,7 +226,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             labels: (batch, seq) int64, aligned with ``input_ids``; -100 where not learned. In training
                 there are no logits beside the loss.
             past_key_values: A cache of transformers' that holds the tokens before these.
-            use_cache: Return a cache.
+            use_cache: Return a cache. Default: as the config says, but not in training nor of documents.
             output_attentions: Return each layer's attention weights, (batch, n_heads, seq, keys).
             output_hidden_states: Return what goes into each block, and the last norm's output.
             return_dict: False for a tuple.
@@ -238,6 +238,8 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("input_ids, inputs_embeds: exactly one of them is needed.")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training and sequence_id is None
         cache = self._opened_cache(past_key_values, use_cache)
         past = 0 if cache is None else cache.length
         mask = _only_if_padded(attention_mask, past + tokens.shape[1])
@@ -255,10 +257,8 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         as_dict = self.config.return_dict if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
-    def _opened_cache(self, given: Any, use_cache: bool | None) -> LayersOf | None:
+    def _opened_cache(self, given: Any, use_cache: bool) -> LayersOf | None:
         """The cache that was given, or a new one where one is to be returned."""
-        if use_cache is None:
-            use_cache = self.config.use_cache and not self.training
         if given is None and not use_cache:
             return None
         if self.training and any(block.gradient_checkpointing for block in self.transformer.blocks):

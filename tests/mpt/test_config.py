@@ -15,6 +15,10 @@ from mptfoundry.mpt.config import MPTConfig, from_values
             {"init_config": {"emb_init_uniform_lim": ["a", 1]}},
             "init_config.emb_init_uniform_lim: ['a', 1]. Allowed: float, tuple, null.",
         ),
+        (
+            {"ffn_config": {"ffn_act_fn": {"name": "relu", "approximate": "tanh"}}},
+            "approximate: only gelu takes it, not relu. Remove it.",
+        ),
         ({"norm_eps": -1e-5}, "norm_eps: -1e-05 is not positive. Use a positive number."),
         ({"ffn_config": {"ffn_hidden_size": 0}}, "ffn_hidden_size: 0 is not positive. Use 1 or more."),
         (
@@ -32,7 +36,7 @@ from mptfoundry.mpt.config import MPTConfig, from_values
         ),
     ],
 )
-def test_sizes_that_no_network_can_have_are_refused(values: dict[str, Any], said: str) -> None:
+def test_what_no_network_can_have_is_refused(values: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError) as caught:
         from_values(MPTConfig, values)
     assert str(caught.value) == said

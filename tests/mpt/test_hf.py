@@ -302,10 +302,10 @@ def test_the_attention_backend_is_chosen_at_load(tmp_path: Path) -> None:
 def test_a_switch_that_no_mpt_has_is_refused() -> None:
     with pytest.raises(ValueError, match=r"attn_config.alibi_max: 3. No such switch of MPT is known here"):
         MPTFoundryConfig(attn_config={"alibi_max": 3})
-    sections = {"attn_config": {"alibi": True}, "ffn_config": {"ffn_act_fn": {"name": "relu"}}}
+    sections = {"attn_config": {"alibi": True}, "ffn_config": {"ffn_act_fn": {"approximate": "tanh"}}}
     made = MPTFoundryConfig(**sections, learned_pos_emb=False)
-    made.ffn_config = {"ffn_act_fn": {"approximate": "tanh"}}
-    assert made.network_config().ffn_config.ffn_act_fn.name == "relu"
+    made.ffn_config = {"ffn_act_fn": {"name": "gelu"}}
+    assert made.network_config().ffn_config.ffn_act_fn.approximate == "tanh"
     assert MPTFoundryConfig().network_config() == MPTConfig()
 
 
@@ -423,7 +423,7 @@ def test_a_cache_with_room_left_is_refused() -> None:
 def test_packed_documents_do_not_see_each_other() -> None:
     ours, model = pair("mpt")
     ids, documents = tokens(1, 12), torch.tensor([[0] * 5 + [1] * 7])
-    logits = model(ids, sequence_id=documents, use_cache=False).logits
+    logits = model(ids, sequence_id=documents).logits
     assert torch.equal(logits, ours(ids, sequence_id=documents).logits)
     torch.testing.assert_close(logits[:, 5:], model(ids[:, 5:]).logits)
 
