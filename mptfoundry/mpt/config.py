@@ -376,11 +376,8 @@ def _fits(value: Any, kind: Any) -> bool:
                 return True
         elif typing.get_origin(choice) is tuple:
             kinds = typing.get_args(choice)
-            if (
-                isinstance(value, (list, tuple))
-                and len(value) == len(kinds)
-                and all(map(_fits, value, kinds))
-            ):
+            is_as_long = isinstance(value, (list, tuple)) and len(value) == len(kinds)
+            if is_as_long and all(map(_fits, value, kinds)):
                 return True
         elif choice is float:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
