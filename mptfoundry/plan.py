@@ -87,19 +87,9 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         flops_per_token=flops(causal=False) + config.learned.extra_flops_per_token,
         causal_flops_per_token=flops(causal=True) + config.learned.extra_flops_per_token,
         tokens_per_batch=config.global_train_batch_size * config.max_seq_len,
-        batches=_batches(config),
+        batches=config.batches(),
         memory=estimate_memory(config, device, resolved.device_train_microbatch_size, resolved.precision),
     )
-
-
-def _batches(config: TrainConfig) -> int | None:
-    number, unit = parse_duration(config.max_duration)
-    epoch_size = config.train_loader.dataset.epoch_size
-    if unit == "ep" and config.train_subset_num_batches > 0:
-        return int(number) * config.train_subset_num_batches
-    if unit == "ep" and isinstance(epoch_size, int):
-        return int(number) * (epoch_size // config.global_train_batch_size)
-    return config.batches()
 
 
 def summary_table(config: TrainConfig, device: Device | None = None) -> str:

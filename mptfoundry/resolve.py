@@ -14,6 +14,7 @@ from mptfoundry.config.learned import matrix_parameters
 from mptfoundry.config.model import AnyModelConfig
 from mptfoundry.config.parallel import KEEPING, FSDPConfig, copies_and_shards, resolve_fsdp
 from mptfoundry.config.recomputation import recomputed_parts
+from mptfoundry.config.rules import split_problem
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import GIB, Device
 from mptfoundry.errors import ConfigError
@@ -146,14 +147,10 @@ def device_batch(config: TrainConfig, device: Device) -> int:
     Raises:
         ConfigError: The global batch does not split over the devices.
     """
-    batch, count = config.global_train_batch_size, device.count
-    if batch % count:
-        fitting = [n for n in (batch // count * count, (batch // count + 1) * count) if n]
-        raise ConfigError(
-            f"global_train_batch_size: {batch} does not split over {count} devices. "
-            f"Use a multiple of {count}: {' or '.join(map(str, fitting))}."
-        )
-    return batch // count
+    batch = config.global_train_batch_size
+    if problem := split_problem(batch, device.count):
+        raise ConfigError(f"global_train_batch_size: {problem}")
+    return batch // device.count
 
 
 def choose_precision(device: Device) -> tuple[str, str]:
@@ -237,14 +234,8 @@ def _fsdp_version(config: TrainConfig, device: Device, reasons: dict[str, str]) 
 
 
 def fsdp_on(fsdp: FSDPConfig, device: Device) -> tuple[Literal[1, 2] | None, dict[str, Any], list[str]]:
-    """`resolve_fsdp` for the devices of a run, whose microbatch is a number by now."""
-    return resolve_fsdp(
-        fsdp,
-        device_type=device.torch_type,
-        microbatch_auto=False,
-        devices=device.count,
-        per_node=device.per_node,
-    )
+    """`resolve_fsdp` for the devices of a run."""
+    return resolve_fsdp(fsdp, device_type=device.torch_type, devices=device.count, per_node=device.per_node)
 
 
 def estimate_memory(config: TrainConfig, device: Device, microbatch: int, precision: str) -> Memory:

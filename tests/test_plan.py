@@ -51,8 +51,9 @@ def test_batches_follow_from_every_unit_that_does_not_need_the_data(
 
 
 def test_epochs_of_a_given_size_have_a_known_length() -> None:
-    config = load("mpt-tiny", "max_duration=2ep", "train_loader.dataset.epoch_size=1000")
-    assert make_plan(config, CPU).batches == 2 * 62
+    for size in ("1000", "1k"):
+        config = load("mpt-tiny", "max_duration=2ep", f"train_loader.dataset.epoch_size={size}")
+        assert make_plan(config, CPU).batches == 2 * 62
 
 
 def test_the_table_says_what_the_run_is() -> None:

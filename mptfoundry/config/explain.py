@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, get_args, get_origin
 
 from mptfoundry.config.document import parse_key
@@ -103,7 +103,8 @@ def _one_each(found: list[tuple[str, type, str]]) -> Iterator[tuple[str, type, s
 def _entry(path: str, cls: type, name: str) -> str:
     annotation = field_types(cls)[name]
     field = next(f for f in fields(cls) if f.name == name)
-    of = f"  (name: {section_name(cls)})" if section_name(cls) and "." in path else ""
+    is_own = name in vars(cls).get("__annotations__", ())
+    of = f"  (name: {section_name(cls)})" if section_name(cls) and "." in path and is_own else ""
     lines = [f"{path}{of}", *_wrapped(meanings(cls).get(name, ""))]
     classes = sections(annotation)
     if classes:
@@ -125,8 +126,8 @@ def _default(field: Any) -> str:
     default = default_of(field)
     if default is MISSING:
         return "none; it has to be given"
-    if default is None:
-        return "null"
+    if is_dataclass(default):
+        return "those of its keys"
     return default if isinstance(default, str) and default else show(default)
 
 

@@ -65,6 +65,14 @@ def _scaled(value: int | str, units: dict[str, int], words: str) -> int:
     return int(float(match[1]) * units[match[2]])
 
 
+def check_at_least(section: Any, **least: float) -> None:
+    """Raises ValueError where a field of a section is given and smaller than its least value."""
+    for name, smallest in least.items():
+        value = getattr(section, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"{name}: {value} is too small. Use {smallest} or more.")
+
+
 def check_targets(value: str) -> None:
     """Raises ValueError unless `value` says which prompts are learned."""
     if not re.fullmatch(r"none|all|length>=[1-9]\d*", value):

@@ -358,7 +358,7 @@ def _fits_unquoted(annotation: Any, value: str) -> bool:
         number = float(value)
     except ValueError:
         return False
-    return any(
+    return math.isfinite(number) and any(
         member is float or (member is int and number % 1 == 0) or number in get_args(member)
         for member in members(annotation)
     )
