@@ -6,7 +6,7 @@ import difflib
 import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
-from typing import Any, get_args, get_origin
+from typing import Any
 
 from mptfoundry.config.document import parse_key
 from mptfoundry.config.run import TrainConfig
@@ -15,7 +15,6 @@ from mptfoundry.config.schema import (
     describe,
     field_types,
     meanings,
-    members,
     section_name,
     sections,
     show,
@@ -62,7 +61,7 @@ def options_of(schema: type) -> str:
         has_default = default_of(field) not in (MISSING, None)
         default = "" if not has_default else f"; default {_default(field)}"
         needed = "; has to be given" if default_of(field) is MISSING else ""
-        lines.append(f"  {field.name}: {_type(annotation)}{default}{needed}")
+        lines.append(f"  {field.name}: {describe(annotation)}{default}{needed}")
         lines += _wrapped(meanings(schema).get(field.name, ""), "      ")
     return "\n".join(lines)
 
@@ -110,16 +109,12 @@ def _entry(path: str, cls: type, name: str) -> str:
     if classes:
         lines += _section_lines(classes)
     else:
-        lines.append(f"    type: {_type(annotation)}")
+        lines.append(f"    type: {describe(annotation)}")
     lines.append(f"    default: {_default(field)}")
     catalogue = _catalogue(annotation)
     if catalogue:
         lines += _wrapped(f"known: {', '.join(sorted(catalogue.known))}")
     return "\n".join(lines)
-
-
-def _type(annotation: Any) -> str:
-    return _catalogue(annotation).words if _catalogue(annotation) else describe(annotation)
 
 
 def _default(field: Any) -> str:
@@ -144,13 +139,8 @@ def _wrapped(text: str, indent: str = "    ") -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
-def _catalogue(annotation: Any) -> Any:
-    for member in (annotation, *members(annotation)):
-        for argument in get_args(member) if get_origin(member) is not None else ():
-            if isinstance(argument, Catalogue):
-                return argument
-    metadata = getattr(annotation, "__metadata__", ())
-    return next((m for m in metadata if isinstance(m, Catalogue)), None)
+def _catalogue(annotation: Any) -> Catalogue | None:
+    return next((a for a in getattr(annotation, "__metadata__", ()) if isinstance(a, Catalogue)), None)
 
 
 def _foreign(wanted: tuple[str, ...]) -> str | None:

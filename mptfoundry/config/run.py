@@ -29,9 +29,13 @@ from mptfoundry.config.signatures import (
     Catalogue,
 )
 
-Callbacks = Annotated[dict[str, Any], Catalogue("callbacks by name", CALLBACKS, REFUSED_CALLBACKS)]
-Loggers = Annotated[dict[str, Any], Catalogue("loggers by name", LOGGERS, REFUSED_LOGGERS)]
-Algorithms = Annotated[dict[str, Any], Catalogue("algorithms by name", ALGORITHMS, REFUSED_ALGORITHMS)]
+Callbacks = Annotated[
+    dict[str, Any], Catalogue("a section of callbacks by name", CALLBACKS, REFUSED_CALLBACKS)
+]
+Loggers = Annotated[dict[str, Any], Catalogue("a section of loggers by name", LOGGERS, REFUSED_LOGGERS)]
+Algorithms = Annotated[
+    dict[str, Any], Catalogue("a section of algorithms by name", ALGORITHMS, REFUSED_ALGORITHMS)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
