@@ -137,7 +137,15 @@ def build_trainer(
     build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
     train_loader = loaders.build_train_loader(config, resolved, device, tokenizer)
-    evaluators = loaders.build_eval_loaders(config, resolved, tokenizer)
+    evaluators = loaders.build_evaluators(
+        config.eval_loaders,
+        config,
+        model=config.model,
+        tokenizer=tokenizer,
+        max_seq_len=config.max_seq_len,
+        device_batch_size=resolved.device_eval_batch_size,
+        num_workers=resolved.num_workers,
+    )
     model = build.build_model(config, resolved, tokenizer, source)
     write_run_files(config, folder, tokenizer)
     throughput = Throughput(
