@@ -57,18 +57,13 @@ class Plan:
         """FLOPs of the whole run."""
         return None if self.tokens is None else self.tokens * self.flops_per_token
 
-    def seconds(self, *, tokens_per_second: float | None = None, mfu: float | None = None) -> float | None:
-        """How long the run takes at an assumed speed; None where its length or the device's peak is unknown.
-
-        Args:
-            tokens_per_second: Of one device, from a measurement.
-            mfu: Share of the device's dense bf16 peak, where there is no measurement.
+    def seconds(self, mfu: float) -> float | None:
+        """How long the run takes where it reaches `mfu`, a share of the device's dense bf16 peak; None where
+        its length or that peak is unknown.
         """
-        if tokens_per_second is None and mfu is not None and self.device.peak_flops is not None:
-            tokens_per_second = mfu * self.device.peak_flops / self.flops_per_token
-        if self.tokens is None or not tokens_per_second:
+        if self.flops is None or self.device.peak_flops is None:
             return None
-        return self.tokens / (tokens_per_second * self.device.count)
+        return self.flops / (mfu * self.device.peak_flops * self.device.count)
 
 
 def make_plan(config: TrainConfig, device: Device) -> Plan:
@@ -218,7 +213,7 @@ def _memory_in_words(plan: Plan) -> tuple[str, str]:
 
 
 def _time_in_words(plan: Plan) -> str:
-    seconds = plan.seconds(mfu=ASSUMED_MFU)
+    seconds = plan.seconds(ASSUMED_MFU)
     if seconds is None:
         return "not known before it is measured"
     days = seconds / 86400

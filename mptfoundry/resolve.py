@@ -189,9 +189,8 @@ def largest_microbatch(config: TrainConfig, device: Device, precision: str) -> t
 
 def _attention(config: TrainConfig, device: Device, precision: str, reasons: dict[str, str]) -> str:
     """The backend that is taken; one that is asked for and can't serve is refused here, before building."""
-    dtype, elsewhere = COMPUTE_DTYPE[precision], device.found == "named"
     try:
-        name, reason = choose_backend(config.model, device.torch_type, dtype, elsewhere=elsewhere)
+        name, reason = choose_backend(config.model, device.torch_type, COMPUTE_DTYPE[precision])
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
     if config.model.attn_config.attn_impl == "auto":
