@@ -41,3 +41,8 @@ class RunStopped(Exception):
     """The run was asked to stop, and did; its text says how it goes on. Schedulers start 143 again."""
 
     exit_code = 143
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of other people's says first, or else its kind; without a full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mptfoundry import build
 from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.config.load import load_train_config
 from mptfoundry.errors import CheckpointError, ConfigError, DataError
@@ -158,6 +159,14 @@ def test_every_optimizer_trains(run: Run, optimizer: str, scheduler: str) -> Non
     words = [f"optimizer={optimizer}", f"scheduler={{name: {scheduler}, t_warmup: 1ba}}"]
     found = losses(run(name, *words, "max_duration=2ba", "eval_loader=null"))
     assert len(found) == 2
+
+
+def test_a_class_of_ones_own_takes_the_place_of_a_known_algorithm(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(build.ALGORITHMS, "gradient_clipping", dict)
+    config, _ = load_train_config(folder / "config.yaml")
+    assert build.build_algorithms(config) == [{"clipping_type": "norm", "clipping_threshold": 1.0}]
 
 
 def test_what_is_frozen_stays_as_it_is_and_the_run_goes_on(run: Run, folder: Path) -> None:
