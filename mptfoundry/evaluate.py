@@ -30,7 +30,7 @@ from mptfoundry.errors import ConfigError
 from mptfoundry.loaders import build_evaluators
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.sharding import start_on_the_cpu
-from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision, choose_workers
+from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision, choose_workers, refuse_precision
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 EVAL_BATCH_SIZE = 8
@@ -50,6 +50,8 @@ def evaluate(options: EvalConfig) -> Results:
         ConfigError, DataError, CheckpointError: Something named is missing or doesn't fit.
     """
     device = detect_device()
+    precision = choose_precision(device)[0] if options.precision == "auto" else options.precision
+    refuse_precision(precision, device)
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
     if dist.get_world_size() > 1:
@@ -61,7 +63,6 @@ def evaluate(options: EvalConfig) -> Results:
     check_tokenizer(tokenizer, source.config.vocab_size)
     loaders = _loaders(options, source)
     batch_size = options.device_eval_batch_size
-    precision = choose_precision(device)[0] if options.precision == "auto" else options.precision
     is_sharded = dist.get_world_size() > 1 and _was_sharded(source)
     trainer = Trainer(
         model=_model(options, source, device, tokenizer, precision, is_sharded=is_sharded),
@@ -106,7 +107,7 @@ def results_table(results: Results) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) and abs(value) >= 1000 else f"{value:.4f}"
+    return f"{value:,.0f}" if value.is_integer() else f"{value:.4f}"
 
 
 def _was_sharded(source: ModelSource) -> bool:

@@ -162,6 +162,12 @@ def choose_precision(device: Device) -> tuple[str, str]:
     return "fp32", "this GPU has no bfloat16 units"
 
 
+def refuse_precision(precision: str, device: Device) -> None:
+    """Raises ConfigError where a device can't compute in a precision."""
+    if device.kind == "cpu" and precision != "fp32":
+        raise ConfigError(f"precision: {precision} needs a GPU. A CPU computes in float32: use auto or fp32.")
+
+
 def choose_workers(device: Device) -> tuple[int, str]:
     """What `num_workers: auto` means, and why."""
     if device.kind == "cpu":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -345,3 +346,16 @@ def loaders_by_label(
         return {}
     loaders = given if isinstance(given, tuple) else (given,)
     return {loader.label or "eval": loader for loader in loaders}
+
+
+def label_problems(given: LoaderConfig | tuple[LoaderConfig, ...] | None) -> Iterator[tuple[str, str]]:
+    """What is wrong with the labels of several evaluation loaders, as (key, text)."""
+    seen: set[str] = set()
+    for index, loader in enumerate(given if isinstance(given, tuple) and len(given) > 1 else ()):
+        key = f"eval_loader[{index}].label"
+        if loader.label is None:
+            yield key, "is missing. Each of several loaders needs a label of its own."
+        elif loader.label in seen:
+            yield key, f"'{loader.label}' is another loader's. Use a label of its own."
+        else:
+            seen.add(loader.label)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from string import Formatter
 from typing import Any
 
+from mptfoundry.config.data import label_problems
 from mptfoundry.config.durations import parse_duration
 from mptfoundry.config.learned import pattern_problems
 from mptfoundry.mpt.head_config import HeadConfig
@@ -37,7 +38,7 @@ def between_sections(values: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _sizes(values)
     yield from _batches(values)
     yield from _said_twice(values)
-    yield from _eval_labels(values)
+    yield from label_problems(values.get("eval_loader"))
     yield from _documents(values)
     yield from _heads(values)
     yield from _preprocessing(values)
@@ -119,25 +120,6 @@ def _said_twice(values: Mapping[str, Any]) -> Iterator[Problem]:
     for key, value, top_key, top in said:
         if value is not None and top is not None and value != top:
             yield key, f"{value} is not the {top_key} of the run, {top}. Remove it, or make them equal."
-
-
-def _eval_labels(values: Mapping[str, Any]) -> Iterator[Problem]:
-    loaders = values.get("eval_loader")
-    if not isinstance(loaders, tuple) or len(loaders) < 2:
-        return
-    seen: set[str] = set()
-    for index, loader in enumerate(loaders):
-        if loader.label is None:
-            yield (
-                f"eval_loader[{index}].label",
-                "is missing. Each of several loaders needs a label of its own.",
-            )
-        elif loader.label in seen:
-            yield (
-                f"eval_loader[{index}].label",
-                f"'{loader.label}' is another loader's. Use a label of its own.",
-            )
-        seen.add(loader.label)
 
 
 def _documents(values: Mapping[str, Any]) -> Iterator[Problem]:
