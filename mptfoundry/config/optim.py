@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from mptfoundry.config.durations import Duration, parse_duration
+from mptfoundry.config.forms import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,9 @@ class _AnyScheduleConfig:
     t_max: Duration = "1dur"
     scale_warmup: Literal[False] = False
 
+    def __post_init__(self) -> None:
+        check_at_least(self, **{each.name: 0 for each in fields(self) if each.name.startswith("alpha")})
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantWithWarmupConfig(_AnyScheduleConfig):
@@ -171,6 +175,7 @@ class InvSqrtWithWarmupConfig(_AnyScheduleConfig):
     alpha_f_cooldown: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("t_warmup", "t_scale", "t_cooldown"):
             if parse_duration(getattr(self, name))[1] == "dur":
                 raise ValueError(

@@ -127,6 +127,7 @@ def test_values_that_no_run_can_have_are_refused(problems: Problems, lines: list
     ("word", "said"),
     [
         ("max_duration=0.5dur", "0.5dur is a share of itself. Use batches, tokens or epochs."),
+        ("scheduler.alpha_f=-1", "-1.0 is too small. Use 0 or more."),
         ("scheduler.t_max=50ba", "50ba is shorter than max_duration: 100ba. Use 1dur, the whole run."),
         ("train_loader.dataset.eos_token_id=-1", "-1 is not one of the 50368 ids that the model has."),
         ("train_loader.dataset.bos_token_id=50368", "50368 is not one of the 50368 ids"),
