@@ -44,5 +44,5 @@ class RunStopped(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of other people's says first, or else its kind; without a full stop."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """What an error of another library says, for the end of a sentence of ours; its name if nothing."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")

@@ -40,7 +40,7 @@ from mptfoundry.config.changes import changes_since, makes_the_run, refuse_chang
 from mptfoundry.config.learned import names_in
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.data.once import once_per_node
-from mptfoundry.errors import CheckpointError, first_line
+from mptfoundry.errors import CheckpointError
 from mptfoundry.export.staging import remote_checkpoints, staged
 from mptfoundry.ranks import decided_by_rank_0
 
@@ -152,7 +152,8 @@ def uploader(config: TrainConfig) -> Callable[[Path, str], None] | None:
             send = retry(ObjectStoreTransientError, num_attempts=4)(store.upload_object)
             send(f"{root}/{name}".lstrip("/"), str(file))
         except Exception as error:  # each store has its own
-            raise CheckpointError(f"{url}/{name}: can't be uploaded ({first_line(error)}).") from error
+            reason = str(error).strip().split("\n")[0]
+            raise CheckpointError(f"{url}/{name}: can't be uploaded ({reason}).") from error
 
     return upload
 
