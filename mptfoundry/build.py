@@ -71,7 +71,7 @@ SCHEDULERS: dict[str, Callable[..., Schedule]] = {
 # `module:Class`, so that a callback is imported only where a config names it.
 CALLBACKS: dict[str, str | type] = {**signatures.CALLBACKS}
 LOGGERS: dict[str, str | type] = {**signatures.LOGGERS}
-ALGORITHMS: dict[str, str | type] = {**signatures.ALGORITHMS}
+ALGORITHMS: dict[str, str | type] = {"gradient_clipping": GradientClipping}
 
 
 def run_code_paths(config: TrainConfig) -> None:
@@ -226,9 +226,7 @@ def build_scheduler(config: TrainConfig) -> ComposerScheduler:
 
 def build_algorithms(config: TrainConfig) -> list[Algorithm]:
     """Composer's algorithms; the gradient's norm is always measured, and clipped where asked."""
-    given = dict(config.algorithms)
-    clipping = GradientClipping(**given.pop("gradient_clipping", {}))
-    return [clipping, *(_make(ALGORITHMS, name, kwargs) for name, kwargs in given.items())]
+    return [_make(ALGORITHMS, "gradient_clipping", config.algorithms.get("gradient_clipping", {}))]
 
 
 def build_callbacks(config: TrainConfig, tokenizer: Any, run_folder: Path) -> list[Callback]:

@@ -1,4 +1,4 @@
-"""What a run computes on: found on this machine without importing torch, or named for planning.
+"""What a run computes on: found on this machine without importing torch.
 
 Words: a device is a GPU, or one process's share of a CPU machine; memory is in bytes, peaks are dense bf16
 FLOP/s as the vendor states them.
@@ -13,8 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
-
-from mptfoundry.errors import ConfigError
 
 GIB = 2**30
 
@@ -43,7 +41,7 @@ class Device:
     peak_flops: float | None = None
     has_bf16: bool = False
     cores: int = 1
-    found: str = "named"
+    found: str = ""
 
     @property
     def torch_type(self) -> str:
@@ -51,30 +49,14 @@ class Device:
         return "cuda" if self.kind == "gpu" else "cpu"
 
 
-# What nvidia-smi says contains the pattern; the first match counts.
-_KNOWN: tuple[tuple[str, str, float, float], ...] = (
-    ("a100-40gb", r"a100.*40\s?gb", 40, 312e12),
-    ("a100", r"a100", 80, 312e12),
-    ("h100-pcie", r"h100.*pcie", 80, 756e12),
-    ("h100", r"h100", 80, 989.4e12),
-    ("h200", r"h200", 140, 989.4e12),
+# What nvidia-smi says contains the pattern; the first match counts. GiB, and FLOP/s.
+_KNOWN: tuple[tuple[str, int, float], ...] = (
+    (r"a100.*40\s?gb", 40, 312e12),
+    (r"a100", 80, 312e12),
+    (r"h100.*pcie", 80, 756e12),
+    (r"h100", 80, 989.4e12),
+    (r"h200", 140, 989.4e12),
 )
-
-
-def named_device(name: str, count: int = 1, per_node: int = 8) -> Device:
-    """A device by its short name (`cpu`, `a100`, `h100`, `h200` ...), for planning a run elsewhere.
-
-    Raises:
-        ConfigError: for an unknown name; it lists the known ones.
-    """
-    per_node = min(count, per_node)
-    if name == "cpu":
-        return _cpu(count, per_node)
-    for short, _, gib, peak in _KNOWN:
-        if name.lower() == short:
-            return Device("gpu", short, count, per_node, int(gib * GIB), peak, True, 8)
-    known = ", ".join(["cpu", *(row[0] for row in _KNOWN)])
-    raise ConfigError(f"device: {name} is not known. Use one of {known}.")
 
 
 def launcher_device(environ: Mapping[str, str] = os.environ) -> Device:
@@ -97,14 +79,14 @@ def detect_device(world_size: int | None = None, environ: Mapping[str, str] = os
     if not gpus:
         return _cpu(count, per_node, found)
     name, mib, capability = gpus[0]
-    row = next((row for row in _KNOWN if re.search(row[1], name, re.IGNORECASE)), None)
+    row = next((row for row in _KNOWN if re.search(row[0], name, re.IGNORECASE)), None)
     return Device(
         kind="gpu",
         name=name,
         count=count,
         per_node=per_node,
-        memory=mib * 2**20 if mib else int(row[2] * GIB) if row else None,
-        peak_flops=row[3] if row else None,
+        memory=mib * 2**20 if mib else row[1] * GIB if row else None,
+        peak_flops=row[2] if row else None,
         has_bf16=row is not None or capability >= 8,
         cores=max(1, _cores() // per_node),
         found=found,
@@ -159,7 +141,7 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def _cpu(count: int, per_node: int, found: str = "named") -> Device:
+def _cpu(count: int, per_node: int, found: str) -> Device:
     memory = total_memory()
     return Device(
         kind="cpu",

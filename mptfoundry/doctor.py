@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import resource
 import shutil
 import sys
 import tempfile
@@ -159,18 +160,8 @@ def _room() -> list[str]:
     if shared.is_dir():
         usage = shutil.disk_usage(shared)
         lines.append(f"shared memory: {usage.free / GIB:.1f} of {usage.total / GIB:.1f} GiB free")
-    soft, hard = _open_files()
-    if soft:
-        lines.append(f"open files: {soft} for a process, {hard} on request (ulimit -n)")
-    return lines
-
-
-def _open_files() -> tuple[int, int]:
-    try:
-        import resource
-    except ImportError:
-        return 0, 0
-    return resource.getrlimit(resource.RLIMIT_NOFILE)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return [*lines, f"open files: {soft} for a process, {hard} on request (ulimit -n)"]
 
 
 def _hub() -> str:
@@ -214,7 +205,7 @@ def _traps(device: Device) -> list[str]:
             f"{len(left)} blocks and files of dead runs are left, {size / 2**20:.1f} MiB. The next run "
             "removes them, and so does: mptfoundry doctor clean=true"
         )
-    if 0 < _open_files()[0] < 1024:
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1024:
         lines.append("Few files may be open at once; raise it for data sets of many shards: ulimit -n 4096")
     return lines
 

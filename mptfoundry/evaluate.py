@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,10 +27,10 @@ from mptfoundry.config.load import load_train_config
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import ConfigError
-from mptfoundry.loaders import LoaderContext, build_evaluators, head_of
+from mptfoundry.loaders import build_evaluators
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.sharding import start_on_the_cpu
-from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision, choose_workers
+from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision, choose_workers, refuse_precision
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 EVAL_BATCH_SIZE = 8
@@ -51,6 +50,8 @@ def evaluate(options: EvalConfig) -> Results:
         ConfigError, DataError, CheckpointError: Something named is missing or doesn't fit.
     """
     device = detect_device()
+    precision = choose_precision(device)[0] if options.precision == "auto" else options.precision
+    refuse_precision(precision, device)
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
     if dist.get_world_size() > 1:
@@ -61,13 +62,20 @@ def evaluate(options: EvalConfig) -> Results:
         raise ConfigError(f"tokenizer: {options.model} has none. Name the one it was trained with.")
     check_tokenizer(tokenizer, source.config.vocab_size)
     loaders = _loaders(options, source)
-    contexts = _contexts(options, source, device, tokenizer, loaders)
-    precision = choose_precision(device)[0] if options.precision == "auto" else options.precision
+    batch_size = options.device_eval_batch_size
     is_sharded = dist.get_world_size() > 1 and _was_sharded(source)
     trainer = Trainer(
         model=_model(options, source, device, tokenizer, precision, is_sharded=is_sharded),
         parallelism_config={"fsdp": FSDP2Config()} if is_sharded else None,
-        eval_dataloader=build_evaluators(loaders, contexts),
+        eval_dataloader=build_evaluators(
+            loaders,
+            options,
+            model=source.config,
+            tokenizer=tokenizer,
+            max_seq_len=options.max_seq_len or source.config.max_seq_len,
+            device_batch_size=EVAL_BATCH_SIZE if batch_size == "auto" else batch_size,
+            num_workers={label: _workers(loader, device) for label, loader in loaders.items()},
+        ),
         eval_subset_num_batches=options.eval_subset_num_batches,
         device=device.kind,
         precision=precision,
@@ -99,7 +107,7 @@ def results_table(results: Results) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) and abs(value) >= 1000 else f"{value:.4f}"
+    return f"{value:,.0f}" if value.is_integer() else f"{value:.4f}"
 
 
 def _was_sharded(source: ModelSource) -> bool:
@@ -145,32 +153,6 @@ def _loaders(options: EvalConfig, source: ModelSource) -> dict[str, LoaderConfig
         "Say what to evaluate on: eval_loader.name=text eval_loader.dataset.local=SHARDS "
         "eval_loader.dataset.split=val."
     )
-
-
-def _contexts(
-    options: EvalConfig,
-    source: ModelSource,
-    device: Device,
-    tokenizer: Any,
-    loaders: Mapping[str, LoaderConfig],
-) -> dict[str, LoaderContext]:
-    batch_size = options.device_eval_batch_size
-    return {
-        label: LoaderContext(
-            tokenizer=tokenizer,
-            max_seq_len=options.max_seq_len or source.config.max_seq_len,
-            vocab_size=source.config.vocab_size,
-            device_batch_size=EVAL_BATCH_SIZE if batch_size == "auto" else batch_size,
-            seed=options.seed,
-            num_workers=_workers(loader, device),
-            sequence_ids=source.config.attn_config.attn_uses_sequence_id,
-            is_training=False,
-            where=f"eval_loader {label}",
-            head=head_of(source.config),
-            allow_code=options.allow_code,
-        )
-        for label, loader in loaders.items()
-    }
 
 
 def _workers(loader: LoaderConfig, device: Device) -> int:

@@ -17,6 +17,7 @@ from mptfoundry.config.data import (
     TextLoaderConfig,
 )
 from mptfoundry.config.run import TrainConfig
+from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.data.example_cache import cache_folder
 from mptfoundry.data.example_sources import Source
 from mptfoundry.data.finetuning import build_finetuning_loader
@@ -25,6 +26,7 @@ from mptfoundry.data.text import build_text_loader
 from mptfoundry.data.turns import Targets
 from mptfoundry.devices import Device
 from mptfoundry.errors import ConfigError
+from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import HeadConfig, SequenceClassifierConfig, TokenClassifierConfig
 from mptfoundry.resolve import Resolved
 
@@ -33,17 +35,31 @@ from mptfoundry.resolve import Resolved
 class LoaderContext:
     """What a loader has in common with the run; lengths in tokens, batches in rows of one device."""
 
+    model: MPTConfig
     tokenizer: Any
     max_seq_len: int
-    vocab_size: int
     device_batch_size: int
     seed: int
     num_workers: int
-    sequence_ids: bool
     is_training: bool
     where: str
-    head: HeadConfig | None = None
-    allow_code: bool = False
+    allow_code: bool
+
+    def arguments(self, loader: LoaderConfig) -> dict[str, Any]:
+        """What the builders of all kinds of loaders are given."""
+        names = ("tokenizer", "max_seq_len", "device_batch_size", "seed", "num_workers", "where")
+        shuffle, drop_last = loader.dataset.shuffle, loader.drop_last
+        ahead: dict[str, Any] = {}
+        if not isinstance(loader, LabelledLoaderConfig):
+            given = ("prefetch_factor", "persistent_workers", "timeout")
+            ahead = {name: getattr(loader, name) for name in given}
+            ahead["pin_memory"] = loader.pin_memory and torch.cuda.is_available()
+        return {
+            **{name: getattr(self, name) for name in names},
+            "shuffle": self.is_training if shuffle is None else shuffle,
+            "drop_last": self.is_training if drop_last is None else drop_last,
+            **ahead,
+        }
 
 
 def _text_loader(loader: TextLoaderConfig, context: LoaderContext) -> DataSpec:
@@ -60,28 +76,17 @@ def _text_loader(loader: TextLoaderConfig, context: LoaderContext) -> DataSpec:
         remote=dataset.remote,
         local=dataset.local,
         split=dataset.split,
-        tokenizer=context.tokenizer,
-        max_seq_len=context.max_seq_len,
-        vocab_size=context.vocab_size,
-        device_batch_size=context.device_batch_size,
-        shuffle=context.is_training if dataset.shuffle is None else dataset.shuffle,
-        seed=context.seed,
-        drop_last=context.is_training if loader.drop_last is None else loader.drop_last,
-        num_workers=context.num_workers,
-        sequence_ids=context.sequence_ids,
-        pin_memory=loader.pin_memory and torch.cuda.is_available(),
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-        timeout=loader.timeout,
-        where=context.where,
+        vocab_size=context.model.vocab_size,
+        sequence_ids=context.model.attn_config.attn_uses_sequence_id,
+        **context.arguments(loader),
         **streaming,
     )
 
 
 def _labelled_loader(loader: LabelledLoaderConfig, context: LoaderContext) -> DataSpec:
     """Examples with labels, for the model's head."""
-    head, dataset = context.head, loader.dataset
-    if head is None:
+    head, dataset = context.model, loader.dataset
+    if not isinstance(head, HeadConfig):
         raise ConfigError(f"{context.where}.name: labelled: the model has no head for labels. Use text.")
     known: dict[str, Any] = {"task": "span"}
     if isinstance(head, SequenceClassifierConfig):
@@ -94,15 +99,8 @@ def _labelled_loader(loader: LabelledLoaderConfig, context: LoaderContext) -> Da
             f"{context.where}.dataset", hf_name=dataset.hf_name, local=dataset.local, split=dataset.split
         ),
         fields=dataset.fields,
-        tokenizer=context.tokenizer,
-        max_seq_len=context.max_seq_len,
-        device_batch_size=context.device_batch_size,
-        shuffle=context.is_training if dataset.shuffle is None else dataset.shuffle,
-        seed=context.seed,
-        drop_last=context.is_training if loader.drop_last is None else loader.drop_last,
-        num_workers=context.num_workers,
         is_training=context.is_training,
-        where=context.where,
+        **context.arguments(loader),
     )
 
 
@@ -115,25 +113,14 @@ def _finetuning_loader(loader: FinetuningLoaderConfig, context: LoaderContext) -
         sources=sources,
         amounts=amounts,
         amounts_by=by,
-        tokenizer=context.tokenizer,
-        max_seq_len=context.max_seq_len,
         targets=targets,
         cache=cache,
         max_bad_records=dataset.max_bad_records,
         max_dropped=dataset.max_dropped,
-        where=context.where,
         packing_ratio=dataset.packing_ratio,
-        device_batch_size=context.device_batch_size,
-        shuffle=context.is_training if dataset.shuffle is None else dataset.shuffle,
-        seed=context.seed,
-        drop_last=context.is_training if loader.drop_last is None else loader.drop_last,
         is_training=context.is_training,
         trims_padding=dataset.allow_pad_trimming,
-        num_workers=context.num_workers,
-        pin_memory=loader.pin_memory and torch.cuda.is_available(),
-        prefetch_factor=loader.prefetch_factor,
-        persistent_workers=loader.persistent_workers,
-        timeout=loader.timeout,
+        **context.arguments(loader),
     )
 
 
@@ -167,58 +154,48 @@ LOADERS: dict[str, Callable[[Any, LoaderContext], DataSpec]] = {
 }
 
 
-def head_of(config: Any) -> HeadConfig | None:
-    """The architecture as one with a head, where it has one."""
-    return config if isinstance(config, HeadConfig) else None
-
-
 def build_train_loader(config: TrainConfig, resolved: Resolved, device: Device, tokenizer: Any) -> DataSpec:
     """The training batches of this rank."""
     context = LoaderContext(
+        model=config.model,
         tokenizer=tokenizer,
         max_seq_len=config.max_seq_len,
-        vocab_size=config.model.vocab_size,
         device_batch_size=config.global_train_batch_size // device.count,
         seed=config.seed,
         num_workers=resolved.num_workers["train"],
-        sequence_ids=config.model.attn_config.attn_uses_sequence_id,
         is_training=True,
         where="train_loader",
-        head=head_of(config.model),
         allow_code=config.allow_code,
     )
     return LOADERS[config.train_loader.name](config.train_loader, context)
 
 
 def build_evaluators(
-    loaders: Mapping[str, LoaderConfig], contexts: Mapping[str, LoaderContext]
+    loaders: Mapping[str, LoaderConfig],
+    config: TrainConfig | EvalConfig,
+    *,
+    model: MPTConfig,
+    tokenizer: Any,
+    max_seq_len: int,
+    device_batch_size: int,
+    num_workers: Mapping[str, int],
 ) -> list[Evaluator]:
-    """One evaluator a label."""
-    return [
-        Evaluator(label=label, dataloader=LOADERS[loader.name](loader, contexts[label]))
-        for label, loader in loaders.items()
-    ]
-
-
-def build_eval_loaders(config: TrainConfig, resolved: Resolved, tokenizer: Any) -> list[Evaluator]:
-    """The evaluations of a training run."""
-    contexts = {
-        label: LoaderContext(
+    """One evaluator a label, for a run that trains or for an evaluation alone."""
+    evaluators = []
+    for label, loader in loaders.items():
+        context = LoaderContext(
+            model=model,
             tokenizer=tokenizer,
-            max_seq_len=config.max_seq_len,
-            vocab_size=config.model.vocab_size,
-            device_batch_size=resolved.device_eval_batch_size,
+            max_seq_len=max_seq_len,
+            device_batch_size=device_batch_size,
             seed=config.seed,
-            num_workers=resolved.num_workers[label],
-            sequence_ids=config.model.attn_config.attn_uses_sequence_id,
+            num_workers=num_workers[label],
             is_training=False,
             where=f"eval_loader {label}",
-            head=head_of(config.model),
             allow_code=config.allow_code,
         )
-        for label in config.eval_loaders
-    }
-    return build_evaluators(config.eval_loaders, contexts)
+        evaluators.append(Evaluator(label=label, dataloader=LOADERS[loader.name](loader, context)))
+    return evaluators
 
 
 def _given(streams: Mapping[str, Any] | None) -> dict[str, dict[str, Any]] | None:

@@ -57,18 +57,13 @@ class Plan:
         """FLOPs of the whole run."""
         return None if self.tokens is None else self.tokens * self.flops_per_token
 
-    def seconds(self, *, tokens_per_second: float | None = None, mfu: float | None = None) -> float | None:
-        """How long the run takes at an assumed speed; None where its length or the device's peak is unknown.
-
-        Args:
-            tokens_per_second: Of one device, from a measurement.
-            mfu: Share of the device's dense bf16 peak, where there is no measurement.
+    def seconds(self, mfu: float) -> float | None:
+        """How long the run takes where it reaches `mfu`, a share of the device's dense bf16 peak; None where
+        its length or that peak is unknown.
         """
-        if tokens_per_second is None and mfu is not None and self.device.peak_flops is not None:
-            tokens_per_second = mfu * self.device.peak_flops / self.flops_per_token
-        if self.tokens is None or not tokens_per_second:
+        if self.flops is None or self.device.peak_flops is None:
             return None
-        return self.tokens / (tokens_per_second * self.device.count)
+        return self.flops / (mfu * self.device.peak_flops * self.device.count)
 
 
 def make_plan(config: TrainConfig, device: Device) -> Plan:
@@ -87,19 +82,9 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         flops_per_token=flops(causal=False) + config.learned.extra_flops_per_token,
         causal_flops_per_token=flops(causal=True) + config.learned.extra_flops_per_token,
         tokens_per_batch=config.global_train_batch_size * config.max_seq_len,
-        batches=_batches(config),
+        batches=config.batches(),
         memory=estimate_memory(config, device, resolved.device_train_microbatch_size, resolved.precision),
     )
-
-
-def _batches(config: TrainConfig) -> int | None:
-    number, unit = parse_duration(config.max_duration)
-    epoch_size = config.train_loader.dataset.epoch_size
-    if unit == "ep" and config.train_subset_num_batches > 0:
-        return int(number) * config.train_subset_num_batches
-    if unit == "ep" and isinstance(epoch_size, int):
-        return int(number) * (epoch_size // config.global_train_batch_size)
-    return config.batches()
 
 
 def summary_table(config: TrainConfig, device: Device | None = None) -> str:
@@ -228,7 +213,7 @@ def _memory_in_words(plan: Plan) -> tuple[str, str]:
 
 
 def _time_in_words(plan: Plan) -> str:
-    seconds = plan.seconds(mfu=ASSUMED_MFU)
+    seconds = plan.seconds(ASSUMED_MFU)
     if seconds is None:
         return "not known before it is measured"
     days = seconds / 86400

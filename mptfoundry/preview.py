@@ -36,6 +36,10 @@ def preview(options: PreviewConfig) -> str:
 
 
 def _preview_config(options: PreviewConfig, color: bool) -> str:
+    if options.split:
+        raise ConfigError(
+            "split: a config says the split of each stream. Remove it, or name a folder of shards."
+        )
     words = [f"variables.{name}={json.dumps(value)}" for name, value in options.variables.items()]
     config, _ = load_train_config(options.data, [*words, f"allow_code={str(options.allow_code).lower()}"])
     if isinstance(config.train_loader, FinetuningLoaderConfig):

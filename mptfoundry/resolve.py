@@ -14,6 +14,7 @@ from mptfoundry.config.learned import matrix_parameters
 from mptfoundry.config.model import AnyModelConfig
 from mptfoundry.config.parallel import KEEPING, FSDPConfig, copies_and_shards, resolve_fsdp
 from mptfoundry.config.recomputation import recomputed_parts
+from mptfoundry.config.rules import split_problem
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import GIB, Device
 from mptfoundry.errors import ConfigError
@@ -146,14 +147,10 @@ def device_batch(config: TrainConfig, device: Device) -> int:
     Raises:
         ConfigError: The global batch does not split over the devices.
     """
-    batch, count = config.global_train_batch_size, device.count
-    if batch % count:
-        fitting = [n for n in (batch // count * count, (batch // count + 1) * count) if n]
-        raise ConfigError(
-            f"global_train_batch_size: {batch} does not split over {count} devices. "
-            f"Use a multiple of {count}: {' or '.join(map(str, fitting))}."
-        )
-    return batch // count
+    batch = config.global_train_batch_size
+    if problem := split_problem(batch, device.count):
+        raise ConfigError(f"global_train_batch_size: {problem}")
+    return batch // device.count
 
 
 def choose_precision(device: Device) -> tuple[str, str]:
@@ -163,6 +160,12 @@ def choose_precision(device: Device) -> tuple[str, str]:
     if device.has_bf16:
         return "amp_bf16", "this GPU multiplies in bfloat16 at full speed"
     return "fp32", "this GPU has no bfloat16 units"
+
+
+def refuse_precision(precision: str, device: Device) -> None:
+    """Raises ConfigError where a device can't compute in a precision."""
+    if device.kind == "cpu" and precision != "fp32":
+        raise ConfigError(f"precision: {precision} needs a GPU. A CPU computes in float32: use auto or fp32.")
 
 
 def choose_workers(device: Device) -> tuple[int, str]:
@@ -192,9 +195,8 @@ def largest_microbatch(config: TrainConfig, device: Device, precision: str) -> t
 
 def _attention(config: TrainConfig, device: Device, precision: str, reasons: dict[str, str]) -> str:
     """The backend that is taken; one that is asked for and can't serve is refused here, before building."""
-    dtype, elsewhere = COMPUTE_DTYPE[precision], device.found == "named"
     try:
-        name, reason = choose_backend(config.model, device.torch_type, dtype, elsewhere=elsewhere)
+        name, reason = choose_backend(config.model, device.torch_type, COMPUTE_DTYPE[precision])
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
     if config.model.attn_config.attn_impl == "auto":
@@ -237,14 +239,8 @@ def _fsdp_version(config: TrainConfig, device: Device, reasons: dict[str, str]) 
 
 
 def fsdp_on(fsdp: FSDPConfig, device: Device) -> tuple[Literal[1, 2] | None, dict[str, Any], list[str]]:
-    """`resolve_fsdp` for the devices of a run, whose microbatch is a number by now."""
-    return resolve_fsdp(
-        fsdp,
-        device_type=device.torch_type,
-        microbatch_auto=False,
-        devices=device.count,
-        per_node=device.per_node,
-    )
+    """`resolve_fsdp` for the devices of a run."""
+    return resolve_fsdp(fsdp, device_type=device.torch_type, devices=device.count, per_node=device.per_node)
 
 
 def estimate_memory(config: TrainConfig, device: Device, microbatch: int, precision: str) -> Memory:

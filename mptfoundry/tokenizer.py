@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mptfoundry.checkpoints.hub import why_out_of_reach
-from mptfoundry.errors import ConfigError
+from mptfoundry.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -226,7 +226,7 @@ def _load_from_folder(folder: Path, options: dict[str, Any]) -> Any:
         # tokenizer.json alone defines the ids, where the class adds nothing, is unknown here, or needs code.
         return _load_plain(folder, options)
     except Exception as error:
-        raise ConfigError(f"tokenizer.name: {folder} can't be read: {_first_line(error)}") from error
+        raise ConfigError(f"tokenizer.name: {folder} can't be read: {first_line(error)}.") from error
 
 
 def _load_plain(folder: Path, options: dict[str, Any]) -> Any:
@@ -251,15 +251,11 @@ def _load_from_hub(name: str, options: dict[str, Any]) -> Any:
         try:
             return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options)
         except Exception as error:
-            why = _first_line(error)
+            why = first_line(error)
     raise ConfigError(
         f"tokenizer.name: {name} is neither a folder nor in the Hugging Face cache, and can't be fetched: "
         f"{why}. Give a folder that holds tokenizer.json, or fetch it once while online."
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _without_defaults(part: Any) -> Any:

@@ -38,7 +38,7 @@ from mptfoundry.leftovers import clean_start
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
 from mptfoundry.ranks import RankWatch
-from mptfoundry.resolve import Resolved, resolve_auto
+from mptfoundry.resolve import Resolved, refuse_precision, resolve_auto
 from mptfoundry.resuming import Start, found_start, held_folder, run_folder, uploader
 from mptfoundry.signals import StopSignals
 
@@ -67,6 +67,7 @@ def train(config: TrainConfig) -> Trainer:
     refuse_redacted(config)
     device = detect_device()
     resolved = resolve_auto(config, device)
+    refuse_precision(resolved.precision, device)
     watch = RankWatch(config.dist_timeout)
     is_first_here = dist.get_local_rank() == 0
     with (
@@ -137,7 +138,15 @@ def build_trainer(
     build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
     train_loader = loaders.build_train_loader(config, resolved, device, tokenizer)
-    evaluators = loaders.build_eval_loaders(config, resolved, tokenizer)
+    evaluators = loaders.build_evaluators(
+        config.eval_loaders,
+        config,
+        model=config.model,
+        tokenizer=tokenizer,
+        max_seq_len=config.max_seq_len,
+        device_batch_size=resolved.device_eval_batch_size,
+        num_workers=resolved.num_workers,
+    )
     model = build.build_model(config, resolved, tokenizer, source)
     write_run_files(config, folder, tokenizer)
     throughput = Throughput(

@@ -1,4 +1,4 @@
-"""Continue a prompt: `python scripts/generate.py MODEL prompt=TEXT`."""
+"""Continue a prompt: `python scripts/generate.py MODEL PROMPT ... [key=value ...]`."""
 
 import sys
 

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mptfoundry.devices import GIB, detect_device, launcher_device, named_device, visible_gpus
-from mptfoundry.errors import ConfigError
+from mptfoundry.devices import Device, detect_device, launcher_device, visible_gpus
 
 
 @pytest.fixture
@@ -19,18 +18,7 @@ def two_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_device_has_torchs_name_for_its_kind() -> None:
-    assert [named_device(name).torch_type for name in ("cpu", "h100")] == ["cpu", "cuda"]
-
-
-def test_a_named_device_has_its_memory_and_peak() -> None:
-    h100 = named_device("h100", count=440)
-    assert (h100.memory, h100.peak_flops) == (80 * GIB, 989.4e12)
-    assert (h100.count, h100.per_node) == (440, 8)
-
-
-def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"device: tpu is not known\. Use one of cpu, a100-40gb, .*h200"):
-        named_device("tpu")
+    assert (Device("cpu", "CPU").torch_type, Device("gpu", "H100").torch_type) == ("cpu", "cuda")
 
 
 @pytest.mark.usefixtures("two_h100")

@@ -6,13 +6,18 @@ import pytest
 
 from mptfoundry.config.load import load_train_config
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.devices import GIB, Device, named_device
+from mptfoundry.devices import GIB, Device
 from mptfoundry.errors import ConfigError
+from mptfoundry.mpt import backends
 from mptfoundry.resolve import USABLE, device_batch, estimate_memory, largest_microbatch, resolve_auto
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CPU = Device("cpu", "CPU", memory=16 * GIB)
 LAPTOP_GPU = Device("gpu", "NVIDIA T4", memory=16 * GIB)
+
+
+def gpus(count: int = 1, gib: int = 80) -> Device:
+    return Device("gpu", "GPU", count, min(count, 8), gib * GIB, has_bf16=True, cores=8)
 
 
 def load(name: str, *words: str) -> TrainConfig:
@@ -28,7 +33,7 @@ def test_a_cpu_computes_in_fp32_without_readers() -> None:
 
 
 def test_a_gpu_computes_in_bf16_and_shards_with_version_2() -> None:
-    resolved = resolve_auto(load("mpt-7b"), named_device("a100-40gb", 440))
+    resolved = resolve_auto(load("mpt-7b"), gpus(440, 40))
     assert resolved.precision == "amp_bf16"
     assert resolved.fsdp_version == 2 and resolved.init_device == "meta"
     assert resolved.num_workers["train"] > 0
@@ -39,7 +44,7 @@ def test_a_gpu_without_bf16_computes_in_fp32() -> None:
 
 
 def test_every_auto_has_its_reason_and_what_was_given_has_none() -> None:
-    auto = resolve_auto(load("mpt-7b"), named_device("h100", 8))
+    auto = resolve_auto(load("mpt-7b"), gpus(8))
     assert set(auto.reasons) == {
         "precision",
         "device_train_microbatch_size",
@@ -51,25 +56,32 @@ def test_every_auto_has_its_reason_and_what_was_given_has_none() -> None:
         "num_workers",
     }
     words = ["precision=amp_fp16", "device_train_microbatch_size=4", "fsdp_config.version=1"]
-    given = resolve_auto(load("mpt-7b", *words, "train_loader.num_workers=7"), named_device("h100", 8))
+    given = resolve_auto(load("mpt-7b", *words, "train_loader.num_workers=7"), gpus(8))
     assert (given.precision, given.device_train_microbatch_size, given.fsdp_version) == ("amp_fp16", 4, 1)
     assert given.num_workers["train"] == 7
     assert not {"precision", "device_train_microbatch_size", "fsdp_config.version"} & set(given.reasons)
 
 
+@pytest.fixture
+def all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packages of all backends are here."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "_HAS_TRITON", True)
+    monkeypatch.setattr(backends, "_FLASH_IS_MISSING", None)
+
+
+@pytest.mark.usefixtures("all_backends")
 def test_the_attention_backend_is_the_networks_own_choice() -> None:
     key = "model.attn_config.attn_impl"
-    on_cpu, on_gpu = resolve_auto(load("mpt-tiny"), CPU), resolve_auto(load("mpt-tiny"), named_device("h100"))
+    on_cpu, on_gpu = resolve_auto(load("mpt-tiny"), CPU), resolve_auto(load("mpt-tiny"), gpus())
     assert (on_cpu.attn_impl, on_gpu.attn_impl) == ("torch", "triton")
     assert on_gpu.reasons[key] == "serves this model in bfloat16 on cuda"
-    given = resolve_auto(load("mpt-tiny", f"{key}=flash", "precision=amp_fp16"), named_device("h100"))
+    given = resolve_auto(load("mpt-tiny", f"{key}=flash", "precision=amp_fp16"), gpus())
     assert given.attn_impl == "flash" and key not in given.reasons
 
 
-def test_a_backend_that_cannot_serve_is_refused_before_anything_is_built(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+@pytest.mark.usefixtures("all_backends")
+def test_a_backend_that_cannot_serve_is_refused_before_anything_is_built() -> None:
     flash = "model.attn_config.attn_impl=flash"
     with pytest.raises(ConfigError) as error:
         resolve_auto(load("mpt-tiny", flash), CPU)
@@ -89,7 +101,7 @@ def test_the_same_config_always_resolves_to_the_same_values() -> None:
 def test_a_batch_that_does_not_split_is_refused_with_its_neighbours() -> None:
     config = load("mpt-7b", "global_train_batch_size=250")
     with pytest.raises(ConfigError) as error:
-        device_batch(config, named_device("h100", 8))
+        device_batch(config, gpus(8))
     assert str(error.value) == (
         "global_train_batch_size: 250 does not split over 8 devices. Use a multiple of 8: 248 or 256."
     )
@@ -97,7 +109,7 @@ def test_a_batch_that_does_not_split_is_refused_with_its_neighbours() -> None:
 
 def test_a_batch_smaller_than_the_devices_is_told_the_smallest() -> None:
     with pytest.raises(ConfigError, match=r"Use a multiple of 64: 64\."):
-        device_batch(load("mpt-7b", "global_train_batch_size=8"), named_device("h100", 64))
+        device_batch(load("mpt-7b", "global_train_batch_size=8"), gpus(64))
 
 
 def test_a_microbatch_is_never_more_than_a_device_has() -> None:
@@ -131,37 +143,38 @@ def test_unknown_memory_is_no_ground_to_guess() -> None:
     )
 
 
-# size, GPUs, GPU, sequences at once, checkpointing, strategy: runs that llm-foundry published, which did fit
+# size, GPUs, GiB of each, sequences at once, checkpointing, strategy: runs that llm-foundry published, which
+# did fit
 PUBLISHED_RUNS = [
-    ("1b", 16, "h100", 20, False, "FULL_SHARD"),
-    ("3b", 8, "a100", 10, False, "FULL_SHARD"),
-    ("3b", 128, "h100", 8, False, "SHARD_GRAD_OP"),
-    ("7b", 8, "h100", 6, False, "FULL_SHARD"),
-    ("7b", 8, "a100-40gb", 12, True, "FULL_SHARD"),
-    ("13b", 64, "h100", 2, False, "FULL_SHARD"),
-    ("30b", 8, "h100", 3, True, "FULL_SHARD"),
-    ("30b", 32, "a100-40gb", 4, True, "FULL_SHARD"),
-    ("70b", 128, "h100", 8, True, "FULL_SHARD"),
+    ("1b", 16, 80, 20, False, "FULL_SHARD"),
+    ("3b", 8, 80, 10, False, "FULL_SHARD"),
+    ("3b", 128, 80, 8, False, "SHARD_GRAD_OP"),
+    ("7b", 8, 80, 6, False, "FULL_SHARD"),
+    ("7b", 8, 40, 12, True, "FULL_SHARD"),
+    ("13b", 64, 80, 2, False, "FULL_SHARD"),
+    ("30b", 8, 80, 3, True, "FULL_SHARD"),
+    ("30b", 32, 40, 4, True, "FULL_SHARD"),
+    ("70b", 128, 80, 8, True, "FULL_SHARD"),
 ]
 
 
 @pytest.mark.parametrize("run", PUBLISHED_RUNS, ids=lambda run: "-".join(map(str, run)))
-def test_runs_that_were_made_fit_by_the_estimate(run: tuple[str, int, str, int, bool, str]) -> None:
-    size, gpus, gpu, microbatch, checkpointing, strategy = run
+def test_runs_that_were_made_fit_by_the_estimate(run: tuple[str, int, int, int, bool, str]) -> None:
+    size, count, gib, microbatch, checkpointing, strategy = run
     config = load(
         f"mpt-{size}",
-        f"global_train_batch_size={gpus * microbatch}",
+        f"global_train_batch_size={count * microbatch}",
         f"fsdp_config.activation_checkpointing={str(checkpointing).lower()}",
         f"fsdp_config.sharding_strategy={strategy}",
     )
-    device = named_device(gpu, gpus)
+    device = gpus(count, gib)
     assert device.memory is not None
     need = estimate_memory(config, device, microbatch, "amp_bf16").total
     assert 0.4 * device.memory < need < USABLE["gpu"] * device.memory
 
 
 def test_sharding_divides_weights_gradients_and_optimizer() -> None:
-    one, eight = (estimate_memory(load("mpt-7b"), named_device("h100", n), 1, "amp_bf16") for n in (1, 8))
+    one, eight = (estimate_memory(load("mpt-7b"), gpus(n), 1, "amp_bf16") for n in (1, 8))
     assert one.weights == 4 * 6_649_286_656
     for part in ("weights", "gradients", "optimizer"):
         assert getattr(eight, part) == getattr(one, part) // 8
@@ -169,7 +182,7 @@ def test_sharding_divides_weights_gradients_and_optimizer() -> None:
 
 def test_hybrid_sharding_divides_within_a_node() -> None:
     config = load("mpt-7b", "fsdp_config.sharding_strategy=HYBRID_SHARD")
-    memory = estimate_memory(config, named_device("h100", 64), 1, "amp_bf16")
+    memory = estimate_memory(config, gpus(64), 1, "amp_bf16")
     assert memory.weights == 4 * 6_649_286_656 // 8
 
 
@@ -185,7 +198,7 @@ def test_checkpointing_keeps_a_blocks_input_alone() -> None:
     words = "global_train_batch_size=8"
     plain = load("mpt-7b", words)
     checkpointed = load("mpt-7b", words, "fsdp_config.activation_checkpointing=true")
-    device = named_device("h100", 8)
+    device = gpus(8)
     tokens, width, layers = 2048, 4096, 32
     kept = estimate_memory(plain, device, 1, "amp_bf16").activations
     recomputed = estimate_memory(checkpointed, device, 1, "amp_bf16").activations
@@ -200,7 +213,7 @@ def test_the_estimate_follows_what_is_recomputed_and_offloaded() -> None:
         given = ["fsdp_config.activation_checkpointing=true", *words]
         target_word = f"model.activation_checkpointing_target={target}"
         config = load("mpt-7b", "global_train_batch_size=8", target_word, *given)
-        number = estimate_memory(config, named_device("h100", 8), 1, "amp_bf16").activations
+        number = estimate_memory(config, gpus(8), 1, "amp_bf16").activations
         return number / (2048 * 4096 * 2)
 
     assert kept("{block: every-2}") == 16 * 16 + 16 * 1 + 16
@@ -211,7 +224,7 @@ def test_the_estimate_follows_what_is_recomputed_and_offloaded() -> None:
 
 
 def test_where_weights_are_made_follows_from_the_sharding() -> None:
-    device = named_device("h100", 8)
+    device = gpus(8)
 
     def made(*words: str) -> str:
         return resolve_auto(load("mpt-7b", *words), device).init_device

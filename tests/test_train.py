@@ -10,9 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from mptfoundry import build
 from mptfoundry.callbacks.metrics_file import read_rows
-from mptfoundry.config.load import load_train_config
+from mptfoundry.config.load import load_train_config, parse_words
+from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.errors import CheckpointError, ConfigError, DataError
+from mptfoundry.evaluate import evaluate
 from mptfoundry.mpt.network import MPT
 from mptfoundry.train import train
 
@@ -137,10 +140,6 @@ def test_an_exported_run_gives_the_checkpoints_logits(finished: Path, folder: Pa
 
 
 def test_evaluation_of_a_checkpoint_equals_that_in_the_loop(finished: Path, folder: Path) -> None:
-    from mptfoundry.config.load import parse_words
-    from mptfoundry.config.verbs import EvalConfig
-    from mptfoundry.evaluate import evaluate
-
     in_the_loop = [row["eval"] for row in read_rows(finished / "metrics.jsonl") if "eval" in row][-1]
     for batch_size in (1, 7):
         words = [f"model={finished}", f"device_eval_batch_size={batch_size}", f"out={folder}/eval.json"]
@@ -158,6 +157,14 @@ def test_every_optimizer_trains(run: Run, optimizer: str, scheduler: str) -> Non
     words = [f"optimizer={optimizer}", f"scheduler={{name: {scheduler}, t_warmup: 1ba}}"]
     found = losses(run(name, *words, "max_duration=2ba", "eval_loader=null"))
     assert len(found) == 2
+
+
+def test_a_class_of_ones_own_takes_the_place_of_a_known_algorithm(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(build.ALGORITHMS, "gradient_clipping", dict)
+    config, _ = load_train_config(folder / "config.yaml")
+    assert build.build_algorithms(config) == [{"clipping_type": "norm", "clipping_threshold": 1.0}]
 
 
 def test_what_is_frozen_stays_as_it_is_and_the_run_goes_on(run: Run, folder: Path) -> None:
@@ -207,6 +214,15 @@ def test_a_folder_with_checkpoints_of_another_model_is_left_alone(finished: Path
     ):
         run("whole", "model.d_model=64")
     assert (finished / "config.yaml").read_text() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has both precisions")
+def test_a_precision_that_a_cpu_has_not_is_refused(finished: Path, run: Run) -> None:
+    said = r"^precision: amp_bf16 needs a GPU\. A CPU computes in float32: use auto or fp32\.$"
+    with pytest.raises(ConfigError, match=said):
+        run("half", "precision=amp_bf16")
+    with pytest.raises(ConfigError, match=said):
+        evaluate(parse_words([f"model={finished}", "precision=amp_bf16"], EvalConfig))
 
 
 def test_a_tokenizer_larger_than_the_vocabulary_is_refused(run: Run) -> None:

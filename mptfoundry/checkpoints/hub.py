@@ -11,7 +11,7 @@ import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from mptfoundry.errors import CheckpointError
+from mptfoundry.errors import CheckpointError, first_line
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _TEXTS = ["*.json", "merges.txt", "vocab.txt"]
@@ -71,8 +71,7 @@ def _snapshot(name: str, revision: str | None, config_only: bool) -> Path:
         wanted = [*_TEXTS, kind]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns="*/*"))
     except Exception as error:  # the client's errors have no common class
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        why = offline or said[0].rstrip(".")
+        why = offline or first_line(error)
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(
             f"{name}{at}: is neither a folder nor in the Hugging Face cache, and can't be fetched: {why}. "

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from mptfoundry.config.forms import ByteSize, SampleCount, TargetPrompts
+from mptfoundry.config.forms import (
+    ByteSize,
+    SampleCount,
+    TargetPrompts,
+    check_at_least,
+    parse_bytes,
+    parse_count,
+)
 from mptfoundry.config.streams import (
     AMOUNTS,
     Amount,
@@ -15,6 +23,50 @@ from mptfoundry.config.streams import (
     check_shares,
     check_uniform,
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AnyLoaderConfig:
+    """What all kinds of loaders have.
+
+    Attributes:
+        name: The kind of loader.
+        dataset: Which samples, in which mix and order.
+        label: Name of an evaluation loader in all results. Default: `eval`.
+        drop_last: Leave out a last batch that is not full. Default: true in training, false in evaluation.
+        num_workers: Processes that make batches, for each device. `auto` chooses by the processors there.
+    """
+
+    name: str
+    dataset: Any
+    label: str | None = None
+    drop_last: bool | None = None
+    num_workers: int | Literal["auto"] = "auto"
+
+    def __post_init__(self) -> None:
+        if self.num_workers != "auto" and self.num_workers < 0:
+            raise ValueError(f"num_workers: {self.num_workers} is negative. Use 0 or more, or auto.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _StreamingLoaderConfig(_AnyLoaderConfig):
+    """A loader whose workers read ahead.
+
+    Attributes:
+        pin_memory: Read into page-locked memory, for faster copies to a GPU.
+        prefetch_factor: Batches that each worker reads ahead.
+        persistent_workers: Keep the workers from one epoch to the next.
+        timeout: Seconds to wait for a batch before the run ends with an error; 0: for ever.
+    """
+
+    pin_memory: bool = True
+    prefetch_factor: int = 2
+    persistent_workers: bool = True
+    timeout: float = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_at_least(self, prefetch_factor=1, timeout=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +147,14 @@ class TextDatasetConfig:
             raise ValueError("neither streams nor remote nor local is given. Say where the shards lie.")
         if self.eos_token_id is not None and self.bos_token_id is not None:
             raise ValueError("eos_token_id and bos_token_id are both given. Documents are told apart by one.")
+        check_at_least(self, shuffle_block_size=1, num_canonical_nodes=1, predownload=1, download_retry=0)
+        check_at_least(self, download_timeout=1, sampling_granularity=1)
+        for name, size, parse in (
+            ("epoch_size", self.epoch_size, parse_count),
+            ("cache_limit", self.cache_limit, parse_bytes),
+        ):
+            if size is not None and parse(size) < 1:
+                raise ValueError(f"{name}: {size} is too small. Use 1 or more.")
         if self.verify == "off" and self.validate_hash is not None:
             raise ValueError("validate_hash: is compared by no one with verify: off. Remove one of them.")
 
@@ -112,33 +172,11 @@ class TextDatasetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextLoaderConfig:
-    """Batches of text for pretraining, or for evaluation on held-out text.
-
-    Attributes:
-        name: The kind of loader.
-        dataset: Which samples, in which mix and order.
-        label: Name of an evaluation loader in all results. Default: `eval`.
-        drop_last: Leave out a last batch that is not full. Default: true in training, false in evaluation.
-        num_workers: Processes that read ahead, for each device. `auto` chooses by the processors there.
-        pin_memory: Read into page-locked memory, for faster copies to a GPU.
-        prefetch_factor: Batches that each worker reads ahead.
-        persistent_workers: Keep the workers from one epoch to the next.
-        timeout: Seconds to wait for a batch before the run ends with an error; 0: for ever.
-    """
+class TextLoaderConfig(_StreamingLoaderConfig):
+    """Batches of text for pretraining, or for evaluation on held-out text."""
 
     name: Literal["text"] = "text"
     dataset: TextDatasetConfig
-    label: str | None = None
-    drop_last: bool | None = None
-    num_workers: int | Literal["auto"] = "auto"
-    pin_memory: bool = True
-    prefetch_factor: int = 2
-    persistent_workers: bool = True
-    timeout: float = 0
-
-    def __post_init__(self) -> None:
-        _check_workers(self.num_workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,25 +220,11 @@ class LabelledDatasetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledLoaderConfig:
-    """Batches of labelled examples, for models that end in a head.
-
-    Attributes:
-        name: The kind of loader.
-        dataset: Which examples.
-        label: Name of an evaluation loader in all results. Default: `eval`.
-        drop_last: Leave out a last batch that is not full. Default: true in training, false in evaluation.
-        num_workers: Processes that make batches, for each device. `auto` chooses by the processors there.
-    """
+class LabelledLoaderConfig(_AnyLoaderConfig):
+    """Batches of labelled examples, for models that end in a head."""
 
     name: Literal["labelled"]
     dataset: LabelledDatasetConfig
-    label: str | None = None
-    drop_last: bool | None = None
-    num_workers: int | Literal["auto"] = "auto"
-
-    def __post_init__(self) -> None:
-        _check_workers(self.num_workers)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,38 +328,11 @@ class FinetuningDatasetConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuningLoaderConfig:
-    """Batches of examples of which some tokens are learned: instructions, conversations.
-
-    Attributes:
-        name: The kind of loader.
-        dataset: Which examples, in which mix, and what of them is learned.
-        label: Name of an evaluation loader in all results. Default: `eval`.
-        drop_last: Leave out a last batch that is not full. Default: true in training, false in evaluation.
-        num_workers: Processes that make batches, for each device. `auto` chooses by the processors there.
-        pin_memory: Read into page-locked memory, for faster copies to a GPU.
-        prefetch_factor: Batches that each worker reads ahead.
-        persistent_workers: Keep the workers from one epoch to the next.
-        timeout: Seconds to wait for a batch before the run ends with an error; 0: for ever.
-    """
+class FinetuningLoaderConfig(_StreamingLoaderConfig):
+    """Batches of examples of which some tokens are learned: instructions, conversations."""
 
     name: Literal["finetuning"]
     dataset: FinetuningDatasetConfig
-    label: str | None = None
-    drop_last: bool | None = None
-    num_workers: int | Literal["auto"] = "auto"
-    pin_memory: bool = True
-    prefetch_factor: int = 2
-    persistent_workers: bool = True
-    timeout: float = 0
-
-    def __post_init__(self) -> None:
-        _check_workers(self.num_workers)
-
-
-def _check_workers(num_workers: int | str) -> None:
-    if isinstance(num_workers, int) and num_workers < 0:
-        raise ValueError(f"num_workers: {num_workers} is negative. Use 0 or more, or auto.")
 
 
 LoaderConfig = TextLoaderConfig | LabelledLoaderConfig | FinetuningLoaderConfig
@@ -349,3 +346,16 @@ def loaders_by_label(
         return {}
     loaders = given if isinstance(given, tuple) else (given,)
     return {loader.label or "eval": loader for loader in loaders}
+
+
+def label_problems(given: LoaderConfig | tuple[LoaderConfig, ...] | None) -> Iterator[tuple[str, str]]:
+    """What is wrong with the labels of several evaluation loaders, as (key, text)."""
+    seen: set[str] = set()
+    for index, loader in enumerate(given if isinstance(given, tuple) and len(given) > 1 else ()):
+        key = f"eval_loader[{index}].label"
+        if loader.label is None:
+            yield key, "is missing. Each of several loaders needs a label of its own."
+        elif loader.label in seen:
+            yield key, f"'{loader.label}' is another loader's. Use a label of its own."
+        else:
+            seen.add(loader.label)

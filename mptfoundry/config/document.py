@@ -107,10 +107,21 @@ class Document:
                 return None
         return value
 
+    def has(self, path: KeyPath) -> bool:
+        """Whether the section of `path` has its last key, be it blank."""
+        parent = self.get(path[:-1])
+        return isinstance(parent, dict) and path[-1] in parent
+
     def put(self, path: KeyPath, value: Any, origin: Origin) -> None:
-        """Set the value at `path`, whose parent exists; it comes from `origin`."""
-        self.get(path[:-1])[path[-1]] = value
-        self.origins[path] = origin
+        """Set the value at `path`, which comes from `origin`; sections on the way that are missing or blank
+        are made, and where one is no section nothing is set.
+        """
+        for length in range(1, len(path)):
+            if self.get(path[:length]) is None:
+                self.put(path[:length], {}, origin)
+        if isinstance(self.get(path[:-1]), dict):
+            self.get(path[:-1])[path[-1]] = value
+            self.origins[path] = origin
 
     def take(self, path: KeyPath) -> Any:
         """Remove the value at `path` and return it."""

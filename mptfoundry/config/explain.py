@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import textwrap
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
-from typing import Any, get_args, get_origin
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any
 
 from mptfoundry.config.document import parse_key
 from mptfoundry.config.run import TrainConfig
@@ -15,7 +15,6 @@ from mptfoundry.config.schema import (
     describe,
     field_types,
     meanings,
-    members,
     section_name,
     sections,
     show,
@@ -62,7 +61,7 @@ def options_of(schema: type) -> str:
         has_default = default_of(field) not in (MISSING, None)
         default = "" if not has_default else f"; default {_default(field)}"
         needed = "; has to be given" if default_of(field) is MISSING else ""
-        lines.append(f"  {field.name}: {_type(annotation)}{default}{needed}")
+        lines.append(f"  {field.name}: {describe(annotation)}{default}{needed}")
         lines += _wrapped(meanings(schema).get(field.name, ""), "      ")
     return "\n".join(lines)
 
@@ -103,13 +102,14 @@ def _one_each(found: list[tuple[str, type, str]]) -> Iterator[tuple[str, type, s
 def _entry(path: str, cls: type, name: str) -> str:
     annotation = field_types(cls)[name]
     field = next(f for f in fields(cls) if f.name == name)
-    of = f"  (name: {section_name(cls)})" if section_name(cls) and "." in path else ""
+    is_own = name in vars(cls).get("__annotations__", ())
+    of = f"  (name: {section_name(cls)})" if section_name(cls) and "." in path and is_own else ""
     lines = [f"{path}{of}", *_wrapped(meanings(cls).get(name, ""))]
     classes = sections(annotation)
     if classes:
         lines += _section_lines(classes)
     else:
-        lines.append(f"    type: {_type(annotation)}")
+        lines.append(f"    type: {describe(annotation)}")
     lines.append(f"    default: {_default(field)}")
     catalogue = _catalogue(annotation)
     if catalogue:
@@ -117,16 +117,12 @@ def _entry(path: str, cls: type, name: str) -> str:
     return "\n".join(lines)
 
 
-def _type(annotation: Any) -> str:
-    return _catalogue(annotation).words if _catalogue(annotation) else describe(annotation)
-
-
 def _default(field: Any) -> str:
     default = default_of(field)
     if default is MISSING:
         return "none; it has to be given"
-    if default is None:
-        return "null"
+    if is_dataclass(default):
+        return "those of its keys"
     return default if isinstance(default, str) and default else show(default)
 
 
@@ -143,13 +139,8 @@ def _wrapped(text: str, indent: str = "    ") -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent=indent, subsequent_indent=indent)
 
 
-def _catalogue(annotation: Any) -> Any:
-    for member in (annotation, *members(annotation)):
-        for argument in get_args(member) if get_origin(member) is not None else ():
-            if isinstance(argument, Catalogue):
-                return argument
-    metadata = getattr(annotation, "__metadata__", ())
-    return next((m for m in metadata if isinstance(m, Catalogue)), None)
+def _catalogue(annotation: Any) -> Catalogue | None:
+    return next((a for a in getattr(annotation, "__metadata__", ()) if isinstance(a, Catalogue)), None)
 
 
 def _foreign(wanted: tuple[str, ...]) -> str | None:

@@ -7,9 +7,9 @@ described by the form's words in errors and explanations.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,6 @@ class Form:
 
     words: str
     check: Callable[[Any], object]
-
-
-@runtime_checkable
-class Foreign(Protocol):
-    """A section whose names and arguments belong to other people's classes."""
-
-    words: str
-
-    def names(self) -> Iterable[str]:
-        """The names that are known."""
-
-    def problems(self, value: Mapping[str, Any]) -> Iterable[tuple[tuple[str | int, ...], str]]:
-        """What is wrong with the section: the path below it, and the text."""
 
 
 def parse_bytes(value: int | str) -> int:
@@ -63,6 +50,14 @@ def _scaled(value: int | str, units: dict[str, int], words: str) -> int:
     if match is None or match[2] not in units:
         raise ValueError(f"{value!r} is not allowed here. Expected {words}.")
     return int(float(match[1]) * units[match[2]])
+
+
+def check_at_least(section: Any, **least: float) -> None:
+    """Raises ValueError where a field of a section is given and smaller than its least value."""
+    for name, smallest in least.items():
+        value = getattr(section, name)
+        if value is not None and value < smallest:
+            raise ValueError(f"{name}: {value} is too small. Use {smallest} or more.")
 
 
 def check_targets(value: str) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from mptfoundry.config.schema import did_you_mean
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import parameter_shapes
 
@@ -76,12 +77,9 @@ class LoRAConfig:
             return there
         for name in self.target_modules:
             if name not in there:
-                near = difflib.get_close_matches(name, there, 1)
-                hint = f" Did you mean {near[0]}?" if near else ""
-                allowed = ", ".join(there)
                 raise ValueError(
-                    f"target_modules: '{name}' is no matrix of a block.{hint} Allowed: {allowed}, or "
-                    f"{ALL_LINEAR} alone."
+                    f"target_modules: '{name}' is no matrix of a block.{did_you_mean(name, there)} "
+                    f"Allowed: {', '.join(there)}, or {ALL_LINEAR} alone."
                 )
         return tuple(name for name in there if name in self.target_modules)
 

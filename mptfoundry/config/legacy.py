@@ -189,28 +189,20 @@ def _loader_paths(document: Document) -> list[KeyPath]:
     return [*paths, ("eval_loader",)]
 
 
-def _has(document: Document, path: KeyPath) -> bool:
-    parent = document.get(path[:-1])
-    return isinstance(parent, dict) and path[-1] in parent
-
-
 def _move(document: Document, old: KeyPath, new: KeyPath, notes: list[str]) -> None:
-    if not _has(document, old):
+    if not document.has(old):
         return
     origin = document.origin(old)
-    if _has(document, new):
+    if document.has(new):
         document.report(old, f"is the older name of {dotted(new)}, which is also given. Remove one.")
         document.take(old)
         return
-    value = document.take(old)
-    if not isinstance(document.get(new[:-1]), dict):
-        document.put(new[:-1], {}, origin)
-    document.put(new, value, origin)
+    document.put(new, document.take(old), origin)
     notes.append(f"{origin.place}: {dotted(old)} is now {dotted(new)}.")
 
 
 def _drop(document: Document, path: KeyPath, allowed: Any, reason: str, notes: list[str]) -> None:
-    if not _has(document, path):
+    if not document.has(path):
         return
     value = document.get(path)
     if isinstance(value, dict) and value.keys() == {"name"}:
@@ -263,8 +255,6 @@ def _multiquery(document: Document, notes: list[str]) -> None:
     if isinstance(document.get(old), bool):
         origin = document.origin(old)
         kind = "multiquery_attention" if document.take(old) else "multihead_attention"
-        if not isinstance(document.get(("model", "attn_config")), dict):
-            document.put(("model", "attn_config"), {}, origin)
         document.put(("model", "attn_config", "attn_type"), kind, origin)
         notes.append(f"{origin.place}: model.multiquery_attention is now model.attn_config.attn_type.")
 
@@ -283,7 +273,5 @@ def _top_level_variables(document: Document, notes: list[str]) -> None:
             document.put(("seed",), value, origin)
             notes.append(f"{origin.place}: global_seed is now seed.")
             continue
-        if not isinstance(document.tree.get("variables"), dict):
-            document.put(("variables",), {}, origin)
         document.put(("variables", key), value, origin)
         notes.append(f"{origin.place}: {key} is now variables.{key}, since only other values refer to it.")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from mptfoundry.config.durations import Duration, parse_duration
+from mptfoundry.config.forms import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,153 +28,154 @@ class ParamGroupConfig:
     betas: tuple[float, float] | None = None
     eps: float | None = None
 
+    def __post_init__(self) -> None:
+        _check_rates(self)
+
 
 @dataclass(frozen=True, kw_only=True)
-class DecoupledLionWConfig:
-    """LION (https://arxiv.org/abs/2302.06675) with weight decay apart from the learning rate's size.
+class _AnyOptimizerConfig:
+    """What all optimizers have.
 
     Attributes:
         name: The optimizer.
-        lr: Learning rate at the top of the schedule; LION's is 3 to 10 times smaller than AdamW's.
-        betas: Weight of the old momentum in the update, and in the next momentum.
+        lr: Learning rate at the top of the schedule.
+        betas: Decay rates of the averages of the gradient and of its square.
         weight_decay: A step shrinks weights by `weight_decay * lr / initial lr`.
         disable_grad: Regular expressions; parameters whose names match any of them stay as they are.
         param_groups: Parameters with settings of their own.
+    """
+
+    name: str
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    disable_grad: tuple[str, ...] = ()
+    param_groups: tuple[ParamGroupConfig, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_rates(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoupledLionWConfig(_AnyOptimizerConfig):
+    """LION (https://arxiv.org/abs/2302.06675) with weight decay apart from the learning rate's size.
+
+    Attributes:
+        lr: Learning rate at the top of the schedule; LION's is 3 to 10 times smaller than AdamW's.
+        betas: Weight of the old momentum in the update, and in the next momentum.
     """
 
     name: Literal["decoupled_lionw"] = "decoupled_lionw"
     lr: float
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
-    disable_grad: tuple[str, ...] = ()
-    param_groups: tuple[ParamGroupConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_rates(self.lr, self.betas, self.weight_decay)
-        _check_patterns(self.disable_grad, self.param_groups)
+        super().__post_init__()
         for index, group in enumerate(self.param_groups):
             if group.eps is not None:
                 raise ValueError(f"param_groups[{index}].eps: decoupled_lionw has none. Remove it.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecoupledAdamWConfig:
+class DecoupledAdamWConfig(_AnyOptimizerConfig):
     """AdamW (https://arxiv.org/abs/1711.05101) with weight decay apart from the learning rate's size.
 
     Attributes:
-        name: The optimizer.
-        lr: Learning rate at the top of the schedule.
-        betas: Decay rates of the averages of the gradient and of its square.
         eps: Added to the denominator.
-        weight_decay: A step shrinks weights by `weight_decay * lr / initial lr`.
         amsgrad: Divide by the largest second moment so far.
-        disable_grad: Regular expressions; parameters whose names match any of them stay as they are.
-        param_groups: Parameters with settings of their own.
     """
 
     name: Literal["decoupled_adamw"] = "decoupled_adamw"
     lr: float
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
     weight_decay: float = 1e-5
+    eps: float = 1e-8
     amsgrad: bool = False
-    disable_grad: tuple[str, ...] = ()
-    param_groups: tuple[ParamGroupConfig, ...] = ()
-
-    def __post_init__(self) -> None:
-        _check_rates(self.lr, self.betas, self.weight_decay)
-        _check_patterns(self.disable_grad, self.param_groups)
-        if self.eps <= 0:
-            raise ValueError(f"eps: {self.eps} is not positive. Use a small positive number, such as 1e-8.")
 
 
 OptimizerConfig = DecoupledLionWConfig | DecoupledAdamWConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConstantWithWarmupConfig:
-    """The learning rate rises linearly, then stays.
+class _AnyScheduleConfig:
+    """What all schedules have.
 
     Attributes:
         name: The schedule.
         t_warmup: Length of the rise.
-        alpha: Factor on the learning rate after it.
         t_max: End of the schedule.
         scale_warmup: Only `false`: runs here are never scaled.
     """
 
-    name: Literal["constant_with_warmup"] = "constant_with_warmup"
+    name: str
     t_warmup: Duration
-    alpha: float = 1.0
     t_max: Duration = "1dur"
     scale_warmup: Literal[False] = False
 
+    def __post_init__(self) -> None:
+        check_at_least(self, **{each.name: 0 for each in fields(self) if each.name.startswith("alpha")})
+
 
 @dataclass(frozen=True, kw_only=True)
-class CosineWithWarmupConfig:
+class ConstantWithWarmupConfig(_AnyScheduleConfig):
+    """The learning rate rises linearly, then stays.
+
+    Attributes:
+        alpha: Factor on the learning rate after the rise.
+    """
+
+    name: Literal["constant_with_warmup"] = "constant_with_warmup"
+    alpha: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CosineWithWarmupConfig(_AnyScheduleConfig):
     """The learning rate rises linearly, then falls along half a cosine.
 
     Attributes:
-        name: The schedule.
-        t_warmup: Length of the rise.
-        t_max: End of the fall.
         alpha_f: Factor on the learning rate at the end.
-        scale_warmup: Only `false`: runs here are never scaled.
     """
 
     name: Literal["cosine_with_warmup"] = "cosine_with_warmup"
-    t_warmup: Duration
-    t_max: Duration = "1dur"
     alpha_f: float = 0.0
-    scale_warmup: Literal[False] = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class LinearDecayWithWarmupConfig:
+class LinearDecayWithWarmupConfig(_AnyScheduleConfig):
     """The learning rate rises linearly, then falls linearly.
 
     Attributes:
-        name: The schedule.
-        t_warmup: Length of the rise.
         alpha_i: Factor on the learning rate at the top.
         alpha_f: Factor on the learning rate at the end.
-        t_max: End of the fall.
-        scale_warmup: Only `false`: runs here are never scaled.
     """
 
     name: Literal["linear_decay_with_warmup"] = "linear_decay_with_warmup"
-    t_warmup: Duration
     alpha_i: float = 1.0
     alpha_f: float = 0.0
-    t_max: Duration = "1dur"
-    scale_warmup: Literal[False] = False
 
 
 @dataclass(frozen=True, kw_only=True)
-class InvSqrtWithWarmupConfig:
+class InvSqrtWithWarmupConfig(_AnyScheduleConfig):
     """The learning rate rises linearly, falls as 1 / sqrt(time), and falls linearly at the end.
 
     No length may be a share of the run (`dur`), since the schedule is made for runs that go on.
 
     Attributes:
-        name: The schedule.
-        t_warmup: Length of the rise.
         t_scale: How slowly the inverse square root falls: after this time beyond the rise it is 1 / sqrt(2).
         t_cooldown: Length of the linear fall at the end.
-        t_max: End of the schedule.
         alpha_f_decay: Factor on the learning rate that the inverse square root tends to.
         alpha_f_cooldown: Factor on the learning rate at the end.
     """
 
     name: Literal["inv_sqrt_with_warmup"] = "inv_sqrt_with_warmup"
-    t_warmup: Duration
     t_scale: Duration
     t_cooldown: Duration
-    t_max: Duration = "1dur"
     alpha_f_decay: float = 0.0
     alpha_f_cooldown: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("t_warmup", "t_scale", "t_cooldown"):
             if parse_duration(getattr(self, name))[1] == "dur":
                 raise ValueError(
@@ -188,24 +189,19 @@ class InvSqrtWithWarmupConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupStableDecayConfig:
+class WarmupStableDecayConfig(_AnyScheduleConfig):
     """The learning rate rises linearly, stays, and falls at the end (https://arxiv.org/abs/2404.06395).
 
     Attributes:
-        name: The schedule.
-        t_warmup: Length of the rise.
         t_decay: Length of the fall.
-        t_max: End of the fall.
         alpha_f: Factor on the learning rate at the end.
-        decay: Form of the fall: a line, or 1 - sqrt(time since it began).
+        decay: Form of the fall: a line, half a cosine, or 1 - sqrt(time since it began).
     """
 
     name: Literal["warmup_stable_decay"] = "warmup_stable_decay"
-    t_warmup: Duration
     t_decay: Duration = "0.1dur"
-    t_max: Duration = "1dur"
     alpha_f: float = 0.0
-    decay: Literal["linear", "one_minus_sqrt"] = "linear"
+    decay: Literal["linear", "cosine", "sqrt"] = "linear"
 
 
 SchedulerConfig = (
@@ -217,20 +213,13 @@ SchedulerConfig = (
 )
 
 
-def _check_rates(lr: float, betas: tuple[float, float], weight_decay: float) -> None:
-    if lr < 0:
-        raise ValueError(f"lr: {lr} is negative. Use a positive number, such as 1e-4.")
-    if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas: {list(betas)}. Use two numbers of 0 or more and less than 1.")
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay: {weight_decay} is negative. Use 0 or more.")
-
-
-def _check_patterns(disable_grad: tuple[str, ...], groups: tuple[ParamGroupConfig, ...]) -> None:
-    patterns = [("disable_grad", pattern) for pattern in disable_grad]
-    patterns += [(f"param_groups[{i}].param_str_match", g.param_str_match) for i, g in enumerate(groups)]
-    for key, pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(f"{key}: '{pattern}' is no regular expression: {error}.") from None
+def _check_rates(given: ParamGroupConfig | _AnyOptimizerConfig) -> None:
+    if given.lr is not None and given.lr < 0:
+        raise ValueError(f"lr: {given.lr} is negative. Use a positive number, such as 1e-4.")
+    if not all(0 <= beta < 1 for beta in given.betas or ()):
+        raise ValueError(f"betas: {list(given.betas or ())}. Use two numbers of 0 or more and less than 1.")
+    if given.weight_decay is not None and given.weight_decay < 0:
+        raise ValueError(f"weight_decay: {given.weight_decay} is negative. Use 0 or more.")
+    eps = getattr(given, "eps", None)
+    if eps is not None and eps <= 0:
+        raise ValueError(f"eps: {eps} is not positive. Use a small positive number, such as 1e-8.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from mptfoundry.config.forms import check_at_least
 from mptfoundry.config.schema import show
 from mptfoundry.errors import ConfigError
 
@@ -103,10 +104,7 @@ class FSDPConfig:
             )
         if strategy == "NO_SHARD":
             self._check_whole_copies()
-        for name in ("forward_prefetch_limit", "backward_prefetch_limit"):
-            limit = getattr(self, name)
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name}: {limit} is too small. Use 1 or more.")
+        check_at_least(self, forward_prefetch_limit=1, backward_prefetch_limit=1)
         if self.forward_prefetch_limit is not None and not self.forward_prefetch:
             raise ValueError("forward_prefetch_limit: has no effect without forward_prefetch: true.")
 
@@ -214,14 +212,13 @@ def prefetched_blocks(config: FSDPConfig) -> tuple[int, int]:
 
 
 def resolve_fsdp(
-    config: FSDPConfig, *, device_type: str, microbatch_auto: bool, devices: int = 1, per_node: int = 1
+    config: FSDPConfig, *, device_type: str, devices: int = 1, per_node: int = 1
 ) -> tuple[Literal[1, 2] | None, dict[str, Any], list[str]]:
     """Choose the version of FSDP and say the configuration in its words.
 
     Args:
         config: What was asked for.
         device_type: `cpu`, or anything else for GPUs.
-        microbatch_auto: Whether Composer searches for the microbatch size itself, which only version 1 can.
         devices: Devices of the run.
         per_node: Devices of it on one machine.
 
@@ -234,17 +231,11 @@ def resolve_fsdp(
         ConfigError: The version can't do what was asked for, or not on these devices.
     """
     reasons = [f"fsdp_config.{name}: {show(value)}" for name, value in needs_version_1(config).items()]
-    if microbatch_auto:
-        reasons.append("device_train_microbatch_size: auto")
     version = config.version
     notes = []
     if version == "auto":
         version = 1 if reasons else 2
         notes += [f"version 1, for {', '.join(reasons)}"] if reasons else []
-    if version == 2 and reasons:
-        raise ConfigError(
-            [f"{reason} is not in version 2 of FSDP. Remove it, or set version: 1." for reason in reasons]
-        )
     if version == 1 and device_type == "cpu":
         why = f", which {', '.join(reasons)} asks for," if reasons else ""
         raise ConfigError(f"fsdp_config.version: 1{why} needs GPUs. Version 2 runs on a CPU.")

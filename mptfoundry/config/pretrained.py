@@ -40,7 +40,7 @@ def fill_architecture(document: Document) -> list[str]:
     written = leaves(overrides) if isinstance(overrides, dict) else {}
     if there is None:
         for path, value in written.items():
-            _put(document, _ALIASES.get(path, path), value, document.origin(_OVERRIDES + path))
+            document.put(("model", *_ALIASES.get(path, path)), value, document.origin(_OVERRIDES + path))
         return notes
     changes = {_ALIASES.get(path, path): value for path, value in written.items()}
     for path, expected, given in differing(there, document.tree["model"], changes):
@@ -49,15 +49,15 @@ def fill_architecture(document: Document) -> list[str]:
             f"{show(given)} is not what {name} says, {show(expected)}. Remove it, or change it with "
             f"config_overrides.{dotted(path)}.",
         )
-        _put(document, path, expected, document.origin(("model", *path)))
+        document.put(("model", *path), expected, document.origin(("model", *path)))
     _check_length(there, name, document, changes, notes)
     for path, value in written.items():
-        _put(document, _ALIASES.get(path, path), value, document.origin(_OVERRIDES + path))
+        document.put(("model", *_ALIASES.get(path, path)), value, document.origin(_OVERRIDES + path))
     for path, value in leaves(there.to_dict()).items():
         is_own = any(path[: len(own)] == own for own in OWN)
-        if path not in changes and path != _LENGTH and not is_own and not _is_given(document, path):
+        if path not in changes and path != _LENGTH and not is_own and not document.has(("model", *path)):
             value = list(value) if isinstance(value, tuple) else value
-            _put(document, path, value, _told_by(document))
+            document.put(("model", *path), value, _told_by(document))
     return notes
 
 
@@ -70,7 +70,7 @@ def _look_at(name: str, document: Document, notes: list[str]) -> MPTConfig | Non
     """
     is_here = Path(name).expanduser().exists()
     needed = [path for path, value in leaves(MPTConfig().to_dict()).items() if value is not None]
-    if not is_here and all(_is_given(document, path) for path in needed):
+    if not is_here and all(document.has(("model", *path)) for path in needed):
         return None
     revision = document.get(("model", "revision"))
     try:
@@ -78,7 +78,7 @@ def _look_at(name: str, document: Document, notes: list[str]) -> MPTConfig | Non
         config = trunk_of(architecture_of(folder))
     except CheckpointError as error:
         compared_later = document.get(("model", "pretrained")) is not False
-        if not is_here and compared_later and all(_is_given(document, size) for size in _SIZES):
+        if not is_here and compared_later and all(document.has(("model", *size)) for size in _SIZES):
             return None
         document.report(_NAME, str(error))
         return None
@@ -122,17 +122,3 @@ def _check_length(
 def _told_by(document: Document) -> Origin:
     """The origin of what the model tells: the line that names it."""
     return replace(document.origin(_NAME), written=None, expression=None)
-
-
-def _is_given(document: Document, path: tuple[str, ...]) -> bool:
-    section = document.get(("model", *path[:-1]))
-    return isinstance(section, dict) and path[-1] in section
-
-
-def _put(document: Document, path: tuple[str, ...], value: Any, origin: Origin) -> None:
-    """Set a switch in the `model` section, whose inner sections are made where they are missing or blank."""
-    for length in range(1, len(path)):
-        if document.get(("model", *path[:length])) is None:
-            document.put(("model", *path[:length]), {}, origin)
-    if isinstance(document.get(("model", *path[:-1])), dict):
-        document.put(("model", *path), value, origin)

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from mptfoundry.config.document import UNRESOLVED, Document, KeyPath, Origin, dotted, parse_key
-from mptfoundry.errors import ConfigError
+from mptfoundry.errors import ConfigError, first_line
 
 DEEPEST = 60
 MOST_VALUES = 100_000
@@ -76,7 +76,7 @@ def _read_file(path: Path, document: Document) -> DictConfig:
     except yaml.MarkedYAMLError as error:
         raise ConfigError(_unreadable(path, error)) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is no YAML: {str(error).splitlines()[0]}.") from None
+        raise ConfigError(f"{path}: is no YAML: {first_line(error)}.") from None
     if node is None:
         raise ConfigError(f"{path}: is empty. A configuration has at least model, data and optimizer.")
     if not isinstance(node, yaml.MappingNode):
@@ -86,7 +86,7 @@ def _read_file(path: Path, document: Document) -> DictConfig:
     try:
         config = OmegaConf.create(text)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise ConfigError(f"{_place_of(error, path, document)}: {_first_line(error)}.") from None
+        raise ConfigError(f"{_place_of(error, path, document)}: {first_line(error)}.") from None
     assert isinstance(config, DictConfig)
     return config
 
@@ -200,10 +200,6 @@ def _place_of(error: Exception, path: Path, document: Document) -> str:
     return f"{document.origin(parse_key(key)).place}: {key}" if key else str(path)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-
-
 def _apply_word(config: DictConfig, word: str, document: Document) -> None:
     """Merge one `key=value` word; a value that is no YAML is taken as text."""
     key, equals, text = word.partition("=")
@@ -227,7 +223,7 @@ def _apply_word(config: DictConfig, word: str, document: Document) -> None:
         OmegaConf.update(config, key, value)
     except (OmegaConfBaseException, IndexError, ValueError, TypeError, AssertionError) as error:
         is_outside = isinstance(error, (IndexError, AssertionError)) or "out of range" in str(error)
-        reason = f"there is no {key}" if is_outside else _first_line(error)
+        reason = f"there is no {key}" if is_outside else first_line(error)
         document.problems.append((origin, f"command line: {word}: {reason}."))
         return
     if not isinstance(value, dict):
@@ -301,5 +297,5 @@ def _unresolved(raw: str, error: Exception, document: Document) -> str:
         near = difflib.get_close_matches(wanted[1], known, 1)
         hint = f" Did you mean ${{{near[0]}}}?" if near else ""
         return f"{raw} refers to a key that is not there.{hint}"
-    reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", _first_line(error))
+    reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", first_line(error))
     return f"{raw} can't be resolved: {reason}."

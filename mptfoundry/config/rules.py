@@ -6,19 +6,33 @@ field does not hide what is wrong elsewhere.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from string import Formatter
 from typing import Any
 
+from mptfoundry.config.data import label_problems
 from mptfoundry.config.durations import parse_duration
 from mptfoundry.config.learned import pattern_problems
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.mpt.head_config import HeadConfig
+from mptfoundry.ranks import world_size
 
 Problem = tuple[str, str]
 _PACKED = re.compile(r"\.(tar|tgz|tar\.\w+|pt\.(bz2|gz|lz4|lzma|lzo|xz|zst))$")
+# What is filled in for `{...}`: in names of checkpoints what Composer knows.
+_IN_NAMES = (
+    *("run_name", "rank", "local_rank", "world_size", "local_world_size", "node_rank"),
+    *("epoch", "batch", "batch_in_epoch", "sample", "sample_in_epoch", "token", "token_in_epoch"),
+    *("total_wct", "epoch_wct", "batch_wct"),
+)
+_FILLED_IN = {
+    "save_folder": ("run_name",),
+    "load_path": ("run_name", "rank"),
+    "save_filename": _IN_NAMES,
+    "save_latest_filename": _IN_NAMES,
+}
 
 
 def between_sections(values: Mapping[str, Any]) -> Iterator[Problem]:
@@ -26,7 +40,7 @@ def between_sections(values: Mapping[str, Any]) -> Iterator[Problem]:
     yield from _sizes(values)
     yield from _batches(values)
     yield from _said_twice(values)
-    yield from _eval_labels(values)
+    yield from label_problems(values.get("eval_loader"))
     yield from _documents(values)
     yield from _heads(values)
     yield from _sampling(values)
@@ -63,23 +77,25 @@ def _sizes(values: Mapping[str, Any]) -> Iterator[Problem]:
     for key in ("max_duration", "save_interval"):
         if key in values and parse_duration(values[key])[0] == 0:
             yield key, f"{values[key]} is no time at all. Use more than 0."
+    if "max_duration" in values and parse_duration(values["max_duration"])[1] == "dur":
+        yield "max_duration", f"{values['max_duration']} is a share of itself. Use batches, tokens or epochs."
+    if values.get("run_name") == "":
+        yield "run_name", "is empty. Name the run's folder."
 
 
 def _batches(values: Mapping[str, Any]) -> Iterator[Problem]:
-    batch = values.get("global_train_batch_size")
-    devices = device_count()
-    if not batch or batch < 1 or batch % devices == 0:
-        return
+    batch = values.get("global_train_batch_size", 0)
+    if batch > 0 and (problem := split_problem(batch, world_size())):
+        yield "global_train_batch_size", problem
+
+
+def split_problem(batch: int, devices: int) -> str | None:
+    """Why a batch does not split over the devices, or None."""
+    if batch % devices == 0:
+        return None
     below, above = batch // devices * devices, -(-batch // devices) * devices
     use = f"{below} or {above}" if below else str(above)
-    text = f"{batch} does not split over {devices} devices. Use a multiple of {devices}: {use}."
-    yield "global_train_batch_size", text
-
-
-def device_count() -> int:
-    """Devices of this run, as the launcher says."""
-    world = os.environ.get("WORLD_SIZE", "1")
-    return max(1, int(world)) if world.isdigit() else 1
+    return f"{batch} does not split over {devices} devices. Use a multiple of {devices}: {use}."
 
 
 def _loaders(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -109,30 +125,18 @@ def _said_twice(values: Mapping[str, Any]) -> Iterator[Problem]:
             yield key, f"{value} is not the {top_key} of the run, {top}. Remove it, or make them equal."
 
 
-def _eval_labels(values: Mapping[str, Any]) -> Iterator[Problem]:
-    loaders = values.get("eval_loader")
-    if not isinstance(loaders, tuple) or len(loaders) < 2:
-        return
-    seen: set[str] = set()
-    for index, loader in enumerate(loaders):
-        if loader.label is None:
-            yield (
-                f"eval_loader[{index}].label",
-                "is missing. Each of several loaders needs a label of its own.",
-            )
-        elif loader.label in seen:
-            yield (
-                f"eval_loader[{index}].label",
-                f"'{loader.label}' is another loader's. Use a label of its own.",
-            )
-        seen.add(loader.label)
-
-
 def _documents(values: Mapping[str, Any]) -> Iterator[Problem]:
-    if "model" not in values or not values["model"].attn_config.attn_uses_sequence_id:
+    if "model" not in values:
         return
+    ids = values["model"].vocab_size
     for key, loader in _loaders(values):
-        if loader.name == "text" and not loader.dataset.separates_documents:
+        if loader.name != "text":
+            continue
+        for name in ("eos_token_id", "bos_token_id"):
+            token_id = getattr(loader.dataset, name)
+            if token_id is not None and not 0 <= token_id < ids:
+                yield f"{key}.dataset.{name}", f"{token_id} is not one of the {ids} ids that the model has."
+        if values["model"].attn_config.attn_uses_sequence_id and not loader.dataset.separates_documents:
             yield (
                 f"{key}.dataset",
                 "model.attn_config.attn_uses_sequence_id needs eos_token_id or bos_token_id here, "
@@ -228,8 +232,12 @@ def _schedule(values: Mapping[str, Any]) -> Iterator[Problem]:
     scheduler, total = values.get("scheduler"), values.get("max_duration")
     if scheduler is None or total is None:
         return
+    end, whole = tokens_of(scheduler.t_max, values), tokens_of(total, values)
+    if end is not None and whole is not None and end < whole:
+        text = f"{scheduler.t_max} is shorter than max_duration: {total}. Use 1dur, the whole run."
+        yield "scheduler.t_max", text
     fall = "t_decay" if hasattr(scheduler, "t_decay") else "t_cooldown"
-    whole, length = tokens_of(total, values), tokens_of(getattr(scheduler, fall, 0), values)
+    length = tokens_of(getattr(scheduler, fall, 0), values)
     if whole is None or length is None:
         return
     said = f"{getattr(scheduler, fall, 0)} is longer than the run, max_duration: {total}. Use less."
@@ -267,13 +275,28 @@ def _checkpoints(values: Mapping[str, Any]) -> Iterator[Problem]:
     for key in ("save_filename", "load_path"):
         if (name := values.get(key)) and _PACKED.search(name):
             yield key, f"{name} is no plain file. Archives and compressed checkpoints are not read: use .pt."
-    if "/" in values.get("save_filename", ""):
-        yield "save_filename", f"{values['save_filename']} names a folder, too. Say that in save_folder."
+    for key, known in _FILLED_IN.items():
+        if problem := _placeholder_problem(values.get(key) or "", known):
+            yield key, problem
+    for key in ("save_filename", "save_latest_filename"):
+        if "/" in (values.get(key) or ""):
+            yield key, f"{values[key]} names a folder, too. Say that in save_folder."
     if values.get("autoresume"):
         if "save_folder" in values and values["save_folder"] is None:
             yield "autoresume", "needs save_folder, where the checkpoint to resume from lies."
         if values.get("save_weights_only"):
             yield "autoresume", "needs whole checkpoints. Set save_weights_only: false."
+
+
+def _placeholder_problem(text: str, known: tuple[str, ...]) -> str | None:
+    """What is wrong with the names in braces of a text, or None."""
+    try:
+        names = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
+    except ValueError:
+        return f"{text} has a brace without its other one. Remove it."
+    unknown = next((name for name in names if name not in known), None)
+    allowed = ", ".join(f"{{{name}}}" for name in known)
+    return None if unknown is None else f"{{{unknown}}} is not filled in here. Allowed: {allowed}."
 
 
 def _sharding(values: Mapping[str, Any]) -> Iterator[Problem]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 from mptfoundry.config.data import LoaderConfig, loaders_by_label
 from mptfoundry.config.durations import Duration, parse_duration
+from mptfoundry.config.forms import parse_count
 from mptfoundry.config.learned import Learned, count_learned
 from mptfoundry.config.model import AnyModelConfig, TokenizerConfig
 from mptfoundry.config.optim import OptimizerConfig, SchedulerConfig
@@ -28,9 +29,13 @@ from mptfoundry.config.signatures import (
     Catalogue,
 )
 
-Callbacks = Annotated[dict[str, Any], Catalogue("callbacks by name", CALLBACKS, REFUSED_CALLBACKS)]
-Loggers = Annotated[dict[str, Any], Catalogue("loggers by name", LOGGERS, REFUSED_LOGGERS)]
-Algorithms = Annotated[dict[str, Any], Catalogue("algorithms by name", ALGORITHMS, REFUSED_ALGORITHMS)]
+Callbacks = Annotated[
+    dict[str, Any], Catalogue("a section of callbacks by name", CALLBACKS, REFUSED_CALLBACKS)
+]
+Loggers = Annotated[dict[str, Any], Catalogue("a section of loggers by name", LOGGERS, REFUSED_LOGGERS)]
+Algorithms = Annotated[
+    dict[str, Any], Catalogue("a section of algorithms by name", ALGORITHMS, REFUSED_ALGORITHMS)
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,6 +203,11 @@ class TrainConfig:
     def batches(self) -> int | None:
         """Steps of the run; None where they depend on the size of the data."""
         number, unit = parse_duration(self.max_duration)
+        epoch_size = self.train_loader.dataset.epoch_size
+        if unit == "ep" and self.train_subset_num_batches > 0:
+            return int(number) * self.train_subset_num_batches
+        if unit == "ep" and epoch_size is not None:
+            return int(number) * (parse_count(epoch_size) // self.global_train_batch_size)
         size = {
             "ba": 1,
             "sp": self.global_train_batch_size,

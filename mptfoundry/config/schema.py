@@ -5,15 +5,14 @@ The walk that checks a file and the explanations both read the classes through t
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
-
-from mptfoundry.config.forms import Form
 
 
 @cache
@@ -91,6 +90,12 @@ def show(value: Any) -> str:
     return str(value)
 
 
+def did_you_mean(word: Any, options: Iterable[str]) -> str:
+    """The option that is spelt nearest, as a sentence after a space, or nothing."""
+    near = difflib.get_close_matches(str(word), list(options), 1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
 def choice(value: Any) -> str:
     """One choice of a Literal as it is written in YAML."""
     return value if isinstance(value, str) else show(value)
@@ -123,8 +128,7 @@ def _describe_member(member: Any) -> str:
     arguments = get_args(member)
     kind = get_origin(member)
     if kind is Annotated:
-        forms = [m for m in arguments[1:] if isinstance(m, Form)]
-        return forms[0].words if forms else describe(arguments[0])
+        return arguments[1].words
     if kind is tuple and arguments[-1] is Ellipsis:
         return f"a list, each {describe(arguments[0])}"
     if kind is tuple:

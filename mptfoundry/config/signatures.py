@@ -7,7 +7,6 @@ as their annotations are plain (`int`, `Optional[str]`, `list[str]`, ...); anyth
 from __future__ import annotations
 
 import ast
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from mptfoundry.config.schema import show
+from mptfoundry.config.schema import did_you_mean, show
 
 CALLBACKS: dict[str, str] = {
     "activation_monitor": "composer.callbacks.activation_monitor:ActivationMonitor",
@@ -161,7 +160,7 @@ def _constructor_arguments(node: ast.ClassDef) -> list[Argument]:
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
-    """A section that names such classes, such as `callbacks`; a `Foreign` form.
+    """A section that names such classes, such as `callbacks`.
 
     Attributes:
         words: What it holds, in words.
@@ -173,10 +172,6 @@ class Catalogue:
     known: Mapping[str, str]
     refused: Mapping[str, str] = field(default_factory=dict)
 
-    def names(self) -> list[str]:
-        """The names that are known."""
-        return list(self.known)
-
     def problems(self, value: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
         """What is wrong with the section: the path below it, and the text."""
         for name, kwargs in value.items():
@@ -184,7 +179,7 @@ class Catalogue:
                 yield (name,), f"is not supported: {self.refused[name]}"
             elif name not in self.known:
                 allowed = ", ".join(sorted(self.known))
-                yield (name,), f"is not known.{_near(name, self.known)} Allowed: {allowed}."
+                yield (name,), f"is not known.{did_you_mean(name, self.known)} Allowed: {allowed}."
             elif not isinstance(kwargs, dict):
                 text = "has no value" if kwargs is None else f"{show(kwargs)} is not allowed here"
                 yield (name,), f"{text}. Expected its arguments as a section; {{}} for none."
@@ -203,9 +198,9 @@ def _argument_problems(
     for key, value in kwargs.items():
         if key not in arguments:
             allowed = ", ".join(arguments) or "no arguments"
-            yield (name, key), f"unknown key.{_near(key, arguments)} {name} takes {allowed}."
+            yield (name, key), f"unknown key.{did_you_mean(key, arguments)} {name} takes {allowed}."
         elif (choices := CHOICES.get((name, key))) and value not in choices:
-            near = _near(str(value), dict.fromkeys(choices))
+            near = did_you_mean(value, choices)
             yield (name, key), f"{show(value)} is not allowed here.{near} Expected {' or '.join(choices)}."
         elif not fits(ast.parse(arguments[key].annotation, mode="eval").body, value):
             words = describe_annotation(arguments[key].annotation)
@@ -214,11 +209,6 @@ def _argument_problems(
         if argument.default is None and argument.name not in kwargs:
             words = describe_annotation(argument.annotation)
             yield (name, argument.name), f"is missing. Expected {words}."
-
-
-def _near(word: str, options: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(word, list(options), 1)
-    return f" Did you mean {near[0]}?" if near else ""
 
 
 _PLAIN: dict[str, tuple[type, ...]] = {

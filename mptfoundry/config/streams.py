@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from mptfoundry.config.forms import check_at_least
+
 Amount = Literal["proportion", "repeat", "choose"]
 AMOUNTS: tuple[Amount, ...] = get_args(Amount)
 
@@ -45,6 +47,7 @@ class StreamConfig:
     def __post_init__(self) -> None:
         if self.remote is None and self.local is None:
             raise ValueError("neither remote nor local is given. A stream needs the folder of its shards.")
+        check_at_least(self, download_retry=0, download_timeout=1)
         _check_amounts(self)
 
     @property

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mptfoundry.config.data import LoaderConfig, loaders_by_label
+from mptfoundry.config.data import LoaderConfig, label_problems, loaders_by_label
+from mptfoundry.config.forms import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,8 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         if self.engine == "spark" and self.workers != "auto":
             raise ValueError("workers: belongs to this machine, and engine: spark has its own. Remove it.")
+        if self.workers != "auto":
+            check_at_least(self, workers=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +87,11 @@ class PreviewConfig:
     picture: str | None = None
     allow_code: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_at_least(self, samples=0)
+        if self.picture is not None and not self.picture.endswith((".png", ".pdf", ".svg")):
+            raise ValueError(f"picture: {self.picture} is no picture. Use a name that ends in .png.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +127,17 @@ class EvalConfig:
     dist_timeout: float = 600.0
     allow_code: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_at_least(self, max_seq_len=1, eval_subset_num_batches=-1, seed=0, dist_timeout=1)
+        if self.eval_subset_num_batches == 0:
+            raise ValueError(
+                "eval_subset_num_batches: 0 batches leave nothing to do. Use -1 for all of them."
+            )
+        if self.device_eval_batch_size != "auto":
+            check_at_least(self, device_eval_batch_size=1)
+        for key, text in label_problems(self.eval_loader):
+            raise ValueError(f"{key}: {text}")
 
     @property
     def eval_loaders(self) -> dict[str, LoaderConfig]:

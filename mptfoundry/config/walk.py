@@ -15,11 +15,12 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from mptfoundry.config.document import UNRESOLVED, Document, KeyPath, parse_key
-from mptfoundry.config.forms import Foreign, Form
+from mptfoundry.config.forms import Form
 from mptfoundry.config.schema import (
     choice,
     default_of,
     describe,
+    did_you_mean,
     field_types,
     meanings,
     members,
@@ -29,6 +30,7 @@ from mptfoundry.config.schema import (
     takes_none,
     walk_keys,
 )
+from mptfoundry.config.signatures import Catalogue
 
 INVALID: Any = object()
 Refused = Mapping[tuple[str, str], str]
@@ -77,13 +79,20 @@ class _Walk:
             value = {}
         if classes and isinstance(value, dict):
             return self.chosen(classes, value, path)
+        try:
+            return self.first_that_takes(annotation, value, path)
+        except _MismatchError:
+            self.document.report(path, self.mismatch(annotation, value, path))
+            return INVALID
+
+    def first_that_takes(self, annotation: Any, value: Any, path: KeyPath) -> Any:
+        """The value as the first member of its type takes it; raises _MismatchError if none does."""
         for member in members(annotation):
             try:
                 return self.member(member, value, path)
             except _MismatchError:
                 continue
-        self.document.report(path, self.mismatch(annotation, value, path))
-        return INVALID
+        raise _MismatchError
 
     def chosen(self, classes: tuple[type, ...], value: dict[str, Any], path: KeyPath) -> Any:
         """The section of the class that `name` chooses; a misspelled name still has its keys checked.
@@ -107,7 +116,7 @@ class _Walk:
             self.document.report((*path, "name"), f"{show(name)} is not supported: {reason}")
         else:
             self.document.report(
-                (*path, "name"), f"{show(name)} is not known.{_near(name, by_name)} {allowed}"
+                (*path, "name"), f"{show(name)} is not known.{did_you_mean(name, by_name)} {allowed}"
             )
             for near in difflib.get_close_matches(str(name), by_name, 1):
                 self.section(by_name[near], {**value, "name": near}, path)
@@ -199,19 +208,11 @@ class _Walk:
             return INVALID if _has_unresolved(value) else value
         return _number(member, value)
 
-    def annotated(self, plain: Any, form: Form | Foreign, value: Any, path: KeyPath) -> Any:
+    def annotated(self, plain: Any, form: Form | Catalogue, value: Any, path: KeyPath) -> Any:
         """A value whose form is checked after its plain type."""
-        if isinstance(form, Foreign):
+        if isinstance(form, Catalogue):
             return self.foreign(form, value, path)
-        result = INVALID
-        for member in members(plain):
-            try:
-                result = self.member(member, value, path)
-                break
-            except _MismatchError:
-                continue
-        if result is INVALID:
-            raise _MismatchError
+        result = self.first_that_takes(plain, value, path)
         try:
             form.check(result)
         except ValueError as error:
@@ -219,20 +220,23 @@ class _Walk:
             return INVALID
         return result
 
-    def foreign(self, form: Foreign, value: Any, path: KeyPath) -> Any:
+    def foreign(self, form: Catalogue, value: Any, path: KeyPath) -> Any:
         """A section of other people's classes by name; one given as null on the command line is left out."""
         if not isinstance(value, (dict, type(None))):
             raise _MismatchError
-        self.nothing_to_leave_out(value or {}, path, form.names())
-        kept = {}
-        for name, kwargs in (value or {}).items():
-            if kwargs is None and self.document.origin((*path, name)).is_word:
-                continue
-            kept[name] = kwargs
-        problems = [] if _has_unresolved(kept) else list(form.problems(kept))
+        given = value or {}
+        self.nothing_to_leave_out(given, path, form.known)
+        kept = {
+            name: kwargs
+            for name, kwargs in given.items()
+            if kwargs is not None or not self.document.origin((*path, name)).is_word
+        }
+        if _has_unresolved(kept):
+            return INVALID
+        problems = list(form.problems(kept))
         for below, text in problems:
             self.document.report((*path, *below), text)
-        return INVALID if problems or _has_unresolved(kept) else kept
+        return INVALID if problems else kept
 
     def sequence(self, arguments: tuple[Any, ...], value: Any, path: KeyPath) -> Any:
         """A tuple from a list; one text alone is a list of one."""
@@ -264,7 +268,7 @@ class _Walk:
         """Report words such as `callbacks.x=null` for a name that nothing has."""
         for name, item in value.items():
             if item is None and (*path, name) in self.document.absent and name not in names:
-                text = f"there is nothing of this name to leave out.{_near(name, names)}"
+                text = f"there is nothing of this name to leave out.{did_you_mean(name, names)}"
                 self.document.report((*path, name), text)
 
     def text(self, value: Any, path: KeyPath) -> str:
@@ -293,7 +297,7 @@ class _Walk:
             options = [
                 option for m in members(annotation) for option in get_args(m) if get_origin(m) is Literal
             ]
-            hint = _near(value, [choice(option) for option in options])
+            hint = did_you_mean(value, [choice(option) for option in options])
             if not source and _fits_unquoted(annotation, value):
                 hint = " Write it without quotes."
             elif source and "oc.env" in source and _fits_unquoted(annotation, value):
@@ -305,7 +309,7 @@ class _Walk:
         if (cls.__name__, key) in self.refused:
             return f"is not supported: {self.refused[cls.__name__, key]}"
         names = list(field_types(cls))
-        near = _near(key, names)
+        near = did_you_mean(key, names)
         if near:
             return f"unknown key.{near}"
         elsewhere = [path for path, _, name in walk_keys(self.root) if name == key]
@@ -318,11 +322,6 @@ class _Walk:
 
 def _has_usual_name(cls: type) -> bool:
     return all(default_of(field) is not MISSING for field in fields(cls) if field.name == "name")
-
-
-def _near(word: Any, options: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(word), list(options), 1)
-    return f" Did you mean {near[0]}?" if near else ""
 
 
 def _fields_in(text: str, names: Mapping[str, bool]) -> list[str]:
@@ -358,7 +357,7 @@ def _fits_unquoted(annotation: Any, value: str) -> bool:
         number = float(value)
     except ValueError:
         return False
-    return any(
+    return math.isfinite(number) and any(
         member is float or (member is int and number % 1 == 0) or number in get_args(member)
         for member in members(annotation)
     )

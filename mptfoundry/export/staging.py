@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from mptfoundry.checkpoints.names import progress_of
 from mptfoundry.checkpoints.sharded import METADATA
-from mptfoundry.errors import CheckpointError
+from mptfoundry.errors import CheckpointError, first_line
 
 # What tells of a run, beside its checkpoints.
 _SMALL = ("config.yaml", "tokenizer", "metrics.jsonl", "report.png")
@@ -176,8 +176,8 @@ def _readable(url: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # each store has its own
-        reason = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{url}: can't be read ({type(error).__name__}: {reason}).") from error
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{url}: can't be read ({why}).") from error
 
 
 def _fetch(store: Any, name: str, file: Path, size: int) -> None:

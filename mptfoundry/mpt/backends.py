@@ -19,16 +19,13 @@ _PREFERENCE = {"cuda": ("triton", "flash", "torch")}
 _FLASH_AT_LEAST = (2, 6, 2)
 
 
-def choose_backend(
-    config: MPTConfig, device_type: str, dtype: str, *, elsewhere: bool = False
-) -> tuple[str, str]:
+def choose_backend(config: MPTConfig, device_type: str, dtype: str) -> tuple[str, str]:
     """Choose the backend that ``attn_impl`` asks for, or with ``auto`` the fastest that can serve.
 
     Args:
         config: The model.
         device_type: As torch calls it: ``cpu``, ``cuda``.
         dtype: What attention computes in.
-        elsewhere: The device is another machine's, whose packages are taken to be there.
 
     Returns:
         Its name and the reason for it, one clause.
@@ -38,7 +35,7 @@ def choose_backend(
     """
     wanted = config.attn_config.attn_impl
     if wanted != "auto":
-        reason = why_not(wanted, config, device_type, dtype, elsewhere=elsewhere)
+        reason = why_not(wanted, config, device_type, dtype)
         if reason is None:
             return wanted, "asked for"
         able = [name for name in _RULES if why_not(name, config, device_type, dtype) is None]
@@ -48,28 +45,26 @@ def choose_backend(
         )
     refused: list[str] = []
     for name in _PREFERENCE.get(device_type, ("torch",)):
-        reason = why_not(name, config, device_type, dtype, elsewhere=elsewhere)
+        reason = why_not(name, config, device_type, dtype)
         if reason is None:
             break
         refused.append(f"not {name}: {reason}")
     return name, "; ".join([f"serves this model in {dtype} on {device_type}", *refused])
 
 
-def why_not(
-    name: str, config: MPTConfig, device_type: str, dtype: str, *, elsewhere: bool = False
-) -> str | None:
+def why_not(name: str, config: MPTConfig, device_type: str, dtype: str) -> str | None:
     """Why the backend ``name`` can't compute this model's attention, one clause; None if it can.
 
     The arguments are those of `choose_backend`.
     """
-    return _RULES[name](config, device_type, dtype, elsewhere)
+    return _RULES[name](config, device_type, dtype)
 
 
-def _why_not_triton(config: MPTConfig, device_type: str, dtype: str, elsewhere: bool) -> str | None:
+def _why_not_triton(config: MPTConfig, device_type: str, dtype: str) -> str | None:
     is_interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
     if device_type != "cuda" and not is_interpreted:
         return "it needs a GPU, or on a CPU Triton's slow interpreter (TRITON_INTERPRET=1)"
-    if not elsewhere and not _HAS_TRITON:
+    if not _HAS_TRITON:
         return "the package triton is not installed; on Linux torch brings it"
     if is_interpreted and dtype != "float32":
         return f"Triton's interpreter is right in float32 alone, not in {dtype}"
@@ -80,11 +75,11 @@ def _why_not_triton(config: MPTConfig, device_type: str, dtype: str, elsewhere: 
     return None
 
 
-def _why_not_flash(config: MPTConfig, device_type: str, dtype: str, elsewhere: bool) -> str | None:
+def _why_not_flash(config: MPTConfig, device_type: str, dtype: str) -> str | None:
     attn = config.attn_config
     if device_type != "cuda":
         return "it needs a GPU"
-    if not elsewhere and _FLASH_IS_MISSING:
+    if _FLASH_IS_MISSING:
         return _FLASH_IS_MISSING
     if dtype not in {"bfloat16", "float16"}:
         return f"it computes in bfloat16 and float16, not in {dtype}"

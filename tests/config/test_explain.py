@@ -61,7 +61,8 @@ def test_a_bare_name_lists_every_key_of_that_name() -> None:
 def test_a_section_lists_its_kinds_and_keys() -> None:
     text = explain("optimizer")
     assert "name: decoupled_lionw." in text
-    assert "keys: name, lr, betas, eps, weight_decay" in text
+    assert "keys: name, lr, betas, weight_decay" in text
+    assert "default: those of its keys" in explain("model.attn_config")
 
 
 def test_names_and_indices_of_the_user_are_understood() -> None:

@@ -217,3 +217,11 @@ def test_what_llm_foundry_has_and_this_has_not_is_refused_with_the_reason(
 def test_other_architectures_are_refused(problems: Callable[..., tuple[str, ...]]) -> None:
     said = problems(text=SMALL.replace("mpt_causal_lm", "hf_causal_lm"))
     assert said[0].startswith("run.yaml:3: model.name: 'hf_causal_lm' is not supported: name the MPT")
+
+
+def test_what_moves_into_no_section_does_not_replace_it(problems: Callable[..., tuple[str, ...]]) -> None:
+    said = problems("data_local: x", "variables: 5", words=("model.attn_config=7", "model.attn_impl=torch"))
+    assert [text.partition(": ")[2] for text in said] == [
+        "variables: 5 is not allowed here. Expected a section of names.",
+        "model.attn_config=7: 7 is not allowed here. Expected a section.",
+    ]

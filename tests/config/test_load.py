@@ -10,7 +10,7 @@ import pytest
 
 from mptfoundry.config.load import load_train_config, parse_words, to_yaml
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.config.verbs import EvalConfig, ExportConfig, PrepareConfig
+from mptfoundry.config.verbs import EvalConfig, ExportConfig, PrepareConfig, PreviewConfig
 from mptfoundry.errors import ConfigError
 
 from .conftest import SMALL
@@ -130,3 +130,23 @@ def test_verbs_report_all_problems_of_their_words() -> None:
         "command line: dtyp=bf16: unknown key. Did you mean dtype?",
         "command line: overwrite=maybe: 'maybe' is not allowed here. Expected true or false.",
     )
+
+
+@pytest.mark.parametrize(
+    ("schema", "word", "said"),
+    [
+        (EvalConfig, "device_eval_batch_size=0", "0 is too small. Use 1 or more."),
+        (EvalConfig, "eval_subset_num_batches=0", "0 batches leave nothing to do. Use -1 for all of them."),
+        (EvalConfig, "max_seq_len=0", "0 is too small. Use 1 or more."),
+        (EvalConfig, "eval_loader=[{dataset: {local: a}}, {dataset: {local: b}}]", "label: is missing."),
+        (PrepareConfig, "workers=0", "0 is too small. Use 1 or more."),
+        (PreviewConfig, "samples=-1", "-1 is too small. Use 0 or more."),
+        (PreviewConfig, "picture=mix.foo", "mix.foo is no picture. Use a name that ends in .png."),
+    ],
+)
+def test_what_a_verb_cannot_do_is_refused(schema: type, word: str, said: str) -> None:
+    given = {EvalConfig: "model=x", PreviewConfig: "data=x"}
+    needed = given.get(schema, "inputs=x out=x tokenizer=x max_seq_len=2").split()
+    with pytest.raises(ConfigError) as error:
+        parse_words([*needed, word], schema)
+    assert str(error.value).startswith(f"command line: {word}: ") and said in str(error.value)

@@ -114,12 +114,33 @@ def test_a_save_folder_makes_a_run_resume(load: Callable[..., object]) -> None:
             ["callbacks: {generate_callback: {prompts: [a], top_p: 0}}"],
             "callbacks.generate_callback.top_p: 0. Use a number above 0 and up to 1.",
         ),
+        (["run_name: ''"], "run_name: is empty. Name the run's folder."),
+        (["save_folder: x/{foo}"], "save_folder: {foo} is not filled in here. Allowed: {run_name}."),
+        (["load_path: 'x/{'"], "load_path: x/{ has a brace without its other one. Remove it."),
+        (["save_filename: 'ba{bacth}.pt'"], "save_filename: {bacth} is not filled in here. Allowed: {run"),
+        (["save_latest_filename: a/b"], "save_latest_filename: a/b names a folder, too."),
     ],
 )
 def test_values_that_no_run_can_have_are_refused(problems: Problems, lines: list[str], said: str) -> None:
     found = problems(*lines)
     assert len(found) == 1
     assert f"run.yaml:25: {said}" in found[0]
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("max_duration=0.5dur", "0.5dur is a share of itself. Use batches, tokens or epochs."),
+        ("scheduler.alpha_f=-1", "-1.0 is too small. Use 0 or more."),
+        ("scheduler.t_max=50ba", "50ba is shorter than max_duration: 100ba. Use 1dur, the whole run."),
+        ("train_loader.dataset.eos_token_id=-1", "-1 is not one of the 50368 ids that the model has."),
+        ("train_loader.dataset.bos_token_id=50368", "50368 is not one of the 50368 ids"),
+        ("optimizer.disable_grad=(", "( is not a regular expression: missing ), unterminated"),
+    ],
+)
+def test_a_word_that_no_run_can_have_is_refused(problems: Problems, word: str, said: str) -> None:
+    (found,) = problems(words=(word,))
+    assert said in found
 
 
 def test_a_wrong_section_does_not_hide_what_is_wrong_between_the_others(problems: Problems) -> None:

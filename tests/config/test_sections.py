@@ -5,17 +5,23 @@ from __future__ import annotations
 import ast
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
-from mptfoundry.config.data import StreamConfig, TextDatasetConfig
+from mptfoundry.config.data import StreamConfig, TextDatasetConfig, TextLoaderConfig
 from mptfoundry.config.durations import parse_duration
 from mptfoundry.config.forms import parse_bytes, parse_count
-from mptfoundry.config.optim import DecoupledLionWConfig, InvSqrtWithWarmupConfig, ParamGroupConfig
+from mptfoundry.config.optim import (
+    DecoupledLionWConfig,
+    InvSqrtWithWarmupConfig,
+    ParamGroupConfig,
+    WarmupStableDecayConfig,
+)
 from mptfoundry.config.parallel import CompileConfig, FSDPConfig, prefetched_blocks, resolve_fsdp
 from mptfoundry.config.schema import field_types
 from mptfoundry.errors import ConfigError
+from mptfoundry.optim.schedules import DECAYS
 
 
 def _source(package: str, *parts: str) -> str:
@@ -61,8 +67,8 @@ def test_fsdp_has_the_keys_of_both_of_composers_classes_but_for_objects() -> Non
 
 def test_both_versions_of_fsdp_get_only_their_own_keys() -> None:
     source = _source("composer", "utils", "parallelism.py")
-    _, first, _ = resolve_fsdp(FSDPConfig(version=1), device_type="cuda", microbatch_auto=False)
-    _, second, _ = resolve_fsdp(FSDPConfig(version=2), device_type="cpu", microbatch_auto=False)
+    _, first, _ = resolve_fsdp(FSDPConfig(version=1), device_type="cuda")
+    _, second, _ = resolve_fsdp(FSDPConfig(version=2), device_type="cpu")
     assert set(first) <= _attributes(source, "FSDPConfig")
     assert set(second) <= _attributes(source, "FSDP2Config")
 
@@ -71,34 +77,26 @@ def test_fsdp_is_the_second_unless_a_key_needs_the_first() -> None:
     plain = FSDPConfig(
         limit_all_gathers=True, activation_checkpointing_reentrant=False, sync_module_states=True
     )
-    version, options, notes = resolve_fsdp(plain, device_type="cuda", microbatch_auto=False)
+    version, options, notes = resolve_fsdp(plain, device_type="cuda")
     assert (version, options["reshard_after_forward"]) == (2, True)
     assert "have no effect" in notes[0]
     offloaded = FSDPConfig(cpu_offload=True)
-    version, options, notes = resolve_fsdp(offloaded, device_type="cuda", microbatch_auto=False)
+    version, options, notes = resolve_fsdp(offloaded, device_type="cuda")
     assert (version, options["cpu_offload"]) == (1, True)
     assert notes == ["version 1, for fsdp_config.cpu_offload: true"]
-    assert resolve_fsdp(FSDPConfig(), device_type="cuda", microbatch_auto=True)[0] == 1
 
 
 def test_sharding_strategy_and_reshard_after_forward_say_the_same() -> None:
-    kept = resolve_fsdp(
-        FSDPConfig(sharding_strategy="SHARD_GRAD_OP"), device_type="cpu", microbatch_auto=False
-    )
+    kept = resolve_fsdp(FSDPConfig(sharding_strategy="SHARD_GRAD_OP"), device_type="cpu")
     assert kept[1]["reshard_after_forward"] is False
     first = FSDPConfig(version=1, reshard_after_forward=False)
-    assert (
-        resolve_fsdp(first, device_type="cuda", microbatch_auto=False)[1]["sharding_strategy"]
-        == "SHARD_GRAD_OP"
-    )
+    assert resolve_fsdp(first, device_type="cuda")[1]["sharding_strategy"] == "SHARD_GRAD_OP"
     with pytest.raises(ValueError, match="Give one of them"):
         FSDPConfig(sharding_strategy="FULL_SHARD", reshard_after_forward=False)
 
 
 def resolved(devices: int = 8, per_node: int = 4, **keys: Any) -> tuple[int | None, dict[str, Any]]:
-    return resolve_fsdp(
-        FSDPConfig(**keys), device_type="cuda", microbatch_auto=False, devices=devices, per_node=per_node
-    )[:2]
+    return resolve_fsdp(FSDPConfig(**keys), device_type="cuda", devices=devices, per_node=per_node)[:2]
 
 
 @pytest.mark.parametrize(
@@ -166,9 +164,7 @@ def test_what_a_version_or_a_device_cannot_do_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="cpu_offload: true is not in version 2"):
         FSDPConfig(version=2, cpu_offload=True)
     with pytest.raises(ConfigError, match=r"which fsdp_config\.cpu_offload: true asks for, needs GPUs"):
-        resolve_fsdp(FSDPConfig(cpu_offload=True), device_type="cpu", microbatch_auto=False)
-    with pytest.raises(ConfigError, match="device_train_microbatch_size: auto is not in version 2"):
-        resolve_fsdp(FSDPConfig(version=2), device_type="cuda", microbatch_auto=True)
+        resolve_fsdp(FSDPConfig(cpu_offload=True), device_type="cpu")
 
 
 @pytest.mark.parametrize(
@@ -217,8 +213,40 @@ def test_optimizers_refuse_values_that_cannot_be() -> None:
         DecoupledLionWConfig(lr=-1)
     with pytest.raises(ValueError, match=r"param_groups\[0\].eps: decoupled_lionw has none"):
         DecoupledLionWConfig(lr=1, param_groups=(ParamGroupConfig(param_str_match="x", eps=1e-8),))
-    with pytest.raises(ValueError, match=r"disable_grad: '\(' is no regular expression"):
-        DecoupledLionWConfig(lr=1, disable_grad=("(",))
+    for rate in ({"lr": -1}, {"betas": (0.9, 1)}, {"weight_decay": -1}, {"eps": 0}):
+        with pytest.raises(ValueError, match=next(iter(rate))):
+            ParamGroupConfig(param_str_match="x", **rate)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"predownload": 0}, "predownload: 0 is too small. Use 1 or more."),
+        ({"num_canonical_nodes": 0}, "num_canonical_nodes: 0 is too small"),
+        ({"shuffle_block_size": 0}, "shuffle_block_size: 0 is too small"),
+        ({"download_retry": -1}, "download_retry: -1 is too small. Use 0 or more."),
+        ({"cache_limit": "0gb"}, "cache_limit: 0gb is too small"),
+        ({"epoch_size": 0}, "epoch_size: 0 is too small"),
+    ],
+)
+def test_a_data_set_that_gives_no_samples_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError) as error:
+        TextDatasetConfig(local="x", **options)
+    assert said in str(error.value)
+
+
+def test_a_loader_that_can_not_read_ahead_is_refused() -> None:
+    for option, said in (
+        ("num_workers", "-1 is negative"),
+        ("timeout", "-1 is"),
+        ("prefetch_factor", "-1 is"),
+    ):
+        with pytest.raises(ValueError, match=f"{option}: {said}"):
+            TextLoaderConfig(dataset=TextDatasetConfig(local="x"), **{option: -1})  # type: ignore[arg-type]
+
+
+def test_every_form_of_the_fall_that_a_config_takes_is_one_of_the_schedules() -> None:
+    assert set(get_args(field_types(WarmupStableDecayConfig)["decay"])) == DECAYS.keys()
 
 
 def test_the_inverse_square_root_is_not_counted_in_shares_of_the_run() -> None:

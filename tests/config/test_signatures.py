@@ -75,7 +75,7 @@ def test_choices_speak_of_arguments_that_exist() -> None:
         ),
         (
             "callbacks: [lr_monitor]",
-            "callbacks: ['lr_monitor'] is not allowed here. Expected a section of names.",
+            "callbacks: ['lr_monitor'] is not allowed here. Expected a section of callbacks by name.",
         ),
         (
             "algorithms: {gradient_clipping: {clipping_type: nrm, clipping_threshold: 1}}",

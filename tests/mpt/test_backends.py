@@ -104,18 +104,6 @@ def test_triton_runs_on_a_cpu_only_where_its_interpreter_is_asked_for(
     assert choose_backend(config(), "cpu", "float32")[0] == "torch"
 
 
-def test_a_plan_for_another_machine_does_not_ask_for_packages_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_HAS_TRITON", False)
-    monkeypatch.setattr(backends, "_FLASH_IS_MISSING", "it is not here")
-    flash = config(attn_impl="flash")
-    with pytest.raises(ValueError, match=r"it is not here\. Use auto or torch;"):
-        choose_backend(flash, "cuda", "bfloat16")
-    assert choose_backend(flash, "cuda", "bfloat16", elsewhere=True) == ("flash", "asked for")
-    assert choose_backend(config(), "cuda", "bfloat16", elsewhere=True)[0] == "triton"
-    with pytest.raises(ValueError, match=r"it needs a GPU"):
-        choose_backend(flash, "cpu", "float32", elsewhere=True)
-
-
 @pytest.mark.parametrize(
     ("installed", "reason"),
     [
