@@ -64,6 +64,16 @@ TINY = MPTConfig(
 )
 
 
+class RunsCode:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (self.command,)
+
+
 @pytest.fixture(autouse=True)
 def shared_memory_is_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Streaming keeps every file of shared memory that it opens until the process ends: too many for one."""
@@ -164,9 +174,30 @@ def documents(kind: str) -> list[str]:
 def tiny_run(shards: Path, tmp_path: Path) -> Path:
     """The config of a run of twelve batches with dropout and two streams, saved every third batch; its runs
     lie in `tmp_path`."""
-    config = tmp_path / "tiny.yaml"
-    config.write_text(TINY_RUN.format(folder=shards, out=tmp_path))
+    return tiny_run_in(tmp_path, shards)
+
+
+@pytest.fixture(scope="module")
+def tiny_runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for all tests of a file; its runs lie beside it."""
+    return tiny_run_in(tmp_path_factory.mktemp("runs"), shards)
+
+
+def tiny_run_in(folder: Path, shards: Path) -> Path:
+    config = folder / "tiny.yaml"
+    config.write_text(TINY_RUN.format(folder=shards, out=folder))
     return config
+
+
+def losses(folder: Path) -> list[float]:
+    """Of the batches of a run."""
+    return [loss for _, loss in losses_by_batch(folder)]
+
+
+def losses_by_batch(folder: Path) -> list[tuple[int, float]]:
+    from mptfoundry.callbacks.metrics_file import read_rows
+
+    return [(row["batch"], row["loss"]) for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
 
 
 @dataclass

@@ -10,11 +10,7 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.callbacks.metrics_file import read_rows
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    return [(row["batch"], row["loss"]) for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+from tests.conftest import losses_by_batch
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -35,4 +31,4 @@ def test_killed_at_random_steps_a_run_has_the_losses_of_one_that_was_not(
         run.kill_all()
     last = launch(tiny_run, "run_name=killed", ranks=ranks)
     assert last.wait() == 0, last.printed
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert losses_by_batch(tmp_path / "killed") == losses_by_batch(tmp_path / "whole")
