@@ -41,3 +41,8 @@ class RunStopped(Exception):
     """The run was asked to stop, and did; its text says how it goes on. Schedulers start 143 again."""
 
     exit_code = 143
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of another library says, for the end of a sentence of ours; its name if nothing."""
+    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")

@@ -21,7 +21,7 @@ import torch
 from torch.torch_version import TorchVersion
 
 from mptfoundry.checkpoints.weights import Rows, TensorOutline, cut, todays_name
-from mptfoundry.errors import CheckpointError
+from mptfoundry.errors import CheckpointError, first_line
 
 _CHILD = "model."
 _END_RECORD = 22
@@ -95,8 +95,7 @@ def load_plain(path: Path, *, mapped: bool = True) -> Any:
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(path)) from error
     except _DAMAGE as error:
-        first_line = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"{path}: damaged, it can't be read ({first_line}).") from error
+        raise CheckpointError(f"{path}: damaged, it can't be read ({first_line(error)}).") from error
 
 
 def load_plain_bytes(content: BinaryIO, what: str) -> Any:

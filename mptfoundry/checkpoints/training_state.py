@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from mptfoundry.checkpoints.sharded import DAMAGE, Reader, read_metadata, why_folder_is_not_whole
 from mptfoundry.checkpoints.torch_files import load_plain, load_plain_bytes
-from mptfoundry.errors import CheckpointError
+from mptfoundry.errors import CheckpointError, first_line
 
 # What a run can't go on without.
 _PARTS = ("model", "optimizers", "timestamp")
@@ -72,9 +72,9 @@ def fill_state(state: dict[str, Any], folder: Path, *, strict: bool = True) -> N
     except dcp.api.CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values()]
         ours = next((cause for cause in causes if isinstance(cause, CheckpointError)), None)
-        raise ours or CheckpointError(f"{folder}: can't be loaded ({_first_line(causes[0])}).") from error
+        raise ours or CheckpointError(f"{folder}: can't be loaded ({first_line(causes[0])}).") from error
     except (*DAMAGE, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{folder}: can't be loaded ({_first_line(error)}).") from error
+        raise CheckpointError(f"{folder}: can't be loaded ({first_line(error)}).") from error
 
 
 class _PlainPlanner(dcp.DefaultLoadPlanner):
@@ -97,7 +97,3 @@ class _PlainPlanner(dcp.DefaultLoadPlanner):
         load_plain_bytes(value, f"{self._folder}: {read_item.storage_index.fqn}")
         value.seek(0)
         super().load_bytes(read_item, value)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")
