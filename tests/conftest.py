@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,6 +220,15 @@ class Launched:
     def wait(self, seconds: float = 240) -> int:
         """The launcher's exit code, once it has ended."""
         return self.process.wait(timeout=seconds)
+
+    def kill_after(self, rows: int, folder: Path) -> None:
+        """Kill all of it when its metrics have so many rows, unless it has ended by then."""
+        metrics = folder / "metrics.jsonl"
+        while self.process.poll() is None:
+            if metrics.is_file() and metrics.read_text().count("\n") >= rows:
+                break
+            time.sleep(0.02)
+        self.kill_all()
 
     def kill_all(self) -> None:
         """Kill the launcher and every rank at once, as a machine that loses its power does."""
