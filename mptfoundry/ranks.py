@@ -106,21 +106,16 @@ def report(error: MPTFoundryError) -> None:
         return
     store = connect()
     announce_failure(store, str(error), error.exit_code)
-    if rank() != 0 and (store is None or _same_as_rank_0(store, str(error))):
+    if rank() != 0 and (store is None or _all_report(store, str(error), [0])):
         # Rank 0 says it. The launcher ends all ranks with the first one: let that be rank 0.
         time.sleep(SECONDS_TO_WAIT_FOR_RANK_0)
         return
-    is_shared = rank() == 0 and (store is None or _all_report(store, str(error)))
+    is_shared = rank() == 0 and (store is None or _all_report(store, str(error), range(world_size())))
     name = "" if is_shared else f"rank {rank()}: "
     print("\n".join(f"{name}{line}" for line in lines), file=sys.stderr, flush=True)
 
 
-def _same_as_rank_0(store: Any, text: str) -> bool:
-    return _wait_for(store, [0]) and failure_text(store, 0) == text
-
-
-def _all_report(store: Any, text: str) -> bool:
-    ranks = range(world_size())
+def _all_report(store: Any, text: str, ranks: Iterable[int]) -> bool:
     return _wait_for(store, ranks) and all(failure_text(store, each) == text for each in ranks)
 
 

@@ -8,20 +8,17 @@ end with the same error.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlparse
 
-from composer.utils import (
-    ObjectStoreTransientError,
-    dist,
-    maybe_create_object_store_from_uri,
-    parse_uri,
-    retry,
-)
+from composer.utils import dist
 
+from mptfoundry.callbacks.metrics_file import NAME as METRICS
 from mptfoundry.checkpoints.adapters import lora_of
 from mptfoundry.checkpoints.architecture import read_run
 from mptfoundry.checkpoints.checksums import parts_of, why_damaged
@@ -35,7 +32,7 @@ from mptfoundry.checkpoints.names import (
 )
 from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.checkpoints.torch_files import load_plain
-from mptfoundry.checkpoints.writing import remove_unfinished
+from mptfoundry.checkpoints.writing import Upload, remove_unfinished, uploader, writing_into
 from mptfoundry.config.changes import changes_since, makes_the_run, refuse_changes
 from mptfoundry.config.learned import names_in
 from mptfoundry.config.run import TrainConfig
@@ -139,30 +136,17 @@ def say_changes(config: TrainConfig, folder: Path) -> None:
         print(f"  {change}{note}", flush=True)
 
 
-def uploader(config: TrainConfig) -> Callable[[Path, str], None] | None:
-    """What keeps the checkpoints' files in the store of a remote `save_folder`; None for a local one."""
+def uploader_of(config: TrainConfig) -> Upload | None:
+    """What keeps a run's files in the store of a remote `save_folder`; None for a local one."""
     if config.save_folder is None or not _is_remote(config.save_folder):
         return None
-    url = config.save_folder.format(run_name=config.run_name).rstrip("/")
-    store, root = maybe_create_object_store_from_uri(url), parse_uri(url)[2]
-    assert store is not None
-
-    def upload(file: Path, name: str) -> None:
-        try:
-            send = retry(ObjectStoreTransientError, num_attempts=4)(store.upload_object)
-            send(f"{root}/{name}".lstrip("/"), str(file))
-        except Exception as error:  # each store has its own
-            reason = str(error).strip().split("\n")[0]
-            raise CheckpointError(f"{url}/{name}: can't be uploaded ({reason}).") from error
-
-    return upload
+    return uploader(_url(config))
 
 
 def _own_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Path | None:
     """The newest whole checkpoint of the run, here or in its store."""
     here = decided_by_rank_0(lambda: _finished_ones(folder)) or []
-    assert config.save_folder is not None
-    url = config.save_folder.format(run_name=config.run_name).rstrip("/")
+    url = _url(config)
     there = decided_by_rank_0(lambda: remote_checkpoints(url)) or [] if _is_remote(url) else []
     newest_here = max((_batch(path) for path in here), default=-1)
     for name in there:
@@ -170,6 +154,7 @@ def _own_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Path
             break
         fetched = _fetched(f"{url}/{name}", folder, stack)
         if _is_sound(fetched, config, shown_as=f"{url}/{name}"):
+            decided_by_rank_0(partial(_take_metrics, fetched.parent, folder))
             return fetched
     for path in here:
         if _is_sound(path, config):
@@ -253,6 +238,18 @@ def _fetched(url: str, folder: Path, stack: ExitStack) -> Path:
         return str(stack.enter_context(staged(url, folder / "fetched", None, progress=first)))
 
     return Path(once_per_node(fetch, what=f"fetching {url}"))
+
+
+def _take_metrics(fetched: Path, folder: Path) -> None:
+    """Go on in the file of metrics that was uploaded before the checkpoint, since it is uploaded again."""
+    if (fetched / METRICS).is_file():
+        with writing_into(folder):
+            shutil.copyfile(fetched / METRICS, folder / METRICS)
+
+
+def _url(config: TrainConfig) -> str:
+    assert config.save_folder is not None
+    return config.save_folder.format(run_name=config.run_name).rstrip("/")
 
 
 def _batch(checkpoint: Path) -> int:

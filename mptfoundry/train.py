@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,26 @@ from composer.utils import dist
 from mptfoundry import build, loaders
 from mptfoundry.callbacks.console import ConsoleLine
 from mptfoundry.callbacks.gloo_average import AverageGradients
+from mptfoundry.callbacks.metrics_file import NAME as METRICS
 from mptfoundry.callbacks.metrics_file import MetricsFile
-from mptfoundry.callbacks.report import write_report
+from mptfoundry.callbacks.report import PAGE, PICTURE, write_report
 from mptfoundry.callbacks.resume import Resume
 from mptfoundry.callbacks.step_guard import EvaluationLeft, StepGuard
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
 from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
 from mptfoundry.checkpoints.reading import ModelSource
-from mptfoundry.checkpoints.writing import whole_or_absent
+from mptfoundry.checkpoints.writing import whole_or_absent, writing_into
 from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
-from mptfoundry.errors import ConfigError, RunStopped
+from mptfoundry.errors import RunStopped
 from mptfoundry.leftovers import clean_start
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
-from mptfoundry.ranks import RankWatch
+from mptfoundry.ranks import RankWatch, decided_by_rank_0
 from mptfoundry.resolve import Resolved, refuse_precision, resolve_auto
-from mptfoundry.resuming import Start, found_start, held_folder, run_folder, uploader
+from mptfoundry.resuming import Start, found_start, held_folder, run_folder, uploader_of
 from mptfoundry.signals import StopSignals
 
 # Said by Composer of what is meant so: the last batch of an evaluation is smaller than the others, and
@@ -87,7 +88,9 @@ def train(config: TrainConfig) -> Trainer:
             trainer.close()
             if dist.get_global_rank() == 0:
                 facts = {"model": config.model.name, "parameters": f"{count_parameters(config.model):,}"}
-                say(f"report: {write_report(run_folder(config), facts=facts)}")
+                folder = run_folder(config)
+                say(f"report: {write_report(folder, facts=facts)}")
+                upload(config, [folder / name for name in (METRICS, PICTURE, PAGE)])
     return trainer
 
 
@@ -148,7 +151,7 @@ def build_trainer(
         num_workers=resolved.num_workers,
     )
     model = build.build_model(config, resolved, tokenizer, source)
-    write_run_files(config, folder, tokenizer)
+    decided_by_rank_0(lambda: write_run_files(config, folder, tokenizer))
     throughput = Throughput(
         config.model.network(),
         peak_flops=device.peak_flops,
@@ -212,21 +215,18 @@ def set_up_process(config: TrainConfig, device: Device) -> None:
 
 def write_run_files(config: TrainConfig, folder: Path, tokenizer: Any) -> None:
     """The resolved config and the tokenizer, which make the folder's checkpoints usable by themselves."""
-    if dist.get_global_rank() != 0:
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with writing_into(folder):
         with whole_or_absent(folder / "config.yaml", overwrite=True) as unfinished:
             unfinished.write_text(to_yaml(config))
         tokenizer.save_pretrained(folder / "tokenizer")
-        if (upload := uploader(config)) is not None:
-            for file in (folder / "config.yaml", *(folder / "tokenizer").iterdir()):
-                upload(file, str(file.relative_to(folder)))
-    except OSError as error:
-        raise ConfigError(
-            f"save_folder: {folder} can't be written to: {error.strerror}. Use a folder of yours on a disk "
-            "with space."
-        ) from error
+    upload(config, [folder / "config.yaml", *(folder / "tokenizer").iterdir()])
+
+
+def upload(config: TrainConfig, files: Iterable[Path]) -> None:
+    """Keeps files of the run's folder in the store, too, where `save_folder` is one."""
+    if (uploads := uploader_of(config)) is not None:
+        for file in files:
+            uploads(file, str(file.relative_to(run_folder(config))))
 
 
 def _own_loggers(config: TrainConfig, folder: Path) -> list[LoggerDestination]:
@@ -253,7 +253,7 @@ def _checkpointing(
     if config.save_folder is not None:
         yield WholeCheckpoints(
             folder,
-            upload=uploader(config),
+            upload=uploader_of(config),
             in_background=config.save_async,
             filename=config.save_filename,
             latest_filename=config.latest_filename,

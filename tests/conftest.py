@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,16 @@ TINY = MPTConfig(
     no_bias=True,
     attn_config=AttnConfig(alibi=True),
 )
+
+
+class RunsCode:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return os.system, (self.command,)
 
 
 @pytest.fixture(autouse=True)
@@ -164,9 +175,30 @@ def documents(kind: str) -> list[str]:
 def tiny_run(shards: Path, tmp_path: Path) -> Path:
     """The config of a run of twelve batches with dropout and two streams, saved every third batch; its runs
     lie in `tmp_path`."""
-    config = tmp_path / "tiny.yaml"
-    config.write_text(TINY_RUN.format(folder=shards, out=tmp_path))
+    return tiny_run_in(tmp_path, shards)
+
+
+@pytest.fixture(scope="module")
+def tiny_runs(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same for all tests of a file; its runs lie beside it."""
+    return tiny_run_in(tmp_path_factory.mktemp("runs"), shards)
+
+
+def tiny_run_in(folder: Path, shards: Path) -> Path:
+    config = folder / "tiny.yaml"
+    config.write_text(TINY_RUN.format(folder=shards, out=folder))
     return config
+
+
+def losses(folder: Path) -> list[float]:
+    """Of the batches of a run."""
+    return [loss for _, loss in losses_by_batch(folder)]
+
+
+def losses_by_batch(folder: Path) -> list[tuple[int, float]]:
+    from mptfoundry.callbacks.metrics_file import read_rows
+
+    return [(row["batch"], row["loss"]) for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
 
 
 @dataclass
@@ -188,6 +220,15 @@ class Launched:
     def wait(self, seconds: float = 240) -> int:
         """The launcher's exit code, once it has ended."""
         return self.process.wait(timeout=seconds)
+
+    def kill_after(self, rows: int, folder: Path) -> None:
+        """Kill all of it when its metrics have so many rows, unless it has ended by then."""
+        metrics = folder / "metrics.jsonl"
+        while self.process.poll() is None:
+            if metrics.is_file() and metrics.read_text().count("\n") >= rows:
+                break
+            time.sleep(0.02)
+        self.kill_all()
 
     def kill_all(self) -> None:
         """Kill the launcher and every rank at once, as a machine that loses its power does."""

@@ -19,28 +19,19 @@ from mptfoundry.config.load import load_train_config
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.resuming import found_start
 from mptfoundry.train import train
+from tests.conftest import losses
 
 QUIET = ["max_duration=9ba", "log_to_console=false"]
 Damage = Callable[[Path], None]
 
 
 @pytest.fixture(scope="module")
-def config(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine batches with dropout, of two streams, saved every third batch."""
-    from tests.conftest import TINY_RUN
-
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "tiny.yaml").write_text(TINY_RUN.format(folder=shards, out=folder))
-    return folder / "tiny.yaml"
-
-
-@pytest.fixture(scope="module")
-def run(config: Path) -> Callable[..., Path]:
+def run(tiny_runs: Path) -> Callable[..., Path]:
     """Trains under a name, with further words; returns the run's folder."""
 
     def start(name: str, *words: str) -> Path:
-        train(load_train_config(config, [*QUIET, f"run_name={name}", *words])[0])
-        return config.parent / name
+        train(load_train_config(tiny_runs, [*QUIET, f"run_name={name}", *words])[0])
+        return tiny_runs.parent / name
 
     return start
 
@@ -61,17 +52,13 @@ def stopped(whole: Path, request: pytest.FixtureRequest) -> Path:
     return folder
 
 
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
-
-
 def weights(folder: Path, batch: int = 9) -> dict[str, torch.Tensor]:
     return torch.load(folder / f"ep0-ba{batch}-rank0.pt", weights_only=False)["state"]["model"]  # type: ignore[no-any-return]
 
 
-def start_of(config: Path, folder: Path, *words: str) -> Path | None:
+def start_of(tiny_runs: Path, folder: Path, *words: str) -> Path | None:
     """What the run in `folder` would go on from."""
-    given, _ = load_train_config(config, [*QUIET, f"run_name={folder.name}", *words])
+    given, _ = load_train_config(tiny_runs, [*QUIET, f"run_name={folder.name}", *words])
     with found_start(given) as start:
         assert start.is_own or start.checkpoint is None
         return start.checkpoint
@@ -100,10 +87,10 @@ def flip_in(text: bytes) -> Damage:
 
 @pytest.mark.parametrize("share", [0, 1e-5, 0.1, 0.5, 0.9, 0.9999])
 def test_a_checkpoint_that_was_cut_is_passed_over_and_named(
-    config: Path, stopped: Path, capsys: pytest.CaptureFixture[str], share: float
+    tiny_runs: Path, stopped: Path, capsys: pytest.CaptureFixture[str], share: float
 ) -> None:
     cut_to(share)(stopped / "ep0-ba6-rank0.pt")
-    assert start_of(config, stopped) == stopped / "ep0-ba3-rank0.pt"
+    assert start_of(tiny_runs, stopped) == stopped / "ep0-ba3-rank0.pt"
     assert f"{stopped}/ep0-ba6-rank0.pt: damaged or cut short" in capsys.readouterr().out
 
 
@@ -124,14 +111,14 @@ def test_after_a_cut_checkpoint_the_run_is_the_one_that_was_never_stopped(
     ids=["numbers", "more-numbers", "outline", "directory", "name"],
 )
 def test_a_flipped_bit_is_named_and_the_one_before_is_taken_on_request(
-    config: Path, stopped: Path, capsys: pytest.CaptureFixture[str], damage: Damage
+    tiny_runs: Path, stopped: Path, capsys: pytest.CaptureFixture[str], damage: Damage
 ) -> None:
     damage(stopped / "ep0-ba6-rank0.pt")
     with pytest.raises(
         CheckpointError, match=rf"{stopped}/ep0-ba6-rank0.pt: .*damaged.*resume_past_damage=true"
     ):
-        start_of(config, stopped)
-    found = start_of(config, stopped, "resume_past_damage=true")
+        start_of(tiny_runs, stopped)
+    found = start_of(tiny_runs, stopped, "resume_past_damage=true")
     assert found == stopped / "ep0-ba3-rank0.pt"
     assert "passed over, as resume_past_damage says" in capsys.readouterr().out
 
@@ -147,11 +134,11 @@ def test_past_a_damaged_checkpoint_the_run_is_the_one_that_was_never_stopped(
         assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(config: Path, stopped: Path) -> None:
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_begin_anew(tiny_runs: Path, stopped: Path) -> None:
     for file in stopped.glob("ep0*"):
         flip(file, file.stat().st_size // 2)
     with pytest.raises(CheckpointError, match=r"none of the 2 checkpoints in .* is whole"):
-        start_of(config, stopped, "resume_past_damage=true")
+        start_of(tiny_runs, stopped, "resume_past_damage=true")
 
 
 def test_a_run_that_has_only_unfinished_checkpoints_begins_anew(
@@ -164,11 +151,11 @@ def test_a_run_that_has_only_unfinished_checkpoints_begins_anew(
 
 
 @pytest.mark.parametrize("target", [None, "ep0-ba9-rank0.pt", "ep0-ba3-rank0.pt"])
-def test_no_link_is_believed(config: Path, stopped: Path, target: str | None) -> None:
+def test_no_link_is_believed(tiny_runs: Path, stopped: Path, target: str | None) -> None:
     (stopped / "latest-rank0.pt").unlink()
     if target:
         (stopped / "latest-rank0.pt").symlink_to(target)
-    assert start_of(config, stopped) == stopped / "ep0-ba6-rank0.pt"
+    assert start_of(tiny_runs, stopped) == stopped / "ep0-ba6-rank0.pt"
 
 
 def test_what_a_killed_run_left_unfinished_is_removed(
@@ -208,14 +195,14 @@ def test_a_finished_run_can_be_lengthened_and_its_changes_are_shown(
     ],
 )
 def test_what_would_silently_make_another_run_is_refused(
-    config: Path, stopped: Path, word: str, key: str
+    tiny_runs: Path, stopped: Path, word: str, key: str
 ) -> None:
     before = (stopped / "config.yaml").read_text()
     with pytest.raises(ConfigError, match=rf"(?s){key}.*allow_changes=\["):
-        start_of(config, stopped, word)
+        start_of(tiny_runs, stopped, word)
     assert (stopped / "config.yaml").read_text() == before
     name = word.split("=")[0].split(".")[0]
-    assert start_of(config, stopped, word, f"allow_changes=[{name}]") == stopped / "ep0-ba6-rank0.pt"
+    assert start_of(tiny_runs, stopped, word, f"allow_changes=[{name}]") == stopped / "ep0-ba6-rank0.pt"
 
 
 def seen(folder: Path, run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, *words: str) -> list[int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,17 +15,7 @@ import torch
 from mptfoundry.config.load import load_train_config
 from mptfoundry.errors import CheckpointError, ConfigError, MPTFoundryError
 from mptfoundry.train import train
-from tests.conftest import TINY_RUN
-
-
-class RunsCode:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, (self.command,)
+from tests.conftest import RunsCode
 
 
 class BuildsThenSets:
@@ -39,23 +28,16 @@ class BuildsThenSets:
         return torch.nn.Module, (), {"_forward_hooks": RunsCode(self.command)}
 
 
-@pytest.fixture(scope="module")
-def config(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "tiny.yaml").write_text(TINY_RUN.format(folder=shards, out=folder))
-    return folder / "tiny.yaml"
-
-
-def run(config: Path, name: str, *words: str) -> Path:
+def run(tiny_runs: Path, name: str, *words: str) -> Path:
     words = ("max_duration=2ba", "log_to_console=false", f"run_name={name}", "save_interval=1ba", *words)
-    train(load_train_config(config, words)[0])
-    return config.parent / name
+    train(load_train_config(tiny_runs, words)[0])
+    return tiny_runs.parent / name
 
 
 @pytest.fixture(scope="module")
-def honest(config: Path) -> dict[str, Any]:
+def honest(tiny_runs: Path) -> dict[str, Any]:
     """The content of a run's checkpoint."""
-    return torch.load(run(config, "honest") / "ep0-ba2-rank0.pt", weights_only=False)  # type: ignore[no-any-return]
+    return torch.load(run(tiny_runs, "honest") / "ep0-ba2-rank0.pt", weights_only=False)  # type: ignore[no-any-return]
 
 
 def in_the_state(content: dict[str, Any], command: str) -> None:
@@ -80,7 +62,7 @@ PICKLED = [in_the_state, in_the_random_state, in_an_object_array, in_a_modules_s
 @pytest.mark.parametrize("named", [False, True], ids=["own", "load_path"])
 @pytest.mark.parametrize("hide", PICKLED)
 def test_a_pickle_that_runs_code_is_refused_by_the_name_of_what_it_calls(
-    config: Path,
+    tiny_runs: Path,
     honest: dict[str, Any],
     tmp_path: Path,
     hide: Callable[[dict[str, Any], str], None],
@@ -88,14 +70,14 @@ def test_a_pickle_that_runs_code_is_refused_by_the_name_of_what_it_calls(
 ) -> None:
     content = {"state": dict(honest["state"]), "rng": honest["rng"]}
     hide(content, f"touch {tmp_path}/trace")
-    folder = config.parent / f"{hide.__name__}-{named}"
+    folder = tiny_runs.parent / f"{hide.__name__}-{named}"
     folder.mkdir()
     torch.save(content, folder / "ep0-ba2-rank0.pt")
     words = ["load_path=" + str(folder / "ep0-ba2-rank0.pt"), "run_name=from-" + folder.name] if named else []
     with pytest.raises(
         CheckpointError, match=r"refused, since loading it would call .*(system|Module)"
     ) as error:
-        run(config, folder.name, "max_duration=3ba", *words)
+        run(tiny_runs, folder.name, "max_duration=3ba", *words)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "trace").exists()
 
@@ -103,13 +85,13 @@ def test_a_pickle_that_runs_code_is_refused_by_the_name_of_what_it_calls(
 @pytest.mark.parametrize("name", ["Alibi", "FusedLayerNorm", "GradientClipping", "os"])
 @pytest.mark.parametrize("weights_only", [False, True])
 def test_text_that_composer_would_evaluate_is_not_looked_at(
-    config: Path, honest: dict[str, Any], tmp_path: Path, name: str, weights_only: bool
+    tiny_runs: Path, honest: dict[str, Any], tmp_path: Path, name: str, weights_only: bool
 ) -> None:
     evil = f"__class__.__base__.__subclasses__() or __import__('os').system('touch {tmp_path}/trace')"
     content = {**honest, "state": {**honest["state"], "algorithms": [(name, {"repr": evil})]}}
     torch.save(content, tmp_path / "evil.pt")
     words = [f"load_path={tmp_path}/evil.pt", f"load_weights_only={weights_only}", "max_duration=3ba"]
-    run(config, f"text-{name}-{weights_only}", *words)
+    run(tiny_runs, f"text-{name}-{weights_only}", *words)
     assert not (tmp_path / "trace").exists()
 
 
@@ -121,21 +103,21 @@ def a_tar(file: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["evil.tar", "evil.pt.tar.gz", "evil.tgz", "evil.pt.bz2"])
-def test_an_archive_is_refused_by_its_name(config: Path, tmp_path: Path, name: str) -> None:
+def test_an_archive_is_refused_by_its_name(tiny_runs: Path, tmp_path: Path, name: str) -> None:
     a_tar(tmp_path / name)
     with pytest.raises(
         ConfigError, match=r"is no plain file. Archives and compressed checkpoints are not read"
     ):
-        run(config, "tar", f"load_path={tmp_path / name}")
+        run(tiny_runs, "tar", f"load_path={tmp_path / name}")
     with pytest.raises(ConfigError, match=r"save_filename.* is no plain file"):
-        run(config, "tar", f"save_filename={name}")
+        run(tiny_runs, "tar", f"save_filename={name}")
 
 
-def test_an_archive_under_another_name_is_refused_too(config: Path, tmp_path: Path) -> None:
+def test_an_archive_under_another_name_is_refused_too(tiny_runs: Path, tmp_path: Path) -> None:
     a_tar(tmp_path / "evil.pt")
     with pytest.raises(CheckpointError, match="damaged or cut short"):
-        run(config, "tar", f"load_path={tmp_path}/evil.pt")
-    assert not (tmp_path.parent / "escaped").exists() and not (config.parent / "escaped").exists()
+        run(tiny_runs, "tar", f"load_path={tmp_path}/evil.pt")
+    assert not (tmp_path.parent / "escaped").exists() and not (tiny_runs.parent / "escaped").exists()
 
 
 @pytest.mark.parametrize(
@@ -151,8 +133,8 @@ def test_an_archive_under_another_name_is_refused_too(config: Path, tmp_path: Pa
     ],
     ids=["empty", "number", "optimizers", "algorithms", "pairs", "shape", "timestamp"],
 )
-def test_a_state_of_another_form_is_one_error(config: Path, tmp_path: Path, state: dict[str, Any]) -> None:
+def test_a_state_of_another_form_is_one_error(tiny_runs: Path, tmp_path: Path, state: dict[str, Any]) -> None:
     torch.save({"state": state}, tmp_path / "odd.pt")
     with pytest.raises(MPTFoundryError) as error:
-        run(config, f"odd-{abs(hash(str(state)))}", f"load_path={tmp_path}/odd.pt")
+        run(tiny_runs, f"odd-{abs(hash(str(state)))}", f"load_path={tmp_path}/odd.pt")
     assert "\n" not in str(error.value)

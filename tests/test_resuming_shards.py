@@ -14,32 +14,24 @@ from typing import Any
 import pytest
 import torch
 
-from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
 from mptfoundry.config.load import load_train_config
 from mptfoundry.errors import CheckpointError
 from mptfoundry.resuming import found_start
 from mptfoundry.train import train
-from tests.conftest import TINY_RUN
+from tests.conftest import RunsCode, losses
 
 WORDS = ["max_duration=9ba", "log_to_console=false", "fsdp_config={state_dict_type: sharded}"]
 
 
-@pytest.fixture(scope="module")
-def config(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "tiny.yaml").write_text(TINY_RUN.format(folder=shards, out=folder))
-    return folder / "tiny.yaml"
-
-
-def run(config: Path, name: str, *words: str) -> None:
-    train(load_train_config(config, [*WORDS, f"run_name={name}", *words])[0])
+def run(tiny_runs: Path, name: str, *words: str) -> None:
+    train(load_train_config(tiny_runs, [*WORDS, f"run_name={name}", *words])[0])
 
 
 @pytest.fixture(scope="module")
-def whole(config: Path) -> Path:
-    run(config, "whole")
-    return config.parent / "whole"
+def whole(tiny_runs: Path) -> Path:
+    run(tiny_runs, "whole")
+    return tiny_runs.parent / "whole"
 
 
 @pytest.fixture
@@ -51,12 +43,8 @@ def stopped(whole: Path, request: pytest.FixtureRequest) -> Path:
     return folder
 
 
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
-
-
-def start_of(config: Path, folder: Path, *words: str) -> Path | None:
-    given, _ = load_train_config(config, [*WORDS, f"run_name={folder.name}", *words])
+def start_of(tiny_runs: Path, folder: Path, *words: str) -> Path | None:
+    given, _ = load_train_config(tiny_runs, [*WORDS, f"run_name={folder.name}", *words])
     with found_start(given) as start:
         return start.checkpoint
 
@@ -67,10 +55,10 @@ def flip(file: Path, share: float) -> None:
     file.write_bytes(content)
 
 
-def test_a_stopped_run_goes_on_bitwise(config: Path, whole: Path, stopped: Path) -> None:
+def test_a_stopped_run_goes_on_bitwise(tiny_runs: Path, whole: Path, stopped: Path) -> None:
     files = {path.name for path in (whole / "ep0-ba9").iterdir()}
     assert files == {".metadata", "__0_0.distcp", "checksums.json"}
-    run(config, stopped.name)
+    run(tiny_runs, stopped.name)
     assert losses(stopped) == losses(whole)
     sums = [json.loads((folder / "ep0-ba9" / CHECKSUMS).read_text()) for folder in (whole, stopped)]
     assert sums[0]["files"].keys() == sums[1]["files"].keys()
@@ -90,35 +78,29 @@ def lose_outline(folder: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut_shard, lose_shard, lose_outline])
 def test_an_unfinished_one_is_passed_over_and_named(
-    config: Path, stopped: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+    tiny_runs: Path, stopped: Path, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     damage(stopped / "ep0-ba6")
-    assert start_of(config, stopped) == stopped / "ep0-ba3"
+    assert start_of(tiny_runs, stopped) == stopped / "ep0-ba3"
     assert f"{stopped}/ep0-ba6: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("file", ["__0_0.distcp", ".metadata", CHECKSUMS])
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.98])
 def test_a_flipped_bit_is_named_and_the_one_before_is_taken_on_request(
-    config: Path, stopped: Path, file: str, share: float
+    tiny_runs: Path, stopped: Path, file: str, share: float
 ) -> None:
     flip(stopped / "ep0-ba6" / file, share)
     with pytest.raises(CheckpointError, match=rf"{stopped}/ep0-ba6: .*resume_past_damage=true"):
-        start_of(config, stopped)
-    assert start_of(config, stopped, "resume_past_damage=true") == stopped / "ep0-ba3"
+        start_of(tiny_runs, stopped)
+    assert start_of(tiny_runs, stopped, "resume_past_damage=true") == stopped / "ep0-ba3"
 
 
-def test_a_whole_checkpoint_does_not_start_a_sharded_run_nor_the_other_way(config: Path, whole: Path) -> None:
+def test_a_whole_checkpoint_does_not_start_a_sharded_run_nor_the_other_way(
+    tiny_runs: Path, whole: Path
+) -> None:
     with pytest.raises(CheckpointError, match=r"is a folder of shards, and this run has whole checkpoints"):
-        run(config, "full", f"load_path={whole}", "fsdp_config=null")
-
-
-class RunsCode:
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, (self.command,)
+        run(tiny_runs, "full", f"load_path={whole}", "fsdp_config=null")
 
 
 def seal(folder: Path) -> None:
@@ -147,18 +129,18 @@ def in_a_value(folder: Path, payload: RunsCode) -> None:
 @pytest.mark.parametrize("hide", [in_the_outline, in_a_value])
 @pytest.mark.parametrize("named", [False, True], ids=["own", "load_path"])
 def test_nothing_that_lies_in_a_checkpoint_runs(
-    config: Path, stopped: Path, tmp_path: Path, hide: Callable[[Path, RunsCode], None], named: bool
+    tiny_runs: Path, stopped: Path, tmp_path: Path, hide: Callable[[Path, RunsCode], None], named: bool
 ) -> None:
     hide(stopped / "ep0-ba6", RunsCode(f"touch {tmp_path}/trace"))
     seal(stopped / "ep0-ba6")
     words = [f"load_path={stopped}/ep0-ba6"] if named else []
     with pytest.raises(CheckpointError, match=r"refused, since reading it would"):
-        run(config, f"{stopped.name}-new" if named else stopped.name, *words)
+        run(tiny_runs, f"{stopped.name}-new" if named else stopped.name, *words)
     assert not (tmp_path / "trace").exists()
 
 
 def test_what_is_missing_in_a_checkpoint_is_an_error_where_it_is_a_weight(
-    config: Path, stopped: Path
+    tiny_runs: Path, stopped: Path
 ) -> None:
     folder = stopped / "ep0-ba6"
     metadata: Any = pickle.loads((folder / ".metadata").read_bytes())
@@ -168,4 +150,4 @@ def test_what_is_missing_in_a_checkpoint_is_an_error_where_it_is_a_weight(
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     seal(folder)
     with pytest.raises(CheckpointError, match=r"1 parts are missing, such as state\.optimizers\."):
-        run(config, stopped.name)
+        run(tiny_runs, stopped.name)

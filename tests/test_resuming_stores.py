@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.config.load import load_train_config
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.train import train
-from tests.conftest import TINY_RUN
+from tests.conftest import TINY_RUN, losses
 
 moto = pytest.importorskip(
     "moto.server", reason="needs moto, which serves S3 here: pip install 'moto[server]'"
@@ -63,14 +62,14 @@ def run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: A
     return start
 
 
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
-
-
 def names(bucket: Any) -> set[str]:
     """Of the checkpoints' objects, below the run's folder."""
     found = {item.key.removeprefix("some/run/") for item in bucket.objects.all()}
     return {name for name in found if name.startswith("ep")}
+
+
+def stored(bucket: Any, name: str) -> str:
+    return bucket.Object(f"some/run/{name}").get()["Body"].read().decode()  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("kind", ["whole", "sharded"])
@@ -86,19 +85,24 @@ def test_a_run_goes_on_from_its_store_on_another_machine(
     last = next(entry for entry in entries if entry.startswith("ep0-ba9"))
     bucket.objects.filter(Prefix=f"some/run/{last}").delete()
     folder = run(9, *words)
-    assert losses(folder) == whole[6:]
+    assert losses(folder) == whole
+    assert stored(bucket, "metrics.jsonl") == (folder / "metrics.jsonl").read_text()
+    assert stored(bucket, "report.md").startswith("# run")
     assert {name.split("/")[0] for name in names(bucket)} == entries
     assert not list(folder.glob(".fetched*"))
 
 
-def test_shards_without_their_outline_are_no_checkpoint(run: Callable[..., Path], bucket: Any) -> None:
+def test_shards_without_their_outline_are_no_checkpoint(
+    run: Callable[..., Path], bucket: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(9, SHARDED)
     bucket.Object("some/run/ep0-ba9/.metadata").delete()
-    assert len(losses(run(9, SHARDED))) == 3
+    assert len(losses(run(9, SHARDED))) == 9
+    assert "/ep0-ba6\n" in capsys.readouterr().out
 
 
 def test_a_damaged_object_is_named_and_the_one_before_is_taken_on_request(
-    run: Callable[..., Path], bucket: Any
+    run: Callable[..., Path], bucket: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(6)
     item = bucket.Object("some/run/ep0-ba6-rank0.pt")
@@ -107,7 +111,8 @@ def test_a_damaged_object_is_named_and_the_one_before_is_taken_on_request(
     item.put(Body=bytes(content))
     with pytest.raises(CheckpointError, match=r"s3://runs/some/run/ep0-ba6-rank0.pt: damaged.*resume_past"):
         run(6)
-    assert len(losses(run(6, "resume_past_damage=true"))) == 3
+    assert len(losses(run(6, "resume_past_damage=true"))) == 6
+    assert "/ep0-ba3-rank0.pt\n" in capsys.readouterr().out
 
 
 def test_what_changed_is_known_on_another_machine_too(run: Callable[..., Path], bucket: Any) -> None:
@@ -127,3 +132,9 @@ def test_a_load_path_may_be_a_run_in_a_store(run: Callable[..., Path]) -> None:
 def test_a_store_that_is_not_there_is_one_error_before_training(run: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointError, match=r"s3://nowhere/run: can't be read"):
         run(3, "save_folder=s3://nowhere/run")
+
+
+def test_an_export_that_cannot_be_uploaded_ends_the_run_with_its_name(run: Callable[..., Path]) -> None:
+    exports = "callbacks={hf_checkpointer: {save_folder: 's3://nowhere/x', save_interval: 3ba}}"
+    with pytest.raises(CheckpointError, match=r"s3://nowhere/x/huggingface/ba3/\S+: can't be uploaded"):
+        run(3, exports)

@@ -18,6 +18,7 @@ from mptfoundry.errors import CheckpointError, ConfigError, DataError
 from mptfoundry.evaluate import evaluate
 from mptfoundry.mpt.network import MPT
 from mptfoundry.train import train
+from tests.conftest import losses
 
 # Mean losses of batches 1 to 6 of the run below, in float32; processors differ in the last digits.
 GOLDEN_LOSSES = [7.0044, 7.1258, 7.1561, 6.7707, 6.6154, 6.2096]
@@ -69,10 +70,6 @@ def run(folder: Path) -> Run:
 @pytest.fixture(scope="module")
 def finished(run: Run) -> Path:
     return run("whole")
-
-
-def losses(run_folder: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(run_folder / "metrics.jsonl") if "loss" in row]
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.evaluate import evaluate
 from mptfoundry.export.folder import export
 from mptfoundry.train import train
+from tests.conftest import losses
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ["textwrap.py", "shlex.py", "pprint.py", "configparser.py"]
@@ -102,10 +103,6 @@ def finished(run: Run, task: str) -> Path:
 
 def last_measures(run_folder: Path) -> dict[str, float]:
     return [row["eval"] for row in read_rows(run_folder / "metrics.jsonl") if "eval" in row][-1]["held_out"]
-
-
-def losses(run_folder: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(run_folder / "metrics.jsonl") if "loss" in row]
 
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:

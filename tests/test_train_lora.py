@@ -19,6 +19,7 @@ from mptfoundry.errors import CheckpointError
 from mptfoundry.evaluate import evaluate
 from mptfoundry.export.folder import export
 from mptfoundry.train import train
+from tests.conftest import losses
 
 pytest.importorskip("peft", reason="peft is not installed: pip install 'mptfoundry[peft]'")
 
@@ -73,10 +74,6 @@ def finished(run: Run) -> Path:
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
     return torch.load(checkpoint, weights_only=False)["state"]
-
-
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
 
 
 def test_a_checkpoint_has_the_adapters_alone(finished: Path) -> None:

@@ -6,9 +6,8 @@
 
 from __future__ import annotations
 
-import sys
 from datetime import timedelta
-from typing import Any, TextIO
+from typing import Any
 
 from composer.core import Event, State, TimeUnit
 from composer.loggers import Logger
@@ -22,15 +21,13 @@ class ConsoleLine(RowLogger):
 
     Args:
         interval: How often, such as `10ba`, `1ep` or `1000000tok`.
-        stream: Where to; by default the standard output.
     """
 
-    def __init__(self, interval: str | int = "1ba", stream: TextIO | None = None) -> None:
+    def __init__(self, interval: str | int) -> None:
         super().__init__()
         self._is_due = create_interval_scheduler(
             interval, checkpoint_events=False, final_events={Event.BATCH_END, Event.EPOCH_END}
         )
-        self._stream = stream
         self._printed_batch = -1
         self._row: Row = {}
         # Kept from the last batch, since an evaluation has the length of its own loader.
@@ -59,7 +56,7 @@ class ConsoleLine(RowLogger):
         self._print(batch_line(self._row))
 
     def _print(self, text: str) -> None:
-        print(f"[{self._progress}]  {text}", file=self._stream or sys.stdout, flush=True)
+        print(f"[{self._progress}]  {text}", flush=True)
 
 
 def progress(state: State) -> str:

@@ -13,19 +13,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, format_name_with_dist_and_time
-from composer.utils.file_helpers import maybe_create_object_store_from_uri, parse_uri
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from mptfoundry.callbacks.metrics_file import NAME as METRICS
 from mptfoundry.callbacks.report import write_report
+from mptfoundry.checkpoints.writing import uploader
 from mptfoundry.errors import ConfigError
 
 # Writes weights by name, as a checkpoint of that name would hold them, into a folder.
@@ -160,7 +160,9 @@ class HFExport(Callback):
         if "://" in folder:
             with tempfile.TemporaryDirectory() as temporary:
                 self.write(weights, checkpoint, Path(temporary) / name)
-                _upload(Path(temporary) / name, f"{folder}/{name}")
+                upload = uploader(folder)
+                for file in sorted((Path(temporary) / name).iterdir()):
+                    upload(file, f"{name}/{file.name}")
             return
         self.write(weights, checkpoint, Path(folder) / name)
         if self.keep != -1:
@@ -212,11 +214,3 @@ def _any_rank(value: bool, state: State) -> bool:
     flag = state.device.tensor_to_device(torch.tensor(int(value)))
     dist.all_reduce(flag, reduce_operation="MAX")
     return bool(flag.item())
-
-
-def _upload(folder: Path, url: str) -> None:
-    """The files of a folder into an object store."""
-    store = maybe_create_object_store_from_uri(url)
-    assert store is not None
-    for file in sorted(folder.iterdir()):
-        store.upload_object(str(PurePosixPath(parse_uri(url)[2]) / file.name), str(file))

@@ -7,6 +7,7 @@ past its checkpoint is cut, since those batches come again.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +18,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from mptfoundry.callbacks.rows import Row, RowLogger, plain
-from mptfoundry.errors import ConfigError
+from mptfoundry.checkpoints.writing import whole_or_absent, writing_into
 
 NAME = "metrics.jsonl"
 
@@ -34,25 +35,17 @@ class MetricsFile(RowLogger):
         self.path = Path(folder) / NAME
         self._file: TextIO | None = None
 
-    def init(self, state: State, logger: Logger) -> None:
-        """Find out whether the folder can be written to. Raises ConfigError if not."""
-        if dist.get_global_rank() != 0:
-            return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.open("a").close()
-        except OSError as error:
-            raise ConfigError(
-                f"save_folder: {self.path.parent} can't be written to: {error.strerror}. "
-                "Use a folder of yours on a disk with space."
-            ) from error
-
     def after_load(self, state: State, logger: Logger) -> None:
-        """Cut what lies past the point from which the run goes on, and open the file."""
+        """Cut what lies past the point from which the run goes on, and open the file.
+
+        Raises ConfigError if the folder can't be written to.
+        """
         if dist.get_global_rank() != 0:
             return
-        cut_rows(self.path, last_batch=int(state.timestamp.batch))
-        self._file = self.path.open("a")
+        with writing_into(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            cut_rows(self.path, last_batch=int(state.timestamp.batch))
+            self._file = self.path.open("a")
 
     def write_batch(self, row: Row, state: State) -> None:
         """Append a batch's row."""
@@ -72,14 +65,16 @@ class MetricsFile(RowLogger):
     def close(self, state: State, logger: Logger) -> None:
         """Close the file."""
         if self._file is not None:
-            self._file.close()
+            with contextlib.suppress(OSError):  # raised by the row that could not be written
+                self._file.close()
             self._file = None
 
     def _append(self, row: Row) -> None:
-        if self._file is None:
-            self._file = self.path.open("a")
-        self._file.write(json.dumps(plain(row), allow_nan=False) + "\n")
-        self._file.flush()
+        with writing_into(self.path.parent):
+            if self._file is None:
+                self._file = self.path.open("a")
+            self._file.write(json.dumps(plain(row), allow_nan=False) + "\n")
+            self._file.flush()
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
@@ -107,9 +102,8 @@ def cut_rows(path: str | Path, *, last_batch: int) -> None:
     kept = [line for line in lines if _belongs(line, last_batch)]
     if len(kept) == len(lines):
         return
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
+    with whole_or_absent(path, overwrite=True) as temporary:
+        temporary.write_text("".join(kept))
 
 
 def _belongs(line: str, last_batch: int) -> bool:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from mptfoundry.callbacks.metrics_file import NAME, read_rows
 from mptfoundry.callbacks.rows import Row
 from mptfoundry.checkpoints.names import checkpoints_in
+from mptfoundry.checkpoints.writing import writing_into
 from mptfoundry.errors import DataError
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = No
 
     Raises:
         DataError: The folder has no metrics yet.
+        ConfigError: It can't be written to.
     """
     folder = Path(run_folder)
     source = folder / NAME
@@ -47,9 +49,10 @@ def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = No
     if not batches:
         raise DataError(f"{source}: no batch has been recorded, so there is nothing to report. Train first.")
     evaluations = [row for row in rows if "eval" in row]
-    draw(batches, evaluations, folder / PICTURE)
     page = folder / PAGE
-    page.write_text(describe(folder, batches, evaluations, facts or {}))
+    with writing_into(folder):
+        draw(batches, evaluations, folder / PICTURE)
+        page.write_text(describe(folder, batches, evaluations, facts or {}))
     return page
 
 

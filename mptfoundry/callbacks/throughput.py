@@ -21,6 +21,9 @@ from composer.utils import dist
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import flops_per_token
 
+# Batches that a rate is averaged over. The first batch, which warms up, falls out at once.
+WINDOW = 10
+
 
 class Throughput(Callback):
     """Logs, after each batch, under `throughput/`:
@@ -34,7 +37,6 @@ class Throughput(Callback):
         config: The network.
         peak_flops: Dense bf16 FLOP/s of one device; None if it isn't known, as on a CPU.
         extra_flops_per_token: Beside those of learning all of the network; negative where some is frozen.
-        window: Batches that a rate is averaged over. The first batch, which warms up, falls out at once.
     """
 
     def __init__(
@@ -43,12 +45,11 @@ class Throughput(Callback):
         *,
         peak_flops: float | None = None,
         extra_flops_per_token: int = 0,
-        window: int = 10,
     ) -> None:
         self.config = config
         self.extra_flops_per_token = extra_flops_per_token
         self.peak_flops = peak_flops
-        self._window: deque[tuple[float, int]] = deque(maxlen=window)
+        self._window: deque[tuple[float, int]] = deque(maxlen=WINDOW)
         self._batches = 0
         self._tokens = self._rows = 0
         self._fetched_at = 0.0

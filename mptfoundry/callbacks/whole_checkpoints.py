@@ -30,20 +30,18 @@ from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
+from mptfoundry.callbacks.metrics_file import NAME as METRICS
 from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
 from mptfoundry.checkpoints.names import checkpoints_in, progress_of, why_not_whole
 from mptfoundry.checkpoints.sharded import METADATA
-from mptfoundry.checkpoints.writing import point, remove, whole_or_absent
+from mptfoundry.checkpoints.writing import Upload, point, remove, whole_or_absent
 from mptfoundry.config.learned import ADAPTER
-from mptfoundry.errors import CheckpointError
+from mptfoundry.errors import CheckpointError, first_line
 from mptfoundry.ranks import decided_by_rank_0
 
 # Moments of the optimizers that a config names; before the first step they are not there to be counted.
 _MOMENTS = {"DecoupledLionW": 1, "DecoupledAdamW": 2}
 _MARGIN_BYTES = 1 << 20
-
-# Copies a local file to where it is kept, under a name that may have one folder in it.
-Upload = Callable[[Path, str], None]
 
 
 class WholeCheckpoints(CheckpointSaver):
@@ -136,6 +134,7 @@ class WholeCheckpoints(CheckpointSaver):
             save = _Save(content, target, self._group, self.upload, self._tidy(state, target))
 
             def write() -> None:
+                self._upload_metrics()
                 save.shards() if is_sharded else save.file()
                 self.save_seconds = time.monotonic() - started_at
 
@@ -144,6 +143,12 @@ class WholeCheckpoints(CheckpointSaver):
             else:
                 write()
         logger.log_metrics({"checkpoint/held_seconds": time.monotonic() - called_at})
+
+    def _upload_metrics(self) -> None:
+        """Before the checkpoint, so that who goes on from that elsewhere has all the rows up to it."""
+        metrics = Path(self.folder) / METRICS
+        if self.upload is not None and dist.get_global_rank() == 0 and metrics.exists():
+            self.upload(metrics, METRICS)
 
     def _name(self, state: State, *, is_sharded: bool) -> str:
         if not is_sharded:
@@ -276,8 +281,7 @@ class _Save:
         try:
             yield
         except (RuntimeError, dcp.api.CheckpointException) as error:  # torch's zip writer and its collectives
-            reason = (str(error).strip() or type(error).__name__).split("\n")[0]
-            raise CheckpointError(f"{self.target}: can't be written ({reason}).") from error
+            raise CheckpointError(f"{self.target}: can't be written ({first_line(error)}).") from error
 
 
 def _content(state: State, ignore_keys: Any, *, weights_only: bool) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mptfoundry.checkpoints.writing import is_alive
-from mptfoundry.errors import CheckpointError, ConfigError
+from mptfoundry.checkpoints.writing import is_alive, writing_into
+from mptfoundry.errors import CheckpointError
 
 NAME = ".lock"
 _TAKEN = (errno.EACCES, errno.EAGAIN)
@@ -34,15 +34,10 @@ def only_run_in(folder: Path) -> Iterator[None]:
         CheckpointError: Another process holds it, which is named.
         ConfigError: The folder can't be written to.
     """
-    try:
+    with writing_into(folder):
         folder.mkdir(parents=True, exist_ok=True)
         # Of the kind that forked workers don't inherit, so that it ends with this very process.
         file = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise ConfigError(
-            f"save_folder: {folder} can't be written to: {error.strerror}. Use a folder of yours on a disk "
-            "with space."
-        ) from error
     try:
         _take(file, folder)
     except CheckpointError:

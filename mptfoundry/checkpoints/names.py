@@ -8,6 +8,7 @@ be dangling or point at a file that was cut short.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from pathlib import Path
@@ -103,4 +104,7 @@ def _looks_like_a_checkpoint(path: Path) -> bool:
 
 def _age(path: Path) -> tuple[int, float]:
     progress = progress_of(path)
-    return (progress[1] if progress else -1, path.stat().st_mtime)
+    changed_at = 0.0
+    with contextlib.suppress(FileNotFoundError):  # a run may delete its older ones meanwhile
+        changed_at = path.stat().st_mtime
+    return (progress[1] if progress else -1, changed_at)

@@ -18,6 +18,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import metadata as outline
 
 from mptfoundry.checkpoints.folders import confined
+from mptfoundry.checkpoints.torch_files import load_plain_bytes
 from mptfoundry.checkpoints.weights import Rows, TensorOutline, cut
 from mptfoundry.errors import CheckpointError
 
@@ -83,12 +84,7 @@ class ShardedWeights:
         with file.open("rb") as stream:
             stream.seek(place.offset)
             piece = io.BytesIO(stream.read(place.length))
-        try:
-            return torch.load(piece, weights_only=True)
-        except (*DAMAGE, TypeError) as error:
-            raise CheckpointError(
-                f"{file}: refused, since reading it would need more than values."
-            ) from error
+        return load_plain_bytes(piece, str(file))
 
     def _check_that_it_is_stored(self) -> None:
         """Raise CheckpointError where the outline tells of more numbers than the files hold."""

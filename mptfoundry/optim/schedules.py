@@ -212,29 +212,6 @@ def warmup_stable_decay(
     return Schedule({"t_warmup": t_warmup, "t_decay": t_decay, "t_max": t_max}, alpha, batch)
 
 
-def curve(
-    schedule: Schedule, max_duration: str, points: int = 200, batches_per_epoch: int | None = None
-) -> tuple[list[float], list[float]]:
-    """The schedule over a whole run, for pictures: times in the unit of `max_duration`, and factors.
-
-    Args:
-        schedule: What to draw.
-        max_duration: The length of the run, such as `1000ba`.
-        points: How many points, from the start to the end of the run.
-        batches_per_epoch: Needed where something is counted in epochs; the times are then batches.
-
-    Raises:
-        ConfigError: The schedule's times don't fit the run.
-    """
-    duration = Time.from_timestring(max_duration)
-    clock = _Clock(_clock_unit(duration), duration, batches_per_epoch, schedule.batch)
-    end = clock.span("max_duration", max_duration)
-    times = [end * i / (points - 1) for i in range(points)]
-    return times, [
-        schedule.factor(_timestamp(int(t), clock.unit), duration, batches_per_epoch) for t in times
-    ]
-
-
 @dataclass(frozen=True)
 class _Clock:
     """Turns times of any unit into one unit: batches, samples or tokens."""
@@ -278,14 +255,6 @@ class _Clock:
             f"{name}: {written} can't be compared with max_duration: {self.max_duration}, since the length "
             "of an epoch or the tokens of a batch aren't known beforehand. Use max_duration's unit, or dur."
         )
-
-
-def _timestamp(value: int, unit: TimeUnit) -> Timestamp:
-    return Timestamp(
-        batch=value if unit == TimeUnit.BATCH else 0,
-        sample=value if unit == TimeUnit.SAMPLE else 0,
-        token=value if unit == TimeUnit.TOKEN else 0,
-    )
 
 
 def _clock_unit(max_duration: Time) -> TimeUnit:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 
 import pytest
@@ -47,18 +46,18 @@ def test_lines_come_at_the_interval_and_at_both_ends(
     interval: str,
     max_duration: str,
     printed: list[str],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    stream = io.StringIO()
     trainer = make_trainer(
         max_duration=max_duration,
         with_eval=True,
         eval_interval=max_duration if max_duration.endswith("ba") else "2ep",
-        loggers=[ConsoleLine(interval, stream)],
+        loggers=[ConsoleLine(interval)],
         callbacks=[Throughput(config)],
     )
     trainer.fit()
     trainer.close()
-    lines = stream.getvalue().splitlines()
+    lines = capsys.readouterr().out.splitlines()
     batches = [line for line in lines if "loss" in line]
     assert [line.split("batch ")[1].split("]")[0].split(",")[0] for line in batches] == printed
     assert all("tok/s" in line and "ETA" in line and "MFU" not in line for line in batches)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,11 @@ from composer import Callback, Trainer
 from mptfoundry.callbacks.metrics_file import MetricsFile, cut_rows, read_rows
 from mptfoundry.callbacks.rows import MEASURED
 from mptfoundry.callbacks.throughput import Throughput
-from mptfoundry.errors import ConfigError
+from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.mpt.config import MPTConfig
 
 MakeTrainer = Callable[..., Trainer]
+SmallFiles = Callable[[int], AbstractContextManager[None]]
 
 
 class Stop(Callback):
@@ -93,6 +95,26 @@ def test_cutting_keeps_what_came_before_and_drops_a_torn_line(tmp_path: Path) ->
     cut_rows(path, last_batch=0)
     assert path.read_text() == ""
     cut_rows(tmp_path / "none.jsonl", last_batch=3)
+
+
+def test_rows_that_cannot_be_cut_stay_as_they_are(tmp_path: Path, small_files: SmallFiles) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"batch": 1}\n{"batch": 2}\n')
+    with small_files(5), pytest.raises(CheckpointError, match=r"metrics.jsonl: can't be written \(File too"):
+        cut_rows(path, last_batch=1)
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_text() == '{"batch": 1}\n{"batch": 2}\n'
+
+
+def test_a_disk_that_is_full_ends_the_run_with_its_name(
+    make_trainer: MakeTrainer, tmp_path: Path, small_files: SmallFiles
+) -> None:
+    trainer = make_trainer(loggers=[MetricsFile(tmp_path)])
+    with small_files(450):
+        with pytest.raises(ConfigError, match=f"save_folder: {tmp_path} can't be written to: File too large"):
+            trainer.fit()
+        trainer.close()
+    assert [row["batch"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1]
 
 
 def test_what_is_not_finite_is_written_as_null(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from mptfoundry.callbacks.report import _eval_losses, smooth, write_report
-from mptfoundry.errors import DataError
+from mptfoundry.errors import ConfigError, DataError
 
 
 def record(folder: Path, batches: int) -> None:
@@ -81,3 +83,11 @@ def test_the_picture_has_the_losses_of_evaluations_whatever_the_model() -> None:
     language = {"tokens": 10, "eval": {"held_out": {"LanguageCrossEntropy": 2.5, "tokens": 99.0}}}
     head = {"tokens": 20, "eval": {"held_out": {"accuracy": 0.9, "loss": 0.5}, "other": {"loss": None}}}
     assert _eval_losses([language, head]) == {"held_out": [(10, 2.5), (20, 0.5)]}
+
+
+def test_a_report_for_which_there_is_no_room_is_one_error(
+    tmp_path: Path, small_files: Callable[[int], AbstractContextManager[None]]
+) -> None:
+    record(tmp_path, batches=4)
+    with small_files(100), pytest.raises(ConfigError, match=f"save_folder: {tmp_path} can't be written to"):
+        write_report(tmp_path)

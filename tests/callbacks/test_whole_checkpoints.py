@@ -19,9 +19,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from mptfoundry.callbacks import whole_checkpoints
+from mptfoundry.callbacks.metrics_file import MetricsFile
 from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
 from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.errors import CheckpointError
+from tests.conftest import losses
 
 MakeTrainer = Callable[..., Trainer]
 SmallFiles = Callable[[int], AbstractContextManager[None]]
@@ -211,3 +213,14 @@ def test_what_is_uploaded_is_whole(make_trainer: MakeTrainer, tmp_path: Path) ->
     assert names(store) == {"ep0-ba2-rank0.pt", "ep0-ba4-rank0.pt"}
     assert names(tmp_path / "here") == set()
     assert load_plain(store / "ep0-ba4-rank0.pt")["state"]["timestamp"]["Timestamp"]["batch"] == 4
+
+
+def test_the_metrics_up_to_a_checkpoint_are_uploaded_before_it(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    seen: list[tuple[str, int]] = []
+    upload: Any = lambda file, name: seen.append((name, len(losses(tmp_path))))  # noqa: E731
+    saves = saver(tmp_path, upload=upload, in_background=False)
+    fit(make_trainer(max_duration="4ba", callbacks=[saves], loggers=[MetricsFile(tmp_path)]))
+    checkpoints = [("ep0-ba2-rank0.pt", 2), ("ep0-ba4-rank0.pt", 4)]
+    assert seen == [pair for name, rows in checkpoints for pair in (("metrics.jsonl", rows), (name, rows))]

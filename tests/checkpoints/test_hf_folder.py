@@ -10,16 +10,9 @@ from safetensors.torch import save_file
 
 from mptfoundry.checkpoints.hf_folder import FolderWeights
 from mptfoundry.errors import CheckpointError
+from tests.conftest import RunsCode
 
 VALUES = torch.arange(6.0).reshape(2, 3)
-
-
-class RunsCode:
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, (self.command,)
 
 
 def write_index(folder: Path, names: dict[str, str], kind: str = "model.safetensors") -> None:

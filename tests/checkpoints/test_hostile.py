@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import struct
 import zipfile
@@ -22,6 +21,7 @@ from mptfoundry.errors import CheckpointError
 from mptfoundry.export.importing import import_model
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
+from tests.conftest import RunsCode
 
 MODEL = MPTConfig(
     d_model=32,
@@ -34,14 +34,6 @@ MODEL = MPTConfig(
 )
 STATE = MPT(MODEL, seed=1).state_dict()
 CONFIG = {**MODEL.to_dict(), "model_type": "mpt"}
-
-
-class RunsCode:
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, (self.command,)
 
 
 @pytest.fixture

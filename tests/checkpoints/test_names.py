@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from mptfoundry.checkpoints.names import find_checkpoint, progress_of
+from mptfoundry.checkpoints.names import checkpoints_in, find_checkpoint, progress_of
 from mptfoundry.errors import CheckpointError
 
 
@@ -90,3 +92,21 @@ def test_names_tell_the_progress() -> None:
     assert progress_of(Path("x/ep2-ba30-rank0.pt")) == (2, 30)
     assert progress_of(Path("x/ep2-ba30")) == (2, 30)
     assert progress_of(Path("x/final.pt")) is None
+
+
+def test_a_folder_is_looked_at_while_its_run_deletes_older_ones(tmp_path: Path) -> None:
+    is_over = threading.Event()
+
+    def save_and_delete() -> None:
+        while not is_over.is_set():
+            (tmp_path / "ep0-ba1-rank0.pt").touch()
+            (tmp_path / "ep0-ba1-rank0.pt").unlink()
+
+    with ThreadPoolExecutor() as pool:
+        run = pool.submit(save_and_delete)
+        try:
+            for _ in range(20000):
+                checkpoints_in(tmp_path)
+        finally:
+            is_over.set()
+        run.result()

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
@@ -13,14 +12,7 @@ from torch.distributed import checkpoint as dcp
 
 from mptfoundry.checkpoints.sharded import ShardedWeights, read_metadata
 from mptfoundry.errors import CheckpointError
-
-
-class RunsCode:
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, (self.command,)
+from tests.conftest import RunsCode
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:

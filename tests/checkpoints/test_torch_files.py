@@ -10,14 +10,7 @@ import torch
 
 from mptfoundry.checkpoints.torch_files import load_plain, open_composer_file
 from mptfoundry.errors import CheckpointError
-
-
-class RunsCode:
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.system, (self.command,)
+from tests.conftest import RunsCode
 
 
 def test_a_pickle_that_runs_code_is_refused_by_the_name_of_what_it_calls(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.config.load import load_train_config
 from mptfoundry.models.recomputation import Recomputation, recompute
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from mptfoundry.train import train
+from tests.conftest import losses
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU; `make gpu` runs it where there is one"
@@ -27,10 +27,6 @@ SHARDED = {
     f"{RECOMPUTED}}}",
     "version 2, kept after forward": "{sharding_strategy: SHARD_GRAD_OP, state_dict_type: sharded}",
 }
-
-
-def losses(run: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(run / "metrics.jsonl") if "loss" in row]
 
 
 @pytest.fixture

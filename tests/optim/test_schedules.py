@@ -20,7 +20,6 @@ from mptfoundry.optim.schedules import (
     Schedule,
     constant_with_warmup,
     cosine_with_warmup,
-    curve,
     inv_sqrt_with_warmup,
     linear_decay_with_warmup,
     warmup_stable_decay,
@@ -149,13 +148,3 @@ def test_a_warmup_longer_than_the_run_is_cut_short() -> None:
 def test_a_cooldown_that_would_rise_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"alpha_f_decay: 0\.1 is less than alpha_f_cooldown: 0\.2"):
         inv_sqrt_with_warmup("1ba", t_scale="1ba", t_cooldown="1ba", alpha_f_decay=0.1, alpha_f_cooldown=0.2)
-
-
-def test_a_curve_spans_the_run() -> None:
-    times, factors = curve(cosine_with_warmup("10ba"), "100ba", points=11)
-    assert times == [10.0 * i for i in range(11)]
-    assert factors[0] == 0.0
-    assert factors[1] == 1.0
-    assert factors[-1] == pytest.approx(0.0)
-    times, _ = curve(cosine_with_warmup("1ep"), "4ep", points=3, batches_per_epoch=5)
-    assert times == [0.0, 10.0, 20.0]

@@ -9,15 +9,11 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.callbacks.metrics_file import read_rows
+from tests.conftest import losses
 
 # 25 MB a checkpoint, so that its writing takes long enough to be met.
 LARGE = ["model.d_model=256", "model.n_layers=4"]
 SHARDED = "fsdp_config={state_dict_type: sharded}"
-
-
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
 
 
 def size_of(path: Path) -> int:

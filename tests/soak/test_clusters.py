@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from mptfoundry.callbacks.metrics_file import read_rows
+from tests.conftest import losses_by_batch
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -93,10 +93,6 @@ def start(slurm: dict[str, str]) -> Iterator[Callable[..., subprocess.Popen[byte
         process.wait()
 
 
-def losses(folder: Path) -> list[tuple[int, float]]:
-    return [(row["batch"], row["loss"]) for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
-
-
 def torchrun(port: int, machines: int, processes: int) -> list[list[str]]:
     """The command of each machine."""
     where = [f"--nnodes={machines}", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1"]
@@ -132,7 +128,7 @@ def test_every_way_to_start_two_processes_gives_the_same_losses(
     for name, machines in ways.items():
         started = [start(*words, str(tiny_run), f"run_name={name}") for words in machines]
         assert [process.wait(timeout=240) for process in started] == [0] * len(started), name
-        assert losses(tmp_path / name) == losses(tmp_path / "launched"), name
+        assert losses_by_batch(tmp_path / name) == losses_by_batch(tmp_path / "launched"), name
     assert not (tmp_path / "requeued").exists()
 
 
@@ -161,9 +157,9 @@ def test_a_job_that_slurm_stops_is_queued_again_and_goes_on_as_if_nothing_had_ha
         process.terminate()
     assert job.wait(timeout=60) == 143
     assert (tmp_path / "requeued").read_text() == f"{slurm['SLURM_JOB_ID']}\n"
-    done = losses(tmp_path / "stopped")[-1][0]
+    done = losses_by_batch(tmp_path / "stopped")[-1][0]
     assert 4 <= done < 12 and (tmp_path / "stopped" / f"ep0-ba{done}-rank0.pt").is_file()
     assert start(*command).wait(timeout=240) == 0
     whole = launch(tiny_run, "run_name=whole", "train_loader.num_workers=1", ranks=2)
     assert whole.wait() == 0, whole.printed
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert losses_by_batch(tmp_path / "stopped") == losses_by_batch(tmp_path / "whole")

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mptfoundry.callbacks.metrics_file import read_rows
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    return [(row["batch"], row["loss"]) for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
+from tests.conftest import losses_by_batch
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -26,13 +21,7 @@ def test_killed_at_random_steps_a_run_has_the_losses_of_one_that_was_not(
     draw = random.Random(ranks)
     for _ in range(4):
         run = launch(tiny_run, "run_name=killed", ranks=ranks)
-        stop_at = draw.randrange(2, 12)
-        metrics = tmp_path / "killed" / "metrics.jsonl"
-        while run.process.poll() is None:
-            if metrics.is_file() and metrics.read_text().count("\n") >= stop_at:
-                break
-            time.sleep(0.02)
-        run.kill_all()
+        run.kill_after(draw.randrange(2, 12), tmp_path / "killed")
     last = launch(tiny_run, "run_name=killed", ranks=ranks)
     assert last.wait() == 0, last.printed
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert losses_by_batch(tmp_path / "killed") == losses_by_batch(tmp_path / "whole")

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -60,15 +59,6 @@ def result(folder: Path) -> tuple[list[float], list[float], dict[str, torch.Tens
     return [row["loss"] for row in rows], [row["grad_norm"] for row in rows], weights
 
 
-def kill_after(batches: int, run: Any, folder: Path) -> None:
-    metrics = folder / "metrics.jsonl"
-    while run.process.poll() is None:
-        if metrics.is_file() and metrics.read_text().count("\n") >= batches:
-            break
-        time.sleep(0.02)
-    run.kill_all()
-
-
 def evaluated(ranks: int, run: Path, data: Path) -> dict[str, float]:
     out = run / f"eval-{ranks}.json"
     loader = f"eval_loader={{name: text, label: held_out, dataset: {{local: {data}/a, split: val}}}}"
@@ -98,7 +88,7 @@ def test_a_run_over_ranks_trains_the_model_that_one_rank_trains(
     losses, norms, weights = result(tmp_path / "alone")
     assert len(losses) == 20 and max(norms) > 1, "clipping has something to do"
     if is_killed:
-        kill_after(12, run, tmp_path / "spread")
+        run.kill_after(12, tmp_path / "spread")
         run = launch(*given, ranks=ranks)
     assert run.wait() == 0, run.printed
     assert ("resuming from" in run.printed) == is_killed

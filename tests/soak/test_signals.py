@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from mptfoundry.callbacks.metrics_file import read_rows
+from tests.conftest import losses_by_batch
 
 # Half a second a batch, so that there is time to stop it; in place of a callback with a known name.
 SLOW = """
@@ -37,14 +38,10 @@ def slow(tmp_path: Path) -> list[str]:
     return [f"code_paths=[{tmp_path}/slow.py]", "allow_code=true", "callbacks.lr_monitor={}"]
 
 
-def losses(folder: Path) -> list[tuple[int, float]]:
-    return [(row["batch"], row["loss"]) for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
-
-
 def wait_for_batch(run: Any, folder: Path, batch: int) -> None:
     metrics = folder / "metrics.jsonl"
     while run.process.poll() is None:
-        if metrics.is_file() and any(number >= batch for number, _ in losses(folder)):
+        if metrics.is_file() and any(number >= batch for number, _ in losses_by_batch(folder)):
             return
         time.sleep(0.1)
     raise AssertionError(run.printed)
@@ -94,13 +91,13 @@ def test_a_signal_is_a_checkpoint_at_the_end_of_the_batch_and_the_same_command_g
     send(run, number)
     assert run.wait() == 143, run.printed
     assert time.monotonic() - sent_at < 30
-    last = losses(tmp_path / "stopped")[-1][0]
+    last = losses_by_batch(tmp_path / "stopped")[-1][0]
     assert last in (4, 5, 6) and (tmp_path / "stopped" / f"ep0-ba{last}-rank0.pt").is_file()
     assert f"stopped after batch {last}" in run.printed and "The same command goes on." in run.printed
     again = launch(tiny_run, "run_name=stopped", f"train_loader.num_workers={workers}", ranks=ranks)
     whole = launch(tiny_run, "run_name=whole", f"train_loader.num_workers={workers}", ranks=ranks)
     assert again.wait() == 0 and whole.wait() == 0, again.printed
-    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert losses_by_batch(tmp_path / "stopped") == losses_by_batch(tmp_path / "whole")
 
 
 def test_an_evaluation_is_left_for_a_signal(
