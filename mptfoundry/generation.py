@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mptfoundry.config.verbs import Sampling
-from mptfoundry.errors import ConfigError
+from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.mpt.config import MPTConfig
 
 if TYPE_CHECKING:
@@ -158,6 +158,8 @@ def _steps(
         with torch.inference_mode():
             visible = None if mask is None else mask[:, :length]
             logits = network(ids, attention_mask=visible, cache=cache, last_only=True).logits[:, -1]
+            if length == prompt_len and not logits.isfinite().all():
+                raise CheckpointError("the model's logits are not finite: its weights are NaN or too large.")
             last = torch.where(done, last, choose(logits, sampling, generator))
         yield last
         done |= torch.isin(last, end_ids)

@@ -56,9 +56,16 @@ class ModelSource:
         """The model's weights one by one, in memory of their own, in `dtype` or as stored.
 
         Every tensor of the architecture comes exactly once, in the network's order. Nothing else is read.
+
+        Raises:
+            CheckpointError: A weight is not finite.
         """
         for name in expected_shapes(self.config):
-            yield name, self.weights.read(name, dtype)
+            tensor = self.weights.read(name, dtype)
+            if not tensor.sum(dtype=torch.float32).isfinite():  # one pass, and no memory
+                kind = str(tensor.dtype).removeprefix("torch.")
+                raise CheckpointError(f"{self.path}: {name} holds NaN or infinity as {kind}.")
+            yield name, tensor
 
 
 def open_model(path: str | Path, config: MPTConfig | None = None) -> ModelSource:

@@ -6,8 +6,9 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 
 from mptfoundry.errors import CheckpointError, ConfigError, first_line
@@ -51,11 +52,29 @@ def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         remove(temporary)
 
 
-def refuse_what_is_there(path: Path, *, overwrite: bool) -> None:
-    """Raise CheckpointError if `path` holds something that may not be replaced."""
-    is_empty_folder = path.is_dir() and not any(path.iterdir())
-    if path.exists() and not overwrite and not is_empty_folder:
+def refuse_what_is_there(
+    path: Path, *, overwrite: bool, names: Sequence[str] = ("*",), source: str | Path | None = None
+) -> None:
+    """Raise CheckpointError if something is at `path` that may not be replaced.
+
+    Args:
+        path: What is going to be written.
+        overwrite: Replace a folder that is there.
+        names: Patterns of what such a folder holds; one that holds anything else is another's.
+        source: What is read for it, which must not lie there.
+    """
+    read = None if source is None else Path(source).resolve()
+    if read is not None and path.resolve() in (read, *read.parents) and path.exists():
+        raise CheckpointError(f"{path}: {source}, which is read, lies there. Name another place.")
+    there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
+    if not overwrite and (there or path.is_file()):
         raise CheckpointError(f"{path}: is there already. Name another place, or set overwrite=true.")
+    for name in there:
+        if not any(fnmatch(name, pattern) for pattern in names):
+            raise CheckpointError(
+                f"{path}: is there already and holds {name}, which is not of such a folder, so that it is "
+                "not overwritten. Name another place."
+            )
 
 
 @contextmanager

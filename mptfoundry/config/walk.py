@@ -127,7 +127,7 @@ class _Walk:
         types = field_types(cls)
         for key in value:
             if key not in types:
-                self.document.report((*path, key), self.unknown_key(cls, key))
+                self.document.report((*path, key), self.unknown_key(cls, (*path, key)))
         valid, invalid = {}, set()
         for field in fields(cls):
             if field.name in value:
@@ -304,8 +304,9 @@ class _Walk:
                 hint = f" Write ${{oc.decode:{origin.expression}}}."
         return f"{show(value)}{source} is not allowed here.{hint} {expected}"
 
-    def unknown_key(self, cls: type, key: str) -> str:
-        """Why a key is not allowed, and which one was meant."""
+    def unknown_key(self, cls: type, path: KeyPath) -> str:
+        """Why the key at the end of a path is not allowed in a class, and which one was meant."""
+        key = str(path[-1])
         if (cls.__name__, key) in self.refused:
             return f"is not supported: {self.refused[cls.__name__, key]}"
         names = list(field_types(cls))
@@ -313,6 +314,8 @@ class _Walk:
         if near:
             return f"unknown key.{near}"
         elsewhere = [path for path, _, name in walk_keys(self.root) if name == key]
+        if ".".join(map(str, path)) in elsewhere:
+            return f"unknown key here. It belongs to another `name` of {path[0]}."
         if elsewhere:
             return f"unknown key here. It belongs at {' or '.join(dict.fromkeys(elsewhere[:2]))}."
         if len(names) <= _KEYS_IN_AN_ERROR:

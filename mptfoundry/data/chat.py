@@ -33,6 +33,7 @@ INSTRUCTION = (
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 MAY_BE_EMPTY = ("system", "tool")
+TOOL_CALLS = ("tool_calls", "function_call")
 FORMS = "prompt and response (or completion), messages, conversations, or instruction and output"
 MOST_FIELDS_NAMED = 8
 
@@ -52,7 +53,7 @@ class Turns(NamedTuple):
     Attributes:
         turns: In order, at least one.
         is_chat: They are rendered by a chat template, which writes special tokens itself.
-        ignored: Columns that were not looked at.
+        ignored: Columns, and keys of messages, that were not looked at.
     """
 
     turns: Sequence[Turn]
@@ -73,27 +74,34 @@ def turns_of(record: Any, tokenizer: Any) -> Turns:
     if not isinstance(record, Mapping):
         raise RecordError("", f"this is {_a(record)}, not an object with fields")
     if record.get("messages") is not None:
-        used, messages = {"messages"}, _messages(record, "messages", "role", "content")
-    elif record.get("conversations") is not None:
-        used, messages = {"conversations"}, _messages(record, "conversations", "from", "value")
-    elif "prompt" in record or "response" in record or "completion" in record:
+        return _conversation(record, "messages", "role", "content", tokenizer)
+    if record.get("conversations") is not None:
+        return _conversation(record, "conversations", "from", "value", tokenizer)
+    if "prompt" in record or "response" in record or "completion" in record:
         answers = [name for name in ("response", "completion") if record.get(name) is not None]
         if len(answers) > 1:
             raise RecordError("completion", "there is a response, too. Keep one of them")
         used = {"prompt", *(answers or ["response"])}
         turn = _text(record, "prompt"), _text(record, *(answers or ["response"]))
         return Turns([turn], False, frozenset(map(str, record)) - used)
-    elif "instruction" in record or "output" in record:
+    if "instruction" in record or "output" in record:
         used = {"instruction", "input", "output"}
         instruction = _text(record, "instruction")
         if record.get("input") not in (None, ""):
             instruction += "\n" + _text(record, "input")
         turn = INSTRUCTION.format(instruction=instruction), _text(record, "output")
         return Turns([turn], False, frozenset(map(str, record)) - used)
-    else:
-        there = ", ".join(sorted(map(str, record))[:MOST_FIELDS_NAMED]) or "none"
-        raise RecordError("", f"the fields are {there}. Expected {FORMS}; or give a preprocessing_fn")
-    return Turns(_render(messages, tokenizer), True, frozenset(map(str, record)) - used)
+    there = ", ".join(sorted(map(str, record))[:MOST_FIELDS_NAMED]) or "none"
+    raise RecordError("", f"the fields are {there}. Expected {FORMS}; or give a preprocessing_fn")
+
+
+def _conversation(
+    record: Mapping[str, Any], field: str, role_key: str, text_key: str, tokenizer: Any
+) -> Turns:
+    turns = _render(_messages(record, field, role_key, text_key), tokenizer)
+    keys = {str(key) for message in record[field] for key, value in message.items() if value is not None}
+    unused = {f"{field}[].{key}" for key in keys - {role_key, text_key}}
+    return Turns(turns, True, frozenset(map(str, record)) - {field} | unused)
 
 
 def _messages(record: Mapping[str, Any], field: str, role_key: str, text_key: str) -> list[dict[str, str]]:
@@ -115,6 +123,11 @@ def _messages(record: Mapping[str, Any], field: str, role_key: str, text_key: st
         if role not in ROLES:
             known = [*(SHAREGPT_ROLES if role_key == "from" else ()), *ROLES]
             raise RecordError(f"{place}.{role_key}", f"{role!r} is unknown. Use {', '.join(known)}")
+        for key in TOOL_CALLS:
+            if message.get(key):
+                raise RecordError(
+                    f"{place}.{key}", f"a call is not rendered. Write it into {text_key}, as the model is to"
+                )
         if messages and messages[-1]["role"] == role:
             raise RecordError(f"{place}.{role_key}", f"is {role!r}, as the one before. Join the two")
         text = _text(message, text_key, place=f"{place}.", may_be_empty=role in MAY_BE_EMPTY)

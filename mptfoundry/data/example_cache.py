@@ -34,7 +34,7 @@ from mptfoundry.data.work import in_processes
 from mptfoundry.errors import DataError
 from mptfoundry.tokenizer import backend_parts, count_ids, fingerprint
 
-VERSION = 1
+VERSION = 2
 UNITS_OF_A_PART = 16
 SMALLEST_PARALLEL_BYTES = 1 << 23
 

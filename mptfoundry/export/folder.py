@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
+from mptfoundry import mpt
 from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model, tokenizer_of
 from mptfoundry.checkpoints.weights import EMBEDDING, Rows, TensorOutline
 from mptfoundry.checkpoints.writing import refuse_what_is_there, whole_or_absent
@@ -36,6 +37,13 @@ from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 Format = Literal["auto", "native", "custom"]
 
 SHARD_BYTES = 5_000_000_000
+# What an exported folder may hold; what `overwrite` replaces holds nothing else.
+_NAMES = (
+    *("README.md", "report.png", "*.safetensors", "model.safetensors.index.json"),
+    *("config.json", "generation_config.json", "adapter_config.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"),
+    *(NATIVE_CODE, *(file.name for file in Path(mpt.__file__).parent.glob("*.py"))),
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ def export(
             listed), or the written folder doesn't give the checkpoint's logits.
     """
     out = Path(out)
-    refuse_what_is_there(out, overwrite=overwrite)
+    refuse_what_is_there(out, overwrite=overwrite, names=_NAMES, source=model)
     with staged(model, out, run_folder, progress=progress) as path:
         source = open_model(path)
         text = _tokenizer_for(source, tokenizer)
@@ -123,7 +131,7 @@ def export_weights(
         run_folder: The run's, with its tokenizer and its metrics.
         overwrite: Replace a folder that is there.
     """
-    refuse_what_is_there(out, overwrite=overwrite)
+    refuse_what_is_there(out, overwrite=overwrite, names=_NAMES)
     source = ModelSource(
         run_folder / checkpoint, config, _WeightsInMemory(weights), run_folder / "tokenizer", run_folder
     )

@@ -35,6 +35,8 @@ from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 CHECKPOINT = "ep0-ba0-rank0.pt"
 # The files of a tokenizer that a checkpoint may carry along.
+# What an import writes; what `overwrite` replaces holds nothing else, such as a run's own metrics.
+_NAMES = (CHECKPOINT, RUN_CONFIG, "tokenizer")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -99,7 +101,7 @@ def import_model(
         ConfigError: The tokenizer can't be read or has more ids than the model has rows.
     """
     out = Path(out)
-    refuse_what_is_there(out, overwrite=overwrite)
+    refuse_what_is_there(out, overwrite=overwrite, names=_NAMES, source=source)
     with staged(source, out, None, progress=progress) as place:
         path = locate(str(place), revision)
         found = open_model(path, None if config is None else _config_in(Path(config)))

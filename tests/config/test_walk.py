@@ -40,6 +40,10 @@ def test_all_problems_of_a_file_are_reported_at_once_in_the_order_of_its_lines(p
     ("line", "said"),
     [
         ("savefolder: x", "savefolder: unknown key. Did you mean save_folder?"),
+        (
+            "train_loader: {name: text, dataset: {packing_ratio: 2}}",
+            "train_loader.dataset.packing_ratio: unknown key here. It belongs to another `name` of train_lo",
+        ),
         ("lr: 1", "lr: unknown key here. It belongs at optimizer.lr or optimizer.param_groups[N].lr."),
         ("xyz: 1", "xyz: unknown key. `mptfoundry explain` lists all keys."),
         ("seed: '5'", "seed: '5' is not allowed here. Write it without quotes. Expected a whole number."),

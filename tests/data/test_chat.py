@@ -38,7 +38,8 @@ def test_a_conversation_is_rendered_in_chatml_where_the_tokenizer_has_no_templat
     assert turns_of({"messages": TALK}, tiny_tokenizer) == (RENDERED, True, set())
     names = {"user": "human", "assistant": "gpt"}
     shared = [{"from": names.get(m["role"], m["role"]), "value": m["content"], "id": 1} for m in TALK]
-    assert turns_of({"conversations": shared, "prompt": "x"}, tiny_tokenizer) == (RENDERED, True, {"prompt"})
+    ignored = {"prompt", "conversations[].id"}
+    assert turns_of({"conversations": shared, "prompt": "x"}, tiny_tokenizer) == (RENDERED, True, ignored)
 
 
 def test_an_instruction_becomes_dollys_prompt(tiny_tokenizer: Any) -> None:
@@ -93,6 +94,10 @@ def message(role: Any, content: Any = "x") -> dict[str, Any]:
         ({"messages": [message("user", None), message("user")]}, "messages[0].content: is missing or null"),
         ({"messages": [message("user", ""), message("user")]}, "messages[0].content: is empty"),
         ({"messages": [message("user"), message("user")]}, "messages[1].role: is 'user', as the one"),
+        (
+            {"messages": [message("user"), {**message("assistant", None), "tool_calls": [{}]}]},
+            "messages[1].tool_calls: a call is not rendered. Write it into content",
+        ),
         (
             {"messages": [message("user"), message("tool")]},
             "messages[1].role: the last message is the tool's",

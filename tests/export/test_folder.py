@@ -211,9 +211,30 @@ def test_what_is_there_is_kept_unless_asked(write_run: WriteRun, tmp_path: Path)
     (out / "notes").touch()
     with pytest.raises(CheckpointError, match=r"is there already. Name another place, or set overwrite=true"):
         export(run, out, progress=False)
-    assert (out / "notes").exists()
+    with pytest.raises(
+        CheckpointError, match="holds notes, which is not of such a folder, so that it is not"
+    ):
+        export(run, out, overwrite=True, progress=False)
+    (out / "notes").unlink()
+    (out / "README.md").write_text("an older export")
     export(run, out, overwrite=True, progress=False)
-    assert not (out / "notes").exists()
+    assert (out / "README.md").read_text() != "an older export"
+
+
+@pytest.mark.parametrize("out", ["run", "."])
+def test_an_export_never_replaces_what_it_reads(write_run: WriteRun, out: str) -> None:
+    run = write_run()
+    there = sorted(run.parent.rglob("*"))
+    with pytest.raises(CheckpointError, match="which is read, lies there"):
+        export(run, run if out == "run" else run.parent, overwrite=True, progress=False)
+    assert sorted(run.parent.rglob("*")) == there
+
+
+def test_weights_that_are_not_finite_are_named(write_run: WriteRun, tmp_path: Path) -> None:
+    network = MPT(TINY, seed=1)
+    network.transformer.norm_f.weight.data[3] = torch.nan
+    with pytest.raises(CheckpointError, match=r"transformer.norm_f.weight holds NaN or infinity as float32"):
+        export(write_run(network=network), tmp_path / "out", dtype="fp32", progress=False)
 
 
 def test_an_exported_folder_can_be_exported_again(write_run: WriteRun, tmp_path: Path) -> None:
