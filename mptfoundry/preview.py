@@ -45,7 +45,9 @@ def _preview_config(options: PreviewConfig, color: bool) -> str:
     if isinstance(config.train_loader, FinetuningLoaderConfig):
         return _preview_finetuning(config, config.train_loader, options, color)
     if not isinstance(config.train_loader, TextLoaderConfig):
-        raise ConfigError(f"{options.data}: train_loader has no shards of text to show. Name another config.")
+        raise ConfigError(
+            f"{options.data}: train_loader.name: labelled is not shown. Name a config of text or finetuning."
+        )
     dataset, batches = config.train_loader.dataset, config.batches()
     streams = {name: asdict(stream) for name, stream in dataset.sources.items()}
     tokens_per_step = config.global_train_batch_size * config.max_seq_len

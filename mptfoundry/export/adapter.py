@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from mptfoundry.checkpoints.adapters import AdaptedWeights
 from mptfoundry.checkpoints.architecture import differing
@@ -81,7 +81,7 @@ def export_adapter(
     base_is_folder = (weights.base.path / "config.json").exists()
     with whole_or_absent(out, overwrite=overwrite) as folder:
         folder.mkdir()
-        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         config = peft_config(weights.lora, source.config, str(weights.base.path) if base_is_folder else None)
         (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(folder)

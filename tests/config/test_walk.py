@@ -42,7 +42,8 @@ def test_all_problems_of_a_file_are_reported_at_once_in_the_order_of_its_lines(p
         ("savefolder: x", "savefolder: unknown key. Did you mean save_folder?"),
         (
             "eval_loader: {dataset: {local: x, packing_ratio: 2}}",
-            "eval_loader.dataset.packing_ratio: unknown key here. It belongs to another `name` of eval_loader.",
+            "eval_loader.dataset.packing_ratio: unknown key here. "
+            "It belongs to another `name` of eval_loader.",
         ),
         ("lr: 1", "lr: unknown key here. It belongs at optimizer.lr or optimizer.param_groups[N].lr."),
         ("xyz: 1", "xyz: unknown key. `mptfoundry explain` lists all keys."),
