@@ -46,9 +46,11 @@ class Record:
 
     def __getitem__(self, name: str) -> Any:
         value = self.get(name)
+        if value is None and self.names.get(name, name) in self.values:
+            raise self.error(name, "is null. Remove the record, or fill it in")
         if value is None:
             there = ", ".join(sorted(map(str, self.values)))
-            raise self.error(name, f"is missing or null; there are {there}. Name it: dataset.fields.{name}")
+            raise self.error(name, f"is missing; there are {there}. Name it: dataset.fields.{name}")
         return value
 
     def text(self, name: str) -> str:
@@ -143,7 +145,9 @@ def check_answer(record: Record) -> Checked:
     if not isinstance(texts, list) or not isinstance(starts, list) or not len(texts) == len(starts) > 0:
         raise record.error("answers", "has no text, or not one answer_start for each. Remove the question")
     for text, start in zip(texts, starts, strict=True):
-        is_text = isinstance(text, str) and text.strip() and type(start) is int and start >= 0
+        if type(start) is not int:
+            raise record.error("answers", f"answer_start: {_short(start)} is no whole number")
+        is_text = isinstance(text, str) and text.strip() and start >= 0
         if not is_text or context[start : start + len(text)] != text:
             raise record.error("answers", f"{_short(text)} does not stand at {start} in the context")
     return Checked(record.text("question"), context, (starts[0], texts))

@@ -213,11 +213,7 @@ def test_all_formats_hold_the_same(build: Build, tmp_path: Path, tiny_tokenizer:
 @pytest.mark.parametrize(
     ("task", "change", "text"),
     [
-        (
-            "sequence",
-            {"text": None},
-            "text: is missing or null; there are label, text. Name it: dataset.fields",
-        ),
+        ("sequence", {"text": None}, "text: is null. Remove the record, or fill it in"),
         ("sequence", {"text": 3}, "text: 3 is not a text with characters"),
         ("sequence", {"text": " "}, 'text: " " is not a text with characters'),
         ("sequence", {"text_pair": ""}, 'text_pair: "" is not a text with characters'),
@@ -237,7 +233,7 @@ def test_all_formats_hold_the_same(build: Build, tmp_path: Path, tiny_tokenizer:
             {"answers": {"text": [], "answer_start": []}},
             "answers: has no text, or not one answer_start",
         ),
-        ("span", {"answers": [{"text": "total"}]}, 'answers: "total" does not stand at None in the context'),
+        ("span", {"answers": [{"text": "total"}]}, "answers: answer_start: null is no whole number"),
         ("span", {"answers": {"text": ["nine"], "answer_start": [4]}}, 'answers: "nine" does not stand at 4'),
     ],
 )
@@ -247,6 +243,11 @@ def test_a_record_that_holds_something_else_is_named(
     good = {"sequence": TEXTS[0], "token": WORDS, "span": QUESTION}[task]
     with pytest.raises(DataError, match=rf"train.jsonl:2: {text}"):
         build([good, {**good, **change}], task)
+
+
+def test_a_column_that_is_missing_is_asked_for(build: Build) -> None:
+    with pytest.raises(DataError, match=r"text: is missing; there are label. Name it: dataset.fields.text"):
+        build([{"label": "no"}])
 
 
 @pytest.mark.parametrize(
