@@ -19,6 +19,7 @@ from time import sleep
 from typing import Any, Literal
 
 import numpy as np
+import streaming.base.dataset
 import torch
 from streaming import Stream, StreamingDataset
 from streaming.base.constant import TICK
@@ -36,6 +37,7 @@ from mptfoundry.data.integrity import (
     wait_for_writer,
 )
 from mptfoundry.data.shards import INDEX, read_index
+from mptfoundry.data.shared_names import take_number
 from mptfoundry.errors import DataError
 
 Verify = Literal["lazy", "full", "off"]
@@ -43,6 +45,8 @@ Verify = Literal["lazy", "full", "off"]
 MOST_FETCHES = 2
 
 log = logging.getLogger(__name__)
+
+streaming.base.dataset.get_shm_prefix = take_number
 
 
 class GuardedStream(Stream):
