@@ -6,8 +6,6 @@ and takes it later; a run that takes it in between ends the other's start with `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch.distributed as dist
 from streaming.base.constant import LOCALS, SHM_TO_CLEAN
 from streaming.base.shared import SharedMemory
@@ -16,7 +14,7 @@ from streaming.base.world import World
 
 
 def take_number(
-    streams_local: list[str], streams_remote: Sequence[str | None], world: World, retry: int = 100
+    streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 100
 ) -> tuple[int, SharedMemory]:
     """Take a number for the processes of a node; in place of streaming's `get_shm_prefix`.
 
@@ -36,8 +34,9 @@ def take_number(
         ValueError: Two streams, or this run and another, would keep copies in one folder.
     """
     _check_self(streams_local)
-    remote = list(streams_remote)
-    number = max(_check_and_find_retrying(streams_local, remote, name, retry) for name in SHM_TO_CLEAN)
+    number = max(
+        _check_and_find_retrying(streams_local, streams_remote, name, retry) for name in SHM_TO_CLEAN
+    )
     taken = None
     while world.is_local_leader and taken is None:
         data = _pack_locals(streams_local, number)

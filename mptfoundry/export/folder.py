@@ -24,7 +24,7 @@ from mptfoundry.checkpoints.weights import EMBEDDING, Rows, TensorOutline
 from mptfoundry.checkpoints.writing import refuse_what_is_there, whole_or_absent
 from mptfoundry.errors import CheckpointError
 from mptfoundry.export.adapter import AdapterSummary, export_adapter
-from mptfoundry.export.card import model_card
+from mptfoundry.export.card import PICTURE, model_card
 from mptfoundry.export.comparison import Comparison, check_bytes, compare_logits
 from mptfoundry.export.native import NATIVE_CODE, NATIVE_CODE_TEXT, native_config, why_not_native
 from mptfoundry.export.shards import DTYPES, write_shards
@@ -39,7 +39,7 @@ Format = Literal["auto", "native", "custom"]
 SHARD_BYTES = 5_000_000_000
 # What an exported folder may hold; what `overwrite` replaces holds nothing else.
 _NAMES = (
-    *("README.md", "report.png", "*.safetensors", "model.safetensors.index.json"),
+    *("README.md", PICTURE, "*.safetensors", "model.safetensors.index.json"),
     *("config.json", "generation_config.json", "adapter_config.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"),
     *(NATIVE_CODE, *(file.name for file in Path(mpt.__file__).parent.glob("*.py"))),

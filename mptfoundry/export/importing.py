@@ -34,9 +34,9 @@ from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 CHECKPOINT = "ep0-ba0-rank0.pt"
-# The files of a tokenizer that a checkpoint may carry along.
 # What an import writes; what `overwrite` replaces holds nothing else, such as a run's own metrics.
 _NAMES = (CHECKPOINT, RUN_CONFIG, "tokenizer")
+# The files of a tokenizer that a checkpoint may carry along.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
