@@ -9,6 +9,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 TEXT ?=
+TEST_PROCESSES ?= 2
 # The first of these that exists; or PYTHON=/path/to/python3.11 make ...
 PYTHON ?= $(firstword $(foreach p,python3.12 python3.11 python3.10 python3,$(shell $(p) -c 'import sys; print("$(p)") if (3, 10) <= sys.version_info[:2] <= (3, 12) else None' 2>/dev/null)))
 
@@ -35,10 +36,11 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not serial"
+	$(BIN)/python -m pytest -m serial
 
 soak: install
-	MPTFOUNDRY_SOAK=1 $(BIN)/python -m pytest tests/soak
+	MPTFOUNDRY_SOAK=1 $(BIN)/python -m pytest tests/soak tests/mpt/test_attention_kernels.py
 
 gpu:
 	python3 scripts/gpu.py

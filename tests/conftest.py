@@ -31,6 +31,9 @@ from torch.torch_version import TorchVersion
 
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 
+# Tiny products are slower on several threads than on one, above all where several processes test.
+torch.set_num_threads(1)
+
 ROOT = Path(__file__).parent.parent
 TINY_RUN = """
 max_seq_len: 32

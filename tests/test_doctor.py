@@ -55,6 +55,7 @@ def test_a_version_outside_a_declared_range_is_said() -> None:
     assert module._outside("torch", "2.7.0") == ""
 
 
+@pytest.mark.serial
 def test_an_unreachable_hub_is_said_within_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")

@@ -28,7 +28,10 @@ print(data._shm_prefix_int, flush=True)
 sys.stdin.read()
 """
 
-pytestmark = pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory has no folder here")
+pytestmark = [
+    pytest.mark.serial,
+    pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="shared memory has no folder here"),
+]
 
 
 @pytest.fixture

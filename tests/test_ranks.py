@@ -16,6 +16,8 @@ from mptfoundry import ranks
 from mptfoundry.errors import TrainingError
 from mptfoundry.ranks import BEAT, RankWatch, announce_failure, failure_text
 
+pytestmark = pytest.mark.serial
+
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:

@@ -13,6 +13,8 @@ import pytest
 
 from mptfoundry.signals import StopSignals
 
+pytestmark = pytest.mark.serial
+
 HEAD = """
 import os, signal, sys, time
 from mptfoundry import signals

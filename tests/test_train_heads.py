@@ -55,15 +55,6 @@ TASKS: dict[str, tuple[str, str, int, str, float]] = {
 Run = Callable[..., Path]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tiny products are slower on two threads than on one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def folder(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Labelled examples out of a few modules of the standard library, and a tokenizer."""

@@ -39,6 +39,7 @@ def rows_of(
     return list(read_rows(folder / "metrics.jsonl")), seconds
 
 
+@pytest.mark.serial
 @pytest.mark.parametrize("max_duration", ["5ba", "160tok", "20sp", "1ep"])
 def test_checkpoints_slow_down_the_eta_and_not_the_tokens_per_second(
     make_trainer: Callable[..., Trainer], config: MPTConfig, tmp_path: Path, max_duration: str

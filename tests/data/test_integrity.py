@@ -65,6 +65,7 @@ def test_a_bomb_is_refused_without_the_memory_that_it_wants(compression: str) ->
     tracemalloc.stop()
 
 
+@pytest.mark.serial
 def test_a_file_without_a_writer_is_not_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"half")

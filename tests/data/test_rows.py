@@ -56,14 +56,6 @@ def write_store(folder: Path, seed: int = 0, count: int = EXAMPLES) -> ExampleSt
     return ExampleStore(folder)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ExampleStore:
     return write_store(tmp_path_factory.mktemp("examples") / "store")

@@ -13,6 +13,8 @@ from streaming.base.world import World
 from mptfoundry.data import shared_names
 from mptfoundry.data.shared_names import take_number
 
+pytestmark = pytest.mark.serial
+
 
 def test_a_number_that_another_run_takes_meanwhile_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     others = []

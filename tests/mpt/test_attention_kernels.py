@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import random
 from collections.abc import Callable
 from functools import partial
@@ -32,6 +33,7 @@ from .reference import assert_as_exact
 
 pytestmark = pytest.mark.usefixtures("triton_runs")
 
+IS_SOAK = os.environ.get("MPTFOUNDRY_SOAK") == "1"
 ALONE: dict[str, dict[str, Any]] = {
     "nothing": {},
     "window 0": {"window": 0},
@@ -66,20 +68,44 @@ def random_mix(number: int) -> dict[str, Any]:
 
 
 def mix_of(name: str) -> dict[str, Any]:
-    first, _, second = name.partition(" + ")
+    first, *others = name.split(" + ")
     if first == "random":
-        return random_mix(int(second))
-    if second:
-        return FEATURES[first] | FEATURES[second] | {"batch": 1}
-    return {**ALONE, **SHIPPED, **FEATURES}[first]
+        return random_mix(int(others[0]))
+    mix = {**ALONE, **SHIPPED, **FEATURES}[first]
+    for other in others:
+        mix = mix | FEATURES[other] | {"batch": 1}
+    return mix
 
 
 def compatible(one: str, other: str) -> bool:
     return not set(FEATURES[one]) & set(FEATURES[other])
 
 
-PAIRS = [f"{one} + {other}" for one, other in itertools.combinations(FEATURES, 2) if compatible(one, other)]
-RANDOM = [f"random + {number}" for number in range(24)]
+def covering_mixes(pairs: list[tuple[str, str]], size: int) -> list[str]:
+    """Mixes of at most `size` features in which every pair occurs at least once."""
+    uncovered, mixes = dict.fromkeys(pairs), []
+    while uncovered:
+        mix = list(next(iter(uncovered)))
+        while len(mix) < size:
+            gains = {
+                name: sum((one, name) in uncovered or (name, one) in uncovered for one in mix)
+                for name in FEATURES
+                if all(compatible(name, one) for one in mix)
+            }
+            best = max(gains, key=lambda name: gains[name], default=None)
+            if best is None or gains[best] == 0:
+                break
+            mix.append(best)
+        for pair in itertools.permutations(mix, 2):
+            uncovered.pop(pair, None)
+        mixes.append(" + ".join(mix))
+    return mixes
+
+
+COMPATIBLE = [pair for pair in itertools.combinations(FEATURES, 2) if compatible(*pair)]
+# Each pair of features alone, or in an ordinary run of the tests several pairs in one mix.
+PAIRS = [" + ".join(pair) for pair in COMPATIBLE] if IS_SOAK else covering_mixes(COMPATIBLE, size=5)
+RANDOM = [f"random + {number}" for number in range(96 if IS_SOAK else 24)]
 GRID = [*ALONE, *SHIPPED, *FEATURES, *PAIRS, *RANDOM]
 
 
