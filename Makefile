@@ -2,9 +2,10 @@
 # make finetune-demo   after it: finetune its model to write docstrings, in two minutes
 # make test         install, then format check, lint, types and tests: what CI runs
 # make soak         the tests that take long: runs that are killed again and again
+# make docs         write the generated pages of the docs and build the site into build/site
 # make gpu          on a machine with a GPU: its tests, then the benchmarks
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart finetune-demo test soak gpu clean
+.PHONY: help install quickstart finetune-demo test soak docs gpu clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -41,6 +42,10 @@ test: install
 
 soak: install
 	MPTFOUNDRY_SOAK=1 $(BIN)/python -m pytest tests/soak tests/mpt/test_attention_kernels.py
+
+docs: install
+	$(BIN)/python scripts/write_docs.py
+	$(BIN)/python -m mkdocs build --site-dir build/site
 
 gpu:
 	python3 scripts/gpu.py

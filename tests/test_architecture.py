@@ -100,7 +100,7 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
             assert node.end_lineno - node.lineno - described < 60, node.name
 
 
-@pytest.mark.parametrize("path", list(PACKAGE.rglob("__init__.py")), ids=str)
+@pytest.mark.parametrize("path", list(PACKAGE.rglob("*/__init__.py")), ids=str)
 def test_packages_hold_no_logic(path: Path) -> None:
     body = ast.parse(path.read_text()).body
     assert all(isinstance(node, (ast.Expr, ast.Assign)) for node in body)
