@@ -47,8 +47,8 @@ def config_page() -> str:
     parts = [
         GENERATED,
         "# Configuration",
-        f"{subject(TrainConfig)} `mptfoundry explain KEY` prints the same for one key, at any depth, and also explains"
-        " the callbacks, loggers and algorithms that come from Composer.",
+        f"{subject(TrainConfig)} `mptfoundry explain KEY` prints the same for one key, at any depth, and also"
+        " explains the callbacks, loggers and algorithms that come from Composer.",
         "In a path, `*` is a name of your choice and `[N]` an entry of a list.",
     ]
     for title, cls in _sections():

@@ -126,7 +126,8 @@ def test_every_public_name_is_documented_and_can_be_imported() -> None:
 
 
 @pytest.mark.parametrize(
-    "file", sorted(set(re.findall(r"\| `(\S+\.py)` \|$", PAGES["docs/internals/reliability.md"], re.MULTILINE)))
+    "file",
+    sorted(set(re.findall(r"\| `(\S+\.py)` \|$", PAGES["docs/internals/reliability.md"], re.MULTILINE))),
 )
 def test_the_tests_of_every_fault_exist(file: str) -> None:
     assert (ROOT / "tests" / file).is_file()

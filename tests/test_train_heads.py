@@ -6,7 +6,7 @@ from __future__ import annotations
 import runpy
 import shutil
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
