@@ -4,9 +4,9 @@
 
 Prints a table with a row per room: files and lines imported, files entered, and the lines of the functions
 entered (from `def` to the end, docstrings included, nested functions once). The story is what a reader
-follows to understand training: how the run is built, its data, model, optimizer, loss, evaluation and tokenizer. The
-numbers belong to the two runs below and to the version of Python that runs them; they depend on neither the
-machine nor the time.
+follows to understand training: how the run is built, its data, model, optimizer, loss, evaluation and
+tokenizer. The numbers belong to the two runs below and to the version of Python that runs them; they depend
+on neither the machine nor the time.
 """
 
 from __future__ import annotations
