@@ -158,9 +158,8 @@ def build_model(
     on_meta = resolved.init_device == "meta" or (
         resolved.init_device == "mixed" and dist.get_global_rank() != 0
     )
-    is_drawn = source is None and not on_meta
     network: Any = make_network(
-        network_config, device="meta" if on_meta else "cpu", seed=config.seed if is_drawn else None
+        network_config, device="meta" if on_meta else "cpu", seed=config.seed, empty=source is not None
     )
     recompute_activations(config, network)
     if config.compile_config is not None:

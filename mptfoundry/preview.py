@@ -30,7 +30,11 @@ def preview(options: PreviewConfig) -> str:
             )
         split = options.split or ("train" if Path(options.data, "train").is_dir() else "")
         return preview_folder(
-            Path(options.data, split), samples=options.samples, tokenizer=options.tokenizer, color=color
+            Path(options.data, split),
+            samples=options.samples,
+            tokenizer=options.tokenizer,
+            token_encoding_type=options.token_encoding_type or "int64",
+            color=color,
         )
     return _preview_config(options, color)
 
@@ -39,6 +43,11 @@ def _preview_config(options: PreviewConfig, color: bool) -> str:
     if options.split:
         raise ConfigError(
             "split: a config says the split of each stream. Remove it, or name a folder of shards."
+        )
+    if options.token_encoding_type:
+        raise ConfigError(
+            "token_encoding_type: a config says it, as train_loader.dataset.token_encoding_type. Remove it, "
+            "or name a folder of shards."
         )
     words = [f"variables.{name}={json.dumps(value)}" for name, value in options.variables.items()]
     config, _ = load_train_config(options.data, [*words, f"allow_code={str(options.allow_code).lower()}"])

@@ -118,7 +118,7 @@ def make_run(run: Path, config: MPTConfig, kind: str, moments: int) -> Path:
     train_bpe([Path(__file__).read_text()], 320, run / "tokenizer")
     whole = run / "ep0-ba1-rank0.pt"
     with FakeTensorMode():
-        model = {f"model.{name}": tensor for name, tensor in MPT(config).state_dict().items()}
+        model = {f"model.{name}": tensor for name, tensor in MPT(config, empty=True).state_dict().items()}
         state = {
             name: {f"moment_{number}": torch.empty_like(tensor) for number in range(moments)}
             for name, tensor in model.items()

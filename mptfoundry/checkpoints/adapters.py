@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mptfoundry.checkpoints.weights import EMBEDDING, Rows, TensorOutline, Weights
+from mptfoundry.checkpoints.weights import EMBEDDING, Rows, TensorOutline, Weights, check_number_formats
 from mptfoundry.config.learned import ADAPTER, LoRAConfig
 from mptfoundry.errors import CheckpointError
 
@@ -76,6 +76,7 @@ def with_adapters(
     from mptfoundry.checkpoints.reading import shape_problems
 
     found = {name: o.shape for name, o in adapters.outlines.items() if ADAPTER in name}
+    check_number_formats(checkpoint.path, adapters.outlines, found)
     if problems := shape_problems(found, lora.adapter_shapes(checkpoint.config)):
         raise CheckpointError(f"{checkpoint.path}: {'; '.join(problems[:5])}.")
     check_base(base, adapters.read(FINGERPRINT) if FINGERPRINT in adapters.outlines else None)

@@ -16,7 +16,24 @@ from mptfoundry.errors import CheckpointError
 SAFETENSORS = "model.safetensors"
 _BIN = "pytorch_model.bin"
 _ROOT = "transformer."
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What safetensors calls PyTorch's number formats.
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 
 
 class FolderWeights:
@@ -61,10 +78,10 @@ class SafetensorsFile:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
                     piece = file.get_slice(name)
-                    dtype = DTYPES.get(piece.get_dtype())
+                    dtype = _DTYPES.get(piece.get_dtype())
                     if dtype is None:
                         raise CheckpointError(
-                            f"{path}: {name} is stored as {piece.get_dtype()}. Read are {', '.join(DTYPES)}."
+                            f"{path}: {name} is stored as {piece.get_dtype()}, which PyTorch can't read."
                         )
                     self.outlines[name] = TensorOutline(tuple(piece.get_shape()), dtype)
         except (SafetensorError, OSError) as error:

@@ -20,7 +20,14 @@ from mptfoundry.checkpoints.names import find_checkpoint
 from mptfoundry.checkpoints.sharded import ShardedWeights
 from mptfoundry.checkpoints.torch_files import open_composer_file
 from mptfoundry.checkpoints.vocabulary import with_rows
-from mptfoundry.checkpoints.weights import EMBEDDING, POSITIONS, PROJECTION, Weights
+from mptfoundry.checkpoints.weights import (
+    EMBEDDING,
+    POSITIONS,
+    PROJECTION,
+    Weights,
+    check_number_formats,
+    format_name,
+)
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import HeadConfig
@@ -63,7 +70,7 @@ class ModelSource:
         for name in expected_shapes(self.config):
             tensor = self.weights.read(name, dtype)
             if not tensor.sum(dtype=torch.float32).isfinite():  # one pass, and no memory
-                kind = str(tensor.dtype).removeprefix("torch.")
+                kind = format_name(tensor.dtype)
                 raise CheckpointError(f"{self.path}: {name} holds NaN or infinity as {kind}.")
             yield name, tensor
 
@@ -202,8 +209,11 @@ def expected_shapes(config: MPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_weights(source: ModelSource) -> None:
-    """Raise CheckpointError, naming them, for tensors that are missing, unknown or of another shape."""
-    found = {name: outline.shape for name, outline in source.weights.outlines.items()}
+    """Raise CheckpointError, naming them, for tensors that are missing, unknown, of another shape or in no
+    number format of weights."""
+    expected, outlines = expected_shapes(source.config), source.weights.outlines
+    check_number_formats(source.path, outlines, [*expected, PROJECTION])
+    found = {name: outline.shape for name, outline in outlines.items()}
     if source.config.tie_word_embeddings and PROJECTION in found:
         _check_that_it_is_tied(source)
         found.pop(PROJECTION)
@@ -212,7 +222,7 @@ def check_weights(source: ModelSource) -> None:
         raise CheckpointError(
             f"{source.path}: holds {len(blocks)} blocks; its config says n_layers: {source.config.n_layers}."
         )
-    problems = shape_problems(found, expected_shapes(source.config))
+    problems = shape_problems(found, expected)
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{source.path}: {'; '.join(problems[:5])}{more}.")

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from mptfoundry.errors import CheckpointError
+
 PROJECTION = "lm_head.weight"
 EMBEDDING = "transformer.wte.weight"
 POSITIONS = "transformer.wpe.weight"
+
+# Integers and 8-bit numbers are a quantized model's: without its scales, which lie elsewhere, they are not
+# the weights.
+_READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # The first row to read and the one after the last; None: all.
 Rows = tuple[int, int] | None
@@ -41,6 +47,22 @@ class Weights(Protocol):
 
     def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
         """One tensor, or some of its rows, in memory of its own, on the CPU, in `dtype` or as stored."""
+
+
+def check_number_formats(path: object, outlines: Mapping[str, TensorOutline], names: Iterable[str]) -> None:
+    """Raise CheckpointError for a weight that is stored in a format other than floating point of 16 bits or
+    more; `path` says where, and only tensors of these names are weights."""
+    for name in names:
+        if name in outlines and outlines[name].dtype not in _READABLE:
+            raise CheckpointError(
+                f"{path}: {name} is stored as {format_name(outlines[name].dtype)}. Weights are read as "
+                f"{', '.join(map(format_name, _READABLE))}: give the model as it was before it was quantized."
+            )
+
+
+def format_name(dtype: torch.dtype) -> str:
+    """A number format's name without `torch.`."""
+    return str(dtype).removeprefix("torch.")
 
 
 # The first generation's names of what is called otherwise today.

@@ -75,6 +75,7 @@ class PreviewConfig:
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: what the shards or the config name.
         split: Subfolder of a folder of shards. Default: `train`, if there is one.
         samples: How many samples of each folder.
+        token_encoding_type: Integer type of `tokens` stored as bytes, in a folder of shards. Default: int64.
         picture: File to draw a config's data mix into, such as `mix.png`.
         allow_code: Run the `preprocessing_fn` that a config names. On the command line only.
         variables: Values that a config refers to as `${variables.x}`.
@@ -84,6 +85,9 @@ class PreviewConfig:
     tokenizer: str | None = None
     split: str | None = None
     samples: int = 3
+    token_encoding_type: (
+        Literal["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"] | None
+    ) = None
     picture: str | None = None
     allow_code: bool = False
     variables: dict[str, Any] = field(default_factory=dict)

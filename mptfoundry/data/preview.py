@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from mptfoundry.data.shards import ShardIndex, read_index, read_samples
+from mptfoundry.data.stored_ids import check_ids, read_sample
 from mptfoundry.errors import DataError
-from mptfoundry.tokenizer import load_tokenizer
+from mptfoundry.tokenizer import fingerprint, load_tokenizer
 
 MOST_CHARACTERS = 1200
 BORDER = "┈┈┈┈┈┈┈┈"
@@ -45,10 +46,15 @@ def preview(
             f"{folder}: the shards don't say with which tokenizer they were made. Give tokenizer."
         )
     reader: Any = load_tokenizer(name)
-    numbers = sorted({round(at) for at in np.linspace(0, index.samples - 1, min(samples, index.samples))})
     blocks = [_describe(index)]
+    if index.meta and index.meta.fingerprint != fingerprint(reader):
+        blocks.append(
+            f"note: {name} is not the tokenizer that these shards were made with ({index.meta.tokenizer}): "
+            "ids may become other text, and training with it is refused."
+        )
+    numbers = sorted({round(at) for at in np.linspace(0, index.samples - 1, min(samples, index.samples))})
     for number, sample in zip(numbers, read_samples(index, numbers), strict=True):
-        ids = _ids(sample, reader, token_encoding_type)
+        ids = _ids(sample, reader, token_encoding_type, f"{index.folder}: sample {number:,}")
         blocks.append(f"sample {number:,} of {index.samples:,}: {show(ids, reader, color=color)}")
     return "\n\n".join(blocks)
 
@@ -105,21 +111,21 @@ def _describe(index: ShardIndex) -> str:
     meta = index.meta
     shards = f"{len(index.shards):,} shard{'s' * (len(index.shards) != 1)}"
     if meta is None:
-        return f"{index.folder}: {index.samples:,} samples in {shards}, made by another tool"
+        samples = f"{index.samples:,} sample{'s' * (index.samples != 1)}"
+        return f"{index.folder}: {samples} in {shards}, made by another tool"
     encoded = meta.tokens + meta.dropped_tokens
     return (
         f"{index.folder}: {meta.samples:,} samples of {meta.max_seq_len:,} tokens in {shards}\n"
-        f"{meta.documents:,} documents, {meta.tokens:,} tokens, {meta.bytes / encoded:.2f} bytes/token, "
+        f"{meta.documents:,} documents, {meta.tokens:,} tokens, "
+        f"{meta.bytes / max(encoded, 1):.2f} bytes/token, "
         f"{encoded / max(meta.documents, 1):,.0f} tokens/document\n"
         f"tokenizer {meta.tokenizer} ({meta.vocab_size:,} ids, fingerprint {meta.fingerprint[:12]})"
     )
 
 
-def _ids(sample: Mapping[str, Any], tokenizer: Any, token_encoding_type: str) -> list[int]:
-    if "text" in sample:
-        text = sample["text"]
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
-        return list(tokenizer(text)["input_ids"])
-    tokens = sample["tokens"]
-    array = tokens if isinstance(tokens, np.ndarray) else np.frombuffer(tokens, token_encoding_type)
-    return [int(token_id) for token_id in array]
+def _ids(sample: Mapping[str, Any], tokenizer: Any, token_encoding_type: str, place: str) -> list[int]:
+    found = read_sample(sample, token_encoding_type, place)
+    if isinstance(found, str):
+        return list(tokenizer(found)["input_ids"])
+    check_ids(found, len(tokenizer), "tokenizer", place)
+    return list(found.tolist())

@@ -7,6 +7,7 @@ readers ignore; it says with which tokenizer and sequence length the shards were
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -15,14 +16,17 @@ from typing import Any
 
 import numpy as np
 
+from mptfoundry.data.index_keys import META_KINDS, check_index_keys, check_keys, shortened
 from mptfoundry.data.integrity import CODECS, fastest_hash, problem_of, problems_of, refuse, unpack
-from mptfoundry.errors import DataError
+from mptfoundry.errors import DataError, first_line
 
 INDEX = "index.json"
 PREPARING = ".preparing"
 META_KEY = "mptfoundry"
 # Places in a shard are numbers of 32 bits.
 LARGEST_SHARD = 2**32 - 1
+# Bytes, on every file system that is in use.
+LONGEST_NAME = 255
 INTEGER_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 
 
@@ -105,18 +109,25 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
         raise DataError(f"{where}: {_why_no_index(folder)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        shards = content["shards"]
-        for shard in shards:
-            _check_entry(shard, path, where)
-        samples = sum(shard["samples"] for shard in shards)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        check_index_keys(content)
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{where}: {path} is damaged ({error!r}). Prepare or fetch the folder again."
+            f"{where}: {path} is damaged: {first_line(error)}. Prepare or fetch the folder again."
         ) from error
+    shards = content["shards"]
+    for shard in shards:
+        _check_entry(shard, path, where)
+    samples = sum(shard["samples"] for shard in shards)
     if samples == 0:
         raise DataError(f"{where}: {folder} holds no samples. Prepare more text than max_seq_len tokens.")
     _refuse_pickles(shards, path, where)
-    return ShardIndex(folder, shards, _read_meta(content.get(META_KEY), path, where))
+    meta = _read_meta(content.get(META_KEY), path, where)
+    if meta is not None and meta.samples != samples:
+        raise DataError(
+            f"{where}: {path} is damaged: its shards hold {samples:,} samples, and {META_KEY} says "
+            f"{meta.samples:,}. Prepare or fetch the folder again."
+        )
+    return ShardIndex(folder, shards, meta)
 
 
 def find_split(folder: str | Path, split: str | None, where: str) -> Path:
@@ -164,26 +175,29 @@ def _check_entry(shard: Mapping[str, Any], path: Path, where: str) -> None:
     """Raises DataError unless what an index says of a shard is confined to its folder, and can be."""
     samples, raw, packed = shard["samples"], shard["raw_data"], shard["zip_data"]
     if shard["format"] != "mds":
-        raise DataError(f"{where}: {path} is of {shard['format']!r} shards. Only mds shards are read.")
+        raise DataError(
+            f"{where}: {path} is of {shortened(shard['format'])} shards. Only mds shards are read."
+        )
     for part in filter(None, (raw, packed)):
-        name, size, hashes = part["basename"], part["bytes"], part["hashes"]
+        name = part["basename"]
         parts = name.split("/")
         if {"", ".", "..", INDEX} & set(parts) or "\\" in name or "\0" in name:
             raise DataError(
-                f"{where}: {path} names the shard {name!r}, which lies outside its folder. Don't use it."
+                f"{where}: {path} names the shard {shortened(name)}, which lies outside its folder. Don't "
+                "use it."
             )
-        if (
-            not isinstance(size, int)
-            or size < 0
-            or not all(isinstance(text, str) for text in hashes.values())
-        ):
-            raise TypeError(f"{name}: {part}")
+        if max(map(len, map(os.fsencode, parts))) > LONGEST_NAME:
+            raise DataError(
+                f"{where}: {path} names the shard {shortened(name)}, which is longer than a file's name "
+                "can be. Prepare or fetch the folder again."
+            )
     if packed and str(shard["compression"]).split(":")[0] not in CODECS:
         raise DataError(
-            f"{where}: {path} names the compression {shard['compression']!r}. Known are {', '.join(CODECS)}."
+            f"{where}: {path} names the compression {shortened(shard['compression'])}. Known are "
+            f"{', '.join(CODECS)}."
         )
     # A shard begins with their number and the place of each sample, and of the end.
-    if not isinstance(samples, int) or samples < 0 or not 4 * samples + 8 <= raw["bytes"] <= LARGEST_SHARD:
+    if not 4 * samples + 8 <= raw["bytes"] <= LARGEST_SHARD:
         raise DataError(
             f"{where}: {path} says that {raw['basename']} holds {samples} samples in {raw['bytes']} bytes, "
             "which can't be. Prepare or fetch the folder again."
@@ -194,22 +208,22 @@ def _read_meta(content: Any, path: Path, where: str) -> ShardMeta | None:
     if content is None:
         return None
     try:
-        return ShardMeta(**{field.name: content[field.name] for field in fields(ShardMeta)})
-    except (KeyError, TypeError) as error:
-        raise DataError(
-            f"{where}: the key {META_KEY!r} in {path} is damaged ({error!r}). Prepare again."
-        ) from error
+        check_keys(content, META_KINDS, META_KEY, others="kept")
+    except ValueError as error:
+        raise DataError(f"{where}: {path} is damaged: {error}. Prepare the text again.") from error
+    return ShardMeta(
+        **{field.name: content[field.name] for field in fields(ShardMeta) if field.name in content}
+    )
 
 
 def _refuse_pickles(shards: Sequence[Mapping[str, Any]], path: Path, where: str) -> None:
     """Raises DataError where reading a sample would unpickle something, which can run code."""
     for shard in shards:
-        names, encodings = (shard.get(f"column_{what}") or () for what in ("names", "encodings"))
-        for name, encoding in zip(names, encodings, strict=False):
-            if str(encoding).partition(":")[0] == "pkl":
+        for name, encoding in zip(shard["column_names"], shard["column_encodings"], strict=True):
+            if encoding.partition(":")[0] == "pkl":
                 raise DataError(
-                    f"{where}: {path}: refused, since the column {name!r} is pickled, and reading it could "
-                    "run code. Write it in another encoding."
+                    f"{where}: {path}: refused, since the column {shortened(name)} is pickled, and "
+                    "reading it could run code. Write it in another encoding."
                 )
 
 
@@ -255,5 +269,8 @@ def read_samples(index: ShardIndex, numbers: Iterable[int]) -> Iterator[dict[str
                         (folder / name).write_bytes(raw)
                     opened, reader = position, reader_from_json(str(folder), "", entry)
                 yield reader[number - int(starts[position])]
-            except (OSError, ValueError, IndexError, KeyError) as error:
-                raise DataError(f"{index.folder / name}: the shard can't be read ({error}).") from error
+            except Exception as error:  # a damaged sample fails in any way
+                raise DataError(
+                    f"{index.folder / name}: the shard can't be read ({first_line(error)}). Prepare or fetch "
+                    "the folder again."
+                ) from error

@@ -21,8 +21,9 @@ from mptfoundry.data.collate import TextCollator, count_samples, count_tokens
 from mptfoundry.data.guarded import GuardedDataset, GuardedStream, Verify
 from mptfoundry.data.once import once_per_node
 from mptfoundry.data.shards import INTEGER_DTYPES
+from mptfoundry.data.stored_ids import check_ids, read_sample
 from mptfoundry.data.streams import Source, check_shards, plan_sources, warn_of_unknown
-from mptfoundry.errors import ConfigError, DataError
+from mptfoundry.errors import ConfigError, DataError, first_line
 
 
 def build_text_loader(
@@ -155,51 +156,20 @@ class TextDataset(GuardedDataset):
         """
         try:
             sample = super().get_item(sample_id, retry)
-        except (OSError, RuntimeError, ValueError, LookupError) as error:
-            reason = self.background_error or error
-            raise DataError(f"{self._place(sample_id)} can't be read: {reason}") from error
-        if "tokens" in sample:
-            ids = self._stored_ids(sample["tokens"], sample_id)
-        elif "text" in sample:
-            ids = self._ids_of_text(sample["text"])
-        else:
-            raise DataError(
-                f"{self._place(sample_id)} has the columns {', '.join(sorted(sample))}. "
-                f"Give shards with a column `tokens` or `text`."
-            )
+        except Exception as error:  # a damaged sample fails in any way
+            reason = first_line(self.background_error or error)
+            raise DataError(f"{self._place(sample_id)} can't be read: {reason}.") from error
+        found = read_sample(sample, self.token_encoding_type, self._place(sample_id))
+        ids = self._ids_of_text(found) if isinstance(found, str) else found
         if len(ids) > self.max_seq_len:
             raise DataError(
                 f"{self._place(sample_id)} has {len(ids)} tokens; max_seq_len is {self.max_seq_len}. "
                 f"Set max_seq_len: {len(ids)}, or prepare the text again for {self.max_seq_len}."
             )
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= self.vocab_size:
-            raise DataError(
-                f"{self._place(sample_id)} has the id {low if low < 0 else high}, but the model's are 0 to "
-                f"{self.vocab_size - 1}. Use the tokenizer (or the token_encoding_type) it was made with."
-            )
+        check_ids(ids, self.vocab_size, "model", self._place(sample_id))
         return {"input_ids": ids, "sample_id": int(sample_id)}
 
-    def _stored_ids(self, tokens: Any, sample_id: int) -> np.ndarray:
-        if isinstance(tokens, np.ndarray):
-            ids = tokens
-        else:
-            dtype = np.dtype(self.token_encoding_type)
-            if len(tokens) % dtype.itemsize:
-                raise DataError(
-                    f"{self._place(sample_id)} has {len(tokens)} bytes, which are no whole number of "
-                    f"{dtype.name} ids. Set token_encoding_type to the type they were written with."
-                )
-            ids = np.frombuffer(tokens, dtype)
-        if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise DataError(
-                f"{self._place(sample_id)} has tokens of type {ids.dtype} and shape {ids.shape}. "
-                f"Each sample must be one non-empty row of integers."
-            )
-        return ids.astype(np.int64)
-
-    def _ids_of_text(self, text: str | bytes) -> np.ndarray:
-        text = text.decode("utf-8") if isinstance(text, bytes) else text
+    def _ids_of_text(self, text: str) -> np.ndarray:
         ids = self.tokenizer(text, truncation=True, max_length=self.max_seq_len)["input_ids"]
         # A row of nothing but padding has no attention at all; one EOS has, and nothing to learn.
         return np.asarray(ids or [filler_id(self.tokenizer)], np.int64)

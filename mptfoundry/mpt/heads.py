@@ -43,18 +43,25 @@ class _HeadNetwork(nn.Module):
     Args:
         config: The architecture.
         device: Where the weights lie. On ``meta`` nothing is allocated.
-        seed: Draw the weights from this seed. Without it they hold anything: load some.
+        seed: Draw the weights from this seed. Without it torch's own random state gives one, as for every
+            module of PyTorch's.
+        empty: Draw nothing: the weights hold whatever was in memory, until some are loaded.
     """
 
     def __init__(
-        self, config: HeadConfig, *, device: torch.device | str | None = None, seed: int | None = None
+        self,
+        config: HeadConfig,
+        *,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        empty: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.transformer = Transformer(config, "meta")
         head = nn.Linear(config.d_model, config.outputs, bias=config.has_bias, device="meta")
         self.add_module(config.head, head)
-        materialise(self, config, device, seed)
+        materialise(self, config, device, seed, empty)
 
     def _trunk(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, max_documents: int | None
@@ -211,8 +218,15 @@ _NETWORKS: dict[type[MPTConfig], type[nn.Module]] = {
 
 
 def make_network(
-    config: MPTConfig, *, device: torch.device | str | None = None, seed: int | None = None
+    config: MPTConfig,
+    *,
+    device: torch.device | str | None = None,
+    seed: int | None = None,
+    empty: bool = False,
 ) -> nn.Module:
-    """The network of an architecture: a language model, or the one that ends in the config's head."""
+    """The network of an architecture: a language model, or the one that ends in the config's head.
+
+    The arguments are those of `MPT`.
+    """
     kind = next((network for known, network in _NETWORKS.items() if isinstance(config, known)), MPT)
-    return kind(config, device=device, seed=seed)
+    return kind(config, device=device, seed=seed, empty=empty)

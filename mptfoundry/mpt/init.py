@@ -24,19 +24,23 @@ _HEAD_STD = 0.02
 
 
 def materialise(
-    network: nn.Module, config: MPTConfig, device: torch.device | str | None, seed: int | None
+    network: nn.Module, config: MPTConfig, device: torch.device | str | None, seed: int | None, empty: bool
 ) -> None:
-    """Give a network made on ``meta`` storage on `device` (the CPU if None), and weights if `seed` is given.
+    """Give a network made on ``meta`` storage on `device` (the CPU if None), and draw its weights.
 
-    Nothing happens where `device` is ``meta`` too.
+    Without a `seed`, torch's own random state gives one. Nothing is drawn where `empty` is asked for, and
+    nothing happens at all where `device` is ``meta`` too.
     """
     device = torch.device(device or "cpu")
     if device.type == "meta":
         return
     network.to_empty(device=device)
-    if seed is not None:
-        for name, parameter in network.named_parameters():
-            initialize_parameter(parameter, name, config, seed)
+    if empty:
+        return
+    if seed is None:
+        seed = int(torch.randint(2**31, (), device="cpu"))
+    for name, parameter in network.named_parameters():
+        initialize_parameter(parameter, name, config, seed)
 
 
 @torch.no_grad()

@@ -174,18 +174,25 @@ class MPT(nn.Module):
     Args:
         config: The architecture.
         device: Where the weights lie. On ``meta`` nothing is allocated.
-        seed: Draw the weights from this seed. Without it they are allocated but hold anything: load some.
+        seed: Draw the weights from this seed. Without it torch's own random state gives one, as for every
+            module of PyTorch's.
+        empty: Draw nothing: the weights hold whatever was in memory, until some are loaded.
     """
 
     def __init__(
-        self, config: MPTConfig, *, device: torch.device | str | None = None, seed: int | None = None
+        self,
+        config: MPTConfig,
+        *,
+        device: torch.device | str | None = None,
+        seed: int | None = None,
+        empty: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.transformer = Transformer(config, "meta")
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False, device="meta")
-        materialise(self, config, device, seed)
+        materialise(self, config, device, seed, empty)
 
     def forward(
         self,

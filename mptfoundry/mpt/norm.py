@@ -13,7 +13,7 @@ from .config import MPTConfig
 
 
 class Norm(nn.Module):
-    """The norm of ``config.norm_type`` over the last dimension; its weights are not initialised.
+    """The norm of ``config.norm_type`` over the last dimension; at first it scales by one and adds nothing.
 
     Layer norm (https://arxiv.org/abs/1607.06450), or RMS norm (https://arxiv.org/abs/1910.07467), which
     does not centre and has no bias.
@@ -24,9 +24,9 @@ class Norm(nn.Module):
         self.eps = config.norm_eps
         self.low_precision = config.norm_type.startswith("low_precision_")
         self.centres = config.norm_type.endswith("layernorm")
-        self.weight = nn.Parameter(torch.empty(width, device=device))
+        self.weight = nn.Parameter(torch.ones(width, device=device))
         has_bias = self.centres and not config.no_bias
-        self.bias = nn.Parameter(torch.empty(width, device=device)) if has_bias else None
+        self.bias = nn.Parameter(torch.zeros(width, device=device)) if has_bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise (..., width)."""

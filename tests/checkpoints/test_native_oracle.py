@@ -15,6 +15,7 @@ import torch
 
 from mptfoundry.checkpoints.reading import load_network
 from mptfoundry.mpt.network import MPT, KVCache
+from tests.mpt.reference import assert_as_exact, rms
 
 ROWS, TOKENS, VOCABULARY = 2, 24, 97
 
@@ -42,13 +43,10 @@ def batch() -> torch.Tensor:
     return torch.randint(VOCABULARY, (ROWS, TOKENS), generator=torch.Generator().manual_seed(0))
 
 
-def rms(difference: torch.Tensor) -> float:
-    return difference.double().pow(2).mean().sqrt().item()
-
-
 def assert_at_rounding(found: torch.Tensor, theirs: torch.Tensor, truth: torch.Tensor) -> None:
     assert rms(truth) > 0.1
-    assert rms(found - truth) <= 2 * rms(theirs - truth) < 1e-4 * rms(truth)
+    assert rms(theirs - truth) < 1e-4 * rms(truth)
+    assert_as_exact([found], [theirs], [truth])
 
 
 @torch.no_grad()

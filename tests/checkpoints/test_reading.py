@@ -163,6 +163,48 @@ def test_missing_unknown_and_misshaped_tensors_are_named(tmp_path: Path, write_r
         open_model(run)
 
 
+STORES = ("safetensors", "bin", "checkpoint", "sharded checkpoint", "checkpoint of llm-foundry")
+
+
+def store_as(kind: str, state: dict[str, torch.Tensor], run: Path, folder: Path) -> Path:
+    """Write weights in one of `STORES`, and return what is opened."""
+    model: dict[str, Any] = {"model": {f"model.{name}": tensor for name, tensor in state.items()}}
+    folder.mkdir()
+    if kind in ("safetensors", "bin"):
+        (folder / "config.json").write_text(json.dumps(TINY.to_dict()))
+        if kind == "safetensors":
+            save_file(state, folder / "model.safetensors")
+        else:
+            torch.save(state, folder / "pytorch_model.bin")
+        return folder
+    if kind == "sharded checkpoint":
+        writer = dcp.FileSystemWriter(run / "ep0-ba90")
+        dcp.save({"state": model}, storage_writer=writer, no_dist=True)
+        return run
+    if kind == "checkpoint of llm-foundry":
+        content = {**json.loads(json.dumps(TINY.to_dict())), "model_type": "mpt", "fc_type": {}}
+        model["integrations"] = {"huggingface": {"model": {"config": {"content": content}}, "tokenizer": {}}}
+        torch.save({"state": model}, folder / "ep0-ba1-rank0.pt")
+        return folder
+    torch.save({"state": model}, run / "ep0-ba90-rank0.pt")
+    return run
+
+
+@pytest.mark.parametrize("name", ["int8", "uint8", "bool", "int64", "float8_e4m3fn", "complex64"])
+@pytest.mark.parametrize("kind", STORES)
+def test_weights_in_no_number_format_of_weights_are_refused_in_every_store(
+    kind: str, name: str, tmp_path: Path, write_run: WriteRun
+) -> None:
+    if (kind, name) == ("safetensors", "complex64"):
+        pytest.skip("safetensors has no such numbers")
+    state = MPT(TINY, seed=1).state_dict()
+    weight = "transformer.blocks.1.ffn.up_proj.weight"
+    state[weight] = (state[weight] * 100).to(getattr(torch, name))
+    path = store_as(kind, state, write_run(), tmp_path / "hf")
+    with pytest.raises(CheckpointError, match=f"{weight} is stored as {name}. Weights are read as float64,"):
+        open_model(path)
+
+
 def test_an_output_matrix_beside_tied_embeddings_must_be_equal(tmp_path: Path) -> None:
     state = MPT(TINY, seed=1).state_dict()
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))

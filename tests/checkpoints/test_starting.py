@@ -42,13 +42,13 @@ def assert_same(network: nn.Module, other: nn.Module) -> None:
 
 
 def test_every_weight_is_that_of_the_source(source: ModelSource) -> None:
-    network = MPT(CONFIG, device="cpu")
+    network = MPT(CONFIG, empty=True)
     StartingWeights(source, network, seed=1).fill(network)
     assert_same(network, MPT(CONFIG, seed=5))
 
 
 def test_without_a_source_every_weight_is_drawn() -> None:
-    network = MPT(CONFIG, device="cpu")
+    network = MPT(CONFIG, empty=True)
     StartingWeights(None, network, seed=1).fill(network)
     assert_same(network, MPT(CONFIG, seed=1))
 
@@ -109,7 +109,7 @@ def test_a_rank_reads_its_own_rows_alone_where_a_model_is_sharded_before_it_has_
 
 def test_a_part_that_is_new_is_drawn_and_named_and_nothing_else_may_be(source: ModelSource) -> None:
     larger = replace(CONFIG, n_layers=3)
-    network = MPT(larger, device="cpu")
+    network = MPT(larger, empty=True)
     starting = StartingWeights(source, network, seed=1, new=["transformer.blocks.2."])
     assert len(starting.drawn) == 6
     assert all(name.startswith("transformer.blocks.2.") for name in starting.drawn)
@@ -123,7 +123,7 @@ def test_a_part_that_is_new_is_drawn_and_named_and_nothing_else_may_be(source: M
 
 def test_what_the_source_has_beside_may_be_left_only_where_that_is_said(tmp_path: Path) -> None:
     source = save(tmp_path, MPT(replace(CONFIG, tie_word_embeddings=False), seed=5))
-    network = MPT(CONFIG, device="cpu")
+    network = MPT(CONFIG, empty=True)
     with pytest.raises(CheckpointError, match=r"lm_head.weight is not of this architecture"):
         StartingWeights(source, network, seed=1)
     StartingWeights(source, network, seed=1, unused=["lm_head."]).fill(network)
@@ -135,7 +135,7 @@ def test_new_rows_of_the_vocabulary_are_the_mean_of_the_old_ones(tmp_path: Path,
     there = replace(CONFIG, tie_word_embeddings=tied)
     source = with_rows(save(tmp_path, MPT(there, seed=5)), 40)
     assert source.config.vocab_size == 40
-    network = MPT(source.config, device="cpu")
+    network = MPT(source.config, empty=True)
     StartingWeights(source, network, seed=1).fill(network)
     old = MPT(there, seed=5)
     for matrix, stored in (
@@ -164,5 +164,5 @@ def test_a_smaller_vocabulary_loses_its_last_rows(source: ModelSource) -> None:
     assert torch.equal(
         cut.weights.read("transformer.wte.weight"), MPT(CONFIG, seed=5).transformer.wte.weight[:20]
     )
-    network = MPT(cut.config, device="cpu")
+    network = MPT(cut.config, empty=True)
     StartingWeights(cut, network, seed=1).fill(network)

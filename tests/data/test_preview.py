@@ -56,7 +56,56 @@ def test_shards_of_others_need_a_tokenizer(
         preview(tmp_path / "b")
     for folder in ("b", "t"):
         text = preview(tmp_path / folder, tokenizer=str(tokenizer_folder), token_encoding_type="int32")
-        assert "1 samples in 1 shard, made by another tool" in text and text.endswith("from elsewhere")
+        assert "1 sample in 1 shard, made by another tool" in text and text.endswith("from elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("column", "row", "options", "message"),
+    [
+        ("tokens:bytes", np.arange(31, dtype=np.int32), {}, "has 124 bytes, which are not a whole number"),
+        (
+            "tokens:bytes",
+            np.arange(32, dtype=np.int32),
+            {},
+            r"has the id \d+, but the tokenizer's are 0 to 319",
+        ),
+        (
+            "tokens:bytes",
+            np.arange(32),
+            {"token_encoding_type": "int32"},
+            "holds ids of int64 that are read as int32",
+        ),
+        (
+            "tokens:ndarray:uint16",
+            np.full(9, 999, np.uint16),
+            {},
+            "has the id 999, but the tokenizer's are 0",
+        ),
+        ("prompt:str", "What?", {}, "has the columns prompt. Give shards with a column `tokens` or `text`"),
+    ],
+)
+def test_what_training_refuses_of_others_shards_is_refused_with_its_words(
+    tmp_path: Path, tokenizer_folder: Path, column: str, row: Any, options: dict[str, Any], message: str
+) -> None:
+    from streaming import MDSWriter
+
+    name, _, encoding = column.partition(":")
+    with MDSWriter(columns={name: encoding}, out=str(tmp_path)) as writer:
+        writer.write({name: row.tobytes() if encoding == "bytes" else row})
+    with pytest.raises(DataError, match=f"sample 0 {message}"):
+        preview(tmp_path, tokenizer=str(tokenizer_folder), **options)
+
+
+def test_another_tokenizer_than_the_shards_own_is_noted(prepared: Path, tmp_path: Path) -> None:
+    from mptfoundry.tokenizer import train_bpe
+
+    assert "note: " not in preview(prepared / "train", samples=1)
+    train_bpe(["another text entirely"] * 9, 300, tmp_path / "other")
+    with pytest.raises(DataError, match="the tokenizer's are 0 to"):
+        preview(prepared / "train", tokenizer=str(tmp_path / "other"), samples=5)
+    assert "is not the tokenizer that these shards were made with" in preview(
+        prepared / "train", tokenizer=str(tmp_path / "other"), samples=0
+    )
 
 
 def test_a_batch_is_shown_without_its_padding(tiny_tokenizer: Any) -> None:

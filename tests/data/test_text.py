@@ -33,7 +33,8 @@ def build(tiny_tokenizer: Any) -> Callable[..., Any]:
 
 
 def write_shards(folder: Path, column: str, rows: Any) -> str:
-    name = "text" if column == "str" else "tokens"
+    name = "text" if column.startswith("str") else "tokens"
+    column = column.removeprefix("str_")
     with MDSWriter(columns={name: column}, out=str(folder / "train")) as writer:
         for row in rows:
             writer.write({name: row})
@@ -212,8 +213,25 @@ def test_an_id_that_the_model_has_not_is_named_as_it_is_read(
         ("ndarray:int32", np.full(64, -1, np.int32), {}, "has the id -1, but the model's are 0 to 319"),
         ("ndarray:int32", np.full(64, 320, np.int32), {}, "has the id 320, but the model's are 0 to 319"),
         ("ndarray:float32", np.full(64, 1, np.float32), {}, "tokens of type float32"),
-        ("bytes", b"\0" * 12, {}, "has 12 bytes, which are no whole number of int64 ids"),
+        ("bytes", b"\0" * 12, {}, "has 12 bytes, which are not a whole number of int64 ids"),
         ("bytes", np.full(9, 3, np.int32).tobytes() * 2, {}, "has the id 12884901891"),
+        *(
+            (
+                "bytes",
+                np.arange(32, dtype=written).tobytes(),
+                {"token_encoding_type": read},
+                f"holds ids of {written} that are read as {read}: .* Set token_encoding_type: {written}",
+            )
+            for written, read in (
+                ("int64", "int32"),
+                ("int64", "uint16"),
+                ("int64", "uint8"),
+                ("int32", "int16"),
+                ("int16", "uint8"),
+            )
+        ),
+        ("int32", 5, {}, "has tokens of type int"),
+        ("str_bytes", b"caf\xe9 au lait", {}, r"its text is not UTF-8 \(.* at byte 3\)"),
     ],
 )
 def test_shards_of_others_are_looked_into_before_training(
@@ -222,6 +240,13 @@ def test_shards_of_others_are_looked_into_before_training(
     local = write_shards(tmp_path, column, [row] * 8)
     with pytest.raises(DataError, match=message):
         build(local=local, split="train", **options)
+
+
+def test_zeros_between_ids_are_no_other_type_where_they_may_be_ids(build: Any, tmp_path: Path) -> None:
+    rows = [np.array([5, 0], np.int32), np.zeros(64, np.int32), np.array([5, 0, 7, 3] * 16, np.int32)]
+    local = write_shards(tmp_path, "bytes", [row.tobytes() for row in rows * 4])
+    found = rows_of(build(local=local, split="train", token_encoding_type="int32"))
+    assert found[0][:2] == [5, 0] and found[1] == [0] * 64 and found[2] == [5, 0, 7, 3] * 16
 
 
 def test_a_column_that_is_neither_tokens_nor_text_is_refused(build: Any, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from mptfoundry.mpt.backends import why_not
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT, KVCache
+from tests.mpt.reference import assert_as_exact
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU; `make gpu` runs it where there is one"
@@ -38,12 +39,11 @@ def test_loss_and_gradients_on_the_gpu_equal_the_cpus(attention: dict[str, objec
     ids = rows()
     exact, network = small_network(**attention).double().train(), small_network(**attention).cuda().train()
     plain = small_network(**attention).train()
-    for model, device in ((exact, "cpu"), (network, "cuda"), (plain, "cpu")):
+    gradients = []
+    for model, device in ((network, "cuda"), (plain, "cpu"), (exact, "cpu")):
         model(ids.to(device), labels=ids.to(device)).loss.backward()
-    truth = exact.transformer.blocks[0].attn.Wqkv.weight.grad
-    distance = (network.transformer.blocks[0].attn.Wqkv.weight.grad.cpu().double() - truth).norm()
-    rounding = (plain.transformer.blocks[0].attn.Wqkv.weight.grad.double() - truth).norm()
-    assert distance <= 2 * rounding + 1e-6 * truth.norm()
+        gradients.append([model.transformer.blocks[0].attn.Wqkv.weight.grad.cpu()])
+    assert_as_exact(*gradients)
 
 
 def test_a_bf16_training_step_lowers_the_loss() -> None:
@@ -71,10 +71,6 @@ ROWS = {
 }
 
 
-def distance(found: torch.Tensor, truth: torch.Tensor) -> float:
-    return (found.cpu().double() - truth.cpu()).norm().item()
-
-
 @pytest.mark.parametrize("name", ["triton", "flash"])
 @pytest.mark.parametrize("attention", FEATURES, ids=str)
 @pytest.mark.parametrize("kind", ROWS)
@@ -89,15 +85,14 @@ def test_a_backend_in_bf16_is_as_exact_as_torchs(name: str, attention: dict[str,
             given = {}
         with torch.autocast("cuda", dtype=torch.bfloat16, enabled=device == "cuda"):
             model(ids, labels=ids.masked_fill(~learned, -100), **given).loss.backward()
-        return model.transformer.blocks[0].attn.Wqkv.weight.grad
+        return model.transformer.blocks[0].attn.Wqkv.weight.grad.cpu()
 
     if reason := why_not(name, small_network(**attention).config, "cuda", "bfloat16"):
         pytest.skip(reason)
-    truth = gradient("torch", "cpu", torch.float64)
-    allowed = 2 * distance(gradient("torch", "cuda", torch.float32), truth)
-    assert distance(gradient(name, "cuda", torch.float32), truth) <= allowed
+    truth, plain = gradient("torch", "cpu", torch.float64), gradient("torch", "cuda", torch.float32)
+    assert_as_exact([gradient(name, "cuda", torch.float32)], [plain], [truth])
     if kind in ("packed", "padded right"):
-        assert distance(gradient(name, "cuda", torch.float32, max_documents=3), truth) <= allowed
+        assert_as_exact([gradient(name, "cuda", torch.float32, max_documents=3)], [plain], [truth])
 
 
 @pytest.mark.parametrize("name", ["triton", "flash"])
@@ -120,6 +115,5 @@ def test_a_backend_in_bf16_continues_as_exactly_as_torchs(name: str, attention: 
 
     if reason := why_not(name, small_network(**attention).config, "cuda", "bfloat16"):
         pytest.skip(reason)
-    truth = logits("torch", "cpu", torch.float64)
-    allowed = 2 * distance(logits("torch", "cuda", torch.bfloat16), truth)
-    assert distance(logits(name, "cuda", torch.bfloat16), truth) <= allowed
+    plain = logits("torch", "cuda", torch.bfloat16)
+    assert_as_exact([logits(name, "cuda", torch.bfloat16)], [plain], [logits("torch", "cpu", torch.float64)])

@@ -60,11 +60,11 @@ def with_gradients(
     grad: torch.Tensor,
     dtype: torch.dtype,
 ) -> list[torch.Tensor]:
-    """What a function of tensors gives in a dtype, and the gradients of its inputs, as float64."""
+    """What a function of tensors gives in a dtype, and the gradients of its inputs."""
     leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
     out = function(*leaves)
     gradients = torch.autograd.grad(out, leaves, grad.to(dtype))
-    return [x.detach().double() for x in (out, *gradients)]
+    return [x.detach() for x in (out, *gradients)]
 
 
 def livelier(config: MPTConfig, by: float = 0.1) -> MPT:
@@ -77,7 +77,7 @@ def livelier(config: MPTConfig, by: float = 0.1) -> MPT:
 
 
 def in_float64(made: MPT) -> MPT:
-    exact = MPT(made.config)
+    exact = MPT(made.config, empty=True)
     exact.load_state_dict(made.state_dict())
     return exact.double().train(made.training)
 
@@ -86,16 +86,63 @@ def rms(x: torch.Tensor) -> float:
     return x.double().square().mean().sqrt().item()
 
 
+def rounding(size: float, dtype: torch.dtype) -> float:
+    """The RMS distance that rounding alone may cause in numbers of a dtype whose RMS is ``size``.
+
+    Rounding to the nearest number of the dtype moves each by at most half an epsilon of itself. So even the
+    truth, written down in this dtype, may be that far away, and whether a formula comes closer is decided by
+    the order in which one processor and its library add.
+    """
+    return torch.finfo(dtype).eps / 2 * size
+
+
 def assert_as_exact(
     fast: Sequence[torch.Tensor],
     plain: Sequence[torch.Tensor],
     truth: Sequence[torch.Tensor],
-    floor: float = 0,
+    terms: Sequence[float] = (),
 ) -> None:
-    """Fast results are at most twice as far from the truth as the plain formula's.
+    """Fast results are at most twice as far (RMS) from the truth as the plain formula's, or within rounding.
 
-    ``floor`` is a distance that is always allowed, for cases so small that the plain formula is exact.
+    The yardstick is a mean over many numbers: of few, the plain formula may have all exactly by luck.
+    ``terms`` says for each result the RMS of the numbers that cancel in it, if it is smaller than these:
+    their rounding stays in it.
     """
-    for place, (some, yardstick, true) in enumerate(zip(fast, plain, truth, strict=True)):
-        distance, allowed = rms(some - true), rms(yardstick - true)
-        assert distance <= max(2 * allowed, floor), f"result {place}: {distance:.2e}, plain {allowed:.2e}"
+    results = zip(fast, plain, truth, terms or [0.0] * len(truth), strict=True)
+    for place, (some, yardstick, true, size) in enumerate(results):
+        distance, of_plain = rms(some - true), rms(yardstick - true)
+        floor = rounding(max(rms(true), size), some.dtype)
+        assert distance <= max(2 * of_plain, floor), (
+            f"result {place}: {distance:.2e} from the truth, the plain formula {of_plain:.2e}, "
+            f"rounding {floor:.2e}"
+        )
+
+
+def assert_attention_as_exact(
+    fast: Sequence[torch.Tensor],
+    plain: Sequence[torch.Tensor],
+    truth: Sequence[torch.Tensor],
+    context: AttentionContext,
+) -> None:
+    """`assert_as_exact` for an output and the gradients of queries, keys and values, all drawn from normals.
+
+    The gradient of a score is the difference of two scaled products of a gradient and a value, which cancel
+    where queries see few keys, and where they see many the sum over all queries is small.
+    """
+    product = context.scale * truth[0].shape[-1] ** 0.5
+    assert_as_exact(fast, plain, truth, terms=(0, 2 * product, 2 * product, 0))
+
+
+def assert_gradients_as_exact(
+    fast: Sequence[torch.Tensor], plain: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]
+) -> None:
+    """`assert_as_exact` for the gradients of all of a network's weights together.
+
+    The rounding of a few numbers, such as a batch's logits, goes into all of them: one weight alone may have
+    little of it by luck. Each is the truth to four digits by itself; one that has no influence (a bias before
+    a softmax) is nothing next to the largest.
+    """
+    largest = max(rms(true) for true in truth)
+    for place, (some, true) in enumerate(zip(fast, truth, strict=True)):
+        assert rms(some - true) < 1e-4 * rms(true) + 1e-6 * largest, f"gradient {place}"
+    assert_as_exact(*([torch.cat([x.flatten() for x in each])] for each in (fast, plain, truth)))

@@ -16,7 +16,7 @@ from mptfoundry.mpt.network import MPT
 from mptfoundry.train import train
 
 from .cases import DEVICE
-from .reference import assert_as_exact
+from .reference import assert_as_exact, assert_gradients_as_exact
 
 pytestmark = pytest.mark.usefixtures("triton_runs")
 
@@ -71,8 +71,10 @@ def test_logits_and_gradients_are_the_same(architecture: str) -> None:
         with torch.no_grad():
             logits = made(ids, attention_mask=mask).logits[mask]
         made.train()(ids, attention_mask=mask, labels=ids.masked_fill(~mask, -100)).loss.backward()
-        results.append([logits, *(x.grad for x in made.parameters())])
-    assert_as_exact(*results)
+        results.append((logits, [x.grad for x in made.parameters()]))
+    logits, gradients = zip(*results, strict=True)
+    assert_as_exact(*([x] for x in logits))
+    assert_gradients_as_exact(*gradients)
 
 
 @BOTH

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from mptfoundry.mpt.config import AttnConfig, InitConfig, MPTConfig
+from mptfoundry.mpt.head_config import SequenceClassifierConfig, SpanFinderConfig, TokenClassifierConfig
+from mptfoundry.mpt.heads import make_network
 from mptfoundry.mpt.init import _BLOCK_NUMBERS, draw
 from mptfoundry.mpt.network import MPT
 
@@ -25,6 +28,24 @@ def config(attention: AttnConfig | None = None, **init: object) -> MPTConfig:
 
 def weights(config: MPTConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: x.detach() for name, x in MPT(config, seed=seed).named_parameters()}
+
+
+@pytest.mark.parametrize("head", [None, SequenceClassifierConfig, TokenClassifierConfig, SpanFinderConfig])
+def test_a_module_draws_its_weights_unless_empty_ones_are_asked_for(head: type[MPTConfig] | None) -> None:
+    shape: dict[str, Any] = {"d_model": 32, "n_heads": 4, "n_layers": 1, "vocab_size": 50, "max_seq_len": 16}
+    config = (head or MPTConfig)(**shape)
+    torch.manual_seed(3)
+    seed = int(torch.randint(2**31, ()))
+    torch.manual_seed(3)
+    network, other = make_network(config), make_network(config)
+    for name, weight in network.named_parameters():
+        assert torch.equal(weight, draw(name, tuple(weight.shape), config, seed)), name
+    assert not torch.equal(network.transformer.wte.weight, other.transformer.wte.weight)
+    state = torch.get_rng_state()
+    assert make_network(config, device="meta").transformer.wte.weight.is_meta
+    assert not make_network(config, empty=True).transformer.wte.weight.is_meta
+    make_network(config, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 QKV, UP = "transformer.blocks.1.attn.Wqkv.weight", "transformer.blocks.1.ffn.up_proj.weight"

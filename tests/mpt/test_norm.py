@@ -10,6 +10,7 @@ from mptfoundry.mpt.norm import Norm, compute_dtype
 def norm(norm_type: str, **options: object) -> torch.nn.Module:
     shape = MPTConfig(d_model=8, n_heads=2, n_layers=1, norm_type=norm_type, norm_eps=0.1, **options)  # type: ignore[arg-type]
     made = Norm(8, shape, "cpu")
+    assert (made.weight == 1).all() and (made.bias is None or (made.bias == 0).all())
     for parameter in made.parameters():
         torch.nn.init.normal_(parameter)
     return made

@@ -1,0 +1,89 @@
+"""Token ids and text as samples of MDS shards hold them: arrays of any integer type, plain bytes, or text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mptfoundry.errors import DataError
+
+# With fewer ids than these, every second one may be zero by chance.
+_FEWEST_IDS_FOR_A_PATTERN = 16
+
+
+def read_sample(sample: Mapping[str, Any], token_encoding_type: str, place: str) -> np.ndarray | str:
+    """The ids, (tokens,) int64, of the column `tokens`, or the text of the column `text`.
+
+    Args:
+        sample: By column.
+        token_encoding_type: Type of the ids where they are stored as bytes.
+        place: Which sample it is, for errors.
+
+    Raises:
+        DataError: There is no such column, or it holds something else.
+    """
+    if "tokens" in sample:
+        return stored_ids(sample["tokens"], token_encoding_type, place)
+    if "text" not in sample:
+        columns = ", ".join(name[:40] for name in sorted(sample)[:9])
+        raise DataError(f"{place} has the columns {columns}. Give shards with a column `tokens` or `text`.")
+    text = sample["text"]
+    try:
+        text = text.decode("utf-8") if isinstance(text, bytes) else text
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: its text is not UTF-8 ({error.reason} at byte {error.start}).") from error
+    if not isinstance(text, str):
+        raise DataError(f"{place} has a text of type {type(text).__name__}. Give shards with text as str.")
+    return text
+
+
+def stored_ids(tokens: Any, token_encoding_type: str, place: str) -> np.ndarray:
+    """The ids of a sample, (tokens,) int64, from an array, or from bytes of `token_encoding_type`.
+
+    Raises:
+        DataError: They are not a row of integers, or the bytes are those of another type.
+    """
+    if isinstance(tokens, bytes):
+        dtype = np.dtype(token_encoding_type)
+        if len(tokens) % dtype.itemsize:
+            raise DataError(
+                f"{place} has {len(tokens)} bytes, which are not a whole number of {dtype.name} ids. Set "
+                "token_encoding_type to the type they were written with."
+            )
+        ids = np.frombuffer(tokens, dtype)
+        if wider := _wider_type(ids):
+            raise DataError(
+                f"{place} holds ids of {wider} that are read as {dtype.name}: between them stand zeros. Set "
+                f"token_encoding_type: {wider}, or the type they were written with."
+            )
+    else:
+        ids = np.asarray(tokens) if isinstance(tokens, list) else tokens
+    if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+        kind = f"{ids.dtype} and shape {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+        raise DataError(
+            f"{place} has tokens of type {kind}. Each sample must be one non-empty row of integers."
+        )
+    return ids.astype(np.int64)
+
+
+def check_ids(ids: np.ndarray, count: int, owner: str, place: str) -> None:
+    """Raise DataError for an id that is not one of the `count` that `owner` has."""
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or high >= count:
+        raise DataError(
+            f"{place} has the id {low if low < 0 else high}, but the {owner}'s are 0 to {count - 1}. Use the "
+            "tokenizer (or the token_encoding_type) it was made with."
+        )
+
+
+def _wider_type(ids: np.ndarray) -> str | None:
+    """The type of whose halves, quarters or eighths a row consists: all but the lowest are zero."""
+    for ratio in (8, 4, 2):
+        bits = 8 * ids.itemsize * ratio
+        if bits <= 64 and ids.size >= _FEWEST_IDS_FOR_A_PATTERN and ids.size % ratio == 0:
+            parts = ids.reshape(-1, ratio)
+            if parts[:, : ratio // 2].any() and not parts[:, ratio // 2 :].any():
+                return f"int{bits}"
+    return None
