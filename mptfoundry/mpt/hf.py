@@ -50,9 +50,8 @@ with suppress(ImportError):  # triton is not installed
     from .attention_forward import forward_kernel  # noqa: F401
     from .attention_kernels import NOTHING  # noqa: F401
 
-# transformers' own MPT classes only warn of another model_type, and then compute something else. Under this
-# key of config.json they read no value but their own.
-REFUSAL = {"problem_type": "none of these: it needs AutoModelForCausalLM and trust_remote_code=True"}
+# What folders hold as their problem_type that earlier versions exported; transformers has no such value.
+_FORMER_PROBLEM_TYPE = "none of these: it needs AutoModelForCausalLM and trust_remote_code=True"
 
 _SWITCHES = tuple(field.name for field in fields(MPTConfig))
 
@@ -78,10 +77,13 @@ class MPTFoundryConfig(PretrainedConfig):
     }
 
     def __init__(self, init_device: str = "cpu", use_cache: bool = True, **kwargs: Any) -> None:
-        kwargs = {name: value for name, value in kwargs.items() if name not in REFUSAL}
+        if kwargs.get("problem_type") == _FORMER_PROBLEM_TYPE:
+            del kwargs["problem_type"]
         given = {name: kwargs.pop(name) for name in _SWITCHES if name in kwargs}
-        for name, value in from_values(MPTConfig, given).to_dict().items():
+        network = from_values(MPTConfig, given).with_plain_heads()
+        for name, value in network.to_dict().items():
             setattr(self, name, value)
+        self.head_dim = network.d_head
         super().__init__(tie_word_embeddings=self.tie_word_embeddings, **kwargs)
         self.init_device = init_device
         self.use_cache = use_cache
@@ -93,8 +95,13 @@ class MPTFoundryConfig(PretrainedConfig):
         super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is written to config.json."""
-        return {**super().to_dict(), **REFUSAL}
+        """What is written to config.json; transformers' own MPT classes reject it."""
+        return {**super().to_dict(), **self.network_config().to_explicit_dict()}
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads for keys and values, as transformers calls their number."""
+        return self.network_config().kv_heads
 
     @property
     def attn_impl(self) -> str:
@@ -107,7 +114,7 @@ class MPTFoundryConfig(PretrainedConfig):
 
     def network_config(self) -> MPTConfig:
         """The network's own config; raises ValueError for what no MPT has."""
-        return from_values(MPTConfig, {name: getattr(self, name) for name in _SWITCHES})
+        return from_values(MPTConfig, {name: getattr(self, name) for name in _SWITCHES}).with_plain_heads()
 
 
 def _merged(before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -235,6 +236,22 @@ def test_transformers_trainer_trains_and_evaluates_it(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] < before
 
 
+def test_transformers_trainer_continues_from_a_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(8, 12)]
+    options = {"use_cpu": True, "report_to": [], "save_steps": 1, "save_only_model": False}
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, **options)
+    made = Trainer(pair("steep slopes")[1], arguments, train_dataset=rows)
+    made.train()
+    again = Trainer(pair("steep slopes")[1], arguments, train_dataset=rows)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    theirs = dict(again.model.named_parameters())
+    for name, parameter in made.model.named_parameters():
+        assert torch.equal(parameter, theirs[name])
+
+
 class Doubled(nn.Linear):
     """As an adapter is: its weight alone is not what it computes."""
 
@@ -297,6 +314,23 @@ def test_the_attention_backend_is_chosen_at_load(tmp_path: Path) -> None:
         ValueError, match=r"attn_config.attn_impl: 'sdpa'. Allowed: auto, torch, flash, triton"
     ):
         load(tmp_path, attn_impl="sdpa")
+
+
+def test_the_heads_are_told_to_whoever_asks(tmp_path: Path) -> None:
+    """As numbers, also those that follow from others; a saved config says them, too."""
+    for architecture, numbers in {"mpt": (12, 4), "rotary, window, grouped": (12, 2)}.items():
+        made = MPTFoundryConfig(**ARCHITECTURES[architecture].to_dict())
+        assert (made.head_dim, made.num_key_value_heads) == numbers
+        made.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert (saved["head_dim"], saved["attn_config"]["kv_n_heads"]) == numbers
+        assert MPTFoundryConfig.from_pretrained(tmp_path).network_config() == ARCHITECTURES[architecture]
+
+
+def test_a_problem_type_that_was_given_stays(tmp_path: Path) -> None:
+    MPTFoundryConfig(problem_type="regression").save_pretrained(tmp_path)
+    assert MPTFoundryConfig.from_pretrained(tmp_path).problem_type == "regression"
+    assert MPTFoundryConfig().problem_type is None
 
 
 def test_a_switch_that_no_mpt_has_is_refused() -> None:
