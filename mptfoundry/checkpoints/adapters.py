@@ -1,18 +1,22 @@
 """Models that are a base and adapters beside it: the checkpoint has the adapters, the base lies elsewhere.
 
 The run's config says where. A fingerprint in the checkpoint tells the base from others: adapters beside other
-weights would make another model without a word.
+weights would make another model without a word. An adapter in peft's format is a folder of its own, with
+`adapter_config.json` and `adapter_model.safetensors`; whoever reads it names the base.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mptfoundry.checkpoints.folders import confined, read_json
+from mptfoundry.checkpoints.hf_folder import SafetensorsFile
 from mptfoundry.checkpoints.weights import EMBEDDING, Rows, TensorOutline, Weights, check_number_formats
 from mptfoundry.config.learned import ADAPTER, LoRAConfig
 from mptfoundry.errors import CheckpointError
@@ -21,6 +25,15 @@ if TYPE_CHECKING:
     from mptfoundry.checkpoints.reading import ModelSource
 
 FINGERPRINT = "base_fingerprint"
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+# peft's model holds transformers' model as `base_model.model`.
+_PEFT_PREFIX = "base_model.model."
+# Keys of peft's config that don't change what an adapter computes.
+_WITHOUT_EFFECT = {
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout"),
+    *("auto_mapping", "peft_version", "megatron_core", "qalora_group_size", "runtime_config"),
+}
+_HARMLESS: dict[str, tuple[Any, ...]] = {"bias": ("none",), "init_lora_weights": (True, "gaussian")}
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,72 @@ def with_adapters(
         raise CheckpointError(f"{checkpoint.path}: {'; '.join(problems[:5])}.")
     check_base(base, adapters.read(FINGERPRINT) if FINGERPRINT in adapters.outlines else None)
     return replace(checkpoint, weights=AdaptedWeights(base, adapters, lora))
+
+
+def is_peft_folder(path: Path) -> bool:
+    """Whether a folder holds an adapter alone, in peft's format."""
+    return (path / PEFT_CONFIG).is_file() and not (path / "config.json").exists()
+
+
+def peft_name(name: str) -> str:
+    """What peft calls an adapter in its files: without the adapter's own name, `default`."""
+    return _PEFT_PREFIX + name.replace(".default.", ".")
+
+
+def with_peft_folder(folder: Path, base: ModelSource) -> ModelSource:
+    """The model that a base and an adapter in peft's format are together.
+
+    Raises:
+        CheckpointError: The folder can't be read, holds what is not known here, or doesn't fit the base.
+    """
+    from mptfoundry.checkpoints.reading import shape_problems
+
+    lora = _lora_in(folder)
+    file = SafetensorsFile(confined(folder, PEFT_WEIGHTS, folder / PEFT_CONFIG))
+    try:
+        expected = lora.adapter_shapes(base.config)
+    except ValueError as error:
+        raise CheckpointError(f"{folder / PEFT_CONFIG}: {error}") from error
+    found = {name: outline.shape for name, outline in file.outlines.items()}
+    if problems := shape_problems(found, {peft_name(name): shape for name, shape in expected.items()}):
+        raise CheckpointError(f"{folder}: doesn't fit {base.path}: {'; '.join(problems[:5])}.")
+    return replace(base, path=folder, weights=AdaptedWeights(base, _PeftWeights(file, tuple(expected)), lora))
+
+
+def _lora_in(folder: Path) -> LoRAConfig:
+    """What an adapter in peft's format is; what would change it and is not known here is refused."""
+    values = read_json(folder, PEFT_CONFIG)
+    if values.get("peft_type") != "LORA":
+        raise CheckpointError(f"{folder}: peft_type is {values.get('peft_type')!r}. Only LORA is read.")
+    known = {field.name for field in fields(LoRAConfig)} - {*_WITHOUT_EFFECT, *_HARMLESS}
+    for key, value in values.items():
+        is_off = value is None or value is False or value in ([], {}, "")
+        if not is_off and key not in known | _WITHOUT_EFFECT and value not in _HARMLESS.get(key, ()):
+            raise CheckpointError(
+                f"{folder / PEFT_CONFIG}: {key} is {value!r}, which is not read here. Merge it into its base "
+                "with peft's merge_and_unload, and read that model."
+            )
+    given = {key: values[key] for key in known if values.get(key) is not None}
+    targets = given.pop("target_modules", ())
+    try:
+        return LoRAConfig(target_modules=(targets,) if isinstance(targets, str) else tuple(targets), **given)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / PEFT_CONFIG}: {error}") from error
+
+
+@dataclass(frozen=True)
+class _PeftWeights:
+    """The tensors of an adapter in peft's format, by the names that they have in a run's checkpoint."""
+
+    file: SafetensorsFile
+    names: tuple[str, ...]
+
+    @property
+    def outlines(self) -> Mapping[str, TensorOutline]:
+        return {name: self.file.outlines[peft_name(name)] for name in self.names}
+
+    def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
+        return self.file.read(peft_name(name), dtype, rows)
 
 
 def check_base(base: ModelSource, expected: torch.Tensor | None) -> None:

@@ -93,11 +93,14 @@ def differing(
         here: Its switches as they are given, all or some.
         changes: What is to be changed in the model, by path.
     """
-    expected = leaves(there.to_dict()) | dict(changes or {})
+    expected, explicit = (
+        leaves(v) | dict(changes or {}) for v in (there.to_dict(), there.to_explicit_dict())
+    )
     for path, value in leaves(here).items():
         is_own = any(path[: len(own)] == own for own in OWN)
         is_length = path == ("max_seq_len",) and takes_any_length(there)
-        if path in expected and not is_own and not is_length and expected[path] != value:
+        is_same = path not in expected or value in (expected[path], explicit[path])
+        if not is_own and not is_length and not is_same:
             yield path, expected[path], value
 
 

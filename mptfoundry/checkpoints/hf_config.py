@@ -87,13 +87,14 @@ def config_of_others(values: Mapping[str, Any], where: str) -> MPTConfig:
     config = config_from_dict(values, where)
     has_their_norms = config.attn_config.qk_ln or config.attn_config.qk_gn
     agrees = config.norm_type.endswith("layernorm") and config.norm_eps == 1e-5
-    is_ours = values.get("model_type") == "mptfoundry" or "layer_norm_epsilon" in values
+    has_our_code = values.get("model_type") == "mptfoundry"
+    is_ours = has_our_code or "layer_norm_epsilon" in values
     if has_their_norms and not agrees and not is_ours:
         raise CheckpointError(
             f"{where}: qk_ln or qk_gn beside norm_type: {config.norm_type} and norm_eps: {config.norm_eps}. "
             "llm-foundry computes these as layernorms with 1e-5 all the same, which can't be expressed here."
         )
-    return config
+    return config.with_plain_heads() if has_our_code else config
 
 
 def config_from_dict(values: Mapping[str, Any], where: str) -> MPTConfig:

@@ -10,9 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import nn
 
-from mptfoundry.checkpoints.adapters import lora_of, with_adapters
+from mptfoundry.checkpoints.adapters import (
+    PEFT_CONFIG,
+    is_peft_folder,
+    lora_of,
+    with_adapters,
+    with_peft_folder,
+)
 from mptfoundry.checkpoints.architecture import RUN_CONFIG, config_of_run, overridden, read_run, run_of
-from mptfoundry.checkpoints.folders import confined
+from mptfoundry.checkpoints.folders import confined, read_json
 from mptfoundry.checkpoints.hf_config import config_of_folder, config_of_others
 from mptfoundry.checkpoints.hf_folder import FolderWeights
 from mptfoundry.checkpoints.hub import locate
@@ -69,24 +75,29 @@ class ModelSource:
         """
         for name in expected_shapes(self.config):
             tensor = self.weights.read(name, dtype)
-            if not tensor.sum(dtype=torch.float32).isfinite():  # one pass, and no memory
+            if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # one pass, and no memory
                 kind = format_name(tensor.dtype)
                 raise CheckpointError(f"{self.path}: {name} holds NaN or infinity as {kind}.")
             yield name, tensor
 
 
-def open_model(path: str | Path, config: MPTConfig | None = None) -> ModelSource:
+def open_model(path: str | Path, config: MPTConfig | None = None, *, base: str | None = None) -> ModelSource:
     """Open a run folder, a checkpoint or a Hugging Face folder, and check that its weights fit its config.
 
     Args:
         path: Where it lies.
         config: The architecture, in place of what is told there.
+        base: The model that an adapter in peft's format belongs to: a path or a name on the hub.
 
     Raises:
         CheckpointError: Nothing is there, a file is damaged, or a tensor is missing, unknown or of another
             shape than the config says.
     """
     path = Path(path)
+    if is_peft_folder(path):
+        return _open_adapter(path, base)
+    if base is not None:
+        raise CheckpointError(f"base: {path} is not an adapter in peft's format, so it has none. Remove it.")
     if (path / "config.json").exists():
         config = config or config_of_folder(path)
         source = ModelSource(path, config, FolderWeights(path), _tokenizer_in(path), None)
@@ -96,9 +107,24 @@ def open_model(path: str | Path, config: MPTConfig | None = None) -> ModelSource
     return source
 
 
+def _open_adapter(folder: Path, base: str | None) -> ModelSource:
+    """An adapter in peft's format with the base that was named for it."""
+    if base is None:
+        name = read_json(folder, PEFT_CONFIG).get("base_model_name_or_path")
+        of = f" of {name}" if isinstance(name, str) else ""
+        raise CheckpointError(
+            f"{folder}: is an adapter{of}, not a whole model. Name the model that it belongs to: base=MODEL, "
+            f"for generate, chat, eval and export. `mptfoundry export {folder} OUT base=MODEL` makes one "
+            "model of both."
+        )
+    source = with_peft_folder(folder, open_model(locate(base)))
+    return replace(source, tokenizer_folder=_tokenizer_in(folder) or source.tokenizer_folder, run_folder=None)
+
+
 def load_network(
     path: str | Path,
     *,
+    base: str | None = None,
     device: str | torch.device = "cpu",
     dtype: torch.dtype | None = None,
     attn_impl: AttnImpl = "auto",
@@ -107,7 +133,7 @@ def load_network(
     """The network of a run, a checkpoint or a Hugging Face folder, ready to evaluate, and its tokenizer.
 
     Args:
-        path: As for `open_model`.
+        path, base: As for `open_model`.
         device: Where the network is put.
         dtype: Number format of the weights. Default: as stored.
         attn_impl: The attention backend.
@@ -120,7 +146,7 @@ def load_network(
         CheckpointError: As `open_model`, or the model ends in a head.
         ConfigError: As `network_of`.
     """
-    source = with_overrides(open_model(path), config_overrides or {})
+    source = with_overrides(open_model(path, base=base), config_overrides or {})
     if isinstance(source.config, HeadConfig):
         raise CheckpointError(f"{path}: it ends in a head ({source.config.architecture}) and makes no text.")
     network = network_of(source, device=device, dtype=dtype, attn_impl=attn_impl)

@@ -25,6 +25,8 @@ from mptfoundry.errors import CheckpointError, first_line
 
 _CHILD = "model."
 _END_RECORD = 22
+# How files of `torch.save` began before torch 1.6: a pickled number.
+_LEGACY_START = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _DAMAGE = (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, UnicodeError, MemoryError)
 _DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
 
@@ -119,6 +121,12 @@ def why_file_is_not_whole(path: Path) -> str | None:
                 return None
         return "damaged, or a zip archive that torch.save did not write"
     except (zipfile.BadZipFile, OSError, ValueError) as error:
+        with path.open("rb") as file:
+            if file.read(len(_LEGACY_START)) == _LEGACY_START:
+                return (
+                    "written in the format of torch before 1.6, which isn't read here. Write it again in "
+                    f'today\'s, by torch.save(torch.load("{path.name}", weights_only=True), "{path.name}")'
+                )
         size = path.stat().st_size
         return f"damaged or cut short at {size:,} bytes ({str(error) or type(error).__name__})"
 

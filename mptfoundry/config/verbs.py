@@ -103,7 +103,8 @@ class EvalConfig:
     """Evaluate a model on held-out text.
 
     Attributes:
-        model: Folder of a run, a checkpoint, or an exported folder.
+        model: Folder of a run, a checkpoint, an exported folder, or an adapter in peft's format.
+        base: The model that such an adapter belongs to.
         eval_loader: The data: one loader, or a list with a `label` each. Default: as in the run's config.
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: the run's.
         max_seq_len: Tokens of a sequence. Default: the model's.
@@ -119,6 +120,7 @@ class EvalConfig:
     """
 
     model: str
+    base: str | None = None
     eval_loader: LoaderConfig | tuple[LoaderConfig, ...] | None = None
     tokenizer: str | None = None
     max_seq_len: int | None = None
@@ -154,8 +156,10 @@ class ExportConfig:
     """Write a model as a Hugging Face folder.
 
     Attributes:
-        model: Folder of a run, a checkpoint, an exported folder, or the URL of one in an object store.
+        model: Folder of a run, a checkpoint, an exported folder, or the URL of one in an object store; or an
+            adapter in peft's format.
         out: The folder to write.
+        base: The model that such an adapter belongs to.
         format: `native`: stock transformers loads it; `custom`: with the network's code, for every model.
             `auto`: native where transformers' own classes express the model.
         adapter: Adapters of a LoRA run are added to its base's weights (`merged`), or written alone as a
@@ -170,6 +174,7 @@ class ExportConfig:
 
     model: str
     out: str
+    base: str | None = None
     format: Literal["auto", "native", "custom"] = "auto"
     adapter: Literal["merged", "separate"] = "merged"
     tokenizer: str | None = None
@@ -256,7 +261,8 @@ class GenerateConfig(Sampling):
     """Continue a text, or talk.
 
     Attributes:
-        model: Folder of a run, a checkpoint, or an exported folder.
+        model: Folder of a run, a checkpoint, an exported folder, or an adapter in peft's format.
+        base: The model that such an adapter belongs to.
         prompts: Texts to continue; `file::PATH` reads one from a file.
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: the model's.
         max_new_tokens: Tokens to add at most.
@@ -267,6 +273,7 @@ class GenerateConfig(Sampling):
     """
 
     model: str
+    base: str | None = None
     prompts: tuple[str, ...] = ()
     tokenizer: str | None = None
     max_new_tokens: int = 100

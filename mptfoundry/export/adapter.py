@@ -1,7 +1,7 @@
 """The adapters of a run as a PEFT folder, for stock peft on the exported folder of their base.
 
-Such a folder holds `adapter_config.json`, `adapter_model.safetensors` with peft's names, and the tokenizer,
-whose chat template may be the run's own.
+Such a folder holds `adapter_config.json`, `adapter_model.safetensors` with peft's names, a README.md, and the
+tokenizer, whose chat template may be the run's own.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 
-from mptfoundry.checkpoints.adapters import AdaptedWeights
+from mptfoundry.checkpoints.adapters import PEFT_CONFIG, PEFT_WEIGHTS, AdaptedWeights, peft_name
 from mptfoundry.checkpoints.architecture import differing
+from mptfoundry.checkpoints.folders import read_json
 from mptfoundry.checkpoints.reading import ModelSource
 from mptfoundry.checkpoints.writing import whole_or_absent
 from mptfoundry.config.learned import LoRAConfig
 from mptfoundry.errors import CheckpointError
+from mptfoundry.export.card import Base, adapter_card, adapter_use
+from mptfoundry.export.native import why_not_native
 from mptfoundry.mpt.config import MPTConfig
-
-WEIGHTS = "adapter_model.safetensors"
-# peft's model holds transformers' model as `base_model.model`.
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -33,25 +32,21 @@ class AdapterSummary:
 
     Attributes:
         folder: Where.
-        base: Beside which model they stand.
-        base_is_folder: Whether that is a Hugging Face folder already.
+        base: The model that they belong to.
         parameters: Of the adapters.
         dtype: Theirs.
     """
 
     folder: Path
-    base: Path
-    base_is_folder: bool
+    base: Base
     parameters: int
     dtype: torch.dtype
 
     def __str__(self) -> str:
-        base = str(self.base) if self.base_is_folder else "HF_FOLDER"
-        first = "" if self.base_is_folder else f"mptfoundry export {self.base} {base}\n  "
         return (
             f"{self.folder}: {self.parameters:,} parameters of adapters as "
-            f"{str(self.dtype).removeprefix('torch.')}, beside {self.base}.\nLoad them:\n  {first}"
-            f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "{self.folder}")'
+            f"{str(self.dtype).removeprefix('torch.')}, for {self.base.name}.\nLoad them:\n"
+            + "\n".join(f"  {line}" for line in adapter_use(self.base, str(self.folder)))
         )
 
 
@@ -78,36 +73,40 @@ def export_adapter(
         peft_name(name): weights.adapters.read(name, dtype).contiguous()
         for name in weights.lora.adapter_shapes(source.config)
     }
-    base_is_folder = (weights.base.path / "config.json").exists()
+    base, parameters = base_of(weights.base), sum(tensor.numel() for tensor in tensors.values())
     with whole_or_absent(out, overwrite=overwrite) as folder:
         folder.mkdir()
-        (folder / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-        config = peft_config(weights.lora, source.config, str(weights.base.path) if base_is_folder else None)
-        (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / PEFT_WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+        config = peft_config(weights.lora, source.config, base)
+        (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        card = adapter_card(out.name, source, folder, weights.lora, base, f"{parameters:,}")
+        (folder / "README.md").write_text(card, encoding="utf-8")
         tokenizer.save_pretrained(folder)
-        written = load_file(folder / WEIGHTS)
+        written = load_file(folder / PEFT_WEIGHTS)
         if any(not torch.equal(written[name], tensor) for name, tensor in tensors.items()):
             raise CheckpointError(f"{out}: the adapters read back otherwise than they were written.")
-    return AdapterSummary(
-        folder=out,
-        base=weights.base.path,
-        base_is_folder=base_is_folder,
-        parameters=sum(tensor.numel() for tensor in tensors.values()),
-        dtype=dtype,
-    )
+    return AdapterSummary(out, base, parameters, dtype)
 
 
-def peft_name(name: str) -> str:
-    """What peft calls an adapter in its files: without the adapter's own name, `default`."""
-    return _PREFIX + name.replace(".default.", ".")
+def base_of(source: ModelSource) -> Base:
+    """How others find and load the base of adapters."""
+    path, revision = source.path, None
+    name, needs_code = str(path), bool(why_not_native(source.config))
+    is_folder = (path / "config.json").exists()
+    if is_folder:
+        needs_code |= read_json(path, "config.json").get("model_type") != "mpt"
+    if path.parent.name == "snapshots" and path.parents[1].name.startswith("models--"):  # the hub's cache
+        name, revision = path.parents[1].name.removeprefix("models--").replace("--", "/"), path.name
+    return Base(name, revision, is_folder=is_folder, needs_code=needs_code)
 
 
-def peft_config(lora: LoRAConfig, network: MPTConfig, base: str | None) -> dict[str, Any]:
+def peft_config(lora: LoRAConfig, network: MPTConfig, base: Base) -> dict[str, Any]:
     """The content of `adapter_config.json`."""
     return {
         "peft_type": lora.peft_type,
         "task_type": lora.task_type,
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": base.name,
+        "revision": base.revision,
         "r": lora.r,
         "lora_alpha": lora.lora_alpha,
         "lora_dropout": lora.lora_dropout,

@@ -1,9 +1,13 @@
-"""The README.md of an exported folder: what the model is, what it was trained on, and how to use it."""
+"""The README.md of an exported folder: what the model is, what it was trained on, and how to use it.
+
+An adapter's folder has one, too, which says how its base is loaded.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import yaml
 from mptfoundry.checkpoints.architecture import RUN_CONFIG
 from mptfoundry.checkpoints.names import progress_of
 from mptfoundry.checkpoints.reading import ModelSource
+from mptfoundry.config.learned import LoRAConfig
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.mpt.head_config import HeadConfig
@@ -67,11 +72,77 @@ def model_card(name: str, source: ModelSource, folder: Path, dtype: torch.dtype,
         _USE.format(auto=auto, name=name, trust=trust, result=result),
         *longer,
     ]
-    if source.run_folder is not None:
-        parts += _training(source.run_folder, source.path, folder)
-        parts += _data_mix(source.run_folder)
-    parts += ["## Licence", f"{license}." if license else "None was stated by whoever exported this model."]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join([*parts, *_run(source, folder), *_licence(license)]) + "\n"
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that an adapter belongs to.
+
+    Attributes:
+        name: Its path, or its name on the hub.
+        revision: Its commit on the hub.
+        is_folder: Whether it is a Hugging Face folder; otherwise it has to be exported before others load it.
+        needs_code: Whether transformers needs the code of its folder.
+    """
+
+    name: str
+    revision: str | None
+    is_folder: bool
+    needs_code: bool
+
+
+def adapter_use(base: Base, adapter: str) -> list[str]:
+    """How peft loads an adapter with its base: lines of Python, after a command where one is needed."""
+    folder = base.name if base.is_folder else "HF_FOLDER"
+    options = f', revision="{base.revision}"' * (base.revision is not None)
+    options += ", trust_remote_code=True" * base.needs_code
+    command = [] if base.is_folder else [f"# at first: mptfoundry export {base.name} {folder}"]
+    return [
+        *command,
+        f'base = AutoModelForCausalLM.from_pretrained("{folder}"{options})',
+        f'model = PeftModel.from_pretrained(base, "{adapter}")',
+    ]
+
+
+def adapter_card(
+    name: str, source: ModelSource, folder: Path, lora: LoRAConfig, base: Base, parameters: str
+) -> str:
+    """The card of an adapter in peft's format, such as `model_card`."""
+    header: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+    if base.revision is not None:
+        header["base_model"] = base.name
+    header["tags"] = ["mpt", "mptfoundry", "lora"]
+    use = "\n".join(
+        [
+            "from peft import PeftModel",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            *adapter_use(base, name),
+            f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        ]
+    )
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
+        f"# {name}",
+        f"LoRA adapters (rank {lora.r}, alpha {lora.lora_alpha:g}) on "
+        f"{', '.join(lora.targets(source.config))}, with {parameters} parameters. They are not a whole "
+        f"model: they belong to {base.name}.",
+        "## Use",
+        f"```python\n{use}\n```",
+    ]
+    return "\n\n".join([*parts, *_run(source, folder), *_licence(None)]) + "\n"
+
+
+def _run(source: ModelSource, folder: Path) -> list[str]:
+    """What the run tells that the model came from; its picture is copied into the folder."""
+    if source.run_folder is None:
+        return []
+    return _training(source.run_folder, source.path, folder) + _data_mix(source.run_folder)
+
+
+def _licence(license: str | None) -> list[str]:
+    return ["## Licence", f"{license}." if license else "None was stated by whoever exported this model."]
 
 
 def _positions(config: MPTConfig) -> str:

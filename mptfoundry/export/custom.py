@@ -1,7 +1,8 @@
 """The parts of a Hugging Face folder that brings the network's own code: its config.json, and the code.
 
 It is for models that transformers' own MPT classes can't express. The `model_type` is not theirs, so that a
-load without `trust_remote_code=True` is refused; and so is one by those classes themselves.
+load without `trust_remote_code=True` is refused. Those classes only warn of another `model_type`, so the
+`attn_config` is written with an `attn_type` that they reject.
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ def custom_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict
 
     The attention backend is `auto`, whatever trained the model: who loads it has another machine.
     """
-    from mptfoundry.mpt.hf import REFUSAL
-
-    values = config.to_dict()
+    values = config.to_explicit_dict()
     values["attn_config"]["attn_impl"] = "auto"
     return {
         "architectures": ["MPTFoundryForCausalLM"],
@@ -35,7 +34,6 @@ def custom_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict
             "AutoModelForCausalLM": f"{_ENTRY}.MPTFoundryForCausalLM",
         },
         "model_type": "mptfoundry",
-        **REFUSAL,
         **values,
         "init_device": "cpu",
         "use_cache": True,

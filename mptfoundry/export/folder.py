@@ -83,6 +83,7 @@ def export(
     model: str | Path,
     out: str | Path,
     *,
+    base: str | None = None,
     dtype: str = "bf16",
     format: Format = "auto",
     adapter: Literal["merged", "separate"] = "merged",
@@ -102,7 +103,7 @@ def export(
     out = Path(out)
     refuse_what_is_there(out, overwrite=overwrite, names=_NAMES, source=model)
     with staged(model, out, run_folder, progress=progress) as path:
-        source = open_model(path)
+        source = open_model(path, base=base)
         text = _tokenizer_for(source, tokenizer)
         if adapter == "separate":
             return export_adapter(source, out, DTYPES[dtype], text, overwrite=overwrite)

@@ -42,17 +42,47 @@ NATIVE_CODE = "modeling_mpt.py"
 # transformers' own classes under MPT's first names.
 NATIVE_CODE_TEXT = '''"""transformers' own MPT under the names by which some converters know it."""
 
-from transformers import MptConfig, MptForCausalLM
+from transformers import (
+    MptConfig,
+    MptForCausalLM,
+    MptForQuestionAnswering,
+    MptForSequenceClassification,
+    MptForTokenClassification,
+    MptModel,
+)
 
 
 class MPTConfig(MptConfig):
     pass
 
 
+class MPTModel(MptModel):
+    config_class = MPTConfig
+
+
 class MPTForCausalLM(MptForCausalLM):
     config_class = MPTConfig
+
+
+class MPTForSequenceClassification(MptForSequenceClassification):
+    config_class = MPTConfig
+
+
+class MPTForTokenClassification(MptForTokenClassification):
+    config_class = MPTConfig
+
+
+class MPTForQuestionAnswering(MptForQuestionAnswering):
+    config_class = MPTConfig
 '''
-_AUTO_MAP = {"AutoConfig": "modeling_mpt.MPTConfig", "AutoModelForCausalLM": "modeling_mpt.MPTForCausalLM"}
+# Whoever allows the folder's code gets MPTConfig, so that every class has to be found for that.
+_AUTO_MAP = {
+    f"Auto{kind}": f"modeling_mpt.MPT{kind.removeprefix('Model') or kind}"
+    for kind in (
+        *("Config", "Model", "ModelForCausalLM", "ModelForSequenceClassification"),
+        *("ModelForTokenClassification", "ModelForQuestionAnswering"),
+    )
+}
 
 # Of no account where a head stands in place of the logits.
 _OF_LOGITS = {"tie_word_embeddings", "logit_scale", "final_logit_softcapping"}

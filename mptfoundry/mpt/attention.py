@@ -13,19 +13,20 @@ What each can't compute, and which is taken, is said by backends.py.
 
 from __future__ import annotations
 
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import nn
 
 from . import attention_flash, attention_torch, attention_triton
+from .attention_weights import WeightsKept
 from .backends import choose_backend
 from .config import MPTConfig
 from .linear import Linear
 from .norm import Norm
 from .position import AttentionContext, rotate
 
-BACKENDS: dict[str, ModuleType] = {
+BACKENDS: dict[str, Any] = {
     "torch": attention_torch,
     "flash": attention_flash,
     "triton": attention_triton,
@@ -69,7 +70,9 @@ class Attention(nn.Module):
         out = backend.attend(query, key, value, context)  # (batch, seq, n_heads, head_dim)
         return self.out_proj(out.flatten(2))
 
-    def _backend_of(self, query: torch.Tensor) -> ModuleType:
+    def _backend_of(self, query: torch.Tensor) -> Any:
+        if torch.jit.is_tracing():  # what is traced has to hold for other lengths, so that nothing may be cut
+            return WeightsKept()
         dtype = str(query.dtype).removeprefix("torch.")
         return BACKENDS[choose_backend(self.config, query.device.type, dtype)[0]]
 

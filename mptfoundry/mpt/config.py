@@ -10,7 +10,7 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, is_dataclass
+from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
@@ -315,6 +315,27 @@ class MPTConfig:
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain nested values, fit for JSON and YAML."""
         return asdict(self)
+
+    def to_explicit_dict(self) -> dict[str, Any]:
+        """`to_dict` with the heads as numbers, whatever they are by default: what our `config.json` holds.
+
+        Every attention is written as grouped queries there, which is the same mathematics. transformers' own
+        MPT classes reject that word; they would ignore other switches and compute something else.
+        """
+        values = self.to_dict()
+        values["head_dim"] = self.d_head
+        values["attn_config"] |= {"attn_type": "grouped_query_attention", "kv_n_heads": self.kv_heads}
+        return values
+
+    def with_plain_heads(self) -> MPTConfig:
+        """The same model without numbers of heads that follow from its other fields; undoes the above."""
+        head_dim = None if self.d_head * self.n_heads == self.d_model else self.head_dim
+        attention = self.attn_config
+        if self.kv_heads == self.n_heads:
+            attention = replace(attention, attn_type="multihead_attention", kv_n_heads=None)
+        elif self.kv_heads == 1:
+            attention = replace(attention, attn_type="multiquery_attention", kv_n_heads=None)
+        return replace(self, head_dim=head_dim, attn_config=attention)
 
 
 _WHOLE, _POSITIVE = "Use 1 or more.", "Use a positive number."

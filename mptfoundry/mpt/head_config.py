@@ -117,7 +117,8 @@ class SequenceClassifierConfig(_LabelsConfig):
 
     def head_keys(self) -> dict[str, Any]:
         """What the head adds to transformers' `config.json`."""
-        return {**super().head_keys(), "problem_type": self.problem}
+        given = {} if self.problem_type is None else {"problem_type": self.problem_type}
+        return super().head_keys() | given
 
 
 @dataclass(frozen=True)

@@ -50,9 +50,8 @@ with suppress(ImportError):  # triton is not installed
     from .attention_forward import forward_kernel  # noqa: F401
     from .attention_kernels import NOTHING  # noqa: F401
 
-# transformers' own MPT classes only warn of another model_type, and then compute something else. Under this
-# key of config.json they read no value but their own.
-REFUSAL = {"problem_type": "none of these: it needs AutoModelForCausalLM and trust_remote_code=True"}
+# What folders hold as their problem_type that earlier versions exported; transformers has no such value.
+_FORMER_PROBLEM_TYPE = "none of these: it needs AutoModelForCausalLM and trust_remote_code=True"
 
 _SWITCHES = tuple(field.name for field in fields(MPTConfig))
 
@@ -78,10 +77,13 @@ class MPTFoundryConfig(PretrainedConfig):
     }
 
     def __init__(self, init_device: str = "cpu", use_cache: bool = True, **kwargs: Any) -> None:
-        kwargs = {name: value for name, value in kwargs.items() if name not in REFUSAL}
+        if kwargs.get("problem_type") == _FORMER_PROBLEM_TYPE:
+            del kwargs["problem_type"]
         given = {name: kwargs.pop(name) for name in _SWITCHES if name in kwargs}
-        for name, value in from_values(MPTConfig, given).to_dict().items():
+        network = from_values(MPTConfig, given).with_plain_heads()
+        for name, value in network.to_dict().items():
             setattr(self, name, value)
+        self.head_dim = network.d_head
         super().__init__(tie_word_embeddings=self.tie_word_embeddings, **kwargs)
         self.init_device = init_device
         self.use_cache = use_cache
@@ -93,8 +95,13 @@ class MPTFoundryConfig(PretrainedConfig):
         super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is written to config.json."""
-        return {**super().to_dict(), **REFUSAL}
+        """What is written to config.json; transformers' own MPT classes reject it."""
+        return {**super().to_dict(), **self.network_config().to_explicit_dict()}
+
+    @property
+    def num_key_value_heads(self) -> int:
+        """Heads for keys and values, as transformers calls their number."""
+        return self.network_config().kv_heads
 
     @property
     def attn_impl(self) -> str:
@@ -107,7 +114,7 @@ class MPTFoundryConfig(PretrainedConfig):
 
     def network_config(self) -> MPTConfig:
         """The network's own config; raises ValueError for what no MPT has."""
-        return from_values(MPTConfig, {name: getattr(self, name) for name in _SWITCHES})
+        return from_values(MPTConfig, {name: getattr(self, name) for name in _SWITCHES}).with_plain_heads()
 
 
 def _merged(before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -176,6 +183,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _no_split_modules = ["CheckpointedBlock"]  # type: ignore[assignment]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values"]  # type: ignore[assignment]  # noqa: RUF012
+    accepts_loss_kwargs = True  # transformers' Trainer tells forward its num_items_in_batch
     _supports_cache_class = True
     _supports_quantized_cache = True
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}  # type: ignore[assignment]  # noqa: RUF012
@@ -214,6 +222,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        num_items_in_batch: int | torch.Tensor | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Predict each next token.
 
@@ -231,6 +240,8 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             output_hidden_states: Return what goes into each block, and the last norm's output.
             return_dict: False for a tuple.
             logits_to_keep: Logits of so many last tokens alone, or of the tokens at these places; 0: of all.
+            num_items_in_batch: What the sum of the losses is divided by, such as the labels of all the passes
+                whose gradients are added up. Default: the labels of this pass.
 
         Raises:
             ValueError: The arguments don't fit together or the model.
@@ -246,7 +257,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         prefix = None if prefix_mask is None else F.pad(prefix_mask.bool(), (past, 0))  # (batch, keys)
         with self._noted(output_hidden_states, output_attentions) as (hidden, kept):
             x = self.transformer(tokens, number_documents(mask, sequence_id, cache), prefix, cache)
-        loss, logits = self._predict(x, labels, logits_to_keep)
+        loss, logits = self._predict(x, labels, logits_to_keep, num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -254,7 +265,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             hidden_states=None if hidden is None else (*hidden, x),
             attentions=None if kept is None else tuple(kept.weights),
         )
-        as_dict = self.config.return_dict if return_dict is None else return_dict
+        as_dict = _returns_dict(self.config) if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
 
     def _opened_cache(self, given: Any, use_cache: bool) -> LayersOf | None:
@@ -295,7 +306,11 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
                 hook.remove()
 
     def _predict(
-        self, x: torch.Tensor, labels: torch.Tensor | None, logits_to_keep: int | torch.Tensor
+        self,
+        x: torch.Tensor,
+        labels: torch.Tensor | None,
+        logits_to_keep: int | torch.Tensor,
+        num_items_in_batch: int | torch.Tensor | None,
     ) -> tuple[Any, Any]:
         """The loss if there are labels, and the logits unless they are in training.
 
@@ -321,6 +336,9 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         else:  # an adapter, a quantized layer or weight in its place, or a matrix that lies elsewhere
             logits = logits_of(x).flatten(0, 1)
             loss = mean_cross_entropy(logits, targets.to(logits.device))[0]
+        if num_items_in_batch is not None:
+            items = torch.as_tensor(num_items_in_batch, device=loss.device)
+            loss = loss * (targets != IGNORED).sum().to(loss.device) / items
         return loss, None if self.training else logits_of(x[:, kept])
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
@@ -361,6 +379,11 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)):
                 seed = int(torch.randint(2**31, (), device="cpu"))
                 initialize_parameter(parameter, f"{place}.{name}", self.transformer.config, seed)
+
+
+def _returns_dict(config: MPTFoundryConfig) -> bool:
+    """Whether outputs are dictionaries by the config; `torchscript` is a key of transformers 4."""
+    return bool(config.return_dict) and not getattr(config, "torchscript", False)
 
 
 def _only_if_padded(attention_mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:

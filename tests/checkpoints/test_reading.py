@@ -260,3 +260,15 @@ def test_what_is_exported_by_hand_is_what_was_stored(write_run: WriteRun, tmp_pa
     (tmp_path / "config.json").write_text(json.dumps(TINY.to_dict()))
     assert_same_weights(load_network(tmp_path)[0], MPT(TINY, seed=1))
     assert set(load_file(tmp_path / "model.safetensors")) == set(open_model(tmp_path).weights.outlines)
+
+
+def test_finite_weights_whose_sum_is_not_are_finite(write_run: Callable[..., Path]) -> None:
+    network = MPT(TINY, seed=1)
+    torch.nn.init.constant_(network.transformer.wte.weight, 3e38)
+    expected = network.state_dict()
+    for name, tensor in open_model(write_run(network=network)).tensors():
+        assert torch.equal(tensor, expected[name])
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        network.transformer.wte.weight.data[7, 3] = bad
+        with pytest.raises(CheckpointError, match=r"wte.weight holds NaN or infinity as float32"):
+            list(open_model(write_run(network=network)).tensors())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mptfoundry.checkpoints.torch_files import load_plain, open_composer_file
+from mptfoundry.checkpoints.torch_files import load_plain, open_composer_file, open_state_dict
 from mptfoundry.errors import CheckpointError
 from tests.conftest import RunsCode
 
@@ -34,6 +34,18 @@ def test_a_file_cut_short_is_one_sentence(tmp_path: Path, kept: float) -> None:
     os.truncate(file, int(file.stat().st_size * kept))
     with pytest.raises(CheckpointError, match=r"cut.pt: damaged or cut short at [\d,]+ bytes \([^\n]*\)\.$"):
         open_composer_file(file)
+
+
+def test_a_file_of_torch_before_1_6_is_called_that_and_the_advice_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    torch.save({"a": torch.arange(3.0)}, file, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"written in the format of torch before 1.6") as error:
+        open_state_dict(file)
+    exec(str(error.value).split("today's, by ")[1].removesuffix("."), {"torch": torch})
+    assert torch.equal(open_state_dict(file).read("a"), torch.arange(3.0))
 
 
 def test_a_damaged_outline_is_one_sentence(tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.export.custom import copy_code, custom_config
 from mptfoundry.export.shards import write_shards
 from mptfoundry.mpt.config import ActivationConfig, AttnConfig, FFNConfig, MPTConfig
+from mptfoundry.mpt.hf import MPTFoundryForCausalLM
 from mptfoundry.mpt.network import MPT
 from tests.mpt.reference import in_float64, livelier, rms
 
@@ -69,8 +72,11 @@ class Without:
 sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, MptForCausalLM, pipeline
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, pipeline
 
+HEADS = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+STOCK = ("Model", *("For" + head for head in ("CausalLM", *HEADS)))
 torch.set_num_threads(1)
 folders, out = Path(sys.argv[1]), Path(sys.argv[2])
 batch = load_file(folders / "batch.safetensors")
@@ -86,11 +92,17 @@ for folder in sorted(path for path in folders.iterdir() if path.is_dir()):
     with torch.no_grad():
         tensors[folder.name] = model(**batch).logits
     model.save_pretrained(out / "again" / folder.name)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(out / "again" / folder.name)
+    stock = []
     for place in (folder, out / "again" / folder.name):
-        try:
-            MptForCausalLM.from_pretrained(place)
-        except Exception as error:
-            refusals.append(str(error))
+        for name in STOCK:
+            try:
+                getattr(transformers, "Mpt" + name).from_pretrained(place)
+                stock.append(f"Mpt{name} has loaded {place}")
+            except Exception as error:
+                stock.append(str(error))
+    # Trainer reads a checkpoint's config like this, and some versions of AutoTokenizer do.
+    plain = PretrainedConfig.from_json_file(out / "again" / folder.name / "config.json")
     again, found = AutoModelForCausalLM.from_pretrained(
         out / "again" / folder.name, trust_remote_code=True, output_loading_info=True
     )
@@ -98,6 +110,8 @@ for folder in sorted(path for path in folders.iterdir() if path.is_dir()):
         is_same = torch.equal(again(**batch).logits, tensors[folder.name])
     words[folder.name] = {
         "refusals": refusals,
+        "stock": stock,
+        "problem_type": plain.problem_type,
         "module": type(model).__module__,
         "again": is_same and not any(found[key] for key in ("missing_keys", "unexpected_keys")),
         "files": sorted(path.name for path in (out / "again" / folder.name).iterdir()),
@@ -120,6 +134,9 @@ def write_folder(folder: Path, made: MPT, tokenizer: Any) -> Path:
     shapes = {key: tuple(tensor.shape) for key, tensor in made.state_dict().items()}
     write_shards(folder, shapes, iter(made.state_dict().items()), torch.float32, 20_000, lambda _: None)
     config = custom_config(made.config, tokenizer, torch.float32)
+    config["attn_config"]["attn_pdrop"] = (
+        0  # transformers 5 takes no other number, and would refuse 0.0 first
+    )
     (folder / "config.json").write_text(json.dumps(config))
     copy_code(folder)
     tokenizer.save_pretrained(folder)
@@ -182,10 +199,42 @@ def test_logits_are_the_networks(
 def test_a_load_without_the_folders_code_is_refused(
     elsewhere: tuple[dict[str, torch.Tensor], dict[str, Any]], name: str
 ) -> None:
-    """By AutoModelForCausalLM, twice, and by transformers' own MPT class, the folder and its copy."""
     refusals = elsewhere[1][name]["refusals"]
-    assert len(refusals) == 4
-    assert all("trust_remote_code=True" in refusal for refusal in refusals[:2])
+    assert len(refusals) == 2
+    assert all("trust_remote_code=True" in refusal for refusal in refusals)
+
+
+@EACH
+def test_transformers_own_classes_reject_the_kind_of_attention(
+    elsewhere: tuple[dict[str, torch.Tensor], dict[str, Any]], name: str
+) -> None:
+    """In the folder and in its copy; they would compute something else."""
+    rejections = elsewhere[1][name]["stock"]
+    assert len(rejections) == 2 * 5
+    for text in rejections:
+        assert re.search(r"attn_type.*(Received:|got) grouped_query_attention", text, re.DOTALL), text
+    assert elsewhere[1][name]["problem_type"] is None
+
+
+@EACH
+def test_the_heads_are_written_as_numbers(folders: Path, name: str) -> None:
+    values, config = json.loads((folders / name / "config.json").read_text()), ARCHITECTURES[name]
+    assert values["attn_config"]["kv_n_heads"] == config.kv_heads
+    assert values["head_dim"] == config.d_head
+
+
+@EACH
+def test_a_folder_of_an_earlier_version_loads(folders: Path, tmp_path: Path, name: str) -> None:
+    """It refused transformers' own classes by a value under `problem_type`."""
+    shutil.copytree(folders / name, tmp_path / name)
+    file = tmp_path / name / "config.json"
+    heads = {"head_dim": ARCHITECTURES[name].head_dim}
+    before = {"problem_type": "none of these: it needs AutoModelForCausalLM and trust_remote_code=True"}
+    attention = {"attn_config": ARCHITECTURES[name].to_dict()["attn_config"]}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **heads, **before, **attention}))
+    assert open_model(tmp_path / name).config == ARCHITECTURES[name]
+    model = MPTFoundryForCausalLM.from_pretrained(tmp_path / name)
+    assert model.config.network_config() == ARCHITECTURES[name] and model.config.problem_type is None
 
 
 @EACH

@@ -53,6 +53,20 @@ def test_stock_transformers_gives_the_same_logits_and_the_same_text(
     assert continued.tolist() == ours.tolist()
 
 
+def test_every_class_loads_a_native_folder_whose_code_is_allowed(write_run: WriteRun, tmp_path: Path) -> None:
+    import transformers
+
+    export(write_run(), tmp_path / "out", dtype="fp32", progress=False)
+    weights = MPT(TINY, seed=1).transformer.state_dict()
+    heads = ("SequenceClassification", "TokenClassification", "QuestionAnswering")
+    for name in ("", *(f"For{head}" for head in ("CausalLM", *heads))):
+        auto = getattr(transformers, f"AutoModel{name}")
+        model = auto.from_pretrained(tmp_path / "out", trust_remote_code=True)
+        assert isinstance(model, getattr(transformers, f"Mpt{name or 'Model'}"))
+        trunk = (model.transformer if name else model).state_dict()
+        assert all(torch.equal(trunk[key], tensor) for key, tensor in weights.items())
+
+
 def test_a_model_outside_the_subset_brings_its_own_code(write_run: WriteRun, tmp_path: Path) -> None:
     attention = AttnConfig(alibi=True, alibi_bias_max=16, qk_ln=True)
     run, out = write_run(replace(TINY, attn_config=attention, no_bias=False)), tmp_path / "out"

@@ -236,4 +236,10 @@ def test_labels_have_transformers_names_unless_given() -> None:
     native = transformers.MptConfig(num_labels=2)
     assert config.label2id == native.label2id
     assert config.head_keys()["id2label"] == {str(n): name for n, name in native.id2label.items()}
-    assert config.head_keys()["problem_type"] == "single_label_classification"
+
+
+def test_a_problem_type_is_exported_only_where_it_was_given() -> None:
+    """Without one transformers tells it from the labels, as our networks do."""
+    assert "problem_type" not in SequenceClassifierConfig(**OURS, num_labels=3).head_keys()
+    given = SequenceClassifierConfig(**OURS, num_labels=3, problem_type="regression")
+    assert given.head_keys()["problem_type"] == "regression"

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import re
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -235,6 +237,71 @@ def test_transformers_trainer_trains_and_evaluates_it(tmp_path: Path) -> None:
     assert trainer.evaluate()["eval_loss"] < before
 
 
+def test_transformers_trainer_continues_from_a_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": ids, "labels": ids} for ids in tokens(8, 12)]
+    options = {"use_cpu": True, "report_to": [], "save_steps": 1, "save_only_model": False}
+    arguments = TrainingArguments(str(tmp_path), max_steps=2, **options)
+    made = Trainer(pair("steep slopes")[1], arguments, train_dataset=rows)
+    made.train()
+    again = Trainer(pair("steep slopes")[1], arguments, train_dataset=rows)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    theirs = dict(again.model.named_parameters())
+    for name, parameter in made.model.named_parameters():
+        assert torch.equal(parameter, theirs[name])
+
+
+def test_a_loss_is_divided_by_the_items_that_are_told() -> None:
+    """So the losses of a batch's parts add up to that of the batch, however many labels each has."""
+    _, model = pair("gated, rms, softcaps, untied")
+    ids = tokens(2, 9)
+    labels = ids.masked_fill(torch.tensor([[0] * 9, [0] * 2 + [1] * 7]) == 1, -100)
+    items = (labels[:, 1:] != -100).sum()
+    for kind in (nn.Linear, Doubled):
+        model.lm_head.__class__ = kind
+        whole = model(ids, labels=labels).loss
+        for told in (items, int(items)):
+            rows = [
+                model(i[None], labels=own[None], num_items_in_batch=told)
+                for i, own in zip(ids, labels, strict=True)
+            ]
+            torch.testing.assert_close(rows[0].loss + rows[1].loss, whole)
+
+
+def test_accumulated_gradients_are_those_of_stock_models(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="transformers' Trainer needs it")
+    from transformers import Trainer, TrainingArguments
+
+    ours, theirs = native_pair()
+    rows = [{"input_ids": ids, "labels": ids.clone()} for ids in tokens(2, 12)]
+    rows[1]["labels"][3:] = -100
+    options = {"use_cpu": True, "report_to": [], "save_strategy": "no", "optim": "sgd", "learning_rate": 1.0}
+    batches = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 1}
+    arguments = TrainingArguments(str(tmp_path), max_grad_norm=0.0, **batches, **options)
+    model = wrapped(ours)
+    for each in (model, theirs):
+        Trainer(each, arguments, train_dataset=rows).train()
+    expected = theirs.state_dict()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.detach(), expected[name], rtol=1e-4, atol=1e-5)
+
+
+@SOME
+def test_a_traced_model_computes_the_same_for_other_lengths(architecture: str) -> None:
+    _, model = pair(architecture)
+    model.config.use_cache = model.config.return_dict = False
+    _, mask = left_padded()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        traced = torch.jit.trace(model, (tokens(3, 9), torch.ones(3, 9, dtype=torch.long)))
+    for length, attended in ((9, mask[:, 3:]), (12, mask), (5, torch.ones_like(mask[:, :5]))):
+        ids = tokens(3, length)
+        found, expected = (each(ids, attended)[0][attended == 1] for each in (traced, model))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
 class Doubled(nn.Linear):
     """As an adapter is: its weight alone is not what it computes."""
 
@@ -297,6 +364,23 @@ def test_the_attention_backend_is_chosen_at_load(tmp_path: Path) -> None:
         ValueError, match=r"attn_config.attn_impl: 'sdpa'. Allowed: auto, torch, flash, triton"
     ):
         load(tmp_path, attn_impl="sdpa")
+
+
+def test_the_heads_are_told_to_whoever_asks(tmp_path: Path) -> None:
+    """As numbers, also those that follow from others; a saved config says them, too."""
+    for architecture, numbers in {"mpt": (12, 4), "rotary, window, grouped": (12, 2)}.items():
+        made = MPTFoundryConfig(**ARCHITECTURES[architecture].to_dict())
+        assert (made.head_dim, made.num_key_value_heads) == numbers
+        made.save_pretrained(tmp_path)
+        saved = json.loads((tmp_path / "config.json").read_text())
+        assert (saved["head_dim"], saved["attn_config"]["kv_n_heads"]) == numbers
+        assert MPTFoundryConfig.from_pretrained(tmp_path).network_config() == ARCHITECTURES[architecture]
+
+
+def test_a_problem_type_that_was_given_stays(tmp_path: Path) -> None:
+    MPTFoundryConfig(problem_type="regression").save_pretrained(tmp_path)
+    assert MPTFoundryConfig.from_pretrained(tmp_path).problem_type == "regression"
+    assert MPTFoundryConfig().problem_type is None
 
 
 def test_a_switch_that_no_mpt_has_is_refused() -> None:
