@@ -51,6 +51,7 @@ class WholeCheckpoints(CheckpointSaver):
         folder: A local folder.
         upload: Keeps the files of a checkpoint elsewhere, too; `.metadata`, which makes shards a checkpoint,
             comes last.
+        describe: Called on rank 0 before each checkpoint is written, so that what lies next to it fits it.
         in_background: Write while training goes on; otherwise training waits.
         options: Arguments of Composer's CheckpointSaver.
 
@@ -58,36 +59,47 @@ class WholeCheckpoints(CheckpointSaver):
         save_seconds: What the last checkpoint took until it was there, in seconds.
 
     Raises:
-        CheckpointError: At `fit_start` or at a save: it would not fit on the disk. At the batch after a save:
-            writing it failed. The checkpoints before it are as they were.
+        CheckpointError: When the trainer is built or at a save: it would not fit on the disk. At the batch
+            after a save: writing it failed. The checkpoints before it are as they were.
     """
 
     def __init__(
-        self, folder: Path, *, upload: Upload | None = None, in_background: bool = True, **options: Any
+        self,
+        folder: Path,
+        *,
+        upload: Upload | None = None,
+        describe: Callable[[], None] = lambda: None,
+        in_background: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__(folder, remote_file_name=None, latest_remote_file_name=None, **options)
         self.tmp_dir_for_symlink.cleanup()
         self.upload = upload
+        self.describe = describe
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
         self._writing: Future[None] | None = None
         self.save_seconds = 0.0
         # Ranks that write together talk in a group of their own, beside what training says meanwhile.
         self._group: Any = None
 
-    def fit_start(self, state: State, logger: Logger) -> None:
+    def after_load(self, state: State, logger: Logger) -> None:
         """Find out whether the folder is free and large enough for the first checkpoint."""
-        self.start_batch = state.timestamp.batch  # type: ignore[assignment]
-        self.last_checkpoint_batch = state.timestamp.batch if int(state.timestamp.batch) else None
-        if dist.get_world_size() > 1 and state.fsdp_sharded_state_dict_enabled:
-            self._group = torch.distributed.new_group(backend="gloo")
-        if not self.overwrite:
-            decided_by_rank_0(lambda: self._refuse_later_ones(int(state.timestamp.batch)))
+        if state.max_duration is not None and state.timestamp >= state.max_duration:
+            return
+        decided_by_rank_0(lambda: self._refuse_what_is_there(state))
         moments = 0 if self.weights_only else sum(_MOMENTS.get(type(o).__name__, 0) for o in state.optimizers)
         parameters = dict(state.model.named_parameters())
         learned = [each for each in parameters.values() if each.requires_grad]
         # Adapters are saved without the base that they stand beside.
         kept = learned if any(ADAPTER in name for name in parameters) else list(parameters.values())
         self._refuse_what_does_not_fit(kept + moments * learned, state)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Note where the run starts."""
+        self.start_batch = state.timestamp.batch  # type: ignore[assignment]
+        self.last_checkpoint_batch = state.timestamp.batch if int(state.timestamp.batch) else None
+        if dist.get_world_size() > 1 and state.fsdp_sharded_state_dict_enabled:
+            self._group = torch.distributed.new_group(backend="gloo")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """End the run if the checkpoint that was being written could not be."""
@@ -123,6 +135,7 @@ class WholeCheckpoints(CheckpointSaver):
         started_at = time.monotonic()
         self.last_checkpoint_batch = state.timestamp.batch
         is_sharded = bool(state.fsdp_sharded_state_dict_enabled)
+        decided_by_rank_0(self.describe)
         content = _content(state, self.ignore_keys, weights_only=self.weights_only)
         self._refuse_what_does_not_fit(content, state)
         target = Path(self._name(state, is_sharded=is_sharded))
@@ -170,8 +183,14 @@ class WholeCheckpoints(CheckpointSaver):
 
         return tidy
 
-    def _refuse_later_ones(self, batch: int) -> None:
-        for found in checkpoints_in(Path(self.folder)):
+    def _refuse_what_is_there(self, state: State) -> None:
+        link = Path(self.latest_filename.format(state)) if self.latest_filename else None
+        if link is not None and link.is_dir() and not link.is_symlink():
+            raise CheckpointError(
+                f"save_folder: {link} is a folder, and the run makes a link there. Move it away."
+            )
+        folder, batch = Path(self.folder), int(state.timestamp.batch)
+        for found in checkpoints_in(folder) if folder.is_dir() and not self.overwrite else ():
             progress = progress_of(found)
             if progress and progress[1] > batch and why_not_whole(found) is None:
                 raise CheckpointError(

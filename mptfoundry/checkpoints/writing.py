@@ -122,9 +122,14 @@ def point(link: Path, target: Path) -> None:
     temporary.replace(link)
 
 
-def remove_unfinished(folder: Path) -> list[Path]:
-    """Remove from a folder what was begun there and never got its name; for who alone writes there."""
+def remove_unfinished(folder: Path, *, but: Path | None = None) -> list[Path]:
+    """Remove from a folder what was begun there and never got its name; for who alone writes there.
+
+    What `but` lies in stays.
+    """
+    kept = () if but is None else (but.absolute(), *but.absolute().parents)
     unfinished = [entry for entry in folder.iterdir() if _UNFINISHED.fullmatch(entry.name)]
+    unfinished = [entry for entry in unfinished if entry.absolute() not in kept]
     for entry in unfinished:
         remove(entry)
     return unfinished
