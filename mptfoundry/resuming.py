@@ -33,8 +33,9 @@ from mptfoundry.checkpoints.names import (
     why_not_whole,
 )
 from mptfoundry.checkpoints.reading import open_model
+from mptfoundry.checkpoints.stores import IN_BACKGROUND, Patience, uploader
 from mptfoundry.checkpoints.torch_files import load_plain
-from mptfoundry.checkpoints.writing import Upload, remove_unfinished, uploader, writing_into
+from mptfoundry.checkpoints.writing import Upload, remove_unfinished, writing_into
 from mptfoundry.config.changes import changes_since, makes_the_run, refuse_changes, saved_config
 from mptfoundry.config.learned import names_in
 from mptfoundry.config.run import TrainConfig
@@ -191,11 +192,11 @@ def say_changes(config: TrainConfig, folder: Path) -> None:
         print(f"  {change}{note}", flush=True)
 
 
-def uploader_of(config: TrainConfig) -> Upload | None:
+def uploader_of(config: TrainConfig, patience: Patience = IN_BACKGROUND) -> Upload | None:
     """What keeps a run's files in the store of a remote `save_folder`; None for a local one."""
     if config.save_folder is None or not _is_remote(config.save_folder):
         return None
-    return uploader(_url(config))
+    return uploader(_url(config), patience)
 
 
 def _own_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Start | None:

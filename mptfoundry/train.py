@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from composer import Trainer
@@ -32,6 +33,7 @@ from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
 from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
 from mptfoundry.checkpoints.architecture import RUN_CONFIG as CONFIG
 from mptfoundry.checkpoints.reading import ModelSource
+from mptfoundry.checkpoints.stores import AT_START, ONCE
 from mptfoundry.checkpoints.writing import whole_or_absent, writing_into
 from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
@@ -84,6 +86,7 @@ def train(config: TrainConfig) -> Trainer:
                 # Until all of it stands, nothing in the run's folder changes.
                 trainer = build_trainer(config, resolved, device, start, guard, held)
                 refuse_a_finished_one(trainer, config, start)
+                decided_by_rank_0(lambda: start.is_own or upload_first_files(trainer, config))
                 held.begin(start)
                 decided_by_rank_0(lambda: write_first_files(trainer, config, start))
             starting.close()
@@ -256,22 +259,39 @@ def write_first_files(trainer: Trainer, config: TrainConfig, start: Start) -> No
         write_run_files(config, folder, _tokenizer(trainer))
 
 
-def describe_run(config: TrainConfig, held: HeldFolder, tokenizer: Any) -> None:
-    """Have the run's folder tell of the run as it trains now; before a checkpoint is written."""
+def upload_first_files(trainer: Trainer, config: TrainConfig) -> None:
+    """What a new run keeps in its store, which shows that it can be written to.
+
+    Raises:
+        CheckpointError: It can't.
+    """
+    if (uploads := uploader_of(config, AT_START)) is not None:
+        with TemporaryDirectory() as temporary:
+            for file in write_run_files(config, Path(temporary), _tokenizer(trainer)):
+                uploads(file, str(file.relative_to(temporary)))
+
+
+def describe_run(config: TrainConfig, held: HeldFolder, tokenizer: Any) -> list[Path]:
+    """Have the run's folder tell of the run as it trains now, before a checkpoint is written.
+
+    Returns:
+        The files that are new.
+    """
     if held.is_there_again():
         print(f"save_folder: {held.path} was removed while the run trains; it is made again", flush=True)
     file = held.path / CONFIG
-    if not file.is_file() or file.read_bytes() != to_yaml(config).encode():
-        write_run_files(config, held.path, tokenizer)
+    if file.is_file() and file.read_bytes() == to_yaml(config).encode():
+        return []
+    return write_run_files(config, held.path, tokenizer)
 
 
-def write_run_files(config: TrainConfig, folder: Path, tokenizer: Any) -> None:
+def write_run_files(config: TrainConfig, folder: Path, tokenizer: Any) -> list[Path]:
     """The resolved config and the tokenizer, which make the folder's checkpoints usable by themselves."""
     with writing_into(folder):
         with whole_or_absent(folder / CONFIG, overwrite=True) as unfinished:
             unfinished.write_text(to_yaml(config), encoding="utf-8")
         tokenizer.save_pretrained(folder / "tokenizer")
-        upload(config, [folder / CONFIG, *(folder / "tokenizer").iterdir()])
+        return [folder / CONFIG, *(folder / "tokenizer").iterdir()]
 
 
 def _tokenizer(trainer: Trainer) -> Any:
@@ -281,7 +301,7 @@ def _tokenizer(trainer: Trainer) -> Any:
 
 def upload(config: TrainConfig, files: Iterable[Path]) -> None:
     """Keeps files of the run's folder in the store, too, where `save_folder` is one."""
-    if (uploads := uploader_of(config)) is not None:
+    if (uploads := uploader_of(config, AT_START)) is not None:
         for file in files:
             uploads(file, str(file.relative_to(run_folder(config))))
 
@@ -295,7 +315,11 @@ def _own_loggers(config: TrainConfig, folder: Path) -> list[LoggerDestination]:
 
 
 def _checkpointing(
-    config: TrainConfig, folder: Path, start: Start, source: ModelSource | None, describe: Callable[[], None]
+    config: TrainConfig,
+    folder: Path,
+    start: Start,
+    source: ModelSource | None,
+    describe: Callable[[], list[Path]],
 ) -> Iterator[Callback]:
     """What loads the checkpoint that the run starts from, and what saves those to come."""
     if start.checkpoint is not None and (start.is_own or source is None):
@@ -311,6 +335,7 @@ def _checkpointing(
         yield WholeCheckpoints(
             folder,
             upload=uploader_of(config),
+            upload_small=uploader_of(config, ONCE),
             describe=describe,
             in_background=config.save_async,
             filename=config.save_filename,

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from mptfoundry.callbacks.metrics_file import NAME as METRICS
 from mptfoundry.callbacks.report import write_report
-from mptfoundry.checkpoints.writing import uploader
+from mptfoundry.checkpoints.stores import uploader
 from mptfoundry.errors import ConfigError
 
 # Writes weights by name, as a checkpoint of that name would hold them, into a folder.

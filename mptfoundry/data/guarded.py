@@ -27,6 +27,7 @@ from streaming.base.dataset import NEVER, _ShardState
 from streaming.base.distributed import barrier, get_rank
 from streaming.base.util import wait_for_file_to_exist
 
+from mptfoundry.checkpoints.stores import FOR_DATA, patiently, reason_of
 from mptfoundry.data.integrity import (
     MISSING,
     fastest_hash,
@@ -59,7 +60,10 @@ class GuardedStream(Stream):
 
     Attributes:
         here: Names of the files that lay here at the start; known to the first process of a node.
+        patience: How long a file's remote may fail.
     """
+
+    patience = FOR_DATA
 
     def __init__(self, *, where: str, verify: Verify, **stream: Any) -> None:
         super().__init__(**stream)
@@ -85,7 +89,7 @@ class GuardedStream(Stream):
                 self._download(INDEX).replace(path)
             else:
                 text = f"{self.where}: {path} was not fetched by the first process of this node in time."
-                wait_for_file_to_exist(str(path), TICK, self.download_timeout, text)
+                wait_for_file_to_exist(str(path), TICK, self.download_timeout + self.patience.seconds, text)
         index = read_index(self.folder, self.where)
         hashes = [dict(shard["zip_data"] or shard["raw_data"])["hashes"] for shard in index.shards]
         if self.verify != "off" and not all(map(fastest_hash, hashes)) and get_rank() == 0:
@@ -164,12 +168,15 @@ class GuardedStream(Stream):
         part = self.folder / f"{name}.{socket.gethostname()}.part"
         try:
             part.unlink(missing_ok=True)
-            self._download_file(name, part.relative_to(self.folder).as_posix())
+            patiently(
+                lambda: self._download_file(name, part.relative_to(self.folder).as_posix()),
+                what=f"{self.where}: {self._remote(name)} can't be fetched",
+                patience=self.patience,
+                sign=lambda: part.exists() and part.stat().st_size,
+            )
         except Exception as error:
-            text = (isinstance(error, OSError) and error.strerror) or str(error).strip()
-            first_line = (text.splitlines() or [type(error).__name__])[0]
             raise DataError(
-                f"{self.where}: {self._remote(name)} can't be fetched: {first_line.removesuffix('.')}."
+                f"{self.where}: {self._remote(name)} can't be fetched: {reason_of(error)}."
             ) from error
         return part
 
