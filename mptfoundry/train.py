@@ -25,7 +25,7 @@ from mptfoundry.callbacks.console import ConsoleLine
 from mptfoundry.callbacks.gloo_average import AverageGradients
 from mptfoundry.callbacks.metrics_file import NAME as METRICS
 from mptfoundry.callbacks.metrics_file import MetricsFile
-from mptfoundry.callbacks.report import PAGE, PICTURE, write_report
+from mptfoundry.callbacks.report import PAGE, PICTURE, report_if_possible
 from mptfoundry.callbacks.resume import Resume
 from mptfoundry.callbacks.step_guard import EvaluationLeft, StepGuard
 from mptfoundry.callbacks.throughput import Throughput
@@ -38,7 +38,7 @@ from mptfoundry.checkpoints.writing import whole_or_absent, writing_into
 from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
-from mptfoundry.errors import ConfigError, RunStopped, first_line
+from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
 from mptfoundry.leftovers import clean_start
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
@@ -136,11 +136,11 @@ def report(config: TrainConfig) -> None:
     """Draw the run's report and upload it with the metrics; what goes wrong with that is only said."""
     folder = run_folder(config)
     facts = {"model": config.model.name, "parameters": f"{count_parameters(config.model):,}"}
+    print(report_if_possible(folder, facts=facts), flush=True)
     try:
-        print(f"report: {write_report(folder, facts=facts)}", flush=True)
-        upload(config, [folder / name for name in (METRICS, PICTURE, PAGE)])
-    except Exception as error:  # the training is done, and saved
-        print(f"report: left out ({first_line(error)})", flush=True)
+        upload(config, [file for name in (METRICS, PICTURE, PAGE) if (file := folder / name).is_file()])
+    except CheckpointError as error:  # the training is done, and saved
+        print(error, flush=True)
 
 
 def _how_it_goes_on(trainer: Trainer, config: TrainConfig, guard: StepGuard) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,12 +17,10 @@ from composer.core import State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from mptfoundry.callbacks.rows import MEASURED, Row, RowLogger, plain
-from mptfoundry.checkpoints.writing import whole_or_absent, writing_into
-
-NAME = "metrics.jsonl"
-# A number as large as this one was not measured, and nothing can be drawn with it.
-_TOO_LARGE = 1e30
+from mptfoundry.callbacks.rows import Row, RowLogger, plain
+from mptfoundry.checkpoints.metrics import NAME, cut_rows
+from mptfoundry.checkpoints.metrics import read_rows as read_rows
+from mptfoundry.checkpoints.writing import writing_into
 
 
 class MetricsFile(RowLogger):
@@ -90,74 +87,3 @@ class MetricsFile(RowLogger):
                 self._file = self.path.open("a", encoding="utf-8")
             self._file.write(json.dumps(plain(row), allow_nan=False) + "\n")
             self._file.flush()
-
-
-def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a metrics file in their order; lines that a kill or a bad disk has damaged are left out.
-
-    Every row has a `batch`; one with a `loss` is a batch's and has the numbers that `rows` promises, one with
-    an `eval` is an evaluation's.
-
-    Args:
-        path: A `metrics.jsonl`, also one that is being written.
-    """
-    with Path(path).open("rb") as file:
-        for line in file:
-            row = _parse(line)
-            if row is not None:
-                yield row
-
-
-def cut_rows(path: str | Path, *, last_batch: int) -> None:
-    """Drop the rows past `last_batch`, and damaged lines; from the start (0) all rows are dropped.
-
-    The file is replaced as a whole, so a kill leaves either the old one or the new one.
-    """
-    path = Path(path)
-    if not path.exists():
-        return
-    lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if _belongs(line, last_batch)]
-    if len(kept) == len(lines):
-        return
-    with whole_or_absent(path, overwrite=True) as temporary:
-        temporary.write_bytes(b"".join(kept))
-
-
-def _belongs(line: bytes, last_batch: int) -> bool:
-    row = _parse(line)
-    return row is not None and last_batch > 0 and row["batch"] <= last_batch
-
-
-def _parse(line: bytes) -> Row | None:
-    if not line.endswith(b"\n"):
-        return None
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return plain(row) if _is_row(row) else None
-
-
-def _is_row(row: Any) -> bool:
-    if not isinstance(row, dict) or type(row.get("batch")) is not int or row["batch"] < 0:
-        return False
-    measured = [name for name in ("loss", "lr", *MEASURED) if name in row]
-    if not all(_is_number(row[name]) or row[name] is None for name in measured):
-        return False
-    if "loss" in row:
-        return row["batch"] > 0 and all(_is_number(row.get(name)) for name in ("tokens", "seconds"))
-    if "eval" not in row:
-        return True
-    results = row["eval"].values() if isinstance(row["eval"], dict) else [None]
-    return _is_number(row.get("tokens")) and all(_is_result(result) for result in results)
-
-
-def _is_result(result: Any) -> bool:
-    """Whether it is what an evaluation of one label gives: numbers by name."""
-    return isinstance(result, dict) and all(_is_number(each) or each is None for each in result.values())
-
-
-def _is_number(value: Any) -> bool:
-    """Whether it is one that a picture can show."""
-    return type(value) in (int, float) and abs(value) < _TOO_LARGE

@@ -132,6 +132,11 @@ def reason_of(error: BaseException) -> str:
             return f"access is refused, {code}: look at the credentials and their rights"
         if code in _MISSING_CODES:
             return f"not found, {code}"
+    for each in _chain(error):
+        answer = getattr(each, "response", None)
+        if isinstance(answer, dict) and isinstance(answer.get("Error"), dict):
+            said = answer["Error"]
+            return f"{said.get('Code')}: {said.get('Message', '')}".rstrip(". :")
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return first_line(error)
@@ -216,8 +221,7 @@ def _codes(error: BaseException) -> list[str]:
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         answer = response.get("Error")
-        code = answer.get("Code") if isinstance(answer, dict) else None
-        return [] if code is None else [str(code)]
+        return [str(answer["Code"])] if isinstance(answer, dict) and "Code" in answer else []
     for holder in (error, response):
         for name in ("status_code", "status", "code"):
             code = getattr(holder, name, None)

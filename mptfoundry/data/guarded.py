@@ -44,6 +44,8 @@ from mptfoundry.errors import DataError
 Verify = Literal["lazy", "full", "off"]
 # A transfer may damage what it copies; the same damage twice is that of the source.
 MOST_FETCHES = 2
+# What streaming saves of the place in an epoch.
+_PLACE = {"epoch", "sample_in_epoch", "num_canonical_nodes", "shuffle_seed"}
 
 log = logging.getLogger(__name__)
 
@@ -303,8 +305,14 @@ class GuardedDataset(StreamingDataset):
         """Go on at the sample that the state says.
 
         Raises:
-            DataError: It is of another batch size, and with this `batching_method` the order depends on that.
+            DataError: It is of another batch size, and with this `batching_method` the order depends on that;
+                or it is another loader's.
         """
+        if obj is None or _PLACE - set(obj):
+            raise DataError(
+                f"{self.where}: the checkpoint's place in the data is that of another loader. Restore that "
+                "one, or start a new run from its weights, with load_path and load_weights_only: true."
+            )
         before = obj.get("global_batch_size", self._global_batch())
         if self.batching_method != "random" and before != self._global_batch():
             raise DataError(
