@@ -249,9 +249,12 @@ def build_callbacks(config: TrainConfig, tokenizer: Any, run_folder: Path) -> li
     return [_make(CALLBACKS, name, kwargs) for name, kwargs in given.items()]
 
 
-def build_loggers(config: TrainConfig) -> list[LoggerDestination]:
+def build_loggers(config: TrainConfig, run_folder: Path) -> list[LoggerDestination]:
     """The loggers that the config names."""
-    return [_make(LOGGERS, name, kwargs) for name, kwargs in config.loggers.items()]
+    given = {name: dict(kwargs) for name, kwargs in config.loggers.items()}
+    if "tensorboard" in given:
+        given["tensorboard"] |= {"run_folder": run_folder}
+    return [_make(LOGGERS, name, kwargs) for name, kwargs in given.items()]
 
 
 def recompute_activations(config: TrainConfig, network: Any) -> None:

@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,11 +21,15 @@ from typing import TYPE_CHECKING, Any
 from mptfoundry import __version__
 from mptfoundry.errors import ConfigError, MPTFoundryError, RunStopped
 from mptfoundry.ranks import announce_failure, connect, rank, report, world_size
+from mptfoundry.signals import ending_at_once, heeded, lasting_output
 
 if TYPE_CHECKING:
     from mptfoundry.config.run import TrainConfig
     from mptfoundry.config.verbs import GenerateConfig
 
+STOPPED_WHILE_STARTING = "{name}: stopped while starting; nothing had to be saved."
+STOPPED_BY_CTRL_C = "stopped by Ctrl-C"
+CTRL_C_EXIT_CODE = 130
 KEY = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
 
 
@@ -37,8 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser(words).parse_args(words)
     if "GROUP_RANK" in os.environ:
         os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])  # torchrun's name for it
+    # A training outlives the terminal, or the reader, that its output went to.
+    with lasting_output() if arguments.verb == "train" else nullcontext():
+        return _run(VERBS[arguments.verb], arguments.words)
+
+
+def _run(verb: Verb, words: list[str]) -> int:
     try:
-        VERBS[arguments.verb].run(arguments.words)
+        verb.run(words)
     except RunStopped as stopped:
         _leave_signals()
         if rank() == 0:
@@ -51,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(error)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped by Ctrl-C", file=sys.stderr)
-        return 130
+        print(STOPPED_BY_CTRL_C, file=sys.stderr)
+        return CTRL_C_EXIT_CODE
     except BrokenPipeError:
         # The reader of our output, such as `head`, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -70,17 +81,23 @@ def _leave_signals() -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+def _importing() -> AbstractContextManager[None]:
+    """While heavy libraries are imported, Ctrl-C ends the process at once."""
+    return ending_at_once([signal.SIGINT], STOPPED_BY_CTRL_C, CTRL_C_EXIT_CODE)
+
+
 def _train(words: list[str]) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in heeded():
         signal.signal(number, _stop_while_starting)
     config = _load_config(words)
-    from mptfoundry.train import train
+    with ending_at_once(heeded(), STOPPED_WHILE_STARTING if rank() == 0 else "", RunStopped.exit_code):
+        from mptfoundry.train import train
 
     train(config)
 
 
 def _stop_while_starting(number: int, frame: Any) -> None:
-    raise RunStopped(f"{signal.Signals(number).name}: stopped while starting; nothing had to be saved.")
+    raise RunStopped(STOPPED_WHILE_STARTING.format(name=signal.Signals(number).name))
 
 
 def _check(words: list[str]) -> None:
@@ -92,7 +109,8 @@ def _check(words: list[str]) -> None:
 
 def _eval(words: list[str]) -> None:
     options = _options(words, "EvalConfig", "model")
-    from mptfoundry.evaluate import evaluate, results_table
+    with _importing():
+        from mptfoundry.evaluate import evaluate, results_table
 
     results = evaluate(options)
     if rank() == 0:
@@ -101,7 +119,8 @@ def _eval(words: list[str]) -> None:
 
 def _prepare(words: list[str]) -> None:
     options = _options(words, "PrepareConfig", rest="inputs")
-    from mptfoundry.data.prepare import prepare
+    with _importing():
+        from mptfoundry.data.prepare import prepare
 
     workers = None if options.workers == "auto" else options.workers
     print(prepare(**{**vars(options), "workers": workers}))
@@ -109,21 +128,24 @@ def _prepare(words: list[str]) -> None:
 
 def _preview(words: list[str]) -> None:
     options = _options(words, "PreviewConfig", "data")
-    from mptfoundry.preview import preview
+    with _importing():
+        from mptfoundry.preview import preview
 
     print(preview(options))
 
 
 def _export(words: list[str]) -> None:
     options = _options(words, "ExportConfig", "model", "out")
-    from mptfoundry.export.folder import export
+    with _importing():
+        from mptfoundry.export.folder import export
 
     print(export(**vars(options)))
 
 
 def _import(words: list[str]) -> None:
     options = _options(words, "ImportConfig", "source", "out")
-    from mptfoundry.export.importing import import_model
+    with _importing():
+        from mptfoundry.export.importing import import_model
 
     print(import_model(**vars(options)))
 
@@ -134,7 +156,8 @@ def _generate(words: list[str]) -> None:
         raise ConfigError(
             'prompts: none is given. Say what to continue: mptfoundry generate MODEL "Once upon".'
         )
-    from mptfoundry.generation import generate_text
+    with _importing():
+        from mptfoundry.generation import generate_text
 
     if options.system is not None:
         raise ConfigError("system: only a chat begins with it. Put it into the prompt, or use chat.")
@@ -167,7 +190,8 @@ def _chat(words: list[str]) -> None:
     options = _options(words, "GenerateConfig", "model")
     if options.prompts:
         raise ConfigError("prompts: a chat asks for each line itself. Remove it, or use generate.")
-    from mptfoundry.generation import chat
+    with _importing():
+        from mptfoundry.generation import chat
 
     network, tokenizer = _load_network(options)
     chat(network, tokenizer, system=options.system, **_how(options))
@@ -183,7 +207,8 @@ def _explain(words: list[str]) -> None:
 
 def _doctor(words: list[str]) -> None:
     options = _options(words, "DoctorConfig")
-    from mptfoundry.doctor import clean, doctor, troubles
+    with _importing():
+        from mptfoundry.doctor import clean, doctor, troubles
 
     if options.clean:
         print(clean())
@@ -195,11 +220,12 @@ def _doctor(words: list[str]) -> None:
 
 def _load_network(options: GenerateConfig) -> tuple[Any, Any]:
     """The network in the dtype asked for, on the GPU if there is one, and its tokenizer."""
-    import torch
+    with _importing():
+        import torch
 
-    from mptfoundry.checkpoints.reading import load_network
-    from mptfoundry.export.shards import DTYPES
-    from mptfoundry.tokenizer import load_tokenizer
+        from mptfoundry.checkpoints.reading import load_network
+        from mptfoundry.export.shards import DTYPES
+        from mptfoundry.tokenizer import load_tokenizer
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)

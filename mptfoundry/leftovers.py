@@ -18,6 +18,9 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
+
+from mptfoundry.errors import TrainingError
 
 SHARED_MEMORY, PROCESSES = Path("/dev/shm"), Path("/proc")
 # Names of streaming's, by whose number a data set is known; torch's, which hold the process; the launcher's.
@@ -69,12 +72,18 @@ def remove_leftovers(found: Iterable[Leftover]) -> list[Leftover]:
     return gone
 
 
-def clean_start() -> contextlib.ExitStack:
+def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
     """Remove leftovers before a run opens its data; to be closed when that is done.
 
     The ranks of a run look for a free number one after the other, and have to find the same. So nothing is
     removed while another run on this machine starts, and what is returned keeps others from it. Called on one
     rank of a machine, before the ranks meet.
+
+    Args:
+        seconds: How long to wait for another process that removes leftovers.
+
+    Raises:
+        TrainingError: It does not end.
     """
     starts = contextlib.ExitStack()
     with contextlib.suppress(OSError):
@@ -83,8 +92,40 @@ def clean_start() -> contextlib.ExitStack:
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove_leftovers(find_leftovers())
-        fcntl.flock(file, fcntl.LOCK_SH)
+        _share(file, place, seconds)
     return starts
+
+
+def _share(file: IO[str], place: Path, seconds: float) -> None:
+    """Take the lock together with other starts; a process that removes leftovers holds it for moments."""
+    began_at, pause, has_said = time.monotonic(), 0.05, False
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            pass
+        waited = time.monotonic() - began_at
+        if waited > seconds:
+            raise TrainingError(
+                f"{place}: {_holder(file)} has held this lock for {waited:.0f} s, so that no run can start. "
+                "End that process."
+            )
+        if waited > seconds / 30 and not has_said:
+            has_said = True
+            print(f"start: waiting for {_holder(file)}, which holds {place}", flush=True)
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
+
+
+def _holder(file: IO[str]) -> str:
+    """Who holds a lock on a file, as the system tells."""
+    with contextlib.suppress(OSError):
+        for line in (PROCESSES / "locks").read_text().splitlines():
+            words = line.split()
+            if words[1:2] == ["FLOCK"] and words[5].endswith(f":{os.fstat(file.fileno()).st_ino}"):
+                return f"process {words[4]}"
+    return "another process"
 
 
 def _in_shared_memory() -> Iterator[Path]:

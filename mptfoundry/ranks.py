@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import re
+import socket
 import sys
 import sysconfig
 import threading
@@ -27,6 +28,7 @@ from mptfoundry.errors import MPTFoundryError, TrainingError
 T = TypeVar("T")
 FAILURE, BEAT = "mptfoundry/failure", "mptfoundry/beat"
 SECONDS_TO_WAIT_FOR_RANK_0 = 10.0
+_SECONDS_TO_CONNECT = 10.0
 _LONGEST_SECONDS_BETWEEN_BEATS = 5.0
 # Said by gloo, NCCL and the store when a collective comes to no end.
 _COMMUNICATION = re.compile(r"gloo|NCCL|ProcessGroup|TCPStore|Connection (closed|reset|refused)|Broken pipe")
@@ -63,18 +65,25 @@ def decided_by_rank_0(decide: Callable[[], T]) -> T | None:
 
 def connect() -> Any:
     """A connection to the store; None where a process is alone, hasn't met the others, or they are gone."""
-    torch = sys.modules.get("torch")
-    if world_size() == 1 or torch is None or not torch.distributed.is_initialized():
+    if not _have_met():
         return None
-    with contextlib.suppress(RuntimeError, KeyError):
-        return torch.distributed.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
+    with contextlib.suppress(RuntimeError, KeyError, OSError):
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # Torch would try for long, and say so, where nobody listens any more.
+        socket.create_connection(place, timeout=_SECONDS_TO_CONNECT).close()
+        return sys.modules["torch"].distributed.TCPStore(
+            *place,
             is_master=False,
             wait_for_workers=False,
             timeout=timedelta(seconds=10),
         )
     return None
+
+
+def _have_met() -> bool:
+    """Whether this process is one of several that have met."""
+    torch = sys.modules.get("torch")
+    return world_size() > 1 and torch is not None and torch.distributed.is_initialized()
 
 
 def announce_failure(store: Any, text: str, exit_code: int) -> None:
@@ -106,7 +115,8 @@ def report(error: MPTFoundryError) -> None:
         return
     store = connect()
     announce_failure(store, str(error), error.exit_code)
-    if rank() != 0 and (store is None or _all_report(store, str(error), [0])):
+    is_rank_0_gone = store is None and _have_met()
+    if rank() != 0 and not is_rank_0_gone and (store is None or _all_report(store, str(error), [0])):
         # Rank 0 says it. The launcher ends all ranks with the first one: let that be rank 0.
         time.sleep(SECONDS_TO_WAIT_FOR_RANK_0)
         return
@@ -186,17 +196,11 @@ class RankWatch:
             time.sleep(2.5 * self._seconds)
             after = self._beats()
         except RuntimeError:
-            return (
-                "rank 0, at which all ranks have met, is gone. Look at what it printed, and at its machine."
-            )
+            return self._said_of([0])  # at which all ranks have met
         lost = [each for each in after if before[each] == after[each]]
         late = [each for each in after if each not in lost and not after[each]["waits"]]
         if lost:
-            # Its last beat is older than its end; where it is missed is here.
-            said = "; ".join(
-                f"rank {each} gives no sign of life in batch {self.batch() + 1}" for each in lost
-            )
-            return f"{said}. Its process or its machine has ended: look there. The same command goes on."
+            return self._said_of(lost)
         if late:
             said = "; ".join(f"rank {each} did not arrive: it is in {_place(after[each])}" for each in late)
             return (
@@ -207,6 +211,11 @@ class RankWatch:
         return (
             f"ranks wait for one another in {' and in '.join(places)}; what they compute must have differed."
         )
+
+    def _said_of(self, lost: Iterable[int]) -> str:
+        # Its last beat is older than its end; where it is missed is here.
+        said = "; ".join(f"rank {each} gives no sign of life in batch {self.batch() + 1}" for each in lost)
+        return f"{said}. Its process or its machine has ended: look there. The same command continues."
 
     def _beats(self) -> dict[int, dict[str, Any]]:
         found = {}

@@ -12,17 +12,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 from composer.utils import dist
 
 from mptfoundry.callbacks.metrics_file import NAME as METRICS
+from mptfoundry.callbacks.report import PAGE, PICTURE
 from mptfoundry.checkpoints.adapters import lora_of
+from mptfoundry.checkpoints.architecture import RUN_CONFIG as CONFIG
 from mptfoundry.checkpoints.architecture import read_run
 from mptfoundry.checkpoints.checksums import parts_of, why_damaged
-from mptfoundry.checkpoints.lock import only_run_in
+from mptfoundry.checkpoints.lock import RunLock
 from mptfoundry.checkpoints.names import (
     checkpoints_in,
     find_checkpoint,
@@ -31,13 +33,14 @@ from mptfoundry.checkpoints.names import (
     why_not_whole,
 )
 from mptfoundry.checkpoints.reading import open_model
+from mptfoundry.checkpoints.stores import IN_BACKGROUND, Patience, uploader
 from mptfoundry.checkpoints.torch_files import load_plain
-from mptfoundry.checkpoints.writing import Upload, remove_unfinished, uploader, writing_into
-from mptfoundry.config.changes import changes_since, makes_the_run, refuse_changes
+from mptfoundry.checkpoints.writing import Upload, remove_unfinished, writing_into
+from mptfoundry.config.changes import changes_since, makes_the_run, refuse_changes, saved_config
 from mptfoundry.config.learned import names_in
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.data.once import once_per_node
-from mptfoundry.errors import CheckpointError
+from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.export.staging import remote_checkpoints, staged
 from mptfoundry.ranks import decided_by_rank_0
 
@@ -50,11 +53,13 @@ class Start:
 
     Attributes:
         checkpoint: A local file or folder of shards; None: nothing.
-        is_own: It is the run's own, which goes on as it was; otherwise `load_path` names it.
+        is_own: It is the run's own, which continues as it was; otherwise `load_path` names it.
+        is_fetched: It comes from the run's store, and is removed when all of it has been loaded.
     """
 
     checkpoint: Path | None = None
     is_own: bool = False
+    is_fetched: bool = False
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -64,21 +69,66 @@ def run_folder(config: TrainConfig) -> Path:
     return Path("runs") / config.run_name
 
 
-@contextmanager
-def held_folder(folder: Path) -> Iterator[None]:
-    """Hold the run's folder for this run alone, with nothing in it that a dead one left unfinished.
+class HeldFolder:
+    """The run's folder, held for this run alone; as a context, on all ranks.
+
+    Until `begin` nothing in it changes: what refuses a start comes before.
 
     Raises:
         CheckpointError: Another run holds it.
         ConfigError: It can't be written to.
     """
-    with ExitStack() as stack:
-        decided_by_rank_0(lambda: stack.enter_context(only_run_in(folder)))
-        if dist.get_local_rank() == 0 and folder.is_dir():
-            for entry in remove_unfinished(folder):
-                print(f"removed: {entry}, which a run that was killed had not finished", flush=True)
-        dist.barrier()
-        yield
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = RunLock(path)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> HeldFolder:
+        with ExitStack() as stack:
+            decided_by_rank_0(lambda: stack.enter_context(self._lock) and None)
+            decided_by_rank_0(lambda: refuse_other_kinds(self.path))
+            dist.barrier()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def begin(self, start: Start) -> None:
+        """The first writes of a start that nothing refuses any more.
+
+        What a dead run left unfinished goes, and what lay next to a checkpoint in a store comes.
+        """
+        if dist.get_global_rank() == 0:
+            self._lock.begin()
+        if dist.get_local_rank() == 0:
+            _remove_unfinished(self.path, but=start.checkpoint)
+        decided_by_rank_0(lambda: _take_small_files(start, self.path))
+
+    def is_there_again(self) -> bool:
+        """Whether the folder was removed while the run trained, and is made again; on rank 0.
+
+        Raises:
+            CheckpointError: Another run has taken its place.
+        """
+        if not self._lock.is_lost():
+            return False
+        self._lock.take_again()
+        return True
+
+
+def refuse_other_kinds(folder: Path) -> None:
+    """Raise ConfigError where something else lies where the run writes a file or a folder of that name."""
+    for name in (".lock", "config.yaml", METRICS, PICTURE, PAGE):
+        if (folder / name).is_dir():
+            raise ConfigError(
+                f"save_folder: {folder / name} is a folder, and the run writes a file there. Move it away."
+            )
+    if (folder / "tokenizer").is_file():
+        raise ConfigError(
+            f"save_folder: {folder / 'tokenizer'} is a file, and the run writes a folder there. Move it away."
+        )
 
 
 @contextmanager
@@ -93,11 +143,11 @@ def found_start(config: TrainConfig) -> Iterator[Start]:
     decided_by_rank_0(lambda: refuse_another_model(config, folder))
     with ExitStack() as stack:
         own = _own_checkpoint(config, folder, stack) if config.resumes and config.save_folder else None
-        if own is not None:
-            # On a new machine the config comes from the store, beside the checkpoint.
-            written = folder if (folder / "config.yaml").is_file() else own.parent
+        if own is not None and own.checkpoint is not None:
+            # What was fetched has its config next to it.
+            written = own.checkpoint.parent if own.is_fetched else folder
             decided_by_rank_0(lambda: say_changes(config, written))
-            yield Start(own, is_own=True)
+            yield own
         elif config.load_path is not None:
             yield Start(_named_checkpoint(config, folder, stack))
         else:
@@ -110,8 +160,9 @@ def refuse_another_model(config: TrainConfig, folder: Path) -> None:
 
     Before anything is written: the folder's `config.yaml` belongs to those checkpoints.
     """
-    if not (folder / "config.yaml").is_file() or all(map(is_unfinished, checkpoints_in(folder))):
+    if not (folder / CONFIG).is_file() or all(map(is_unfinished, checkpoints_in(folder))):
         return
+    saved_config(folder / CONFIG)
     there = names_in(open_model(folder).config, lora_of(read_run(folder)))
     here = names_in(config.model.network(), config.model.peft_config)
     for name in [*here, *there]:
@@ -124,10 +175,15 @@ def refuse_another_model(config: TrainConfig, folder: Path) -> None:
 
 
 def say_changes(config: TrainConfig, folder: Path) -> None:
-    """Print what has changed in the config since the run was started last, if that may change."""
-    if not (folder / "config.yaml").is_file():
+    """Print what has changed in the config since the checkpoint, if that may change."""
+    if not (folder / CONFIG).is_file():
+        print(
+            f"config: {folder / CONFIG} is missing, so there is nothing to compare with: what has changed "
+            "since the checkpoint is not known",
+            flush=True,
+        )
         return
-    changes = changes_since(folder / "config.yaml", config)
+    changes = changes_since(folder / CONFIG, config)
     refuse_changes(changes, config, folder)
     if changes:
         print("config: changed since the checkpoint", flush=True)
@@ -136,14 +192,14 @@ def say_changes(config: TrainConfig, folder: Path) -> None:
         print(f"  {change}{note}", flush=True)
 
 
-def uploader_of(config: TrainConfig) -> Upload | None:
+def uploader_of(config: TrainConfig, patience: Patience = IN_BACKGROUND) -> Upload | None:
     """What keeps a run's files in the store of a remote `save_folder`; None for a local one."""
     if config.save_folder is None or not _is_remote(config.save_folder):
         return None
-    return uploader(_url(config))
+    return uploader(_url(config), patience)
 
 
-def _own_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Path | None:
+def _own_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Start | None:
     """The newest whole checkpoint of the run, here or in its store."""
     here = decided_by_rank_0(lambda: _finished_ones(folder)) or []
     url = _url(config)
@@ -154,11 +210,11 @@ def _own_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Path
             break
         fetched = _fetched(f"{url}/{name}", folder, stack)
         if _is_sound(fetched, config, shown_as=f"{url}/{name}"):
-            decided_by_rank_0(partial(_take_metrics, fetched.parent, folder))
-            return fetched
+            return Start(fetched, is_own=True, is_fetched=True)
     for path in here:
+        _refuse_one_file(path, config, "save_folder")
         if _is_sound(path, config):
-            return path
+            return Start(path, is_own=True)
     if here or there:
         raise CheckpointError(
             f"save_folder: none of the {len({*there, *(path.name for path in here)})} checkpoints in {url} "
@@ -178,15 +234,19 @@ def _named_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Pa
             raise CheckpointError(f"load_path: {path} is missing. Name a checkpoint, or remove the key.")
         found = decided_by_rank_0(lambda: find_checkpoint(path))
     assert found is not None
-    shards = config.fsdp_config is not None and config.fsdp_config.state_dict_type == "sharded"
-    if found.is_file() and shards:
-        raise CheckpointError(
-            f"load_path: {path} is one file, and fsdp_config.state_dict_type: sharded loads folders. For its "
-            "weights alone, name it in model.pretrained_model_name_or_path instead."
-        )
+    _refuse_one_file(found, config, "load_path")
     if reason := _damage(found):
         raise CheckpointError(f"load_path: {found}: {reason}. Name another checkpoint.")
     return found
+
+
+def _refuse_one_file(checkpoint: Path, config: TrainConfig, key: str) -> None:
+    """Raise CheckpointError for a whole checkpoint where the run has sharded ones."""
+    if checkpoint.is_file() and config.fsdp_config and config.fsdp_config.state_dict_type == "sharded":
+        raise CheckpointError(
+            f"{key}: {checkpoint} is one file, and fsdp_config.state_dict_type: sharded loads folders. For "
+            "its weights alone, name it in model.pretrained_model_name_or_path instead."
+        )
 
 
 def _finished_ones(folder: Path) -> list[Path]:
@@ -235,16 +295,28 @@ def _fetched(url: str, folder: Path, stack: ExitStack) -> Path:
 
     def fetch() -> str:
         first = dist.get_global_rank() == 0
+        _remove_unfinished(folder)  # which takes space on the disk
         return str(stack.enter_context(staged(url, folder / "fetched", None, progress=first)))
 
     return Path(once_per_node(fetch, what=f"fetching {url}"))
 
 
-def _take_metrics(fetched: Path, folder: Path) -> None:
-    """Go on in the file of metrics that was uploaded before the checkpoint, since it is uploaded again."""
-    if (fetched / METRICS).is_file():
-        with writing_into(folder):
-            shutil.copyfile(fetched / METRICS, folder / METRICS)
+def _remove_unfinished(folder: Path, but: Path | None = None) -> None:
+    """Remove what was begun in a folder and never got its name, except for what `but` lies in."""
+    for entry in remove_unfinished(folder, but=but) if folder.is_dir() else ():
+        print(f"removed: {entry}, which a run that was killed had not finished", flush=True)
+
+
+def _take_small_files(start: Start, folder: Path) -> None:
+    """Have what lay next to a checkpoint in the store: metrics are continued, and uploaded again."""
+    if not start.is_fetched or start.checkpoint is None:
+        return
+    with writing_into(folder):
+        for name in (CONFIG, METRICS):
+            if (found := start.checkpoint.parent / name).is_file():
+                shutil.copyfile(found, folder / name)
+        if (found := start.checkpoint.parent / "tokenizer").is_dir():
+            shutil.copytree(found, folder / "tokenizer", dirs_exist_ok=True)
 
 
 def _url(config: TrainConfig) -> str:

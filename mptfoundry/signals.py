@@ -1,9 +1,14 @@
-"""SIGTERM and SIGINT are requests to stop, which a run answers at the end of a batch.
+"""Signals that ask a run to stop, which it answers at the end of a batch.
+
+These are SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is closed) and SIGUSR1 (which Slurm's `--signal`
+usually names). Other signals that end a process by default end the run, and are named. A closed terminal
+takes the output away: the run falls silent, and still saves.
 
 Python runs a signal's handler in the main thread, and only between two of its instructions: not while that
 thread waits in a collective for a rank that is gone. So a thread of its own takes note of signals here, and
 can end the process whatever the main thread is doing. Before training begins there is nothing to save, and a
-signal ends the process at once.
+signal ends the process at once; while libraries are imported it does so without an exception, which in the
+middle of their C++ would be an abort.
 
 The launcher signals each rank, and a signal to the whole group arrives, too: all within a few seconds of the
 first are one request. Child processes, such as the loader's workers, leave signals to their parent.
@@ -11,20 +16,23 @@ first are one request. Child processes, such as the loader's workers, leave sign
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from mptfoundry.errors import RunStopped
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# These end a process by default, too.
+DEADLY = (signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU, signal.SIGALRM)
 SECONDS_OF_ONE_REQUEST = 5.0
 SECONDS_TO_END = 10.0
 
@@ -56,7 +64,8 @@ class StopSignals:
         if threading.current_thread() is threading.main_thread():
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
-            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._handle) for number in heeded()}
+            self._before |= {number: signal.signal(number, _left_to_the_thread) for number in DEADLY}
             self._wakeup_before = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
             self._thread.start()
@@ -112,6 +121,8 @@ class StopSignals:
                 return
             if number in SIGNALS:
                 self._arrived(signal.Signals(number))
+            elif number in DEADLY:
+                self._die_of(signal.Signals(number))
 
     def _arrived(self, number: signal.Signals) -> None:
         now = time.monotonic()
@@ -127,12 +138,112 @@ class StopSignals:
                     f"{SECONDS_OF_ONE_REQUEST:g} s ends it at once."
                 )
         elif now - self._first_at > SECONDS_OF_ONE_REQUEST:
-            self._say(f"{number.name} again: the run ends at once, and goes on from its newest checkpoint.")
+            self._say(f"{number.name} again: the run ends at once and continues from its newest checkpoint.")
             os._exit(RunStopped.exit_code)
+
+    def _die_of(self, number: signal.Signals) -> None:
+        asks = ", ".join(each.name for each in SIGNALS)
+        _print(
+            f"{number.name}: the run ends at once and continues from its newest checkpoint. To have it save "
+            f"first, send one of {asks}."
+        )
+        os._exit(128 + number)
 
     def _say(self, text: str) -> None:
         if self._speaks:
-            print(text, file=sys.stderr, flush=True)
+            _print(text)
+
+
+def heeded() -> list[signal.Signals]:
+    """The requests to stop; without SIGHUP where the process was started to ignore it, as `nohup` does."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in SIGNALS if number != signal.SIGHUP or not is_ignored]
+
+
+@contextmanager
+def ending_at_once(numbers: Sequence[signal.Signals], said: str, exit_code: int) -> Iterator[None]:
+    """While this lasts, as while libraries are imported, some signals end the process without an exception.
+
+    Afterwards their handlers are those from before, whatever a library has set.
+
+    Args:
+        numbers: The signals.
+        said: What is printed, with the signal's name for `{name}`.
+        exit_code: The process's.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    is_over = threading.Event()
+
+    def wait() -> None:
+        came = signal.sigwaitinfo(numbers)
+        if not (is_over.is_set() and came.si_pid == os.getpid()):
+            if said:
+                _print(said.format(name=signal.Signals(came.si_signo).name))
+            os._exit(exit_code)
+
+    before = {number: signal.getsignal(number) for number in numbers}
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    thread = threading.Thread(target=wait, name="signals while importing", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        signal.pthread_kill(thread.ident or 0, numbers[0])
+        thread.join()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """While this lasts, output that nobody can take any more is left out, and is no error."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+class _Lasting:
+    """A stream that falls silent when its terminal, pipe or disk is gone."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with self._silent_when_gone():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._silent_when_gone():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    @contextmanager
+    def _silent_when_gone(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+def _print(text: str) -> None:
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
+    """A handler has to be there for the thread to learn of a signal."""
 
 
 def _obey_the_parent_alone() -> None:
@@ -140,8 +251,10 @@ def _obey_the_parent_alone() -> None:
     if not _listening:
         return
     signal.set_wakeup_fd(-1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGTERM, *DEADLY):
+        signal.signal(number, signal.SIG_DFL)
     # Blocked, since only who waits for a signal learns who has sent it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_wait_for_the_parents, args=(os.getppid(),), daemon=True).start()

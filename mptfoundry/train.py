@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from composer import Trainer
@@ -23,24 +25,26 @@ from mptfoundry.callbacks.console import ConsoleLine
 from mptfoundry.callbacks.gloo_average import AverageGradients
 from mptfoundry.callbacks.metrics_file import NAME as METRICS
 from mptfoundry.callbacks.metrics_file import MetricsFile
-from mptfoundry.callbacks.report import PAGE, PICTURE, write_report
+from mptfoundry.callbacks.report import PAGE, PICTURE, report_if_possible
 from mptfoundry.callbacks.resume import Resume
 from mptfoundry.callbacks.step_guard import EvaluationLeft, StepGuard
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
 from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
+from mptfoundry.checkpoints.architecture import RUN_CONFIG as CONFIG
 from mptfoundry.checkpoints.reading import ModelSource
+from mptfoundry.checkpoints.stores import AT_START, ONCE
 from mptfoundry.checkpoints.writing import whole_or_absent, writing_into
 from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
-from mptfoundry.errors import RunStopped
+from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
 from mptfoundry.leftovers import clean_start
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
 from mptfoundry.ranks import RankWatch, decided_by_rank_0
 from mptfoundry.resolve import Resolved, refuse_precision, resolve_auto
-from mptfoundry.resuming import Start, found_start, held_folder, run_folder, uploader_of
+from mptfoundry.resuming import HeldFolder, Start, found_start, run_folder, uploader_of
 from mptfoundry.signals import StopSignals
 
 # Said by Composer of what is meant so: the last batch of an evaluation is smaller than the others, and
@@ -76,10 +80,15 @@ def train(config: TrainConfig) -> Trainer:
         clean_start() if is_first_here else ExitStack() as starting,
     ):
         set_up_process(config, device)
-        with watch, watch.explained(), held_folder(run_folder(config)):
+        with watch, watch.explained(), HeldFolder(run_folder(config)) as held:
             guard = StepGuard(signals, watch)
             with found_start(config) as start:
-                trainer = build_trainer(config, resolved, device, start, guard)
+                # Until all of it stands, nothing in the run's folder changes.
+                trainer = build_trainer(config, resolved, device, start, guard, held)
+                refuse_a_finished_one(trainer, config, start)
+                decided_by_rank_0(lambda: start.is_own or upload_first_files(trainer, config))
+                held.begin(start)
+                decided_by_rank_0(lambda: write_first_files(trainer, config, start))
             starting.close()
             if _is_finished(trainer) and not guard.owes_evaluation:
                 say(f"{config.run_name} is finished: {trainer.state.timestamp.batch.value} batches are done.")
@@ -87,10 +96,7 @@ def train(config: TrainConfig) -> Trainer:
                 fit(trainer, config, guard)
             trainer.close()
             if dist.get_global_rank() == 0:
-                facts = {"model": config.model.name, "parameters": f"{count_parameters(config.model):,}"}
-                folder = run_folder(config)
-                say(f"report: {write_report(folder, facts=facts)}")
-                upload(config, [folder / name for name in (METRICS, PICTURE, PAGE)])
+                report(config)
     return trainer
 
 
@@ -115,6 +121,28 @@ def fit(trainer: Trainer, config: TrainConfig, guard: StepGuard) -> None:
     raise RunStopped(_how_it_goes_on(trainer, config, guard))
 
 
+def refuse_a_finished_one(trainer: Trainer, config: TrainConfig, start: Start) -> None:
+    """Raise ConfigError where nothing is left to train of the checkpoint that `load_path` names."""
+    if start.is_own or start.checkpoint is None or not _is_finished(trainer):
+        return
+    raise ConfigError(
+        f"load_path: {start.checkpoint} is from batch {trainer.state.timestamp.batch.value}, and "
+        f"max_duration is {config.max_duration}: nothing is left to train. Use a longer max_duration to "
+        "continue it, or load_weights_only=true to begin a run with its weights."
+    )
+
+
+def report(config: TrainConfig) -> None:
+    """Draw the run's report and upload it with the metrics; what goes wrong with that is only said."""
+    folder = run_folder(config)
+    facts = {"model": config.model.name, "parameters": f"{count_parameters(config.model):,}"}
+    print(report_if_possible(folder, facts=facts), flush=True)
+    try:
+        upload(config, [file for name in (METRICS, PICTURE, PAGE) if (file := folder / name).is_file()])
+    except CheckpointError as error:  # the training is done, and saved
+        print(error, flush=True)
+
+
 def _how_it_goes_on(trainer: Trainer, config: TrainConfig, guard: StepGuard) -> str:
     who, batch = guard.signals.requested or "a signal to another rank", trainer.state.timestamp.batch.value
     stopped = f"{who}: {config.run_name} stopped after batch {batch}"
@@ -127,10 +155,15 @@ def _how_it_goes_on(trainer: Trainer, config: TrainConfig, guard: StepGuard) -> 
 
 
 def build_trainer(
-    config: TrainConfig, resolved: Resolved, device: Device, start: Start, guard: StepGuard
+    config: TrainConfig,
+    resolved: Resolved,
+    device: Device,
+    start: Start,
+    guard: StepGuard,
+    held: HeldFolder,
 ) -> Trainer:
     """Composer's Trainer, with all that the config describes, standing where the run starts."""
-    folder = run_folder(config)
+    folder = held.path
     if start.is_own:
         say(f"resuming from {start.checkpoint}")
     say(summary_table(config, device))
@@ -151,7 +184,7 @@ def build_trainer(
         num_workers=resolved.num_workers,
     )
     model = build.build_model(config, resolved, tokenizer, source)
-    decided_by_rank_0(lambda: write_run_files(config, folder, tokenizer))
+    describe = partial(describe_run, config, held, tokenizer)
     throughput = Throughput(
         config.model.network(),
         peak_flops=device.peak_flops,
@@ -166,8 +199,8 @@ def build_trainer(
         optimizers=build.build_optimizer(config, model),
         schedulers=build.build_scheduler(config),
         algorithms=build.build_algorithms(config),
-        callbacks=[*own, *given, *_checkpointing(config, folder, start, source)],
-        loggers=[*build.build_loggers(config), *_own_loggers(config, folder)],
+        callbacks=[*own, *given, *_checkpointing(config, folder, start, source, describe)],
+        loggers=[*build.build_loggers(config, folder), *_own_loggers(config, folder)],
         parallelism_config=build.build_parallelism(config, device),
         **_plain_arguments(config, resolved, device),
     )
@@ -213,18 +246,62 @@ def set_up_process(config: TrainConfig, device: Device) -> None:
         dist.initialize_dist(device.kind, timeout=config.dist_timeout)
 
 
-def write_run_files(config: TrainConfig, folder: Path, tokenizer: Any) -> None:
+def write_first_files(trainer: Trainer, config: TrainConfig, start: Start) -> None:
+    """What the run's folder holds from the first batch on.
+
+    `config.yaml` tells of the checkpoints beside it: where a run continues, the new one comes with the next.
+    """
+    for logger in trainer.logger.destinations:
+        if isinstance(logger, MetricsFile):
+            logger.begin()
+    folder = run_folder(config)
+    if not start.is_own or not (folder / "tokenizer").is_dir():
+        write_run_files(config, folder, _tokenizer(trainer))
+
+
+def upload_first_files(trainer: Trainer, config: TrainConfig) -> None:
+    """What a new run keeps in its store, which shows that it can be written to.
+
+    Raises:
+        CheckpointError: It can't.
+    """
+    if (uploads := uploader_of(config, AT_START)) is not None:
+        with TemporaryDirectory() as temporary:
+            for file in write_run_files(config, Path(temporary), _tokenizer(trainer)):
+                uploads(file, str(file.relative_to(temporary)))
+
+
+def describe_run(config: TrainConfig, held: HeldFolder, tokenizer: Any) -> list[Path]:
+    """Have the run's folder tell of the run as it trains now, before a checkpoint is written.
+
+    Returns:
+        The files that are new.
+    """
+    if held.is_there_again():
+        print(f"save_folder: {held.path} was removed while the run trains; it is made again", flush=True)
+    file = held.path / CONFIG
+    if file.is_file() and file.read_bytes() == to_yaml(config).encode():
+        return []
+    return write_run_files(config, held.path, tokenizer)
+
+
+def write_run_files(config: TrainConfig, folder: Path, tokenizer: Any) -> list[Path]:
     """The resolved config and the tokenizer, which make the folder's checkpoints usable by themselves."""
     with writing_into(folder):
-        with whole_or_absent(folder / "config.yaml", overwrite=True) as unfinished:
-            unfinished.write_text(to_yaml(config))
+        with whole_or_absent(folder / CONFIG, overwrite=True) as unfinished:
+            unfinished.write_text(to_yaml(config), encoding="utf-8")
         tokenizer.save_pretrained(folder / "tokenizer")
-    upload(config, [folder / "config.yaml", *(folder / "tokenizer").iterdir()])
+        return [folder / CONFIG, *(folder / "tokenizer").iterdir()]
+
+
+def _tokenizer(trainer: Trainer) -> Any:
+    state = trainer.state
+    return (state.model.module if state.is_model_ddp else state.model).tokenizer
 
 
 def upload(config: TrainConfig, files: Iterable[Path]) -> None:
     """Keeps files of the run's folder in the store, too, where `save_folder` is one."""
-    if (uploads := uploader_of(config)) is not None:
+    if (uploads := uploader_of(config, AT_START)) is not None:
         for file in files:
             uploads(file, str(file.relative_to(run_folder(config))))
 
@@ -238,7 +315,11 @@ def _own_loggers(config: TrainConfig, folder: Path) -> list[LoggerDestination]:
 
 
 def _checkpointing(
-    config: TrainConfig, folder: Path, start: Start, source: ModelSource | None
+    config: TrainConfig,
+    folder: Path,
+    start: Start,
+    source: ModelSource | None,
+    describe: Callable[[], list[Path]],
 ) -> Iterator[Callback]:
     """What loads the checkpoint that the run starts from, and what saves those to come."""
     if start.checkpoint is not None and (start.is_own or source is None):
@@ -254,6 +335,8 @@ def _checkpointing(
         yield WholeCheckpoints(
             folder,
             upload=uploader_of(config),
+            upload_small=uploader_of(config, ONCE),
+            describe=describe,
             in_background=config.save_async,
             filename=config.save_filename,
             latest_filename=config.latest_filename,

@@ -9,7 +9,6 @@ A model of 8 layers, width 256, 4 heads, on 2 rows of 1,024 tokens; times are me
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from typing import Any
 
@@ -80,4 +79,6 @@ def bytes_kept(model: MPT, ids: torch.Tensor) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from words import given_words
+
+    main(given_words(__doc__))

@@ -348,4 +348,6 @@ def cpu_name() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from words import given_words
+
+    sys.exit(main(given_words(__doc__)))

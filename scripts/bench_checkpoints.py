@@ -11,7 +11,6 @@ medians. A checkpoint that is in the page cache is then checked, by its CRC-32 s
 from __future__ import annotations
 
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -124,4 +123,6 @@ def main(words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from words import given_words
+
+    main(given_words(__doc__))

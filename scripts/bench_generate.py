@@ -122,4 +122,6 @@ def seconds(run: Continue, ids: torch.Tensor, new: int) -> tuple[float, torch.Te
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from words import given_words
+
+    sys.exit(main(given_words(__doc__)))

@@ -152,4 +152,6 @@ def report(steps: dict[str, list[tuple[float, float]]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from words import given_words
+
+    sys.exit(main(given_words(__doc__)))

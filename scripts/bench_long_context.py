@@ -95,7 +95,9 @@ def measure(folder: Path, length: int, more: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    from words import given_words
+
     if sys.argv[1:2] == ["--measure"]:
         measure(Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4:])
     else:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main(given_words(__doc__)))

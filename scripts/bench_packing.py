@@ -161,4 +161,6 @@ def measure_theirs(python: str, arrays: Path, row_len: int, rows: int) -> dict[s
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from words import given_words
+
+    main(given_words(__doc__))

@@ -127,4 +127,6 @@ def read_tokens(folder: Path) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from words import given_words
+
+    main(given_words(__doc__))

@@ -118,4 +118,6 @@ def perplexity(model: Any, rows: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from words import given_words
+
+    sys.exit(main(given_words(__doc__)))

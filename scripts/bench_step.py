@@ -77,4 +77,6 @@ def measure(config, batch: int, steps: int) -> dict[str, object]:  # type: ignor
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from words import given_words
+
+    sys.exit(main(given_words(__doc__)))

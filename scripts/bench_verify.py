@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -29,9 +28,9 @@ DEFAULTS = {"megabytes": "128", "max_seq_len": "2048", "runs": "3", "folder": ""
 ROWS = 8
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Writes the shards, reads them in turns, and prints a line for each kind of checking."""
-    options = {**DEFAULTS, **dict(word.split("=", 1) for word in sys.argv[1:])}
+    options = {**DEFAULTS, **dict(word.split("=", 1) for word in words)}
     length, megabytes = int(options["max_seq_len"]), int(options["megabytes"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(options["folder"] or temporary)
@@ -77,4 +76,6 @@ def _read(folder: Path, length: int, verify: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    from words import given_words
+
+    main(given_words(__doc__))

@@ -67,4 +67,6 @@ def check(python: str, tests: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from words import given_words
+
+    sys.exit(main(given_words(__doc__)))

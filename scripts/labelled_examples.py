@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import keyword
-import sys
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -104,4 +103,6 @@ def _question(question: str, context: str, answer: str, start: int) -> dict[str,
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from words import given_words
+
+    main(given_words(__doc__))

@@ -216,4 +216,6 @@ def summary(run_folder: Path, out: Path, seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from words import given_words
+
+    sys.exit(main(given_words(__doc__)))

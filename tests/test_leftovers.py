@@ -17,6 +17,7 @@ import pytest
 
 from mptfoundry import leftovers
 from mptfoundry.cli import main
+from mptfoundry.errors import TrainingError
 from mptfoundry.leftovers import clean_start, find_leftovers, remove_leftovers
 
 READS = """
@@ -145,3 +146,26 @@ def test_without_a_view_of_processes_nothing_is_removed(
     (own_temporary / "000997_cache_filelock").touch()
     monkeypatch.setattr(leftovers, "PROCESSES", own_temporary / "none")
     assert find_leftovers() == []
+
+
+HOLDS = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.flock(file, fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_start_that_another_process_holds_up_says_which_one_and_ends_with_an_error(
+    own_temporary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = own_temporary / f"mptfoundry-{os.getuid()}.lock"
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", HOLDS, str(place)], stdin=pipe, stdout=pipe) as other:
+        assert other.stdout is not None and other.stdout.readline() == b"held\n"
+        with pytest.raises(TrainingError, match=rf"{place}: process {other.pid} has held this lock for"):
+            clean_start(seconds=0.5)
+        other.kill()
+    assert f"start: waiting for process {other.pid}, which holds {place}" in capsys.readouterr().out
+    clean_start(seconds=0.5).close()

@@ -258,8 +258,8 @@ def test_a_load_path_may_name_a_run(whole: Path, run: Callable[..., Path]) -> No
 HOLDS = """
 import sys, time
 from pathlib import Path
-from mptfoundry.checkpoints.lock import only_run_in
-with only_run_in(Path(sys.argv[1])):
+from mptfoundry.checkpoints.lock import RunLock
+with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
 """

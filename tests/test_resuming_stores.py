@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from mptfoundry.checkpoints.stores import Patience
 from mptfoundry.config.load import load_train_config
 from mptfoundry.errors import CheckpointError, ConfigError
+from mptfoundry.resuming import uploader_of
 from mptfoundry.train import train
 from tests.conftest import TINY_RUN, losses
 
@@ -132,6 +135,69 @@ def test_a_load_path_may_be_a_run_in_a_store(run: Callable[..., Path]) -> None:
 def test_a_store_that_is_not_there_is_one_error_before_training(run: Callable[..., Path]) -> None:
     with pytest.raises(CheckpointError, match=r"s3://nowhere/run: can't be read"):
         run(3, "save_folder=s3://nowhere/run")
+
+
+class Hiccups:
+    """Has uploads of some names fail for the first times, as a store does that is asked too much."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, pattern: str, times: int) -> None:
+        from composer.utils import S3ObjectStore
+
+        self.left, self.batches = times, 0
+        upload = S3ObjectStore.upload_object
+
+        def upload_object(store: Any, name: str, filename: str, **options: Any) -> None:
+            if re.search(pattern, name) and self.left > 0:
+                self.left -= 1
+                raise ConnectionResetError(104, "Connection reset by peer")
+            upload(store, name, filename, **options)
+
+        monkeypatch.setattr(S3ObjectStore, "upload_object", upload_object)
+
+
+def test_a_hiccup_of_the_store_ends_no_run_and_leaves_nothing_out(
+    run: Callable[..., Path], bucket: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = Patience(seconds=30, first_pause=0.05, longest_pause=0.2)
+    monkeypatch.setattr("mptfoundry.train.uploader_of", lambda config, _=None: uploader_of(config, short))
+    hiccups = Hiccups(monkeypatch, r"metrics\.jsonl$|ep0-ba3|ep0-ba6", 6)
+    folder = run(6)
+    assert hiccups.left == 0 and len(losses(folder)) == 6
+    assert {name.split("-")[1] for name in names(bucket)} == {"ba3", "ba6"}
+    assert stored(bucket, "metrics.jsonl") == (folder / "metrics.jsonl").read_text()
+    assert (
+        "can't be uploaded, since 0 s (Connection reset by peer); tried again in 0 s"
+        in capsys.readouterr().out
+    )
+
+
+def test_metrics_that_cannot_be_uploaded_are_said_and_come_later(
+    run: Callable[..., Path], bucket: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Hiccups(monkeypatch, r"metrics\.jsonl$", 3)
+    folder = run(6)
+    printed = capsys.readouterr().out
+    assert (
+        printed.count("metrics.jsonl: can't be uploaded (Connection reset by peer). The run continues") == 3
+    )
+    assert {name.split("-")[1] for name in names(bucket)} == {"ba3", "ba6"}
+    assert stored(bucket, "metrics.jsonl") == (folder / "metrics.jsonl").read_text()
+
+
+def test_a_store_that_cannot_be_written_refuses_the_start_and_leaves_no_folder(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from composer.utils import S3ObjectStore
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Access Denied")
+
+    monkeypatch.setattr(S3ObjectStore, "upload_object", refuse)
+    with pytest.raises(
+        CheckpointError, match=r"s3://runs/some/run/config.yaml: can't be uploaded \(Access Denied"
+    ):
+        run(3)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_export_that_cannot_be_uploaded_ends_the_run_with_its_name(run: Callable[..., Path]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from mptfoundry.signals import StopSignals
+from mptfoundry.signals import DEADLY, StopSignals
 
 pytestmark = pytest.mark.serial
 
@@ -19,7 +19,7 @@ HEAD = """
 import os, signal, sys, time
 from mptfoundry import signals
 from mptfoundry.errors import RunStopped
-from mptfoundry.signals import StopSignals
+from mptfoundry.signals import DEADLY, StopSignals
 signals.SECONDS_OF_ONE_REQUEST, signals.SECONDS_TO_END = 1.0, 1.0
 """
 TRAINS = """
@@ -153,3 +153,107 @@ def test_afterwards_signals_are_what_they_were() -> None:
     with StopSignals() as stop:
         assert signal.getsignal(signal.SIGTERM) == stop._handle
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_closed_terminal_and_slurms_usual_signal_are_requests_to_stop(start: Start, number: int) -> None:
+    process = start(TRAINS.format(then="print(stop.requested)"))
+    process.send_signal(number)
+    out, said = process.communicate(timeout=20)
+    assert out == f"{signal.Signals(number).name}\n" and process.returncode == 0
+    assert "the run saves at the end of this batch, and stops." in said
+
+
+def test_a_run_that_was_started_with_nohup_ignores_a_closed_terminal(start: Start) -> None:
+    process = start(
+        "signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + TRAINS.format(then="print(stop.requested)")
+    )
+    process.send_signal(signal.SIGHUP)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[0] == "SIGTERM\n"
+
+
+@pytest.mark.parametrize("number", DEADLY)
+def test_another_signal_that_ends_a_process_is_named(start: Start, number: int) -> None:
+    process = start(TRAINS.format(then="pass"))
+    process.send_signal(number)
+    said = process.communicate(timeout=20)[1]
+    assert process.returncode == 128 + number
+    assert said.startswith(
+        f"{signal.Signals(number).name}: the run ends at once and continues from its newest"
+    )
+    assert "SIGTERM, SIGINT, SIGHUP, SIGUSR1" in said
+
+
+def test_workers_leave_the_signals_of_a_whole_group_to_their_parent(start: Start) -> None:
+    process = start(
+        """
+with StopSignals() as stop, stop.answered_by_training():
+    worker = os.fork()
+    if worker == 0:
+        time.sleep(20)
+        os._exit(0)
+    time.sleep(0.3)
+    print("ready", flush=True)
+    while not stop.requested:
+        time.sleep(0.01)
+    time.sleep(0.3)
+    print(os.waitpid(worker, os.WNOHANG))
+    os.kill(worker, signal.SIGKILL)
+"""
+    )
+    for number in (signal.SIGUSR1, signal.SIGHUP):
+        os.killpg(process.pid, number)
+    assert process.communicate(timeout=20)[0] == "(0, 0)\n"
+
+
+IMPORTS = """
+from mptfoundry.signals import SIGNALS, ending_at_once
+def of_a_library(number, frame):
+    sys.exit(3)
+def ours(number, frame):
+    print("ours")
+    sys.exit(4)
+signal.signal(signal.SIGINT, ours)
+with ending_at_once(SIGNALS, "{name}: stopped", 9):
+    signal.signal(signal.SIGINT, of_a_library)
+    if %r:
+        print("ready", flush=True)
+        time.sleep(20)
+print("ready", flush=True)
+time.sleep(20)
+"""
+
+
+def test_a_signal_while_libraries_are_imported_ends_the_process_without_an_exception(start: Start) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        process = start(IMPORTS % True)
+        process.send_signal(number)
+        assert process.communicate(timeout=20) == ("", f"{signal.Signals(number).name}: stopped\n")
+        assert process.returncode == 9
+
+
+def test_after_imports_a_signal_is_handled_as_before_them_whatever_a_library_has_set(start: Start) -> None:
+    process = start(IMPORTS % False)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[0] == "ours\n" and process.returncode == 4
+
+
+def test_output_falls_silent_when_its_reader_is_gone() -> None:
+    program = """
+import sys
+from mptfoundry.signals import lasting_output
+with lasting_output():
+    sys.stdin.read()
+    for _ in range(3):
+        print("x" * 100_000, flush=True)
+        print("y", file=sys.stderr, flush=True)
+sys.exit(5)
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", program], stdin=pipe, stdout=pipe, stderr=pipe) as process:
+        for end in (process.stdout, process.stderr, process.stdin):
+            assert end is not None
+            end.close()
+        assert process.wait(20) == 5

@@ -9,7 +9,7 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from composer.core import Event, State, TimeUnit
+from composer.core import Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler
 
@@ -28,15 +28,21 @@ class ConsoleLine(RowLogger):
         self._is_due = create_interval_scheduler(
             interval, checkpoint_events=False, final_events={Event.BATCH_END, Event.EPOCH_END}
         )
+        self._end: Time | None = None
         self._printed_batch = -1
         self._row: Row = {}
         # Kept from the last batch, since an evaluation has the length of its own loader.
         self._progress = "batch 0"
 
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Note the run's length, which a request to stop changes."""
+        super().batch_start(state, logger)
+        self._end = state.max_duration  # type: ignore[assignment]
+
     def write_batch(self, row: Row, state: State) -> None:
         """Print the row if its time has come."""
         self._row = row
-        self._progress = progress(state)
+        self._progress = progress(state, self._end)
         if self._is_due(state, Event.BATCH_END) or self._printed_batch < 0:
             self._print_batch()
 
@@ -59,9 +65,9 @@ class ConsoleLine(RowLogger):
         print(f"[{self._progress}]  {text}", flush=True)
 
 
-def progress(state: State) -> str:
-    """How far the run is, in the unit of its length: `batch 120/3000`."""
-    end, now = state.max_duration, state.timestamp
+def progress(state: State, end: Time | None) -> str:
+    """How far the run is on the way to its end, in the unit of its length: `batch 120/3000`."""
+    now = state.timestamp
     if end is None or end.unit == TimeUnit.BATCH:
         return f"batch {now.batch.value}" + ("" if end is None else f"/{end.value}")
     if end.unit == TimeUnit.EPOCH and state.dataloader_len is not None:

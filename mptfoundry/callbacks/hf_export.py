@@ -24,8 +24,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from mptfoundry.callbacks.metrics_file import NAME as METRICS
-from mptfoundry.callbacks.report import write_report
-from mptfoundry.checkpoints.writing import uploader
+from mptfoundry.callbacks.report import report_if_possible
+from mptfoundry.checkpoints.stores import uploader
 from mptfoundry.errors import ConfigError
 
 # Writes weights by name, as a checkpoint of that name would hold them, into a folder.
@@ -156,7 +156,7 @@ class HFExport(Callback):
         self, weights: dict[str, torch.Tensor], checkpoint: str, folder: str, name: str
     ) -> None:
         if (self.run_folder / METRICS).is_file():
-            write_report(self.run_folder)
+            report_if_possible(self.run_folder)
         if "://" in folder:
             with tempfile.TemporaryDirectory() as temporary:
                 self.write(weights, checkpoint, Path(temporary) / name)

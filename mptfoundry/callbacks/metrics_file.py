@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,9 +18,9 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from mptfoundry.callbacks.rows import Row, RowLogger, plain
-from mptfoundry.checkpoints.writing import whole_or_absent, writing_into
-
-NAME = "metrics.jsonl"
+from mptfoundry.checkpoints.metrics import NAME, cut_rows
+from mptfoundry.checkpoints.metrics import read_rows as read_rows
+from mptfoundry.checkpoints.writing import writing_into
 
 
 class MetricsFile(RowLogger):
@@ -34,18 +34,25 @@ class MetricsFile(RowLogger):
         super().__init__()
         self.path = Path(folder) / NAME
         self._file: TextIO | None = None
+        self._last_batch: int | None = None
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Cut what lies past the point from which the run goes on, and open the file.
+        """Note where the run starts; until `begin` or the first row the file stays as it is.
 
         Raises ConfigError if the folder can't be written to.
         """
-        if dist.get_global_rank() != 0:
-            return
+        self._last_batch = int(state.timestamp.batch)
+        if dist.get_global_rank() == 0:
+            with writing_into(self.path.parent):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+
+    def begin(self) -> None:
+        """Cut what lies past the point where the run starts, and open the file."""
         with writing_into(self.path.parent):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            cut_rows(self.path, last_batch=int(state.timestamp.batch))
-            self._file = self.path.open("a")
+            if self._last_batch is not None:
+                cut_rows(self.path, last_batch=self._last_batch)
+            self._last_batch = None
+            self._file = self.path.open("a", encoding="utf-8")
 
     def write_batch(self, row: Row, state: State) -> None:
         """Append a batch's row."""
@@ -70,52 +77,13 @@ class MetricsFile(RowLogger):
             self._file = None
 
     def _append(self, row: Row) -> None:
+        if self._file is None:
+            self.begin()
         with writing_into(self.path.parent):
-            if self._file is None:
-                self._file = self.path.open("a")
+            assert self._file is not None
+            if os.fstat(self._file.fileno()).st_nlink == 0:
+                print(f"{self.path} was removed while the run trains; it is made again", flush=True)
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("a", encoding="utf-8")
             self._file.write(json.dumps(plain(row), allow_nan=False) + "\n")
             self._file.flush()
-
-
-def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a metrics file in their order; a line that a kill left torn is passed over.
-
-    Args:
-        path: A `metrics.jsonl`, also one that is being written.
-    """
-    with Path(path).open() as file:
-        for line in file:
-            row = _parse(line)
-            if row is not None:
-                yield row
-
-
-def cut_rows(path: str | Path, *, last_batch: int) -> None:
-    """Drop the rows past `last_batch`, and a torn line; from the start (0) all rows are dropped.
-
-    The file is replaced as a whole, so a kill leaves either the old one or the new one.
-    """
-    path = Path(path)
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if _belongs(line, last_batch)]
-    if len(kept) == len(lines):
-        return
-    with whole_or_absent(path, overwrite=True) as temporary:
-        temporary.write_text("".join(kept))
-
-
-def _belongs(line: str, last_batch: int) -> bool:
-    row = _parse(line)
-    return row is not None and last_batch > 0 and row["batch"] <= last_batch
-
-
-def _parse(line: str) -> Row | None:
-    if not line.endswith("\n"):
-        return None
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("batch"), int) else None

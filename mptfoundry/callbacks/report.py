@@ -16,7 +16,7 @@ from mptfoundry.callbacks.metrics_file import NAME, read_rows
 from mptfoundry.callbacks.rows import Row
 from mptfoundry.checkpoints.names import checkpoints_in
 from mptfoundry.checkpoints.writing import writing_into
-from mptfoundry.errors import DataError
+from mptfoundry.errors import DataError, first_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,7 +45,7 @@ def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = No
     folder = Path(run_folder)
     source = folder / NAME
     rows = list(read_rows(source)) if source.exists() else []
-    batches = [row for row in rows if "loss" in row]
+    batches = [row for row in rows if "loss" in row and row.get("seconds") is not None]
     if not batches:
         raise DataError(f"{source}: no batch has been recorded, so there is nothing to report. Train first.")
     evaluations = [row for row in rows if "eval" in row]
@@ -54,6 +54,14 @@ def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = No
         draw(batches, evaluations, folder / PICTURE)
         page.write_text(describe(folder, batches, evaluations, facts or {}))
     return page
+
+
+def report_if_possible(run_folder: str | Path, *, facts: Mapping[str, str] | None = None) -> str:
+    """Write the report, or say why there is none: nothing that trains ends for it."""
+    try:
+        return f"report: {write_report(run_folder, facts=facts)}"
+    except Exception as error:  # also of the library that draws
+        return f"report: left out ({first_line(error)})"
 
 
 def describe(

@@ -24,21 +24,12 @@ from composer.loggers import Logger, LoggerDestination
 from composer.utils import dist
 from torch import Tensor
 
-Row = dict[str, Any]
+from mptfoundry.checkpoints.metrics import MEASURED, Row
 
 SHORT = {"loss/train/total": "loss"}
 # Composer logs these on its own; a row says them once, in its own fields.
 REPEATED = ("time/", "trainer/")
 OWN = ("throughput/",)
-MEASURED = (
-    "grad_norm",
-    "tokens_per_second",
-    "tokens_per_second_per_device",
-    "mfu",
-    "mfu_causal",
-    "peak_memory_bytes",
-    "eta_seconds",
-)
 
 
 class RowLogger(LoggerDestination):

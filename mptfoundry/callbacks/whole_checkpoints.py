@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -51,6 +51,10 @@ class WholeCheckpoints(CheckpointSaver):
         folder: A local folder.
         upload: Keeps the files of a checkpoint elsewhere, too; `.metadata`, which makes shards a checkpoint,
             comes last.
+        upload_small: The same for small files next to checkpoints; one that it can't upload is owed, and
+            comes with the next checkpoint.
+        describe: Called on rank 0 before each checkpoint is written, so that what lies next to it fits it;
+            gives the files that are new.
         in_background: Write while training goes on; otherwise training waits.
         options: Arguments of Composer's CheckpointSaver.
 
@@ -58,36 +62,50 @@ class WholeCheckpoints(CheckpointSaver):
         save_seconds: What the last checkpoint took until it was there, in seconds.
 
     Raises:
-        CheckpointError: At `fit_start` or at a save: it would not fit on the disk. At the batch after a save:
-            writing it failed. The checkpoints before it are as they were.
+        CheckpointError: When the trainer is built or at a save: it would not fit on the disk. At the batch
+            after a save: writing it failed. The checkpoints before it are as they were.
     """
 
     def __init__(
-        self, folder: Path, *, upload: Upload | None = None, in_background: bool = True, **options: Any
+        self,
+        folder: Path,
+        *,
+        upload: Upload | None = None,
+        upload_small: Upload | None = None,
+        describe: Callable[[], Sequence[Path]] = lambda: (),
+        in_background: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__(folder, remote_file_name=None, latest_remote_file_name=None, **options)
         self.tmp_dir_for_symlink.cleanup()
         self.upload = upload
+        self.upload_small = upload_small
+        self.describe = describe
+        self._owed: set[Path] = set()
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
         self._writing: Future[None] | None = None
         self.save_seconds = 0.0
         # Ranks that write together talk in a group of their own, beside what training says meanwhile.
         self._group: Any = None
 
-    def fit_start(self, state: State, logger: Logger) -> None:
+    def after_load(self, state: State, logger: Logger) -> None:
         """Find out whether the folder is free and large enough for the first checkpoint."""
-        self.start_batch = state.timestamp.batch  # type: ignore[assignment]
-        self.last_checkpoint_batch = state.timestamp.batch if int(state.timestamp.batch) else None
-        if dist.get_world_size() > 1 and state.fsdp_sharded_state_dict_enabled:
-            self._group = torch.distributed.new_group(backend="gloo")
-        if not self.overwrite:
-            decided_by_rank_0(lambda: self._refuse_later_ones(int(state.timestamp.batch)))
+        if state.max_duration is not None and state.timestamp >= state.max_duration:
+            return
+        decided_by_rank_0(lambda: self._refuse_what_is_there(state))
         moments = 0 if self.weights_only else sum(_MOMENTS.get(type(o).__name__, 0) for o in state.optimizers)
         parameters = dict(state.model.named_parameters())
         learned = [each for each in parameters.values() if each.requires_grad]
         # Adapters are saved without the base that they stand beside.
         kept = learned if any(ADAPTER in name for name in parameters) else list(parameters.values())
         self._refuse_what_does_not_fit(kept + moments * learned, state)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Note where the run starts."""
+        self.start_batch = state.timestamp.batch  # type: ignore[assignment]
+        self.last_checkpoint_batch = state.timestamp.batch if int(state.timestamp.batch) else None
+        if dist.get_world_size() > 1 and state.fsdp_sharded_state_dict_enabled:
+            self._group = torch.distributed.new_group(backend="gloo")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """End the run if the checkpoint that was being written could not be."""
@@ -123,6 +141,7 @@ class WholeCheckpoints(CheckpointSaver):
         started_at = time.monotonic()
         self.last_checkpoint_batch = state.timestamp.batch
         is_sharded = bool(state.fsdp_sharded_state_dict_enabled)
+        decided_by_rank_0(lambda: self._owed.update(self.describe()))
         content = _content(state, self.ignore_keys, weights_only=self.weights_only)
         self._refuse_what_does_not_fit(content, state)
         target = Path(self._name(state, is_sharded=is_sharded))
@@ -134,9 +153,12 @@ class WholeCheckpoints(CheckpointSaver):
             save = _Save(content, target, self._group, self.upload, self._tidy(state, target))
 
             def write() -> None:
-                self._upload_metrics()
+                # First, so that who continues from the checkpoint elsewhere has all the rows up to it.
+                self._owed.add(Path(self.folder) / METRICS)
+                self._upload_what_is_owed()
                 save.shards() if is_sharded else save.file()
                 self.save_seconds = time.monotonic() - started_at
+                self._upload_what_is_owed()
 
             if self._pool is not None:
                 self._writing = self._pool.submit(write)
@@ -144,11 +166,17 @@ class WholeCheckpoints(CheckpointSaver):
                 write()
         logger.log_metrics({"checkpoint/held_seconds": time.monotonic() - called_at})
 
-    def _upload_metrics(self) -> None:
-        """Before the checkpoint, so that who goes on from that elsewhere has all the rows up to it."""
-        metrics = Path(self.folder) / METRICS
-        if self.upload is not None and dist.get_global_rank() == 0 and metrics.exists():
-            self.upload(metrics, METRICS)
+    def _upload_what_is_owed(self) -> None:
+        """Upload small files; one that can't be is no reason to end a run."""
+        if self.upload_small is None or dist.get_global_rank() != 0:
+            return
+        for file in sorted(self._owed):
+            try:
+                if file.is_file():
+                    self.upload_small(file, str(file.relative_to(self.folder)))
+                self._owed.discard(file)
+            except CheckpointError as error:
+                print(f"{error} The run continues; the file comes with the next checkpoint.", flush=True)
 
     def _name(self, state: State, *, is_sharded: bool) -> str:
         if not is_sharded:
@@ -170,8 +198,14 @@ class WholeCheckpoints(CheckpointSaver):
 
         return tidy
 
-    def _refuse_later_ones(self, batch: int) -> None:
-        for found in checkpoints_in(Path(self.folder)):
+    def _refuse_what_is_there(self, state: State) -> None:
+        link = Path(self.latest_filename.format(state)) if self.latest_filename else None
+        if link is not None and link.is_dir() and not link.is_symlink():
+            raise CheckpointError(
+                f"save_folder: {link} is a folder, and the run makes a link there. Move it away."
+            )
+        folder, batch = Path(self.folder), int(state.timestamp.batch)
+        for found in checkpoints_in(folder) if folder.is_dir() and not self.overwrite else ():
             progress = progress_of(found)
             if progress and progress[1] > batch and why_not_whole(found) is None:
                 raise CheckpointError(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
 
-from mptfoundry.errors import CheckpointError, ConfigError, first_line
+from mptfoundry.errors import CheckpointError, ConfigError
 
 # Copies a local file to where it is kept, under a name that may have one folder in it.
 Upload = Callable[[Path, str], None]
@@ -89,31 +89,6 @@ def writing_into(save_folder: Path) -> Iterator[None]:
         ) from error
 
 
-def uploader(url: str) -> Upload:
-    """What keeps files in an object store, below a URL; a name is there whole or not at all.
-
-    What it gives raises CheckpointError for a file that can't be uploaded, also when tried again.
-    """
-    from composer.utils import (
-        ObjectStoreTransientError,
-        maybe_create_object_store_from_uri,
-        parse_uri,
-        retry,
-    )
-
-    store, root = maybe_create_object_store_from_uri(url), parse_uri(url)[2]
-    assert store is not None
-
-    def upload(file: Path, name: str) -> None:
-        try:
-            send = retry(ObjectStoreTransientError, num_attempts=4)(store.upload_object)
-            send(f"{root}/{name}".lstrip("/"), str(file))
-        except Exception as error:  # each store has its own
-            raise CheckpointError(f"{url}/{name}: can't be uploaded ({first_line(error)}).") from error
-
-    return upload
-
-
 def point(link: Path, target: Path) -> None:
     """Let a link lead to `target`, a file or folder beside it; it leads to the old one or to the new one."""
     temporary = link.with_name(f".{link.name}.{socket.gethostname()}.{os.getpid()}.part")
@@ -122,9 +97,14 @@ def point(link: Path, target: Path) -> None:
     temporary.replace(link)
 
 
-def remove_unfinished(folder: Path) -> list[Path]:
-    """Remove from a folder what was begun there and never got its name; for who alone writes there."""
+def remove_unfinished(folder: Path, *, but: Path | None = None) -> list[Path]:
+    """Remove from a folder what was begun there and never got its name; for who alone writes there.
+
+    What `but` lies in stays.
+    """
+    kept = () if but is None else (but.absolute(), *but.absolute().parents)
     unfinished = [entry for entry in folder.iterdir() if _UNFINISHED.fullmatch(entry.name)]
+    unfinished = [entry for entry in unfinished if entry.absolute() not in kept]
     for entry in unfinished:
         remove(entry)
     return unfinished

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 
 from mptfoundry.config.load import load_train_config, to_yaml
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.errors import ConfigError
+from mptfoundry.errors import ConfigError, first_line
 
 # With another one of these the run is another run ...
 _MAKES_THE_RUN = re.compile(
@@ -30,6 +30,8 @@ _MAKES_NO_DIFFERENCE = re.compile(
     r"train_loader\.dataset(\.streams\.[^.]+)?\.(predownload|cache_limit|download_retry|download_timeout|"
     r"validate_hash|verify|keep_zip|cache_folder|safe_load|max_bad_records)"
 )
+# The first and the last key of what a run saves, whichever version has saved it.
+_ENDS_OF_A_RUNS = ("run_name", "variables")
 _LOCAL = re.compile(r"train_loader\.dataset(\.streams\.[^.]+)?\.local")
 
 
@@ -46,7 +48,12 @@ class Change:
 
 
 def changes_since(path: Path, config: TrainConfig) -> list[Change]:
-    """The keys whose values in a run's `config.yaml` are not those of `config`, by their names' order."""
+    """The keys whose values in a run's `config.yaml` are not those of `config`, by their names' order.
+
+    Raises:
+        ConfigError: The file is damaged.
+    """
+    saved_config(path)
     try:
         # What was written by an older version lacks what is new since; a default is no change.
         there = to_yaml(load_train_config(path, ["allow_code=true"])[0])
@@ -57,6 +64,29 @@ def changes_since(path: Path, config: TrainConfig) -> list[Change]:
     keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     opened = {parent for key in keys for parent in _parents(key)}
     return [Change(key, before.get(key), after.get(key)) for key in keys if key not in opened]
+
+
+def saved_config(path: Path) -> dict[str, Any]:
+    """What a run's `config.yaml` says.
+
+    Raises:
+        ConfigError: It is damaged, or cut short.
+    """
+    try:
+        saved = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
+    except Exception as error:  # a YAML's, OmegaConf's, or one of decoding
+        raise _damaged(path, first_line(error)) from error
+    first, last = _ENDS_OF_A_RUNS
+    if not saved or not isinstance(saved, dict) or (first in saved and not isinstance(saved.get(last), dict)):
+        raise _damaged(path, "it is cut short")
+    return {str(key): value for key, value in saved.items()}
+
+
+def _damaged(path: Path, reason: str) -> ConfigError:
+    return ConfigError(
+        f"save_folder: {path} is damaged ({reason}), so that what has changed since the checkpoint can't be "
+        "told. Restore it, or remove it to continue without that comparison."
+    )
 
 
 def refuse_changes(changes: Sequence[Change], config: TrainConfig, place: Path) -> None:

@@ -8,6 +8,9 @@ from typing import Literal
 from mptfoundry.config.durations import Duration, parse_duration
 from mptfoundry.config.forms import check_at_least
 
+# Far more than any training takes, and far less than the largest float32.
+_LARGEST_RATE = 1000.0
+
 
 @dataclass(frozen=True, kw_only=True)
 class ParamGroupConfig:
@@ -114,7 +117,13 @@ class _AnyScheduleConfig:
     scale_warmup: Literal[False] = False
 
     def __post_init__(self) -> None:
-        check_at_least(self, **{each.name: 0 for each in fields(self) if each.name.startswith("alpha")})
+        alphas = [each.name for each in fields(self) if each.name.startswith("alpha")]
+        check_at_least(self, **dict.fromkeys(alphas, 0))
+        for name in alphas:
+            if getattr(self, name) > _LARGEST_RATE:
+                raise ValueError(
+                    f"{name}: {getattr(self, name)} is too large. Use {_LARGEST_RATE:g} or less."
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +223,10 @@ SchedulerConfig = (
 
 
 def _check_rates(given: ParamGroupConfig | _AnyOptimizerConfig) -> None:
+    for name in ("lr", "weight_decay", "eps"):
+        value = getattr(given, name, None)
+        if value is not None and value > _LARGEST_RATE:
+            raise ValueError(f"{name}: {value} is too large. Use {_LARGEST_RATE:g} or less, such as 1e-4.")
     if given.lr is not None and given.lr < 0:
         raise ValueError(f"lr: {given.lr} is negative. Use a positive number, such as 1e-4.")
     if not all(0 <= beta < 1 for beta in given.betas or ()):

@@ -40,7 +40,7 @@ LOGGERS: dict[str, str] = {
     "inmemory": "composer.loggers.in_memory_logger:InMemoryLogger",
     "mlflow": "composer.loggers.mlflow_logger:MLFlowLogger",
     "slack": "composer.loggers.slack_logger:SlackLogger",
-    "tensorboard": "composer.loggers.tensorboard_logger:TensorboardLogger",
+    "tensorboard": "mptfoundry.callbacks.tensorboard:TensorBoardFile",
     "wandb": "composer.loggers.wandb_logger:WandBLogger",
 }
 ALGORITHMS: dict[str, str] = {
@@ -79,6 +79,7 @@ PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", 
 GIVEN: dict[str, tuple[str, ...]] = {
     "mptfoundry.callbacks.samples:Generate": ("generate",),
     "mptfoundry.callbacks.hf_export:HFExport": ("write", "run_folder", "names"),
+    "mptfoundry.callbacks.tensorboard:TensorBoardFile": ("run_folder",),
 }
 # Arguments that the builder takes beside the class's own, by class, with their annotations.
 EXTRA: dict[str, dict[str, str]] = {

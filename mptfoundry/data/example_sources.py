@@ -16,6 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mptfoundry.checkpoints.stores import FOR_DATA, patiently, reason_of
 from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs, load_from_hub
 from mptfoundry.data.integrity import fastest_hash, problem_of
 from mptfoundry.data.shards import INDEX, check_shard_files, read_index
@@ -167,7 +168,12 @@ def _fetch_shards(source: Source, cache: Path) -> Path:
             # None is seen half under its own name.
             part = folder / f"{basename}.part"
             part.unlink(missing_ok=True)
-            loader.download(f"{remote}/{basename}", str(part))
+            patiently(
+                lambda: loader.download(f"{remote}/{basename}", str(part)),
+                what=f"{source.where}.remote: {remote}/{basename} can't be fetched",
+                patience=FOR_DATA,
+                sign=lambda: part.exists() and part.stat().st_size,
+            )
             part.replace(folder / basename)
 
         fetch(INDEX)
@@ -179,8 +185,7 @@ def _fetch_shards(source: Source, cache: Path) -> Path:
     except DataError:
         raise
     except Exception as error:
-        text = str(error).strip().removesuffix(".")
-        raise DataError(f"{source.where}.remote: {remote} can't be fetched: {text}.") from error
+        raise DataError(f"{source.where}.remote: {remote} can't be fetched: {reason_of(error)}.") from error
     return folder
 
 

@@ -27,6 +27,7 @@ from streaming.base.dataset import NEVER, _ShardState
 from streaming.base.distributed import barrier, get_rank
 from streaming.base.util import wait_for_file_to_exist
 
+from mptfoundry.checkpoints.stores import FOR_DATA, patiently, reason_of
 from mptfoundry.data.integrity import (
     MISSING,
     fastest_hash,
@@ -43,6 +44,8 @@ from mptfoundry.errors import DataError
 Verify = Literal["lazy", "full", "off"]
 # A transfer may damage what it copies; the same damage twice is that of the source.
 MOST_FETCHES = 2
+# What streaming saves of the place in an epoch.
+_PLACE = {"epoch", "sample_in_epoch", "num_canonical_nodes", "shuffle_seed"}
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +62,10 @@ class GuardedStream(Stream):
 
     Attributes:
         here: Names of the files that lay here at the start; known to the first process of a node.
+        patience: How long a file's remote may fail.
     """
+
+    patience = FOR_DATA
 
     def __init__(self, *, where: str, verify: Verify, **stream: Any) -> None:
         super().__init__(**stream)
@@ -85,7 +91,7 @@ class GuardedStream(Stream):
                 self._download(INDEX).replace(path)
             else:
                 text = f"{self.where}: {path} was not fetched by the first process of this node in time."
-                wait_for_file_to_exist(str(path), TICK, self.download_timeout, text)
+                wait_for_file_to_exist(str(path), TICK, self.download_timeout + self.patience.seconds, text)
         index = read_index(self.folder, self.where)
         hashes = [dict(shard["zip_data"] or shard["raw_data"])["hashes"] for shard in index.shards]
         if self.verify != "off" and not all(map(fastest_hash, hashes)) and get_rank() == 0:
@@ -164,12 +170,15 @@ class GuardedStream(Stream):
         part = self.folder / f"{name}.{socket.gethostname()}.part"
         try:
             part.unlink(missing_ok=True)
-            self._download_file(name, part.relative_to(self.folder).as_posix())
+            patiently(
+                lambda: self._download_file(name, part.relative_to(self.folder).as_posix()),
+                what=f"{self.where}: {self._remote(name)} can't be fetched",
+                patience=self.patience,
+                sign=lambda: part.exists() and part.stat().st_size,
+            )
         except Exception as error:
-            text = (isinstance(error, OSError) and error.strerror) or str(error).strip()
-            first_line = (text.splitlines() or [type(error).__name__])[0]
             raise DataError(
-                f"{self.where}: {self._remote(name)} can't be fetched: {first_line.removesuffix('.')}."
+                f"{self.where}: {self._remote(name)} can't be fetched: {reason_of(error)}."
             ) from error
         return part
 
@@ -296,8 +305,14 @@ class GuardedDataset(StreamingDataset):
         """Go on at the sample that the state says.
 
         Raises:
-            DataError: It is of another batch size, and with this `batching_method` the order depends on that.
+            DataError: It is of another batch size, and with this `batching_method` the order depends on that;
+                or it is another loader's.
         """
+        if obj is None or _PLACE - set(obj):
+            raise DataError(
+                f"{self.where}: the checkpoint's place in the data is that of another loader. Restore that "
+                "one, or start a new run from its weights, with load_path and load_weights_only: true."
+            )
         before = obj.get("global_batch_size", self._global_batch())
         if self.batching_method != "random" and before != self._global_batch():
             raise DataError(

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from mptfoundry.checkpoints.architecture import RUN_CONFIG
+from mptfoundry.checkpoints.metrics import read_rows
 from mptfoundry.checkpoints.names import progress_of
 from mptfoundry.checkpoints.reading import ModelSource
 from mptfoundry.config.learned import LoRAConfig
@@ -161,9 +162,9 @@ def _training(run_folder: Path, checkpoint: Path, folder: Path) -> list[str]:
     if steps := [record for record in records if "loss" in record]:
         last = steps[-1]
         rows.append(("batches", f"{last['batch']:,}"))
-        if "tokens" in last:
-            rows.append(("tokens", f"{last['tokens']:,}"))
-        rows.append(("training loss of the last batch", f"{last['loss']:.4f}"))
+        rows.append(("tokens", f"{last['tokens']:,}"))
+        if last["loss"] is not None:
+            rows.append(("training loss of the last batch", f"{last['loss']:.4f}"))
     for label, values in _last_evaluations(records).items():
         rows += [(f"{label}: {key}", _number(value)) for key, value in values.items()]
     if not rows:
@@ -176,18 +177,9 @@ def _training(run_folder: Path, checkpoint: Path, folder: Path) -> list[str]:
 
 
 def _records(metrics: Path, until_batch: int | None) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl up to a batch; a line that was cut short by a kill is left out."""
-    if not metrics.is_file():
-        return []
-    records = []
-    for line in metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if until_batch is None or record.get("batch", 0) <= until_batch:
-            records.append(record)
-    return records
+    """The rows of metrics.jsonl up to a batch."""
+    rows = read_rows(metrics) if metrics.is_file() else iter(())
+    return [row for row in rows if until_batch is None or row["batch"] <= until_batch]
 
 
 def _last_evaluations(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from mptfoundry.checkpoints.names import progress_of
 from mptfoundry.checkpoints.sharded import METADATA
-from mptfoundry.errors import CheckpointError, first_line
+from mptfoundry.checkpoints.stores import AT_START, patiently, reason_of
+from mptfoundry.errors import CheckpointError
 
 # What tells of a run, beside its checkpoints.
 _SMALL = ("config.yaml", "tokenizer", "metrics.jsonl", "report.png")
@@ -53,10 +54,14 @@ def staged(model: str | Path, out: Path, run_folder: str | None, *, progress: bo
     if run_folder is not None and not Path(run_folder).is_dir():
         raise CheckpointError(f"run_folder: {run_folder}: there is no such folder. Name the run's.")
     url = str(model).rstrip("/")
-    with _readable(url):
+
+    def look() -> tuple[Any, RemoteModel, dict[str, int]]:
         store, root = _open_store(url)
         found = find_objects(root, lambda prefix: list(store.list_objects(prefix)))
-        sizes = {name: store.get_object_size(name) for name in found.names}
+        return store, found, {name: store.get_object_size(name) for name in found.names}
+
+    with _readable(url):
+        store, found, sizes = patiently(look, what=f"{url}: can't be read", patience=AT_START)
     check_space(out, sum(sizes.values()), f"{url} is staged beside it and takes")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.staged.") as temporary:
@@ -133,9 +138,13 @@ def remote_checkpoints(url: str) -> list[str]:
     Raises:
         CheckpointError: The store can't be read.
     """
-    with _readable(url):
+
+    def look() -> list[str]:
         store, root = _open_store(url.rstrip("/"))
         return list(_whole_ones(root, _below(root, lambda prefix: list(store.list_objects(prefix)))))
+
+    with _readable(url):
+        return patiently(look, what=f"{url}: can't be read", patience=AT_START)
 
 
 def _whole_ones(root: str, below: list[str]) -> dict[str, list[str]]:
@@ -176,15 +185,16 @@ def _readable(url: str) -> Iterator[None]:
     except CheckpointError:
         raise
     except Exception as error:  # each store has its own
-        why = f"{type(error).__name__}: {first_line(error)}"
-        raise CheckpointError(f"{url}: can't be read ({why}).") from error
+        raise CheckpointError(f"{url}: can't be read ({reason_of(error)}).") from error
 
 
 def _fetch(store: Any, name: str, file: Path, size: int) -> None:
-    from composer.utils import ObjectStoreTransientError, retry
-
     file.parent.mkdir(parents=True, exist_ok=True)
-    retry(ObjectStoreTransientError, num_attempts=3)(store.download_object)(name, str(file), overwrite=True)
+    patiently(
+        lambda: store.download_object(name, str(file), overwrite=True),
+        what=f"{store.get_uri(name)}: can't be fetched",
+        sign=lambda: _bytes_in(file.parent),
+    )
     if (found := file.stat().st_size) != size:
         raise CheckpointError(f"{store.get_uri(name)}: came with {found:,} of {size:,} bytes.")
 

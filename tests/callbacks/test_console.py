@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-from composer import Trainer
+from composer import Callback, Logger, State, Trainer
 
 from mptfoundry.callbacks.console import ConsoleLine, batch_line, thousands
 from mptfoundry.callbacks.throughput import Throughput
@@ -63,3 +63,21 @@ def test_lines_come_at_the_interval_and_at_both_ends(
     assert all("tok/s" in line and "ETA" in line and "MFU" not in line for line in batches)
     (evaluation,) = [line for line in lines if "eval held_out: LanguageCrossEntropy" in line]
     assert evaluation.split("]")[0] == batches[-1].split("]")[0]
+
+
+class Stop(Callback):
+    """Ends the training as a request to stop does."""
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        if state.timestamp.batch == 3:
+            state.stop_training()
+
+
+def test_a_run_that_is_stopped_still_says_how_long_it_is(
+    make_trainer: Callable[..., Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(max_duration="6ba", loggers=[ConsoleLine("1ba")], callbacks=[Stop()])
+    trainer.fit()
+    trainer.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("]")[0] for line in lines] == [f"[batch {number}/6" for number in (1, 2, 3)]

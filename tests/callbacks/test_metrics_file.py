@@ -11,10 +11,12 @@ import pytest
 from composer import Callback, Trainer
 
 from mptfoundry.callbacks.metrics_file import MetricsFile, cut_rows, read_rows
+from mptfoundry.callbacks.report import describe
 from mptfoundry.callbacks.rows import MEASURED
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.mpt.config import MPTConfig
+from tests.fuzz import damaged_bytes, odd_values
 
 MakeTrainer = Callable[..., Trainer]
 SmallFiles = Callable[[int], AbstractContextManager[None]]
@@ -95,6 +97,44 @@ def test_cutting_keeps_what_came_before_and_drops_a_torn_line(tmp_path: Path) ->
     cut_rows(path, last_batch=0)
     assert path.read_text() == ""
     cut_rows(tmp_path / "none.jsonl", last_batch=3)
+
+
+def test_a_line_with_a_byte_that_is_no_text_is_left_out_and_the_others_stay_as_they_are(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    good = [
+        b'{"batch": 1, "tokens": 8, "loss": 2.0, "note": "\xe8\xa8\x80"}\n',
+        b'{"batch": 2, "tokens": 16, "loss": 1.0}\n',
+    ]
+    bad = [
+        b'{"batch": 1, "note": "\xff"}\n',
+        b'{"batch": 2, "loss": 1.0}\n',
+        b"[" * 100_000 + b"\n",
+        b"\x00" * 9 + b"\n",
+    ]
+    path.write_bytes(good[0] + b"".join(bad) + good[1])
+    assert [row["loss"] for row in read_rows(path)] == [2.0, 1.0]
+    cut_rows(path, last_batch=2)
+    assert path.read_bytes() == b"".join(good)
+
+
+def test_whatever_a_disk_does_to_the_rows_they_are_read_cut_and_reported(tmp_path: Path) -> None:
+    row = {"batch": 1, "tokens": 8, "seconds": 0.5, "loss": 2.0, "lr": 1e-4, "grad_norm": 1.0, "mfu": None}
+    evaluation = {"batch": 2, "tokens": 16, "eval": {"held_out": {"LanguageCrossEntropy": 2.5, "tokens": 9}}}
+    rows = [row, {**row, "batch": 2, "tokens": 16}, evaluation]
+    good = "".join(json.dumps(each) + "\n" for each in rows).encode()
+    odd = ((what, json.dumps(each).encode() + b"\n") for what, each in odd_values(rows, seed=1, count=150))
+    odd = ((what, line.replace(b"}, {", b"}\n{").strip(b"[]\n") + b"\n") for what, line in odd)
+    path = tmp_path / "metrics.jsonl"
+    for _what, data in [*damaged_bytes(good, seed=1, count=300), *odd]:
+        path.write_bytes(data)
+        kept = list(read_rows(path))
+        batches = [each for each in kept if "loss" in each and each.get("seconds") is not None]
+        if batches:
+            describe(tmp_path, batches, [each for each in kept if "eval" in each], {})
+        cut_rows(path, last_batch=1)
+        assert list(read_rows(path)) == [each for each in kept if each["batch"] <= 1]
 
 
 def test_rows_that_cannot_be_cut_stay_as_they_are(tmp_path: Path, small_files: SmallFiles) -> None:

@@ -220,7 +220,7 @@ def test_the_metrics_up_to_a_checkpoint_are_uploaded_before_it(
 ) -> None:
     seen: list[tuple[str, int]] = []
     upload: Any = lambda file, name: seen.append((name, len(losses(tmp_path))))  # noqa: E731
-    saves = saver(tmp_path, upload=upload, in_background=False)
+    saves = saver(tmp_path, upload=upload, upload_small=upload, in_background=False)
     fit(make_trainer(max_duration="4ba", callbacks=[saves], loggers=[MetricsFile(tmp_path)]))
     checkpoints = [("ep0-ba2-rank0.pt", 2), ("ep0-ba4-rank0.pt", 4)]
     assert seen == [pair for name, rows in checkpoints for pair in (("metrics.jsonl", rows), (name, rows))]

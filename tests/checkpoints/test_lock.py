@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from mptfoundry.checkpoints.lock import NAME, only_run_in
+from mptfoundry.checkpoints.lock import NAME, RunLock
 from mptfoundry.errors import CheckpointError, ConfigError
 
 HOLDS = """
 import sys
 from pathlib import Path
-from mptfoundry.checkpoints.lock import only_run_in
-with only_run_in(Path(sys.argv[1])):
+from mptfoundry.checkpoints.lock import RunLock
+with RunLock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -37,14 +38,38 @@ def test_a_second_process_is_refused_by_the_first_ones_host_and_number(tmp_path:
             pytest.raises(
                 CheckpointError, match=rf"in use by the run of process {first.pid} on {socket.gethostname()}"
             ),
-            only_run_in(tmp_path / "run"),
+            RunLock(tmp_path / "run"),
         ):
             pass
         first.kill()
         first.wait()
-        with only_run_in(tmp_path / "run"):
+        left = (tmp_path / "run" / NAME).read_text()
+        with RunLock(tmp_path / "run"):
             assert json.loads((tmp_path / "run" / NAME).read_text())["pid"] == os.getpid()
-        assert (tmp_path / "run" / NAME).read_text() == ""
+        assert (tmp_path / "run" / NAME).read_text() == left
+        with RunLock(tmp_path / "run") as lock:
+            lock.begin()
+        assert not (tmp_path / "run" / NAME).exists()
+
+
+def test_a_start_that_never_begins_leaves_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError), RunLock(tmp_path / "runs" / "run"):
+        raise CheckpointError("refused")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_removed_is_held_again_unless_another_run_has_taken_it(tmp_path: Path) -> None:
+    with RunLock(tmp_path / "run") as lock:
+        assert not lock.is_lost()
+        shutil.rmtree(tmp_path / "run")
+        assert lock.is_lost()
+        lock.take_again()
+        assert json.loads((tmp_path / "run" / NAME).read_text())["pid"] == os.getpid()
+        shutil.rmtree(tmp_path / "run")
+        with holder(tmp_path / "run") as other:
+            with pytest.raises(CheckpointError, match=f"process {other.pid} on"):
+                lock.take_again()
+            other.kill()
 
 
 def no_locks(*_: object) -> None:
@@ -56,11 +81,11 @@ def test_without_locks_a_run_of_the_same_machine_is_refused_and_others_are_said_
 ) -> None:
     with holder(tmp_path) as first:
         monkeypatch.setattr(fcntl, "lockf", no_locks)
-        with pytest.raises(CheckpointError, match=f"process {first.pid} on"), only_run_in(tmp_path):
+        with pytest.raises(CheckpointError, match=f"process {first.pid} on"), RunLock(tmp_path):
             pass
         first.kill()
         first.wait()
-    with only_run_in(tmp_path):
+    with RunLock(tmp_path):
         pass
     assert "a file system without locks (No locks available): a second run" in caplog.text
 
@@ -69,6 +94,6 @@ def test_a_place_that_cannot_be_written_is_the_configs_error(tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ConfigError, match="can't be written to: File exists"),
-        only_run_in(tmp_path / "file"),
+        RunLock(tmp_path / "file"),
     ):
         pass

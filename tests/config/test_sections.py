@@ -213,7 +213,17 @@ def test_optimizers_refuse_values_that_cannot_be() -> None:
         DecoupledLionWConfig(lr=-1)
     with pytest.raises(ValueError, match=r"param_groups\[0\].eps: decoupled_lionw has none"):
         DecoupledLionWConfig(lr=1, param_groups=(ParamGroupConfig(param_str_match="x", eps=1e-8),))
-    for rate in ({"lr": -1}, {"betas": (0.9, 1)}, {"weight_decay": -1}, {"eps": 0}):
+    with pytest.raises(ValueError, match=r"lr: 1e\+300 is too large\. Use 1000 or less, such as 1e-4"):
+        DecoupledLionWConfig(lr=1e300)
+    for rate in (
+        {"lr": -1},
+        {"lr": 1e300},
+        {"weight_decay": 1e300},
+        {"eps": 1e300},
+        {"betas": (0.9, 1)},
+        {"weight_decay": -1},
+        {"eps": 0},
+    ):
         with pytest.raises(ValueError, match=next(iter(rate))):
             ParamGroupConfig(param_str_match="x", **rate)  # type: ignore[arg-type]
 

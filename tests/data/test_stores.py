@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from mptfoundry.checkpoints.stores import Patience
 from mptfoundry.data.example_sources import Source, find_records
 from mptfoundry.data.text import build_text_loader
 from mptfoundry.errors import DataError
@@ -83,3 +84,51 @@ def test_records_are_fetched_from_a_store_and_checked(bucket: Any, tmp_path: Pat
     shard.unlink()
     with pytest.raises(DataError, match=r"shard\.00001\.mds is damaged: its xxh64"):
         find_records(source, tmp_path / "cache")
+
+
+def test_a_store_that_gives_no_right_is_not_one_that_lacks_a_shard(
+    bucket: Any, tiny_tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from botocore.exceptions import ClientError
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise ClientError({"Error": {"Code": "403", "Message": "Forbidden"}}, "HeadObject")
+
+    monkeypatch.setattr("boto3.s3.inject.download_file", refuse)
+    with pytest.raises(
+        DataError, match=r"index\.json can't be fetched: access is refused, 403: look at the cred"
+    ):
+        read(tiny_tokenizer, remote="s3://data/text", local=str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("kind", ["shards", "records"])
+def test_a_download_waits_for_a_store_that_is_busy(
+    bucket: Any,
+    tiny_tokenizer: Any,
+    prepared: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    kind: str,
+) -> None:
+    from streaming.base.storage.download import S3Downloader
+
+    short, left = Patience(seconds=30, first_pause=0.01, longest_pause=0.02), [3]
+    download = S3Downloader._download_file_impl
+
+    def hiccup(self: Any, remote: str, local: str, timeout: float) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise ConnectionResetError(104, "Connection reset by peer")
+        download(self, remote, local, timeout)
+
+    monkeypatch.setattr(S3Downloader, "_download_file_impl", hiccup)
+    monkeypatch.setattr("mptfoundry.data.guarded.GuardedStream.patience", short)
+    monkeypatch.setattr("mptfoundry.data.example_sources.FOR_DATA", short)
+    if kind == "shards":
+        far = {"remote": "s3://data/text", "local": str(tmp_path / "cache")}
+        assert read(tiny_tokenizer, **far) == read(tiny_tokenizer, local=str(prepared))
+    else:
+        source = Source("train_loader.dataset", remote="s3://data/text", local=str(tmp_path), split="train")
+        assert len(find_records(source, tmp_path / "cache").inputs) == 1
+    assert capsys.readouterr().out.count("since 0 s (Connection reset by peer); tried again in 0 s") == 3

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import pty
+import select
 import signal
 import subprocess
+import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +18,7 @@ from typing import Any
 import pytest
 
 from mptfoundry.callbacks.metrics_file import read_rows
-from tests.conftest import losses_by_batch
+from tests.conftest import ROOT, losses_by_batch
 
 # Half a second a batch, so that there is time to stop it; in place of a callback with a known name.
 SLOW = """
@@ -72,6 +77,7 @@ def to_one_rank(run: Any, number: int) -> None:
         (to_the_group, signal.SIGTERM, 2, 2),
         (to_the_group, signal.SIGINT, 1, 2),
         (to_one_rank, signal.SIGTERM, 2, 0),
+        (to_one_rank, signal.SIGUSR1, 2, 0),
     ],
 )
 def test_a_signal_is_a_checkpoint_at_the_end_of_the_batch_and_the_same_command_goes_on(
@@ -98,6 +104,39 @@ def test_a_signal_is_a_checkpoint_at_the_end_of_the_batch_and_the_same_command_g
     whole = launch(tiny_run, "run_name=whole", f"train_loader.num_workers={workers}", ranks=ranks)
     assert again.wait() == 0 and whole.wait() == 0, again.printed
     assert losses_by_batch(tmp_path / "stopped") == losses_by_batch(tmp_path / "whole")
+
+
+def take_the_terminal() -> None:
+    """Make standard input the terminal of the session that this process begins."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def test_a_run_whose_terminal_is_closed_saves_and_the_same_command_goes_on(
+    tiny_run: Path, launch: Callable[..., Any], tmp_path: Path, slow: list[str]
+) -> None:
+    terminal, ours = pty.openpty()
+    command = [sys.executable, "scripts/train.py", str(tiny_run), "run_name=stopped", *slow]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        stdin=ours,
+        stdout=ours,
+        stderr=ours,
+        start_new_session=True,
+        preexec_fn=take_the_terminal,
+    )
+    os.close(ours)
+    metrics = tmp_path / "stopped" / "metrics.jsonl"
+    while process.poll() is None and not (metrics.is_file() and len(losses_by_batch(metrics.parent)) >= 4):
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 1 << 16)
+    os.close(terminal)
+    assert process.wait(timeout=120) == 143
+    last = losses_by_batch(tmp_path / "stopped")[-1][0]
+    assert 4 <= last < 12 and (tmp_path / "stopped" / f"ep0-ba{last}-rank0.pt").is_file()
+    again = launch(tiny_run, "run_name=stopped")
+    assert again.wait() == 0 and len(losses_by_batch(tmp_path / "stopped")) == 12, again.printed
 
 
 def test_an_evaluation_is_left_for_a_signal(

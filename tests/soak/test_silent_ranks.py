@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -79,3 +83,28 @@ def test_a_number_that_is_not_finite_on_one_rank_ends_all_with_one_error(
     assert run.wait() == 1, run.printed
     assert run.printed.count("error: batch 4: the loss is nan on rank 1 (samples ") == 1, run.printed
     assert sorted(path.name for path in (tmp_path / "nan").glob("ep*.pt")) == ["ep0-ba3-rank0.pt"]
+
+
+def test_a_killed_rank_0_is_named_by_the_others_where_no_launcher_ends_them(
+    tiny_run: Path, with_trouble: Callable[[int, str], list[str]], tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["dist_timeout=10", *with_trouble(0, "os.kill(os.getpid(), 9)")]
+    meeting = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    meeting |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mptfoundry.cli", "train", str(tiny_run), *words],
+            env={**os.environ, **meeting, "RANK": number, "LOCAL_RANK": number},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for number in ("0", "1")
+    ]
+    printed = [rank.communicate(timeout=240)[0] for rank in ranks]
+    assert ranks[1].returncode == 1
+    assert "rank 1: error: rank 0 gives no sign of life in batch 4" in printed[1], printed[1]
+    assert "Traceback" not in printed[1]

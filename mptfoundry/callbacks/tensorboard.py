@@ -1,0 +1,92 @@
+"""TensorBoard's events in the run's folder, one file for each start."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from composer.core import State
+from composer.loggers import Logger, TensorboardLogger
+from composer.utils import dist
+
+
+class TensorBoardFile(TensorboardLogger):
+    """Composer's logger, which would close its file and open another one at every flush.
+
+    The file is made when training or an evaluation begins.
+
+    Args:
+        run_folder: The run's.
+        log_dir: Folder that gets one of the run's name. Default: `tensorboard` in the run's folder.
+        flush_interval: Batches after which what was logged is written to the file.
+        rank_zero_only: Log on rank 0 alone.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        log_dir: str | None = None,
+        flush_interval: int = 100,
+        rank_zero_only: bool = True,
+    ) -> None:
+        super().__init__(log_dir, flush_interval, rank_zero_only)
+        self.run_folder = run_folder
+        self._early: list[tuple[dict[str, Any], int | None]] = []
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Note the run's name."""
+        self.run_name = state.run_name
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Make the file."""
+        self._begin()
+
+    def eval_start(self, state: State, logger: Logger) -> None:
+        """Make the file where an evaluation comes first."""
+        self._begin()
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Write them, or keep them until there is a file."""
+        if self.writer is None:
+            self._early.append((metrics, step))
+        else:
+            super().log_metrics(metrics, step)
+
+    def eval_end(self, state: State, logger: Logger) -> None:
+        """Write what was logged to the file."""
+        self._flush(logger)
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Write the config next to the last measurements, and close the file."""
+        if self.writer is None:
+            return
+        from torch.utils.tensorboard.summary import hparams
+
+        measured = {
+            f"hparams/{k}": v for k, v in self.current_metrics.items() if "metric" in k or "loss" in k
+        }
+        measured = {name: float(value) for name, value in measured.items()}
+        for summary in hparams(self.hyperparameters, measured):
+            self.writer._get_file_writer().add_summary(summary)
+        for name, value in measured.items():
+            self.writer.add_scalar(name, value)
+        self.writer.close()
+        self.writer = None
+
+    def _begin(self) -> None:
+        if self.writer is not None or (self.rank_zero_only and dist.get_global_rank() != 0):
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = self.run_folder / "tensorboard"
+        if self.log_dir is not None:
+            folder = Path(self.log_dir) / str(self.run_name)
+        self.writer = SummaryWriter(log_dir=str(folder))
+        for metrics, step in self._early:
+            super().log_metrics(metrics, step)
+        self._early = []
+
+    def _flush(self, logger: Logger) -> None:
+        if self.writer is not None:
+            self.writer.flush()

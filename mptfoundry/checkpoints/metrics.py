@@ -1,0 +1,101 @@
+"""The lines of a run's `metrics.jsonl`: read, and cut where a run starts again.
+
+A disk may have damaged them, or a kill cut them short: what can't be read is left out, and stops nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mptfoundry.checkpoints.writing import whole_or_absent
+
+Row = dict[str, Any]
+
+NAME = "metrics.jsonl"
+# Of a batch's row: None where it isn't known, such as `mfu` on a CPU.
+MEASURED = (
+    "grad_norm",
+    "tokens_per_second",
+    "tokens_per_second_per_device",
+    "mfu",
+    "mfu_causal",
+    "peak_memory_bytes",
+    "eta_seconds",
+)
+# A number as large as this one was not measured, and nothing can be drawn with it.
+_TOO_LARGE = 1e30
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """The rows of a metrics file in their order; lines that a kill or a bad disk has damaged are left out.
+
+    Every row has a `batch`; one with a `loss` is a batch's and has the numbers that `rows` promises, one with
+    an `eval` is an evaluation's.
+
+    Args:
+        path: A `metrics.jsonl`, also one that is being written.
+    """
+    with Path(path).open("rb") as file:
+        for line in file:
+            row = _parse(line)
+            if row is not None:
+                yield row
+
+
+def cut_rows(path: str | Path, *, last_batch: int) -> None:
+    """Drop the rows past `last_batch`, and damaged lines; from the start (0) all rows are dropped.
+
+    The file is replaced as a whole, so a kill leaves either the old one or the new one.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if _belongs(line, last_batch)]
+    if len(kept) == len(lines):
+        return
+    with whole_or_absent(path, overwrite=True) as temporary:
+        temporary.write_bytes(b"".join(kept))
+
+
+def _belongs(line: bytes, last_batch: int) -> bool:
+    row = _parse(line)
+    return row is not None and last_batch > 0 and row["batch"] <= last_batch
+
+
+def _parse(line: bytes) -> Row | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if _is_row(row) else None
+
+
+def _is_row(row: Any) -> bool:
+    if not isinstance(row, dict) or type(row.get("batch")) is not int or row["batch"] < 0:
+        return False
+    measured = [name for name in ("loss", "lr", "seconds", *MEASURED) if name in row]
+    if not all(_is_number(row[name]) or row[name] is None for name in measured):
+        return False
+    if "loss" in row:
+        return row["batch"] > 0 and _is_number(row.get("tokens"))
+    if "eval" not in row:
+        return True
+    results = row["eval"].values() if isinstance(row["eval"], dict) else [None]
+    has_tokens = _is_number(row.get("tokens")) or not row["eval"]
+    return has_tokens and all(_is_result(result) for result in results)
+
+
+def _is_result(result: Any) -> bool:
+    """Whether it is what an evaluation of one label gives: numbers by name."""
+    return isinstance(result, dict) and all(_is_number(each) or each is None for each in result.values())
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that a picture can show."""
+    return type(value) in (int, float) and abs(value) < _TOO_LARGE
