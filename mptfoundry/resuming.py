@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,9 +32,10 @@ from mptfoundry.checkpoints.names import (
     why_not_whole,
 )
 from mptfoundry.checkpoints.reading import open_model
+from mptfoundry.checkpoints.run_notes import RunNotes, read_notes
 from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.checkpoints.writing import Upload, remove_unfinished, uploader, writing_into
-from mptfoundry.config.changes import changes_since, makes_the_run, refuse_changes
+from mptfoundry.config.changes import Change, changed_inputs, changes_since, makes_the_run, refuse_changes
 from mptfoundry.config.learned import names_in
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.data.once import once_per_node
@@ -51,10 +53,12 @@ class Start:
     Attributes:
         checkpoint: A local file or folder of shards; None: nothing.
         is_own: It is the run's own, which goes on as it was; otherwise `load_path` names it.
+        notes: What a checkpoint of its own remembers of the run; None: an older version wrote it.
     """
 
     checkpoint: Path | None = None
     is_own: bool = False
+    notes: RunNotes | None = None
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -96,8 +100,9 @@ def found_start(config: TrainConfig) -> Iterator[Start]:
         if own is not None:
             # On a new machine the config comes from the store, beside the checkpoint.
             written = folder if (folder / "config.yaml").is_file() else own.parent
-            decided_by_rank_0(lambda: say_changes(config, written))
-            yield Start(own, is_own=True)
+            notes = decided_by_rank_0(lambda: read_notes(own))
+            decided_by_rank_0(lambda: say_config_changes(config, written, notes))
+            yield Start(own, is_own=True, notes=notes)
         elif config.load_path is not None:
             yield Start(_named_checkpoint(config, folder, stack))
         else:
@@ -123,14 +128,45 @@ def refuse_another_model(config: TrainConfig, folder: Path) -> None:
             )
 
 
-def say_changes(config: TrainConfig, folder: Path) -> None:
-    """Print what has changed in the config since the run was started last, if that may change."""
-    if not (folder / "config.yaml").is_file():
-        return
-    changes = changes_since(folder / "config.yaml", config)
-    refuse_changes(changes, config, folder)
+def say_config_changes(config: TrainConfig, folder: Path, notes: RunNotes | None) -> None:
+    """Print what has changed in the config since the checkpoint, if that may change.
+
+    The checkpoint's own config counts: what a start has written into the folder since may never have trained.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        before = folder / "config.yaml"
+        if notes is not None:
+            before = Path(place) / "config.yaml"
+            before.write_text(notes.config)
+        else:
+            print(
+                "data and tokenizer: nothing to compare with, since an older version wrote the checkpoint",
+                flush=True,
+            )
+        if before.is_file():
+            _say_changes(changes_since(before, config), config, folder, "config")
+
+
+def say_changed_inputs(config: TrainConfig, start: Start, fingerprints: Mapping[str, str]) -> None:
+    """Print which streams have other content than when the checkpoint was written, if that may change.
+
+    Args:
+        config: The run's.
+        start: What the run starts from.
+        fingerprints: What this start reads, as `RunNotes` has it.
+
+    Raises:
+        ConfigError: A training stream or the tokenizer has changed, and `allow_changes` does not name it.
+    """
+    if start.is_own and start.notes is not None:
+        changes = changed_inputs(start.notes.fingerprints, fingerprints)
+        _say_changes(changes, config, run_folder(config), "data and tokenizer")
+
+
+def _say_changes(changes: Sequence[Change], config: TrainConfig, place: Path, what: str) -> None:
+    refuse_changes(changes, config, place)
     if changes:
-        print("config: changed since the checkpoint", flush=True)
+        print(f"{what}: changed since the checkpoint", flush=True)
     for change in changes:
         note = " (allowed)" if makes_the_run(change.key, config) else ""
         print(f"  {change}{note}", flush=True)

@@ -33,7 +33,9 @@ from torch.distributed.tensor import DTensor
 from mptfoundry.callbacks.metrics_file import NAME as METRICS
 from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
 from mptfoundry.checkpoints.names import checkpoints_in, progress_of, why_not_whole
+from mptfoundry.checkpoints.run_notes import RUN, RunNotes
 from mptfoundry.checkpoints.sharded import METADATA
+from mptfoundry.checkpoints.training_state import set_epoch_by_time
 from mptfoundry.checkpoints.writing import Upload, point, remove, whole_or_absent
 from mptfoundry.config.learned import ADAPTER
 from mptfoundry.errors import CheckpointError, first_line
@@ -52,6 +54,7 @@ class WholeCheckpoints(CheckpointSaver):
         upload: Keeps the files of a checkpoint elsewhere, too; `.metadata`, which makes shards a checkpoint,
             comes last.
         in_background: Write while training goes on; otherwise training waits.
+        notes: What each checkpoint remembers of its run.
         options: Arguments of Composer's CheckpointSaver.
 
     Attributes:
@@ -63,11 +66,18 @@ class WholeCheckpoints(CheckpointSaver):
     """
 
     def __init__(
-        self, folder: Path, *, upload: Upload | None = None, in_background: bool = True, **options: Any
+        self,
+        folder: Path,
+        *,
+        upload: Upload | None = None,
+        in_background: bool = True,
+        notes: RunNotes | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(folder, remote_file_name=None, latest_remote_file_name=None, **options)
         self.tmp_dir_for_symlink.cleanup()
         self.upload = upload
+        self.notes = notes
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
         self._writing: Future[None] | None = None
         self.save_seconds = 0.0
@@ -124,6 +134,8 @@ class WholeCheckpoints(CheckpointSaver):
         self.last_checkpoint_batch = state.timestamp.batch
         is_sharded = bool(state.fsdp_sharded_state_dict_enabled)
         content = _content(state, self.ignore_keys, weights_only=self.weights_only)
+        if self.notes is not None:
+            content[RUN] = self.notes.to_text()
         self._refuse_what_does_not_fit(content, state)
         target = Path(self._name(state, is_sharded=is_sharded))
         self.all_saved_checkpoints_to_timestamp[str(target)] = state.timestamp
@@ -292,6 +304,7 @@ def _content(state: State, ignore_keys: Any, *, weights_only: bool) -> dict[str,
         content: dict[str, Any] = {"state": parts}
     else:
         content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
+        set_epoch_by_time(content["state"])
         if state.fsdp_sharded_state_dict_enabled and dist.get_global_rank() > 0:
             content.pop("rng")
     if ignore_keys:
