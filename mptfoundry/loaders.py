@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -78,6 +78,7 @@ def _text_loader(loader: TextLoaderConfig, context: LoaderContext) -> DataSpec:
         split=dataset.split,
         vocab_size=context.model.vocab_size,
         sequence_ids=context.model.attn_config.attn_uses_sequence_id,
+        is_training=context.is_training,
         **context.arguments(loader),
         **streaming,
     )
@@ -196,6 +197,12 @@ def build_evaluators(
         )
         evaluators.append(Evaluator(label=label, dataloader=LOADERS[loader.name](loader, context)))
     return evaluators
+
+
+def fingerprints_of(train_loader: DataSpec, evaluators: Sequence[Evaluator]) -> dict[str, str]:
+    """The content of each stream that a run reads, by its key in the config."""
+    specs: list[Any] = [train_loader, *(evaluator.dataloader for evaluator in evaluators)]
+    return {key: digest for spec in specs for key, digest in spec.dataloader.dataset.fingerprints.items()}
 
 
 def _given(streams: Mapping[str, Any] | None) -> dict[str, dict[str, Any]] | None:

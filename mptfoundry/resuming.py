@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -33,10 +34,18 @@ from mptfoundry.checkpoints.names import (
     why_not_whole,
 )
 from mptfoundry.checkpoints.reading import open_model
+from mptfoundry.checkpoints.run_notes import RunNotes, read_notes
 from mptfoundry.checkpoints.stores import IN_BACKGROUND, Patience, uploader
 from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.checkpoints.writing import Upload, remove_unfinished, writing_into
-from mptfoundry.config.changes import changes_since, makes_the_run, refuse_changes, saved_config
+from mptfoundry.config.changes import (
+    Change,
+    changed_inputs,
+    changes_since,
+    makes_the_run,
+    refuse_changes,
+    saved_config,
+)
 from mptfoundry.config.learned import names_in
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.data.once import once_per_node
@@ -55,11 +64,13 @@ class Start:
         checkpoint: A local file or folder of shards; None: nothing.
         is_own: It is the run's own, which continues as it was; otherwise `load_path` names it.
         is_fetched: It comes from the run's store, and is removed when all of it has been loaded.
+        notes: What a checkpoint of its own remembers of the run; None: an older version wrote it.
     """
 
     checkpoint: Path | None = None
     is_own: bool = False
     is_fetched: bool = False
+    notes: RunNotes | None = None
 
 
 def run_folder(config: TrainConfig) -> Path:
@@ -145,9 +156,10 @@ def found_start(config: TrainConfig) -> Iterator[Start]:
         own = _own_checkpoint(config, folder, stack) if config.resumes and config.save_folder else None
         if own is not None and own.checkpoint is not None:
             # What was fetched has its config next to it.
-            written = own.checkpoint.parent if own.is_fetched else folder
-            decided_by_rank_0(lambda: say_changes(config, written))
-            yield own
+            checkpoint, written = own.checkpoint, own.checkpoint.parent if own.is_fetched else folder
+            notes = decided_by_rank_0(lambda: read_notes(checkpoint))
+            decided_by_rank_0(lambda: say_config_changes(config, written, notes))
+            yield replace(own, notes=notes)
         elif config.load_path is not None:
             yield Start(_named_checkpoint(config, folder, stack))
         else:
@@ -174,19 +186,47 @@ def refuse_another_model(config: TrainConfig, folder: Path) -> None:
             )
 
 
-def say_changes(config: TrainConfig, folder: Path) -> None:
-    """Print what has changed in the config since the checkpoint, if that may change."""
-    if not (folder / CONFIG).is_file():
+def say_config_changes(config: TrainConfig, folder: Path, notes: RunNotes | None) -> None:
+    """Print what has changed in the config since the checkpoint, if that may change.
+
+    The config that the checkpoint holds counts; checkpoints of older versions have it next to them.
+    """
+    before = folder / CONFIG
+    if notes is None:
+        unknown = "data and tokenizer" if before.is_file() else "config, data and tokenizer"
         print(
-            f"config: {folder / CONFIG} is missing, so there is nothing to compare with: what has changed "
-            "since the checkpoint is not known",
+            f"{unknown}: nothing to compare with, since an older version wrote the checkpoint: what has "
+            "changed since is not known",
             flush=True,
         )
-        return
-    changes = changes_since(folder / CONFIG, config)
-    refuse_changes(changes, config, folder)
+    with tempfile.TemporaryDirectory() as place:
+        if notes is not None:
+            before = Path(place) / CONFIG
+            before.write_text(notes.config, encoding="utf-8")
+        if before.is_file():
+            _say_changes(changes_since(before, config), config, folder, "config")
+
+
+def say_changed_inputs(config: TrainConfig, start: Start, fingerprints: Mapping[str, str]) -> None:
+    """Print which streams have other content than when the checkpoint was written, if that may change.
+
+    Args:
+        config: The run's.
+        start: What the run starts from.
+        fingerprints: What this start reads, as `RunNotes` has it.
+
+    Raises:
+        ConfigError: A training stream or the tokenizer has changed, and `allow_changes` does not name it.
+    """
+    if start.is_own and start.notes is not None:
+        changes = changed_inputs(start.notes.fingerprints, fingerprints)
+        _say_changes(changes, config, run_folder(config), "data and tokenizer")
+
+
+def _say_changes(changes: Sequence[Change], config: TrainConfig, place: Path, what: str) -> None:
+    refuse_changes(changes, config, place)
     if changes:
-        print("config: changed since the checkpoint", flush=True)
+        print(f"{what}: changed since the checkpoint", flush=True)
     for change in changes:
         note = " (allowed)" if makes_the_run(change.key, config) else ""
         print(f"  {change}{note}", flush=True)

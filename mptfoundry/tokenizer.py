@@ -67,7 +67,7 @@ def load_tokenizer(
     return tokenizer
 
 
-def fingerprint(tokenizer: Any) -> str:
+def fingerprint(tokenizer: Any, *, with_special_tokens: bool = False) -> str:
     """Name the mapping from text to ids: 64 hex digits, sha256.
 
     Equal for equal vocabulary, merges, added tokens, normaliser and pre-tokeniser; independent of the
@@ -75,6 +75,8 @@ def fingerprint(tokenizer: Any) -> str:
 
     Args:
         tokenizer: transformers' fast tokenizer or a `tokenizers.Tokenizer`.
+        with_special_tokens: Name also which tokens are BOS, EOS and padding, and what is added to a text; of
+            transformers' tokenizers alone.
     """
     parts = backend_parts(tokenizer)
     model = dict(parts["model"])
@@ -88,6 +90,9 @@ def fingerprint(tokenizer: Any) -> str:
         "normalizer": _without_defaults(parts["normalizer"]),
         "pre_tokenizer": _without_defaults(parts["pre_tokenizer"]),
     }
+    if with_special_tokens:
+        identity["post_processor"] = _without_defaults(parts["post_processor"])
+        identity["special"] = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")]
     text = json.dumps(identity, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -33,6 +33,7 @@ from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
 from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
 from mptfoundry.checkpoints.architecture import RUN_CONFIG as CONFIG
 from mptfoundry.checkpoints.reading import ModelSource
+from mptfoundry.checkpoints.run_notes import RunNotes
 from mptfoundry.checkpoints.stores import AT_START, ONCE
 from mptfoundry.checkpoints.writing import whole_or_absent, writing_into
 from mptfoundry.config.load import refuse_redacted, to_yaml
@@ -44,8 +45,16 @@ from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
 from mptfoundry.ranks import RankWatch, decided_by_rank_0
 from mptfoundry.resolve import Resolved, refuse_precision, resolve_auto
-from mptfoundry.resuming import HeldFolder, Start, found_start, run_folder, uploader_of
+from mptfoundry.resuming import (
+    HeldFolder,
+    Start,
+    found_start,
+    run_folder,
+    say_changed_inputs,
+    uploader_of,
+)
 from mptfoundry.signals import StopSignals
+from mptfoundry.tokenizer import fingerprint
 
 # Said by Composer of what is meant so: the last batch of an evaluation is smaller than the others, and
 # `eval_subset_num_batches` is a limit that a short evaluation does not reach. Then PyTorch's own use, and the
@@ -173,6 +182,8 @@ def build_trainer(
         say(f"weights: from {source.path}{what}")
     build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
+    inputs = {"tokenizer": fingerprint(tokenizer, with_special_tokens=True)}
+    decided_by_rank_0(lambda: say_changed_inputs(config, start, inputs))
     train_loader = loaders.build_train_loader(config, resolved, device, tokenizer)
     evaluators = loaders.build_evaluators(
         config.eval_loaders,
@@ -183,6 +194,9 @@ def build_trainer(
         device_batch_size=resolved.device_eval_batch_size,
         num_workers=resolved.num_workers,
     )
+    data = loaders.fingerprints_of(train_loader, evaluators)
+    decided_by_rank_0(lambda: say_changed_inputs(config, start, data))
+    notes = RunNotes(to_yaml(config), inputs | data)
     model = build.build_model(config, resolved, tokenizer, source)
     describe = partial(describe_run, config, held, tokenizer)
     throughput = Throughput(
@@ -199,7 +213,7 @@ def build_trainer(
         optimizers=build.build_optimizer(config, model),
         schedulers=build.build_scheduler(config),
         algorithms=build.build_algorithms(config),
-        callbacks=[*own, *given, *_checkpointing(config, folder, start, source, describe)],
+        callbacks=[*own, *given, *_checkpointing(config, folder, start, source, describe, notes)],
         loggers=[*build.build_loggers(config, folder), *_own_loggers(config, folder)],
         parallelism_config=build.build_parallelism(config, device),
         **_plain_arguments(config, resolved, device),
@@ -320,6 +334,7 @@ def _checkpointing(
     start: Start,
     source: ModelSource | None,
     describe: Callable[[], list[Path]],
+    notes: RunNotes,
 ) -> Iterator[Callback]:
     """What loads the checkpoint that the run starts from, and what saves those to come."""
     if start.checkpoint is not None and (start.is_own or source is None):
@@ -330,6 +345,7 @@ def _checkpointing(
             strict=config.load_strict_model_weights,
             ignore_keys=None if start.is_own else config.load_ignore_keys,
             keep_optimizer=start.is_own,
+            subset_num_batches=config.train_subset_num_batches,
         )
     if config.save_folder is not None:
         yield WholeCheckpoints(
@@ -338,6 +354,7 @@ def _checkpointing(
             upload_small=uploader_of(config, ONCE),
             describe=describe,
             in_background=config.save_async,
+            notes=notes,
             filename=config.save_filename,
             latest_filename=config.latest_filename,
             save_interval=config.save_interval,

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from mptfoundry.callbacks import whole_checkpoints
 from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
 from mptfoundry.config.load import load_train_config
-from mptfoundry.errors import CheckpointError
+from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.resuming import found_start
 from mptfoundry.train import train
 from tests.conftest import RunsCode, losses
@@ -62,6 +63,25 @@ def test_a_stopped_run_goes_on_bitwise(tiny_runs: Path, whole: Path, stopped: Pa
     assert losses(stopped) == losses(whole)
     sums = [json.loads((folder / "ep0-ba9" / CHECKSUMS).read_text()) for folder in (whole, stopped)]
     assert sums[0]["files"].keys() == sums[1]["files"].keys()
+
+
+def test_from_an_older_checkpoint_at_the_end_of_an_epoch_the_next_one_is_read(
+    tiny_runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["train_loader.dataset.epoch_size=16", "max_duration=2ep", "save_interval=1ep"]
+    run(tiny_runs, "epochs", *words)
+    monkeypatch.setattr(whole_checkpoints, "set_epoch_by_time", lambda state: None)
+    run(tiny_runs, "epochs-older", *words, "max_duration=1ep")
+    monkeypatch.undo()
+    run(tiny_runs, "epochs-older", *words)
+    assert losses(tiny_runs.parent / "epochs-older") == losses(tiny_runs.parent / "epochs")
+
+
+def test_a_folder_of_shards_remembers_the_config_too(tiny_runs: Path, stopped: Path) -> None:
+    (stopped / "config.yaml").unlink()
+    assert start_of(tiny_runs, stopped) == stopped / "ep0-ba6"
+    with pytest.raises(ConfigError, match=r"seed: 17 in the run of .*, 18 here"):
+        start_of(tiny_runs, stopped, "seed=18")
 
 
 def cut_shard(folder: Path) -> None:

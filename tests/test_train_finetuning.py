@@ -16,6 +16,7 @@ from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.config.load import load_train_config
 from mptfoundry.config.verbs import PreviewConfig
 from mptfoundry.data.chat import CHATML
+from mptfoundry.errors import ConfigError
 from mptfoundry.preview import preview
 from mptfoundry.tokenizer import load_tokenizer
 from mptfoundry.train import train
@@ -177,6 +178,21 @@ TALK = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
 def test_the_chat_template_is_saved_with_the_run(small: Callable[..., Path], tmp_path: Path) -> None:
     train(load_train_config(small([TALK] * 8))[0])
     assert load_tokenizer(str(tmp_path / "run" / "tokenizer")).chat_template == CHATML
+
+
+def test_records_that_were_edited_at_equal_lengths_are_refused(
+    small: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = small([TALK] * 8)
+    train(load_train_config(config)[0])
+    edited = json.dumps(TALK).replace('"b"', '"c"')
+    small([json.loads(edited), *[TALK] * 7])
+    before = (tmp_path / "run" / "config.yaml").read_bytes()
+    with pytest.raises(
+        ConfigError, match=r"train_loader\.dataset: its content .*\n.*allow_changes=\[train_lo"
+    ):
+        train(load_train_config(config, ["max_duration=2ba"])[0])
+    assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
 def test_preview_shows_what_a_run_would_learn_and_why_it_would_end(small: Callable[..., Path]) -> None:

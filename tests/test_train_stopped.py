@@ -94,6 +94,15 @@ def test_stopped_anywhere_a_run_goes_on_to_the_same_losses_and_evaluations(
     assert told(run("stopped")) == whole
 
 
+def test_stopped_in_the_evaluation_at_an_epochs_end_a_run_goes_on_with_the_next_epoch(run: Run) -> None:
+    words = ["eval_interval=1ep", "max_duration=2ep", "train_loader.dataset.epoch_size=16"]
+    whole = told(run("whole", "", -1, *words))
+    assert [batch for batch, value in whole if isinstance(value, float)] == [1, 2, 3, 4]
+    stopped = told(run("stopped", "eval_batch_start", 2, *words))
+    assert [batch for batch, _ in stopped] == [1, 2]
+    assert told(run("stopped", "", -1, *words)) == whole
+
+
 def test_a_run_that_keeps_nothing_says_so(
     tiny_run: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,5 @@
-"""A run goes on from a checkpoint as if it had never stopped: its state, and the random numbers after it.
+"""A run goes on from a checkpoint as if it had never stopped: its state, its place in the data, and the
+random numbers after it.
 
 Composer would load with `torch.load(weights_only=False)` and evaluate text that it finds there; here the
 state comes from our own reader, and no algorithm is taken from the checkpoint. Composer also restores the
@@ -6,6 +7,9 @@ random state only where an epoch begins, or while it skips the batches that have
 resumes by itself, so there is nothing to skip, and dropout would differ from the first batch on. Here it is
 restored where training really goes on: right before the first batch's forward, or, if the checkpoint lies at
 an epoch's very end, at that end.
+
+In the same way Composer counts the batches of an epoch (`train_subset_num_batches`) from where the loader
+begins, and StreamingDataset the epochs from the one that it began; both are set to what Composer's time says.
 """
 
 from __future__ import annotations
@@ -14,12 +18,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from composer.core import Callback, State
+from composer.core import Callback, State, Time
 from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import glob_filter
 
-from mptfoundry.checkpoints.training_state import fill_state, read_state, saved_random_states
+from mptfoundry.checkpoints.training_state import (
+    fill_state,
+    read_state,
+    repeated_epoch,
+    saved_random_states,
+    set_epoch_by_time,
+)
 from mptfoundry.errors import CheckpointError, MPTFoundryError
 
 _MISFIT = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError, AssertionError)
@@ -36,6 +46,7 @@ class Resume(Callback):
         strict: The weights' names have to be the model's.
         ignore_keys: Parts of the state to leave, with wildcards.
         keep_optimizer: Hyperparameters of the optimizer are this run's, not the checkpoint's.
+        subset_num_batches: Batches of an epoch, where it ends before the data does; -1: all.
 
     Raises:
         CheckpointError: When the trainer is built: the checkpoint is damaged, or not one of this run.
@@ -49,13 +60,17 @@ class Resume(Callback):
         strict: bool = True,
         ignore_keys: Sequence[str] | None = None,
         keep_optimizer: bool = False,
+        subset_num_batches: int = -1,
     ) -> None:
         self.checkpoint = checkpoint
         self.weights_only = weights_only
         self.strict = strict
         self.ignore_keys = list(ignore_keys or ())
         self.keep_optimizer = keep_optimizer
+        self.subset_num_batches = subset_num_batches
         self._random: list[dict[str, Any]] | None = None
+        self._epoch_batches: Time[int] | None = None
+        self._is_in_step = False
 
     def before_load(self, state: State, logger: Logger) -> None:
         """Load it, once the model is wrapped and before anything else is."""
@@ -66,6 +81,8 @@ class Resume(Callback):
             if self.weights_only:
                 state.load_model_state(content["state"], logger, strict=self.strict, exclude_algorithms=names)
                 return
+            set_epoch_by_time(content["state"])
+            _say_if_repeated(content["state"])
             state.load_state_dict(content["state"], logger, strict=self.strict, exclude_algorithms=names)
         except MPTFoundryError:
             raise
@@ -73,22 +90,45 @@ class Resume(Callback):
             reason = (str(error).strip() or type(error).__name__).replace("\n", " ")
             raise CheckpointError(f"{self.checkpoint}: does not fit this run ({reason[:500]}).") from error
         state.run_name = run_name
+        dataset = getattr(state.train_dataloader, "dataset", None)
+        if hasattr(dataset, "resume"):  # one whose place is what Composer's time says
+            dataset.resume(int(state.timestamp.epoch), int(state.timestamp.sample_in_epoch))
+            state.dataset_resumption["train"] = True
         self._random = content.get("rng")
         if self.keep_optimizer:
             _set_hyperparameters(state, configured)
 
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Count what the epoch has had as part of it, where the loader begins behind that."""
+        if self.subset_num_batches >= 0 and "train" in state.dataset_resumption:
+            self._epoch_batches = state.dataloader_len
+            state.dataloader_len = max(0, self.subset_num_batches - int(state.timestamp.batch_in_epoch))
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        """Have the first epoch that is read from its start be the one of Composer's time."""
+        dataset = getattr(state.train_dataloader, "dataset", None)
+        if self._is_in_step or not hasattr(dataset, "next_epoch"):
+            return
+        self._is_in_step = True
+        if dist.get_local_rank() == 0:
+            dataset.next_epoch = int(state.timestamp.epoch)  # of all processes of this node
+        dist.barrier()
+
     def batch_start(self, state: State, logger: Logger) -> None:
         """Restore before the first batch, after whatever the loader drew when it was opened."""
-        self._restore()
+        self._restore(state)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         """Restore at the end of an epoch that had no batch left."""
-        self._restore()
+        self._restore(state)
 
-    def _restore(self) -> None:
+    def _restore(self, state: State) -> None:
         if self._random is not None:
             reproducibility.load_rng_state(self._random)
             self._random = None
+        if self._epoch_batches is not None:
+            state.dataloader_len = self._epoch_batches
+            self._epoch_batches = None
 
     def _read(self, state: State) -> dict[str, Any]:
         if self.checkpoint.is_dir():
@@ -127,6 +167,18 @@ class Resume(Callback):
             glob_filter(self.ignore_keys)(content)
             content.setdefault("state", {})
         return content
+
+
+def _say_if_repeated(state: dict[str, Any]) -> None:
+    """Say that an older version continued this run from the end of an epoch with a past one's samples."""
+    repeated = repeated_epoch(state)
+    if repeated is not None and dist.get_global_rank() == 0:
+        here, there = (number + 1 for number in repeated)
+        print(
+            f"note: epoch {here} reads the samples of epoch {there} again, since an older version of "
+            f"mptfoundry continued this run. From epoch {here + 1} on each epoch reads its own.",
+            flush=True,
+        )
 
 
 def _hyperparameters(state: State) -> list[dict[str, Any]]:

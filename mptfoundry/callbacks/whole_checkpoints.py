@@ -33,7 +33,9 @@ from torch.distributed.tensor import DTensor
 from mptfoundry.callbacks.metrics_file import NAME as METRICS
 from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
 from mptfoundry.checkpoints.names import checkpoints_in, progress_of, why_not_whole
+from mptfoundry.checkpoints.run_notes import RUN, RunNotes
 from mptfoundry.checkpoints.sharded import METADATA
+from mptfoundry.checkpoints.training_state import set_epoch_by_time
 from mptfoundry.checkpoints.writing import Upload, point, remove, whole_or_absent
 from mptfoundry.config.learned import ADAPTER
 from mptfoundry.errors import CheckpointError, first_line
@@ -56,6 +58,7 @@ class WholeCheckpoints(CheckpointSaver):
         describe: Called on rank 0 before each checkpoint is written, so that what lies next to it fits it;
             gives the files that are new.
         in_background: Write while training goes on; otherwise training waits.
+        notes: What each checkpoint remembers of its run.
         options: Arguments of Composer's CheckpointSaver.
 
     Attributes:
@@ -74,6 +77,7 @@ class WholeCheckpoints(CheckpointSaver):
         upload_small: Upload | None = None,
         describe: Callable[[], Sequence[Path]] = lambda: (),
         in_background: bool = True,
+        notes: RunNotes | None = None,
         **options: Any,
     ) -> None:
         super().__init__(folder, remote_file_name=None, latest_remote_file_name=None, **options)
@@ -82,6 +86,7 @@ class WholeCheckpoints(CheckpointSaver):
         self.upload_small = upload_small
         self.describe = describe
         self._owed: set[Path] = set()
+        self.notes = notes
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
         self._writing: Future[None] | None = None
         self.save_seconds = 0.0
@@ -143,6 +148,8 @@ class WholeCheckpoints(CheckpointSaver):
         is_sharded = bool(state.fsdp_sharded_state_dict_enabled)
         decided_by_rank_0(lambda: self._owed.update(self.describe()))
         content = _content(state, self.ignore_keys, weights_only=self.weights_only)
+        if self.notes is not None:
+            content[RUN] = self.notes.to_text()
         self._refuse_what_does_not_fit(content, state)
         target = Path(self._name(state, is_sharded=is_sharded))
         self.all_saved_checkpoints_to_timestamp[str(target)] = state.timestamp
@@ -326,6 +333,7 @@ def _content(state: State, ignore_keys: Any, *, weights_only: bool) -> dict[str,
         content: dict[str, Any] = {"state": parts}
     else:
         content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
+        set_epoch_by_time(content["state"])
         if state.fsdp_sharded_state_dict_enabled and dist.get_global_rank() > 0:
             content.pop("rng")
     if ignore_keys:

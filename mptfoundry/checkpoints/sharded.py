@@ -74,17 +74,10 @@ class ShardedWeights:
                     section = notes
                     for step in path[4:-1]:
                         section = section.setdefault(step, {})
-                    section[path[-1]] = self._read_note(places[key])
+                    section[path[-1]] = _value_at(self.path, places[key])
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{self.path / METADATA}: damaged, {prefix} can't be read.") from error
         return _with_lists(notes)  # type: ignore[no-any-return]
-
-    def _read_note(self, place: Any) -> Any:
-        file = confined(self.path, place.relative_path, self.path / METADATA)
-        with file.open("rb") as stream:
-            stream.seek(place.offset)
-            piece = io.BytesIO(stream.read(place.length))
-        return load_plain_bytes(piece, str(file))
 
     def _check_that_it_is_stored(self) -> None:
         """Raise CheckpointError where the outline tells of more numbers than the files hold."""
@@ -108,6 +101,26 @@ class ShardedWeights:
             raise CheckpointError(f"{self.path}: damaged, {name} can't be read.") from error
         whole = state[_CHILD + name].to(dtype or entry.properties.dtype)
         return whole if rows is None else cut(whole, rows).clone()
+
+
+def read_value(folder: Path, key: str) -> Any:
+    """One value of a sharded checkpoint that is not a tensor; None if it has none by that key.
+
+    Raises:
+        CheckpointError: It is damaged, or reading it would need more than values.
+    """
+    for index, place in read_metadata(folder).storage_data.items():
+        if index.fqn == key:
+            return _value_at(folder, place)
+    return None
+
+
+def _value_at(folder: Path, place: Any) -> Any:
+    file = confined(folder, place.relative_path, folder / METADATA)
+    with file.open("rb") as stream:
+        stream.seek(place.offset)
+        piece = io.BytesIO(stream.read(place.length))
+    return load_plain_bytes(piece, str(file))
 
 
 def _with_lists(value: Any) -> Any:

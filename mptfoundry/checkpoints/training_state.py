@@ -47,6 +47,37 @@ def read_state(file: Path, *, weights_only: bool, mapped: bool) -> dict[str, Any
     return content
 
 
+def set_epoch_by_time(state: dict[str, Any]) -> None:
+    """Have the training data stand in the epoch of the timestamp, where nothing of that has been read.
+
+    StreamingDataset counts an epoch when reading begins, Composer when the one before it ends: between the
+    two, StreamingDataset's own state names the epoch that is over.
+
+    Args:
+        state: The part `state` of a checkpoint; changed in place. Parts that it lacks are left out.
+    """
+    train, time = _place_in_data(state)
+    if train and time and time["sample_in_epoch"] == 0:
+        train["epoch"] = time["epoch"]
+
+
+def repeated_epoch(state: dict[str, Any]) -> tuple[int, int] | None:
+    """The epoch of the timestamp and the past epoch whose samples it reads, both from 0; None: its own.
+
+    Versions before `set_epoch_by_time` continued a run like this from the end of an epoch.
+    """
+    train, time = _place_in_data(state)
+    if train and time and time["sample_in_epoch"] > 0 and train["epoch"] < time["epoch"]:
+        return time["epoch"], train["epoch"]
+    return None
+
+
+def _place_in_data(state: dict[str, Any]) -> tuple[Any, Any]:
+    """The state of the training data and Composer's time; None for what is not there."""
+    data, time = state.get("dataset_state") or {}, state.get("timestamp") or {}
+    return data.get("train"), time.get("Timestamp")
+
+
 def saved_random_states(folder: Path) -> int:
     """How many ranks' random states a folder of shards holds."""
     paths = (getattr(read_metadata(folder), "planner_data", None) or {}).values()

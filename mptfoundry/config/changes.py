@@ -1,4 +1,5 @@
-"""What changed in a run's config between its checkpoint and this start, and what of it is refused.
+"""What changed in a run's config, and in what it reads, between its checkpoint and this start, and what of it
+is refused.
 
 Some keys make the run: with others of them it would go on as another one, and nothing in its curves would say
 so. They may change only where `allow_changes` names them. All else may change freely, and is shown.
@@ -45,6 +46,31 @@ class Change:
 
     def __str__(self) -> str:
         return f"{self.key}: {_show(self.before)} -> {_show(self.after)}"
+
+    def refusal(self, place: Path) -> str:
+        """Where the values are, for an error."""
+        return f"{self.key}: {_show(self.before)} in the run of {place}, {_show(self.after)} here."
+
+
+@dataclass(frozen=True)
+class ChangedInput(Change):
+    """A stream or the tokenizer whose content is another one under the same key; values are fingerprints."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: has other content than before ({self.before[:8]} -> {self.after[:8]})"
+
+    def refusal(self, place: Path) -> str:
+        """Where the content is which, for an error."""
+        return (
+            f"{self.key}: its content is not what the run of {place} has read (fingerprint "
+            f"{self.after[:8]}, then {self.before[:8]})."
+        )
+
+
+def changed_inputs(before: Mapping[str, str], after: Mapping[str, str]) -> list[Change]:
+    """What has other content than before, of what is read by the same key; by the keys' order."""
+    keys = sorted(before.keys() & after.keys())
+    return [ChangedInput(key, before[key], after[key]) for key in keys if before[key] != after[key]]
 
 
 def changes_since(path: Path, config: TrainConfig) -> list[Change]:
@@ -97,7 +123,7 @@ def refuse_changes(changes: Sequence[Change], config: TrainConfig, place: Path) 
     if not refused:
         return
     keys = ",".join(change.key for change in refused)
-    lines = [f"{c.key}: {_show(c.before)} in the run of {place}, {_show(c.after)} here." for c in refused]
+    lines = [change.refusal(place) for change in refused]
     raise ConfigError(
         "\n".join(lines)
         + f"\nThe run would go on as another one. Restore {'it' if len(refused) == 1 else 'them'}, "

@@ -1,8 +1,8 @@
 """Records become an example store once; afterwards the store is found by what it was made of.
 
 A store lies in the cache folder under a hash of the inputs' content, the tokenizer and all settings that the
-examples depend on. While it is made, finished parts of it lie beside it, so that a preparation that is killed
-goes on where it was.
+examples depend on. It is compared with its checksums before it is used, and made again where it is damaged.
+While it is made, its finished parts lie next to it, so that a preparation that is killed continues there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mptfoundry.data.example_sources import Source, digest_of, find_records
-from mptfoundry.data.examples import STORE, ExampleStore, ExampleWriter, write_examples
+from mptfoundry.data.examples import ExampleStore, ExampleWriter, why_damaged, write_examples
 from mptfoundry.data.inputs import Inventory
 from mptfoundry.data.records import UNIT_BYTES, UNIT_ROWS, plan_units
 from mptfoundry.data.shards import narrowest_dtype
@@ -56,7 +56,7 @@ def prepare_examples(
     say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> Path:
-    """The folder of a source's example store, which is made if it is not there.
+    """The folder of a source's example store, which is made if it is not there or damaged.
 
     Args:
         source: Where the records lie.
@@ -84,14 +84,20 @@ def prepare_examples(
         "preprocessing": _identity_of(source.preprocessing, say),
     }
     folder = cache / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-    if (folder / STORE).is_file():
+    title = (
+        f"{source.where}: checking examples" if progress and inventory.size >= SMALLEST_PARALLEL_BYTES else ""
+    )
+    if why_damaged(folder, title=title) is None:
         return folder
     plan = ExamplePlan(
         tokenizer, max_seq_len, targets, source.preprocessing, narrowest_dtype(vocab_size), inventory.datasets
     )
     try:
         with _held(folder, say) as parts:
-            if not (folder / STORE).is_file():
+            problem = why_damaged(folder)
+            if problem is not None:
+                if folder.exists():
+                    say(f"{source.where}: the examples are made again: {folder} {problem}")
                 _make(folder, parts, inventory, plan, vocab_size, workers, progress, source.where)
     except OSError as error:
         raise DataError(f"{folder}: it can't be written ({error.strerror or error}).") from error
@@ -125,7 +131,7 @@ def _make(
 ) -> None:
     """Tokenize what no part holds yet, then join the parts."""
     done: list[Path] = []
-    while (parts / f"{len(done):05}" / STORE).is_file():
+    while why_damaged(parts / f"{len(done):05}") is None:
         done.append(parts / f"{len(done):05}")
     units = islice(plan_units(inventory.inputs, plan.datasets, False), len(done) * UNITS_OF_A_PART, None)
     if inventory.size < SMALLEST_PARALLEL_BYTES:

@@ -5,13 +5,14 @@ An *example* is a row of ids and, for each, whether it is learned. A store is a 
     ids.bin       all ids, in the narrowest unsigned integer that holds the vocabulary
     marks.bin     a byte for each id: 1 where it is learned
     sizes.npy     (2, examples) int64: tokens of each example, and how many of them can be predicted
-    store.json    the ids' type, and what the maker says of them
+    store.json    the ids' type, sizes and hashes of the files, what the maker says, and a hash of all that
 
 What a model predicts is the next token, so an example's first token is never predicted, learned or not.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,13 +20,16 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import xxhash
 
 from mptfoundry.checkpoints.writing import whole_or_absent
+from mptfoundry.data.integrity import entry_of, fastest_hash, problem_of, problems_of
 from mptfoundry.data.shards import narrowest_dtype
 from mptfoundry.errors import CheckpointError, DataError
 
 IDS, MARKS, SIZES, STORE = "ids.bin", "marks.bin", "sizes.npy", "store.json"
-VERSION = 1
+VERSION = 2
+_DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 
 @contextmanager
@@ -51,10 +55,32 @@ def write_examples(folder: str | Path, *, vocab_size: int) -> Iterator[ExampleWr
                 writer = ExampleWriter(ids, marks, vocab_size)
                 yield writer
             np.save(path / SIZES, np.array([writer.lengths, writer.learned], np.int64))
-            content = {"version": VERSION, "dtype": writer.dtype.name, "meta": dict(writer.meta)}
-            (path / STORE).write_text(json.dumps(content))
+            files = [entry_of(path / name) for name in (IDS, MARKS, SIZES)]
+            content = {"dtype": writer.dtype.name, "files": files, "meta": dict(writer.meta)}
+            (path / STORE).write_text(
+                json.dumps({"version": VERSION, "hash": _hash(content), "content": content})
+            )
     except CheckpointError as error:
         raise DataError(str(error)) from error
+
+
+def why_damaged(folder: Path, *, title: str = "") -> str | None:
+    """What is wrong with a store, in words that follow its name; None if it holds what was written.
+
+    Args:
+        folder: Its place.
+        title: Before a progress bar over the bytes that are read; empty for none.
+    """
+    try:
+        entries = _read(folder)["files"]
+    except _DAMAGE as error:
+        return f"can't be read ({error})"
+
+    def look(entry: Mapping[str, Any]) -> str | None:
+        return problem_of(folder / entry["basename"], entry, fastest_hash(entry["hashes"]))
+
+    found = problems_of(entries, look, lambda entry: entry["bytes"], title=title)
+    return f"holds {found[0][0]['basename']}, which {found[0][1]}" if found else None
 
 
 class ExampleWriter:
@@ -108,6 +134,7 @@ class ExampleStore:
         learned: (examples,) int64, how many tokens of each are predicted and learned.
         ids: (tokens,) unsigned, all examples one after the other.
         marks: (tokens,) uint8, 1 where learned.
+        fingerprint: Of its examples, by the hashes of their files, which are not read for it.
 
     Raises:
         DataError: There is no whole store.
@@ -116,18 +143,17 @@ class ExampleStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
-            content = json.loads((self.folder / STORE).read_text())
-            if content["version"] != VERSION:
-                raise ValueError(f"its version is {content['version']}, not {VERSION}")
+            content = _read(self.folder)
             self.lengths, self.learned = np.load(self.folder / SIZES)
             self.bounds = np.concatenate([[0], np.cumsum(self.lengths)])
             self.ids = _map(self.folder / IDS, content["dtype"], int(self.bounds[-1]))
             self.marks = _map(self.folder / MARKS, "uint8", int(self.bounds[-1]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except _DAMAGE as error:
             raise DataError(
                 f"{self.folder}: holds no whole examples ({error}). Prepare them again."
             ) from error
         self.meta: dict[str, Any] = content["meta"]
+        self.fingerprint = hashlib.sha256(json.dumps(content["files"], sort_keys=True).encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -147,6 +173,21 @@ class ExampleStore:
     def __reduce__(self) -> tuple[Any, ...]:
         # A worker that is spawned opens the files itself: a memory map would be sent as what it maps.
         return ExampleStore, (self.folder,)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    """What a store says of itself. Raises one of `_DAMAGE` if that is not what was written."""
+    found = json.loads((folder / STORE).read_text())
+    if found["version"] != VERSION:
+        raise ValueError(f"its version is {found['version']}, not {VERSION}")
+    content: dict[str, Any] = found["content"]
+    if found["hash"] != _hash(content):
+        raise ValueError(f"{STORE} is damaged: its hash is not that of its content")
+    return content
+
+
+def _hash(content: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _map(path: Path, dtype: str, tokens: int) -> np.ndarray:

@@ -74,6 +74,9 @@ def build_finetuning_loader(
         passes=often,
         max_seq_len=max_seq_len,
         pad_token_id=filler_id(tokenizer),
+        fingerprints={
+            source.where: store.fingerprint for source, store in zip(sources.values(), stores, strict=True)
+        },
         where=where,
         **rows,
     )

@@ -44,8 +44,8 @@ from mptfoundry.errors import DataError
 Verify = Literal["lazy", "full", "off"]
 # A transfer may damage what it copies; the same damage twice is that of the source.
 MOST_FETCHES = 2
-# What streaming saves of the place in an epoch.
-_PLACE = {"epoch", "sample_in_epoch", "num_canonical_nodes", "shuffle_seed"}
+# What streaming reads of a data set's state in a checkpoint.
+PLACE = {"epoch", "sample_in_epoch", "num_canonical_nodes", "shuffle_seed"}
 
 log = logging.getLogger(__name__)
 
@@ -206,6 +206,7 @@ class GuardedDataset(StreamingDataset):
         where: What the user calls it, for errors.
         verify: When shards are compared with their hashes: `lazy`, before each is first read in this run;
             `full`, those that are here also when `check_files` is called; `off`, never.
+        varies: Epochs differ; otherwise each is as the first.
         streaming: Arguments of StreamingDataset; `streams` are GuardedStreams.
 
     Attributes:
@@ -214,9 +215,10 @@ class GuardedDataset(StreamingDataset):
         background_error: What failed in a thread that prepares shards.
     """
 
-    def __init__(self, *, where: str, verify: Verify, **streaming: Any) -> None:
+    def __init__(self, *, where: str, verify: Verify, varies: bool = True, **streaming: Any) -> None:
         self.where = where
         self.verify = verify
+        self.varies = varies
         self.background_error: BaseException | None = None
         self.planned = torch.full((1,), -1, dtype=torch.int64)
         super().__init__(**streaming)
@@ -305,10 +307,10 @@ class GuardedDataset(StreamingDataset):
         """Go on at the sample that the state says.
 
         Raises:
-            DataError: It is of another batch size, and with this `batching_method` the order depends on that;
-                or it is another loader's.
+            DataError: It is of another kind of loader, or of another batch size where the order of this
+                `batching_method` depends on that.
         """
-        if obj is None or _PLACE - set(obj):
+        if not isinstance(obj, Mapping) or not obj.keys() >= PLACE:
             raise DataError(
                 f"{self.where}: the checkpoint's place in the data is that of another loader. Restore that "
                 "one, or start a new run from its weights, with load_path and load_weights_only: true."
@@ -320,6 +322,10 @@ class GuardedDataset(StreamingDataset):
                 f"the batch size, which was {before} and is {self._global_batch()}. Use {before}."
             )
         super().load_state_dict(dict(obj))
+
+    def _resume(self, world: Any, epoch: int) -> tuple[int, int]:
+        """As streaming's: which epoch to read, and from which sample on."""
+        return super()._resume(world, epoch if self.varies else 0)
 
     def _global_batch(self) -> int:
         return int(self.batch_size or 0) * self._parallel_rank_world.num_ranks

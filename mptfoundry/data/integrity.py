@@ -54,18 +54,31 @@ def problem_of(path: Path, entry: Mapping[str, Any], algorithm: str | None) -> s
             return f"has {size:,} bytes, and its index says {entry['bytes']:,}"
         if algorithm is None:
             return None
-        is_xxhash = algorithm in xxhash.algorithms_available
-        digest: Any = getattr(xxhash, algorithm)() if is_xxhash else hashlib.new(algorithm)
-        with path.open("rb", buffering=0) as file:
-            while block := file.read(READ_BYTES):
-                digest.update(block)
+        digest = digest_of(path, algorithm)
     except FileNotFoundError:
         return MISSING
     except OSError as error:
         return f"can't be read ({error.strerror or error})"
-    if digest.hexdigest() != entry["hashes"][algorithm]:
+    if digest != entry["hashes"][algorithm]:
         return f"is damaged: its {algorithm} is not what its index says"
     return None
+
+
+def digest_of(path: Path, algorithm: str) -> str:
+    """The hash of a file's content, in hexadecimal digits."""
+    is_xxhash = algorithm in xxhash.algorithms_available
+    digest: Any = getattr(xxhash, algorithm)() if is_xxhash else hashlib.new(algorithm)
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(READ_BYTES):
+            digest.update(block)
+    return str(digest.hexdigest())
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """The entry of a file by the fastest hash, for an index."""
+    algorithm = FASTEST_HASHES[0]
+    hashes = {algorithm: digest_of(path, algorithm)}
+    return {"basename": path.name, "bytes": path.stat().st_size, "hashes": hashes}
 
 
 def wait_for_writer(path: Path, size: int) -> None:

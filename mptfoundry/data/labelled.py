@@ -6,6 +6,7 @@ Every record (see labelled_records.py) is checked and tokenized once, when the l
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 from bisect import bisect_right
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from composer.core import DataSpec
 from composer.utils import dist
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from mptfoundry.data.collate import NOT_LEARNED, count_samples
 from mptfoundry.data.example_sources import Source
@@ -72,11 +73,12 @@ def build_labelled_loader(
         shuffle: Shuffle anew in each epoch, from `seed`: the same order whatever the number of devices.
         drop_last: Leave out a last batch that is not full.
         num_workers: Processes that collate; 0 does it in the training process.
-        is_training: Leave out examples in which nothing to learn is left; evaluation keeps them.
+        is_training: Epochs differ, and examples in which nothing to learn is left are left out. An evaluation
+            keeps them, and always reads the samples of the first epoch, in their order.
         where: What the user calls this loader, for errors.
 
     Returns:
-        Composer's DataSpec. To resume in the middle of an epoch, Composer passes over what was seen.
+        Composer's DataSpec.
 
     Raises:
         DataError: Files are missing or damaged, a record doesn't hold what it should, or there are too few.
@@ -87,8 +89,9 @@ def build_labelled_loader(
     ]
     examples = [example for example, _ in encoded if not is_training or _is_learned(example)]
     _say_what_was_cut(sum(is_cut for _, is_cut in encoded), len(encoded) - len(examples), max_seq_len, where)
-    sampler: DistributedSampler[Any] = DistributedSampler(
-        examples,  # type: ignore[arg-type]
+    sampler = PlacedSampler(
+        range(len(examples)),  # type: ignore[arg-type]
+        varies=is_training,
         num_replicas=dist.get_world_size(),
         rank=dist.get_global_rank(),
         shuffle=shuffle,
@@ -101,7 +104,7 @@ def build_labelled_loader(
             f"Use a smaller batch, more examples, or drop_last: false."
         )
     loader: DataLoader[Any] = DataLoader(
-        examples,  # type: ignore[arg-type]
+        LabelledDataset(examples, sampler, source.where),
         batch_size=device_batch_size,
         sampler=sampler,
         collate_fn=LabelledCollator(filler_id(tokenizer)),
@@ -112,6 +115,67 @@ def build_labelled_loader(
         generator=torch.Generator().manual_seed(seed),
     )
     return DataSpec(loader, get_num_samples_in_batch=count_samples, get_num_tokens_in_batch=count_tokens)
+
+
+class PlacedSampler(DistributedSampler):
+    """Torch's DistributedSampler, which a checkpoint can place inside of an epoch.
+
+    Args:
+        varies: Epochs differ; otherwise each is as the first.
+        sampler: Arguments of DistributedSampler.
+    """
+
+    def __init__(self, *dataset: Any, varies: bool, **sampler: Any) -> None:
+        super().__init__(*dataset, **sampler)
+        self._varies = varies
+        self._resumed = (-1, 0)
+
+    def resume(self, epoch: int, samples: int) -> None:
+        """Begin `epoch` behind so many of its samples, of all ranks together."""
+        self._resumed = (epoch, samples)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Composer says which epoch is read; in an evaluation it gives the batch."""
+        super().set_epoch(epoch if self._varies else 0)
+
+    def __iter__(self) -> Iterator[Any]:
+        epoch, samples = self._resumed
+        yield from islice(
+            super().__iter__(), samples // self.num_replicas if self.epoch == epoch else 0, None
+        )
+
+
+class LabelledDataset(Dataset):
+    """Examples in memory.
+
+    Args:
+        examples: All of them.
+        sampler: Says which come next.
+        where: Their key in the config.
+
+    Attributes:
+        fingerprints: The examples' content, by their key in the config.
+    """
+
+    def __init__(self, examples: Sequence[dict[str, Any]], sampler: PlacedSampler, where: str) -> None:
+        self.examples = examples
+        self._sampler = sampler
+        digest = hashlib.sha256()
+        for example in examples:
+            for name, value in example.items():
+                content = value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
+                digest.update(f"{name} {len(content)}\n".encode() + content)
+        self.fingerprints = {where: digest.hexdigest()}
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.examples[number]
+
+    def resume(self, epoch: int, samples: int) -> None:
+        """Begin `epoch` behind so many of its samples, of all ranks together."""
+        self._sampler.resume(epoch, samples)
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from mptfoundry.data.collate import RowCollator, count_row_tokens, count_rows
 from mptfoundry.data.examples import ExampleStore
 from mptfoundry.data.order import Dealer, RowOrder
 from mptfoundry.data.packing import plan_packing
+from mptfoundry.data.text import worker_options
 from mptfoundry.errors import DataError
 
 # The number of a row that stands for none, and what it holds.
@@ -45,6 +46,7 @@ def build_row_loader(
     prefetch_factor: int = 2,
     persistent_workers: bool = True,
     timeout: float = 0,
+    fingerprints: Mapping[str, str] | None = None,
     where: str = "train_loader",
 ) -> DataSpec:
     """Build the loader of a data set or mix.
@@ -65,6 +67,7 @@ def build_row_loader(
         is_training: Epochs differ, and a run can be resumed inside of one. An evaluation is always the first.
         trims_padding: Cut rows behind the longest of the batch.
         num_workers: Processes that read; 0 reads in the training process.
+        fingerprints: The stores' content, by the streams' keys in the config.
         where: What the user calls this loader, for errors.
 
     Returns:
@@ -93,16 +96,13 @@ def build_row_loader(
     empty = (NO_ROW, np.empty(0, np.int64))
     dealer = Dealer(order.epoch, len(order), rank=rank, ranks=ranks, drop_last=drop_last, filler=empty)
     loader: DataLoader[Any] = DataLoader(
-        RowDataset(stores, order, dealer, where),
+        RowDataset(stores, order, dealer, where, fingerprints or {}),
         batch_size=device_batch_size,
         sampler=dealer,
         collate_fn=RowCollator(max_seq_len, pad_token_id, trims_padding),
         drop_last=drop_last,
-        num_workers=num_workers,
         pin_memory=pin_memory,
-        prefetch_factor=prefetch_factor if num_workers else None,
-        persistent_workers=persistent_workers and num_workers > 0,
-        timeout=timeout if num_workers else 0,
+        **worker_options(num_workers, prefetch_factor, persistent_workers, timeout),
         # Its own generator: making an iterator must not advance the random state that dropout uses.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -133,10 +133,19 @@ class RowDataset(Dataset):
         order: How they are packed.
         dealer: Goes on where a checkpoint says.
         where: What the user calls this loader, for errors.
+        fingerprints: The stores' content, by the streams' keys in the config.
     """
 
-    def __init__(self, stores: Sequence[ExampleStore], order: RowOrder, dealer: Dealer, where: str) -> None:
+    def __init__(
+        self,
+        stores: Sequence[ExampleStore],
+        order: RowOrder,
+        dealer: Dealer,
+        where: str,
+        fingerprints: Mapping[str, str],
+    ) -> None:
         self.stores = list(stores)
+        self.fingerprints = dict(fingerprints)
         self.order = order
         self.where = where
         self._dealer = dealer

@@ -6,6 +6,7 @@ readers ignore; it says with which tokenizer and sequence length the shards were
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -85,6 +86,19 @@ class ShardIndex:
     def samples(self) -> int:
         """Number of samples in all shards."""
         return sum(int(shard["samples"]) for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal samples in equal shards, whatever the files are called and compressed with.
+
+        Files that the index has no hashes of are told apart by their sizes alone.
+        """
+        shards = []
+        for shard in self.shards:
+            raw, packed = shard["raw_data"], shard["zip_data"]
+            hashes = raw["hashes"] or (packed["hashes"] if packed else {})
+            shards.append([shard["samples"], raw["bytes"], hashes])
+        return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
 
 
 def narrowest_dtype(vocab_size: int) -> str:

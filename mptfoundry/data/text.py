@@ -39,6 +39,7 @@ def build_text_loader(
     shuffle: bool = False,
     seed: int = 9176,
     drop_last: bool = True,
+    is_training: bool = True,
     num_workers: int = 0,
     sequence_ids: bool = False,
     eos_token_id: int | None = None,
@@ -66,6 +67,7 @@ def build_text_loader(
         device_batch_size: Rows in a batch of one device.
         shuffle: Shuffle anew in each epoch, from `seed`.
         drop_last: Leave out a last batch that is not full.
+        is_training: Epochs differ. An evaluation always reads the samples of the first, in their order.
         num_workers: Processes that read; 0 reads in the training process.
         sequence_ids: Add `sequence_id`, so that documents in a row do not see one another.
         eos_token_id: Ends a document, for `sequence_ids`. Default: the tokenizer's, unless BOS is given.
@@ -93,6 +95,7 @@ def build_text_loader(
         vocab_size=vocab_size,
         token_encoding_type=token_encoding_type,
         verify=verify,
+        varies=is_training,
         batch_size=device_batch_size,
         shuffle=shuffle,
         shuffle_seed=seed,
@@ -108,11 +111,8 @@ def build_text_loader(
         batch_size=device_batch_size,
         collate_fn=_collator(tokenizer, max_seq_len, sequence_ids, eos_token_id, bos_token_id, where),
         drop_last=drop_last,
-        num_workers=num_workers,
         pin_memory=torch.cuda.is_available() if pin_memory is None else pin_memory,
-        prefetch_factor=prefetch_factor if num_workers else None,
-        persistent_workers=persistent_workers and num_workers > 0,
-        timeout=timeout if num_workers else 0,
+        **worker_options(num_workers, prefetch_factor, persistent_workers, timeout),
         # Its own generator: making an iterator must not advance the random state that dropout uses.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -129,6 +129,9 @@ class TextDataset(GuardedDataset):
         vocab_size: Each id must be below it.
         token_encoding_type: Type of the ids where they are stored as bytes.
         guarded: Arguments of GuardedDataset.
+
+    Attributes:
+        fingerprints: The content of each stream, by its key in the config.
     """
 
     def __init__(
@@ -146,6 +149,7 @@ class TextDataset(GuardedDataset):
         self.max_seq_len = max_seq_len
         self.vocab_size = vocab_size
         self.token_encoding_type = token_encoding_type
+        self.fingerprints: dict[str, str] = {}
         super().__init__(**guarded)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
@@ -225,6 +229,18 @@ class TextLoader(StreamingDataLoader):
             )
 
 
+def worker_options(
+    num_workers: int, prefetch_factor: int, persistent_workers: bool, timeout: float
+) -> dict[str, Any]:
+    """Arguments of PyTorch's DataLoader, which takes those of workers only where there are some."""
+    return {
+        "num_workers": num_workers,
+        "prefetch_factor": prefetch_factor if num_workers else None,
+        "persistent_workers": persistent_workers and num_workers > 0,
+        "timeout": timeout if num_workers else 0,
+    }
+
+
 def filler_id(tokenizer: Any) -> int:
     """The id that fills short rows (padding, or else EOS, or else 0); it is masked by place, not by value."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
@@ -287,7 +303,9 @@ def _check_streams(dataset: TextDataset, sources: Sequence[Source], tokenizer: A
     """Compare each stream's index with the run; look into shards whose index says nothing."""
     unknown = []
     for position, source in enumerate(sources):
-        if check_shards(source, tokenizer, dataset.max_seq_len).meta is None:
+        index = check_shards(source, tokenizer, dataset.max_seq_len)
+        dataset.fingerprints[source.where] = index.fingerprint
+        if index.meta is None:
             unknown.append(source)
             _check_some_samples(dataset, position, source)
     warn_of_unknown(unknown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,60 @@ def test_a_preparation_that_is_killed_goes_on_where_it_was(
     assert content(prepare(file, tiny_tokenizer, cache)) == whole
     assert units[10] == resumed_at
     assert not parts.exists()
+
+
+def zero(file: Path) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 16
+    file.write_bytes(content)
+
+
+def as_an_older_version(file: Path) -> None:
+    file.write_text(json.dumps({"version": 1, "dtype": "uint16", "meta": {}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        ("ids.bin", zero),
+        ("marks.bin", flip),
+        ("sizes.npy", flip),
+        ("store.json", flip),
+        ("store.json", zero),
+        ("store.json", as_an_older_version),
+        ("ids.bin", Path.unlink),
+    ],
+)
+def test_damaged_examples_are_made_again_and_that_is_said(
+    file: Path, tmp_path: Path, tiny_tokenizer: Any, name: str, damage: Callable[[Path], None]
+) -> None:
+    cache = tmp_path / "cache"
+    folder = prepare(file, tiny_tokenizer, cache)
+    whole, said = content(folder), []
+    damage(folder / name)
+    assert prepare(file, tiny_tokenizer, cache, say=said.append) == folder
+    assert content(folder) == whole
+    (line,) = said
+    assert line.startswith(f"train_loader.dataset: the examples are made again: {folder} ")
+    assert prepare(file, tiny_tokenizer, cache, say=said.append) == folder and len(said) == 1
+
+
+def test_a_damaged_part_of_a_preparation_is_not_taken_over(
+    file: Path, tmp_path: Path, tiny_tokenizer: Any, small_units: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = content(prepare(file, tiny_tokenizer, tmp_path / "whole"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(example_cache, "_append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        prepare(file, tiny_tokenizer, tmp_path / "cache")
+    (parts,) = (tmp_path / "cache").iterdir()
+    kept = prepare(file, tiny_tokenizer, tmp_path / "other")
+    shutil.copytree(kept, parts / "00000")
+    zero(parts / "00000" / "ids.bin")
+    assert content(prepare(file, tiny_tokenizer, tmp_path / "cache")) == whole
 
 
 def test_several_processes_make_the_same_examples(

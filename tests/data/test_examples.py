@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mptfoundry.data.examples import ExampleStore, write_examples
+from mptfoundry.data.examples import ExampleStore, why_damaged, write_examples
 from mptfoundry.errors import DataError
+from tests.fuzz import damaged_bytes, odd_values
 
 EXAMPLES = (([5, 6, 7], [0, 1, 1]), ([9], [1]), ([300, 2], [1, 0]))
 
@@ -86,9 +87,29 @@ def test_a_damaged_store_is_refused_by_name(tmp_path: Path) -> None:
     (folder / "ids.bin").write_bytes(b"123")
     with pytest.raises(DataError, match=r"ids.bin has 3 bytes, not 12"):
         ExampleStore(folder)
-    (folder / "store.json").write_text(json.dumps({"version": 2}))
-    with pytest.raises(DataError, match="its version is 2, not 1"):
+    (folder / "store.json").write_text(json.dumps({"version": 1}))
+    with pytest.raises(DataError, match="its version is 1, not 2"):
         ExampleStore(folder)
+
+
+def test_damaged_bytes_are_found_in_every_file(tmp_path: Path) -> None:
+    folder = store_in(tmp_path / "store").folder
+    assert why_damaged(folder) is None
+    fingerprint = ExampleStore(folder).fingerprint
+    for file in sorted(folder.iterdir()):
+        content = file.read_bytes()
+        for what, changed in damaged_bytes(content, seed=len(content), count=40):
+            file.write_bytes(changed)
+            assert (why_damaged(folder) is None) == (changed == content), (file.name, what)
+        file.write_bytes(content)
+    content = json.loads((folder / "store.json").read_text())
+    for what, changed in odd_values(content, seed=3, count=60):
+        (folder / "store.json").write_text(json.dumps(changed))
+        assert changed == content or why_damaged(folder), what
+    (folder / "store.json").write_text(json.dumps(content))
+    assert store_in(tmp_path / "again").fingerprint == fingerprint
+    (folder / "ids.bin").unlink()
+    assert why_damaged(folder) == "holds ids.bin, which is missing"
 
 
 def test_a_place_that_cannot_be_written_to_is_a_data_error(tmp_path: Path) -> None:

@@ -245,6 +245,21 @@ def test_a_record_that_holds_something_else_is_named(
         build([good, {**good, **change}], task)
 
 
+def test_examples_have_a_fingerprint_of_their_content(build: Build) -> None:
+    prints = [
+        build(records, task).dataloader.dataset.fingerprints["train_loader.dataset"]
+        for records, task in (
+            (TEXTS, "sequence"),
+            (TEXTS, "sequence"),
+            ([{**TEXTS[0], "label": "yes"}, *TEXTS[1:]], "sequence"),
+            ([{**TEXTS[0], "text": TEXTS[0]["text"].replace("0", "1")}, *TEXTS[1:]], "sequence"),
+            ([QUESTION], "span"),
+            ([{**QUESTION, "answers": {"text": ["total", "left"], "answer_start": [4, 10]}}], "span"),
+        )
+    ]
+    assert prints[0] == prints[1] and len(set(prints)) == 5
+
+
 def test_a_column_that_is_missing_is_asked_for(build: Build) -> None:
     with pytest.raises(DataError, match=r"text: is missing; there are label. Name it: dataset.fields.text"):
         build([{"label": "no"}])
