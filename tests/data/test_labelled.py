@@ -291,6 +291,8 @@ def test_a_line_that_is_no_record_is_named(build: Build, tmp_path: Path, content
 def test_a_place_without_examples_is_named(build: Build, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train_loader.dataset.split: .* has no val: .*There are train"):
         build(TEXTS, local=str(tmp_path), split="val")
+    with pytest.raises(DataError, match=r"train_loader.dataset.split: train\[:2\]: slices are not read from"):
+        build(TEXTS, split="train[:2]")
     (tmp_path / "bad.parquet").write_text("no")
     with pytest.raises(DataError, match=r"bad.parquet: this is no readable Parquet file"):
         build(TEXTS, local=str(tmp_path / "bad.parquet"))
