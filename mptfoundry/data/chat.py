@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mptfoundry.data.records import a_type, a_word, shown, text_of
+from mptfoundry.data.records import a_type, a_word, counted, shown, text_of
 from mptfoundry.errors import ConfigError, first_line
 from mptfoundry.tokenizer import default_template
 
@@ -102,7 +102,7 @@ def turns_of(record: Any, tokenizer: Any, *, needs_all: bool = True) -> Turns:
         prompt = "\n".join([prompt, *(_text(record, name) for name in extras)])
         prompt = INSTRUCTION.format(instruction=prompt)
     turn = prompt, _text(record, answers[0], known=record)
-    return Turns([turn], False, _unused(record, {asks, *answers, *extras}))
+    return Turns([turn], False, unused(record, {asks, *answers, *extras}))
 
 
 def complete_forms(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
@@ -144,11 +144,12 @@ def _conversation(record: Mapping[str, Any], field: str, tokenizer: Any, needs_a
         used.add("system")
     turns = _render(messages, field, len(messages) - len(given), tokenizer, needs_all)
     names = {str(key) for message in given for key, value in message.items() if value is not None}
-    unused = {f"{field}[].{name}" for name in names - set(keys)}
-    return Turns(turns, True, _unused(record, used) | unused)
+    others = {f"{field}[].{name}" for name in names - set(keys)}
+    return Turns(turns, True, unused(record, used) | others)
 
 
-def _unused(record: Mapping[str, Any], used: set[str]) -> frozenset[str]:
+def unused(record: Mapping[str, Any], used: set[str]) -> frozenset[str]:
+    """The columns that hold something and are not among the used ones."""
     return frozenset(str(name) for name in record if _has(record, name)) - used
 
 
@@ -170,9 +171,7 @@ def _keys_of(messages: Sequence[Any], usual: tuple[str, str]) -> tuple[str, str]
 def _messages(given: Sequence[Any], field: str, role_key: str, text_key: str) -> list[dict[str, str]]:
     """The messages by `role` and `content`, checked."""
     if len(given) < 2:
-        raise RecordError(
-            field, f"has {len(given)} message{'s' * (len(given) != 1)}. A conversation needs two or more"
-        )
+        raise RecordError(field, f"has {counted(len(given), 'message')}. A conversation needs two or more")
     messages: list[dict[str, str]] = []
     for number, message in enumerate(given):
         place = f"{field}[{number}]"

@@ -81,9 +81,9 @@ def find_records(source: Source, cache: Path) -> Inventory:
 def _refuse_slice(source: Source) -> None:
     if source.split and "[" in source.split:
         raise DataError(
-            f"{source.where}.split: {source.split}: slices are not read from files, only from data sets of "
-            f"the hub. Use split: {source.split.partition('[')[0]}, and put the records to be read into a file "
-            "of their own."
+            f"{source.where}.split: {source.split}: slices are read from data sets of the hub alone. "
+            f"Use split: {source.split.partition('[')[0]}, and put the records to read into a file of their "
+            "own."
         )
 
 

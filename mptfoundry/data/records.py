@@ -408,6 +408,11 @@ def a_word(name: str) -> str:
     return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
 
 
+def counted(number: int, noun: str) -> str:
+    """How many there are, in words: `1 record`, `1,200 records`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def shown(value: Any) -> str:
     """A value of a record for an error: short, and on one line."""
     return _SHORT.repr(value)

@@ -26,6 +26,8 @@ from mptfoundry.data.chat import RecordError
 from mptfoundry.data.collate import NOT_LEARNED
 from mptfoundry.data.records import a_type, shown
 
+# What is looked at.
+COLUMNS = {"turns", "input_ids", "labels", "attention_mask"}
 WIDEST_BYTES = 8
 # Fewer ids than this may well be 0 in every second place: a token and EOS.
 FEWEST_IDS_JUDGED = 4

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from mptfoundry.data.chat import RecordError, Turns, complete_forms, turns_of
+from mptfoundry.data.chat import RecordError, Turns, complete_forms, turns_of, unused
 from mptfoundry.data.records import BadInput, Row, Unit, a_type, read_rows
-from mptfoundry.data.tokens import Ids, Masked, TokenReader, is_tokenized
+from mptfoundry.data.tokens import COLUMNS, Ids, Masked, TokenReader, is_tokenized
 from mptfoundry.data.work import MOST_PROBLEMS_KEPT
 from mptfoundry.errors import DataError, first_line
 from mptfoundry.tokenizer import count_ids
@@ -216,7 +216,8 @@ class ExampleMaker:
                 ) from error
             said = turns_of(record, self.plan.tokenizer, needs_all=not self.plan.targets.is_last_answer)
             counts.chats += said.is_chat
-            counts.ignore(dict.fromkeys(said.ignored, 1))
+        ignored = said.ignored if isinstance(said, Turns) else unused(record, COLUMNS)
+        counts.ignore(dict.fromkeys(sorted(ignored), 1))
         forms = [("input_ids", "labels")] * is_tokenized(record) + [*complete_forms(record)]
         if len(forms) > 1:
             counts.doubles += 1
