@@ -127,11 +127,24 @@ def _prepare(words: list[str]) -> None:
 
 
 def _preview(words: list[str]) -> None:
-    options = _options(words, "PreviewConfig", "data")
-    with _importing():
-        from mptfoundry.preview import preview
+    from mptfoundry.config.load import CONFIG_SUFFIXES
+    from mptfoundry.config.schema import field_types
+    from mptfoundry.config.verbs import PreviewConfig
 
-    print(preview(options))
+    known = field_types(PreviewConfig)
+    own = [word for word in words if not KEY.match(word) or word.partition("=")[0] in known]
+    options = _options(own, "PreviewConfig", "data")
+    overrides = [word for word in words if word not in own]
+    if overrides and not options.data.endswith(CONFIG_SUFFIXES):
+        _options(words, "PreviewConfig", "data")
+    with _importing():
+        from mptfoundry.preview import RunWouldEnd, preview
+
+    try:
+        print(preview(options, overrides))
+    except RunWouldEnd as error:
+        print(error.text)
+        raise
 
 
 def _export(words: list[str]) -> None:

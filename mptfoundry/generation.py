@@ -17,6 +17,7 @@ import torch
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.mpt.config import MPTConfig
+from mptfoundry.tokenizer import default_template
 
 if TYPE_CHECKING:
     from mptfoundry.mpt.network import MPT
@@ -305,7 +306,7 @@ def chat(
         output_fn: Shows a piece of text; adds no line break.
     """
     talk = _Talk(tokenizer, network.config, system, max_new_tokens)
-    if tokenizer.chat_template is None:
+    if default_template(tokenizer) is None:
         output_fn("The tokenizer has no chat template: your lines are continued as plain text.\n")
     output_fn("/quit ends, /new begins again.\n")
     try:
@@ -357,11 +358,16 @@ class _Talk:
 
     def _encoded(self) -> list[int]:
         system = [{"role": "system", "content": self.system}] if self.system else []
-        if self.tokenizer.chat_template is None:
+        template = default_template(self.tokenizer)
+        if template is None:
             text = "".join(turn["content"] for turn in system + self.turns)
             return encode_prompt(self.tokenizer, text, self.config)
         return list(
             self.tokenizer.apply_chat_template(
-                system + self.turns, add_generation_prompt=True, tokenize=True, return_dict=False
+                system + self.turns,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=False,
+                chat_template=template,
             )
         )

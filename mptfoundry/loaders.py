@@ -143,7 +143,12 @@ def finetuning_sources(
             )
         keys = ("hf_name", "hf_kwargs", "remote", "local", "split")
         options = {key: getattr(given, key) for key in keys}
-        sources[name] = Source(place, **options, preprocessing=given.preprocessing_fn)
+        sources[name] = Source(
+            place,
+            **options,
+            preprocessing=given.preprocessing_fn,
+            token_encoding_type=dataset.token_encoding_type,
+        )
     targets = Targets(dataset.target_prompts, dataset.target_responses)
     return sources, targets, cache_folder(dataset.cache_folder)
 

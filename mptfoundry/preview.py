@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from mptfoundry.config.data import FinetuningLoaderConfig, TextLoaderConfig
-from mptfoundry.config.load import load_train_config
+from mptfoundry.config.load import CONFIG_SUFFIXES, load_train_config
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import PreviewConfig
 from mptfoundry.data.mix import describe_mix, draw_mix, mix_table
@@ -16,14 +16,27 @@ from mptfoundry.data.preview import preview as preview_folder
 from mptfoundry.errors import ConfigError, DataError
 
 
-def preview(options: PreviewConfig) -> str:
+class RunWouldEnd(DataError):
+    """A run would end before its first batch; `text` is the preview."""
+
+    def __init__(self, reasons: Sequence[str], text: str) -> None:
+        super().__init__("\n".join(f"A run would end here. {reason}" for reason in reasons))
+        self.text = text
+
+
+def preview(options: PreviewConfig, words: Sequence[str] = ()) -> str:
     """Decoded samples of a folder of shards, or of every stream of a config with the mix that a run reads.
+
+    Args:
+        options: Of the verb.
+        words: `key=value` words that override a config.
 
     Raises:
         ConfigError, DataError: Something named is missing or can't be read.
+        RunWouldEnd: More records of a config's stream are bad or dropped than it allows.
     """
     color = sys.stdout.isatty()
-    if Path(options.data).suffix not in (".yaml", ".yml"):
+    if not options.data.endswith(CONFIG_SUFFIXES):
         if options.picture:
             raise ConfigError(
                 "picture: a mix can be drawn of a config only. Name a YAML file in place of shards."
@@ -36,10 +49,10 @@ def preview(options: PreviewConfig) -> str:
             token_encoding_type=options.token_encoding_type or "int64",
             color=color,
         )
-    return _preview_config(options, color)
+    return _preview_config(options, words, color)
 
 
-def _preview_config(options: PreviewConfig, color: bool) -> str:
+def _preview_config(options: PreviewConfig, words: Sequence[str], color: bool) -> str:
     if options.split:
         raise ConfigError(
             "split: a config says the split of each stream. Remove it, or name a folder of shards."
@@ -49,8 +62,8 @@ def _preview_config(options: PreviewConfig, color: bool) -> str:
             "token_encoding_type: a config says it, as train_loader.dataset.token_encoding_type. Remove it, "
             "or name a folder of shards."
         )
-    words = [f"variables.{name}={json.dumps(value)}" for name, value in options.variables.items()]
-    config, _ = load_train_config(options.data, [*words, f"allow_code={str(options.allow_code).lower()}"])
+    allow_code = f"allow_code={str(options.allow_code).lower()}"
+    config, _ = load_train_config(options.data, [*words, allow_code])
     if isinstance(config.train_loader, FinetuningLoaderConfig):
         return _preview_finetuning(config, config.train_loader, options, color)
     if not isinstance(config.train_loader, TextLoaderConfig):
@@ -89,8 +102,9 @@ def _preview_finetuning(
 ) -> str:
     """Tokenizes what is not tokenized yet; the run finds it done."""
     from mptfoundry.data.example_preview import preview_examples
-    from mptfoundry.data.finetuning import judge, load_examples
+    from mptfoundry.data.finetuning import load_examples, why_not
     from mptfoundry.data.packing import plan_packing
+    from mptfoundry.data.records import counted
     from mptfoundry.loaders import finetuning_sources
     from mptfoundry.tokenizer import load_tokenizer
 
@@ -100,14 +114,17 @@ def _preview_finetuning(
     stores = load_examples(
         sources, tokenizer, max_seq_len=length, targets=targets, cache=cache, where="train_loader"
     )
-    parts = []
+    parts, reasons = [], []
     for (name, source), store in zip(sources.items(), stores, strict=True):
         text = preview_examples(store, tokenizer, max_seq_len=length, samples=options.samples, color=color)
         packing = plan_packing(store.lengths, length, dataset.packing_ratio, (config.seed,))
-        rows = f"{packing.rows:,} rows, {packing.ratio:.2f} examples in each, {packing.fill:.1%} of it filled"
-        parts.append(f"{name}: {rows}\n{text}")
-        try:
-            judge(store, source.where, dataset.max_bad_records, dataset.max_dropped)
-        except DataError as error:
-            parts.append(f"A run would end here. {error}")
-    return "\n\n".join(parts)
+        rows = f"{counted(packing.rows, 'row')}, {packing.ratio:.2f} examples in each"
+        parts.append(f"{name}: {rows}, {packing.fill:.1%} of it filled\n{text}")
+        refusal = why_not(store, source.where, dataset.max_bad_records, dataset.max_dropped)
+        if refusal is not None:
+            # The records themselves are named above.
+            reasons.append(f"{refusal.reason}. {refusal.advice}")
+    text = "\n\n".join(parts)
+    if reasons:
+        raise RunWouldEnd(reasons, text)
+    return text

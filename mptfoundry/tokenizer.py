@@ -108,6 +108,23 @@ def backend_parts(tokenizer: Any) -> dict[str, Any]:
     return parts
 
 
+def default_template(tokenizer: Any) -> str | None:
+    """The chat template that transformers uses unless told otherwise; None if the tokenizer has none.
+
+    Raises:
+        ConfigError: It has several by name, and none of them is the default.
+    """
+    template = tokenizer.chat_template
+    if not isinstance(template, Mapping):
+        return template or None
+    if "default" not in template:
+        raise ConfigError(
+            f"tokenizer: it has the chat templates {', '.join(template)}, and none is called default. Rename "
+            "the one to use to default, or keep one alone."
+        )
+    return str(template["default"])
+
+
 def count_ids(tokenizer: Any) -> int:
     """One more than the largest id that the tokenizer can give (gaps in the numbering count)."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)

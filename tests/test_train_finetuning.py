@@ -13,11 +13,10 @@ from typing import Any
 import pytest
 
 from mptfoundry.callbacks.metrics_file import read_rows
+from mptfoundry.cli import main
 from mptfoundry.config.load import load_train_config
-from mptfoundry.config.verbs import PreviewConfig
 from mptfoundry.data.chat import CHATML
 from mptfoundry.errors import ConfigError
-from mptfoundry.preview import preview
 from mptfoundry.tokenizer import load_tokenizer
 from mptfoundry.train import train
 
@@ -195,12 +194,35 @@ def test_records_that_were_edited_at_equal_lengths_are_refused(
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
-def test_preview_shows_what_a_run_would_learn_and_why_it_would_end(small: Callable[..., Path]) -> None:
+def test_preview_shows_what_a_run_would_learn_and_why_it_would_end(
+    small: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     config = small([TALK, TALK, {"prompt": "x"}])
-    text = preview(PreviewConfig(data=str(config), samples=1))
-    assert text.startswith("data: 2 rows, 1.00 examples in each, ")
+    assert main(["preview", str(config), "samples=1"]) == 1
+    text, error = capsys.readouterr()
+    assert text[text.index("data: 2 rows") :].startswith("data: 2 rows, 1.00 examples in each, ")
     assert "<|im_start|>assistant\n⟦b<|im_end|>\n<|endoftext|>⟧" in text
-    assert "A run would end here. train_loader.dataset: 1 of 3 records are bad:" in text
+    assert (text + error).count("response: is missing or null") == 1
+    assert "A run would end here. train_loader.dataset: 1 of 3 records is bad. Fix them, or" in error
+    assert main(["preview", str(config), "train_loader.dataset.max_bad_records=1", "max_seq_len=32"]) == 0
+    assert "cut at max_seq_len, 32: 0" in capsys.readouterr().out
+    assert main(["preview", str(config), "train_loader.dataset.max_bad=1"]) == 2
+    assert "train_loader.dataset.max_bad" in capsys.readouterr().err
+    assert main(["preview", str(config.parent), "max_seq_len=32"]) == 2
+    assert "max_seq_len" in capsys.readouterr().err
+
+
+def test_preview_of_records_that_are_all_bad_is_an_error_of_two_sentences(
+    small: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["preview", str(small([7]))]) == 1
+    text, error = capsys.readouterr()
+    assert "0 examples of 1 record; 0 tokens" in text
+    assert (
+        error.strip()
+        .splitlines()[-1]
+        .endswith("1 of 1 record is bad. Fix them, or leave them out with dataset.max_bad_records: 1.")
+    )
 
 
 def test_all_ranks_wait_for_the_one_that_prepares_and_share_its_error(

@@ -10,6 +10,7 @@ from mptfoundry.config.forms import (
     ByteSize,
     SampleCount,
     TargetPrompts,
+    TokenType,
     check_at_least,
     parse_bytes,
     parse_count,
@@ -130,9 +131,7 @@ class TextDatasetConfig:
     batching_method: Literal["random", "stratified", "per_stream", "device_per_stream"] = "random"
     replication: Literal[1] | None = None
     allow_unsafe_types: Literal[False] = False
-    token_encoding_type: Literal["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"] = (
-        "int64"
-    )
+    token_encoding_type: TokenType = "int64"
     eos_token_id: int | None = None
     bos_token_id: int | None = None
 
@@ -231,8 +230,9 @@ class LabelledLoaderConfig(_AnyLoaderConfig):
 class FinetuningDatasetConfig:
     """Prompts and responses, or conversations, of which only some tokens are learned.
 
-    A record has `prompt` and `response` (or `completion`), or `messages`, or ShareGPT's `conversations`, or
-    `instruction`, perhaps `input`, and `output`. It is tokenized once, and kept on disk.
+    A record has `prompt` and `response` (or `completion`), or `messages`, or ShareGPT's `conversations`,
+    or `instruction`, perhaps `input`, and `output` (or `context` and `response`), or `input_ids` and
+    `labels`. It is tokenized once, and kept on disk.
 
     Attributes:
         streams: A mix: named sources. A stream given as null is left out.
@@ -257,6 +257,8 @@ class FinetuningDatasetConfig:
         max_bad_records: Records of a source that may be left out since they are not what they should be.
         max_dropped: Share of a source's examples that may be dropped since what is learned of them lies
             past `max_seq_len`.
+        token_encoding_type: Integer type of `input_ids` and `labels` stored as bytes; lists and arrays know
+            their own.
         cache_folder: Folder of tokenized examples. Default: `~/.cache/mptfoundry/examples`.
     """
 
@@ -278,6 +280,7 @@ class FinetuningDatasetConfig:
     shuffle_seed: int | None = None
     max_bad_records: int = 0
     max_dropped: float = 0.2
+    token_encoding_type: TokenType = "int64"
     cache_folder: str | None = None
     epoch_size: ClassVar[None] = None
     separates_documents: ClassVar[bool] = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 
 @dataclass(frozen=True)
@@ -70,4 +70,5 @@ def check_targets(value: str) -> None:
 
 ByteSize = Annotated[int | str, Form("a size, such as 1000000 or 100gb", parse_bytes)]
 SampleCount = Annotated[int | str, Form("a number, such as 10000 or 64M", parse_count)]
+TokenType = Literal["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"]
 TargetPrompts = Annotated[str, Form("none, all, or length>=N, such as length>=512", check_targets)]

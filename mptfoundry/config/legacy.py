@@ -144,9 +144,10 @@ REFUSED: dict[tuple[str, str], str] = {
 for _name in (
     *("predownload", "cache_limit", "partition_algo", "num_canonical_nodes", "shuffle_algo", "keep_zip"),
     *("shuffle_block_size", "sampling_method", "sampling_granularity", "batching_method", "validate_hash"),
-    *("download_retry", "download_timeout", "replication", "allow_unsafe_types", "token_encoding_type"),
+    *("download_retry", "download_timeout", "replication", "allow_unsafe_types"),
 ):
     REFUSED["FinetuningDatasetConfig", _name] = REFUSED["RecordsConfig", _name] = _ONCE
+REFUSED["RecordsConfig", "token_encoding_type"] = "say it for all streams, in dataset.token_encoding_type."
 for _name in (
     *("moe_num_experts", "moe_top_k", "moe_loss_weight", "moe_lbl_in_fp32", "moe_world_size", "mlp_impl"),
     *("moe_weight_parallelism", "uniform_expert_assignment", "memory_optimized_mlp"),

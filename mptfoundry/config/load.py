@@ -25,6 +25,7 @@ from mptfoundry.config.walk import build
 from mptfoundry.errors import ConfigError
 
 T = TypeVar("T")
+CONFIG_SUFFIXES = (".yaml", ".yml")
 
 
 def load_train_config(path: str | Path, words: Sequence[str] = ()) -> tuple[TrainConfig, list[str]]:

@@ -70,6 +70,8 @@ class PrepareConfig:
 class PreviewConfig:
     """Show samples of a data set as text, and the mix that a config reads.
 
+    Further words, such as `max_seq_len=512`, override the config, as for `train`.
+
     Attributes:
         data: Folder of shards, or a training config: then each of its streams.
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: what the shards or the config name.
@@ -78,7 +80,6 @@ class PreviewConfig:
         token_encoding_type: Integer type of `tokens` stored as bytes, in a folder of shards. Default: int64.
         picture: File to draw a config's data mix into, such as `mix.png`.
         allow_code: Run the `preprocessing_fn` that a config names. On the command line only.
-        variables: Values that a config refers to as `${variables.x}`.
     """
 
     data: str
@@ -90,7 +91,6 @@ class PreviewConfig:
     ) = None
     picture: str | None = None
     allow_code: bool = False
-    variables: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_at_least(self, samples=0)

@@ -34,7 +34,7 @@ from mptfoundry.data.work import in_processes
 from mptfoundry.errors import DataError
 from mptfoundry.tokenizer import backend_parts, count_ids, fingerprint
 
-VERSION = 2
+VERSION = 3
 UNITS_OF_A_PART = 16
 SMALLEST_PARALLEL_BYTES = 1 << 23
 
@@ -82,6 +82,7 @@ def prepare_examples(
         "max_seq_len": max_seq_len,
         "targets": asdict(targets),
         "preprocessing": _identity_of(source.preprocessing, say),
+        "token_encoding_type": source.token_encoding_type,
     }
     folder = cache / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     title = (
@@ -90,7 +91,13 @@ def prepare_examples(
     if why_damaged(folder, title=title) is None:
         return folder
     plan = ExamplePlan(
-        tokenizer, max_seq_len, targets, source.preprocessing, narrowest_dtype(vocab_size), inventory.datasets
+        tokenizer,
+        max_seq_len,
+        targets,
+        source.preprocessing,
+        narrowest_dtype(vocab_size),
+        inventory.datasets,
+        source.token_encoding_type,
     )
     try:
         with _held(folder, say) as parts:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
 import numpy as np
 
+from mptfoundry.data.chat import CHATML
 from mptfoundry.data.examples import ExampleStore
+from mptfoundry.data.finetuning import columns_not_read
 from mptfoundry.data.preview import shorten
+from mptfoundry.data.records import counted
+from mptfoundry.tokenizer import count_ids, default_template
 
 LEARNED, PLAIN = "\x1b[32m", "\x1b[0m"
 BARS = 10
@@ -31,16 +36,42 @@ def preview_examples(
     counts, tokens, learned = store.meta["counts"], int(store.lengths.sum()), int(store.learned.sum())
     kept = len(store)
     blocks = [
-        f"{kept:,} examples of {counts['records']:,} records; {tokens:,} tokens, of which {learned:,} are "
-        f"learned ({learned / max(tokens, 1):.1%})",
-        "\n".join(_left_out(counts, max_seq_len)),
+        f"{counted(kept, 'example')} of {counted(counts['records'], 'record')}; {counted(tokens, 'token')}, "
+        f"of which {learned:,} are learned ({learned / max(tokens, 1):.1%})",
+        "\n".join(_left_out(store, max_seq_len)),
         histogram(store.lengths),
     ]
     for number in sorted({round(at) for at in np.linspace(0, kept - 1, min(samples, kept))}):
         ids, marks = store[number]
-        head = f"example {number:,} of {kept:,}: {len(ids):,} tokens, {store.learned[number]:,} learned"
+        head = (
+            f"example {number:,} of {kept:,}: {counted(len(ids), 'token')}, {store.learned[number]:,} learned"
+        )
         blocks.append(f"{head}\n{show_learned(ids, marks, tokenizer, color=color)}")
+    if counts["chats"] and (note := split_marks(tokenizer)):
+        blocks.append(note)
     return "\n\n".join(blocks)
+
+
+def split_marks(tokenizer: Any) -> str:
+    """What to do about marks of the chat template, such as `<|im_start|>`, that are several tokens each.
+
+    Empty if there are none.
+    """
+    template = default_template(tokenizer) or CHATML
+    sizes = {
+        mark: len(tokenizer(mark, add_special_tokens=False)["input_ids"])
+        for mark in dict.fromkeys(re.findall(r"<\|[\w-]+\|>", template))
+    }
+    split = {mark: size for mark, size in sizes.items() if size > 1}
+    if not split:
+        return ""
+    names = ", ".join(f"{mark} ({size} tokens)" for mark, size in split.items())
+    return (
+        f"note: the chat template writes {names}, of which this tokenizer has no token of its own. Make each "
+        f"of them one token: tokenizer.add_tokens({[*split]}, special_tokens=True), "
+        "tokenizer.save_pretrained(FOLDER), then tokenizer.name: FOLDER and a vocab_size of "
+        f"{count_ids(tokenizer) + len(split)} or more."
+    )
 
 
 def show_learned(ids: np.ndarray, learned: np.ndarray, tokenizer: Any, *, color: bool = False) -> str:
@@ -70,7 +101,8 @@ def histogram(lengths: Sequence[int] | np.ndarray) -> str:
     return "\n".join(lines)
 
 
-def _left_out(counts: Mapping[str, Any], max_seq_len: int) -> list[str]:
+def _left_out(store: ExampleStore, max_seq_len: int) -> list[str]:
+    counts = store.meta["counts"]
     records = max(1, counts["records"])
 
     def share(number: int) -> str:
@@ -80,6 +112,9 @@ def _left_out(counts: Mapping[str, Any], max_seq_len: int) -> list[str]:
     lines += [f"dropped, since nothing to learn is left: {share(counts['dropped'])}"]
     lines += [f"  {line}" for line in counts["drops"]]
     lines += [f"bad records: {share(counts['bad'])}", *(f"  {line}" for line in counts["problems"])]
+    if counts["doubles"]:
+        lines.append(f"records of two forms, of which one is read: {share(counts['doubles'])}")
+        lines += [f"  {line}" for line in counts["choices"]]
     if counts["ignored"]:
-        lines.append(f"columns not looked at: {', '.join(counts['ignored'])}")
+        lines.append(f"columns not looked at: {columns_not_read(store)}")
     return lines

@@ -34,6 +34,7 @@ class Source:
     Attributes:
         where: What the user calls it, for errors: `train_loader.dataset.streams.chat`.
         preprocessing: What makes records of ours from the user's; see ExamplePlan.
+        token_encoding_type: Integer type of ids that records hold as bytes.
     """
 
     where: str
@@ -43,6 +44,7 @@ class Source:
     local: str | None = None
     split: str | None = None
     preprocessing: str | Mapping[str, str] | None = None
+    token_encoding_type: str = "int64"
 
 
 def find_records(source: Source, cache: Path) -> Inventory:
@@ -56,6 +58,7 @@ def find_records(source: Source, cache: Path) -> Inventory:
         DataError: It is missing, can't be read or fetched, or holds no records.
     """
     if source.remote and "://" in source.remote:
+        _refuse_slice(source)
         return _shards(_fetch_shards(source, cache), source)
     key = next(key for key in ("hf_name", "remote", "local") if getattr(source, key))
     place = getattr(source, key)
@@ -63,6 +66,7 @@ def find_records(source: Source, cache: Path) -> Inventory:
     is_builder = place in BUILDERS and (data_files or data_dir)
     folder = (Path() if is_builder else Path(place).expanduser()) / Path(data_dir).expanduser()
     if folder.exists():
+        _refuse_slice(source)
         for other in sorted(set(source.hf_kwargs) - {"data_files", "data_dir"}):
             raise DataError(f"{source.where}.hf_kwargs.{other}: has no effect on local files. Remove it.")
         return _local(folder, data_files, source)
@@ -73,6 +77,15 @@ def find_records(source: Source, cache: Path) -> Inventory:
             f"{source.where}.hf_name: {place}: a URL of shards is a remote. Copy other files here."
         )
     return _hub(source)
+
+
+def _refuse_slice(source: Source) -> None:
+    if source.split and "[" in source.split:
+        raise DataError(
+            f"{source.where}.split: {source.split}: slices are read from data sets of the hub alone. "
+            f"Use split: {source.split.partition('[')[0]}, and put the records to read into a file of their "
+            "own."
+        )
 
 
 def digest_of(inventory: Inventory) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,10 +21,13 @@ from mptfoundry.data.example_sources import Source
 from mptfoundry.data.examples import ExampleStore
 from mptfoundry.data.once import once_per_node
 from mptfoundry.data.order import passes
+from mptfoundry.data.records import counted, shown
 from mptfoundry.data.rows import build_row_loader
 from mptfoundry.data.text import filler_id
 from mptfoundry.data.turns import Targets
 from mptfoundry.errors import DataError
+
+MOST_COLUMNS_NAMED = 20
 
 log = logging.getLogger(__name__)
 
@@ -109,42 +113,84 @@ def load_examples(
     stores = [ExampleStore(folder) for folder in folders]
     for store, source in zip(stores, sources.values(), strict=True):
         say(f"{source.where}: {describe(store)}")
-        if speaks and store.meta["counts"]["ignored"]:
-            names = ", ".join(store.meta["counts"]["ignored"])
+        if speaks and (names := columns_not_read(store)):
             log.warning("%s: these columns of its records are not looked at: %s.", source.where, names)
+        if speaks and (doubles := store.meta["counts"]["doubles"]):
+            first, held = store.meta["counts"]["choices"][0], counted(doubles, "record")
+            log.warning("%s: %s held two forms, of which one is read: %s", source.where, held, first)
     return stores
 
 
 def describe(store: ExampleStore) -> str:
     """A store in one line."""
     counts, tokens, learned = store.meta["counts"], int(store.lengths.sum()), int(store.learned.sum())
-    parts = [f"{len(store):,} examples", f"{tokens:,} tokens, {learned / max(tokens, 1):.0%} of them learned"]
+    parts = [counted(len(store), "example")]
+    parts += [f"{counted(tokens, 'token')}, {learned / max(tokens, 1):.0%} of them learned"]
     parts += [f"{counts['cut']:,} cut at max_seq_len"] * bool(counts["cut"])
     parts += [f"{counts['dropped']:,} dropped"] * bool(counts["dropped"])
-    parts += [f"{counts['bad']:,} bad records left out"] * bool(counts["bad"])
+    parts += [f"{counted(counts['bad'], 'bad record')} left out"] * bool(counts["bad"])
     return "; ".join(parts)
+
+
+def columns_not_read(store: ExampleStore) -> str:
+    """The columns that were not looked at, and in how many records, where it was not in all that are good."""
+    counts = store.meta["counts"]
+    good = counts["records"] - counts["bad"]
+    names = [
+        shown(name)[1:-1] + (f" (in {counted(number, 'record')})" if number < good else "")
+        for name, number in sorted(counts["ignored"].items())
+    ]
+    more = [f"and {len(names) - MOST_COLUMNS_NAMED} more"] * (len(names) > MOST_COLUMNS_NAMED)
+    return ", ".join([*names[:MOST_COLUMNS_NAMED], *more])
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a run would not begin with a store.
+
+    Attributes:
+        reason: What is wrong.
+        first: The first records that it is wrong with, a line each, and how many more there are.
+        advice: What to do.
+    """
+
+    reason: str
+    first: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.reason}:\n{self.first}{self.advice}" if self.first else f"{self.reason}. {self.advice}"
+
+
+def why_not(store: ExampleStore, where: str, max_bad_records: int, max_dropped: float) -> Refusal | None:
+    """Why a run would not begin: more records were left out of a store than the user allows."""
+    counts = store.meta["counts"]
+    records = counted(counts["records"], "record")
+    if counts["bad"] > max_bad_records:
+        return Refusal(
+            f"{where}: {counts['bad']:,} of {records} {'is' if counts['bad'] == 1 else 'are'} bad",
+            _first(counts["problems"], counts["bad"]),
+            f"Fix them, or leave them out with dataset.max_bad_records: {counts['bad']}.",
+        )
+    share = counts["dropped"] / max(1, counts["records"])
+    if share > max_dropped:
+        return Refusal(
+            f"{where}: {share:.1%} of the examples are dropped, {counts['dropped']:,} of "
+            f"{counts['records']:,}, since nothing to learn is left of them",
+            _first(counts["drops"], counts["dropped"]),
+            "Use a larger max_seq_len or shorter prompts, or allow it with dataset.max_dropped: "
+            f"{min(1.0, share + 0.005):.2f}.",
+        )
+    if not len(store):
+        return Refusal(f"{where}: there are no examples", "", "Give records.")
+    return None
 
 
 def judge(store: ExampleStore, where: str, max_bad_records: int, max_dropped: float) -> None:
     """Raises DataError if more records were left out of a store than the user allows."""
-    counts = store.meta["counts"]
-    if counts["bad"] > max_bad_records:
-        raise DataError(
-            f"{where}: {counts['bad']:,} of {counts['records']:,} records are bad:\n"
-            + _first(counts["problems"], counts["bad"])
-            + f"Mend them, or leave them out with dataset.max_bad_records: {counts['bad']}."
-        )
-    share = counts["dropped"] / max(1, counts["records"])
-    if share > max_dropped:
-        raise DataError(
-            f"{where}: {share:.1%} of the examples are dropped, {counts['dropped']:,} of "
-            f"{counts['records']:,}, since nothing to learn is left of them:\n"
-            + _first(counts["drops"], counts["dropped"])
-            + "Use a larger max_seq_len or shorter prompts, or allow it with dataset.max_dropped: "
-            f"{min(1.0, share + 0.005):.2f}."
-        )
-    if not len(store):
-        raise DataError(f"{where}: there are no examples. Give records.")
+    refusal = why_not(store, where, max_bad_records, max_dropped)
+    if refusal is not None:
+        raise DataError(str(refusal))
 
 
 def _first(lines: Sequence[str], count: int) -> str:

@@ -32,6 +32,7 @@ from mptfoundry.data.labelled_records import (
     check_words,
     read_records,
 )
+from mptfoundry.data.records import counted
 from mptfoundry.data.text import filler_id
 from mptfoundry.errors import DataError
 
@@ -100,7 +101,8 @@ def build_labelled_loader(
     )
     if not examples or (drop_last and len(sampler) < device_batch_size):
         raise DataError(
-            f"{where}: {len(examples)} examples don't fill one batch of {device_batch_size} on each device. "
+            f"{where}: {counted(len(examples), 'example')} can't fill one batch of {device_batch_size} on "
+            "each device. "
             f"Use a smaller batch, more examples, or drop_last: false."
         )
     loader: DataLoader[Any] = DataLoader(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ READ_BYTES = 1 << 20
 BINARY_CHECK_BYTES = 1 << 13
 IDENTITY_BYTES = 1 << 16
 MOST_FIELDS_NAMED = 8
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 60
 
 
 class BadInput(DataError):
@@ -392,3 +395,46 @@ def json_type(value: Any) -> str:
         list: "array",
     }
     return names.get(type(value), type(value).__name__)
+
+
+def a_type(value: Any) -> str:
+    """The type of a value, for a sentence: `a number`."""
+    name = json_type(value)
+    return name if name == "null" else a_word(name)
+
+
+def a_word(name: str) -> str:
+    """A word with its article."""
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
+
+
+def counted(number: int, noun: str) -> str:
+    """How many there are, in words: `1 record`, `1,200 records`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def shown(value: Any) -> str:
+    """A value of a record for an error: short, and on one line."""
+    return _SHORT.repr(value)
+
+
+def text_of(value: Any) -> str:
+    """A record's text, which may be stored as bytes of UTF-8.
+
+    Raises:
+        ValueError: Why it is not one, as the end of a sentence about it.
+    """
+    if isinstance(value, (bytes, bytearray)):
+        if 0 in value:
+            raise ValueError("holds bytes that are not text")
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"byte {error.start} is not UTF-8") from error
+    if not isinstance(value, str):
+        raise ValueError(f"is {a_type(value)}, not a text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("holds half of a surrogate pair, which is not text") from error
+    return value

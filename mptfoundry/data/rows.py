@@ -21,6 +21,7 @@ from mptfoundry.data.examples import ExampleStore
 from mptfoundry.data.order import Dealer, RowOrder
 from mptfoundry.data.packing import plan_packing
 from mptfoundry.data.text import worker_options
+from mptfoundry.data.records import counted
 from mptfoundry.errors import DataError
 
 # The number of a row that stands for none, and what it holds.
@@ -90,8 +91,9 @@ def build_row_loader(
         print(*packing_lines(order, packing_ratio, where), sep="\n", flush=True)
     if len(order) < (device_batch_size * ranks if drop_last else 1):
         raise DataError(
-            f"{where}: {len(order)} rows don't fill one batch of {device_batch_size} on each of {ranks} "
-            f"devices. Use a smaller batch, more examples, a smaller packing_ratio, or drop_last: false."
+            f"{where}: {counted(len(order), 'row')} can't fill one batch of {device_batch_size} on each of "
+            f"{ranks} devices. Use a smaller batch, more examples, a smaller packing_ratio, or drop_last: "
+            "false."
         )
     empty = (NO_ROW, np.empty(0, np.int64))
     dealer = Dealer(order.epoch, len(order), rank=rank, ranks=ranks, drop_last=drop_last, filler=empty)
@@ -119,7 +121,8 @@ def packing_lines(order: RowOrder, asked: float | Literal["auto"] | None, where:
             else ""
         )
         lines.append(
-            f"{where}: {len(one.lengths):,} examples in {one.rows:,} rows of {one.row_len:,} tokens: "
+            f"{where}: {counted(len(one.lengths), 'example')} in {counted(one.rows, 'row')} of "
+            f"{counted(one.row_len, 'token')}: "
             f"{one.ratio:.1f} in a row{fits}; {1 - one.fill:.1%} is padding."
         )
     return lines

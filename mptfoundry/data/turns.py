@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from mptfoundry.data.chat import RecordError, Turns, turns_of
-from mptfoundry.data.records import BadInput, Row, Unit, read_rows
+from mptfoundry.data.chat import RecordError, Turns, complete_forms, turns_of, unused
+from mptfoundry.data.records import BadInput, Row, Unit, a_type, read_rows
+from mptfoundry.data.tokens import COLUMNS, Ids, Masked, TokenReader, is_tokenized
 from mptfoundry.data.work import MOST_PROBLEMS_KEPT
-from mptfoundry.errors import DataError
+from mptfoundry.errors import DataError, first_line
+from mptfoundry.tokenizer import count_ids
 
 ROWS_AT_ONCE = 1000
-
-# A turn's two parts as ids.
-Ids = tuple[list[int], list[int]]
+MOST_COLUMNS_KEPT = 100
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,11 @@ class Targets:
             return tokens >= int(self.prompts.removeprefix("length>="))
         return self.prompts == "all"
 
+    @property
+    def is_last_answer(self) -> bool:
+        """Whether nothing is learned but the last answer."""
+        return self.prompts == "none" and self.responses == "last"
+
 
 @dataclass(frozen=True)
 class ExamplePlan:
@@ -61,6 +66,7 @@ class ExamplePlan:
             columns of {prompt: ..., response: ...}.
         dtype: Unsigned integer type of the ids.
         datasets: Hugging Face data sets that parts refer to.
+        token_encoding_type: Integer type of ids that records hold as bytes.
     """
 
     tokenizer: Any
@@ -69,6 +75,7 @@ class ExamplePlan:
     preprocessing: str | Mapping[str, str] | None
     dtype: str
     datasets: Sequence[Any] = ()
+    token_encoding_type: str = "int64"
 
 
 @dataclass
@@ -83,7 +90,9 @@ class Counts:
         drops: The first of these, with their places.
         cut: Those that lost their end, and are kept.
         chats: Those that a chat template rendered.
-        ignored: Columns that were not looked at.
+        ignored: Columns that were not looked at, and in how many records.
+        doubles: Records with two complete forms, of which one is read.
+        choices: The first of these, with their places.
     """
 
     records: int = 0
@@ -93,15 +102,23 @@ class Counts:
     drops: list[str] = field(default_factory=list)
     cut: int = 0
     chats: int = 0
-    ignored: list[str] = field(default_factory=list)
+    ignored: dict[str, int] = field(default_factory=dict)
+    doubles: int = 0
+    choices: list[str] = field(default_factory=list)
 
     def add(self, other: Counts) -> None:
         """Add what became of records that follow."""
-        for name in ("records", "bad", "dropped", "cut", "chats"):
+        for name in ("records", "bad", "dropped", "cut", "chats", "doubles"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.problems = (self.problems + other.problems)[:MOST_PROBLEMS_KEPT]
-        self.drops = (self.drops + other.drops)[:MOST_PROBLEMS_KEPT]
-        self.ignored = sorted({*self.ignored, *other.ignored})
+        for name in ("problems", "drops", "choices"):
+            setattr(self, name, (getattr(self, name) + getattr(other, name))[:MOST_PROBLEMS_KEPT])
+        self.ignore(other.ignored)
+
+    def ignore(self, columns: Mapping[str, int]) -> None:
+        """Count columns that are not looked at; of very many names the first ones are kept."""
+        for name, records in columns.items():
+            if name in self.ignored or len(self.ignored) < MOST_COLUMNS_KEPT:
+                self.ignored[name] = self.ignored.get(name, 0) + records
 
 
 @dataclass
@@ -131,6 +148,7 @@ class ExampleMaker:
     def __init__(self, plan: ExamplePlan) -> None:
         self.plan = plan
         self._preprocess: Callable[[Any], Any] = _preprocessing(plan.preprocessing)
+        self._tokens = TokenReader(count_ids(plan.tokenizer), plan.token_encoding_type)
 
     def __call__(self, unit: Unit) -> UnitExamples:
         """Read and tokenize all records of a unit; bad ones are counted."""
@@ -152,47 +170,61 @@ class ExampleMaker:
     def _examples(
         self, rows: Sequence[Row | BadInput], counts: Counts
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        good: list[tuple[Row, Turns | list[Ids]]] = []
-        ignored: set[str] = set()
+        good: list[tuple[Row, Turns | list[Ids] | Masked]] = []
         for row in rows:
             try:
                 if isinstance(row, BadInput):
                     raise row
-                good.append((row, self._turns(row.values, counts, ignored)))
+                good.append((row, self._read(row, counts)))
             except (BadInput, RecordError) as error:
                 place = "" if isinstance(row, BadInput) else f"{row.where()}: "
                 _note(counts.problems, f"{place}{str(error).removesuffix('.')}.")
                 counts.bad += 1
-        counts.ignored = sorted({*counts.ignored, *ignored})
         tokenizer, limit = self.plan.tokenizer, self.plan.max_seq_len
-        texts = [turns for _, turns in good if isinstance(turns, Turns)]
+        texts = [said for _, said in good if isinstance(said, Turns)]
         tokenized = iter(tokenize(texts, tokenizer))
-        for row, turns in good:
-            ids_of_turns = next(tokenized) if isinstance(turns, Turns) else turns
-            ids, learned = stitch(ids_of_turns, self.plan.targets, tokenizer.eos_token_id)
+        for row, said in good:
+            if isinstance(said, Masked):
+                (ids, learned), is_whole, name = said, True, "labels"
+            else:
+                turns = next(tokenized) if isinstance(said, Turns) else said
+                ids, learned = stitch(turns, self.plan.targets, tokenizer.eos_token_id)
+                is_whole = all(map(all, turns))
+                name = "messages" if isinstance(said, Turns) and said.is_chat else "prompt"
             # The first token is predicted from nothing.
-            if all(map(all, ids_of_turns)) and learned[1:limit].any():
+            if is_whole and learned[1:limit].any():
                 counts.cut += len(ids) > limit
                 yield ids[:limit], learned[:limit]
                 continue
             counts.dropped += 1
             if len(counts.drops) < MOST_PROBLEMS_KEPT:
-                field = "messages" if isinstance(turns, Turns) and turns.is_chat else "prompt"
-                _note(counts.drops, f"{row.where()}: {field}: {_why_dropped(learned, limit)}.")
+                reason = _why_dropped(learned, limit, is_masked=isinstance(said, Masked))
+                _note(counts.drops, f"{row.where()}: {name}: {reason}.")
 
-    def _turns(self, values: Any, counts: Counts, ignored: set[str]) -> Turns | list[Ids]:
-        if (tokens := _tokens_of(values)) is not None:
-            return tokens
-        try:
-            record = self._preprocess(values)
-        except RecordError:
-            raise
-        except Exception as error:
-            raise RecordError("preprocessing_fn", f"{type(error).__name__}: {error}") from error
-        turns = turns_of(record, self.plan.tokenizer)
-        counts.chats += turns.is_chat
-        ignored.update(turns.ignored)
-        return turns
+    def _read(self, row: Row, counts: Counts) -> Turns | list[Ids] | Masked:
+        """What a record says, in texts or in ids."""
+        said: Turns | list[Ids] | Masked | None = self._tokens.read(row.values)
+        record = row.values
+        if said is None:
+            try:
+                record = self._preprocess(row.values)
+            except RecordError:
+                raise
+            except Exception as error:
+                raise RecordError(
+                    "preprocessing_fn", f"{type(error).__name__}: {first_line(error)}"
+                ) from error
+            said = turns_of(record, self.plan.tokenizer, needs_all=not self.plan.targets.is_last_answer)
+            counts.chats += said.is_chat
+        ignored = said.ignored if isinstance(said, Turns) else unused(record, COLUMNS)
+        counts.ignore(dict.fromkeys(sorted(ignored), 1))
+        forms = [("input_ids", "labels")] * is_tokenized(record) + [*complete_forms(record)]
+        if len(forms) > 1:
+            counts.doubles += 1
+            if len(counts.choices) < MOST_PROBLEMS_KEPT:
+                read, *others = (" and ".join(form) for form in forms)
+                _note(counts.choices, f"{row.where()}: {read} is read, not {' or '.join(others)}.")
+        return said
 
 
 def tokenize(records: Sequence[Turns], tokenizer: Any) -> list[list[Ids]]:
@@ -235,20 +267,9 @@ def _one_bos(prompt: list[int], response: list[int], bos_token_id: int | None) -
     return prompt, response[1:] if has_two else response
 
 
-def _tokens_of(values: Any) -> list[Ids] | None:
-    """The turns of a sample that llm-foundry has tokenized already."""
-    if not isinstance(values, Mapping):
-        return None
-    turns = values.get("turns", [values] if "input_ids" in values and "labels" in values else None)
-    if turns is None:
-        return None
-    try:
-        return [tuple([int(n) for n in turn[name]] for name in ("input_ids", "labels")) for turn in turns]  # type: ignore[misc]
-    except (KeyError, TypeError, ValueError) as error:
-        raise RecordError("turns", f"is no list of input_ids and labels ({error!r})") from error
-
-
-def _why_dropped(learned: np.ndarray, limit: int) -> str:
+def _why_dropped(learned: np.ndarray, limit: int, *, is_masked: bool) -> str:
+    if is_masked and not learned[1:].any():
+        return "none of them is learned"
     if not learned.any() or learned.argmax() < limit:
         return "the tokenizer makes no token of a text"
     return f"what is learned begins at token {learned.argmax():,}, past max_seq_len: {limit:,}"
@@ -267,6 +288,8 @@ def _preprocessing(given: str | Mapping[str, str] | None) -> Callable[[Any], Any
     columns = given
 
     def rename(record: Mapping[str, Any]) -> dict[str, Any]:
+        if not isinstance(record, Mapping):
+            raise RecordError("", f"this is {a_type(record)}, not an object with fields")
         for column in columns.values():
             if record.get(column) is None:
                 raise RecordError(column, "is missing or null")

@@ -70,7 +70,7 @@ def test_bad_records_end_a_run_unless_so_many_are_allowed(tmp_path: Path, tokeni
     assert lines[5:] == [
         f"  {tmp_path}/0.jsonl:7: prompt: is a number, not a text.",
         "  ... and 2 more",
-        "Mend them, or leave them out with dataset.max_bad_records: 7.",
+        "Fix them, or leave them out with dataset.max_bad_records: 7.",
     ]
     spec, _ = load(tmp_path, tokenizer_folder, rows, max_bad_records=7)
     assert len(spec.dataloader.dataset) == 2
@@ -92,8 +92,16 @@ def test_many_dropped_examples_end_a_run_unless_allowed(tmp_path: Path, tokenize
 def test_columns_that_are_not_looked_at_are_said_once(
     tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    load(tmp_path, tokenizer_folder, [{**GOOD, "id": 1, "score": 2}] * 4)
-    said = [record.getMessage() for record in caplog.records]
-    assert said == [
-        "train_loader.dataset.streams.0: these columns of its records are not looked at: id, score."
+    ids = {"input_ids": [5], "labels": [6], "length": 2}
+    both = {**GOOD, **CHAT}
+    load(tmp_path, tokenizer_folder, [{**GOOD, "id": 1, "score": None}] * 4 + [GOOD, ids, both])
+    assert [record.getMessage() for record in caplog.records] == [
+        "train_loader.dataset.streams.0: these columns of its records are not looked at: "
+        "id (in 4 records), length (in 1 record), prompt (in 1 record), response (in 1 record).",
+        "train_loader.dataset.streams.0: 1 record held two forms, of which one is read: "
+        f"{tmp_path}/0.jsonl:7: messages is read, not prompt and response.",
     ]
+    caplog.clear()
+    load(tmp_path, tokenizer_folder, [{**GOOD, "id": 1}] * 4)
+    (said,) = [record.getMessage() for record in caplog.records]
+    assert said.endswith("are not looked at: id.")

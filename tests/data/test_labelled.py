@@ -306,8 +306,10 @@ def test_a_line_that_is_no_record_is_named(build: Build, tmp_path: Path, content
 def test_a_place_without_examples_is_named(build: Build, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"train_loader.dataset.split: .* has no val: .*There are train"):
         build(TEXTS, local=str(tmp_path), split="val")
+    with pytest.raises(DataError, match=r"train_loader.dataset.split: train\[:2\]: slices are read from"):
+        build(TEXTS, split="train[:2]")
     (tmp_path / "bad.parquet").write_text("no")
     with pytest.raises(DataError, match=r"bad.parquet: this is no readable Parquet file"):
         build(TEXTS, local=str(tmp_path / "bad.parquet"))
-    with pytest.raises(DataError, match="1 examples don't fill one batch of 4"):
+    with pytest.raises(DataError, match="1 example can't fill one batch of 4"):
         build(TEXTS[:1], drop_last=True)

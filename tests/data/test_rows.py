@@ -246,7 +246,7 @@ def test_what_cannot_be_read_is_refused(store: ExampleStore, tmp_path: Path) -> 
         DataError, match=r"has an example of 39 tokens; max_seq_len is 32. Set max_seq_len: 39"
     ):
         loader([store], max_seq_len=32)
-    with pytest.raises(DataError, match=r"14 rows don't fill one batch of 15 on each of 1 devices"):
+    with pytest.raises(DataError, match=r"14 rows can't fill one batch of 15 on each of 1 devices"):
         loader([store], batch=15, drop_last=True)
     with write_examples(tmp_path / "store", vocab_size=9) as writer:
         for last in (True, False):
