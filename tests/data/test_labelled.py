@@ -292,7 +292,7 @@ def test_a_place_without_examples_is_named(build: Build, tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"train_loader.dataset.split: .* has no val: .*There are train"):
         build(TEXTS, local=str(tmp_path), split="val")
     (tmp_path / "bad.parquet").write_text("no")
-    with pytest.raises(DataError, match=r"bad.parquet: this is no readable Parquet file"):
+    with pytest.raises(DataError, match=r"bad.parquet: this is not a readable Parquet file"):
         build(TEXTS, local=str(tmp_path / "bad.parquet"))
     with pytest.raises(DataError, match="1 examples don't fill one batch of 4"):
         build(TEXTS[:1], drop_last=True)
