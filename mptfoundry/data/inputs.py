@@ -1,30 +1,34 @@
 """Find what is to be prepared: files, folders and Hugging Face data sets, in one fixed order.
 
-A folder is read whole, its files by name. `.jsonl` and `.ndjson` files (also `.gz`, `.zst`) hold a record in
-each line; a `.json` file does if it is given by name or if its first line is a record, unless it is one array
-of records; `.parquet` files hold a record in each row; a folder that `datasets` saved holds a data set. Every
-other file is one document, unless its name says that it holds no text. Hidden files and `__pycache__` are
-left out.
+A folder is read whole, its files by name. `.jsonl` and `.ndjson` files hold a record in each line; `.json`
+files do, too, or are one array of records; in a folder a `.json` file that is neither is text. All of these
+may be compressed (`.gz`, `.zst`). `.parquet` files hold a record in each row; a folder that `datasets` saved
+holds a data set. Every other file is one document, unless its name says that it holds no text. Hidden files
+and `__pycache__` are left out.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import gzip
 import hashlib
 import json
 import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from mptfoundry.errors import DataError
 
 HUB_PREFIX = "hf:"
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd")
+COMPRESSED = "compressed file (only .jsonl, .ndjson and .json are read compressed)"
+PEEK_BYTES = 1 << 20
 NO_TEXT = re.compile(
     r"\.(7z|a|arrow|avi|bin|bmp|bz2|class|ckpt|db|dll|dylib|egg|exe|flac|gif|gz|h5|ico|iso|jar|jpe?g|lib|lz4|mds"
     r"|mo|mov|mp3|mp4|npy|npz|o|obj|ogg|onnx|otf|pdf|pickle|pkl|png|pt|pth|py[cdo]|rar|safetensors|so|sqlite|tar"
@@ -57,7 +61,7 @@ class Input:
     @property
     def is_compressed(self) -> bool:
         """Whether a file of lines can be read from its start only."""
-        return self.path.endswith(COMPRESSED_SUFFIXES)
+        return self.path.lower().endswith(COMPRESSED_SUFFIXES)
 
 
 @dataclass
@@ -78,6 +82,12 @@ class Inventory:
     def size(self) -> int:
         """Bytes of all inputs."""
         return sum(source.size for source in self.inputs)
+
+    @property
+    def plain_text(self) -> Counter[str]:
+        """How many files are read as one document each, by the ending of their names."""
+        texts = (PurePosixPath(source.name) for source in self.inputs if source.kind == "text")
+        return Counter(name.suffix.lower() for name in texts)
 
     def digest(self, *, with_times: bool = False) -> str:
         """A sha256 of all names and sizes, and of when files changed if asked."""
@@ -137,6 +147,10 @@ def find_inputs(
 
 def _add_named_file(inventory: Inventory, path: Path) -> None:
     kind = _kind_of(path, lambda: True)
+    if kind == "compressed":
+        raise DataError(
+            f"{path}: only .jsonl, .ndjson and .json files are read compressed. Decompress it first."
+        )
     if kind is None:
         raise DataError(f"{path}: a {path.suffix} file holds no text. Give files of text, JSONL or Parquet.")
     inventory.inputs.append(_file_input(kind, path, path.name))
@@ -149,9 +163,9 @@ def _add_folder(
         name = path.relative_to(folder).as_posix()
         if include and not _matches(name, include):
             continue
-        kind = _kind_of(path, lambda path=path: _first_line_is_record(path, text_key))  # type: ignore[misc]
-        if kind is None:
-            inventory.skipped["binary file"] += 1
+        kind = _kind_of(path, lambda path=path: _holds_records(path, text_key))  # type: ignore[misc]
+        if kind in (None, "compressed"):
+            inventory.skipped[COMPRESSED if kind else "binary file"] += 1
             continue
         if kind == "text" and text_key is None:
             inventory.skipped["file without records"] += 1
@@ -182,12 +196,13 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _kind_of(path: Path, is_lines: Callable[[], bool]) -> str | None:
-    """What a file holds, by its name; `is_lines` decides about `.json`. None for files without text."""
+    """What a file holds, by its name; `is_lines` decides about `.json`. None for files without text,
+    `compressed` for those of which only the inside could be text."""
     name = path.name.lower()
     for suffix in COMPRESSED_SUFFIXES:
         if name.endswith(suffix):
             inner = name.removesuffix(suffix)
-            return "lines" if inner.endswith((*LINE_SUFFIXES, ".json")) else None
+            return "lines" if inner.endswith((*LINE_SUFFIXES, ".json")) else "compressed"
     if name.endswith(LINE_SUFFIXES) or (name.endswith(".json") and is_lines()):
         return "lines"
     if name.endswith(".parquet"):
@@ -195,24 +210,62 @@ def _kind_of(path: Path, is_lines: Callable[[], bool]) -> str | None:
     return None if NO_TEXT.search(name) else "text"
 
 
+@contextmanager
+def open_decompressed(path: str | Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Open a file by the ending of its name: its content, and the file on disk below it."""
+    name = str(path).lower()
+    with Path(path).open("rb") as raw:
+        if name.endswith(".gz"):
+            with gzip.open(raw, "rb") as file:
+                yield file, raw  # type: ignore[misc]
+        elif name.endswith(COMPRESSED_SUFFIXES):
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd") as file:
+                yield file, raw
+        else:
+            yield raw, raw
+
+
 def is_array(path: Path) -> bool:
-    """Whether a `.json` file is one array, such as of records."""
-    if not path.name.lower().endswith(".json"):
+    """Whether a `.json` file, perhaps compressed, is one array, such as of records."""
+    name = path.name.lower()
+    if not name.endswith((".json", *(f".json{suffix}" for suffix in COMPRESSED_SUFFIXES))):
         return False
-    with path.open("rb") as file:
-        return file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    try:
+        with open_decompressed(path) as (file, _):
+            return file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    except (OSError, EOFError, ValueError):
+        return False  # whoever reads it says that it is damaged
 
 
-def _first_line_is_record(path: Path, text_key: str | None) -> bool:
-    if text_key is None and is_array(path):
-        return True
+def _holds_records(path: Path, text_key: str | None) -> bool:
+    """Whether a `.json` file of a folder is an array of records, or has one in its first line."""
+    if is_array(path):
+        return text_key is None or _array_holds_records(path, text_key)
     with path.open("rb") as file:
-        line = file.readline(1 << 20)
+        line = file.readline(PEEK_BYTES)
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return False
     return isinstance(record, dict) and (text_key is None or isinstance(record.get(text_key), str))
+
+
+def _array_holds_records(path: Path, text_key: str) -> bool:
+    """Whether the first entry of an array is a record with a text; so it is with an empty array's."""
+    with path.open("rb") as file:
+        head = file.read(PEEK_BYTES).decode("utf-8-sig", "replace").lstrip()[1:].lstrip()
+    if head.startswith("]"):
+        return True
+    try:
+        try:
+            first, _ = json.JSONDecoder().raw_decode(head)
+        except ValueError:  # an entry that is longer than what was read
+            first = json.loads(path.read_bytes())[0]
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and isinstance(first.get(text_key), str)
 
 
 def _file_input(kind: str, path: Path, name: str) -> Input:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mptfoundry.data.encode import TextEncoder
 from mptfoundry.data.inputs import Inventory, find_inputs
-from mptfoundry.data.journal import Journal, SplitProgress, discard_shards, read_state, remove_marks
+from mptfoundry.data.journal import Journal, SplitProgress, read_state
 from mptfoundry.data.records import UNIT_BYTES
 from mptfoundry.data.shards import INDEX, PREPARING, ShardMeta, narrowest_dtype, read_index
 from mptfoundry.data.writer import ShardWriter
@@ -168,13 +168,11 @@ def find_finished(job: Job) -> list[ShardMeta]:
                     f"{path}: the shard is missing or cut short. Remove {folder} and prepare again."
                 )
         metas.append(index.meta)
-    for folder in job.folders.values():
-        remove_marks(folder)
     return metas
 
 
 def open_journal(job: Job) -> Journal:
-    """Begin, or go on from where a killed preparation of the same job was.
+    """Begin, or continue where a killed preparation of the same job was. The job's folders are locked.
 
     Raises:
         DataError: The folder holds something else, or a preparation with other options or inputs.
@@ -194,7 +192,7 @@ def open_journal(job: Job) -> Journal:
     splits = {}
     for name, folder in job.folders.items():
         if state is None:
-            _make_empty(folder)
+            _make_folder(folder)
         splits[name] = SplitProgress(
             ShardWriter(
                 folder,
@@ -208,14 +206,13 @@ def open_journal(job: Job) -> Journal:
     if state is not None:
         journal.resume(state)
     else:
-        journal.save()
+        journal.begin()
     return journal
 
 
-def _make_empty(folder: Path) -> None:
-    """Make the folder; take away what a preparation left that was killed before it saved anything."""
-    if (folder / PREPARING).is_dir():
-        discard_shards(folder)
+def _make_folder(folder: Path) -> None:
+    """Make the folder. A preparation saves a state before its first shard, so whatever lies there is not of
+    one that was killed."""
     folder.mkdir(parents=True, exist_ok=True)
     others = sorted(path.name for path in folder.iterdir() if path.name != PREPARING)
     if others:

@@ -1,29 +1,32 @@
 """What a preparation has done so far, on disk, so that a killed one goes on.
 
 While `out/train` is prepared it holds a folder `.preparing` with a lock, the *state* (how many units are in
-the shards, which shards there are) and the ids that are in no shard yet. A state is replaced in one move and
-names the files of ids that belong to it, so what is on disk is one moment of the preparation, whole.
+the shards, which shards there are), the ids that are in no shard yet, and a *log* that names each file
+before it is written. A state is replaced in one move and names the files of ids that belong to it, so what is
+on disk is one moment of the preparation, whole. Nothing is removed that the log or the state does not name.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
 import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mptfoundry.data.shards import INDEX, PREPARING
+from mptfoundry.data.shards import PREPARING
 from mptfoundry.data.work import MOST_PROBLEMS_KEPT, Encoded, UnitResult
 from mptfoundry.data.writer import ShardWriter, write_whole
 from mptfoundry.errors import DataError
 
-STATE = "state.json"
+STATE, LOG = "state.json", "written"
 SHORTEST_PERIOD_SECONDS = 1.0
 MOST_TIME_SAVING = 0.05
 
@@ -57,6 +60,7 @@ class Journal:
         problems: Messages of the first things that could not be read.
         seconds: Spent on them, by all calls.
         saved_units: How many units the state on disk holds.
+        written: What this preparation wrote into the splits' folders, as `split/name`.
     """
 
     folder: Path
@@ -68,8 +72,23 @@ class Journal:
     skipped: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
     saved_units: int = 0
+    written: set[str] = field(default_factory=set)
     _saved_at: float = 0.0
     _period_seconds: float = SHORTEST_PERIOD_SECONDS
+
+    def __post_init__(self) -> None:
+        for name, progress in self.splits.items():
+            progress.writer.announce = partial(self._announce, name)
+
+    @property
+    def log(self) -> Path:
+        """The file that names what is written."""
+        return self.folder / PREPARING / LOG
+
+    def begin(self) -> None:
+        """Put a preparation on disk that has done nothing yet."""
+        self.log.write_bytes(b"")
+        self.save()
 
     def add(self, result: UnitResult) -> None:
         """Take in the next unit, and save now and then."""
@@ -127,6 +146,7 @@ class Journal:
                 progress.documents, progress.text_bytes = split["documents"], split["text_bytes"]
             self.units, self.weight, self.seconds = state["units"], state["weight"], state["seconds"]
             self.skipped, self.problems = Counter(state["skipped"]), list(state["problems"])
+            self._check_files()
         except (OSError, KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"{folder / STATE} is damaged ({error!r}). Remove {self.folder} and start again."
@@ -134,17 +154,45 @@ class Journal:
         self.saved_units = self.units
 
     def remove(self) -> None:
-        """Take back everything that was written, and the folders that are empty then."""
-        for progress in self.splits.values():
-            folder = progress.writer.folder
-            discard_shards(folder)
-            remove_marks(folder)
+        """Take back everything that was written."""
+        for name in self.written:
+            split, _, file = name.partition("/")
+            (self.splits[split].writer.folder / file).unlink(missing_ok=True)
+        self.close()
 
     def close(self) -> None:
-        """Remove the marks of a preparation, since it is complete."""
+        """The preparation is complete, or taken back: nothing is left to continue from."""
         (self.folder / PREPARING / STATE).unlink()
-        for progress in self.splits.values():
-            remove_marks(progress.writer.folder)
+
+    def _announce(self, split: str, name: str) -> None:
+        self.written.add(f"{split}/{name}")
+        # A preparation that an older version began has no log.
+        if self.log.exists():
+            with self.log.open("a") as file:
+                file.write(f"{split}/{name}\n")
+                file.flush()
+                os.fsync(file.fileno())
+
+    def _check_files(self) -> None:
+        """Raises DataError where a file is missing that the state names, or there is one that is not ours."""
+        has_log = self.log.exists()
+        self.written = set(self.log.read_text().splitlines()) if has_log else set()
+        for split, progress in self.splits.items():
+            folder = progress.writer.folder
+            for shard in progress.writer.shards:
+                entry = shard["zip_data"] or shard["raw_data"]
+                self.written.add(f"{split}/{entry['basename']}")
+                path = folder / entry["basename"]
+                if not path.is_file() or path.stat().st_size != entry["bytes"]:
+                    raise DataError(
+                        f"{path}: the shard is missing or cut short. Remove {self.folder} and start again."
+                    )
+            others = {path.name for path in folder.iterdir() if f"{split}/{path.name}" not in self.written}
+            if has_log and (others := others - {PREPARING}):
+                raise DataError(
+                    f"{folder / min(others)}: this preparation did not write it. Move it away, and start the "
+                    f"same command again."
+                )
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
@@ -163,12 +211,6 @@ def read_state(folder: Path) -> dict[str, Any] | None:
     return state
 
 
-def discard_shards(folder: Path) -> None:
-    """Remove the shards and the index of a preparation."""
-    for path in (*folder.glob("shard.*.mds*"), folder / INDEX):
-        path.unlink(missing_ok=True)
-
-
 def remove_marks(folder: Path) -> None:
     """Remove what marks a folder as half prepared, and the folder and its parent if they are empty then."""
     shutil.rmtree(folder / PREPARING, ignore_errors=True)
@@ -178,16 +220,41 @@ def remove_marks(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for one preparation; the lock goes with the process, however that ends.
+def locked(*folders: Path) -> Iterator[None]:
+    """Hold the folders of one preparation, the main split's first; the locks go with the process, however
+    that ends. At the end of the block the marks are removed unless there is a state to continue from.
 
     Raises:
-        DataError: Another preparation holds it.
+        DataError: Another preparation holds one of them.
     """
-    (folder / PREPARING).mkdir(parents=True, exist_ok=True)
-    with (folder / PREPARING / "lock").open("w") as file:
+    with ExitStack() as locks:
+        held: list[Path] = []
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise DataError(f"{folder}: another process is preparing it. Wait for that one.") from error
-        yield
+            for folder in folders:
+                locks.enter_context(_lock(folder))
+                held.append(folder)
+            yield
+        finally:
+            if held and not (held[0] / PREPARING / STATE).exists():
+                for folder in held:
+                    remove_marks(folder)
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    path = folder / PREPARING / "lock"
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except FileNotFoundError:
+            continue  # another process has just finished here and removed the folder
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise DataError(f"{folder}: another process is preparing it. Wait for that one.") from error
+            # Whoever held it before may have removed the file: then this lock keeps nobody out.
+            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                yield
+                return

@@ -20,13 +20,18 @@ from typing import Literal
 from tqdm import tqdm
 
 from mptfoundry.data.job import Job, find_finished, open_journal, plan_job
-from mptfoundry.data.journal import Journal, locked, read_state, remove_marks
+from mptfoundry.data.journal import Journal, locked
 from mptfoundry.data.records import BadInput, plan_units
-from mptfoundry.data.shards import ShardMeta
+from mptfoundry.data.shards import PREPARING, ShardMeta
 from mptfoundry.data.spark import encode_on_spark
 from mptfoundry.data.summary import PrepareSummary, SplitSummary
 from mptfoundry.data.work import EncodingPlan, encode_units
 from mptfoundry.errors import DataError
+
+
+class TooLittle(DataError):
+    """The whole text does not give one sample."""
+
 
 SMALLEST_PARALLEL_BYTES = 1 << 22
 WORTH_KEEPING_SECONDS = 60
@@ -57,7 +62,7 @@ def prepare(
 ) -> PrepareSummary:
     """Tokenize text and write it as MDS shards to `out/split`.
 
-    The same call goes on where a killed one stopped; called once more it says that it is finished.
+    The same call continues where a killed one stopped; called once more it says that it is finished.
 
     Args:
         inputs: Files, folders, folders saved by `datasets`, or `hf:NAME` (see `mptfoundry.data.inputs`).
@@ -84,7 +89,7 @@ def prepare(
     Raises:
         ConfigError: The tokenizer can't be loaded.
         DataError: An argument, an input or the output folder won't do. Nothing is left behind, except where
-            so much was done that the folder is kept, marked, to go on from.
+            so much was done that the folder is kept, marked, to continue from.
     """
     started_at = time.perf_counter()
     job = plan_job(
@@ -108,47 +113,63 @@ def prepare(
         },
         bad_input,
     )
-    finished = find_finished(job)
-    if finished:
-        return PrepareSummary(
-            _summarize(job, finished), time.perf_counter() - started_at, 0, was_finished=True
-        )
-    with _claimed(job) as journal:
-        encoded_tokens = _encode(job, journal, engine, workers or len(os.sched_getaffinity(0)), progress)
-        metas = _finish(job, journal)
-    skipped = dict(job.inventory.skipped + journal.skipped)
-    seconds = time.perf_counter() - started_at
-    return PrepareSummary(_summarize(job, metas), seconds, encoded_tokens, skipped, journal.problems)
+    is_marked = any((folder / PREPARING).exists() for folder in job.folders.values())
+    metas = [] if is_marked else find_finished(job)
+    if not metas:
+        with _held(job):
+            # Between that look and the lock another process may have prepared it.
+            metas = find_finished(job)
+            if not metas:
+                workers = workers or len(os.sched_getaffinity(0))
+                return _make(job, engine, workers, progress, started_at)
+    seconds, texts = time.perf_counter() - started_at, job.inventory.plain_text
+    return PrepareSummary(_summarize(job, metas), seconds, 0, plain_text=texts, was_finished=True)
 
 
 @contextmanager
-def _claimed(job: Job) -> Iterator[Journal]:
-    """Hold the output folder; if an error ends the work before much was done, leave no trace of it."""
-    journal = None
+def _held(job: Job) -> Iterator[None]:
+    """Hold the output folders."""
     try:
-        with locked(job.folder):
-            try:
-                journal = open_journal(job)
-                yield journal
-            except BaseException as error:
-                if journal is None and read_state(job.folder) is None:
-                    remove_marks(job.folder)
-                elif journal is not None and not _is_worth_keeping(journal, error):
-                    journal.remove()
-                elif isinstance(error, BadInput):
-                    raise DataError(
-                        f"{error} What was done is kept in {job.folder}: the same command with "
-                        f"bad_input=skip goes on; after a change of the input, remove that folder first."
-                    ) from error
-                raise
+        with locked(*job.folders.values()):
+            yield
     except OSError as error:
         raise DataError(f"{job.folder}: it can't be written ({error.strerror or error}).") from error
 
 
+def _make(job: Job, engine: str, workers: int, progress: bool, started_at: float) -> PrepareSummary:
+    """Prepare; if an error ends the work before much was done, leave no trace of it."""
+    journal = open_journal(job)
+    try:
+        encoded_tokens = _encode(job, journal, engine, workers, progress)
+        metas = _finish(job, journal)
+    except BaseException as error:
+        is_kept = _is_worth_keeping(journal, error)
+        if not is_kept:
+            journal.remove()
+        if isinstance(error, BadInput):
+            raise DataError(f"{error} {_advice(job, is_kept)}") from error
+        raise
+    skipped = dict(job.inventory.skipped + journal.skipped)
+    seconds, texts = time.perf_counter() - started_at, job.inventory.plain_text
+    return PrepareSummary(_summarize(job, metas), seconds, encoded_tokens, skipped, journal.problems, texts)
+
+
+def _advice(job: Job, is_kept: bool) -> str:
+    advice = "Or leave out and count all such input with bad_input=skip."
+    if is_kept:
+        advice += (
+            f" What was done is kept in {job.folder}: with bad_input=skip the same command continues; after "
+            "a change of the input, remove that folder first."
+        )
+    return advice
+
+
 def _is_worth_keeping(journal: Journal, error: BaseException) -> bool:
     """An input that must be changed makes a short beginning worthless; after an interruption it is not."""
-    return journal.saved_units > 0 and (
-        not isinstance(error, BadInput) or journal.seconds > WORTH_KEEPING_SECONDS
+    return (
+        journal.saved_units > 0
+        and not isinstance(error, TooLittle)
+        and (not isinstance(error, BadInput) or journal.seconds > WORTH_KEEPING_SECONDS)
     )
 
 
@@ -194,15 +215,14 @@ def _finish(job: Job, journal: Journal) -> list[ShardMeta]:
     """Write the last shards, then the indexes, the main split's last; from then on the data set is complete.
 
     Raises:
-        DataError: A split has not one whole sample.
+        DataError: A split does not have one whole sample.
     """
     metas = []
     for name, progress in journal.splits.items():
         dropped = progress.writer.finish() // job.id_bytes
         samples = sum(int(shard["samples"]) for shard in progress.writer.shards)
         if not samples:
-            journal.remove()
-            raise DataError(
+            raise TooLittle(
                 f"{progress.writer.folder}: the text gives {dropped:,} tokens, less than one sample of "
                 f"{job.options['max_seq_len']:,}. Give more text{', or more held_out' * (name != job.split)}."
             )

@@ -8,11 +8,11 @@ given, the files of a folder by name.
 
 from __future__ import annotations
 
-import gzip
 import io
 import json
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from mptfoundry.data.encode import SAFE_CUT_BYTES
-from mptfoundry.data.inputs import Input, is_array
+from mptfoundry.data.inputs import Input, is_array, open_decompressed
 from mptfoundry.data.shards import read_index, read_samples
 from mptfoundry.errors import DataError
 
@@ -44,8 +44,9 @@ class Part:
     """A stretch of one input.
 
     Attributes:
-        kind: `text`, `lines`, `line_bytes`, `parquet`, `dataset` or `mds`.
-        source: The file, or the number of the data set in the list of them.
+        kind: `text`, `lines`, `line_bytes`, `parquet`, `dataset` or `mds`; or `bad`, what can't be cut into
+            parts.
+        source: The file, or the number of the data set in the list of them; for `bad` what is wrong.
         start: First byte, line, row group or row.
         stop: One past the last; for `text` and `lines` what begins before it belongs to the part.
         payload: The lines themselves, for `line_bytes` (a compressed file can't be read from its middle).
@@ -111,7 +112,7 @@ def plan_units(inputs: Sequence[Input], datasets: Sequence[Any], cut_texts: bool
     parts: list[Part] = []
     weight = 0
     for source in inputs:
-        for part, part_weight in _plan_parts(source, datasets, cut_texts):
+        for part, part_weight in _plan_source(source, datasets, cut_texts):
             if parts and weight + part_weight > UNIT_BYTES:
                 yield Unit(tuple(parts), weight)
                 parts, weight = [], 0
@@ -131,7 +132,7 @@ def read_part(part: Part, text_key: str, datasets: Sequence[Any]) -> Iterator[Do
     """
     if part.kind != "text":
         for row in read_rows(part, datasets, text_key):
-            yield row if isinstance(row, BadInput) else _document(*row, text_key)
+            yield row if isinstance(row, BadInput) else _document(*row, text_key, part)
         return
     try:
         yield from _read_text(part)
@@ -148,7 +149,9 @@ def read_rows(part: Part, datasets: Sequence[Any], column: str | None = None) ->
         column: All that is read, where there are columns. Default: everything.
     """
     try:
-        if part.kind in ("lines", "line_bytes"):
+        if part.kind == "bad":
+            yield BadInput(str(part.source))
+        elif part.kind in ("lines", "line_bytes"):
             yield from _read_lines(part)
         elif part.kind == "mds":
             yield from _read_shards(part)
@@ -162,11 +165,19 @@ def _unreadable(part: Part, error: OSError) -> BadInput:
     return BadInput(f"{part.source}: it can't be read ({error.strerror or error}).")
 
 
+def _plan_source(source: Input, datasets: Sequence[Any], cut_texts: bool) -> Iterator[tuple[Part, int]]:
+    """The parts of an input; where it can't be cut further, the last one says so when it is read."""
+    try:
+        yield from _plan_parts(source, datasets, cut_texts)
+    except BadInput as error:
+        yield Part("bad", str(error), 0, 0), 0
+
+
 def _plan_parts(source: Input, datasets: Sequence[Any], cut_texts: bool) -> Iterator[tuple[Part, int]]:
-    if source.kind == "lines" and source.is_compressed:
-        yield from _plan_compressed_lines(source)
-    elif source.kind == "lines" and is_array(Path(source.path)):
+    if source.kind == "lines" and is_array(Path(source.path)):
         yield from _plan_array(source)
+    elif source.kind == "lines" and source.is_compressed:
+        yield from _plan_compressed_lines(source)
     elif source.kind in ("lines", "text"):
         whole = max(source.size, 1)
         step = UNIT_BYTES if source.kind == "lines" or cut_texts else whole
@@ -188,8 +199,9 @@ def _plan_parts(source: Input, datasets: Sequence[Any], cut_texts: bool) -> Iter
 def _plan_array(source: Input) -> Iterator[tuple[Part, int]]:
     """One JSON array of records, entry by entry: their numbers stand for lines' numbers."""
     try:
-        entries = json.loads(Path(source.path).read_bytes())
-    except (ValueError, RecursionError) as error:
+        with open_decompressed(source.path) as (file, _):
+            entries = json.loads(file.read())
+    except (OSError, EOFError, ValueError, RecursionError) as error:
         raise BadInput(f"{source.path}: this is not a JSON array of records ({error}).") from error
     for start in range(0, len(entries), UNIT_ROWS):
         some = entries[start : start + UNIT_ROWS]
@@ -200,7 +212,7 @@ def _plan_array(source: Input) -> Iterator[tuple[Part, int]]:
 
 def _plan_compressed_lines(source: Input) -> Iterator[tuple[Part, int]]:
     """Decompress here, since such a file is read from its start only, and hand on whole lines."""
-    with _open_compressed(source.path) as (file, raw):
+    with open_decompressed(source.path) as (file, raw):
         first_line, weighed = 0, 0
         beginning: list[bytes] = []
         at_end = False
@@ -223,27 +235,13 @@ def _plan_compressed_lines(source: Input) -> Iterator[tuple[Part, int]]:
                 first_line += lines
 
 
-@contextmanager
-def _open_compressed(path: str) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open a compressed file: its content, and the file on disk below it."""
-    with Path(path).open("rb") as raw:
-        if path.endswith(".gz"):
-            with gzip.open(raw, "rb") as file:
-                yield file, raw  # type: ignore[misc]
-        else:
-            import pyarrow
-
-            with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd") as file:
-                yield file, raw
-
-
 def _count_row_groups(path: str) -> int:
     from pyarrow import ArrowException, parquet
 
     try:
         return int(parquet.ParquetFile(path).num_row_groups)
     except (ArrowException, OSError) as error:
-        raise BadInput(f"{path}: this is no readable Parquet file ({error}).") from error
+        raise BadInput(f"{path}: this is not a readable Parquet file ({error}).") from error
 
 
 def _read_text(part: Part) -> Iterator[Document | Skipped | BadInput]:
@@ -265,7 +263,7 @@ def _read_text(part: Part) -> Iterator[Document | Skipped | BadInput]:
     except UnicodeDecodeError as error:
         yield BadInput(
             f"{path}: byte {begin + error.start} (0x{data[error.start]:02x}) is not UTF-8. "
-            f"Convert the file, leave it out with exclude, or leave out all such input with bad_input=skip."
+            f"Convert the file, or leave it out with exclude."
         )
         return
     text = text.removeprefix("\ufeff") if begin == 0 else text
@@ -296,9 +294,19 @@ def _read_lines(part: Part) -> Iterator[Row | BadInput]:
         except UnicodeDecodeError as error:
             yield BadInput(f"{part.source}:{line_number()}: byte {error.start} of the line is not UTF-8.")
         except (ValueError, RecursionError) as error:
-            yield BadInput(f"{part.source}:{line_number()}: this is not a line of JSON ({error}).")
+            yield _no_line(part, line, line_number(), error)
         else:
             yield Row(record, partial(_line_of, part.source, line_number))
+
+
+def _no_line(part: Part, line: bytes, number: int, error: Exception) -> BadInput:
+    path = str(part.source)
+    if number == 1 and line.strip() == b"{" and path.lower().endswith(".json"):
+        return BadInput(
+            f"{path}:1: this is one JSON object over several lines, not a record in each line. Write it in "
+            f"one line: `python -m json.tool --compact {shlex.quote(path)} {shlex.quote(path + 'l')}`."
+        )
+    return BadInput(f"{path}:{number}: this is not a line of JSON ({error}).")
 
 
 def _line_of(source: str | int, line_number: Callable[[], int]) -> str:
@@ -364,14 +372,15 @@ def _read_shards(part: Part) -> Iterator[Row | BadInput]:
         yield BadInput(str(error))
 
 
-def _document(record: Any, where: Callable[[], str], text_key: str) -> Document | BadInput:
+def _document(record: Any, where: Callable[[], str], text_key: str, part: Part) -> Document | BadInput:
     if not isinstance(record, dict):
         return BadInput(
             f"{where()}: this is a JSON {json_type(record)}, not an object with a field {text_key!r}."
         )
     if text_key not in record:
         fields = ", ".join(sorted(map(str, record))[:MOST_FIELDS_NAMED]) or "none"
-        return BadInput(f"{where()}: there is no field {text_key!r}; the fields are: {fields}. Set text_key.")
+        advice = _how_to_take_out(record, text_key, part) or "Set text_key."
+        return BadInput(f"{where()}: there is no field {text_key!r}; the fields are: {fields}. {advice}")
     text = record[text_key]
     if not isinstance(text, str):
         return BadInput(f"{where()}: the field {text_key!r} is {json_type(text)}, not a string.")
@@ -382,6 +391,22 @@ def _document(record: Any, where: Callable[[], str], text_key: str) -> Document 
             f"{where()}: the field {text_key!r} holds half of a surrogate pair, which is no text."
         )
     return Document(text, len(encoded), encoded[:IDENTITY_BYTES])
+
+
+def _how_to_take_out(record: Mapping[str, Any], text_key: str, part: Part) -> str | None:
+    """Advice for `{"data": [...]}`: the command that writes the records below a field one in each line."""
+    for key, value in record.items():
+        is_records = isinstance(value, list) and value and isinstance(value[0], dict) and text_key in value[0]
+        if is_records and part.kind == "lines" and key.isidentifier():
+            path = shlex.quote(str(part.source))
+            code = f"for line in open(sys.argv[1]) for r in json.loads(line)['{key}']"
+            return (
+                f"The field {key!r} holds a list of records; write them one in each line: "
+                f'`python -c "import json, sys; [print(json.dumps(r)) {code}]" {path} > {path}.jsonl`.'
+            )
+        if is_records:
+            return f"The field {key!r} holds a list of records; write them one in each line of a .jsonl file."
+    return None
 
 
 def json_type(value: Any) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import tokenizers
@@ -119,7 +120,8 @@ def _encode_on_executor(shared: Any, unit: Unit) -> UnitResult | DataError:
     if versions != _versions():
         return DataError(f"engine: spark: {socket.gethostname()} has {_versions()}; here is {versions}.")
     for part in unit.parts:
-        if isinstance(part.source, str) and part.kind != "line_bytes" and not os.path.exists(part.source):  # noqa: PTH110
+        is_file = isinstance(part.source, str) and part.kind not in ("line_bytes", "bad")
+        if is_file and not Path(part.source).exists():
             return DataError(
                 f"{part.source}: {socket.gethostname()}, a machine of the Spark cluster, has no such file. "
                 "Put the inputs where every machine sees them under the same path."

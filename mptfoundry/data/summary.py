@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+WITHOUT = "without ending"
+RECORDS_AS_TEXT = (".csv", ".tsv", ".json")
+
 
 @dataclass(frozen=True)
 class SplitSummary:
@@ -36,6 +39,7 @@ class PrepareSummary:
         encoded_tokens: Tokens that this call encoded; fewer than all if it went on from an earlier one.
         skipped: What was left out, by reason.
         problems: Messages of the first things that could not be read.
+        plain_text: How many files are one document each, by the ending of their names.
         was_finished: Whether everything was there already.
     """
 
@@ -44,6 +48,7 @@ class PrepareSummary:
     encoded_tokens: int
     skipped: Mapping[str, int] = field(default_factory=dict)
     problems: Sequence[str] = ()
+    plain_text: Mapping[str, int] = field(default_factory=dict)
     was_finished: bool = False
 
     @property
@@ -78,5 +83,18 @@ class PrepareSummary:
             lines.append("It was finished already; nothing was done.")
         else:
             lines.append(f"{self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s")
+        lines += self._plain_text_in_words()
         lines += [f"left out: {count:,} x {reason}" for reason, count in sorted(self.skipped.items())]
         return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])
+
+    def _plain_text_in_words(self) -> list[str]:
+        if not self.plain_text:
+            return []
+        counts = sorted(self.plain_text.items(), key=lambda item: (-item[1], item[0] == "", item[0]))
+        lines = [f"read as plain text: {', '.join(f'{n:,} x {ending or WITHOUT}' for ending, n in counts)}"]
+        if tables := [ending for ending in RECORDS_AS_TEXT if ending in self.plain_text]:
+            lines.append(
+                f"  one {' or '.join(tables)} file is one document here, with all its commas and braces. For "
+                "one document of each record, write the records as JSON Lines, as a JSON array or as Parquet"
+            )
+        return lines

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ class ShardWriter:
         compression: One of streaming's, such as `zstd` or `zstd:7`; None for none.
 
     Attributes:
+        announce: Called with the name of each file before it appears in the folder.
         shards: Entries of the shards written so far, for the index.
         pending: Bytes of the ids that are in no shard yet.
 
@@ -65,6 +66,7 @@ class ShardWriter:
                 f"shard_bytes: {shard_bytes} can't hold shards of {max_seq_len} tokens. "
                 f"Use {smallest} to {LARGEST_SHARD}; 67108864 (64 MiB) is usual."
             )
+        self.announce: Callable[[str], None] = lambda name: None
         self.shards: list[Mapping[str, Any]] = []
         self.pending = bytearray()
 
@@ -90,7 +92,7 @@ class ShardWriter:
     def write_index(self, meta: ShardMeta) -> None:
         """Write `index.json`, which completes the folder."""
         content = {"version": 2, "shards": self.shards, META_KEY: meta.to_json()}
-        write_whole(self.folder / INDEX, json.dumps(content, sort_keys=True).encode())
+        self._write(INDEX, json.dumps(content, sort_keys=True).encode())
 
     def _write_shard(self, ids: bytes) -> None:
         samples = len(ids) // self.sample_bytes
@@ -103,12 +105,16 @@ class ShardWriter:
         if self.config["compression"]:
             data, name = _compress(str(self.config["compression"]), raw, name)
             zip_entry = _entry(name, data)
-        write_whole(self.folder / name, data)
+        self._write(name, data)
         self.shards.append({"samples": samples, "raw_data": raw_entry, "zip_data": zip_entry, **self.config})
+
+    def _write(self, name: str, data: bytes) -> None:
+        self.announce(name)
+        write_whole(self.folder / name, data)
 
 
 def write_whole(path: Path, data: bytes | bytearray) -> None:
-    """Write a file so that it is never seen half: beside its place, flushed to disk, then renamed."""
+    """Write a file so that it is never seen half: next to its place, flushed to disk, then renamed."""
     folder = path.parent if path.parent.name == PREPARING else path.parent / PREPARING
     folder.mkdir(exist_ok=True)
     staging = folder / f"{path.name}.part"

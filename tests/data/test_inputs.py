@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from pathlib import Path
@@ -130,3 +131,42 @@ def test_a_data_set_that_can_not_be_fetched_is_one_clear_error(monkeypatch: pyte
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     with pytest.raises(DataError, match=r"^hf:no-one/nothing: the data set can't be loaded: "):
         find("hf:no-one/nothing")
+
+
+def test_an_array_of_records_in_a_folder_is_records(tmp_path: Path) -> None:
+    records, long = json.dumps([{"text": "x"}], indent=1), json.dumps([{"text": "x" * (1 << 21)}])
+    numbers, other = "[1, 2]", json.dumps([{"name": "x"}])
+    write(
+        tmp_path,
+        a_dot_json=records,
+        b_dot_json=long,
+        c_dot_json=numbers,
+        d_dot_json=other,
+        e_dot_json=" [ ]",
+        f_dot_json="[",
+        g_dot_JSON="\ufeff" + records,
+    )
+    (tmp_path / "h.json.gz").write_bytes(gzip.compress(records.encode()))
+    texts = {"c.json", "d.json", "f.json"}
+    assert {name for name, kind in kinds(find(tmp_path)).items() if kind == "text"} == texts
+    assert len(kinds(find(tmp_path))) == 8
+    assert kinds(find(tmp_path, text_key="name"))["d.json"] == "lines"
+    assert set(kinds(find(tmp_path, text_key=None)).values()) == {"lines"}
+
+
+def test_plain_text_is_counted_by_ending(tmp_path: Path) -> None:
+    write(tmp_path, a_dot_py="x", b_dot_PY="x", c_dot_csv="a,b", README="x", d_dot_jsonl="x", e_dot_json="{")
+    assert find(tmp_path).plain_text == {".py": 2, ".csv": 1, "": 1, ".json": 1}
+
+
+def test_compressed_text_is_named_as_such(tmp_path: Path) -> None:
+    write(tmp_path, a_dot_txt="x")
+    for name in ("a.md.gz", "b.tar.zst"):
+        (tmp_path / name).write_bytes(gzip.compress(b"x"))
+        with pytest.raises(
+            DataError, match=f"{name}: only .jsonl, .ndjson and .json files are read compressed"
+        ):
+            find(tmp_path / name)
+    assert find(tmp_path).skipped == {
+        "compressed file (only .jsonl, .ndjson and .json are read compressed)": 2
+    }

@@ -309,7 +309,7 @@ def test_a_place_without_examples_is_named(build: Build, tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"train_loader.dataset.split: train\[:2\]: slices are read from"):
         build(TEXTS, split="train[:2]")
     (tmp_path / "bad.parquet").write_text("no")
-    with pytest.raises(DataError, match=r"bad.parquet: this is no readable Parquet file"):
+    with pytest.raises(DataError, match=r"bad.parquet: this is not a readable Parquet file"):
         build(TEXTS, local=str(tmp_path / "bad.parquet"))
     with pytest.raises(DataError, match="1 example can't fill one batch of 4"):
         build(TEXTS[:1], drop_last=True)

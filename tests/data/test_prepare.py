@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import fcntl
 import gzip
 import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -338,6 +341,52 @@ def test_a_bad_line_far_into_a_file_is_counted_right_by_workers(run: Any, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'{"text": "x"\n'),
+        ("a.jsonl", b'{"t": "x"}\n'),
+        ("a.jsonl", b'"x"\n'),
+        ("a.jsonl", b'{"text": "\xff"}\n'),
+        ("a.jsonl", b'{"text": 1}\n'),
+        ("a.txt", b"caf\xe9"),
+        ("a.json", b'[{"text": "x"},'),
+        ("a.json", b'{\n"text": "x"\n}\n'),
+        ("a.jsonl.gz", b"not packed"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9)[:-9]),
+        ("a.json.gz", b"[not packed"),
+        ("a.jsonl.zst", b"not packed"),
+        ("a.parquet", b"PAR1"),
+    ],
+)
+def test_every_kind_of_bad_input_names_what_leaves_it_out_and_that_does(
+    run: Any, tmp_path: Path, name: str, content: bytes
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "good.txt").write_text("fine " * 100)
+    inputs = tmp_path / name, tmp_path / "good.txt"
+    with pytest.raises(
+        DataError, match=rf"{name}.* Or leave out and count all such .*bad_input=skip\.$"
+    ) as bad:
+        run(*inputs)
+    assert str(bad.value).count("bad_input=skip") == 1 and not (tmp_path / "out").exists()
+    summary = run(*inputs, bad_input="skip")
+    assert summary.skipped["bad input"] >= 1 and summary.problems[0].startswith(f"{tmp_path}/{name}")
+
+
+def test_what_is_taken_as_plain_text_is_counted_and_said(run: Any, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in ("a.py", "b.py", "README", "c.csv", "d.json"):
+        (tmp_path / "in" / name).write_text("some text " * 40)
+    write_lines(tmp_path / "in" / "e.jsonl", ["x"])
+    for summary in (run(tmp_path / "in"), run(tmp_path / "in")):
+        assert "read as plain text: 2 x .py, 1 x .csv, 1 x .json, 1 x without ending" in str(summary)
+        assert "one .csv or .json file is one document here, with all its commas and braces" in str(summary)
+    assert "plain text" not in str(
+        run(tmp_path / "in" / "e.jsonl", tmp_path / "in" / "e.jsonl", max_seq_len=2, out="o")
+    )
+
+
 def test_bad_input_can_be_left_out_and_is_counted(run: Any, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(
         '{"text": "one two three four five six seven eight"}\nx\n{"t": 1}\n' * 3
@@ -415,3 +464,138 @@ def test_bos_goes_before_each_document(
     for text in corpus_texts[:2]:
         stream += [tiny_tokenizer.bos_token_id, *tiny_tokenizer(text, truncation=False)["input_ids"]]
     assert (read_tokens(tmp_path / "out" / "train") == cut(stream, 16)).all()
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_shards_of_others_stay_where_they_are(
+    run: Any, corpus: Path, tmp_path: Path, files_of: Files, split: str
+) -> None:
+    """Without an index, as a killed converter or a copy that is under way leaves them."""
+    folder = tmp_path / "out" / split
+    folder.mkdir(parents=True)
+    for name in ("shard.00000.mds", "shard.00001.mds.zstd"):
+        (folder / name).write_bytes(b"not ours")
+    before = files_of(tmp_path / "out")
+    with pytest.raises(DataError, match=rf"out/{split}: the folder is not empty \(shard\.00000\.mds\)"):
+        run(corpus, held_out=0.2)
+    assert files_of(tmp_path / "out") == before
+
+
+def test_shards_of_another_preparation_that_was_killed_stay(
+    run: Any, corpus: Path, tokenizer_folder: Path, tmp_path: Path, files_of: Files
+) -> None:
+    """Its journal lies with the main split; the held-out split alone looks as if nobody had made it."""
+    arguments: dict[str, Any] = {"inputs": [str(corpus)], "out": tmp_path / "out", "held_out": 0.3}
+    arguments |= {"tokenizer": str(tokenizer_folder), "max_seq_len": 16, "workers": 1, "progress": False}
+    killed_in_finish(arguments)
+    (tmp_path / "out" / "val" / ".preparing" / "lock").unlink()
+    before = files_of(tmp_path / "out")
+    assert "val/shard.00000.mds" in before and "train/.preparing/state.json" in before
+    with pytest.raises(DataError, match="out/val: the folder is not empty"):
+        run(corpus, split="val")
+    assert files_of(tmp_path / "out") == before
+    run(corpus, held_out=0.3)
+    run(corpus, held_out=0.3, out="whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+def killed_in_finish(arguments: dict[str, Any]) -> None:
+    """Prepare in a process that is killed when all shards are written, before the first index; its only state
+    is that of the beginning."""
+
+    def run() -> None:
+        journal.SHORTEST_PERIOD_SECONDS = 1e9
+        journal.ShardWriter.write_index = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
+        prepare(**arguments)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+
+
+def test_a_file_that_somebody_put_into_a_half_prepared_folder_is_neither_replaced_nor_removed(
+    run: Any, corpus: Path, tokenizer_folder: Path, tmp_path: Path
+) -> None:
+    arguments: dict[str, Any] = {"inputs": [str(corpus)], "out": tmp_path / "out", "shard_bytes": 30_000}
+    arguments |= {"tokenizer": str(tokenizer_folder), "max_seq_len": 16, "workers": 1, "progress": False}
+    killed_in_finish(arguments)
+    theirs = tmp_path / "out" / "train" / "shard.00099.mds"
+    theirs.write_bytes(b"not ours")
+    with pytest.raises(DataError, match=r"shard\.00099\.mds: this preparation did not write it\. Move it"):
+        run(corpus, shard_bytes=30_000)
+    assert theirs.read_bytes() == b"not ours"
+
+
+def test_what_a_refused_preparation_has_written_is_removed_after_a_kill_too(
+    run: Any, tokenizer_folder: Path, corpus_texts: list[str], tmp_path: Path, small_units: None
+) -> None:
+    """The killed one wrote shards that no state names; the next one ends before it comes so far."""
+    lines = write_lines(tmp_path / "a.jsonl", corpus_texts * 3)
+    arguments: dict[str, Any] = {"inputs": [str(lines)], "out": tmp_path / "out", "shard_bytes": 30_000}
+    arguments |= {"tokenizer": str(tokenizer_folder), "max_seq_len": 16, "workers": 1, "progress": False}
+    killed_in_finish(arguments)
+    assert len(list((tmp_path / "out" / "train").glob("shard.*.mds"))) > 3
+    times = lines.stat()
+    lines.write_bytes(b"x" + lines.read_bytes()[1:])
+    os.utime(lines, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: this is not a line of JSON"):
+        run(lines, shard_bytes=30_000)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_another_process_finishes_meanwhile_is_left_alone(
+    run: Any, corpus: Path, tmp_path: Path, files_of: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first look and the lock another process prepares the same, or something else."""
+    locked, finished = journal.locked, []
+
+    @contextmanager
+    def late(*folders: Path) -> Iterator[None]:
+        if not finished:
+            finished.append(True)
+            run(corpus)
+            finished.append(files_of(tmp_path / "out"))
+        with locked(*folders):
+            yield
+
+    monkeypatch.setattr(module, "locked", late)
+    assert run(corpus).was_finished
+    assert files_of(tmp_path / "out") == finished[1]
+    finished.clear()
+    shutil.rmtree(tmp_path / "out")
+    with pytest.raises(DataError, match=r"was prepared with max_seq_len=16 \(now 8\)"):
+        run(corpus, max_seq_len=8)
+    assert files_of(tmp_path / "out") == finished[1]
+
+
+def test_a_lock_whose_file_was_removed_while_it_was_waited_for_is_taken_again(tmp_path: Path) -> None:
+    """Whoever finishes removes the lock's file; a lock on a file without a name keeps nobody out."""
+    flock = fcntl.flock
+
+    def removed_first(file: Any, operation: int) -> None:
+        flock(file, operation)
+        if (tmp_path / "out" / ".preparing").exists() and not removed:
+            removed.append(True)
+            shutil.rmtree(tmp_path / "out" / ".preparing")
+
+    removed: list[bool] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fcntl, "flock", removed_first)
+        with (
+            journal.locked(tmp_path / "out"),
+            pytest.raises(DataError, match="another process is preparing it"),
+            journal.locked(tmp_path / "out"),
+        ):
+            pass
+
+
+def test_a_held_out_split_that_another_process_prepares_is_held_too(
+    run: Any, corpus: Path, tmp_path: Path
+) -> None:
+    with (
+        journal.locked(tmp_path / "out" / "val"),
+        pytest.raises(DataError, match="out/val: another process is preparing it"),
+    ):
+        run(corpus, held_out=0.2)
+    assert not (tmp_path / "out" / "train").exists()

@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import gzip
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,8 +128,52 @@ def test_a_null_in_a_parquet_file_is_named_by_its_row(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz", "a.jsonl.zst"])
 def test_a_damaged_file_is_one_clear_error(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"this is something else")
-    with pytest.raises(BadInput, match=r"no readable Parquet file|the compressed file is damaged"):
-        read_all(tmp_path / name)
+    (problem,) = read_all(tmp_path / name)
+    assert isinstance(problem, BadInput)
+    assert re.search("not a readable Parquet file|the compressed file is damaged", str(problem))
+
+
+def test_what_was_read_before_the_damage_is_kept(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"text": f"{number} " * 50}) + "\n" for number in range(2000))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode())[:-20])
+    *documents, problem = read_all(tmp_path / "a.jsonl.gz")
+    assert isinstance(problem, BadInput) and all(isinstance(item, Document) for item in documents)
+
+
+@pytest.mark.parametrize("pack", [None, "gzip", "zstd"])
+def test_an_array_of_records_is_read_entry_by_entry_also_compressed(tmp_path: Path, pack: str | None) -> None:
+    import pyarrow
+
+    content = json.dumps([{"text": "one"}, {"text": 2}, {"text": "three"}], indent=1).encode()
+    path = tmp_path / {None: "a.json", "gzip": "a.json.gz", "zstd": "a.json.zst"}[pack]
+    with pyarrow.CompressedOutputStream(str(path), pack) if pack else path.open("wb") as file:
+        file.write(content)
+    first, bad, last = read_all(path)
+    assert isinstance(first, Document) and first.text == "one"
+    assert str(bad) == f"{path}:2: the field 'text' is number, not a string."
+    assert isinstance(last, Document) and last.text == "three"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps({"text": "one"}, indent=2),
+        json.dumps({"version": 1, "data": [{"text": "one"}]}),
+        json.dumps({"version": 1, "data": [{"text": "one"}]}, indent=2),
+    ],
+)
+def test_advice_for_a_json_file_that_is_one_object_works(tmp_path: Path, content: str) -> None:
+    """Each error's command is run, until there is none."""
+    path = tmp_path / "it's.json"
+    path.write_text(content)
+    for _ in range(3):
+        item = read_all(path)[0]
+        if isinstance(item, Document):
+            break
+        command = str(item).split("`")[1].replace("python", sys.executable, 1)
+        subprocess.run(command, shell=True, check=True)
+        path = max(tmp_path.iterdir(), key=lambda each: len(each.name))
+    assert item.text == "one"
 
 
 def test_a_file_that_vanishes_is_one_clear_error(tmp_path: Path) -> None:
