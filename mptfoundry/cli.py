@@ -244,7 +244,12 @@ def _load_network(options: GenerateConfig) -> tuple[Any, Any]:
     has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     dtype = DTYPES.get(options.dtype, torch.bfloat16 if has_bf16 else torch.float32)
     network, tokenizer = load_network(
-        options.model, base=options.base, device=device, dtype=dtype, attn_impl=options.attn_impl
+        options.model,
+        base=options.base,
+        device=device,
+        dtype=dtype,
+        attn_impl=options.attn_impl,
+        verify=options.verify,
     )
     if options.tokenizer:
         tokenizer = load_tokenizer(options.tokenizer)

@@ -56,7 +56,7 @@ def evaluate(options: EvalConfig) -> Results:
         warnings.filterwarnings("ignore", message=expected)
     if dist.get_world_size() > 1:
         dist.initialize_dist(device.kind, timeout=options.dist_timeout)
-    source = open_model(options.model, base=options.base)
+    source = open_model(options.model, base=options.base, verify=options.verify)
     tokenizer: Any = load_tokenizer(options.tokenizer) if options.tokenizer else tokenizer_of(source)
     if tokenizer is None:
         raise ConfigError(f"tokenizer: {options.model} has none. Name the one it was trained with.")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mptfoundry.checkpoints.checksums import Verifier
 from mptfoundry.checkpoints.folders import confined, read_json
 from mptfoundry.checkpoints.hf_folder import SafetensorsFile
 from mptfoundry.checkpoints.weights import EMBEDDING, Rows, TensorOutline, Weights, check_number_formats
@@ -106,7 +107,7 @@ def peft_name(name: str) -> str:
     return _PEFT_PREFIX + name.replace(".default.", ".")
 
 
-def with_peft_folder(folder: Path, base: ModelSource) -> ModelSource:
+def with_peft_folder(folder: Path, base: ModelSource, verifier: Verifier) -> ModelSource:
     """The model that a base and an adapter in peft's format are together.
 
     Raises:
@@ -115,7 +116,9 @@ def with_peft_folder(folder: Path, base: ModelSource) -> ModelSource:
     from mptfoundry.checkpoints.reading import shape_problems
 
     lora = _lora_in(folder)
-    file = SafetensorsFile(confined(folder, PEFT_WEIGHTS, folder / PEFT_CONFIG))
+    file = SafetensorsFile(confined(folder, PEFT_WEIGHTS, folder / PEFT_CONFIG), verifier)
+    if verifier.is_on and not file.has_checksums:
+        verifier.unverified.append(f"{file.path} has no checksums and is read unverified")
     try:
         expected = lora.adapter_shapes(base.config)
     except ValueError as error:

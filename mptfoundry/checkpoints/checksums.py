@@ -1,30 +1,122 @@
-"""Checksums of checkpoints: which of their bytes are not those that were written.
+"""Checksums of models on disk: which of their bytes are not those that were written.
 
-A file of `torch.save` is a zip archive, which holds the CRC-32 of everything in it. A folder of shards gets
-`checksums.json`, the size and the CRC-32 of each of its files. A *part* is a member of such a file, or a file
-of such a folder: what one rank checks while others check the rest.
+A file of `torch.save` is a zip archive, which holds the CRC-32 of everything in it; the pieces in the files
+of a sharded checkpoint are such archives, too. A folder gets `checksums.json`: the size and the CRC-32 of its
+files, or of its tensors by name. A *part* is a member of such a file, or a file of such a folder: what one
+rank checks while others check the rest.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
+import struct
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mptfoundry.checkpoints.folders import confined, read_json
 from mptfoundry.errors import CheckpointError
 
 CHECKSUMS = "checksums.json"
+ADVICE = (
+    "Restore it from another copy. With verify=false, export, import, eval and generate read it as it is."
+)
 _BLOCK = 1 << 20
 _THREADS = min(8, os.cpu_count() or 1)
+_LOCAL_HEADER = 30
+_SHA256 = re.compile("[0-9a-f]{64}")
+
+Sums = dict[str, dict[str, int | str]]
 
 
-def checksums_of(files: Sequence[Path]) -> dict[str, dict[str, int | str]]:
+class Verifier:
+    """Compares what is read of one model with its checksums: each member once, when it is first read.
+
+    Attributes:
+        is_on: Whether anything is compared.
+        unverified: Sentences that name what has no checksums.
+    """
+
+    def __init__(self, *, is_on: bool = True) -> None:
+        self.is_on = is_on
+        self.unverified: list[str] = []
+        self._compared: set[tuple[Path, str]] = set()
+
+    def once(self, file: Path, member: str, why_damaged: Callable[[], str | None]) -> None:
+        """Ask `why_damaged` if this member was not compared yet; raises CheckpointError with its answer."""
+        if not self.is_on or (file, member) in self._compared:
+            return
+        if reason := why_damaged():
+            raise CheckpointError(f"{file}: {reason}. {ADVICE}")
+        self._compared.add((file, member))
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where the bytes of a member lie in an archive, and their CRC-32."""
+
+    name: str
+    offset: int
+    size: int
+    crc: int
+
+
+def members_of(file: Path) -> list[Member]:
+    """The members of an archive that hold tensors, where the archive itself says that they begin."""
+    with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
+        members = []
+        for info in archive.infolist():
+            if _is_tensor(info.filename):
+                stream.seek(info.header_offset)
+                lengths = struct.unpack("<HH", stream.read(_LOCAL_HEADER)[-4:])
+                offset = info.header_offset + _LOCAL_HEADER + sum(lengths)
+                members.append(Member(info.filename, offset, info.file_size, info.CRC))
+        return members
+
+
+def has_checksums(file: Path | IO[bytes]) -> bool:
+    """Whether an archive holds checksums; torch can be told to leave them out, and then all of them are 0."""
+    with zipfile.ZipFile(file) as archive:
+        return any(info.CRC for info in archive.infolist())
+
+
+def outline_parts(file: Path) -> list[str]:
+    """The members of a file of `torch.save` that are not tensors: names, shapes, plain values."""
+    with zipfile.ZipFile(file) as archive:
+        return [name for name in archive.namelist() if not _is_tensor(name)]
+
+
+def why_other_bytes(name: str, content: Any, crc: int) -> str | None:
+    """Whether the CRC-32 of `content`, anything with a buffer, is another one."""
+    found = zlib.crc32(content)
+    return None if found == crc else _other_bytes(name, f"its CRC-32 is {found:08x}")
+
+
+def why_piece_is_damaged(name: str, piece: IO[bytes]) -> str | None:
+    """The same for a whole archive of `torch.save` inside of another file."""
+    try:
+        if not has_checksums(piece):
+            return None
+        with zipfile.ZipFile(piece) as archive:
+            for member in archive.namelist():
+                with archive.open(member) as stream:
+                    for _ in _blocks(stream):
+                        pass
+    except Exception as error:  # a damaged archive fails in any way
+        return _other_bytes(name, str(error))
+    finally:
+        piece.seek(0)
+    return None
+
+
+def checksums_of(files: Sequence[Path]) -> Sums:
     """Size in bytes and CRC-32 of files, by name."""
     with ThreadPoolExecutor(_THREADS) as pool:
         sums = pool.map(_checksum, files)
@@ -33,25 +125,91 @@ def checksums_of(files: Sequence[Path]) -> dict[str, dict[str, int | str]]:
         }
 
 
-def write_checksums(folder: Path, files: dict[str, dict[str, int | str]]) -> None:
+def write_checksums(folder: Path, files: Sums) -> None:
     """Add `checksums.json` to a folder of shards."""
-    (folder / CHECKSUMS).write_text(json.dumps({"files": files}, indent=1, sort_keys=True))
+    _write(folder, {"files": files})
+
+
+def write_tensor_checksums(folder: Path, crcs: Mapping[str, int]) -> None:
+    """Add `checksums.json` to a folder of safetensors: the CRC-32 of each tensor, by its stored name."""
+    _write(folder, {"tensors": {name: f"{crc:08x}" for name, crc in crcs.items()}})
+
+
+def tensor_checksums(folder: Path) -> dict[str, int] | None:
+    """The CRC-32 of each tensor of a folder by its stored name; None where none were written.
+
+    Raises:
+        CheckpointError: They are damaged.
+    """
+    if not (folder / CHECKSUMS).exists():
+        return None
+    written = read_json(folder, CHECKSUMS).get("tensors")
+    try:
+        return {str(name): int(crc, 16) for name, crc in written.items()}  # type: ignore[union-attr]
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{folder / CHECKSUMS}: damaged, it holds no checksums of tensors. Remove it to read the folder "
+            "unverified."
+        ) from error
+
+
+def hub_digest(file: Path) -> str | None:
+    """The sha256 that the hub's client keeps of a file that it fetched; None where it keeps none.
+
+    In its cache that is the name of the file's blob. Next to other files lies a note, which holds as long as
+    nobody has written to the file since.
+    """
+    blob = file.resolve()
+    if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
+        return blob.name
+    note = file.parent / ".cache" / "huggingface" / "download" / f"{file.name}.metadata"
+    try:
+        _, etag, fetched_at = note.read_text(encoding="utf-8").split()
+        is_as_fetched = file.stat().st_mtime - 1 <= float(fetched_at)
+    except (OSError, ValueError):
+        return None
+    return etag if is_as_fetched and _SHA256.fullmatch(etag) else None
+
+
+def why_other_digest(file: Path, digest: str) -> str | None:
+    """Whether the sha256 of a file is another one."""
+    with file.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    return None if found == digest else _other_bytes("it", f"its sha256 is {found[:16]}...")
 
 
 def parts_of(checkpoint: Path) -> list[str]:
-    """The parts of a checkpoint that have checksums; none for shards that another program wrote."""
+    """The parts of a checkpoint that have checksums; none where another program wrote none."""
     if checkpoint.is_file():
         with zipfile.ZipFile(checkpoint) as archive:
-            return archive.namelist()
-    return sorted(_written(checkpoint)) if (checkpoint / CHECKSUMS).exists() else []
+            return archive.namelist() if has_checksums(checkpoint) else []
+    return sorted(written_sums(checkpoint)) if (checkpoint / CHECKSUMS).exists() else []
 
 
 def why_damaged(checkpoint: Path, parts: Sequence[str]) -> str | None:
     """Which of some parts holds other bytes than were written, and in which file; None if none does."""
-    check = _why_member_is_damaged if checkpoint.is_file() else _why_file_is_damaged
+    check = _why_member_is_damaged if checkpoint.is_file() else why_file_is_damaged
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(lambda part: check(checkpoint, part), parts)
         return next((reason for reason in found if reason is not None), None)
+
+
+def why_file_is_damaged(folder: Path, name: str) -> str | None:
+    """Whether a file of a folder with checksums holds other bytes than were written."""
+    wanted = written_sums(folder).get(name)
+    try:
+        size, crc = _checksum(confined(folder, name, folder / CHECKSUMS))
+    except CheckpointError as error:
+        return str(error).rstrip(".")
+    return None if {"bytes": size, "crc32": crc} == wanted else _other_bytes(name, f"its CRC-32 is {crc}")
+
+
+def written_sums(folder: Path) -> Sums:
+    """What `checksums.json` says of the files of a folder."""
+    files = read_json(folder, CHECKSUMS).get("files")
+    if not isinstance(files, dict):
+        raise CheckpointError(f"{folder / CHECKSUMS}: damaged, it names no files.")
+    return files
 
 
 def _why_member_is_damaged(file: Path, member: str) -> str | None:
@@ -60,26 +218,21 @@ def _why_member_is_damaged(file: Path, member: str) -> str | None:
             for _ in _blocks(stream):
                 pass
     except Exception as error:  # a damaged archive fails in any way
-        return f"damaged, {member} holds other bytes than were written ({error})"
+        return _other_bytes(member, str(error))
     return None
 
 
-def _why_file_is_damaged(folder: Path, name: str) -> str | None:
-    wanted = _written(folder)[name]
-    try:
-        size, crc = _checksum(confined(folder, name, folder / CHECKSUMS))
-    except CheckpointError as error:
-        return str(error).rstrip(".")
-    if {"bytes": size, "crc32": crc} == wanted:
-        return None
-    return f"damaged, {name} holds other bytes than were written (its CRC-32 is {crc})"
+def _other_bytes(name: str, why: str) -> str:
+    return f"damaged, {name} holds other bytes than were written ({why})"
 
 
-def _written(folder: Path) -> dict[str, dict[str, int | str]]:
-    files = read_json(folder, CHECKSUMS).get("files")
-    if not isinstance(files, dict):
-        raise CheckpointError(f"{folder / CHECKSUMS}: damaged, it names no files.")
-    return files
+def _write(folder: Path, content: Mapping[str, Any]) -> None:
+    (folder / CHECKSUMS).write_text(json.dumps(content, indent=1, sort_keys=True))
+
+
+def _is_tensor(member: str) -> bool:
+    """Whether a member's name is one that `torch.save` gives to tensors: `archive/data/0`."""
+    return member.count("/") == 2 and member.split("/")[1] == "data"
 
 
 def _checksum(file: Path) -> tuple[int, str]:

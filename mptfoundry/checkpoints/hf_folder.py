@@ -8,9 +8,17 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from mptfoundry.checkpoints.checksums import (
+    CHECKSUMS,
+    Verifier,
+    hub_digest,
+    tensor_checksums,
+    why_other_bytes,
+    why_other_digest,
+)
 from mptfoundry.checkpoints.folders import confined, read_json
 from mptfoundry.checkpoints.torch_files import TorchFile, open_state_dict
-from mptfoundry.checkpoints.weights import PROJECTION, Rows, TensorOutline, todays_name
+from mptfoundry.checkpoints.weights import PROJECTION, Rows, TensorOutline, bytes_of, todays_name
 from mptfoundry.errors import CheckpointError
 
 SAFETENSORS = "model.safetensors"
@@ -43,10 +51,25 @@ class FolderWeights:
     model saves them, all but the output matrix get it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, verifier: Verifier | None = None) -> None:
         self.path = folder
-        files = _weight_files(folder)
-        opened = [SafetensorsFile(f) if f.suffix == ".safetensors" else open_state_dict(f) for f in files]
+        verifier = verifier or Verifier()
+        opened = [
+            SafetensorsFile(file, verifier)
+            if file.suffix == ".safetensors"
+            else open_state_dict(file, verifier)
+            for file in _weight_files(folder)
+        ]
+        stores = [store for store in opened if isinstance(store, SafetensorsFile)]
+        if verifier.is_on and stores and not any(store.has_checksums for store in stores):
+            verifier.unverified.append(f"{folder} has no {CHECKSUMS} and is read unverified")
+            verifier.is_on = len(stores) < len(opened)
+        elif verifier.is_on:
+            verifier.unverified += [
+                f"{store.path} has no checksums and is read unverified"
+                for store in stores
+                if not store.has_checksums
+            ]
         stored = [(store, name) for store in opened for name in store.outlines]
         root = "" if any(name.startswith(_ROOT) for _, name in stored) else _ROOT
         self._stores: dict[str, tuple[SafetensorsFile | TorchFile, str]] = {}
@@ -69,11 +92,20 @@ class FolderWeights:
 
 
 class SafetensorsFile:
-    """The tensors of one safetensors file."""
+    """The tensors of one safetensors file, which itself holds no checksums.
 
-    def __init__(self, path: Path) -> None:
+    They are compared with `checksums.json` next to it, or with what the hub's client keeps of its files.
+    """
+
+    def __init__(self, path: Path, verifier: Verifier | None = None) -> None:
         self.path = path
         self.outlines: dict[str, TensorOutline] = {}
+        self._verifier = verifier or Verifier()
+        self._checksums: dict[str, int] | None = None
+        self._digest: str | None = None
+        if self._verifier.is_on:
+            self._checksums = tensor_checksums(path.parent)
+            self._digest = hub_digest(path) if self._checksums is None else None
         try:
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118 (not a mapping)
@@ -87,11 +119,30 @@ class SafetensorsFile:
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: damaged, it can't be read ({error}).") from error
 
+    @property
+    def has_checksums(self) -> bool:
+        """Whether anything says what its bytes should be."""
+        return self._checksums is not None or self._digest is not None
+
     def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
         """One tensor; the file is mapped for it alone, so that its pages don't stay in memory."""
+        if self._digest is not None:
+            digest = self._digest
+            self._verifier.once(self.path, "", lambda: why_other_digest(self.path, digest))
         with safe_open(self.path, framework="pt") as file:
+            if self._checksums is not None:
+                self._verifier.once(self.path, name, lambda: self._why_damaged(name, file.get_tensor(name)))
             tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows[0] : rows[1]]
         return tensor.to(dtype or tensor.dtype, copy=True)
+
+    def _why_damaged(self, name: str, tensor: torch.Tensor) -> str | None:
+        assert self._checksums is not None
+        reason = (
+            why_other_bytes(name, bytes_of(tensor), self._checksums[name])
+            if name in self._checksums
+            else f"{name} is not in {CHECKSUMS}"
+        )
+        return reason and f"{reason}. If the folder was written again since, remove its {CHECKSUMS}"
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -30,13 +30,13 @@ def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint that `path` names: itself, or the newest whole one in a run folder.
 
     Newest is the one with the most batches in its name; checkpoints named otherwise come after those, by
-    time. Damaged or unfinished ones are passed over, with a warning that names them.
+    time. Unfinished ones are passed over, with a warning that names them.
 
     Returns:
         A file, or a folder with `.metadata`; links are followed.
 
     Raises:
-        CheckpointError: Nothing is there, or nothing that is whole.
+        CheckpointError: Nothing is there, or nothing that is whole, or the newest one is damaged.
     """
     path = Path(path)
     if path.is_symlink() and not path.exists():
@@ -51,6 +51,8 @@ def find_checkpoint(path: str | Path) -> Path:
         reason = why_not_whole(candidate)
         if reason is None:
             return candidate
+        if not is_unfinished(candidate):
+            raise CheckpointError(f"{candidate}: {reason}. Restore it, or name another checkpoint.")
         log.warning("%s: %s; passed over.", candidate, reason)
     if candidates:
         raise CheckpointError(f"{path}: none of its {len(candidates)} checkpoints is whole.")

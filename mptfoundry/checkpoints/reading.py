@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -18,6 +19,7 @@ from mptfoundry.checkpoints.adapters import (
     with_peft_folder,
 )
 from mptfoundry.checkpoints.architecture import RUN_CONFIG, config_of_run, overridden, read_run, run_of
+from mptfoundry.checkpoints.checksums import Verifier
 from mptfoundry.checkpoints.folders import confined, read_json
 from mptfoundry.checkpoints.hf_config import config_of_folder, config_of_others
 from mptfoundry.checkpoints.hf_folder import FolderWeights
@@ -37,6 +39,7 @@ from mptfoundry.checkpoints.weights import (
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import HeadConfig
+from mptfoundry.ranks import rank
 
 if TYPE_CHECKING:
     from mptfoundry.mpt.network import MPT
@@ -57,6 +60,7 @@ class ModelSource:
         weights: The tensors, by MPT's names.
         tokenizer_folder: Where its tokenizer lies, if it has one.
         run_folder: The run that it came from, if that is known and was one of ours.
+        verifier: Compares what is read of the weights with their checksums.
     """
 
     path: Path
@@ -64,6 +68,7 @@ class ModelSource:
     weights: Weights
     tokenizer_folder: Path | None
     run_folder: Path | None
+    verifier: Verifier = field(default_factory=Verifier)
 
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """The model's weights one by one, in memory of their own, in `dtype` or as stored.
@@ -71,7 +76,7 @@ class ModelSource:
         Every tensor of the architecture comes exactly once, in the network's order. Nothing else is read.
 
         Raises:
-            CheckpointError: A weight is not finite.
+            CheckpointError: A weight is not finite, or holds other bytes than were written.
         """
         for name in expected_shapes(self.config):
             tensor = self.weights.read(name, dtype)
@@ -81,33 +86,42 @@ class ModelSource:
             yield name, tensor
 
 
-def open_model(path: str | Path, config: MPTConfig | None = None, *, base: str | None = None) -> ModelSource:
+def open_model(
+    path: str | Path, config: MPTConfig | None = None, *, base: str | None = None, verify: bool = True
+) -> ModelSource:
     """Open a run folder, a checkpoint or a Hugging Face folder, and check that its weights fit its config.
 
     Args:
         path: Where it lies.
         config: The architecture, in place of what is told there.
         base: The model that an adapter in peft's format belongs to: a path or a name on the hub.
+        verify: Compare what is read with its checksums, and say on rank 0 what has none.
 
     Raises:
         CheckpointError: Nothing is there, a file is damaged, or a tensor is missing, unknown or of another
             shape than the config says.
     """
-    path = Path(path)
+    path, verifier = Path(path), Verifier(is_on=verify)
     if is_peft_folder(path):
-        return _open_adapter(path, base)
+        return _open_adapter(path, base, verifier)
     if base is not None:
         raise CheckpointError(f"base: {path} is not an adapter in peft's format, so it has none. Remove it.")
     if (path / "config.json").exists():
-        config = config or config_of_folder(path)
-        source = ModelSource(path, config, FolderWeights(path), _tokenizer_in(path), None)
+        config, weights = config or config_of_folder(path), FolderWeights(path, verifier)
+        source = ModelSource(path, config, weights, _tokenizer_in(path), None, verifier)
     else:
-        source = _open_checkpoint(find_checkpoint(path), config)
+        source = _open_checkpoint(find_checkpoint(path), config, verifier)
     check_weights(source)
+    _say_unverified(verifier, verify)
     return source
 
 
-def _open_adapter(folder: Path, base: str | None) -> ModelSource:
+def _say_unverified(verifier: Verifier, verify: bool) -> None:
+    for sentence in verifier.unverified if verify and rank() == 0 else ():
+        print(f"note: {sentence}.", file=sys.stderr, flush=True)
+
+
+def _open_adapter(folder: Path, base: str | None, verifier: Verifier) -> ModelSource:
     """An adapter in peft's format with the base that was named for it."""
     if base is None:
         name = read_json(folder, PEFT_CONFIG).get("base_model_name_or_path")
@@ -117,7 +131,8 @@ def _open_adapter(folder: Path, base: str | None) -> ModelSource:
             f"for generate, chat, eval and export. `mptfoundry export {folder} OUT base=MODEL` makes one "
             "model of both."
         )
-    source = with_peft_folder(folder, open_model(locate(base)))
+    source = with_peft_folder(folder, open_model(locate(base), verify=verifier.is_on), verifier)
+    _say_unverified(verifier, verifier.is_on)
     return replace(source, tokenizer_folder=_tokenizer_in(folder) or source.tokenizer_folder, run_folder=None)
 
 
@@ -129,6 +144,7 @@ def load_network(
     dtype: torch.dtype | None = None,
     attn_impl: AttnImpl = "auto",
     config_overrides: Mapping[str, Any] | None = None,
+    verify: bool = True,
 ) -> tuple[MPT, Any]:
     """The network of a run, a checkpoint or a Hugging Face folder, ready to evaluate, and its tokenizer.
 
@@ -138,6 +154,7 @@ def load_network(
         dtype: Number format of the weights. Default: as stored.
         attn_impl: The attention backend.
         config_overrides: Switches of the architecture to change, such as `{"max_seq_len": 65536}`.
+        verify: As for `open_model`.
 
     Returns:
         The network in eval mode, and the tokenizer or None where there is none.
@@ -146,7 +163,7 @@ def load_network(
         CheckpointError: As `open_model`, or the model ends in a head.
         ConfigError: As `network_of`.
     """
-    source = with_overrides(open_model(path, base=base), config_overrides or {})
+    source = with_overrides(open_model(path, base=base, verify=verify), config_overrides or {})
     if isinstance(source.config, HeadConfig):
         raise CheckpointError(f"{path}: it ends in a head ({source.config.architecture}) and makes no text.")
     network = network_of(source, device=device, dtype=dtype, attn_impl=attn_impl)
@@ -278,10 +295,10 @@ def _check_that_it_is_tied(source: ModelSource) -> None:
         )
 
 
-def _open_checkpoint(checkpoint: Path, config: MPTConfig | None) -> ModelSource:
+def _open_checkpoint(checkpoint: Path, config: MPTConfig | None, verifier: Verifier) -> ModelSource:
     """A Composer checkpoint, with the config of its run, or the one that llm-foundry puts inside."""
     is_folder = checkpoint.is_dir()
-    weights = ShardedWeights(checkpoint) if is_folder else open_composer_file(checkpoint)
+    weights = ShardedWeights(checkpoint, verifier) if is_folder else open_composer_file(checkpoint, verifier)
     folder = run_of(checkpoint)
     if config is None and folder is not None:
         config = config_of_run(folder)
@@ -297,13 +314,13 @@ def _open_checkpoint(checkpoint: Path, config: MPTConfig | None) -> ModelSource:
     tokenizer_folder = _tokenizer_in(folder / "tokenizer") if folder else None
     run = read_run(folder) if folder is not None else {"model": {}}
     trained = folder if "train_loader" in run else None
-    source = ModelSource(checkpoint, config, weights, tokenizer_folder, trained)
+    source = ModelSource(checkpoint, config, weights, tokenizer_folder, trained, verifier)
     if folder is None or (lora := lora_of(run)) is None:
         return source
-    return with_adapters(_base_of(run, folder, config), weights, lora, source)
+    return with_adapters(_base_of(run, folder, config, verify=verifier.is_on), weights, lora, source)
 
 
-def _base_of(run: Mapping[str, Any], folder: Path, config: MPTConfig) -> ModelSource:
+def _base_of(run: Mapping[str, Any], folder: Path, config: MPTConfig, *, verify: bool) -> ModelSource:
     """The model beside whose weights the run's adapters were learned."""
     name = run["model"].get("pretrained_model_name_or_path") or run.get("load_path")
     if not isinstance(name, str):
@@ -312,7 +329,7 @@ def _base_of(run: Mapping[str, Any], folder: Path, config: MPTConfig) -> ModelSo
         path = locate(name, run["model"].get("revision"))
         if run_of(path.resolve()) == folder.resolve():
             raise CheckpointError(f"{name} is the run itself.")
-        return with_rows(open_model(path), config.vocab_size)
+        return with_rows(open_model(path, verify=verify), config.vocab_size)
     except CheckpointError as error:
         raise CheckpointError(f"the base of the adapters in {folder}: {error}") from error
 

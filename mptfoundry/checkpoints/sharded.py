@@ -11,12 +11,19 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import metadata as outline
 
+from mptfoundry.checkpoints.checksums import (
+    ADVICE,
+    CHECKSUMS,
+    Verifier,
+    why_file_is_damaged,
+    why_piece_is_damaged,
+)
 from mptfoundry.checkpoints.folders import confined
 from mptfoundry.checkpoints.torch_files import load_plain_bytes
 from mptfoundry.checkpoints.weights import Rows, TensorOutline, cut
@@ -41,9 +48,14 @@ _OUTLINE_CLASSES = {
 class ShardedWeights:
     """The model of a sharded Composer checkpoint; the optimizer's pieces are never read."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, verifier: Verifier | None = None) -> None:
         self.path = folder
-        self._metadata = read_metadata(folder)
+        self._verifier = verifier or Verifier()
+        self._metadata = read_metadata(folder, verify=self._verifier.is_on)
+        if not (folder / CHECKSUMS).exists():
+            self._verifier.unverified.append(
+                f"{folder} has no {CHECKSUMS}: its {METADATA} is read unverified, its tensors are verified"
+            )
         if reason := why_folder_is_not_whole(folder, self._metadata):
             raise CheckpointError(f"{folder}: {reason}.")
         self._entries = {
@@ -74,7 +86,7 @@ class ShardedWeights:
                     section = notes
                     for step in path[4:-1]:
                         section = section.setdefault(step, {})
-                    section[path[-1]] = _value_at(self.path, places[key])
+                    section[path[-1]] = _value_at(self.path, places[key], verify=self._verifier.is_on)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{self.path / METADATA}: damaged, {prefix} can't be read.") from error
         return _with_lists(notes)  # type: ignore[no-any-return]
@@ -96,8 +108,13 @@ class ShardedWeights:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load(state, storage_reader=Reader(self.path, self._metadata), no_dist=True)
-        except (*DAMAGE, dcp.api.CheckpointException) as error:
+                reader = Reader(self.path, self._metadata, verify=self._verifier.is_on)
+                dcp.load(state, storage_reader=reader, no_dist=True)
+        except dcp.api.CheckpointException as error:
+            raise own_cause(error) or CheckpointError(
+                f"{self.path}: damaged, {name} can't be read."
+            ) from error
+        except DAMAGE as error:
             raise CheckpointError(f"{self.path}: damaged, {name} can't be read.") from error
         whole = state[_CHILD + name].to(dtype or entry.properties.dtype)
         return whole if rows is None else cut(whole, rows).clone()
@@ -111,15 +128,17 @@ def read_value(folder: Path, key: str) -> Any:
     """
     for index, place in read_metadata(folder).storage_data.items():
         if index.fqn == key:
-            return _value_at(folder, place)
+            return _value_at(folder, place, verify=True)
     return None
 
 
-def _value_at(folder: Path, place: Any) -> Any:
+def _value_at(folder: Path, place: Any, *, verify: bool) -> Any:
     file = confined(folder, place.relative_path, folder / METADATA)
     with file.open("rb") as stream:
         stream.seek(place.offset)
         piece = io.BytesIO(stream.read(place.length))
+    if verify and (reason := why_piece_is_damaged("a note", piece)):
+        raise CheckpointError(f"{file}: {reason}. {ADVICE}")
     return load_plain_bytes(piece, str(file))
 
 
@@ -132,9 +151,17 @@ def _with_lists(value: Any) -> Any:
     return [inner[key] for key in sorted(inner)] if is_list else inner
 
 
-def read_metadata(folder: Path) -> outline.Metadata:
+def own_cause(error: dcp.api.CheckpointException) -> CheckpointError | None:
+    """The first error of ours among those of all ranks."""
+    causes = [cause for cause, _ in error.failures.values()]
+    return next((cause for cause in causes if isinstance(cause, CheckpointError)), None)
+
+
+def read_metadata(folder: Path, *, verify: bool = True) -> outline.Metadata:
     """The outline of a sharded checkpoint; never runs code, and every file it names lies in the folder."""
     file = folder / METADATA
+    if verify and (folder / CHECKSUMS).exists() and (reason := why_file_is_damaged(folder, METADATA)):
+        raise CheckpointError(f"{folder}: {reason}. {ADVICE}")
     try:
         with file.open("rb") as stream:
             metadata = _OutlineUnpickler(stream).load()
@@ -169,14 +196,28 @@ def why_folder_is_not_whole(folder: Path, metadata: outline.Metadata | None = No
 
 
 class Reader(dcp.FileSystemReader):
-    """torch's reader, given an outline that was read safely and names files of the folder alone."""
+    """torch's reader, given an outline that was read safely and names files of the folder alone.
 
-    def __init__(self, folder: Path, metadata: outline.Metadata) -> None:
+    Each piece is compared with its own checksums before it is used.
+    """
+
+    def __init__(self, folder: Path, metadata: outline.Metadata, *, verify: bool = True) -> None:
         super().__init__(folder)
         self._outline = metadata
+        self._folder = folder
+        self._verify = verify
+        self._names = {(p.relative_path, p.offset): key.fqn for key, p in metadata.storage_data.items()}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> outline.Metadata:
         return self._outline
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        file.seek(sinfo.offset)
+        piece = io.BytesIO(file.read(sinfo.length))
+        name = self._names[sinfo.relative_path, sinfo.offset].removeprefix(_CHILD)
+        if self._verify and (reason := why_piece_is_damaged(f"{name} in {sinfo.relative_path}", piece)):
+            raise CheckpointError(f"{self._folder}: {reason}. {ADVICE}")
+        return piece
 
 
 class _OutlineUnpickler(pickle.Unpickler):

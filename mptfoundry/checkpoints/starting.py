@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from composer.utils import dist
 from torch import nn
 from tqdm import tqdm
 
@@ -18,7 +19,8 @@ from mptfoundry.mpt.init import draw
 class StartingWeights:
     """Gives each parameter of a network its first value, whole or some rows of it, one at a time.
 
-    Every rank has one of its own and reads from disk what it holds. Nothing is read before it is asked for.
+    Every rank has one of its own and reads from disk what it holds, when it is asked for. Several ranks first
+    compare all weights with their checksums, each rank a share.
 
     Args:
         source: The model to start from; None: every weight is drawn.
@@ -33,7 +35,7 @@ class StartingWeights:
         drawn: Names of the parameters that are drawn although there is a source.
 
     Raises:
-        CheckpointError: A parameter is missing, unknown or of another shape.
+        CheckpointError: A parameter is missing, unknown or of another shape, or weights are damaged.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class StartingWeights:
             given = {n: s for n, s in found.items() if n in wanted or not n.startswith(not_needed)}
             if problems := shape_problems(given, wanted):
                 raise CheckpointError(f"{source.path}: {'; '.join(problems[:5])}.")
+            _verify_together(source)
         self._bar = tqdm(unit="B", unit_scale=True, desc="weights", disable=not (progress and source))
 
     def __call__(self, name: str, shape: tuple[int, ...], rows: Rows = None) -> torch.Tensor:
@@ -78,3 +81,19 @@ class StartingWeights:
         for name, parameter in network.named_parameters():
             parameter.copy_(self(name, tuple(parameter.shape)))
         self._bar.close()
+
+
+def _verify_together(source: ModelSource) -> None:
+    """Have each rank read a share of the weights, which verifies them, so that no rank has to read all."""
+    if dist.get_world_size() == 1 or not source.verifier.is_on:
+        return
+    reason = None
+    try:
+        for name in list(source.weights.outlines)[dist.get_global_rank() :: dist.get_world_size()]:
+            source.weights.read(name)
+    except CheckpointError as error:
+        reason = str(error)
+    for found in dist.all_gather_object(reason):
+        if found is not None:
+            raise CheckpointError(found)
+    source.verifier.is_on = False

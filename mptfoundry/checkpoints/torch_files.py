@@ -11,8 +11,10 @@ import ctypes
 import datetime
 import mmap
 import pickle
+import struct
+import sys
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,6 +22,15 @@ import numpy as np
 import torch
 from torch.torch_version import TorchVersion
 
+from mptfoundry.checkpoints.checksums import (
+    Verifier,
+    has_checksums,
+    members_of,
+    outline_parts,
+    parts_of,
+    why_damaged,
+    why_other_bytes,
+)
 from mptfoundry.checkpoints.weights import Rows, TensorOutline, cut, todays_name
 from mptfoundry.errors import CheckpointError, first_line
 
@@ -32,10 +43,26 @@ _DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
 
 
 class TorchFile:
-    """The tensors of one file, mapped; `prefix` is cut from their names, others are left out."""
+    """The tensors of one file, mapped.
 
-    def __init__(self, path: Path, tensors: Mapping[str, Any], prefix: str = "", notes: Any = None) -> None:
+    Args:
+        path: The file.
+        tensors: Of what lies in it, by name.
+        check: Compares the bytes of one tensor with their checksum before they are used.
+        prefix: Is cut from their names; tensors with other names are left out.
+        notes: What Composer keeps of a Hugging Face model.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        tensors: Mapping[str, Any],
+        check: Callable[[torch.Tensor], None],
+        prefix: str = "",
+        notes: Any = None,
+    ) -> None:
         self.path = path
+        self._check = check
         self._notes = notes
         self._tensors = {
             todays_name(name.removeprefix(prefix)): value
@@ -57,40 +84,50 @@ class TorchFile:
 
     def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
         """A copy of one tensor; the pages that it was read from are given back at once."""
+        self._check(self._tensors[name])
         mapped = cut(self._tensors[name], rows)
         copy = mapped.to(dtype or mapped.dtype, copy=True).contiguous()
         _give_back(mapped)
         return copy
 
 
-def open_composer_file(path: Path) -> TorchFile:
+def open_composer_file(path: Path, verifier: Verifier | None = None) -> TorchFile:
     """The model of a Composer checkpoint; llm-foundry's have the same layout, and note their config."""
-    content = load_plain(path)
+    verifier = verifier or Verifier()
+    content = load_plain(path, verifier=verifier)
     state = content.get("state") if isinstance(content, dict) else None
     model = state.get("model") if isinstance(state, dict) else None
     if not isinstance(state, dict) or not isinstance(model, dict):
         raise CheckpointError(f"{path}: not a Composer checkpoint; it holds no state.model.")
     integrations = state.get("integrations")
     notes = integrations.get("huggingface") if isinstance(integrations, dict) else None
-    return TorchFile(path, model, _CHILD, notes)
+    return TorchFile(path, model, _Members(path, content, verifier), _CHILD, notes)
 
 
-def open_state_dict(path: Path) -> TorchFile:
+def open_state_dict(path: Path, verifier: Verifier | None = None) -> TorchFile:
     """The tensors of a file that holds a state dict alone, such as `pytorch_model.bin`."""
-    content = load_plain(path)
+    verifier = verifier or Verifier()
+    content = load_plain(path, verifier=verifier)
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a dictionary of tensors.")
-    return TorchFile(path, content)
+    return TorchFile(path, content, _Members(path, content, verifier))
 
 
-def load_plain(path: Path, *, mapped: bool = True) -> Any:
+def load_plain(path: Path, *, mapped: bool = True, verifier: Verifier | None = None) -> Any:
     """What `torch.save` wrote, tensors mapped from the file or read; never runs code.
+
+    Whatever is not a tensor is compared with its checksum. Tensors are not.
 
     Raises:
         CheckpointError: The file is damaged, or loading it would need more than tensors and plain values.
     """
     if reason := why_file_is_not_whole(path):
         raise CheckpointError(f"{path}: {reason}.")
+    verifier = verifier or Verifier()
+    if has_checksums(path):
+        verifier.once(path, "", lambda: why_damaged(path, outline_parts(path)))
+    elif verifier.is_on:
+        verifier.unverified.append(f"{path} was written without checksums and is read unverified")
     try:
         with torch.serialization.safe_globals(_harmless()):
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
@@ -117,6 +154,8 @@ def why_file_is_not_whole(path: Path) -> str | None:
     """What is wrong with the outline of a file of `torch.save`; its values aren't read. None: nothing."""
     try:
         with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                return "a compressed archive, and torch.save writes plain ones"
             if any(name.endswith("/data.pkl") for name in archive.namelist()):
                 return None
         return "damaged, or a zip archive that torch.save did not write"
@@ -136,6 +175,60 @@ def ends_as_written(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _END_RECORD))
         return file.read(4) == b"PK\5\6"
+
+
+class _Members:
+    """Compares a mapped tensor with the checksum of the member of the archive that it lies in.
+
+    All tensors are mapped from one place in memory, where the file begins: the first of them is the first
+    member. Where that does not hold, as for numbers in the byte order of another machine, which torch has
+    turned round in memory, the whole file is compared at once.
+    """
+
+    def __init__(self, path: Path, content: Any, verifier: Verifier) -> None:
+        self._path = path
+        self._verifier = verifier
+        try:
+            members = members_of(path) if has_checksums(path) else []
+            is_swapped = bool(members) and _byteorder(path) != sys.byteorder
+        except (OSError, ValueError, struct.error, zipfile.BadZipFile) as error:
+            raise CheckpointError(f"{path}: damaged, it can't be read ({first_line(error)}).") from error
+        self._members = {member.offset: member for member in members if member.size}
+        storages = [tensor.untyped_storage() for tensor in _tensors_in(content)]
+        stored = {storage.data_ptr(): storage.nbytes() for storage in storages if storage.nbytes()}
+        self._start = min(stored, default=0) - min(self._members, default=0)
+        if not self._members:
+            return
+        if is_swapped or any(
+            (member := self._members.get(address - self._start)) is None or member.size != size
+            for address, size in stored.items()
+        ):
+            self._members = {}
+            verifier.once(path, "all", lambda: why_damaged(path, parts_of(path)))
+
+    def __call__(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if member := self._members.get(storage.data_ptr() - self._start):
+            content = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+            self._verifier.once(
+                self._path, member.name, lambda: why_other_bytes(member.name, content.numpy(), member.crc)
+            )
+            _give_back(content)
+
+
+def _tensors_in(content: Any) -> Iterator[torch.Tensor]:
+    if isinstance(content, torch.Tensor):
+        if content.layout is torch.strided and content.device.type == "cpu":
+            yield content
+    elif isinstance(content, (dict, list, tuple, set)):
+        for value in content.values() if isinstance(content, dict) else content:
+            yield from _tensors_in(value)
+
+
+def _byteorder(path: Path) -> str:
+    with zipfile.ZipFile(path) as archive:
+        name = next((name for name in archive.namelist() if name.endswith("/byteorder")), None)
+        return sys.byteorder if name is None else archive.read(name).decode()
 
 
 def _harmless() -> list[Any]:

@@ -14,7 +14,13 @@ from typing import Any
 from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
-from mptfoundry.checkpoints.sharded import DAMAGE, Reader, read_metadata, why_folder_is_not_whole
+from mptfoundry.checkpoints.sharded import (
+    DAMAGE,
+    Reader,
+    own_cause,
+    read_metadata,
+    why_folder_is_not_whole,
+)
 from mptfoundry.checkpoints.torch_files import load_plain, load_plain_bytes
 from mptfoundry.errors import CheckpointError, first_line
 
@@ -101,9 +107,10 @@ def fill_state(state: dict[str, Any], folder: Path, *, strict: bool = True) -> N
     try:
         dcp.load(state, storage_reader=Reader(folder, metadata), planner=_PlainPlanner(folder, strict=strict))
     except dcp.api.CheckpointException as error:
-        causes = [cause for cause, _ in error.failures.values()]
-        ours = next((cause for cause in causes if isinstance(cause, CheckpointError)), None)
-        raise ours or CheckpointError(f"{folder}: can't be loaded ({first_line(causes[0])}).") from error
+        cause = next(cause for cause, _ in error.failures.values())
+        raise own_cause(error) or CheckpointError(
+            f"{folder}: can't be loaded ({first_line(cause)})."
+        ) from error
     except (*DAMAGE, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: can't be loaded ({first_line(error)}).") from error
 

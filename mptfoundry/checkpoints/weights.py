@@ -83,6 +83,11 @@ def todays_name(name: str) -> str:
     return name[1:]
 
 
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """A tensor's numbers as they stand in a file."""
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
+
+
 def cut(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
     """A view of those rows."""
     return tensor if rows is None else tensor[rows[0] : rows[1]]

@@ -112,6 +112,7 @@ class EvalConfig:
         eval_subset_num_batches: Batches of an evaluation; -1: all.
         precision: Number format of the computation. `auto`: bfloat16 on GPUs that have it, else float32.
         attn_impl: The attention backend; all give the same mathematics.
+        verify: Compare what is read of the weights with its checksums.
         seed: Seed of whatever is drawn.
         out: JSON file for the results. Default: beside the model.
         dist_timeout: Seconds that a rank waits for the others.
@@ -128,6 +129,7 @@ class EvalConfig:
     eval_subset_num_batches: int = -1
     precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"] = "auto"
     attn_impl: Literal["auto", "torch", "flash", "triton"] = "auto"
+    verify: bool = True
     seed: int = 17
     out: str | None = None
     dist_timeout: float = 600.0
@@ -169,6 +171,8 @@ class ExportConfig:
         dtype: Number format of the weights.
         license: Licence of the model, by its SPDX name, for the model card.
         shard_bytes: Largest weight file.
+        verify: Compare what is read of the weights with its checksums, and refuse logits that are not finite
+            or larger than 1e4.
         overwrite: Replace a folder that is there.
     """
 
@@ -182,6 +186,7 @@ class ExportConfig:
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     license: str | None = None
     shard_bytes: int = 5_000_000_000
+    verify: bool = True
     overwrite: bool = False
 
     def __post_init__(self) -> None:
@@ -205,6 +210,7 @@ class ImportConfig:
             cuts the embedding at its end, or pads it with the mean of its rows.
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: the source's.
         dtype: Number format of the weights.
+        verify: Compare what is read of the weights with its checksums.
         overwrite: Replace a folder that is there.
     """
 
@@ -215,6 +221,7 @@ class ImportConfig:
     config_overrides: dict[str, Any] = field(default_factory=dict)
     tokenizer: str | None = None
     dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    verify: bool = True
     overwrite: bool = False
 
 
@@ -270,6 +277,7 @@ class GenerateConfig(Sampling):
         system: What a chat begins with.
         dtype: Number format of the weights. `auto`: bfloat16 on GPUs that have it, else float32.
         attn_impl: The attention backend; all give the same mathematics.
+        verify: Compare what is read of the weights with its checksums.
     """
 
     model: str
@@ -283,6 +291,7 @@ class GenerateConfig(Sampling):
     system: str | None = None
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     attn_impl: Literal["auto", "torch", "flash", "triton"] = "auto"
+    verify: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
-import zlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,7 +24,6 @@ from mptfoundry.checkpoints.reading import ModelSource, network_of
 from mptfoundry.checkpoints.weights import EMBEDDING, PROJECTION, Rows, TensorOutline, Weights
 from mptfoundry.devices import total_memory
 from mptfoundry.errors import CheckpointError
-from mptfoundry.export.shards import bytes_of
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
 
@@ -37,6 +36,7 @@ def rows(table):
 
 The same holds for code, for numbers such as 3.14159, and for lists: first, second, third."""
 _LONGEST = 256
+_LARGEST_LOGIT = 1e4
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,9 @@ class Comparison:
         ) + rounding * (self.export_rounding > 0)
 
 
-def compare_logits(source: ModelSource, folder: Path, tokenizer: Any, dtype: torch.dtype) -> Comparison:
+def compare_logits(
+    source: ModelSource, folder: Path, tokenizer: Any, dtype: torch.dtype, *, allow_absurd: bool = False
+) -> Comparison:
     """Compare an exported folder with the model that it was made from.
 
     A model whose float64 weights would take more than a quarter of the machine's memory, or 3 GiB, is
@@ -78,7 +80,7 @@ def compare_logits(source: ModelSource, folder: Path, tokenizer: Any, dtype: tor
     architecture.
 
     Raises:
-        CheckpointError: The logits differ.
+        CheckpointError: The logits differ, or, unless `allow_absurd`, no trained model gives such logits.
     """
     longest = min(_LONGEST, source.config.max_seq_len)
     ids = torch.tensor([tokenizer(_TEXT, truncation=True, max_length=longest)["input_ids"]])
@@ -90,6 +92,17 @@ def compare_logits(source: ModelSource, folder: Path, tokenizer: Any, dtype: tor
     ours = replace(source, config=cut, weights=_Part(source.weights, words))
     exact, rounded = _our_logits(ours, ids, dtype)
     theirs_float32, theirs = _their_logits(folder, ids, cut, words)
+    largest = torch.stack([exact, theirs_float32]).abs().max().item()
+    if not largest <= _LARGEST_LOGIT and not allow_absurd:
+        raise CheckpointError(
+            f"{source.path}: its logits reach {largest:.1e}, and those of trained models stay below "
+            f"{_LARGEST_LOGIT:.0e}: its weights are damaged, or its training diverged. Export an earlier "
+            "checkpoint, or set verify=false to export this one."
+        )
+    if not math.isfinite(largest):
+        exact, rounded, theirs_float32, theirs = (
+            logits.nan_to_num() for logits in (exact, rounded, theirs_float32, theirs)
+        )
     comparison = Comparison(
         tokens=ids.shape[1],
         layers=cut.n_layers,
@@ -106,12 +119,15 @@ def compare_logits(source: ModelSource, folder: Path, tokenizer: Any, dtype: tor
     return comparison
 
 
-def check_bytes(folder: Path, checksums: Mapping[str, int]) -> None:
+def check_bytes(folder: Path) -> None:
     """Read an exported folder's tensors back; raises CheckpointError for one that isn't what was written."""
     written = FolderWeights(folder)
-    for name, checksum in checksums.items():
-        if zlib.crc32(bytes_of(written.read(name))) != checksum:
-            raise CheckpointError(f"{folder.name}: {name} reads back otherwise than it was written.")
+    for name in written.outlines:
+        try:
+            written.read(name)
+        except CheckpointError as error:
+            text = f"{folder.name}: {name} reads back otherwise than it was written."
+            raise CheckpointError(text) from error
 
 
 def _affordable_bytes() -> int:

@@ -89,6 +89,7 @@ def import_model(
     config_overrides: Mapping[str, Any] | None = None,
     tokenizer: str | None = None,
     dtype: str = "fp32",
+    verify: bool = True,
     overwrite: bool = False,
     progress: bool = True,
 ) -> ImportSummary:
@@ -104,7 +105,7 @@ def import_model(
     refuse_what_is_there(out, overwrite=overwrite, names=_NAMES, source=source)
     with staged(source, out, None, progress=progress) as place:
         path = locate(str(place), revision)
-        found = open_model(path, None if config is None else _config_in(Path(config)))
+        found = open_model(path, None if config is None else _config_in(Path(config)), verify=verify)
         rows = found.config.vocab_size
         found = with_overrides(found, config_overrides or {})
         shapes, number = expected_shapes(found.config), DTYPES[dtype]

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 
+from mptfoundry.checkpoints.weights import bytes_of
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
 _ALIGNMENT = 8
@@ -68,11 +70,6 @@ def write_shards(
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
     return [folder / name for name in names], checksums
-
-
-def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A tensor's numbers as they stand in a file."""
-    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _file_names(count: int) -> list[str]:

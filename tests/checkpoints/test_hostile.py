@@ -131,7 +131,11 @@ def test_pickles_inside_the_pieces_of_a_sharded_checkpoint_are_refused(
     (sharded / "__0_0.distcp").write_bytes(payload.read_bytes() + rest[payload.stat().st_size :])
     (sharded / ".metadata").write_bytes(pickle.dumps(metadata))
     said = refused(sharded, tmp_path / "run")
-    assert "would need more than values" in said or "norm_f.weight can't be read" in said
+    assert (
+        "would need more than values" in said
+        or "norm_f.weight can't be read" in said
+        or "a note holds" in said
+    )
     assert not trace.exists()
 
 

@@ -94,5 +94,5 @@ def test_a_damaged_piece_names_its_tensor(tmp_path: Path) -> None:
     folder = save(tmp_path / "ep0-ba1", {"a": torch.ones(2)})
     file = folder / "__0_0.distcp"
     file.write_bytes(b"\xff" * file.stat().st_size)
-    with pytest.raises(CheckpointError, match=r"ep0-ba1: damaged, a can't be read"):
+    with pytest.raises(CheckpointError, match=r"ep0-ba1: damaged, a in __0_0.distcp holds other bytes"):
         ShardedWeights(folder).read("a")

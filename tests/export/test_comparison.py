@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,6 @@ from mptfoundry.errors import CheckpointError
 from mptfoundry.export import comparison
 from mptfoundry.export.comparison import check_bytes, compare_logits
 from mptfoundry.export.folder import export
-from mptfoundry.export.shards import bytes_of
 from mptfoundry.mpt.config import AttnConfig
 from tests.conftest import TINY
 
@@ -72,12 +70,11 @@ def test_a_part_of_a_folder_with_its_own_code_is_compared_too(
 
 
 def test_a_tensor_that_reads_back_otherwise_is_named(exported: tuple[Any, Path]) -> None:
-    source, folder = exported
-    checksums = {name: zlib.crc32(bytes_of(tensor)) for name, tensor in source.tensors()}
-    check_bytes(folder, checksums)
+    _, folder = exported
+    check_bytes(folder)
     change(folder, "transformer.blocks.1.norm_2.weight")
     with pytest.raises(CheckpointError, match=r"transformer.blocks.1.norm_2.weight reads back otherwise"):
-        check_bytes(folder, checksums)
+        check_bytes(folder)
 
 
 @pytest.mark.parametrize(
