@@ -74,6 +74,10 @@ def _train(words: list[str]) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _stop_while_starting)
     config = _load_config(words)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        from mptfoundry.check import refuse_here
+
+        refuse_here(config)
     from mptfoundry.train import train
 
     train(config)
@@ -85,9 +89,9 @@ def _stop_while_starting(number: int, frame: Any) -> None:
 
 def _check(words: list[str]) -> None:
     config = _load_config(words)
-    from mptfoundry.plan import summary_table
+    from mptfoundry.check import check
 
-    print(summary_table(config))
+    print(check(config))
 
 
 def _eval(words: list[str]) -> None:

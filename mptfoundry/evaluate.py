@@ -30,7 +30,7 @@ from mptfoundry.errors import ConfigError
 from mptfoundry.loaders import build_evaluators
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.sharding import start_on_the_cpu
-from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision, choose_workers, refuse_precision
+from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision, choose_workers, precision_problem
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 EVAL_BATCH_SIZE = 8
@@ -51,7 +51,8 @@ def evaluate(options: EvalConfig) -> Results:
     """
     device = detect_device()
     precision = choose_precision(device)[0] if options.precision == "auto" else options.precision
-    refuse_precision(precision, device)
+    if problem := precision_problem(precision, device):
+        raise ConfigError(f"precision: {problem}")
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
     if dist.get_world_size() > 1:

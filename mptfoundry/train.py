@@ -39,7 +39,7 @@ from mptfoundry.leftovers import clean_start
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
 from mptfoundry.ranks import RankWatch, decided_by_rank_0
-from mptfoundry.resolve import Resolved, refuse_precision, resolve_auto
+from mptfoundry.resolve import Resolved, refuse_lacking, resolve_auto
 from mptfoundry.resuming import Start, found_start, held_folder, run_folder, uploader_of
 from mptfoundry.signals import StopSignals
 
@@ -68,7 +68,7 @@ def train(config: TrainConfig) -> Trainer:
     refuse_redacted(config)
     device = detect_device()
     resolved = resolve_auto(config, device)
-    refuse_precision(resolved.precision, device)
+    refuse_lacking(resolved)
     watch = RankWatch(config.dist_timeout)
     is_first_here = dist.get_local_rank() == 0
     with (

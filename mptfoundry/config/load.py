@@ -6,7 +6,6 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +19,6 @@ from mptfoundry.config.rules import tokens_of
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.schema import default_of
 from mptfoundry.config.secrets import REDACTED, redacted, redactions
-from mptfoundry.config.signatures import PACKAGES
 from mptfoundry.config.walk import build
 from mptfoundry.errors import ConfigError
 
@@ -112,10 +110,6 @@ def _share_top_level(document: Document) -> None:
 def _effects(config: TrainConfig) -> list[str]:
     """What a user should know about a valid configuration."""
     notes = []
-    for name in config.loggers:
-        package = PACKAGES.get(name)
-        if package and find_spec(package) is None:
-            notes.append(f"loggers.{name}: needs the package {package}: pip install {package}.")
     if not config.model.attn_config.attn_uses_sequence_id and config.train_loader.dataset.separates_documents:
         notes.append(
             "train_loader.dataset: documents are told apart, but model.attn_config.attn_uses_sequence_id is "

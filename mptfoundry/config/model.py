@@ -86,6 +86,12 @@ class ModelConfig(MPTConfig):
         """Whether the weights are those of another model, and not new."""
         return self.pretrained_model_name_or_path is not None and self.pretrained is not False
 
+    @property
+    def vocabulary_key(self) -> str:
+        """The key that changes how many rows the embedding has."""
+        is_named = self.pretrained_model_name_or_path is not None
+        return "model.config_overrides.vocab_size" if is_named else "model.vocab_size"
+
     def network(self) -> MPTConfig:
         """The architecture alone, with its head if it has one."""
         kind = next((kind for kind in HEADS if isinstance(self, kind)), MPTConfig)

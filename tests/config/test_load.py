@@ -92,11 +92,6 @@ def test_code_runs_only_when_the_command_line_allows_it(
     assert "allow_code" not in to_yaml(config)
 
 
-def test_a_logger_whose_package_is_missing_is_said(write: Callable[..., str]) -> None:
-    _, notes = load_train_config(write("loggers: {cometml: {}}"))
-    assert notes == ["loggers.cometml: needs the package comet_ml: pip install comet_ml."]
-
-
 def test_a_config_made_in_python_has_the_same_rules(load: Callable[..., TrainConfig]) -> None:
     with pytest.raises(ValueError, match="save_folder"):
         replace(load(), autoresume=True)
