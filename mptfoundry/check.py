@@ -22,7 +22,7 @@ from mptfoundry.data.shards import find_split, read_index
 from mptfoundry.data.streams import length_problem, path_of, tokenizer_problem
 from mptfoundry.devices import GIB, Device, detect_device, launcher_device
 from mptfoundry.errors import ConfigError, DataError, MissingError, MPTFoundryError
-from mptfoundry.plan import Stream, make_plan, summary_table
+from mptfoundry.plan import Stream, make_plan, place_of, summary_table
 from mptfoundry.resolve import device_batch, resolve_auto
 from mptfoundry.tokenizer import (
     TokenizerFiles,
@@ -203,8 +203,7 @@ def _look_at_shards(
                 f"{where}: {index.folder} seems to be prepared with another tokenizer than "
                 f"{config.tokenizer.name} ({index.meta.tokenizer}); train compares them"
             )
-    place = "/".join(filter(None, [stream.place, split]))
-    return Stream(place, index.samples)
+    return Stream(place_of(stream.place, split), index.samples)
 
 
 def _look_at_records(stream: RecordsConfig, where: str) -> Stream | None:

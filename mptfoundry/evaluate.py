@@ -146,7 +146,9 @@ def _loaders(options: EvalConfig, source: ModelSource) -> dict[str, LoaderConfig
     if options.eval_loaders:
         return options.eval_loaders
     if source.run_folder is not None:
-        config, _ = load_train_config(source.run_folder / "config.yaml", ["code_paths=[]", "allow_code=true"])
+        # Loggers have no part in it, and what they were given may be in no environment here.
+        words = ["code_paths=[]", "allow_code=true", "loggers=null"]
+        config, _ = load_train_config(source.run_folder / "config.yaml", words)
         if config.eval_loaders:
             return config.eval_loaders
     raise ConfigError(

@@ -15,6 +15,7 @@ from mptfoundry.config.durations import UNITS, parse_duration
 from mptfoundry.config.forms import parse_count
 from mptfoundry.config.learned import Learned
 from mptfoundry.config.run import TrainConfig
+from mptfoundry.config.secrets import redacted
 from mptfoundry.devices import GIB, Device, launcher_device
 from mptfoundry.mpt.flops import count_parameters, flops_per_token
 from mptfoundry.resolve import Memory, Resolved, device_batch, estimate_memory, resolve_auto
@@ -267,7 +268,7 @@ def _data_in_words(
         if stream.choose is not None:
             share = f"{stream.choose:7,}"
         split = stream.split or loader.dataset.split
-        place = "/".join(filter(None, [stream.place, split]))
+        place = place_of(stream.place, split)
         known = streams.get((loader_name, stream_name), Stream(place))
         text = f"{share}  {stream_name:{width}}  {known.place}"
         if known.samples is not None:
@@ -276,6 +277,11 @@ def _data_in_words(
             text += f", read {epochs[stream_name]:.3g} times"
         rows.append((name if not rows else "", text))
     return rows
+
+
+def place_of(place: str | None, split: str | None) -> str:
+    """Where a stream lies, for people."""
+    return "/".join(filter(None, [redacted(place), split]))
 
 
 def _run_folder_in_words(config: TrainConfig) -> str:

@@ -45,10 +45,28 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The config that a run wrote into its folder, as plain values."""
     file = folder / RUN_CONFIG
     try:
-        run = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        run = yaml.safe_load(text)
+        if "${oc.env:" in text:
+            run = _from_environment(run, file)
         return {**run, "model": dict(run["model"])}
     except (yaml.YAMLError, OSError, UnicodeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: no section `model` can be read from it.") from error
+
+
+def _from_environment(run: Any, file: Path) -> Any:
+    """The config with what variables of the environment give, as far as they are set; the rest as written."""
+    from mptfoundry.config.document import UNRESOLVED
+    from mptfoundry.config.reading import read_document
+
+    def filled(value: Any, written: Any) -> Any:
+        if isinstance(written, dict):
+            return {key: filled(value[str(key)], item) for key, item in written.items()}
+        if isinstance(written, list):
+            return [filled(*pair) for pair in zip(value, written, strict=True)]
+        return written if value is UNRESOLVED else value
+
+    return filled(read_document(file, ()).tree, run)
 
 
 def config_of_run(folder: Path) -> MPTConfig:

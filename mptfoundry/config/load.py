@@ -18,7 +18,7 @@ from mptfoundry.config.reading import read_document
 from mptfoundry.config.rules import tokens_of
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.schema import default_of
-from mptfoundry.config.secrets import REDACTED, redacted, redactions
+from mptfoundry.config.secrets import REDACTED, FromEnvironment, redacted, redactions
 from mptfoundry.config.walk import build
 from mptfoundry.errors import ConfigError
 
@@ -88,7 +88,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, str):
+    if isinstance(value, str) and not isinstance(value, FromEnvironment):
         # Written so that OmegaConf reads `${` as text and halves the backslashes before it.
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value

@@ -30,6 +30,7 @@ from mptfoundry.config.schema import (
     takes_none,
     walk_keys,
 )
+from mptfoundry.config.secrets import FromEnvironment
 from mptfoundry.config.signatures import Catalogue
 
 INVALID: Any = object()
@@ -195,7 +196,8 @@ class _Walk:
             return self.annotated(arguments[0], arguments[1], value, path)
         if kind is Literal:
             for option in arguments:
-                if type(option) is type(value) and option == value:
+                kind_of_value = str if isinstance(value, str) else type(value)
+                if type(option) is kind_of_value and option == value:
                     return option
             raise _MismatchError
         if kind is tuple:
@@ -286,7 +288,8 @@ class _Walk:
     def mismatch(self, annotation: Any, value: Any, path: KeyPath) -> str:
         """Why a value does not fit its type, and what would."""
         origin = self.document.origin(path)
-        source = f" (from {origin.expression})" if origin.expression else ""
+        is_shown = isinstance(value, FromEnvironment)
+        source = f" (from {origin.expression})" if origin.expression and not is_shown else ""
         expected = f"Expected {describe(annotation)}."
         if value is None:
             return f"has no value{source}. {expected}"
@@ -298,10 +301,10 @@ class _Walk:
                 option for m in members(annotation) for option in get_args(m) if get_origin(m) is Literal
             ]
             hint = did_you_mean(value, [choice(option) for option in options])
-            if not source and _fits_unquoted(annotation, value):
-                hint = " Write it without quotes."
-            elif source and "oc.env" in source and _fits_unquoted(annotation, value):
+            if isinstance(value, FromEnvironment) and _fits_unquoted(annotation, value):
                 hint = f" Write ${{oc.decode:{origin.expression}}}."
+            elif not source and _fits_unquoted(annotation, value):
+                hint = " Write it without quotes."
         return f"{show(value)}{source} is not allowed here.{hint} {expected}"
 
     def unknown_key(self, cls: type, path: KeyPath) -> str:
