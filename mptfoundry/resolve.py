@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import isqrt
 from typing import Any, Literal
 
 from mptfoundry.config.learned import matrix_parameters
@@ -203,7 +204,8 @@ def largest_microbatch(config: TrainConfig, device: Device, precision: str) -> t
     if device.memory is None:
         return 1, "the device's memory is not known"
     room = int(USABLE[device.kind] * device.memory)
-    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    small = [size for size in range(1, isqrt(share) + 1) if share % size == 0]
+    sizes = sorted({*small, *(share // size for size in small)}, reverse=True)
     for size in sizes:
         need = estimate_memory(config, device, size, precision).total
         if need <= room:

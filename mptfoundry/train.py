@@ -275,7 +275,8 @@ def _plain_arguments(config: TrainConfig, resolved: Resolved, device: Device) ->
         "max_duration": config.max_duration,
         "train_subset_num_batches": config.train_subset_num_batches,
         "spin_dataloaders": config.spin_dataloaders,
-        "eval_interval": config.eval_interval,
+        # Composer warns of any other one without loaders, and so does `check` in words of its own.
+        "eval_interval": config.eval_interval if config.eval_loaders else 1,
         "eval_subset_num_batches": config.eval_subset_num_batches,
         "progress_bar": config.progress_bar,
         "log_to_console": False,

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from mptfoundry.config.document import Document
-from mptfoundry.config.legacy import REFUSED, translate
+from mptfoundry.config.legacy import OTHER_KINDS, REFUSED, translate
 from mptfoundry.config.pretrained import fill_architecture
 from mptfoundry.config.reading import read_document
 from mptfoundry.config.rules import tokens_of
@@ -41,6 +41,7 @@ def load_train_config(path: str | Path, words: Sequence[str] = ()) -> tuple[Trai
     """
     name = os.environ.get("RUN_NAME") or os.environ.get("COMPOSER_RUN_NAME") or Path(path).stem
     document = read_document(path, words, {"run_name": name})
+    _refuse_another_kind(document)
     _refuse_code_from_file(document)
     notes = translate(document)
     notes += fill_architecture(document)
@@ -94,6 +95,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _refuse_another_kind(document: Document) -> None:
+    """Raises ConfigError for a file that describes no training, in one sentence, before keys are judged."""
+    tree = document.tree
+    for key, text in OTHER_KINDS.items():
+        if key in tree and "model" not in tree and "train_loader" not in tree:
+            raise ConfigError(f"{document.origin((key,)).place}: {key}: {text}")
+
+
 def _refuse_code_from_file(document: Document) -> None:
     if "allow_code" in document.tree and not document.origin(("allow_code",)).is_word:
         document.report(("allow_code",), "is only taken from the command line. Remove it from the file.")
@@ -102,7 +111,8 @@ def _refuse_code_from_file(document: Document) -> None:
 def _share_top_level(document: Document) -> None:
     """Give the model the `max_seq_len` of the run, unless it says it itself."""
     model = document.tree.get("model")
-    if isinstance(model, dict) and model.get("max_seq_len") is None and "max_seq_len" in document.tree:
+    is_number = isinstance(document.tree.get("max_seq_len"), int)  # anything else is reported where it stands
+    if isinstance(model, dict) and model.get("max_seq_len") is None and is_number:
         origin = document.origin(("max_seq_len",))
         document.put(("model", "max_seq_len"), document.tree["max_seq_len"], origin)
 
@@ -115,6 +125,9 @@ def _effects(config: TrainConfig) -> list[str]:
             "train_loader.dataset: documents are told apart, but model.attn_config.attn_uses_sequence_id is "
             "false: tokens of a packed row see the documents before theirs."
         )
+    for key in () if config.eval_loaders else ("eval_interval", "eval_first", "eval_subset_num_batches"):
+        if getattr(config, key) != getattr(TrainConfig, key):
+            notes.append(f"{key}: has no effect without eval_loader.")
     if config.load_path is None and (config.load_weights_only or config.load_ignore_keys):
         notes.append("load_weights_only and load_ignore_keys have no effect without load_path.")
     warmup = tokens_of(config.scheduler.t_warmup, vars(config))

@@ -59,6 +59,8 @@ class ModelConfig(MPTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Older configs say true next to alibi, which has no effect; a resolved config says what is computed.
+        object.__setattr__(self, "learned_pos_emb", self.has_learned_positions)
         recomputed_parts(self.activation_checkpointing_target, self.n_layers)
         if self.pretrained_model_name_or_path is None:
             for key in ("revision", "pretrained", "config_overrides"):

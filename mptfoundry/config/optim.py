@@ -6,7 +6,10 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from mptfoundry.config.durations import Duration, parse_duration
-from mptfoundry.config.forms import check_at_least
+from mptfoundry.config.forms import check_at_least, check_at_most
+
+# Weights leave every number format long before it.
+LARGEST_RATE = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +217,7 @@ SchedulerConfig = (
 
 
 def _check_rates(given: ParamGroupConfig | _AnyOptimizerConfig) -> None:
+    check_at_most(given, lr=LARGEST_RATE)
     if given.lr is not None and given.lr < 0:
         raise ValueError(f"lr: {given.lr} is negative. Use a positive number, such as 1e-4.")
     if not all(0 <= beta < 1 for beta in given.betas or ()):

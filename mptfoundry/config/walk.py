@@ -101,13 +101,18 @@ class _Walk:
         Without a name it is the one class whose `name` has a default, if there is one.
         """
         by_name = {str(section_name(cls)): cls for cls in classes}
-        name = value.get("name")
+        name: Any = value.get("name")
         usual = classes if len(classes) == 1 else [cls for cls in classes if _has_usual_name(cls)]
         if len(usual) == 1 and (name is None or section_name(usual[0]) is None):
             return self.section(usual[0], value, path)
-        if name in by_name:
+        if isinstance(name, str) and name in by_name:
             return self.section(by_name[name], value, path)
         if name is UNRESOLVED:
+            return INVALID
+        if "name" in value and not isinstance(name, str):
+            expected = f"Expected {' or '.join(by_name)}."
+            text = "has no value" if name is None else f"{show(name)} is not allowed here"
+            self.document.report((*path, "name"), f"{text}. {expected}")
             return INVALID
         allowed = f"Allowed: {', '.join(by_name)}."
         reason = self.refused.get((str(path[0]), str(name)))
@@ -195,6 +200,10 @@ class _Walk:
         if kind is Annotated:
             return self.annotated(arguments[0], arguments[1], value, path)
         if kind is Literal:
+            if isinstance(value, bool):  # YAML reads an unquoted off or on as one
+                value = next(
+                    (each for each in arguments if each == self.document.origin(path).written), value
+                )
             for option in arguments:
                 kind_of_value = str if isinstance(value, str) else type(value)
                 if type(option) is kind_of_value and option == value:
@@ -349,8 +358,14 @@ def _number(member: Any, value: Any) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _MismatchError
+    if member is int and isinstance(value, int):
+        return value
+    try:
+        value = float(value)
+    except OverflowError:
+        raise _MismatchError from None
     if member is float and math.isfinite(value):
-        return float(value)
+        return value
     if member is int and math.isfinite(value) and value == int(value):
         return int(value)
     raise _MismatchError
