@@ -55,7 +55,7 @@ from mptfoundry.optim.groups import parameter_groups
 from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.optim.schedules import BatchSize, Schedule
 from mptfoundry.resolve import COMPUTE_DTYPE, Resolved, fsdp_on
-from mptfoundry.tokenizer import check_tokenizer, load_tokenizer, token_byte_lengths
+from mptfoundry.tokenizer import count_ids, load_tokenizer, token_byte_lengths, vocabulary_problem
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "decoupled_lionw": DecoupledLionW,
@@ -94,7 +94,8 @@ def run_code_paths(config: TrainConfig) -> None:
 def build_tokenizer(config: TrainConfig) -> Any:
     """The run's tokenizer, whose ids the model has rows for."""
     tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.kwargs, max_seq_len=config.max_seq_len)
-    check_tokenizer(tokenizer, config.model.vocab_size)
+    if problem := vocabulary_problem(count_ids(tokenizer), config.model.vocab_size):
+        raise ConfigError(f"{config.model.vocabulary_key}: {problem}")
     return tokenizer
 
 

@@ -90,6 +90,10 @@ def _train(words: list[str]) -> None:
     for number in heeded():
         signal.signal(number, _stop_while_starting)
     config = _load_config(words)
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        from mptfoundry.check import refuse_here
+
+        refuse_here(config)
     with ending_at_once(heeded(), STOPPED_WHILE_STARTING if rank() == 0 else "", RunStopped.exit_code):
         from mptfoundry.train import train
 
@@ -102,9 +106,9 @@ def _stop_while_starting(number: int, frame: Any) -> None:
 
 def _check(words: list[str]) -> None:
     config = _load_config(words)
-    from mptfoundry.plan import summary_table
+    from mptfoundry.check import check
 
-    print(summary_table(config))
+    print(check(config))
 
 
 def _eval(words: list[str]) -> None:

@@ -29,6 +29,10 @@ class DataError(MPTFoundryError):
     """Text, records or shards can't be read, or don't fit the run."""
 
 
+class MissingError(DataError):
+    """A file or folder of data that should lie on this machine does not; another machine may have it."""
+
+
 class CheckpointError(MPTFoundryError):
     """A checkpoint or an exported folder is missing, damaged, or doesn't fit the model."""
 

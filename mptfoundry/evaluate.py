@@ -30,7 +30,7 @@ from mptfoundry.errors import ConfigError
 from mptfoundry.loaders import build_evaluators
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.sharding import start_on_the_cpu
-from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision, choose_workers, refuse_precision
+from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision, choose_workers, precision_problem
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 EVAL_BATCH_SIZE = 8
@@ -51,7 +51,8 @@ def evaluate(options: EvalConfig) -> Results:
     """
     device = detect_device()
     precision = choose_precision(device)[0] if options.precision == "auto" else options.precision
-    refuse_precision(precision, device)
+    if problem := precision_problem(precision, device):
+        raise ConfigError(f"precision: {problem}")
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
     if dist.get_world_size() > 1:
@@ -145,7 +146,9 @@ def _loaders(options: EvalConfig, source: ModelSource) -> dict[str, LoaderConfig
     if options.eval_loaders:
         return options.eval_loaders
     if source.run_folder is not None:
-        config, _ = load_train_config(source.run_folder / "config.yaml", ["code_paths=[]", "allow_code=true"])
+        # Loggers have no part in it, and what they were given may be in no environment here.
+        words = ["code_paths=[]", "allow_code=true", "loggers=null"]
+        config, _ = load_train_config(source.run_folder / "config.yaml", words)
         if config.eval_loaders:
             return config.eval_loaders
     raise ConfigError(

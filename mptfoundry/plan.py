@@ -6,19 +6,39 @@ built, and torch is not imported.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 from mptfoundry.config.data import LoaderConfig
 from mptfoundry.config.durations import UNITS, parse_duration
+from mptfoundry.config.forms import parse_count
 from mptfoundry.config.learned import Learned
 from mptfoundry.config.run import TrainConfig
+from mptfoundry.config.secrets import redacted
 from mptfoundry.devices import GIB, Device, launcher_device
 from mptfoundry.mpt.flops import count_parameters, flops_per_token
 from mptfoundry.resolve import Memory, Resolved, device_batch, estimate_memory, resolve_auto
 
 # Only for the line on time, which says that it is assumed.
 ASSUMED_MFU = 0.4
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What is known of a source of data before it is read.
+
+    Attributes:
+        place: Where it lies.
+        samples: Samples in it, where that is known.
+    """
+
+    place: str
+    samples: int | None = None
+
+
+# By loader (`train`, or an evaluation's label) and by stream.
+Streams = Mapping[tuple[str, str], Stream]
 
 
 @dataclass(frozen=True)
@@ -87,30 +107,33 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     )
 
 
-def summary_table(config: TrainConfig, device: Device | None = None) -> str:
+def summary_table(config: TrainConfig, device: Device | None = None, streams: Streams | None = None) -> str:
     """What `mptfoundry check` prints: the run in a short table.
 
     Args:
         config: The run.
         device: What it computes on. Default: what the `composer` launcher would give it here.
+        streams: What is known of the data.
 
     Raises:
         ConfigError: The batch does not split over the devices, or options exclude one another there.
     """
     device = device or launcher_device()
     plan = make_plan(config, device)
+    streams = streams or {}
+    epochs = epochs_of_streams(config, streams)
     rows = [
         ("model", _model_in_words(config, plan)),
         *_learned_in_words(config, plan.learned),
         ("FLOPs", f"{plan.flops_per_token:.4g} per token, {plan.causal_flops_per_token:.4g} if causal"),
         ("batch", _batch_in_words(config, plan)),
-        ("duration", _duration_in_words(config, plan)),
+        ("duration", _duration_in_words(config, plan, streams)),
         ("learning rate", _learning_rate_in_words(config)),
-        *_data_in_words("train on", config.train_loader),
+        *_data_in_words("train on", "train", config.train_loader, streams, epochs),
         *(
             row
             for label, loader in config.eval_loaders.items()
-            for row in _data_in_words(f"eval {label}", loader)
+            for row in _data_in_words(f"eval {label}", label, loader, streams, {})
         ),
         ("run folder", _run_folder_in_words(config)),
         ("device", f"{device.count} x {device.name} ({device.found})"),
@@ -156,9 +179,13 @@ def _batch_in_words(config: TrainConfig, plan: Plan) -> str:
     )
 
 
-def _duration_in_words(config: TrainConfig, plan: Plan) -> str:
+def _duration_in_words(config: TrainConfig, plan: Plan, streams: Streams) -> str:
     if plan.batches is None or plan.tokens is None or plan.flops is None:
         number, unit = parse_duration(config.max_duration)
+        epoch = _samples_of_an_epoch(config, streams)
+        if unit == "ep" and epoch is not None:
+            batches = int(number) * int(epoch // config.global_train_batch_size)
+            return f"{number:g} epochs, about {batches:,} batches, {batches * plan.tokens_per_batch:,} tokens"
         return f"{number:g} {UNITS[unit]}; how many batches depends on the size of the data"
     return f"{plan.batches:,} batches, {plan.tokens:,} tokens, {plan.flops:.4g} FLOPs"
 
@@ -180,8 +207,56 @@ def _learning_rate_in_words(config: TrainConfig) -> str:
     return f"{top}then along {'a cosine' if schedule.name == 'cosine_with_warmup' else 'a line'} to {last}"
 
 
-def _data_in_words(name: str, loader: LoaderConfig) -> list[tuple[str, str]]:
-    """One row for each stream: its share, its name and where it lies."""
+def epochs_of_streams(config: TrainConfig, streams: Streams) -> dict[str, float]:
+    """How often the run reads each stream of its training data on average, as far as its size is known."""
+    sources, batches = config.train_loader.dataset.sources, config.batches()
+    weights: dict[str, float | None] = {name: stream.proportion for name, stream in sources.items()}
+    if None in weights.values():
+        weights = _drawn_in_an_epoch(config, streams)
+    number, unit = parse_duration(config.max_duration)
+    epoch, whole = _samples_of_an_epoch(config, streams), _sum(weights)
+    run = batches * config.global_train_batch_size if batches is not None else None
+    if batches is None and unit == "ep" and epoch is not None:
+        run = int(number) * int(epoch)
+    found = {}
+    for name, weight in weights.items():
+        samples = _samples_of(name, streams)
+        if run and whole and samples and weight is not None:
+            found[name] = run * weight / whole / samples
+    return found
+
+
+def _drawn_in_an_epoch(config: TrainConfig, streams: Streams) -> dict[str, float | None]:
+    """Samples that an epoch of its own length draws of each stream; None where that is not known."""
+    drawn: dict[str, float | None] = {}
+    for name, stream in config.train_loader.dataset.sources.items():
+        samples = _samples_of(name, streams)
+        repeated = None if samples is None else samples * (1 if stream.repeat is None else stream.repeat)
+        drawn[name] = repeated if stream.choose is None else stream.choose
+    return drawn
+
+
+def _samples_of_an_epoch(config: TrainConfig, streams: Streams) -> float | None:
+    if config.train_loader.dataset.epoch_size is not None:
+        return parse_count(config.train_loader.dataset.epoch_size)
+    return _sum(_drawn_in_an_epoch(config, streams))
+
+
+def _samples_of(name: str, streams: Streams) -> int | None:
+    stream = streams.get(("train", name))
+    return None if stream is None else stream.samples
+
+
+def _sum(numbers: Mapping[str, float | None]) -> float | None:
+    """None where one of the numbers is not known."""
+    known = [number for number in numbers.values() if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
+
+
+def _data_in_words(
+    name: str, loader_name: str, loader: LoaderConfig, streams: Streams, epochs: Mapping[str, float]
+) -> list[tuple[str, str]]:
+    """One row for each stream: its share, its name, where it lies, and what is known of its size."""
     sources = loader.dataset.sources
     total = sum(stream.proportion or 0 for stream in sources.values())
     width = max(map(len, sources))
@@ -193,9 +268,20 @@ def _data_in_words(name: str, loader: LoaderConfig) -> list[tuple[str, str]]:
         if stream.choose is not None:
             share = f"{stream.choose:7,}"
         split = stream.split or loader.dataset.split
-        place = "/".join(filter(None, [stream.place, split]))
-        rows.append((name if not rows else "", f"{share}  {stream_name:{width}}  {place}"))
+        place = place_of(stream.place, split)
+        known = streams.get((loader_name, stream_name), Stream(place))
+        text = f"{share}  {stream_name:{width}}  {known.place}"
+        if known.samples is not None:
+            text += f": {known.samples:,} samples"
+        if stream_name in epochs:
+            text += f", read {epochs[stream_name]:.3g} times"
+        rows.append((name if not rows else "", text))
     return rows
+
+
+def place_of(place: str | None, split: str | None) -> str:
+    """Where a stream lies, for people."""
+    return "/".join(filter(None, [redacted(place), split]))
 
 
 def _run_folder_in_words(config: TrainConfig) -> str:

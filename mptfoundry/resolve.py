@@ -8,17 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from math import isqrt
 from typing import Any, Literal
 
 from mptfoundry.config.learned import matrix_parameters
 from mptfoundry.config.model import AnyModelConfig
-from mptfoundry.config.parallel import KEEPING, FSDPConfig, copies_and_shards, resolve_fsdp
+from mptfoundry.config.parallel import (
+    KEEPING,
+    FSDPConfig,
+    copies_and_shards,
+    needs_version_1,
+    resolve_fsdp,
+)
 from mptfoundry.config.recomputation import recomputed_parts
 from mptfoundry.config.rules import split_problem
 from mptfoundry.config.run import TrainConfig
+from mptfoundry.config.schema import show
 from mptfoundry.devices import GIB, Device
 from mptfoundry.errors import ConfigError
-from mptfoundry.mpt.backends import choose_backend
+from mptfoundry.mpt.backends import choose_backend, refusal, why_never, why_not
 from mptfoundry.mpt.flops import (
     attention_activations,
     block_activations,
@@ -54,6 +62,8 @@ class Resolved:
         device_eval_batch_size: Sequences that a device evaluates at once.
         num_workers: Reading processes for each device, by loader: `train`, and each evaluation label.
         reasons: Why, by the key's path: one entry for each key that was `auto`, one for all `num_workers`.
+        lacking: What the config asks for and this device lacks, by the key's path, each with what to do. A
+            run can be planned all the same, and `refuse_lacking` refuses to start it.
     """
 
     attn_impl: str
@@ -65,6 +75,7 @@ class Resolved:
     device_eval_batch_size: int
     num_workers: dict[str, int]
     reasons: dict[str, str] = field(default_factory=dict)
+    lacking: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -102,10 +113,11 @@ def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
     again computes the same numbers.
 
     Raises:
-        ConfigError: The batch does not split over the devices, the attention backend that is asked for can't
-            serve there, or options exclude one another.
+        ConfigError: The batch does not split over the devices, the attention backend that is asked for can
+            never serve this model, or options exclude one another.
     """
     reasons: dict[str, str] = {}
+    lacking: dict[str, str] = {}
 
     def choose(key: str, given: Any, choice: Callable[[], tuple[Any, str]]) -> Any:
         if given != "auto":
@@ -113,9 +125,11 @@ def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
         value, reasons[key] = choice()
         return value
 
-    model, fsdp_version = config.model, _fsdp_version(config, device, reasons)
+    model, fsdp_version = config.model, _fsdp_version(config, device, reasons, lacking)
     share = device_batch(config, device)
     precision = choose("precision", config.precision, lambda: choose_precision(device))
+    if problem := precision_problem(precision, device):
+        lacking["precision"] = problem
     microbatch = choose(
         "device_train_microbatch_size",
         config.device_train_microbatch_size,
@@ -124,7 +138,7 @@ def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
     microbatch = min(microbatch, share)
     loaders = {"train": config.train_loader, **config.eval_loaders}
     return Resolved(
-        attn_impl=_attention(config, device, precision, reasons),
+        attn_impl=_attention(config, device, precision, reasons, lacking),
         loss_fn="torch" if isinstance(model, HeadConfig) else choose("model.loss_fn", model.loss_fn, _loss),
         init_device=_init_device(config, fsdp_version, reasons),
         precision=precision,
@@ -138,7 +152,14 @@ def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
             for name, loader in loaders.items()
         },
         reasons=reasons,
+        lacking=lacking,
     )
+
+
+def refuse_lacking(resolved: Resolved) -> None:
+    """Raises ConfigError where the config asks for what this device lacks."""
+    if resolved.lacking:
+        raise ConfigError([f"{key}: {text}" for key, text in resolved.lacking.items()])
 
 
 def device_batch(config: TrainConfig, device: Device) -> int:
@@ -162,10 +183,11 @@ def choose_precision(device: Device) -> tuple[str, str]:
     return "fp32", "this GPU has no bfloat16 units"
 
 
-def refuse_precision(precision: str, device: Device) -> None:
-    """Raises ConfigError where a device can't compute in a precision."""
+def precision_problem(precision: str, device: Device) -> str | None:
+    """Why a device can't compute in a precision, and what to do; None if it can."""
     if device.kind == "cpu" and precision != "fp32":
-        raise ConfigError(f"precision: {precision} needs a GPU. A CPU computes in float32: use auto or fp32.")
+        return f"{precision} needs a GPU. A CPU computes in float32: use auto or fp32."
+    return None
 
 
 def choose_workers(device: Device) -> tuple[int, str]:
@@ -182,7 +204,8 @@ def largest_microbatch(config: TrainConfig, device: Device, precision: str) -> t
     if device.memory is None:
         return 1, "the device's memory is not known"
     room = int(USABLE[device.kind] * device.memory)
-    sizes = [size for size in range(share, 0, -1) if share % size == 0]
+    small = [size for size in range(1, isqrt(share) + 1) if share % size == 0]
+    sizes = sorted({*small, *(share // size for size in small)}, reverse=True)
     for size in sizes:
         need = estimate_memory(config, device, size, precision).total
         if need <= room:
@@ -193,15 +216,23 @@ def largest_microbatch(config: TrainConfig, device: Device, precision: str) -> t
     return 1, f"estimated {_gib(need)}, where {_gib(room)} of {_gib(device.memory)} can be planned with"
 
 
-def _attention(config: TrainConfig, device: Device, precision: str, reasons: dict[str, str]) -> str:
-    """The backend that is taken; one that is asked for and can't serve is refused here, before building."""
-    try:
-        name, reason = choose_backend(config.model, device.torch_type, COMPUTE_DTYPE[precision])
-    except ValueError as error:
-        raise ConfigError(f"model.{error}") from error
-    if config.model.attn_config.attn_impl == "auto":
-        reasons["model.attn_config.attn_impl"] = reason
-    return name
+def _attention(
+    config: TrainConfig, device: Device, precision: str, reasons: dict[str, str], lacking: dict[str, str]
+) -> str:
+    """The backend that is taken: the one that is asked for, if it can serve this model on any machine."""
+    model, dtype, key = config.model, COMPUTE_DTYPE[precision], "model.attn_config.attn_impl"
+    wanted = model.attn_config.attn_impl
+    if wanted == "auto":
+        name, reasons[key] = choose_backend(model, device.torch_type, dtype)
+        return name
+    # `precision: auto` is bfloat16 on the machines that a backend for GPUs is meant for.
+    anywhere = "bfloat16" if config.precision == "auto" else dtype
+    if never := why_never(wanted, model, anywhere):
+        raise ConfigError(f"model.{refusal(wanted, never, model, device.torch_type, dtype)}")
+    if reason := why_not(wanted, model, device.torch_type, dtype):
+        said = refusal(wanted, reason, model, device.torch_type, dtype)
+        lacking[key] = said.partition(": ")[2]
+    return wanted
 
 
 def _loss() -> tuple[str, str]:
@@ -229,10 +260,17 @@ def _init_device(config: TrainConfig, fsdp_version: int | None, reasons: dict[st
     return given
 
 
-def _fsdp_version(config: TrainConfig, device: Device, reasons: dict[str, str]) -> int | None:
+def _fsdp_version(
+    config: TrainConfig, device: Device, reasons: dict[str, str], lacking: dict[str, str]
+) -> int | None:
     if config.fsdp_config is None:
         return None
     version, _, notes = fsdp_on(config.fsdp_config, device)
+    if version == 1 and device.kind == "cpu":
+        keys = needs_version_1(config.fsdp_config).items()
+        asked_by = ", ".join(f"fsdp_config.{key}: {show(value)}" for key, value in keys)
+        why, without = (f", which {asked_by} asks for,", " without it") if asked_by else ("", "")
+        lacking["fsdp_config.version"] = f"1{why} needs GPUs. Use version 2{without}, which runs on a CPU."
     if config.fsdp_config.version == "auto":
         reasons["fsdp_config.version"] = "; ".join(notes) or "no key needs version 1"
     return version
@@ -240,7 +278,7 @@ def _fsdp_version(config: TrainConfig, device: Device, reasons: dict[str, str]) 
 
 def fsdp_on(fsdp: FSDPConfig, device: Device) -> tuple[Literal[1, 2] | None, dict[str, Any], list[str]]:
     """`resolve_fsdp` for the devices of a run."""
-    return resolve_fsdp(fsdp, device_type=device.torch_type, devices=device.count, per_node=device.per_node)
+    return resolve_fsdp(fsdp, devices=device.count, per_node=device.per_node)
 
 
 def estimate_memory(config: TrainConfig, device: Device, microbatch: int, precision: str) -> Memory:

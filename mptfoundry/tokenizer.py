@@ -9,25 +9,26 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from mptfoundry.checkpoints.hub import why_out_of_reach
 from mptfoundry.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 UNLIMITED = int(1e30)
 # These read tokenizer.json and no more; importing transformers' AutoTokenizer to learn that takes a second.
-PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
+PLAIN_CLASSES = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
 
 
 def load_tokenizer(
@@ -78,7 +79,11 @@ def fingerprint(tokenizer: Any, *, with_special_tokens: bool = False) -> str:
         with_special_tokens: Name also which tokens are BOS, EOS and padding, and what is added to a text; of
             transformers' tokenizers alone.
     """
-    parts = backend_parts(tokenizer)
+    return fingerprint_of_parts(backend_parts(tokenizer))
+
+
+def fingerprint_of_parts(parts: Mapping[str, Any]) -> str:
+    """The fingerprint of a tokenizer from the content of its `tokenizer.json`."""
     model = dict(parts["model"])
     vocab = model.pop("vocab", {})
     merges = model.pop("merges", [])
@@ -137,12 +142,76 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
     Raises:
         ConfigError: It has more than `vocab_size` ids.
     """
-    needed = count_ids(tokenizer)
-    if needed > vocab_size:
+    if (needed := count_ids(tokenizer)) > vocab_size:
         raise ConfigError(
-            f"model.vocab_size: {vocab_size} is smaller than the tokenizer's {needed} ids. "
-            f"Use {needed} or more; {-(-needed // 128) * 128} is a multiple of 128, which is fastest."
+            f"tokenizer: it has {needed} ids, and the model has rows for {vocab_size}. Name the tokenizer "
+            "that the model was trained with."
         )
+
+
+def vocabulary_problem(needed: int, vocab_size: int) -> str | None:
+    """Why a model that is to be trained has too few rows for a tokenizer, and what to do; None if it fits."""
+    if needed <= vocab_size:
+        return None
+    return (
+        f"{vocab_size} is smaller than the tokenizer's {needed} ids. "
+        f"Use {needed} or more; {-(-needed // 128) * 128} is a multiple of 128, which is fastest."
+    )
+
+
+@dataclass(frozen=True)
+class TokenizerFiles:
+    """What the files of a tokenizer say, read without transformers.
+
+    Attributes:
+        parts: The content of `tokenizer.json`.
+        ids: One more than the largest id that the tokenizer can give.
+        is_plain: Whether `tokenizer.json` alone makes the ids; a class of its own may change them.
+    """
+
+    parts: Mapping[str, Any]
+    ids: int
+    is_plain: bool
+
+
+def find_tokenizer(name: str) -> Path | None:
+    """The folder of a tokenizer on this machine: the one that is named, or that of the hub's cache."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    repository, _, revision = name.partition("@")
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{repository.replace('/', '--')}"
+    with contextlib.suppress(OSError, ValueError):
+        reference = cache / "refs" / (revision or "main")
+        commit = reference.read_text().strip() if reference.is_file() else revision
+        if commit and (cache / "snapshots" / commit).is_dir():
+            return cache / "snapshots" / commit
+    return None
+
+
+def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
+    """What the files of a tokenizer say; None where there is no `tokenizer.json`, which transformers makes.
+
+    Raises:
+        ConfigError: A file is damaged, or there is none of a tokenizer.
+    """
+    file, options = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    if not file.is_file() and not options.is_file():
+        raise ConfigError(f"tokenizer.name: {folder} holds neither tokenizer.json nor tokenizer_config.json.")
+    try:
+        given = json.loads(options.read_text(encoding="utf-8")) if options.is_file() else {}
+        if not file.is_file():
+            return None
+        parts = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = parts["model"].get("vocab", {})
+        known = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        added = [token["id"] for token in parts.get("added_tokens") or ()]
+        added += [int(number) for number in given.get("added_tokens_decoder") or ()]
+        ids = max([*known, *added], default=-1) + 1
+        return TokenizerFiles(parts, ids, is_plain=given.get("tokenizer_class") in PLAIN_CLASSES)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(f"tokenizer.name: {folder} can't be read: {first_line(error)}.") from error
 
 
 def token_byte_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
@@ -158,6 +227,8 @@ def token_byte_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
     Returns:
         (vocab_size,) int64, bytes.
     """
+    import numpy as np
+
     parts = backend_parts(tokenizer)
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     byte_level = any('"ByteLevel"' in json.dumps(parts[key]) for key in ("pre_tokenizer", "decoder"))

@@ -44,7 +44,7 @@ from mptfoundry.leftovers import clean_start
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
 from mptfoundry.ranks import RankWatch, decided_by_rank_0
-from mptfoundry.resolve import Resolved, refuse_precision, resolve_auto
+from mptfoundry.resolve import Resolved, refuse_lacking, resolve_auto
 from mptfoundry.resuming import (
     HeldFolder,
     Start,
@@ -81,7 +81,7 @@ def train(config: TrainConfig) -> Trainer:
     refuse_redacted(config)
     device = detect_device()
     resolved = resolve_auto(config, device)
-    refuse_precision(resolved.precision, device)
+    refuse_lacking(resolved)
     watch = RankWatch(config.dist_timeout)
     is_first_here = dist.get_local_rank() == 0
     with (
@@ -375,7 +375,8 @@ def _plain_arguments(config: TrainConfig, resolved: Resolved, device: Device) ->
         "max_duration": config.max_duration,
         "train_subset_num_batches": config.train_subset_num_batches,
         "spin_dataloaders": config.spin_dataloaders,
-        "eval_interval": config.eval_interval,
+        # Composer warns of any other one without loaders, and so does `check` in words of its own.
+        "eval_interval": config.eval_interval if config.eval_loaders else 1,
         "eval_subset_num_batches": config.eval_subset_num_batches,
         "progress_bar": config.progress_bar,
         "log_to_console": False,

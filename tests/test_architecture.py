@@ -16,7 +16,7 @@ FLOORS = [
     ["config", "devices", "resolve", "plan", "tokenizer", "checkpoints"],
     ["models", "data", "optim", "callbacks", "evals", "generation", "export"],
     ["build", "loaders", "resuming"],
-    ["train", "evaluate", "preview", "doctor"],
+    ["train", "evaluate", "preview", "doctor", "check"],
     ["cli"],
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -80,7 +80,7 @@ def test_the_network_imports_torch_and_its_siblings_only(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "modules",
-    ["mptfoundry.cli", "mptfoundry.plan", "mptfoundry.config.load, mptfoundry.config.explain"],
+    ["mptfoundry.cli", "mptfoundry.check", "mptfoundry.config.load, mptfoundry.config.explain"],
 )
 def test_what_answers_at_once_imports_nothing_heavy(modules: str) -> None:
     heavy = "{'torch', 'composer', 'transformers', 'streaming', 'matplotlib', 'numpy'}"

@@ -9,7 +9,14 @@ from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import GIB, Device
 from mptfoundry.errors import ConfigError
 from mptfoundry.mpt import backends
-from mptfoundry.resolve import USABLE, device_batch, estimate_memory, largest_microbatch, resolve_auto
+from mptfoundry.resolve import (
+    USABLE,
+    device_batch,
+    estimate_memory,
+    largest_microbatch,
+    refuse_lacking,
+    resolve_auto,
+)
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CPU = Device("cpu", "CPU", memory=16 * GIB)
@@ -83,14 +90,16 @@ def test_the_attention_backend_is_the_networks_own_choice() -> None:
 @pytest.mark.usefixtures("all_backends")
 def test_a_backend_that_cannot_serve_is_refused_before_anything_is_built() -> None:
     flash = "model.attn_config.attn_impl=flash"
+    on_cpu = resolve_auto(load("mpt-tiny", flash), CPU)
+    assert on_cpu.attn_impl == "flash"
     with pytest.raises(ConfigError) as error:
-        resolve_auto(load("mpt-tiny", flash), CPU)
+        refuse_lacking(on_cpu)
     assert str(error.value) == (
         "model.attn_config.attn_impl: flash can't be used: it needs a GPU. "
         "Use auto or torch; all give the same mathematics."
     )
     with pytest.raises(ConfigError, match=r"not in float32\. Use auto or torch or triton;"):
-        resolve_auto(load("mpt-tiny", flash), LAPTOP_GPU)
+        refuse_lacking(resolve_auto(load("mpt-tiny", flash), LAPTOP_GPU))
 
 
 def test_the_same_config_always_resolves_to_the_same_values() -> None:

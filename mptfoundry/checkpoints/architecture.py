@@ -45,10 +45,28 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The config that a run wrote into its folder, as plain values."""
     file = folder / RUN_CONFIG
     try:
-        run = yaml.safe_load(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+        run = yaml.safe_load(text)
+        if "${oc.env:" in text:
+            run = _from_environment(run, file)
         return {**run, "model": dict(run["model"])}
     except (yaml.YAMLError, OSError, UnicodeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{file}: no section `model` can be read from it.") from error
+
+
+def _from_environment(run: Any, file: Path) -> Any:
+    """The config with what variables of the environment give, as far as they are set; the rest as written."""
+    from mptfoundry.config.document import UNRESOLVED
+    from mptfoundry.config.reading import read_document
+
+    def filled(value: Any, written: Any) -> Any:
+        if isinstance(written, dict):
+            return {key: filled(value[str(key)], item) for key, item in written.items()}
+        if isinstance(written, list):
+            return [filled(*pair) for pair in zip(value, written, strict=True)]
+        return written if value is UNRESOLVED else value
+
+    return filled(read_document(file, ()).tree, run)
 
 
 def config_of_run(folder: Path) -> MPTConfig:
@@ -100,7 +118,9 @@ def differing(
         is_own = any(path[: len(own)] == own for own in OWN)
         is_length = path == ("max_seq_len",) and takes_any_length(there)
         is_same = path not in expected or value in (expected[path], explicit[path])
-        if not is_own and not is_length and not is_same:
+        # ALiBi and rotary positions replace learned ones, whatever this says.
+        is_unused = path == ("learned_pos_emb",) and (there.attn_config.alibi or there.attn_config.rope)
+        if not (is_own or is_length or is_unused or is_same):
             yield path, expected[path], value
 
 

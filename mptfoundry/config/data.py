@@ -12,6 +12,7 @@ from mptfoundry.config.forms import (
     TargetPrompts,
     TokenType,
     check_at_least,
+    check_at_most,
     parse_bytes,
     parse_count,
 )
@@ -47,6 +48,7 @@ class _AnyLoaderConfig:
     def __post_init__(self) -> None:
         if self.num_workers != "auto" and self.num_workers < 0:
             raise ValueError(f"num_workers: {self.num_workers} is negative. Use 0 or more, or auto.")
+        check_at_most(self, num_workers=10_000)
 
 
 @dataclass(frozen=True, kw_only=True)

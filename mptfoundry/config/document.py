@@ -17,6 +17,19 @@ KeyPath = tuple[str | int, ...]
 UNRESOLVED: Any = object()
 
 
+# Longer words and quotations in an error are cut.
+_LONG = re.compile(r"'[^']{160,}'|\S{160,}")
+_SHOWN = 120
+
+
+def _shown(origin: Origin, text: str) -> str:
+    """The text of a problem, with long values cut and without letters that a terminal would obey."""
+    is_long = len(origin.place) > _SHOWN and origin.is_word
+    place, said = ("", text) if is_long or not text.startswith(origin.place) else (origin.place, text)
+    said = _LONG.sub(lambda match: f"{match[0][:_SHOWN]}...", said.removeprefix(place))
+    return place + "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in said)
+
+
 def dotted(path: KeyPath) -> str:
     """A path as users write it: `train_loader.dataset.streams.code`, `eval_loader[0].label`."""
     text = "".join(f"[{key}]" if isinstance(key, int) else f".{key}" for key in path)
@@ -93,7 +106,9 @@ class Document:
             ConfigError: There are problems.
         """
         if self.problems:
-            raise ConfigError([text for _, text in sorted(self.problems, key=lambda p: p[0].line)])
+            raise ConfigError(
+                [_shown(*problem) for problem in sorted(self.problems, key=lambda p: p[0].line)]
+            )
 
     def get(self, path: KeyPath) -> Any:
         """The value at `path`, or None."""

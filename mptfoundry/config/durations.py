@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from mptfoundry.config.forms import Form
+from mptfoundry.config.forms import LARGEST, Form
 
 UNITS = {
     "ep": "epochs",
@@ -35,11 +35,15 @@ def parse_duration(value: int | str) -> tuple[float, str]:
     if isinstance(value, int):
         if value < 0:
             raise ValueError(f"{value} is negative. Expected {EXAMPLES}.")
+        if value > LARGEST:
+            raise ValueError(f"{value} is too large. Use {LARGEST} or less.")
         return value, "ep"
     match = _FORM.fullmatch(value.lower())
     if match is None or match[2] not in UNITS:
         raise ValueError(f"'{value}' is no duration. Expected {EXAMPLES}.")
     number = float(match[1].replace("_", ""))
+    if number > LARGEST:
+        raise ValueError(f"'{value}' is too large. Use {LARGEST} or less.")
     if match[2] == "dur":
         if number > 1:
             raise ValueError(f"'{value}' is more than the whole run, which is 1dur.")

@@ -9,6 +9,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 from mptfoundry.config.document import parse_key
+from mptfoundry.config.legacy import REFUSED
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.schema import (
     default_of,
@@ -46,9 +47,8 @@ def explain(key: str | None = None) -> str:
     found = exact or ending
     if found:
         return "\n\n".join(_entry(path, cls, name) for path, cls, name in _one_each(found))
-    foreign = _foreign(wanted)
-    if foreign:
-        return foreign
+    if text := _foreign(wanted) or _refused(wanted):
+        return text
     hint = _nearest(key, [path for path, _, _ in known if not path.startswith("eval_loader[N]")])
     raise ConfigError(f"{key}: there is no such key.{hint} `mptfoundry explain` lists all sections.")
 
@@ -163,6 +163,18 @@ def _foreign(wanted: tuple[str, ...]) -> str | None:
             lines.append(f"    {argument.name}: {describe_annotation(argument.annotation)}; {default}")
         return "\n".join(lines)
     return None
+
+
+def _refused(wanted: tuple[str, ...]) -> str | None:
+    """What llm-foundry knows and what is not supported here, with the reason."""
+    tables = {name: why for (_, name), why in REFUSED.items()}
+    for section, annotation in field_types(TrainConfig).items():
+        catalogue = _catalogue(annotation)
+        if catalogue is not None and wanted[:-1] in ((), (section,)):
+            tables |= catalogue.refused
+    if wanted[-1] not in tables:
+        return None
+    return "\n".join([".".join(wanted), *_wrapped(f"is not supported: {tables[wanted[-1]]}")])
 
 
 def _overview() -> str:

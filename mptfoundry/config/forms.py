@@ -11,6 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+# More than any run counts, of tokens as of bytes.
+LARGEST = 2**63 - 1
+
 
 @dataclass(frozen=True)
 class Form:
@@ -49,7 +52,10 @@ def _scaled(value: int | str, units: dict[str, int], words: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([a-z]*)\s*", str(value).lower())
     if match is None or match[2] not in units:
         raise ValueError(f"{value!r} is not allowed here. Expected {words}.")
-    return int(float(match[1]) * units[match[2]])
+    number = float(match[1]) * units[match[2]]
+    if number > LARGEST:
+        raise ValueError(f"{value!r} is too large. Use {LARGEST} or less.")
+    return int(number)
 
 
 def check_at_least(section: Any, **least: float) -> None:
@@ -58,6 +64,14 @@ def check_at_least(section: Any, **least: float) -> None:
         value = getattr(section, name)
         if value is not None and value < smallest:
             raise ValueError(f"{name}: {value} is too small. Use {smallest} or more.")
+
+
+def check_at_most(section: Any, **most: float) -> None:
+    """Raises ValueError where a field of a section is given and larger than its largest value."""
+    for name, largest in most.items():
+        value = getattr(section, name, None)
+        if isinstance(value, (int, float)) and value > largest:
+            raise ValueError(f"{name}: {value} is too large. Use {largest:g} or less.")
 
 
 def check_targets(value: str) -> None:

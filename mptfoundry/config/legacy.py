@@ -60,19 +60,24 @@ _DROPPED: tuple[tuple[str, Any, str], ...] = (
     ("python_log_level", None, "it is blank"),
     ("save_filename", None, "it is blank"),
     ("precision", None, "it is blank"),
+    ("spin_dataloaders", None, "it is blank"),
+    ("model.attn_config.attn_temperature_tuning", None, "it is blank"),
 )
 _LOADER_DROPPED: tuple[tuple[str, Any, str], ...] = (
     ("dataset.tokenizer_name", ANY, "tokenizer.name says it"),
     ("dataset.group_method", ANY, "samples are as long as they were prepared"),
     ("dataset.stream_name", "stream", "there is no other kind of stream here"),
     ("dataset.stream_config", None, "it is blank"),
+    ("prefetch_factor", None, "it is blank"),
     ("dataset.batch_size", ANY, "it follows from the batch sizes of the run"),
 )
 
 _PARTS = "the blocks of a model are all alike, of torch's own layers. Remove it."
 _MOE = "mixtures of experts are another architecture. Remove it."
 _PEFT = "say it in model.peft_config: {r: 16, lora_alpha: 32}."
-_TASKS = "a run evaluates its eval_loader. Remove it."
+_TASKS = (
+    "in-context tasks are not evaluated yet. Remove it, or export the model and use lm-evaluation-harness."
+)
 _HUB = "name the MPT to start from in pretrained_model_name_or_path."
 _OBJECT = "it holds an object, which a file can't say. Remove it."
 _PLANNED = "packing is planned for the whole data set, and leaves no example out. Remove it."
@@ -80,6 +85,13 @@ _ONCE = "examples are tokenized once and read from this machine's disk. Remove i
 _RECORDS = "data sets are text in shards. Use name: text."
 _MPT = "models are MPTs. Use name: mpt_causal_lm."
 _FORMAT = "runs save checkpoints in Composer's format alone. Remove it, and use `mptfoundry export`."
+
+# What a file that describes no training has in place of a model, and what to do with such a file.
+OTHER_KINDS = {
+    "parameters": "this is a platform's job file. Give what stands under `parameters` as a file of its own.",
+    "models": "this file describes an evaluation, not a training. `mptfoundry eval RUN` measures the loss "
+    "of a model on its eval_loader; for in-context tasks, export it and use lm-evaluation-harness.",
+}
 
 # (class, key), (top section, its name) or (key, value) -> why.
 REFUSED: dict[tuple[str, str], str] = {
@@ -92,8 +104,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("TrainConfig", "peft_config"): _PEFT,
     ("TrainConfig", "freeze"): "patterns in optimizer.disable_grad say which parameters stay as they are.",
     ("TrainConfig", "only_hf_checkpoint"): _FORMAT,
-    ("TrainConfig", "parameters"): "this is a platform's job file. Give what stands under `parameters` as a "
-    "file of its own.",
+    ("TrainConfig", "parameters"): OTHER_KINDS["parameters"],
+    ("TrainConfig", "models"): "a run has one model, in `model`. Remove it.",
     ("ModelConfig", "allow_embedding_resizing"): "config_overrides.vocab_size says how many rows. Remove it.",
     ("ModelConfig", "pretrained_lora_id_or_path"): "adapters start new. Merge those into their base first.",
     ("ModelConfig", "lora"): _PEFT,

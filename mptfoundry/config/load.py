@@ -6,21 +6,19 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
 from mptfoundry.config.document import Document
-from mptfoundry.config.legacy import REFUSED, translate
+from mptfoundry.config.legacy import OTHER_KINDS, REFUSED, translate
 from mptfoundry.config.pretrained import fill_architecture
 from mptfoundry.config.reading import read_document
 from mptfoundry.config.rules import tokens_of
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.schema import default_of
-from mptfoundry.config.secrets import REDACTED, redacted, redactions
-from mptfoundry.config.signatures import PACKAGES
+from mptfoundry.config.secrets import REDACTED, FromEnvironment, redacted, redactions
 from mptfoundry.config.walk import build
 from mptfoundry.errors import ConfigError
 
@@ -44,6 +42,7 @@ def load_train_config(path: str | Path, words: Sequence[str] = ()) -> tuple[Trai
     """
     name = os.environ.get("RUN_NAME") or os.environ.get("COMPOSER_RUN_NAME") or Path(path).stem
     document = read_document(path, words, {"run_name": name})
+    _refuse_another_kind(document)
     _refuse_code_from_file(document)
     notes = translate(document)
     notes += fill_architecture(document)
@@ -91,10 +90,18 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, str):
+    if isinstance(value, str) and not isinstance(value, FromEnvironment):
         # Written so that OmegaConf reads `${` as text and halves the backslashes before it.
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value
+
+
+def _refuse_another_kind(document: Document) -> None:
+    """Raises ConfigError for a file that describes no training, in one sentence, before keys are judged."""
+    tree = document.tree
+    for key, text in OTHER_KINDS.items():
+        if key in tree and "model" not in tree and "train_loader" not in tree:
+            raise ConfigError(f"{document.origin((key,)).place}: {key}: {text}")
 
 
 def _refuse_code_from_file(document: Document) -> None:
@@ -105,7 +112,8 @@ def _refuse_code_from_file(document: Document) -> None:
 def _share_top_level(document: Document) -> None:
     """Give the model the `max_seq_len` of the run, unless it says it itself."""
     model = document.tree.get("model")
-    if isinstance(model, dict) and model.get("max_seq_len") is None and "max_seq_len" in document.tree:
+    is_number = isinstance(document.tree.get("max_seq_len"), int)  # anything else is reported where it stands
+    if isinstance(model, dict) and model.get("max_seq_len") is None and is_number:
         origin = document.origin(("max_seq_len",))
         document.put(("model", "max_seq_len"), document.tree["max_seq_len"], origin)
 
@@ -113,15 +121,14 @@ def _share_top_level(document: Document) -> None:
 def _effects(config: TrainConfig) -> list[str]:
     """What a user should know about a valid configuration."""
     notes = []
-    for name in config.loggers:
-        package = PACKAGES.get(name)
-        if package and find_spec(package) is None:
-            notes.append(f"loggers.{name}: needs the package {package}: pip install {package}.")
     if not config.model.attn_config.attn_uses_sequence_id and config.train_loader.dataset.separates_documents:
         notes.append(
             "train_loader.dataset: documents are told apart, but model.attn_config.attn_uses_sequence_id is "
             "false: tokens of a packed row see the documents before theirs."
         )
+    for key in () if config.eval_loaders else ("eval_interval", "eval_first", "eval_subset_num_batches"):
+        if getattr(config, key) != getattr(TrainConfig, key):
+            notes.append(f"{key}: has no effect without eval_loader.")
     if config.load_path is None and (config.load_weights_only or config.load_ignore_keys):
         notes.append("load_weights_only and load_ignore_keys have no effect without load_path.")
     warmup = tokens_of(config.scheduler.t_warmup, vars(config))

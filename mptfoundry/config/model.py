@@ -59,6 +59,8 @@ class ModelConfig(MPTConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # Older configs say true next to alibi, which has no effect; a resolved config says what is computed.
+        object.__setattr__(self, "learned_pos_emb", self.has_learned_positions)
         recomputed_parts(self.activation_checkpointing_target, self.n_layers)
         if self.pretrained_model_name_or_path is None:
             for key in ("revision", "pretrained", "config_overrides"):
@@ -85,6 +87,12 @@ class ModelConfig(MPTConfig):
     def takes_weights(self) -> bool:
         """Whether the weights are those of another model, and not new."""
         return self.pretrained_model_name_or_path is not None and self.pretrained is not False
+
+    @property
+    def vocabulary_key(self) -> str:
+        """The key that changes how many rows the embedding has."""
+        is_named = self.pretrained_model_name_or_path is not None
+        return "model.config_overrides.vocab_size" if is_named else "model.vocab_size"
 
     def network(self) -> MPTConfig:
         """The architecture alone, with its head if it has one."""

@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from mptfoundry.config.durations import Duration, parse_duration
-from mptfoundry.config.forms import check_at_least
+from mptfoundry.config.forms import check_at_least, check_at_most
 
-# Far more than any training takes, and far less than the largest float32.
-_LARGEST_RATE = 1000.0
+# Weights leave every number format long before it.
+LARGEST_RATE = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,11 +119,7 @@ class _AnyScheduleConfig:
     def __post_init__(self) -> None:
         alphas = [each.name for each in fields(self) if each.name.startswith("alpha")]
         check_at_least(self, **dict.fromkeys(alphas, 0))
-        for name in alphas:
-            if getattr(self, name) > _LARGEST_RATE:
-                raise ValueError(
-                    f"{name}: {getattr(self, name)} is too large. Use {_LARGEST_RATE:g} or less."
-                )
+        check_at_most(self, **dict.fromkeys(alphas, LARGEST_RATE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,10 +219,7 @@ SchedulerConfig = (
 
 
 def _check_rates(given: ParamGroupConfig | _AnyOptimizerConfig) -> None:
-    for name in ("lr", "weight_decay", "eps"):
-        value = getattr(given, name, None)
-        if value is not None and value > _LARGEST_RATE:
-            raise ValueError(f"{name}: {value} is too large. Use {_LARGEST_RATE:g} or less, such as 1e-4.")
+    check_at_most(given, lr=LARGEST_RATE, weight_decay=LARGEST_RATE, eps=LARGEST_RATE)
     if given.lr is not None and given.lr < 0:
         raise ValueError(f"lr: {given.lr} is negative. Use a positive number, such as 1e-4.")
     if not all(0 <= beta < 1 for beta in given.betas or ()):

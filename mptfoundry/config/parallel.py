@@ -212,13 +212,12 @@ def prefetched_blocks(config: FSDPConfig) -> tuple[int, int]:
 
 
 def resolve_fsdp(
-    config: FSDPConfig, *, device_type: str, devices: int = 1, per_node: int = 1
+    config: FSDPConfig, *, devices: int = 1, per_node: int = 1
 ) -> tuple[Literal[1, 2] | None, dict[str, Any], list[str]]:
     """Choose the version of FSDP and say the configuration in its words.
 
     Args:
         config: What was asked for.
-        device_type: `cpu`, or anything else for GPUs.
         devices: Devices of the run.
         per_node: Devices of it on one machine.
 
@@ -228,7 +227,7 @@ def resolve_fsdp(
         what decided and what has no effect.
 
     Raises:
-        ConfigError: The version can't do what was asked for, or not on these devices.
+        ConfigError: Copies and shards are not what the devices make.
     """
     reasons = [f"fsdp_config.{name}: {show(value)}" for name, value in needs_version_1(config).items()]
     version = config.version
@@ -236,9 +235,6 @@ def resolve_fsdp(
     if version == "auto":
         version = 1 if reasons else 2
         notes += [f"version 1, for {', '.join(reasons)}"] if reasons else []
-    if version == 1 and device_type == "cpu":
-        why = f", which {', '.join(reasons)} asks for," if reasons else ""
-        raise ConfigError(f"fsdp_config.version: 1{why} needs GPUs. Version 2 runs on a CPU.")
     copies, shards = copies_and_shards(config, devices=devices, per_node=per_node)
     if version == 1:
         return 1, _version_1(config, copies, shards), notes

@@ -6,6 +6,7 @@ OmegaConf reads, merges and resolves; PyYAML's node tree tells the lines.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,15 +18,13 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from mptfoundry.config.document import UNRESOLVED, Document, KeyPath, Origin, dotted, parse_key
+from mptfoundry.config.secrets import REDACTED, FromEnvironment, names_a_secret
 from mptfoundry.errors import ConfigError, first_line
 
 DEEPEST = 60
 MOST_VALUES = 100_000
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _KEY = re.compile(r"[A-Za-z_][^=\s]*")
-_SECRET = re.compile(
-    r"(^|_)(API_?KEY|KEY|SECRET|TOKEN|PASS|PASSWORD|PASSWD|CREDENTIALS?|AUTH|SAS)(_|$)", re.I
-)
 
 
 def read_document(
@@ -55,9 +54,40 @@ def read_document(
     return document
 
 
+class _Environment:
+    """`${oc.env:NAME}`, and whether it gave a value lately; with `quotes` it gives its own expression."""
+
+    def __init__(self) -> None:
+        self.was_read = False
+        self.quotes = False
+
+    def __call__(self, name: str, *default: Any) -> Any:
+        """The value of a variable, or the default."""
+        value = _environment_variable(name, *default)
+        if name not in os.environ:
+            return value
+        self.was_read = True
+        words = [name, *("null" if each is None else _quoted(str(each)) for each in default)]
+        return f"${{oc.env:{','.join(words)}}}" if self.quotes else value
+
+    def expression(self, node: Any, key: Any) -> str:
+        """A value with all in it resolved but the environment."""
+        self.quotes = True
+        try:
+            return str(node[key])
+        except (OmegaConfBaseException, RecursionError, ValueError, TypeError):
+            return REDACTED
+        finally:
+            self.quotes = False
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 def _environment_variable(name: str, *default: Any) -> Any:
-    """`${oc.env:NAME}`: a file that somebody else wrote could send a secret away within an address."""
-    if _SECRET.search(name):
+    """A file that somebody else wrote could send a secret away within an address."""
+    if names_a_secret(name):
         raise ValueError(
             f"{name} may be a secret, which no file reads. Give the value on the command line, or leave it "
             "to the package that needs it"
@@ -66,7 +96,8 @@ def _environment_variable(name: str, *default: Any) -> Any:
 
 
 # In the resolver, since the name of a variable may be an interpolation itself.
-OmegaConf.register_resolver("oc.env", _environment_variable, replace=True)
+_environment = _Environment()
+OmegaConf.register_resolver("oc.env", _environment, replace=True)
 
 
 def _read_file(path: Path, document: Document) -> DictConfig:
@@ -274,11 +305,14 @@ def _resolve_child(node: Any, key: Any, raw: Any, path: KeyPath, document: Docum
         return raw
     old = document.origin(path)
     document.references.update(re.findall(r"\$\{\s*([\w.\[\]]+)\s*\}", raw))
+    _environment.was_read = False
     try:
         value = node[key]
     except (OmegaConfBaseException, RecursionError, ValueError, TypeError) as error:
         document.report(path, _unresolved(raw, error, document))
         return UNRESOLVED
+    if _environment.was_read and not OmegaConf.is_config(value):
+        value = _from_environment(value, _environment.expression(node, key))
     document.origins[path] = Origin(old.place, old.line, None, raw, old.is_word)
     if not OmegaConf.is_config(value):
         return value
@@ -286,6 +320,15 @@ def _resolve_child(node: Any, key: Any, raw: Any, path: KeyPath, document: Docum
         document.report(path, f"{raw} refers to a section that it stands in.")
         return UNRESOLVED
     return _resolve(value, OmegaConf.to_container(value, resolve=False), path, document)
+
+
+def _from_environment(value: Any, expression: str) -> Any:
+    """Text that the environment gave; of a section or a list that it gave no text is written."""
+    if isinstance(value, dict):
+        return {str(key): _from_environment(item, REDACTED) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_from_environment(item, REDACTED) for item in value]
+    return FromEnvironment(value, expression) if isinstance(value, str) else value
 
 
 def _unresolved(raw: str, error: Exception, document: Document) -> str:

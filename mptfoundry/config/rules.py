@@ -20,6 +20,18 @@ from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.ranks import world_size
 
 Problem = tuple[str, str]
+_AT_MOST = {
+    "max_seq_len": 1_000_000_000,
+    "seed": 2**32 - 1,
+    "global_train_batch_size": 1_000_000_000,
+    "device_train_microbatch_size": 1_000_000_000,
+    "device_eval_batch_size": 1_000_000_000,
+    "train_subset_num_batches": 10**15,
+    "eval_subset_num_batches": 10**15,
+    "save_num_checkpoints_to_keep": 10**9,
+    "max_split_size_mb": 10**9,
+    "dist_timeout": 10**8,
+}
 _PACKED = re.compile(r"\.(tar|tgz|tar\.\w+|pt\.(bz2|gz|lz4|lzma|lzo|xz|zst))$")
 # What is filled in for `{...}`: in names of checkpoints what Composer knows.
 _IN_NAMES = (
@@ -71,6 +83,10 @@ def _sizes(values: Mapping[str, Any]) -> Iterator[Problem]:
         value = values.get(key)
         if isinstance(value, (int, float)) and value < least:
             yield key, f"{value} is too small. Use {least} or more."
+    for key, most in _AT_MOST.items():
+        value = values.get(key)
+        if isinstance(value, (int, float)) and value > most:
+            yield key, f"{value} is too large. Use {most} or less."
     for key in ("train_subset_num_batches", "eval_subset_num_batches"):
         if values.get(key) == 0:
             yield key, "0 batches leave nothing to do. Use -1 for all of them."

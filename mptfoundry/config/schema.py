@@ -14,6 +14,8 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
+from mptfoundry.config.secrets import FromEnvironment
+
 
 @cache
 def field_types(cls: Any) -> dict[str, Any]:
@@ -81,6 +83,8 @@ def show(value: Any) -> str:
     """A value as in YAML; text in quotes, sections and long lists in short."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, FromEnvironment):
+        return value.expression
     if isinstance(value, str):
         return f"'{value}'" if len(value) <= 60 else f"'{value[:57]}...'"
     if isinstance(value, dict):

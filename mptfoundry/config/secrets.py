@@ -1,8 +1,9 @@
-"""Secrets in a configuration: known by their keys, or by their place in a URL, and replaced where shown.
+"""Secrets in a configuration: known by their names, by their form, or since the environment gave them.
 
 A config is saved with its run and sent to loggers. Neither needs a secret: a run that starts takes it from
-the user's own file or environment. A key is a secret's if a word of its name says so; the tokens of a
-tokenizer are none.
+the user's own file or environment. Text that `${oc.env:NAME}` gave is never written, the expression is. Other
+text is replaced where its key's name says that it is a secret, or where it looks like one. The same names
+decide which variables of the environment no file may read.
 """
 
 from __future__ import annotations
@@ -13,19 +14,59 @@ from typing import Any
 
 REDACTED = "<redacted>"
 
+# A name is split into words at `_`, `-`, `.` and capitals. These make it a secret's, unless the words tell of
+# a tokenizer's token, or of a key that is looked up.
 _SECRET = re.compile(
-    r"token|secret|passw(or)?d|passphrase|api_?key|access_?key|private_?key|credential|webhook|bearer", re.I
+    r"\b(secrets|passwords|passphrase|pwd|pw|pat|auth|authorization|credentials?|creds|webhooks|bearer|sas|sig"
+    r"|signature|dsn|cookies?|jwt|netrc|pgpass|pass$|key$|conn(ection)? str(ing)?"
+    r"|(database|db|redis|mongo|mongodb|postgres|mysql|broker) ur[il]"
+    r"|\w*(secret|passwd|password|token|apikey|accesskey|privatekey|webhook|connstr))\b"
 )
-_NO_SECRET = re.compile(
-    r"tokenizer|tokens|token_(ids?|types?|encoding)|(bos|eos|pad|unk|sep|cls|mask|add)_\w*token|token_type|_token_\w*id",
-    re.I,
+_TOKENIZERS = re.compile(
+    r"\b(add|bos|eos|pad|unk|sep|cls|mask|max|per)\b.*\btoken\b|\btoken (id|ids|types?|encoding|mask)\b"
 )
+_OTHER_KEY = re.compile(r"\b(text|label|sort|primary|foreign|index|metric) key$")
+
 _PASSWORD = re.compile(r"(\w[\w+.-]*://[^/\s:@]*):[^/\s@]+@")
 _QUERY = re.compile(r"([?&](?:[\w-]*(?:token|signature|secret|password|credential|key)|sig)=)[^&\s]+", re.I)
+_FIELD = re.compile(
+    r"((?:^|[;\s])(?:account ?key|shared ?access ?(?:key|signature)|passw(?:or)?d|pwd|secret)\s*=\s*)[^;\s]+",
+    re.I,
+)
+_SCHEME = re.compile(r"\b(bearer\s+|(?:basic|token)\s+(?=\S*[\d=]))[\w+/=.~-]{6,}", re.I)
+_HOOK = re.compile(r"(https://hooks\.slack\.com/)\S+", re.I)
+_FORMS = re.compile(
+    r"\b(hf_(?=[A-Za-z]*\d)[A-Za-z0-9]{6,}|hf_[A-Za-z0-9]{20,}|gh[oprsu]_\w{16,}|github_pat_\w{16,}"
+    r"|glpat-[\w-]{16,}|xox[abeoprs]-[\w-]{8,}|sk-[\w-]{20,}|(AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{30,}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"
+)
+
+
+class FromEnvironment(str):
+    """Text that a variable of the environment gave, with the expression that is written in its place."""
+
+    expression: str
+
+    def __new__(cls, value: str, expression: str) -> FromEnvironment:
+        """The text as it is used."""
+        text = super().__new__(cls, value)
+        text.expression = expression
+        return text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FromEnvironment, (str(self), self.expression)
+
+
+def names_a_secret(name: str) -> bool:
+    """Whether a key or a variable of this name holds a secret."""
+    words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", " ", name).lower().strip()
+    if _TOKENIZERS.search(words) or _OTHER_KEY.search(words):
+        return False
+    return _SECRET.search(words) is not None
 
 
 def redacted(value: Any, key: str = "") -> Any:
-    """The same plain value, its secrets replaced by `<redacted>`.
+    """The same plain value, its secrets replaced by `<redacted>`, or by the expression that gave them.
 
     Args:
         value: Dicts, lists and plain values.
@@ -35,11 +76,20 @@ def redacted(value: Any, key: str = "") -> Any:
         return {name: redacted(item, str(name)) for name, item in value.items()}
     if isinstance(value, list):
         return [redacted(item, key) for item in value]
-    if not isinstance(value, str) or not value:
+    if isinstance(value, FromEnvironment):
+        return value.expression
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
         return value
-    if _SECRET.search(key) and not _NO_SECRET.search(key):
+    if names_a_secret(key):
         return REDACTED
-    return _QUERY.sub(rf"\1{REDACTED}", _PASSWORD.sub(rf"\1:{REDACTED}@", value))
+    return _without_secrets(value) if isinstance(value, str) else value
+
+
+def _without_secrets(text: str) -> str:
+    text = _PASSWORD.sub(rf"\1:{REDACTED}@", text)
+    for form in (_QUERY, _FIELD, _SCHEME, _HOOK):
+        text = form.sub(rf"\1{REDACTED}", text)
+    return _FORMS.sub(REDACTED, text)
 
 
 def redactions(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

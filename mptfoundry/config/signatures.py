@@ -73,8 +73,6 @@ REFUSED_ALGORITHMS: dict[str, str] = {
     "gated_linear_units": "it does nothing to an MPT. Set model.ffn_config.ffn_type: mptglu.",
     "low_precision_layernorm": "it changes the model. Set model.norm_type: low_precision_layernorm.",
 }
-# Packages that a logger imports when it starts, and what installs them.
-PACKAGES = {"wandb": "wandb", "tensorboard": "tensorboard", "mlflow": "mlflow", "cometml": "comet_ml"}
 # Arguments that the builder gives by itself, by class.
 GIVEN: dict[str, tuple[str, ...]] = {
     "mptfoundry.callbacks.samples:Generate": ("generate",),

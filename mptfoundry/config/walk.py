@@ -30,6 +30,7 @@ from mptfoundry.config.schema import (
     takes_none,
     walk_keys,
 )
+from mptfoundry.config.secrets import FromEnvironment
 from mptfoundry.config.signatures import Catalogue
 
 INVALID: Any = object()
@@ -100,13 +101,18 @@ class _Walk:
         Without a name it is the one class whose `name` has a default, if there is one.
         """
         by_name = {str(section_name(cls)): cls for cls in classes}
-        name = value.get("name")
+        name: Any = value.get("name")
         usual = classes if len(classes) == 1 else [cls for cls in classes if _has_usual_name(cls)]
         if len(usual) == 1 and (name is None or section_name(usual[0]) is None):
             return self.section(usual[0], value, path)
-        if name in by_name:
+        if isinstance(name, str) and name in by_name:
             return self.section(by_name[name], value, path)
         if name is UNRESOLVED:
+            return INVALID
+        if "name" in value and not isinstance(name, str):
+            expected = f"Expected {' or '.join(by_name)}."
+            text = "has no value" if name is None else f"{show(name)} is not allowed here"
+            self.document.report((*path, "name"), f"{text}. {expected}")
             return INVALID
         allowed = f"Allowed: {', '.join(by_name)}."
         reason = self.refused.get((str(path[0]), str(name)))
@@ -194,8 +200,13 @@ class _Walk:
         if kind is Annotated:
             return self.annotated(arguments[0], arguments[1], value, path)
         if kind is Literal:
+            if isinstance(value, bool):  # YAML reads an unquoted off or on as one
+                value = next(
+                    (each for each in arguments if each == self.document.origin(path).written), value
+                )
             for option in arguments:
-                if type(option) is type(value) and option == value:
+                kind_of_value = str if isinstance(value, str) else type(value)
+                if type(option) is kind_of_value and option == value:
                     return option
             raise _MismatchError
         if kind is tuple:
@@ -286,7 +297,8 @@ class _Walk:
     def mismatch(self, annotation: Any, value: Any, path: KeyPath) -> str:
         """Why a value does not fit its type, and what would."""
         origin = self.document.origin(path)
-        source = f" (from {origin.expression})" if origin.expression else ""
+        is_shown = isinstance(value, FromEnvironment)
+        source = f" (from {origin.expression})" if origin.expression and not is_shown else ""
         expected = f"Expected {describe(annotation)}."
         if value is None:
             return f"has no value{source}. {expected}"
@@ -298,10 +310,10 @@ class _Walk:
                 option for m in members(annotation) for option in get_args(m) if get_origin(m) is Literal
             ]
             hint = did_you_mean(value, [choice(option) for option in options])
-            if not source and _fits_unquoted(annotation, value):
-                hint = " Write it without quotes."
-            elif source and "oc.env" in source and _fits_unquoted(annotation, value):
+            if isinstance(value, FromEnvironment) and _fits_unquoted(annotation, value):
                 hint = f" Write ${{oc.decode:{origin.expression}}}."
+            elif not source and _fits_unquoted(annotation, value):
+                hint = " Write it without quotes."
         return f"{show(value)}{source} is not allowed here.{hint} {expected}"
 
     def unknown_key(self, cls: type, path: KeyPath) -> str:
@@ -346,8 +358,14 @@ def _number(member: Any, value: Any) -> Any:
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise _MismatchError
+    if member is int and isinstance(value, int):
+        return value
+    try:
+        value = float(value)
+    except OverflowError:
+        raise _MismatchError from None
     if member is float and math.isfinite(value):
-        return float(value)
+        return value
     if member is int and math.isfinite(value) and value == int(value):
         return int(value)
     raise _MismatchError

@@ -14,13 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from mptfoundry.checkpoints.stores import FOR_DATA, patiently, reason_of
 from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs, load_from_hub
 from mptfoundry.data.integrity import fastest_hash, problem_of
 from mptfoundry.data.shards import INDEX, check_shard_files, read_index
-from mptfoundry.errors import DataError
+from mptfoundry.errors import DataError, MissingError
 
 BUILDERS = ("json", "parquet")
 MANY_SHARDS = 8
@@ -60,6 +58,33 @@ def find_records(source: Source, cache: Path) -> Inventory:
     if source.remote and "://" in source.remote:
         _refuse_slice(source)
         return _shards(_fetch_shards(source, cache), source)
+    folder = _local_folder(source)
+    return _hub(source) if folder is None else _local(folder, source.hf_kwargs.get("data_files"), source)
+
+
+def look_at_records(source: Source) -> tuple[list[str], int | None] | None:
+    """The files of a source and, for shards, their samples, without reading a record; None: not here.
+
+    Raises:
+        MissingError: It should lie on this machine and does not.
+        DataError: What lies here can't be what is read.
+    """
+    if source.remote and "://" in source.remote:
+        return None
+    folder = _local_folder(source)
+    if folder is None:
+        return None
+    split = source.split or ""
+    for shards in (folder / split, folder):
+        if source.hf_kwargs.get("data_files") is None and (shards / INDEX).is_file():
+            return [str(shards)], read_index(shards, source.where).samples
+    if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
+        return [str(folder)], None
+    return [one.path for one in _local(folder, source.hf_kwargs.get("data_files"), source).inputs], None
+
+
+def _local_folder(source: Source) -> Path | None:
+    """The file or folder of a source that lies on this machine; None for a data set of the hub."""
     key = next(key for key in ("hf_name", "remote", "local") if getattr(source, key))
     place = getattr(source, key)
     data_files, data_dir = source.hf_kwargs.get("data_files"), source.hf_kwargs.get("data_dir", "")
@@ -69,14 +94,14 @@ def find_records(source: Source, cache: Path) -> Inventory:
         _refuse_slice(source)
         for other in sorted(set(source.hf_kwargs) - {"data_files", "data_dir"}):
             raise DataError(f"{source.where}.hf_kwargs.{other}: has no effect on local files. Remove it.")
-        return _local(folder, data_files, source)
+        return folder
     if key != "hf_name" or is_builder or place.startswith(("/", ".", "~")):
-        raise DataError(f"{source.where}.{key}: {folder}: there is no such file or folder.")
+        raise MissingError(f"{source.where}.{key}: {folder}: there is no such file or folder.")
     if "://" in place:
         raise DataError(
             f"{source.where}.hf_name: {place}: a URL of shards is a remote. Copy other files here."
         )
-    return _hub(source)
+    return None
 
 
 def _refuse_slice(source: Source) -> None:
@@ -151,7 +176,7 @@ def _data_files(folder: Path, given: Any, source: Source) -> list[str]:
         root, relative = (Path("/"), str(root)[1:]) if root.is_absolute() else (folder, str(root))
         matches = sorted(str(path) for path in root.glob(relative))
         if not matches:
-            raise DataError(f"{where}: {root / relative}: there is no such file.")
+            raise MissingError(f"{where}: {root / relative}: there is no such file.")
         files += matches
     return files
 
@@ -166,6 +191,7 @@ def _shards(folder: Path, source: Source) -> Inventory:
 def _fetch_shards(source: Source, cache: Path) -> Path:
     """Copy a remote data set's shards here, where they are not."""
     from streaming.base.storage.download import CloudDownloader
+    from tqdm import tqdm
 
     assert source.remote is not None
     name = hashlib.sha256(f"{source.remote}\0{source.split}".encode()).hexdigest()[:16]

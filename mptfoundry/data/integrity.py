@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import xxhash
-from tqdm import tqdm
 
 from mptfoundry.errors import DataError
 
@@ -135,6 +134,8 @@ def problems_of(
         size_of: An item's bytes, for progress.
         title: Before the progress bar; empty for none.
     """
+    from tqdm import tqdm  # takes longer than the rest, and a look at an index needs none of it
+
     items = list(items)
     found = []
     with (

@@ -15,11 +15,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mptfoundry.data.index_keys import META_KINDS, check_index_keys, check_keys, shortened
 from mptfoundry.data.integrity import CODECS, fastest_hash, problem_of, problems_of, refuse, unpack
-from mptfoundry.errors import DataError, first_line
+from mptfoundry.errors import DataError, MissingError, first_line
 
 INDEX = "index.json"
 PREPARING = ".preparing"
@@ -103,7 +101,7 @@ class ShardIndex:
 
 def narrowest_dtype(vocab_size: int) -> str:
     """The smallest unsigned integer type that holds the ids 0 to `vocab_size` - 1."""
-    return next(name for name in ("uint8", "uint16", "uint32") if vocab_size - 1 <= np.iinfo(name).max)
+    return next(f"uint{bits}" for bits in (8, 16, 32) if vocab_size <= 2**bits)
 
 
 def read_index(folder: str | Path, where: str) -> ShardIndex:
@@ -152,7 +150,7 @@ def find_split(folder: str | Path, split: str | None, where: str) -> Path:
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
-        raise DataError(f"{where}: the folder {folder} is missing. Prepare it with `mptfoundry prepare`.")
+        raise MissingError(f"{where}: the folder {folder} is missing. Prepare it with `mptfoundry prepare`.")
     chosen = folder / split if split else folder
     if chosen.is_dir():
         return chosen
@@ -262,6 +260,7 @@ def read_samples(index: ShardIndex, numbers: Iterable[int]) -> Iterator[dict[str
     Raises:
         DataError: A shard is missing or damaged.
     """
+    import numpy as np
     from streaming.base.format import reader_from_json
 
     starts = np.cumsum([0, *(int(shard["samples"]) for shard in index.shards)])

@@ -82,19 +82,37 @@ def check_shards(source: Source, tokenizer: Any, max_seq_len: int) -> ShardIndex
         DataError: The shards were made for another sequence length or another tokenizer.
     """
     index = read_index(source.folder, source.where)
-    if index.meta is None:
-        return index
-    if index.meta.max_seq_len != max_seq_len:
-        raise DataError(
-            f"{source.where}: the samples of {index.folder} have {index.meta.max_seq_len} tokens, but "
-            f"max_seq_len is {max_seq_len}. Set max_seq_len: {index.meta.max_seq_len}, or prepare again."
-        )
-    if index.meta.fingerprint != fingerprint(tokenizer):
-        raise DataError(
-            f"{source.where}: {index.folder} was prepared with another tokenizer ({index.meta.tokenizer}, "
-            f"{index.meta.vocab_size} ids) than this run's. Use that one, or prepare the text again."
-        )
+    if problem := length_problem(index, max_seq_len):
+        raise DataError(f"{source.where}: {problem}")
+    if index.meta is not None and (problem := tokenizer_problem(index, fingerprint(tokenizer))):
+        raise DataError(f"{source.where}: {problem}")
     return index
+
+
+def length_problem(index: ShardIndex, max_seq_len: int) -> str | None:
+    """Why the samples of an index do not fit a run of this length, and what to do; None if they do."""
+    if index.meta is None or index.meta.max_seq_len == max_seq_len:
+        return None
+    return (
+        f"the samples of {index.folder} have {index.meta.max_seq_len} tokens, but "
+        f"max_seq_len is {max_seq_len}. Set max_seq_len: {index.meta.max_seq_len}, or prepare again."
+    )
+
+
+def tokenizer_problem(index: ShardIndex, fingerprint: str) -> str | None:
+    """Why an index does not fit a run with the tokenizer of this fingerprint; None if it does."""
+    if index.meta is None or index.meta.fingerprint == fingerprint:
+        return None
+    return (
+        f"{index.folder} was prepared with another tokenizer ({index.meta.tokenizer}, "
+        f"{index.meta.vocab_size} ids) than this run's. Use that one, or prepare the text again."
+    )
+
+
+def path_of(place: str | None) -> Path | None:
+    """A place on this machine; None for a URL."""
+    is_url = place is None or "://" in place or place.startswith("dbfs:")
+    return None if is_url else Path(str(place)).expanduser()
 
 
 def warn_of_unknown(sources: Sequence[Source]) -> None:
@@ -112,9 +130,8 @@ def _plan_source(stream: Mapping[str, Any], split: str | None, where: str) -> So
     remote, local = arguments.get("remote"), arguments.get("local")
     if not remote and not local:
         raise ConfigError(f"{where}: neither local nor remote is given. Give local: a folder of shards.")
-    is_path = remote is not None and "://" not in remote and not remote.startswith("dbfs:")
-    if is_path or remote is None:
-        origin = Path(remote or local or "").expanduser()
+    origin = path_of(remote or local)
+    if origin is not None:
         read_index(find_split(origin, arguments["split"], where), where)
         kept = Path(local).expanduser() if local else origin
         arguments.update(remote=None if kept == origin else str(origin), local=str(kept))

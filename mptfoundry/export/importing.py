@@ -26,12 +26,12 @@ from mptfoundry.checkpoints.writing import refuse_what_is_there, whole_or_absent
 from mptfoundry.config.legacy import translate
 from mptfoundry.config.pretrained import fill_architecture
 from mptfoundry.config.reading import read_document
-from mptfoundry.errors import CheckpointError
+from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.export.shards import DTYPES
 from mptfoundry.export.staging import check_space, staged
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
-from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
+from mptfoundry.tokenizer import count_ids, load_tokenizer, vocabulary_problem
 
 CHECKPOINT = "ep0-ba0-rank0.pt"
 # What an import writes; what `overwrite` replaces holds nothing else, such as a run's own metrics.
@@ -159,7 +159,8 @@ def _write_tokenizer(found: ModelSource, name: str | None, folder: Path) -> bool
     if name is None:
         return False
     tokenizer: Any = load_tokenizer(name, max_seq_len=found.config.max_seq_len)
-    check_tokenizer(tokenizer, found.config.vocab_size)
+    if problem := vocabulary_problem(count_ids(tokenizer), found.config.vocab_size):
+        raise ConfigError(f"config_overrides.vocab_size: {problem}")
     tokenizer.save_pretrained(folder)
     return True
 

@@ -13,6 +13,8 @@ import re
 
 from .config import MPTConfig
 
+# In the order in which they are proposed.
+BACKENDS = ("torch", "triton", "flash")
 # The first of these that can serve is what `auto` takes: the fastest.
 _PREFERENCE = {"cuda": ("triton", "flash", "torch")}
 # The first release whose softcap has a right gradient, ALiBi and a deterministic backward being older.
@@ -38,11 +40,7 @@ def choose_backend(config: MPTConfig, device_type: str, dtype: str) -> tuple[str
         reason = why_not(wanted, config, device_type, dtype)
         if reason is None:
             return wanted, "asked for"
-        able = [name for name in _RULES if why_not(name, config, device_type, dtype) is None]
-        raise ValueError(
-            f"attn_config.attn_impl: {wanted} can't be used: {reason}. "
-            f"Use {' or '.join(['auto', *able])}; all give the same mathematics."
-        )
+        raise ValueError(refusal(wanted, reason, config, device_type, dtype))
     refused: list[str] = []
     for name in _PREFERENCE.get(device_type, ("torch",)):
         reason = why_not(name, config, device_type, dtype)
@@ -52,22 +50,44 @@ def choose_backend(config: MPTConfig, device_type: str, dtype: str) -> tuple[str
     return name, "; ".join([f"serves this model in {dtype} on {device_type}", *refused])
 
 
+def refusal(name: str, reason: str, config: MPTConfig, device_type: str, dtype: str) -> str:
+    """What is said of a backend that is asked for and can't serve: the key, the reason and what to use."""
+    able = [other for other in BACKENDS if why_not(other, config, device_type, dtype) is None]
+    return (
+        f"attn_config.attn_impl: {name} can't be used: {reason}. "
+        f"Use {' or '.join(['auto', *able])}; all give the same mathematics."
+    )
+
+
 def why_not(name: str, config: MPTConfig, device_type: str, dtype: str) -> str | None:
     """Why the backend ``name`` can't compute this model's attention, one clause; None if it can.
 
     The arguments are those of `choose_backend`.
     """
-    return _RULES[name](config, device_type, dtype)
+    return why_not_here(name, device_type, dtype) or why_never(name, config, dtype)
 
 
-def _why_not_triton(config: MPTConfig, device_type: str, dtype: str) -> str | None:
-    is_interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device_type != "cuda" and not is_interpreted:
+def why_not_here(name: str, device_type: str, dtype: str) -> str | None:
+    """What this machine lacks for the backend ``name``, whatever the model; None if nothing."""
+    if name == "flash":
+        return "it needs a GPU" if device_type != "cuda" else _FLASH_IS_MISSING
+    if name == "torch" or (device_type == "cuda" and _HAS_TRITON):
+        return None
+    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return "it needs a GPU, or on a CPU Triton's slow interpreter (TRITON_INTERPRET=1)"
     if not _HAS_TRITON:
         return "the package triton is not installed; on Linux torch brings it"
-    if is_interpreted and dtype != "float32":
-        return f"Triton's interpreter is right in float32 alone, not in {dtype}"
+    return None if dtype == "float32" else f"Triton's interpreter is right in float32 alone, not in {dtype}"
+
+
+def why_never(name: str, config: MPTConfig, dtype: str) -> str | None:
+    """Why the backend ``name`` can't compute this model's attention on any machine; None if it can."""
+    if name == "triton":
+        return _why_never_triton(config, dtype)
+    return _why_never_flash(config, dtype) if name == "flash" else None
+
+
+def _why_never_triton(config: MPTConfig, dtype: str) -> str | None:
     if dtype not in {"bfloat16", "float16", "float32"}:
         return f"its kernels compute in bfloat16, float16 and float32, not in {dtype}"
     if not 16 <= config.d_head <= 256:
@@ -75,12 +95,8 @@ def _why_not_triton(config: MPTConfig, device_type: str, dtype: str) -> str | No
     return None
 
 
-def _why_not_flash(config: MPTConfig, device_type: str, dtype: str) -> str | None:
+def _why_never_flash(config: MPTConfig, dtype: str) -> str | None:
     attn = config.attn_config
-    if device_type != "cuda":
-        return "it needs a GPU"
-    if _FLASH_IS_MISSING:
-        return _FLASH_IS_MISSING
     if dtype not in {"bfloat16", "float16"}:
         return f"it computes in bfloat16 and float16, not in {dtype}"
     if config.d_head > 256 or config.d_head % 8:
@@ -90,10 +106,6 @@ def _why_not_flash(config: MPTConfig, device_type: str, dtype: str) -> str | Non
     if attn.attn_logit_softcapping is not None and attn.attn_pdrop > 0:
         return "it has no dropout (attn_pdrop) beside attn_logit_softcapping"
     return None
-
-
-# In the order in which they are proposed.
-_RULES = {"torch": lambda *_: None, "triton": _why_not_triton, "flash": _why_not_flash}
 
 
 def _flash_is_missing() -> str | None:

@@ -338,6 +338,17 @@ class MPTConfig:
         return replace(self, head_dim=head_dim, attn_config=attention)
 
 
+# Beyond these no model was ever made, and counting its parameters would take all of a machine's memory.
+_LARGEST = {
+    "n_layers": 10_000,
+    "n_heads": 100_000,
+    "d_model": 10_000_000,
+    "head_dim": 10_000_000,
+    "max_seq_len": 1_000_000_000,
+    "vocab_size": 1_000_000_000,
+    "expansion_ratio": 10_000,
+    "ffn_hidden_size": 1_000_000_000,
+}
 _WHOLE, _POSITIVE = "Use 1 or more.", "Use a positive number."
 _OR_NONE = "Use a positive number, or null for none."
 
@@ -348,6 +359,8 @@ def check_positive(config: Any, advice: str, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and value <= 0:
             raise ValueError(f"{name}: {value} is not positive. {advice}")
+        if value is not None and value > _LARGEST.get(name, value):
+            raise ValueError(f"{name}: {value} is too large. Use {_LARGEST[name]} or less.")
 
 
 def check_probabilities(config: Any, *names: str) -> None:

@@ -178,6 +178,7 @@ def test_low_precision_layernorm_is_what_the_model_has_already(
         "only_hf_checkpoint: false",
         "python_log_level:",
         "eval_gauntlet: null",
+        "spin_dataloaders:",
     ],
 )
 def test_what_is_blank_or_off_needs_no_word(write: Callable[..., str], line: str) -> None:
@@ -185,9 +186,39 @@ def test_what_is_blank_or_off_needs_no_word(write: Callable[..., str], line: str
 
 
 @pytest.mark.parametrize(
+    "key",
+    [
+        "train_loader.prefetch_factor",
+        "train_loader.dataset.predownload",
+        "train_loader.dataset.epoch_size",
+        "train_loader.dataset.num_canonical_nodes",
+        "train_loader.dataset.stream_config",
+        "model.attn_config",
+        "model.attn_config.kv_n_heads",
+        "model.attn_config.attn_temperature_tuning",
+        "model.ffn_config",
+        "model.init_config",
+        "model.attention_bias",
+        "save_ignore_keys",
+        "save_latest_filename",
+        "load_path",
+        "metadata",
+        "callbacks",
+        "loggers",
+        "algorithms",
+        "compile_config",
+        "fsdp_config",
+    ],
+)
+def test_null_is_the_default_where_llm_foundry_allows_it(write: Callable[..., str], key: str) -> None:
+    config, notes = load_train_config(write(), [f"{key}=null", "train_loader.num_workers=0"])
+    assert notes == [] and config.train_loader.prefetch_factor == 2
+
+
+@pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("icl_tasks: tasks.yaml", "icl_tasks: is not supported: a run evaluates its eval_loader."),
+        ("icl_tasks: tasks.yaml", "icl_tasks: is not supported: in-context tasks are not evaluated"),
         ("tp_config: {strategy: ffn}", "tp_config: is not supported: Composer's tensor parallelism fails"),
         ("profiler: {schedule: {}}", "profiler: is not supported"),
         ("freeze: [wte]", "freeze: is not supported: patterns in optimizer.disable_grad"),

@@ -92,11 +92,6 @@ def test_code_runs_only_when_the_command_line_allows_it(
     assert "allow_code" not in to_yaml(config)
 
 
-def test_a_logger_whose_package_is_missing_is_said(write: Callable[..., str]) -> None:
-    _, notes = load_train_config(write("loggers: {cometml: {}}"))
-    assert notes == ["loggers.cometml: needs the package comet_ml: pip install comet_ml."]
-
-
 def test_a_config_made_in_python_has_the_same_rules(load: Callable[..., TrainConfig]) -> None:
     with pytest.raises(ValueError, match="save_folder"):
         replace(load(), autoresume=True)
@@ -150,3 +145,44 @@ def test_what_a_verb_cannot_do_is_refused(schema: type, word: str, said: str) ->
     with pytest.raises(ConfigError) as error:
         parse_words([*needed, word], schema)
     assert str(error.value).startswith(f"command line: {word}: ") and said in str(error.value)
+
+
+@pytest.mark.parametrize("positions", ["alibi", "rope"])
+def test_a_resolved_config_says_which_positions_are_computed(
+    load: Callable[..., TrainConfig], positions: str
+) -> None:
+    switches = ("model.attn_config.alibi=false", "model.learned_pos_emb=true")
+    assert "learned_pos_emb: true" in to_yaml(load(words=switches))
+    assert "learned_pos_emb: false" in to_yaml(load(words=(*switches, f"model.attn_config.{positions}=true")))
+
+
+def test_settings_of_evaluation_without_loaders_are_said_to_have_no_effect(write: Callable[..., str]) -> None:
+    _, notes = load_train_config(write("eval_interval: 5ba", "eval_first: true"))
+    assert notes == [
+        "eval_interval: has no effect without eval_loader.",
+        "eval_first: has no effect without eval_loader.",
+    ]
+
+
+FOUNDRY_EVALUATION = """\
+variables: {model_name_or_path: EleutherAI/gpt-neo-125m, precision: fp32}
+max_seq_len: 1024
+seed: 1
+precision: ${variables.precision}
+models:
+- model_name: ${variables.model_name_or_path}
+  model: {name: hf_causal_lm, pretrained_model_name_or_path: x, init_device: mixed, pretrained: true}
+  tokenizer: {name: x, kwargs: {model_max_length: 1024}}
+device_eval_batch_size: 4
+icl_tasks: eval/yamls/tasks.yaml
+eval_gauntlet: eval/yamls/eval_gauntlet.yaml
+"""
+
+
+def test_files_that_describe_no_training_are_answered_in_one_sentence(
+    problems: Callable[..., tuple[str, ...]],
+) -> None:
+    [said] = problems(text=FOUNDRY_EVALUATION)
+    assert said.startswith("run.yaml:5: models: this file describes an evaluation, not a training.")
+    [said] = problems(text="name: run\ncompute: {gpus: 8}\nparameters:\n  seed: 3\ncommand: composer x\n")
+    assert said.startswith("run.yaml:3: parameters: this is a platform's job file.")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from mptfoundry.config.load import parse_words
+from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import GenerateConfig
 
 from .conftest import SMALL
@@ -81,6 +82,65 @@ def test_a_wrong_value_is_said_with_line_key_value_and_what_is_allowed(
     problems: Problems, line: str, said: str
 ) -> None:
     assert problems(line) == (f"run.yaml:25: {said}",)
+
+
+def test_a_wrong_value_that_the_model_shares_is_said_once(problems: Problems) -> None:
+    said = "max_seq_len: '2k' is not allowed here. Expected a whole number."
+    assert problems(text=SMALL.replace("max_seq_len: 128", "max_seq_len: 2k")) == (f"run.yaml:1: {said}",)
+
+
+@pytest.mark.parametrize("section", ["model", "train_loader", "eval_loader", "optimizer", "scheduler"])
+@pytest.mark.parametrize("name", ["[a, b]", "{a: b}", "[[1]]", "3", "true"])
+def test_a_name_that_is_no_text_is_an_error(problems: Problems, section: str, name: str) -> None:
+    said = problems(words=(f"{section}.name={name}",))
+    assert any(f"{section}.name={name}" in problem for problem in said)
+
+
+def test_a_choice_that_yaml_reads_as_a_bool_is_that_choice(load: Callable[..., TrainConfig]) -> None:
+    assert load(words=("train_loader.dataset.verify=off",)).train_loader.dataset.verify == "off"
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "n_layers=1000000000",
+        "n_layers=100000000000000",
+        "d_model=1000000000000",
+        "vocab_size=1000000000000",
+        "max_seq_len=1000000000000",
+        "head_dim=1000000000000",
+        "n_heads=1000000000000",
+        "ffn_config.ffn_hidden_size=1000000000000",
+        "expansion_ratio=1e300",
+    ],
+)
+def test_a_size_that_no_model_has_is_refused_at_once(problems: Problems, word: str) -> None:
+    assert "too large" in problems(words=(f"model.{word}", "max_seq_len=128"))[0]
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "global_train_batch_size=1000000000000",
+        "device_train_microbatch_size=1000000000000",
+        "seed=1000000000000",
+        "max_duration=1e300ba",
+        "max_duration=" + "9" * 400 + "tok",
+        "train_loader.dataset.epoch_size=" + "9" * 400,
+        "train_loader.dataset.cache_limit=" + "9" * 400 + "gb",
+        "train_loader.num_workers=1000000000000",
+        "optimizer.lr=1e300",
+        "dist_timeout=1e300",
+    ],
+)
+def test_a_number_that_no_run_has_is_refused_in_a_short_line(problems: Problems, word: str) -> None:
+    [said] = problems(words=(word,))
+    assert "too large" in said and len(said.partition("=")[2]) < 700
+
+
+def test_long_values_and_control_letters_are_shown_short_and_harmless(problems: Problems) -> None:
+    [said] = problems(f'max_duration2: "{"x " * 3000}"', f'precision: "{"y" * 5000}\e[2J"', words=())[1:]
+    assert len(said) < 400 and "" not in said
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def both_packages(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_choice_has_its_backend_and_its_rule() -> None:
-    assert set(BACKENDS) == set(backends._RULES) == {"torch", "triton", "flash"}
+    assert set(BACKENDS) == set(backends.BACKENDS) == {"torch", "triton", "flash"}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -1,0 +1,217 @@
+"""`mptfoundry check`: judges a configuration, and looks at what it names as far as that lies on this machine.
+
+What disagrees with itself or with what lies here is an error. What only this machine lacks (a GPU, a package,
+a folder) is a line that begins with `here:`; another machine may have it, and `train` refuses it. Files are
+looked at in milliseconds: indexes of shards and `tokenizer.json`, no sample and no record. torch is not
+imported.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from mptfoundry.config.data import LoaderConfig
+from mptfoundry.config.packages import missing_packages
+from mptfoundry.config.parallel import copies_and_shards
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.config.streams import RecordsConfig, StreamConfig
+from mptfoundry.data.example_sources import Source, look_at_records
+from mptfoundry.data.shards import find_split, read_index
+from mptfoundry.data.streams import length_problem, path_of, tokenizer_problem
+from mptfoundry.devices import GIB, Device, detect_device, launcher_device
+from mptfoundry.errors import ConfigError, DataError, MissingError, MPTFoundryError
+from mptfoundry.plan import Stream, make_plan, place_of, summary_table
+from mptfoundry.resolve import device_batch, resolve_auto
+from mptfoundry.tokenizer import (
+    TokenizerFiles,
+    find_tokenizer,
+    fingerprint_of_parts,
+    read_tokenizer_files,
+    vocabulary_problem,
+)
+
+REFUSED = "train refuses this here"
+MOST_DEVICES = 4096
+SHOWN_FILES = 2
+
+
+@dataclass
+class Look:
+    """What was found on this machine.
+
+    Attributes:
+        problems: Errors: what disagrees with the configuration, each with its key.
+        lacking: What `train` needs and this machine lacks, each with its key.
+        notes: What else is good to know about this machine.
+        streams: What is known of the data, by loader and stream.
+    """
+
+    problems: list[MPTFoundryError] = field(default_factory=list)
+    lacking: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    streams: dict[tuple[str, str], Stream] = field(default_factory=dict)
+
+
+def check(config: TrainConfig) -> str:
+    """What `mptfoundry check` prints: the run in a table, and a line for all that this machine lacks.
+
+    Raises:
+        ConfigError, DataError: What the configuration says does not agree with what lies on this machine.
+    """
+    look = look_here(config)
+    _raise(look.problems)
+    device, problem = planned_device(config, launcher_device())
+    plan = make_plan(config, device)
+    lacking = [problem] if problem else []
+    lacking += [f"{key}: {text}" for key, text in plan.resolved.lacking.items()]
+    lacking += [f"{key}: {text}" for key, text in missing_packages(config, device.torch_type)]
+    lines = [f"here: {text.rstrip('.')}; {REFUSED}" for text in lacking + look.lacking]
+    if device.memory is not None and plan.memory.total > device.memory:
+        look.notes.append(
+            f"the model does not fit: it needs about {plan.memory.total / GIB:.1f} GiB of a device that has "
+            f"{device.memory / GIB:.1f} GiB; more devices with fsdp_config hold it in parts"
+        )
+    lines += [f"here: {text}" for text in look.notes]
+    return "\n".join([summary_table(config, device, look.streams), *lines])
+
+
+def refuse_here(config: TrainConfig) -> None:
+    """What `train` asks before its imports, which take longer.
+
+    Raises:
+        ConfigError, DataError: The configuration disagrees with this machine, or asks for what it lacks.
+    """
+    look, device = look_here(config), detect_device()
+    lacking = list(missing_packages(config, device.torch_type))
+    lacking += resolve_auto(config, device).lacking.items()
+    problems = [*look.problems, *(ConfigError(f"{key}: {text}") for key, text in lacking)]
+    _raise([*problems, *map(DataError, look.lacking)])
+
+
+def look_here(config: TrainConfig) -> Look:
+    """What lies on this machine of what a configuration names."""
+    look = Look()
+    tokenizer = _look_at_tokenizer(config, look)
+    loaders = [("train", "train_loader", config.train_loader)]
+    loaders += [(label, f"eval_loader {label}", loader) for label, loader in config.eval_loaders.items()]
+    for loader_name, where, loader in loaders:
+        for name, stream in loader.dataset.sources.items():
+            place = f"{where}.dataset" + (f".streams.{name}" if _has_streams(loader) else "")
+            try:
+                if isinstance(stream, StreamConfig):
+                    split = stream.split or loader.dataset.split
+                    found = _look_at_shards(config, stream, split, place, tokenizer, look)
+                else:
+                    found = _look_at_records(stream, place)
+            except MissingError as error:
+                look.lacking.append(str(error))
+            except MPTFoundryError as error:
+                look.problems.append(error)
+            else:
+                if found is not None:
+                    look.streams[loader_name, name] = found
+    for path in config.code_paths:
+        if not Path(path).is_file():
+            look.lacking.append(f"code_paths: {path} is missing. Name a Python file.")
+    return look
+
+
+def planned_device(config: TrainConfig, device: Device) -> tuple[Device, str | None]:
+    """The devices to plan with: those of this machine, or where the batch or the shards do not split over
+    them as many of them as come nearest, and the problem."""
+    problem = None
+    for count in (device.count, *range(device.count - 1, 0, -1), *range(device.count + 1, MOST_DEVICES)):
+        there = replace(device, count=count, per_node=min(count, device.per_node))
+        try:
+            device_batch(config, there)
+            if config.fsdp_config is not None:
+                copies_and_shards(config.fsdp_config, devices=count, per_node=there.per_node)
+        except ConfigError as error:
+            if "WORLD_SIZE" in os.environ:
+                raise
+            problem = problem or str(error)
+        else:
+            return there, problem and f"{problem.rstrip('.')}. Planned with {count}."
+    raise ConfigError(problem or "global_train_batch_size: does not split.")
+
+
+def _raise(problems: list[MPTFoundryError]) -> None:
+    """All problems in one error, of the data where all of them are."""
+    if not problems:
+        return
+    texts = [str(problem) for problem in problems]
+    raise (ConfigError if any(isinstance(p, ConfigError) for p in problems) else DataError)("\n".join(texts))
+
+
+def _has_streams(loader: LoaderConfig) -> bool:
+    return getattr(loader.dataset, "streams", None) is not None
+
+
+def _look_at_tokenizer(config: TrainConfig, look: Look) -> TokenizerFiles | None:
+    name = config.tokenizer.name
+    folder = find_tokenizer(name)
+    if folder is None:
+        if name.startswith(("/", "./", "../", "~")) or Path(name).exists():
+            text = f"tokenizer.name: {name} is not a folder. Give a folder that holds tokenizer.json"
+            look.lacking.append(text)
+        elif os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+            look.lacking.append(
+                f"tokenizer.name: {name} is neither a folder nor in the Hugging Face cache, "
+                "and HF_HUB_OFFLINE is set"
+            )
+        else:
+            look.notes.append(f"tokenizer.name: {name} is not on this machine; train fetches it from the hub")
+        return None
+    try:
+        tokenizer = read_tokenizer_files(folder)
+    except ConfigError as error:
+        look.problems.append(error)
+        return None
+    if tokenizer is not None and (problem := vocabulary_problem(tokenizer.ids, config.model.vocab_size)):
+        look.problems.append(ConfigError(f"{config.model.vocabulary_key}: {problem}"))
+    return tokenizer
+
+
+def _look_at_shards(
+    config: TrainConfig,
+    stream: StreamConfig,
+    split: str | None,
+    where: str,
+    tokenizer: TokenizerFiles | None,
+    look: Look,
+) -> Stream | None:
+    """What the index of a stream says, if it lies here; a URL's may lie in its cache."""
+    origin = path_of(stream.place)
+    if origin is None:
+        cached = Path(stream.local).expanduser() / (split or "") if stream.local else None
+        if cached is None or not (cached / "index.json").is_file():
+            return None
+        folder = cached
+    else:
+        folder = find_split(origin, split, where)
+    index = read_index(folder, where)
+    if problem := length_problem(index, config.max_seq_len):
+        raise DataError(f"{where}: {problem}")
+    if tokenizer is not None and index.meta is not None:
+        problem = tokenizer_problem(index, fingerprint_of_parts(tokenizer.parts))
+        if problem and tokenizer.is_plain:
+            raise DataError(f"{where}: {problem}")
+        if problem:
+            look.notes.append(
+                f"{where}: {index.folder} seems to be prepared with another tokenizer than "
+                f"{config.tokenizer.name} ({index.meta.tokenizer}); train compares them"
+            )
+    return Stream(place_of(stream.place, split), index.samples)
+
+
+def _look_at_records(stream: RecordsConfig, where: str) -> Stream | None:
+    """The files that a stream of records reads, if they lie here."""
+    keys = ("hf_name", "hf_kwargs", "remote", "local", "split")
+    found = look_at_records(Source(where, **{key: getattr(stream, key) for key in keys}))
+    if found is None:
+        return None
+    files, samples = found
+    more = f" and {len(files) - SHOWN_FILES:,} more files" if len(files) > SHOWN_FILES else ""
+    return Stream(", ".join(files[:SHOWN_FILES]) + more, samples)

@@ -1,0 +1,59 @@
+"""Packages that a configuration needs and that this project does not install by itself.
+
+Installed versions are read from the packages' metadata; nothing is imported. A folder of the same name in the
+working directory, such as the one that wandb writes, is not a package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mptfoundry.config.run import TrainConfig
+
+# (section, name) -> what pip is asked for: a version that works here.
+OF_SECTIONS = {
+    # Composer calls Run.get_url, which later versions lack.
+    ("loggers", "wandb"): "wandb<0.28",
+    ("loggers", "tensorboard"): "tensorboard",
+    ("loggers", "mlflow"): "mlflow",
+    ("loggers", "cometml"): "comet_ml",
+    ("loggers", "slack"): "slack_sdk",
+}
+ON_A_GPU = {("callbacks", "system_metrics_monitor"): "pynvml"}
+ADAPTERS, QUANTIZED = "peft>=0.15,<0.18", "bitsandbytes>=0.48"
+
+
+def missing_packages(config: TrainConfig, device_type: str) -> Iterator[tuple[str, str]]:
+    """What a run of `config` needs and what is not installed, or in a version that does not work, as (key,
+    what to do)."""
+    for key, wanted in _needed(config, device_type):
+        if problem := package_problem(wanted):
+            yield key, problem
+
+
+def package_problem(wanted: str) -> str | None:
+    """Why a requirement such as `wandb<0.28` is not met, and what to do; None if it is."""
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    package = Requirement(wanted)
+    command = f"pip install '{wanted}'" if str(package.specifier) else f"pip install {wanted}"
+    try:
+        version = metadata.version(package.name)
+    except metadata.PackageNotFoundError:
+        return f"needs the package {package.name}: {command}"
+    if package.specifier.contains(version, prereleases=True):
+        return None
+    return f"{package.name} {version} does not work here: {command}"
+
+
+def _needed(config: TrainConfig, device_type: str) -> Iterator[tuple[str, str]]:
+    table = OF_SECTIONS | (ON_A_GPU if device_type == "cuda" else {})
+    for (section, name), wanted in table.items():
+        if name in getattr(config, section):
+            yield f"{section}.{name}", wanted
+    if config.model.peft_config is not None:
+        yield "model.peft_config", ADAPTERS
+    if config.model.bits:
+        yield f"model.load_in_{config.model.bits}bit", QUANTIZED

@@ -1,0 +1,209 @@
+"""What an error advises is accepted by the next check."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mptfoundry.check import check
+from mptfoundry.config.load import load_train_config
+from mptfoundry.errors import ConfigError
+from mptfoundry.mpt.config import AttnConfig, MPTConfig
+
+CONFIG = Path(__file__).parents[2] / "configs" / "mpt-tiny.yaml"
+REMOVED = "~"
+DATA = "train_loader.dataset"
+CODE = f"{DATA}.streams.code"
+FLASH = "model.attn_config.attn_impl=flash"
+ONE = f"{DATA}.streams=null"
+LION = "optimizer.name=decoupled_lionw"
+
+# What breaks the config, what the error advises, and that advice as words; `~KEY` takes a word back.
+CASES = [
+    (["model.d_model=258"], "Use a multiple of 8, or set head_dim", ["model.d_model=264"]),
+    (["model.d_model=258"], "set head_dim", ["model.head_dim=64"]),
+    (["model.d_model=0"], "Use 1 or more", ["model.d_model=8"]),
+    (["model.expansion_ratio=0.3"], "no whole number", ["model.expansion_ratio=0.5"]),
+    (["model.attn_config.rope=true"], "A model has one of them", ["model.attn_config.alibi=false"]),
+    (
+        ["model.attn_config.attn_type=grouped_query_attention"],
+        "needs kv_n_heads",
+        ["model.attn_config.kv_n_heads=2"],
+    ),
+    (["model.attn_config.kv_n_heads=2"], "only grouped_query_attention takes it", ["~model.attn"]),
+    (
+        ["model.attn_config.sliding_window_size=-2"],
+        "Use -1 for none",
+        ["model.attn_config.sliding_window_size=-1"],
+    ),
+    (
+        ["model.attn_config.attn_pdrop=1"],
+        "Use 0 or more and less than 1",
+        ["model.attn_config.attn_pdrop=0.5"],
+    ),
+    (["model.embedding_fraction=0"], "Use a number in (0, 1]", ["model.embedding_fraction=1"]),
+    (["model.init_config.name=baseline_"], "needs init_std", ["model.init_config.init_std=0.02"]),
+    (["model.vocab_size=-1"], "Use 1 or more", ["model.vocab_size=512"]),
+    ([FLASH, "precision=fp32"], "Use auto or torch", ["model.attn_config.attn_impl=auto"]),
+    ([FLASH, "precision=fp32"], "Use auto or torch", ["model.attn_config.attn_impl=torch"]),
+    (["optimizer.lr=-1"], "such as 1e-4", ["optimizer.lr=1e-4"]),
+    (["optimizer.lrr=1"], "Did you mean lr?", ["~optimizer.lrr", "optimizer.lr=1"]),
+    (["optimizer.betas=[1,1]"], "0 or more and less than 1", ["optimizer.betas=[0,0.9]"]),
+    ([LION, "optimizer.param_groups=[{param_str_match: wte, eps: 1e-8}]"], "Remove it", ["~optimizer.param"]),
+    (["optimizer.disable_grad=['.']"], "Leave one or more to learn", ["optimizer.disable_grad=[wte]"]),
+    (["optimizer.name=clip_lion"], "decoupled_lionw with algorithms.gradient_clipping", [LION]),
+    (["scheduler.t_max=1ba"], "Use 1dur", ["scheduler.t_max=1dur"]),
+    (["max_duration=0ba"], "Use more than 0", ["max_duration=1ba"]),
+    (["max_duration=1dur"], "Use batches, tokens or epochs", ["max_duration=3ep"]),
+    (["max_duration=5x"], "such as 1000ba (batches), 2ep (epochs)", ["max_duration=1000ba"]),
+    (["max_duration=5x"], "1000000tok (tokens)", ["max_duration=1000000tok"]),
+    (["eval_subset_num_batches=0"], "Use -1 for all of them", ["eval_subset_num_batches=-1"]),
+    (["seed=-1"], "Use 0 or more", ["seed=0"]),
+    (["model.max_seq_len=100"], "Remove it, or make them equal", ["model.max_seq_len=256"]),
+    (["tokenizer.kwargs.model_max_length=1"], "Remove it", ["~tokenizer"]),
+    (["device_train_microbatch_size=0"], "Use 1 or more", ["device_train_microbatch_size=1"]),
+    (["autoresume=true", "save_folder=null"], "needs save_folder", ["save_folder=x"]),
+    (
+        ["autoresume=true", "save_weights_only=true"],
+        "Set save_weights_only: false",
+        ["save_weights_only=false"],
+    ),
+    (["save_filename=a/b.pt"], "Say that in save_folder", ["save_filename=b-{batch}.pt", "save_folder=a"]),
+    (["save_filename='b{batch}.tar'"], "use .pt", ["save_filename='b{batch}.pt'"]),
+    (["save_folder='x/{epoch}'"], "Allowed: {run_name}", ["save_folder='x/{run_name}'"]),
+    (["fsdp_config={version: 2, cpu_offload: true}"], "set version: auto or 1", ["fsdp_config.version=auto"]),
+    (["fsdp_config={version: 2, cpu_offload: true}"], "set version: auto or 1", ["fsdp_config.version=1"]),
+    (
+        ["fsdp_config={load_monolith_rank0_only: true, state_dict_type: sharded}"],
+        "Set state_dict_type: full",
+        ["fsdp_config.state_dict_type=full"],
+    ),
+    (
+        ["fsdp_config={sharding_strategy: NO_SHARD, state_dict_type: sharded}"],
+        "Set it to full",
+        ["fsdp_config.state_dict_type=full"],
+    ),
+    (
+        ["fsdp_config={sharding_strategy: NO_SHARD, mixed_precision: PURE}"],
+        "or set version: 1",
+        ["fsdp_config.version=1"],
+    ),
+    (
+        ["fsdp_config={forward_prefetch_limit: 2}"],
+        "without forward_prefetch: true",
+        ["fsdp_config.forward_prefetch=true"],
+    ),
+    (
+        ["fsdp_config={state_dict_type: full, load_monolith_rank0_only: true}", "model.init_device=meta"],
+        "Use mixed",
+        ["model.init_device=mixed"],
+    ),
+    (
+        ["model.activation_checkpointing_target=mlp"],
+        "Set one",
+        ["fsdp_config.activation_checkpointing=true"],
+    ),
+    (["compile_config={mode: default, options: {a: 1}}"], "takes one of them", ["~compile"]),
+    ([f"{DATA}.local=x"], "Use one of them", [ONE]),
+    ([ONE], "Say where the shards lie", [f"{DATA}.local=x"]),
+    (
+        [f"{CODE}.repeat=2"],
+        "Use one of them",
+        [f"{DATA}.streams.{name}.proportion=null" for name in ("code", "docstrings", "documentation")],
+    ),
+    (
+        [f"{DATA}.eos_token_id=0", f"{DATA}.bos_token_id=0"],
+        "told apart by one",
+        [f"{DATA}.bos_token_id=null"],
+    ),
+    ([f"{DATA}.eos_token_id=9999999"], "is not one of the", [f"{DATA}.eos_token_id=0"]),
+    (
+        ["model.attn_config.attn_uses_sequence_id=true"],
+        "needs eos_token_id or bos_token_id",
+        [f"{DATA}.eos_token_id=0", "eval_loader=null"],
+    ),
+    ([f"{DATA}.cache_limit=many"], "such as 1000000 or 100gb", [f"{DATA}.cache_limit=100gb"]),
+    ([f"{DATA}.epoch_size=many"], "such as 10000 or 64M", [f"{DATA}.epoch_size=64M"]),
+    ([f"{DATA}.verify=off", f"{DATA}.validate_hash=sha1"], "Remove one of them", [f"{DATA}.verify=lazy"]),
+    (["train_loader.prefetch_factor=0"], "Use 1 or more", ["train_loader.prefetch_factor=1"]),
+    (["code_paths=[a.py]"], "allow_code=true on the command line", ["allow_code=true"]),
+    (["load_path=a.tar"], "use .pt", ["load_path=a.pt"]),
+    (
+        ["callbacks.generate_callback={prompts: [a], interval: 1ba, top_k: -1}"],
+        "Use 0 for all",
+        ["callbacks.generate_callback.top_k=0"],
+    ),
+    (
+        ["algorithms.alibi={}"],
+        "Set model.attn_config.alibi: true",
+        ["~algorithms", "model.attn_config.alibi=true"],
+    ),
+    (["model.name=hf_causal_lm"], "pretrained_model_name_or_path", ["model.name=mpt_causal_lm"]),
+    (["model.revision=a"], "no effect without pretrained_model_name_or_path", ["~model"]),
+    (
+        ["model.load_in_8bit=true"],
+        "Add adapters: peft_config",
+        ["model.peft_config={r: 4}", "load_path=x", "load_weights_only=true", "optimizer.disable_grad=[]"],
+    ),
+    (
+        ["model.peft_config={r: 4}"],
+        "or in load_path with load_weights_only: true",
+        ["load_path=x", "load_weights_only=true"],
+    ),
+    (
+        ["model.peft_config={r: 4, target_modules: [qkv]}", "load_path=x", "load_weights_only=true"],
+        "or all-linear alone",
+        ["model.peft_config.target_modules=[all-linear]"],
+    ),
+    (["allow_changes=[lr]"], "is no key of a run", ["allow_changes=[optimizer.lr]"]),
+    (["mystery=1"], "`mptfoundry explain` lists all keys", ["~mystery"]),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{' '.join(c[0])} -> {c[1]}")
+def test_the_advice_of_an_error_is_accepted(case: tuple[list[str], str, list[str]]) -> None:
+    broken, said, advised = case
+    with pytest.raises(ConfigError) as refused:
+        judge(broken)
+    assert said in str(refused.value)
+    taken_back = tuple(word[1:] for word in advised if word.startswith(REMOVED))
+    kept = [word for word in broken if not taken_back or not word.startswith(taken_back)]
+    judge([*kept, *(word for word in advised if not word.startswith(REMOVED))])
+
+
+def judge(words: list[str]) -> None:
+    """What `check` does, without the error of data that is not there."""
+    check(load_train_config(CONFIG, words)[0])
+
+
+def test_a_tokenizer_larger_than_a_pretrained_model_is_told_the_key_that_the_next_check_takes(
+    write_run: Callable[..., Path], shards: Path, tiny_run: Path
+) -> None:
+    text = re.sub(
+        r"model: \{.*?\}\}\n", "model: {name: mpt_causal_lm, PRETRAINED}\n", tiny_run.read_text(), flags=re.S
+    )
+    run = write_run(TINY_300)
+    tiny_run.write_text(text.replace("PRETRAINED", f"pretrained_model_name_or_path: {run}"))
+    words = ["max_seq_len=32"]
+    with pytest.raises(
+        ConfigError, match=r"config_overrides\.vocab_size: 300 is smaller .* Use (\d+) or more"
+    ) as error:
+        check(load_train_config(tiny_run, words)[0])
+    found = re.search(r"^(\S+): .*Use (\d+) or more; (\d+) is a multiple", str(error.value))
+    assert found is not None
+    for size in (found[2], found[3]):
+        check(load_train_config(tiny_run, [*words, f"{found[1]}={size}"])[0])
+
+
+TINY_300 = MPTConfig(
+    d_model=32,
+    n_heads=4,
+    n_layers=2,
+    max_seq_len=32,
+    vocab_size=300,
+    no_bias=True,
+    attn_config=AttnConfig(alibi=True),
+)
