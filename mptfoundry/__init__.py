@@ -1,7 +1,7 @@
 """Pretrain, finetune, evaluate and export MPT models on Composer, StreamingDataset and PyTorch FSDP.
 
-The names below are the public Python API. Each is imported when it is first used, because torch and Composer take
-seconds to import.
+The names below are the public Python API. Each is imported when it is first used, because torch and Composer
+take seconds to import.
 """
 
 import importlib
@@ -27,7 +27,7 @@ _PUBLIC = {
     "train_tokenizer": "mptfoundry.tokenizer:train_bpe",
 }
 
-__all__ = sorted(_PUBLIC)  # noqa: PLE0605
+__all__ = sorted(_PUBLIC)
 
 
 def __getattr__(name: str) -> Any:

@@ -79,11 +79,17 @@ def fingerprint(tokenizer: Any, *, with_special_tokens: bool = False) -> str:
         with_special_tokens: Name also which tokens are BOS, EOS and padding, and what is added to a text; of
             transformers' tokenizers alone.
     """
-    return fingerprint_of_parts(backend_parts(tokenizer))
+    parts = backend_parts(tokenizer)
+    if not with_special_tokens:
+        return fingerprint_of_parts(parts)
+    special = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")]
+    return fingerprint_of_parts(
+        parts, post_processor=_without_defaults(parts["post_processor"]), special=special
+    )
 
 
-def fingerprint_of_parts(parts: Mapping[str, Any]) -> str:
-    """The fingerprint of a tokenizer from the content of its `tokenizer.json`."""
+def fingerprint_of_parts(parts: Mapping[str, Any], **more: Any) -> str:
+    """The fingerprint of a tokenizer from the content of its `tokenizer.json`, and of what else tells it."""
     model = dict(parts["model"])
     vocab = model.pop("vocab", {})
     merges = model.pop("merges", [])
@@ -94,10 +100,7 @@ def fingerprint_of_parts(parts: Mapping[str, Any]) -> str:
         "added": [_without_defaults(token) for token in parts["added_tokens"]],
         "normalizer": _without_defaults(parts["normalizer"]),
         "pre_tokenizer": _without_defaults(parts["pre_tokenizer"]),
-    }
-    if with_special_tokens:
-        identity["post_processor"] = _without_defaults(parts["post_processor"])
-        identity["special"] = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")]
+    } | more
     text = json.dumps(identity, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

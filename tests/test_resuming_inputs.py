@@ -1,4 +1,4 @@
-"""A start whose data, tokenizer or config is not what its checkpoint remembers is refused before it writes."""
+"""A start whose data, tokenizer or config is not what its checkpoint remembers is refused, unwritten."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from mptfoundry.data.collate import RowCollator, count_row_tokens, count_rows
 from mptfoundry.data.examples import ExampleStore
 from mptfoundry.data.order import Dealer, RowOrder
 from mptfoundry.data.packing import plan_packing
-from mptfoundry.data.text import worker_options
 from mptfoundry.data.records import counted
+from mptfoundry.data.text import worker_options
 from mptfoundry.errors import DataError
 
 # The number of a row that stands for none, and what it holds.
