@@ -35,8 +35,8 @@ from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import RunStopped
+from mptfoundry.facts import facts_of
 from mptfoundry.leftovers import clean_start
-from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
 from mptfoundry.ranks import RankWatch, decided_by_rank_0
 from mptfoundry.resolve import Resolved, refuse_precision, resolve_auto
@@ -87,7 +87,7 @@ def train(config: TrainConfig) -> Trainer:
                 fit(trainer, config, guard)
             trainer.close()
             if dist.get_global_rank() == 0:
-                facts = {"model": config.model.name, "parameters": f"{count_parameters(config.model):,}"}
+                facts = facts_of(config, getattr(trainer.state.train_dataloader, "dataset", None))
                 folder = run_folder(config)
                 say(f"report: {write_report(folder, facts=facts)}")
                 upload(config, [folder / name for name in (METRICS, PICTURE, PAGE)])

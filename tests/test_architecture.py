@@ -12,10 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mptfoundry"
 FLOORS = [
-    ["errors", "mpt", "ranks", "signals", "leftovers"],
+    ["errors", "mpt", "ranks", "signals", "leftovers", "curves"],
     ["config", "devices", "resolve", "plan", "tokenizer", "checkpoints"],
     ["models", "data", "optim", "callbacks", "evals", "generation", "export"],
-    ["build", "loaders", "resuming"],
+    ["build", "loaders", "resuming", "facts"],
     ["train", "evaluate", "preview", "doctor"],
     ["cli"],
 ]
