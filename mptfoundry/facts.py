@@ -37,5 +37,5 @@ def _stream(named: tuple[str, Any], store: Any) -> str:
             words.append(f"{key} {value:g}")
     if store is not None:
         tokens, learned = int(store.lengths.sum()), int(store.learned.sum())
-        words.append(f"{len(store):,} samples of {tokens:,} tokens, {learned:,} of them learned")
+        words.append(f"{len(store):,} examples of {tokens:,} tokens, {learned:,} of them learned")
     return f"{name}: {', '.join(words)}"

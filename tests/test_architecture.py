@@ -85,7 +85,7 @@ def test_the_network_imports_torch_and_its_siblings_only(path: Path) -> None:
 def test_what_answers_at_once_imports_nothing_heavy(modules: str) -> None:
     heavy = "{'torch', 'composer', 'transformers', 'streaming', 'matplotlib', 'numpy'}"
     code = f"import sys, {modules}; found = {heavy} & set(sys.modules); assert not found, found"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
