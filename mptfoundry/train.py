@@ -40,8 +40,8 @@ from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
+from mptfoundry.facts import facts_of
 from mptfoundry.leftovers import clean_start
-from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
 from mptfoundry.ranks import RankWatch, decided_by_rank_0
 from mptfoundry.resolve import Resolved, refuse_lacking, resolve_auto
@@ -105,7 +105,7 @@ def train(config: TrainConfig) -> Trainer:
                 fit(trainer, config, guard)
             trainer.close()
             if dist.get_global_rank() == 0:
-                report(config)
+                report(trainer, config)
     return trainer
 
 
@@ -141,10 +141,10 @@ def refuse_a_finished_one(trainer: Trainer, config: TrainConfig, start: Start) -
     )
 
 
-def report(config: TrainConfig) -> None:
+def report(trainer: Trainer, config: TrainConfig) -> None:
     """Draw the run's report and upload it with the metrics; what goes wrong with that is only said."""
     folder = run_folder(config)
-    facts = {"model": config.model.name, "parameters": f"{count_parameters(config.model):,}"}
+    facts = facts_of(config, getattr(trainer.state.train_dataloader, "dataset", None))
     print(report_if_possible(folder, facts=facts), flush=True)
     try:
         upload(config, [file for name in (METRICS, PICTURE, PAGE) if (file := folder / name).is_file()])

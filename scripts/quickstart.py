@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from mptfoundry.curves import mean_at_the_end
 from mptfoundry.errors import DataError, MPTFoundryError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,11 +198,12 @@ def summary(run_folder: Path, out: Path, seconds: float) -> str:
     """The closing table, read from the run's metrics."""
     rows = [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
+    losses = [row["loss"] for row in steps]
     tokens_per_second = sorted(row["tokens_per_second"] for row in steps if row.get("tokens_per_second"))
     middle = tokens_per_second[len(tokens_per_second) // 2]
     tokens_per_step = steps[-1]["tokens"] / steps[-1]["batch"]
     table = {
-        "training loss, first to last": f"{steps[0]['loss']:.2f} -> {steps[-1]['loss']:.2f}",
+        "training loss": f"{steps[0]['loss']:.2f} at first, {mean_at_the_end(losses):.2f} in the last 5 %",
         "steps, tokens": f"{steps[-1]['batch']}, {steps[-1]['tokens']:,}",
         "time per step": f"{tokens_per_step / middle * 1000:.0f} ms",
         "tokens per second": f"{middle:,.0f}",

@@ -104,7 +104,7 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
     launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "scripts/train.py", TINY]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [*launcher, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+        [*launcher, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
 
 

@@ -70,7 +70,7 @@ def run(
     """The exit code, and the environment and the words of each command that was started."""
     path = f"{stand_ins}/bin{os.pathsep}{os.environ['PATH']}"
     plain = {"PATH": path, "VENV": str(stand_ins), "NOTES": str(stand_ins), "HOME": str(stand_ins)}
-    done = subprocess.run(words, env={**plain, **environment}, cwd=ROOT, timeout=60)
+    done = subprocess.run(words, env={**plain, **environment}, cwd=ROOT, timeout=600)
     notes = stand_ins / "commands"
     return done.returncode, [tuple(json.loads(line)) for line in notes.read_text().splitlines()]
 

@@ -73,7 +73,7 @@ def test_it_works_where_only_python_is_installed(tmp_path: Path) -> None:
         "from mptfoundry.doctor import doctor, troubles; print(doctor()); sys.exit(bool(troubles()))"
     )
     answer = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path
+        [sys.executable, "-I", "-S", "-c", code], capture_output=True, text=True, timeout=600, cwd=tmp_path
     )
     assert answer.returncode == 1, answer.stderr
     assert "torch" in answer.stdout and "MISSING" in answer.stdout

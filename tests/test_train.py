@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -87,7 +88,10 @@ def test_a_run_leaves_config_tokenizer_metrics_report_and_checkpoints(finished: 
     rows = list(read_rows(finished / "metrics.jsonl"))
     assert {"batch", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"} <= set(rows[0])
     assert [row["batch"] for row in rows if "eval" in row] == [3, 6]
-    assert "held_out" in (finished / "report.md").read_text()
+    page = (finished / "report.md").read_text()
+    assert "held_out" in page and re.search(
+        r"\| data \| a: .*/a, proportion 0.75; b: .*/b, proportion 0.25 \|", page
+    )
 
 
 def test_the_saved_config_describes_the_same_run(finished: Path, folder: Path) -> None:

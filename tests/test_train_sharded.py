@@ -14,7 +14,9 @@ from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.config.load import load_train_config
 from mptfoundry.train import train
 
-PLAIN = ("model.resid_pdrop=0", "max_duration=6ba", "save_interval=6ba")
+# LION's step is a sign, which the rounding of a gradient near zero may turn; this AdamW's is smooth there.
+SMOOTH = "optimizer={name: decoupled_adamw, lr: 1e-3, eps: 1e-3}"
+PLAIN = (SMOOTH, "model.resid_pdrop=0", "max_duration=6ba", "save_interval=6ba")
 SHARDED = (
     "fsdp_config={state_dict_type: sharded, activation_checkpointing: true, forward_prefetch: true, "
     "backward_prefetch: BACKWARD_PRE}",

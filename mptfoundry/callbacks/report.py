@@ -10,12 +10,13 @@ import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mptfoundry.callbacks.metrics_file import NAME, read_rows
 from mptfoundry.callbacks.rows import Row
 from mptfoundry.checkpoints.names import checkpoints_in
 from mptfoundry.checkpoints.writing import writing_into
+from mptfoundry.curves import FEWEST_POINTS, mean_at_the_end, smooth
 from mptfoundry.errors import DataError, first_line
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ PAGE = "report.md"
 # The main metric of an evaluation, the one that is comparable with the training loss: a language model's, or
 # that of a model with a head.
 EVAL_LOSSES = ("LanguageCrossEntropy", "loss")
+# Rows of a table of evaluations.
+MOST_EVALUATIONS = 50
 
 
 def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = None) -> Path:
@@ -76,13 +79,14 @@ def describe(
         facts: More rows for the table.
     """
     first, last = batches[0], batches[-1]
-    losses = [row["loss"] for row in batches if row["loss"] is not None]
+    losses = _column(batches, "loss")
     table = {
         **facts,
         "steps": f"{last['batch']:,}",
+        "samples": f"{last['samples']:,}" if "samples" in last else "",
         "tokens": f"{last['tokens']:,}",
-        "loss": f"{_number(first['loss'])} at first, {_number(last['loss'])} at last, "
-        f"{_number(min(losses, default=None))} at best",
+        "loss": f"{_number(first['loss'])} at first, {_number(mean_at_the_end(losses))} at the end "
+        "(the mean of the last 5 % of the steps)",
         "training time": f"{timedelta(seconds=round(last['seconds']))}, evaluations not included",
         "time per step": f"{last['seconds'] / last['batch']:.3g} s",
         "tokens per second": _median(batches, "tokens_per_second", "{:,.0f}"),
@@ -100,23 +104,28 @@ def describe(
 def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None:
     """The picture over tokens: loss, its smoothing and evaluations, learning rate, tokens/s, gradient norm.
 
+    A run of few steps isn't smoothed.
+
     Args:
         batches: Rows of batches, one or more.
         evaluations: Rows of evaluations.
         path: Where to write the PNG.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(9, 10), layout="constrained")
     panels = figure.subplots(4, 1, sharex=True, height_ratios=[3, 1, 1, 1])
     tokens = [row["tokens"] for row in batches]
     losses = _column(batches, "loss")
-    panels[0].plot(tokens, losses, color="0.8", linewidth=0.8, label="loss")
-    panels[0].plot(tokens, smooth(losses), color="C0", label="loss, smoothed")
-    for number, (label, points) in enumerate(_eval_losses(evaluations).items(), start=1):
+    is_short = len(batches) < FEWEST_POINTS
+    points: dict[str, Any] = {"marker": ".", "markersize": 6} if is_short else {}
+    panels[0].plot(tokens, losses, color="C0" if is_short else "0.8", linewidth=0.8, label="loss", **points)
+    if not is_short:
+        panels[0].plot(tokens, smooth(losses), color="C0", label="loss, smoothed")
+    for number, (label, found) in enumerate(_eval_losses(evaluations).items(), start=1):
         style = {"marker": "o", "markersize": 4, "linewidth": 0.8, "color": f"C{number}"}
-        panels[0].plot(*zip(*points, strict=True), **style, label=f"eval {label}")
+        panels[0].plot(*zip(*found, strict=True), **style, label=f"eval {label}")
     panels[0].legend()
     has_head = any("loss" in metrics for row in evaluations for metrics in row["eval"].values())
     _panel(panels[0], "loss" if has_head else "loss, nats per token")
@@ -125,29 +134,22 @@ def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None
         (panels[2], "tokens_per_second", "tokens/s"),
         (panels[3], "grad_norm", "gradient norm"),
     ):
-        axes.plot(tokens, _column(batches, name), color="C0", linewidth=0.8)
+        axes.plot(tokens, _column(batches, name), color="C0", linewidth=0.8, **points)
         _panel(axes, title)
-    if any(value > 0 for value in _column(batches, "grad_norm")):
+    panels[2].yaxis.set_major_formatter(EngFormatter(sep=""))
+    norms = [value for value in _column(batches, "grad_norm") if value > 0]
+    if norms and max(norms) > 10 * min(norms):  # below, a logarithmic axis has hardly a round number
         panels[3].set_yscale("log")
+        panels[3].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[3].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panels[3].yaxis.set_minor_formatter(NullFormatter())
     panels[3].set_xlabel("tokens")
     panels[3].xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=110)
 
 
-def smooth(values: Sequence[float]) -> list[float]:
-    """An exponential moving average over a fiftieth of the points, at least 10, unbiased at its start."""
-    keep = 1 - 1 / max(10, len(values) / 50)
-    total = weight = 0.0
-    averages = []
-    for value in values:
-        if not math.isnan(value):
-            total, weight = keep * total + value, keep * weight + 1
-        averages.append(total / weight if weight else math.nan)
-    return averages
-
-
 def _evaluations(evaluations: Sequence[Row]) -> list[str]:
-    """A table of each label's first and last evaluation."""
+    """A table of each label's evaluations: all of them, or some that are evenly spread."""
     by_label: dict[str, list[Row]] = {}
     for row in evaluations:
         for label, metrics in row["eval"].items():
@@ -157,8 +159,12 @@ def _evaluations(evaluations: Sequence[Row]) -> list[str]:
         names = [name for name in found[-1] if name != "batch"]
         lines += ["", f"## Evaluation: {label}", "", f"| batch | {' | '.join(names)} |"]
         lines += ["|" + "---|" * (len(names) + 1)]
-        for row in found[:1] + found[1:][-1:]:
+        count = min(len(found), MOST_EVALUATIONS)
+        shown = [found[round(place * (len(found) - 1) / max(1, count - 1))] for place in range(count)]
+        for row in shown:
             lines.append(f"| {row['batch']} | {' | '.join(_number(row.get(name)) for name in names)} |")
+        if count < len(found):
+            lines += ["", f"{count} of {len(found):,} evaluations; all of them are in `{NAME}`."]
     return lines
 
 
@@ -201,7 +207,7 @@ def _median(rows: Sequence[Row], name: str, form: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    if value is None:
+    if value is None or math.isnan(value):
         return "not finite"
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:.4g}"
 

@@ -6,6 +6,7 @@ An adapter's folder has one, too, which says how its base is loaded.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from mptfoundry.checkpoints.metrics import read_rows
 from mptfoundry.checkpoints.names import progress_of
 from mptfoundry.checkpoints.reading import ModelSource
 from mptfoundry.config.learned import LoRAConfig
+from mptfoundry.curves import mean_at_the_end
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.mpt.head_config import HeadConfig
@@ -163,8 +165,8 @@ def _training(run_folder: Path, checkpoint: Path, folder: Path) -> list[str]:
         last = steps[-1]
         rows.append(("batches", f"{last['batch']:,}"))
         rows.append(("tokens", f"{last['tokens']:,}"))
-        if last["loss"] is not None:
-            rows.append(("training loss of the last batch", f"{last['loss']:.4f}"))
+        losses = [math.nan if record["loss"] is None else record["loss"] for record in steps]
+        rows.append(("training loss, mean of the last 5 %", _number(mean_at_the_end(losses))))
     for label, values in _last_evaluations(records).items():
         rows += [(f"{label}: {key}", _number(value)) for key, value in values.items()]
     if not rows:
@@ -209,6 +211,8 @@ def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
 
 
 def _number(value: Any) -> str:
+    if value is None:
+        return "not finite"
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() and abs(value) >= 1000 else f"{value:,.4f}"
     return f"{value:,}" if isinstance(value, int) else str(value)

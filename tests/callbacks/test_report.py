@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mptfoundry.callbacks.report import _eval_losses, smooth, write_report
+from mptfoundry.callbacks.report import _eval_losses, write_report
 from mptfoundry.errors import ConfigError, DataError
 
 
@@ -46,7 +46,7 @@ def test_a_run_becomes_a_page_and_a_picture(tmp_path: Path) -> None:
         "| parameters | 125,311,488 |",
         "| steps | 4 |",
         "| tokens | 4,000 |",
-        "| loss | 8 at first, 2 at last, 2 at best |",
+        "| loss | 8 at first, 2 at the end (the mean of the last 5 % of the steps) |",
         "| training time | 0:00:02, evaluations not included |",
         "| tokens per second | 2,000 |",
         "| peak memory | 1.00 GiB |",
@@ -71,12 +71,30 @@ def test_without_a_batch_there_is_nothing_to_report(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_smoothing_starts_at_the_first_value_and_passes_over_holes() -> None:
-    assert smooth([4.0, math.nan, 4.0]) == [4.0, 4.0, 4.0]
-    averages = smooth([1.0] + [0.0] * 50)
-    assert averages[0] == 1.0
-    assert averages[1] == pytest.approx(0.9 / 1.9)
-    assert averages == sorted(averages, reverse=True)
+def test_evaluations_are_all_shown_or_it_is_said_how_many(tmp_path: Path) -> None:
+    record(tmp_path, batches=4)
+    for count, shown in ((7, 7), (200, 50)):
+        rows = [
+            {"batch": batch, "tokens": batch, "seconds": 1.0, "eval": {"val": {"loss": 1 / batch}}}
+            for batch in range(1, count + 1)
+        ]
+        (tmp_path / "metrics.jsonl").write_text(
+            "".join(
+                json.dumps(row) + "\n" for row in [{"batch": 1, "tokens": 1, "seconds": 1, "loss": 2}, *rows]
+            )
+        )
+        lines = write_report(tmp_path).read_text().splitlines()
+        table = lines[lines.index("## Evaluation: val") + 4 :][:shown]
+        assert table[0].startswith("| 1 |") and table[-1].startswith(f"| {count} |")
+        said = "50 of 200 evaluations; all of them are in `metrics.jsonl`."
+        assert (said in lines) == (count == 200)
+
+
+def test_a_row_that_lacks_what_is_drawn_is_passed_over(tmp_path: Path) -> None:
+    record(tmp_path, batches=3)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    (tmp_path / "metrics.jsonl").write_text('{"batch": 1, "loss": 5}\n' + text)
+    assert "| steps | 3 |" in write_report(tmp_path).read_text()
 
 
 def test_the_picture_has_the_losses_of_evaluations_whatever_the_model() -> None:

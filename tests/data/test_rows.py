@@ -280,7 +280,7 @@ def test_two_ranks_learn_and_evaluate_as_one_and_go_on_with_its_rows(tmp_path: P
     words = [str(Path(sys.executable).parent / "composer"), "-n", "2", __file__, str(tmp_path)]
     whole, _ = train(loader([store]), "10ba", save_interval="3ba", save_folder=str(tmp_path))
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=200, check=False, env=environment)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     found = torch.load(tmp_path / "two.pt")
     assert found["rows"] == whole.rows[3:]

@@ -136,6 +136,6 @@ def test_two_ranks_with_repeats_give_the_numbers_of_one(tmp_path: Path) -> None:
     script.write_text(TWO_RANKS.format(folder=str(Path(__file__).parent)))
     launcher = Path(sys.executable).parent / "composer"
     done = subprocess.run(
-        [str(launcher), "-n", "2", str(script)], capture_output=True, text=True, timeout=120, check=False
+        [str(launcher), "-n", "2", str(script)], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr

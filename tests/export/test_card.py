@@ -41,7 +41,7 @@ def test_the_card_tells_the_runs_numbers_up_to_the_checkpoint(write_run: WriteRu
         "# mine",
         "| batches | 2 |",
         "| tokens | 128 |",
-        "| training loss of the last batch | 5.5000 |",
+        "| training loss, mean of the last 5 % | 5.5000 |",
         "| held_out: LanguagePerplexity | 300.0000 |",
         "| held_out: tokens | 1,234 |",
         "| code | proportion 0.7 |",

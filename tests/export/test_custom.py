@@ -176,7 +176,7 @@ def elsewhere(folders: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return load_file(out / "logits.safetensors"), json.loads((out / "words.json").read_text())

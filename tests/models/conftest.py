@@ -22,7 +22,7 @@ def on_one_rank_and_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
         Path(script).write_text(text)
         launcher = str(Path(sys.executable).parent / "composer")
         done = subprocess.run(
-            [launcher, "-n", "2", script, two, *words], capture_output=True, text=True, timeout=120
+            [launcher, "-n", "2", script, two, *words], capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stdout + done.stderr
         monkeypatch.setattr(sys, "argv", [script, one, *words])
