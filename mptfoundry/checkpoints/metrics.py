@@ -79,7 +79,7 @@ def _parse(line: bytes) -> Row | None:
 def _is_row(row: Any) -> bool:
     if not isinstance(row, dict) or type(row.get("batch")) is not int or row["batch"] < 0:
         return False
-    measured = [name for name in ("loss", "lr", "seconds", *MEASURED) if name in row]
+    measured = [name for name in ("tokens", "loss", "lr", "seconds", *MEASURED) if name in row]
     if not all(_is_number(row[name]) or row[name] is None for name in measured):
         return False
     if "loss" in row:
@@ -87,8 +87,7 @@ def _is_row(row: Any) -> bool:
     if "eval" not in row:
         return True
     results = row["eval"].values() if isinstance(row["eval"], dict) else [None]
-    has_tokens = _is_number(row.get("tokens")) or not row["eval"]
-    return has_tokens and all(_is_result(result) for result in results)
+    return all(_is_result(result) for result in results)
 
 
 def _is_result(result: Any) -> bool:
