@@ -78,7 +78,8 @@ def _run(verb: Verb, words: list[str]) -> int:
 def _leave_signals() -> None:
     """From here on the exit code stands, also where the launcher ends all ranks since one has ended."""
     if world_size() > 1:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _importing() -> AbstractContextManager[None]:

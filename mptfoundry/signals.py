@@ -171,7 +171,8 @@ def ending_at_once(numbers: Sequence[signal.Signals], said: str, exit_code: int)
         said: What is printed, with the signal's name for `{name}`.
         exit_code: The process's.
     """
-    if threading.current_thread() is not threading.main_thread():
+    # macOS has no sigwaitinfo.
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "sigwaitinfo"):
         yield
         return
     is_over = threading.Event()

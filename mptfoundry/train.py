@@ -95,7 +95,7 @@ def train(config: TrainConfig) -> Trainer:
                 # Until all of it stands, nothing in the run's folder changes.
                 trainer = build_trainer(config, resolved, device, start, guard, held)
                 refuse_a_finished_one(trainer, config, start)
-                decided_by_rank_0(lambda: start.is_own or upload_first_files(trainer, config))
+                decided_by_rank_0(lambda: upload_first_files(trainer, config, start))
                 held.begin(start)
                 decided_by_rank_0(lambda: write_first_files(trainer, config, start))
             starting.close()
@@ -273,13 +273,13 @@ def write_first_files(trainer: Trainer, config: TrainConfig, start: Start) -> No
         write_run_files(config, folder, _tokenizer(trainer))
 
 
-def upload_first_files(trainer: Trainer, config: TrainConfig) -> None:
+def upload_first_files(trainer: Trainer, config: TrainConfig, start: Start) -> None:
     """What a new run keeps in its store, which shows that it can be written to.
 
     Raises:
         CheckpointError: It can't.
     """
-    if (uploads := uploader_of(config, AT_START)) is not None:
+    if not start.is_own and (uploads := uploader_of(config, AT_START)) is not None:
         with TemporaryDirectory() as temporary:
             for file in write_run_files(config, Path(temporary), _tokenizer(trainer)):
                 uploads(file, str(file.relative_to(temporary)))
@@ -309,8 +309,8 @@ def write_run_files(config: TrainConfig, folder: Path, tokenizer: Any) -> list[P
 
 
 def _tokenizer(trainer: Trainer) -> Any:
-    state = trainer.state
-    return (state.model.module if state.is_model_ddp else state.model).tokenizer
+    model: Any = trainer.state.model
+    return (model.module if trainer.state.is_model_ddp else model).tokenizer
 
 
 def upload(config: TrainConfig, files: Iterable[Path]) -> None:

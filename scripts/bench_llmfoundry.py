@@ -188,4 +188,6 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from words import given_words
+
+    sys.exit(main(given_words(__doc__)))

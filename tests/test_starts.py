@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections import namedtuple
 from collections.abc import Callable
@@ -9,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from composer.core import Callback, State
 from composer.loggers import Logger
 
 from mptfoundry import build
 from mptfoundry.config.load import load_train_config
-from mptfoundry.errors import CheckpointError, ConfigError, MPTFoundryError, RunStopped
+from mptfoundry.errors import CheckpointError, ConfigError, DataError, MPTFoundryError, RunStopped
 from mptfoundry.train import train
 from tests.conftest import losses
 
@@ -299,3 +301,32 @@ def test_a_finished_run_that_has_lost_its_metrics_is_still_finished(
     run(stopped.name)
     printed = capsys.readouterr().out
     assert "is finished: 4 batches are done" in printed and "report: left out (" in printed
+
+
+def finetuning(tiny_runs: Path, records: list[dict[str, str]]) -> Path:
+    """The same run on records of its own."""
+    folder = tiny_runs.parent / "finetuning"
+    folder.mkdir(exist_ok=True)
+    (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = yaml.safe_load(tiny_runs.read_text())
+    dataset = {"local": f"{folder}/records.jsonl", "cache_folder": f"{folder}/cache"}
+    config["train_loader"] = {"name": "finetuning", "num_workers": 0, "dataset": dataset}
+    (folder / "finetuning.yaml").write_text(yaml.safe_dump(config))
+    return folder / "finetuning.yaml"
+
+
+def test_a_start_that_ends_while_it_tokenizes_leaves_no_folder(tiny_runs: Path) -> None:
+    path = finetuning(tiny_runs, [{"prompt": "a", "response": "b"}] * 9 + [{"prompt": "a", "answer": "b"}])
+    with pytest.raises(DataError):
+        train(load_train_config(path, [*QUIET, "run_name=untokenized"])[0])
+    assert not (tiny_runs.parent / "untokenized").exists()
+
+
+def test_a_text_loader_does_not_continue_the_checkpoint_of_a_finetuning_loader(tiny_runs: Path) -> None:
+    path = finetuning(tiny_runs, [{"prompt": f"Say {n}.", "response": f"{n}"} for n in range(64)])
+    train(load_train_config(path, [*QUIET, "run_name=tuned"])[0])
+    before = content(tiny_runs.parent / "tuned")
+    words = [*QUIET, "run_name=tuned", "allow_changes=[train_loader]", "max_duration=9ba"]
+    with pytest.raises(DataError, match=r"place in the data is that of another loader\. Restore that one"):
+        train(load_train_config(tiny_runs, words)[0])
+    assert content(tiny_runs.parent / "tuned") == before

@@ -51,7 +51,7 @@ def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = No
     batches = [row for row in rows if "loss" in row and row.get("seconds") is not None]
     if not batches:
         raise DataError(f"{source}: no batch has been recorded, so there is nothing to report. Train first.")
-    evaluations = [row for row in rows if "eval" in row]
+    evaluations = [row for row in rows if "eval" in row and row.get("tokens") is not None]
     page = folder / PAGE
     with writing_into(folder):
         draw(batches, evaluations, folder / PICTURE)

@@ -26,14 +26,14 @@ MEASURED = (
     "eta_seconds",
 )
 # A number as large as this one was not measured, and nothing can be drawn with it.
-_TOO_LARGE = 1e30
+_TOO_LARGE = 1e100
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
     """The rows of a metrics file in their order; lines that a kill or a bad disk has damaged are left out.
 
-    Every row has a `batch`; one with a `loss` is a batch's and has the numbers that `rows` promises, one with
-    an `eval` is an evaluation's.
+    Every row has a `batch`; one with a `loss` is a batch's and has `tokens`, one with an `eval` is an
+    evaluation's. What is measured is a number or None.
 
     Args:
         path: A `metrics.jsonl`, also one that is being written.
@@ -41,12 +41,12 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     with Path(path).open("rb") as file:
         for line in file:
             row = _parse(line)
-            if row is not None:
+            if row is not None and _is_complete(row):
                 yield row
 
 
 def cut_rows(path: str | Path, *, last_batch: int) -> None:
-    """Drop the rows past `last_batch`, and damaged lines; from the start (0) all rows are dropped.
+    """Drop the rows past `last_batch`, and lines that are none; from the start (0) all rows are dropped.
 
     The file is replaced as a whole, so a kill leaves either the old one or the new one.
     """
@@ -73,13 +73,12 @@ def _parse(line: bytes) -> Row | None:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return row if _is_row(row) else None
+    is_row = isinstance(row, dict) and type(row.get("batch")) is int and row["batch"] >= 0
+    return row if is_row else None
 
 
-def _is_row(row: Any) -> bool:
-    if not isinstance(row, dict) or type(row.get("batch")) is not int or row["batch"] < 0:
-        return False
-    measured = [name for name in ("loss", "lr", "seconds", *MEASURED) if name in row]
+def _is_complete(row: Row) -> bool:
+    measured = [name for name in ("tokens", "loss", "lr", "seconds", *MEASURED) if name in row]
     if not all(_is_number(row[name]) or row[name] is None for name in measured):
         return False
     if "loss" in row:
@@ -87,8 +86,7 @@ def _is_row(row: Any) -> bool:
     if "eval" not in row:
         return True
     results = row["eval"].values() if isinstance(row["eval"], dict) else [None]
-    has_tokens = _is_number(row.get("tokens")) or not row["eval"]
-    return has_tokens and all(_is_result(result) for result in results)
+    return all(_is_result(result) for result in results)
 
 
 def _is_result(result: Any) -> bool:

@@ -8,6 +8,8 @@ named, too, and given up when the patience is over.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from mptfoundry.errors import CheckpointError, first_line
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_LOOKS = 1.0
+_SLOWEST_BYTES_PER_SECOND = 1e6
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ _FINAL = (
     NotImplementedError,
     AssertionError,
 )
+_FULL_DISK = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
 _FINAL_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidationError", "InvalidURI"}
 
 
@@ -82,6 +86,7 @@ def patiently(
     what: str,
     patience: Patience = IN_BACKGROUND,
     sign: Callable[[], Any] = lambda: None,
+    seconds_of_work: float = 0.0,
     say: Callable[[str], None] = print,
 ) -> T:
     """The result of a call to a store, which is repeated while it fails for a reason that may pass.
@@ -91,6 +96,7 @@ def patiently(
         what: The call in words, such as `s3://runs/a/ep0-ba10-rank0.pt: can't be uploaded`.
         patience: How long it may fail.
         sign: Gives something else whenever the call has come further, such as bytes.
+        seconds_of_work: How much longer it may be silent, where not every store tells how far it is.
         say: Is told what fails, and for how long.
 
     Raises:
@@ -102,7 +108,7 @@ def patiently(
     while True:
         began_at = time.monotonic()
         try:
-            return _watched(call, what, patience, sign, say)
+            return _watched(call, what, patience, sign, seconds_of_work, say)
         except Exception as error:
             failing_since = began_at if failing_since is None else failing_since
             seconds = time.monotonic() - failing_since
@@ -121,7 +127,12 @@ def is_final(error: BaseException) -> bool:
     if codes:
         return any(code in _REFUSED_CODES | _MISSING_CODES or _is_final_code(code) for code in codes)
     raised = [each for each in (error, error.__cause__) if each is not None]
-    return any(isinstance(each, _FINAL) or type(each).__name__ in _FINAL_NAMES for each in raised)
+    return any(
+        isinstance(each, _FINAL)
+        or type(each).__name__ in _FINAL_NAMES
+        or getattr(each, "errno", None) in _FULL_DISK
+        for each in raised
+    )
 
 
 def reason_of(error: BaseException) -> str:
@@ -142,12 +153,19 @@ def reason_of(error: BaseException) -> str:
     return first_line(error)
 
 
+def size_of(path: Path) -> int | None:
+    """Bytes of a file that somebody may remove meanwhile."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return None
+
+
 def uploader(url: str, patience: Patience = IN_BACKGROUND) -> Upload:
     """What keeps files in an object store, below a URL; a name is there whole or not at all.
 
     What it gives raises CheckpointError for a file that can't be uploaded, also when tried again.
     """
-    from composer.utils import maybe_create_object_store_from_uri, parse_uri
+    from composer.utils import S3ObjectStore, maybe_create_object_store_from_uri, parse_uri
 
     store, root = maybe_create_object_store_from_uri(url), parse_uri(url)[2]
     assert store is not None
@@ -160,10 +178,13 @@ def uploader(url: str, patience: Patience = IN_BACKGROUND) -> Upload:
             sent[0] += 1
 
         def send() -> None:
-            store.upload_object(key, str(file), callback=note)
+            # Other stores don't tell how far they are; Google's refuses to be asked.
+            options = {"callback": note} if isinstance(store, S3ObjectStore) else {}
+            store.upload_object(key, str(file), **options)
 
         try:
-            patiently(send, what=what, patience=patience, sign=lambda: sent[0])
+            work = file.stat().st_size / _SLOWEST_BYTES_PER_SECOND
+            patiently(send, what=what, patience=patience, sign=lambda: sent[0], seconds_of_work=work)
         except Exception as error:  # each store has its own
             raise CheckpointError(f"{what} ({reason_of(error)}).") from error
 
@@ -175,6 +196,7 @@ def _watched(
     what: str,
     patience: Patience,
     sign: Callable[[], Any],
+    seconds_of_work: float,
     say: Callable[[str], None],
 ) -> T:
     """Run a call in a thread, and say, then raise, that it gives no sign of life."""
@@ -196,7 +218,7 @@ def _watched(
         if (now := sign()) != last:
             last, heard_at, has_said = now, time.monotonic(), False
         quiet = time.monotonic() - heard_at
-        if quiet > max(patience.seconds, patience.quiet_seconds):
+        if quiet > max(patience.seconds, patience.quiet_seconds) + seconds_of_work:
             raise SilentStore(f"the store gives no answer, since {quiet:.0f} s")
         if quiet > patience.quiet_seconds and not has_said:
             has_said = True

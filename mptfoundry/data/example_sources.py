@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mptfoundry.checkpoints.stores import FOR_DATA, patiently, reason_of
+from mptfoundry.checkpoints.stores import FOR_DATA, patiently, reason_of, size_of
 from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs, load_from_hub
 from mptfoundry.data.integrity import fastest_hash, problem_of
 from mptfoundry.data.shards import INDEX, check_shard_files, read_index
@@ -211,7 +211,7 @@ def _fetch_shards(source: Source, cache: Path) -> Path:
                 lambda: loader.download(f"{remote}/{basename}", str(part)),
                 what=f"{source.where}.remote: {remote}/{basename} can't be fetched",
                 patience=FOR_DATA,
-                sign=lambda: part.exists() and part.stat().st_size,
+                sign=lambda: size_of(part),
             )
             part.replace(folder / basename)
 

@@ -27,7 +27,7 @@ from streaming.base.dataset import NEVER, _ShardState
 from streaming.base.distributed import barrier, get_rank
 from streaming.base.util import wait_for_file_to_exist
 
-from mptfoundry.checkpoints.stores import FOR_DATA, patiently, reason_of
+from mptfoundry.checkpoints.stores import FOR_DATA, patiently, reason_of, size_of
 from mptfoundry.data.integrity import (
     MISSING,
     fastest_hash,
@@ -174,7 +174,7 @@ class GuardedStream(Stream):
                 lambda: self._download_file(name, part.relative_to(self.folder).as_posix()),
                 what=f"{self.where}: {self._remote(name)} can't be fetched",
                 patience=self.patience,
-                sign=lambda: part.exists() and part.stat().st_size,
+                sign=lambda: size_of(part),
             )
         except Exception as error:
             raise DataError(

@@ -109,14 +109,14 @@ def test_a_line_with_a_byte_that_is_no_text_is_left_out_and_the_others_stay_as_t
     ]
     bad = [
         b'{"batch": 1, "note": "\xff"}\n',
-        b'{"batch": 2, "loss": 1.0}\n',
         b"[" * 100_000 + b"\n",
         b"\x00" * 9 + b"\n",
     ]
-    path.write_bytes(good[0] + b"".join(bad) + good[1])
+    partial = b'{"batch": 2, "loss": 1.0}\n'
+    path.write_bytes(good[0] + b"".join(bad) + partial + good[1])
     assert [row["loss"] for row in read_rows(path)] == [2.0, 1.0]
     cut_rows(path, last_batch=2)
-    assert path.read_bytes() == b"".join(good)
+    assert path.read_bytes() == good[0] + partial + good[1]
 
 
 def test_whatever_a_disk_does_to_the_rows_they_are_read_cut_and_reported(tmp_path: Path) -> None:
@@ -124,15 +124,15 @@ def test_whatever_a_disk_does_to_the_rows_they_are_read_cut_and_reported(tmp_pat
     evaluation = {"batch": 2, "tokens": 16, "eval": {"held_out": {"LanguageCrossEntropy": 2.5, "tokens": 9}}}
     rows = [row, {**row, "batch": 2, "tokens": 16}, evaluation]
     good = "".join(json.dumps(each) + "\n" for each in rows).encode()
-    odd = ((what, json.dumps(each).encode() + b"\n") for what, each in odd_values(rows, seed=1, count=150))
+    odd = ((what, json.dumps(each).encode() + b"\n") for what, each in odd_values(rows, seed=1, count=60))
     odd = ((what, line.replace(b"}, {", b"}\n{").strip(b"[]\n") + b"\n") for what, line in odd)
     path = tmp_path / "metrics.jsonl"
-    for _what, data in [*damaged_bytes(good, seed=1, count=300), *odd]:
+    for _what, data in [*damaged_bytes(good, seed=1, count=90), *odd]:
         path.write_bytes(data)
         kept = list(read_rows(path))
         batches = [each for each in kept if "loss" in each and each.get("seconds") is not None]
         if batches:
-            describe(tmp_path, batches, [each for each in kept if "eval" in each], {})
+            describe(tmp_path, batches, [each for each in kept if "eval" in each and each.get("tokens")], {})
         cut_rows(path, last_batch=1)
         assert list(read_rows(path)) == [each for each in kept if each["batch"] <= 1]
 

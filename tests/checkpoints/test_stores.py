@@ -68,6 +68,7 @@ def test_what_may_pass_is_tried_again_and_said_with_its_reason(error: Exception)
         (Answer("NoSuchBucket"), "not found, NoSuchBucket"),
         (FileNotFoundError("Object s3://a/b not found"), "Object s3://a/b not found"),
         (PermissionError(13, "Permission denied"), "Permission denied"),
+        (OSError(28, "No space left on device"), "No space left on device"),
         (TypeError("a bug"), "a bug"),
     ],
     ids=repr,
