@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from composer.core import DataSpec, Evaluator
 
+from mptfoundry.config.changes import allows_other_rows
 from mptfoundry.config.data import (
     FinetuningLoaderConfig,
     LabelledLoaderConfig,
@@ -44,6 +45,7 @@ class LoaderContext:
     is_training: bool
     where: str
     allow_code: bool
+    takes_other_rows: bool = False
 
     def arguments(self, loader: LoaderConfig) -> dict[str, Any]:
         """What the builders of all kinds of loaders are given."""
@@ -121,6 +123,7 @@ def _finetuning_loader(loader: FinetuningLoaderConfig, context: LoaderContext) -
         packing_ratio=dataset.packing_ratio,
         is_training=context.is_training,
         trims_padding=dataset.allow_pad_trimming,
+        takes_other_rows=context.takes_other_rows,
         **context.arguments(loader),
     )
 
@@ -172,6 +175,7 @@ def build_train_loader(config: TrainConfig, resolved: Resolved, device: Device, 
         is_training=True,
         where="train_loader",
         allow_code=config.allow_code,
+        takes_other_rows=allows_other_rows(config),
     )
     return LOADERS[config.train_loader.name](config.train_loader, context)
 

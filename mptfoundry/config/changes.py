@@ -33,6 +33,8 @@ _MAKES_NO_DIFFERENCE = re.compile(
 )
 # The first and the last key of what a run saves, whichever version has saved it.
 _ENDS_OF_A_RUNS = ("run_name", "variables")
+# What decides which examples share a row, and which rows an epoch has.
+_MAKES_ROWS = re.compile(r"(seed|max_seq_len|tokenizer|train_loader(\.dataset)?)(\..*)?")
 _LOCAL = re.compile(r"train_loader\.dataset(\.streams\.[^.]+)?\.local")
 
 
@@ -141,6 +143,11 @@ def makes_the_run(key: str, config: TrainConfig) -> bool:
 def is_allowed(change: Change, config: TrainConfig) -> bool:
     """Whether `allow_changes` names the key, or a section that it lies in."""
     return any(f"{change.key}.".startswith(f"{allowed}.") for allowed in config.allow_changes)
+
+
+def allows_other_rows(config: TrainConfig) -> bool:
+    """Whether `allow_changes` names something that changes the rows of an epoch."""
+    return any(map(_MAKES_ROWS.fullmatch, config.allow_changes))
 
 
 def _is_a_cache(key: str, config: TrainConfig) -> bool:

@@ -48,6 +48,7 @@ def build_row_loader(
     persistent_workers: bool = True,
     timeout: float = 0,
     fingerprints: Mapping[str, str] | None = None,
+    takes_other_rows: bool = False,
     where: str = "train_loader",
 ) -> DataSpec:
     """Build the loader of a data set or mix.
@@ -69,6 +70,7 @@ def build_row_loader(
         trims_padding: Cut rows behind the longest of the batch.
         num_workers: Processes that read; 0 reads in the training process.
         fingerprints: The stores' content, by the streams' keys in the config.
+        takes_other_rows: Continue inside an epoch although a checkpoint was saved with other rows.
         where: What the user calls this loader, for errors.
 
     Returns:
@@ -98,7 +100,7 @@ def build_row_loader(
     empty = (NO_ROW, np.empty(0, np.int64))
     dealer = Dealer(order.epoch, len(order), rank=rank, ranks=ranks, drop_last=drop_last, filler=empty)
     loader: DataLoader[Any] = DataLoader(
-        RowDataset(stores, order, dealer, where, fingerprints or {}),
+        RowDataset(stores, order, dealer, where, fingerprints or {}, takes_other_rows),
         batch_size=device_batch_size,
         sampler=dealer,
         collate_fn=RowCollator(max_seq_len, pad_token_id, trims_padding),
@@ -137,6 +139,7 @@ class RowDataset(Dataset):
         dealer: Goes on where a checkpoint says.
         where: What the user calls this loader, for errors.
         fingerprints: The stores' content, by the streams' keys in the config.
+        takes_other_rows: Continue inside an epoch although a checkpoint was saved with other rows.
     """
 
     def __init__(
@@ -146,8 +149,10 @@ class RowDataset(Dataset):
         dealer: Dealer,
         where: str,
         fingerprints: Mapping[str, str],
+        takes_other_rows: bool = False,
     ) -> None:
         self.stores = list(stores)
+        self._takes_other_rows = takes_other_rows
         self.fingerprints = dict(fingerprints)
         self.order = order
         self.where = where
@@ -181,14 +186,20 @@ class RowDataset(Dataset):
         return {"epoch": self._dealer.epoch, "row": num_samples, "rows_of": self._digest}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Go on where the state says. Raises DataError if that is inside an epoch of other rows."""
-        if state is None or state.get("rows_of") != self._digest:
-            if state is not None and state.get("row") == 0:
-                return
+        """Continue where the state says.
+
+        Raises:
+            DataError: That is inside an epoch of other rows, which are not taken.
+        """
+        is_ours = state is not None and "row" in state
+        if is_ours and state["row"] == 0:
+            return
+        if not is_ours or (state["rows_of"] != self._digest and not self._takes_other_rows):
             raise DataError(
                 f"{self.where}: the checkpoint stands in the middle of an epoch of other rows: the examples, "
-                "their mix, packing_ratio, max_seq_len or seed have changed since. Restore them, or start a "
-                "new run from its weights, with load_path and load_weights_only: true."
+                "their mix, packing_ratio, max_seq_len or seed have changed since. Restore them, name what "
+                "has changed in allow_changes, or start a new run from its weights, with load_path and "
+                "load_weights_only: true."
             )
         self._dealer.resume(int(state["epoch"]), int(state["row"]))
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mptfoundry.config.changes import changes_since, refuse_changes
+from mptfoundry.config.changes import allows_other_rows, changed_inputs, changes_since, refuse_changes
 from mptfoundry.config.load import load_train_config, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
@@ -117,3 +117,36 @@ def test_a_cache_may_lie_elsewhere(path: Path) -> None:
 def test_leave_names_keys_that_exist(path: Path) -> None:
     with pytest.raises(ConfigError, match=r"allow_changes.*batchsize is no key of a run"):
         load(path, "allow_changes=[batchsize]")
+
+
+def test_other_training_data_need_to_be_allowed_and_an_evaluations_are_shown(path: Path) -> None:
+    before = {"tokenizer": "a" * 64, "train_loader.dataset": "b" * 64, "eval_loader x.dataset": "c" * 64}
+    changes = changed_inputs({**before, "gone": "d" * 64}, {**dict.fromkeys(before, "0" * 64), "new": "e"})
+    assert [str(change) for change in changes] == [
+        "eval_loader x.dataset: has other content than before (cccccccc -> 00000000)",
+        "tokenizer: has other content than before (aaaaaaaa -> 00000000)",
+        "train_loader.dataset: has other content than before (bbbbbbbb -> 00000000)",
+    ]
+    with pytest.raises(ConfigError) as refused:
+        refuse_changes(changes, load(path), Path("runs/x"))
+    assert str(refused.value).splitlines()[:2] == [
+        "tokenizer: its content is not what the run of runs/x has read (fingerprint 00000000, then aaaaaaaa).",
+        "train_loader.dataset: its content is not what the run of runs/x has read (fingerprint 00000000, then "
+        "bbbbbbbb).",
+    ]
+    words = "allow_changes=[tokenizer,train_loader.dataset]"
+    assert words in str(refused.value)
+    refuse_changes(changes, load(path, words), Path("runs/x"))
+
+
+@pytest.mark.parametrize(
+    ("key", "makes_rows"),
+    [
+        ("train_loader.dataset.packing_ratio", True),
+        ("train_loader", True),
+        ("seed", True),
+        ("optimizer.lr", False),
+    ],
+)
+def test_rows_may_be_others_where_what_makes_them_is_allowed(path: Path, key: str, makes_rows: bool) -> None:
+    assert allows_other_rows(load(path, f"allow_changes=[{key}]")) == makes_rows

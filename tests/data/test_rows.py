@@ -204,8 +204,20 @@ def test_a_checkpoint_inside_an_epoch_of_other_rows_is_refused(store: ExampleSto
         with pytest.raises(DataError, match=r"train_loader: the checkpoint stands in the middle of an epoch"):
             dataset.load_state_dict(state)
         dataset.load_state_dict({**state, "row": 0})
-    with pytest.raises(DataError, match="load_weights_only: true"):
-        loader([store]).dataloader.dataset.load_state_dict(None)
+    for other_kind in (None, {"epoch": 0, "sample_in_epoch": 0}):
+        with pytest.raises(DataError, match="load_weights_only: true"):
+            loader([store]).dataloader.dataset.load_state_dict(other_kind)
+
+
+def test_where_other_rows_are_allowed_a_run_continues_behind_as_many(store: ExampleStore) -> None:
+    state = loader([store]).dataloader.dataset.state_dict(8, True)
+    for options, left in (({"seed": 6}, 6), ({"packing_ratio": 2}, 13), ({"packing_ratio": 9}, 6)):
+        spec = loader([store], takes_other_rows=True, **options)
+        spec.dataloader.dataset.load_state_dict(state)
+        assert sum(len(batch["input_ids"]) for batch in spec.dataloader) == left
+    few = loader([store], takes_other_rows=True, passes=[0.5])
+    few.dataloader.dataset.load_state_dict(state)
+    assert list(few.dataloader) == []
 
 
 def test_it_is_said_how_examples_are_packed(store: ExampleStore, capsys: pytest.CaptureFixture[str]) -> None:
