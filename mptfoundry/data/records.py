@@ -12,7 +12,7 @@ import gzip
 import io
 import json
 import reprlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -370,7 +370,7 @@ def _document(record: Any, where: Callable[[], str], text_key: str) -> Document 
             f"{where()}: this is a JSON {json_type(record)}, not an object with a field {text_key!r}."
         )
     if text_key not in record:
-        fields = ", ".join(sorted(map(str, record))[:MOST_FIELDS_NAMED]) or "none"
+        fields = names_of(record)
         return BadInput(f"{where()}: there is no field {text_key!r}; the fields are: {fields}. Set text_key.")
     text = record[text_key]
     if not isinstance(text, str):
@@ -411,6 +411,13 @@ def a_word(name: str) -> str:
 def counted(number: int, noun: str) -> str:
     """How many there are, in words: `1 record`, `1,200 records`."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def names_of(record: Mapping[str, Any]) -> str:
+    """The names of a record's fields that are not null, for an error: the first ones of them."""
+    names = sorted(shown(str(name))[1:-1] for name, value in record.items() if value is not None)
+    more = ", ..." * (len(names) > MOST_FIELDS_NAMED)
+    return (", ".join(names[:MOST_FIELDS_NAMED]) or "none") + more
 
 
 def shown(value: Any) -> str:
