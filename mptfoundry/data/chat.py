@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from mptfoundry.data.records import a_type, a_word, counted, shown, text_of
+from mptfoundry.data.records import a_type, a_word, counted, names_of, shown, text_of
 from mptfoundry.errors import ConfigError, first_line
 from mptfoundry.tokenizer import default_template
 
@@ -46,7 +46,6 @@ FORMS = (
     "prompt and response (or completion), messages, conversations, instruction and output (or response), or "
     "input_ids and labels"
 )
-MOST_FIELDS_NAMED = 8
 
 Turn = tuple[str, str]
 
@@ -280,10 +279,7 @@ def _text(
 
 
 def _say_forms(record: Mapping[str, Any]) -> str:
-    names = [shown(str(name))[1:-1] for name, value in record.items() if value is not None]
-    there = ", ".join(sorted(names)[:MOST_FIELDS_NAMED]) or "none"
-    more = ", ..." * (len(names) > MOST_FIELDS_NAMED)
     return (
-        f"the fields are {there}{more}. Expected {FORMS}; or name two columns, or give a function, in "
+        f"the fields are {names_of(record)}. Expected {FORMS}; or name two columns, or give a function, in "
         "preprocessing_fn"
     )

@@ -12,18 +12,21 @@ or other names for these, which the user gives. Errors name the place, such as `
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from mptfoundry.data.collate import NOT_LEARNED
 from mptfoundry.data.example_sources import Source, find_records
-from mptfoundry.data.records import BadInput, plan_units, read_rows
+from mptfoundry.data.records import BadInput, names_of, plan_units, read_rows, shown, text_of
 from mptfoundry.errors import DataError
 
 Task = Literal["sequence", "token", "span"]
+
+LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -49,16 +52,24 @@ class Record:
         if value is None and self.names.get(name, name) in self.values:
             raise self.error(name, "is null. Remove the record, or fill it in")
         if value is None:
-            there = ", ".join(sorted(map(str, self.values)))
-            raise self.error(name, f"is missing; there are {there}. Name it: dataset.fields.{name}")
+            raise self.error(
+                name, f"is missing; there are {names_of(self.values)}. Name it: dataset.fields.{name}"
+            )
         return value
 
     def text(self, name: str) -> str:
         """A text that is not blank."""
-        value = self[name]
-        if not isinstance(value, str) or not value.strip():
+        return self.checked_text(self[name], name)
+
+    def checked_text(self, value: Any, name: str) -> str:
+        """A value of a field, which has to be a text that is not blank."""
+        try:
+            text = text_of(value) if isinstance(value, (str, bytes)) else ""
+        except ValueError as error:
+            raise self.error(name, str(error)) from error
+        if not text.strip():
             raise self.error(name, f"{_short(value)} is not a text with characters")
-        return value
+        return text
 
     def error(self, name: str, text: str) -> DataError:
         """What is wrong with a field."""
@@ -122,9 +133,7 @@ def check_words(record: Record, labels: Mapping[str, int]) -> Checked:
             raise record.error(name, f"{_short(value)} is not a list with entries")
     if len(words) != len(given):
         raise record.error("labels", f"there are {len(given)} for {len(words)} words")
-    for word in words:
-        if not isinstance(word, str) or not word.strip():
-            raise record.error("words", f"{_short(word)} is no word")
+    words = [record.checked_text(word, "words") for word in words]
     numbers = [n if n == NOT_LEARNED else label_number(n, labels, record, "labels") for n in given]
     begins, text = [], ""
     for word in words:
@@ -164,9 +173,16 @@ def label_number(label: Any, labels: Mapping[str, int], record: Record, name: st
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that float32 holds."""
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_number and abs(value) <= LARGEST_NUMBER
 
 
 def _short(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
+    """A value as JSON has it, cut to one short line."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):
+        return shown(value)
+    text = text if text.isprintable() else json.dumps(value, default=str)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -377,7 +377,7 @@ def _document(record: Any, where: Callable[[], str], text_key: str, part: Part) 
             f"{where()}: this is a JSON {json_type(record)}, not an object with a field {text_key!r}."
         )
     if text_key not in record:
-        fields = ", ".join(sorted(map(str, record))[:MOST_FIELDS_NAMED]) or "none"
+        fields = names_of(record)
         advice = _how_to_take_out(record, text_key, part) or "Set text_key."
         return BadInput(f"{where()}: there is no field {text_key!r}; the fields are: {fields}. {advice}")
     text = record[text_key]
@@ -435,6 +435,13 @@ def a_word(name: str) -> str:
 def counted(number: int, noun: str) -> str:
     """How many there are, in words: `1 record`, `1,200 records`."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def names_of(record: Mapping[str, Any]) -> str:
+    """The names of a record's fields that are not null, for an error: the first ones of them."""
+    names = sorted(shown(str(name))[1:-1] for name, value in record.items() if value is not None)
+    more = ", ..." * (len(names) > MOST_FIELDS_NAMED)
+    return (", ".join(names[:MOST_FIELDS_NAMED]) or "none") + more
 
 
 def shown(value: Any) -> str:

@@ -223,7 +223,10 @@ def test_all_formats_hold_the_same(build: Build, tmp_path: Path, tiny_tokenizer:
         ("sequence", {"label": 1.5}, "label: 1.5 is no label"),
         ("token", {"words": "a b"}, 'words: "a b" is not a list with entries'),
         ("token", {"words": ["a", ""]}, "labels: there are 6 for 2 words"),
-        ("token", {"words": ["a", ""], "labels": [0, 0]}, 'words: "" is no word'),
+        ("token", {"words": ["a", ""], "labels": [0, 0]}, 'words: "" is not a text with characters'),
+        ("sequence", {"text": "a\ud800"}, "text: holds half of a surrogate pair, which is not text"),
+        ("token", {"words": ["\ud800"], "labels": [0]}, "words: holds half of a surrogate pair"),
+        ("sequence", {"label": "\x1b[31m"}, r'label: "\\u001b\[31m" is no label'),
         ("token", {"words": ["a"], "labels": [7]}, "labels: 7 is no label"),
         ("span", {"question": ""}, "question: .* is not a text"),
         ("span", {"question": "why" * 99}, r"question: has \d+ tokens of 64: no room for more"),
@@ -270,6 +273,8 @@ def test_a_column_that_is_missing_is_asked_for(build: Build) -> None:
     [
         ("regression", {"LABEL_0": 0}, "high", '"high" is not a number'),
         ("regression", {"LABEL_0": 0}, [1.0], "is not a number"),
+        ("regression", {"LABEL_0": 0}, 1e39, "1e.39 is not a number"),
+        ("regression", {"LABEL_0": 0}, 10**400, "is not a number"),
         ("regression", {"a": 0, "b": 1}, 1.0, "1.0 is not a list of 2 numbers"),
         (
             "multi_label_classification",
@@ -301,6 +306,16 @@ def test_a_line_that_is_no_record_is_named(build: Build, tmp_path: Path, content
     (tmp_path / "train" / "train.jsonl").write_text(f"{json.dumps(TEXTS[0])}\n{content}\n")
     with pytest.raises(DataError, match=text):
         build(TEXTS, local=str(tmp_path / "train"))
+
+
+def test_texts_may_be_bytes_of_utf8(build: Build, tmp_path: Path, tiny_tokenizer: Any) -> None:
+    texts = [{"text": text, "label": 0} for text in ("é".encode(), b"\xff")]
+    parquet.write_table(pyarrow.Table.from_pylist(texts[:1]), tmp_path / "good.parquet")
+    parquet.write_table(pyarrow.Table.from_pylist(texts), tmp_path / "bad.parquet")
+    (batch,) = batches(build([], local=str(tmp_path / "good.parquet")))
+    assert texts_of(batch, tiny_tokenizer) == ["é"]
+    with pytest.raises(DataError, match=r"bad.parquet: row 1: text: byte 0 is not UTF-8"):
+        build([], local=str(tmp_path / "bad.parquet"))
 
 
 def test_a_place_without_examples_is_named(build: Build, tmp_path: Path) -> None:

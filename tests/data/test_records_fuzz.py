@@ -1,0 +1,148 @@
+"""Damaged and odd records never end in a traceback: each is counted as bad, or said in a sentence or two."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mptfoundry.data import turns
+from mptfoundry.data.example_cache import prepare_examples
+from mptfoundry.data.example_preview import preview_examples
+from mptfoundry.data.example_sources import Source
+from mptfoundry.data.examples import ExampleStore
+from mptfoundry.data.labelled import encode
+from mptfoundry.data.labelled_records import read_records
+from mptfoundry.data.turns import Targets
+from mptfoundry.errors import DataError
+from tests.fuzz import damaged_bytes, odd_values
+
+TALK = [{"role": "user", "content": "a é"}, {"role": "assistant", "content": "b"}]
+FINETUNING: list[dict[str, Any]] = [
+    {"prompt": "Say é:", "response": "é", "id": 7},
+    {"messages": [{"role": "system", "content": "s"}, *TALK, *TALK]},
+    {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}], "system": "s"},
+    {"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "weight": 1}]},
+    {"instruction": "i", "input": "j", "output": "o"},
+    {"instruction": "i", "context": "c", "response": "r"},
+    {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "attention_mask": [1, 1, 1, 1]},
+    {"input_ids": [5, 6], "labels": [7, 8, 9]},
+    {"turns": [{"input_ids": [5, 6], "labels": [7]}, {"input_ids": [8], "labels": [9]}]},
+]
+SEQUENCE, WORDS = "sequence", {"words": ["a", "é"], "labels": ["no", -100]}
+ANSWER = {"question": "q?", "context": "an answer", "answers": {"text": ["answer"], "answer_start": [3]}}
+LABELLED: list[tuple[str, str, dict[str, Any]]] = [
+    (SEQUENCE, "single_label_classification", {"text": "a é", "text_pair": "b", "label": "no"}),
+    (SEQUENCE, "multi_label_classification", {"text": "a", "label": ["no", "yes"]}),
+    (SEQUENCE, "regression", {"text": "a", "label": [0.5, -1]}),
+    ("token", "", WORDS),
+    ("span", "", ANSWER),
+    ("span", "", {**ANSWER, "answers": [{"text": "an", "answer_start": 0}]}),
+]
+# What mutations seldom make: half a surrogate pair, nesting, numbers beyond all types, not an object.
+HARD = [
+    *(
+        '"\\ud800"',
+        '{"a": "\\ud800"}',
+        "1e400",
+        "-1e39",
+        "9" * 400,
+        "[" * 900 + "]" * 900,
+        "NaN",
+        '"\\u001b[31m"',
+    ),
+    *("[" * 5_000, "9" * 5000, "{}", "[]", "[{}]", "null", "true", '{"\\ud800": 1}', '"' + "x" * 5_000 + '"'),
+]
+
+
+def variants(records: list[Any], seed: int, count: int) -> Iterator[str]:
+    """Lines of JSON: each record with an odd value somewhere, or with one that is hard to read."""
+    for number, record in enumerate(records):
+        for _, changed in odd_values(record, seed + number, count):
+            yield json.dumps(changed)
+        for name, value in record.items():
+            whole = json.dumps({**record, name: "HERE"})
+            inner = json.dumps({**record, name: [value[0], "HERE"]}) if isinstance(value, list) else "7"
+            for text in (whole, inner):
+                yield from (text.replace('"HERE"', hard) for hard in HARD)
+        yield json.dumps(record).replace('{"', '{"\\ud800', 1)
+    yield from HARD
+
+
+def assert_is_told(text: str) -> None:
+    """It is a sentence or two, which any terminal can show."""
+    assert len(text) < 600, text
+    assert text.isprintable(), text
+    assert text.encode()
+    assert text.count(". ") <= 2, text
+
+
+def assert_counted(path: Path, folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> int:
+    """What is read of a file is an example, dropped, or bad; how many records it held."""
+    monkeypatch.setattr(turns, "MOST_PROBLEMS_KEPT", 10**6)
+    made = prepare_examples(
+        Source("train_loader.dataset", local=str(path)),
+        tokenizer,
+        max_seq_len=256,
+        targets=Targets(),
+        cache=folder,
+        workers=1,
+        progress=False,
+    )
+    store = ExampleStore(made)
+    counts = store.meta["counts"]
+    assert len(store) + counts["dropped"] + counts["bad"] == counts["records"]
+    for text in counts["problems"] + counts["drops"] + counts["choices"]:
+        assert_is_told(text.removeprefix(f"{path}:"))
+    assert preview_examples(store, tokenizer, max_seq_len=64).encode()
+    return int(counts["records"])
+
+
+def assert_finetuning_holds(
+    folder: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, seed: int, values: int, files: int
+) -> None:
+    path = folder / "records.jsonl"
+    lines = list(variants(FINETUNING, seed, values))
+    path.write_text("".join(f"{line}\n" for line in lines))
+    assert assert_counted(path, folder / "cache", tokenizer, monkeypatch) == len(lines)
+    whole = "".join(json.dumps(record) + "\n" for record in FINETUNING).encode()
+    for said, data in damaged_bytes(whole, seed, files):
+        path.write_bytes(data)
+        try:
+            assert_counted(path, folder / "cache", tokenizer, monkeypatch)
+        except DataError as error:
+            assert_is_told(str(error))
+        except Exception as error:
+            raise AssertionError(f"seed {seed}, {said}") from error
+
+
+def assert_labelled_holds(folder: Path, tokenizer: Any, seed: int, values: int, files: int) -> None:
+    path = folder / "records.jsonl"
+    for task, problem, record in LABELLED:
+        whole = f"{json.dumps(record)}\n".encode() * 2
+        contents = [line.encode() for line in variants([record], seed, values)]
+        contents += [data for _, data in damaged_bytes(whole, seed, files)]
+        for content in contents:
+            path.write_bytes(content)
+            try:
+                records = read_records(Source("train_loader.dataset", local=str(path)), {})
+                labels = {"no": 0, "yes": 1}
+                for _ in encode(records, tokenizer, 64, task=task, labels=labels, problem=problem):  # type: ignore[arg-type]
+                    pass
+            except DataError as error:
+                assert_is_told(str(error).removeprefix(f"{path}:"))
+            except Exception as error:
+                raise AssertionError(f"{task}, {problem}: {content[:200]!r}") from error
+
+
+def test_odd_and_damaged_records_of_finetuning_are_counted(
+    tmp_path: Path, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_finetuning_holds(tmp_path, tiny_tokenizer, monkeypatch, seed=1, values=60, files=40)
+
+
+def test_odd_and_damaged_labelled_records_are_said(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    assert_labelled_holds(tmp_path, tiny_tokenizer, seed=1, values=60, files=30)
