@@ -15,6 +15,7 @@ from mptfoundry.config.learned import Learned
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import GIB, Device, launcher_device
 from mptfoundry.mpt.flops import count_parameters, flops_per_token
+from mptfoundry.places import is_url
 from mptfoundry.resolve import Memory, Resolved, device_batch, estimate_memory, resolve_auto
 
 # Only for the line on time, which says that it is assumed.
@@ -200,7 +201,7 @@ def _data_in_words(name: str, loader: LoaderConfig) -> list[tuple[str, str]]:
 
 def _run_folder_in_words(config: TrainConfig) -> str:
     folder = (config.save_folder or "").replace("{run_name}", config.run_name)
-    if "://" in folder:
+    if is_url(folder):
         return f"runs/{config.run_name}, checkpoints in {folder}"
     return folder or f"runs/{config.run_name}; no checkpoints, since save_folder is not given"
 

@@ -27,6 +27,7 @@ from mptfoundry.callbacks.metrics_file import NAME as METRICS
 from mptfoundry.callbacks.report import write_report
 from mptfoundry.checkpoints.writing import uploader
 from mptfoundry.errors import ConfigError
+from mptfoundry.places import is_url
 
 # Writes weights by name, as a checkpoint of that name would hold them, into a folder.
 Write = Callable[[dict[str, torch.Tensor], str, Path], Any]
@@ -79,7 +80,7 @@ class HFExport(Callback):
                 f"callbacks.hf_checkpointer.num_checkpoints_to_keep: {num_checkpoints_to_keep} keeps "
                 "nothing. Use 1 or more, or -1 for all."
             )
-        if "://" in save_folder and num_checkpoints_to_keep != -1:
+        if is_url(save_folder) and num_checkpoints_to_keep != -1:
             raise ConfigError(
                 "callbacks.hf_checkpointer.num_checkpoints_to_keep: nothing is deleted from an object store. "
                 "Remove it, or name a local save_folder."
@@ -157,7 +158,7 @@ class HFExport(Callback):
     ) -> None:
         if (self.run_folder / METRICS).is_file():
             write_report(self.run_folder)
-        if "://" in folder:
+        if is_url(folder):
             with tempfile.TemporaryDirectory() as temporary:
                 self.write(weights, checkpoint, Path(temporary) / name)
                 upload = uploader(folder)

@@ -32,11 +32,12 @@ from torch.distributed.tensor import DTensor
 
 from mptfoundry.callbacks.metrics_file import NAME as METRICS
 from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
-from mptfoundry.checkpoints.names import checkpoints_in, progress_of, why_not_whole
+from mptfoundry.checkpoints.names import checkpoints_in, why_not_whole
 from mptfoundry.checkpoints.sharded import METADATA
 from mptfoundry.checkpoints.writing import Upload, point, remove, whole_or_absent
 from mptfoundry.config.learned import ADAPTER
 from mptfoundry.errors import CheckpointError, first_line
+from mptfoundry.places import progress_of
 from mptfoundry.ranks import decided_by_rank_0
 
 # Moments of the optimizers that a config names; before the first step they are not there to be counted.
@@ -65,7 +66,13 @@ class WholeCheckpoints(CheckpointSaver):
     def __init__(
         self, folder: Path, *, upload: Upload | None = None, in_background: bool = True, **options: Any
     ) -> None:
-        super().__init__(folder, remote_file_name=None, latest_remote_file_name=None, **options)
+        # Composer would take `#` and `:` in the folder for parts of a URL, and braces for what to fill in.
+        super().__init__(".", remote_file_name=None, latest_remote_file_name=None, **options)
+        self.folder = str(folder).replace("{", "{{").replace("}", "}}")
+        self.filename.folder = self.folder
+        if self.latest_filename is not None:
+            self.latest_filename.folder = self.folder
+        self._run_folder = folder
         self.tmp_dir_for_symlink.cleanup()
         self.upload = upload
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
@@ -146,7 +153,7 @@ class WholeCheckpoints(CheckpointSaver):
 
     def _upload_metrics(self) -> None:
         """Before the checkpoint, so that who goes on from that elsewhere has all the rows up to it."""
-        metrics = Path(self.folder) / METRICS
+        metrics = self._run_folder / METRICS
         if self.upload is not None and dist.get_global_rank() == 0 and metrics.exists():
             self.upload(metrics, METRICS)
 
@@ -171,7 +178,7 @@ class WholeCheckpoints(CheckpointSaver):
         return tidy
 
     def _refuse_later_ones(self, batch: int) -> None:
-        for found in checkpoints_in(Path(self.folder)):
+        for found in checkpoints_in(self._run_folder):
             progress = progress_of(found)
             if progress and progress[1] > batch and why_not_whole(found) is None:
                 raise CheckpointError(
@@ -187,11 +194,11 @@ class WholeCheckpoints(CheckpointSaver):
             needed = needed * dist.get_local_world_size() // dist.get_world_size()
 
         def look() -> None:
-            free = shutil.disk_usage(self.folder).free
+            free = shutil.disk_usage(self._run_folder).free
             if needed + _MARGIN_BYTES > free:
                 raise CheckpointError(
                     f"save_folder: a checkpoint takes {needed:,} bytes, and {free:,} are free on the disk of "
-                    f"{self.folder}. Those before it are as they were. Free some space, or keep fewer: "
+                    f"{self._run_folder}. Those before it are as they were. Free some space, or keep fewer: "
                     "save_num_checkpoints_to_keep."
                 )
 

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs, l
 from mptfoundry.data.integrity import fastest_hash, problem_of
 from mptfoundry.data.shards import INDEX, check_shard_files, read_index
 from mptfoundry.errors import DataError
+from mptfoundry.places import is_url
 
 BUILDERS = ("json", "parquet")
 MANY_SHARDS = 8
@@ -54,7 +56,7 @@ def find_records(source: Source, cache: Path) -> Inventory:
     Raises:
         DataError: It is missing, can't be read or fetched, or holds no records.
     """
-    if source.remote and "://" in source.remote:
+    if source.remote and is_url(source.remote):
         return _shards(_fetch_shards(source, cache), source)
     key = next(key for key in ("hf_name", "remote", "local") if getattr(source, key))
     place = getattr(source, key)
@@ -67,7 +69,7 @@ def find_records(source: Source, cache: Path) -> Inventory:
         return _local(folder, data_files, source)
     if key != "hf_name" or is_builder or place.startswith(("/", ".", "~")):
         raise DataError(f"{source.where}.{key}: {folder}: there is no such file or folder.")
-    if "://" in place:
+    if is_url(place):
         raise DataError(
             f"{source.where}.hf_name: {place}: a URL of shards is a remote. Copy other files here."
         )
@@ -83,7 +85,10 @@ def digest_of(inventory: Inventory) -> str:
         files = []
         if source.kind == "mds":
             names = [shard["raw_data"]["basename"] for shard in read_index(folder, source.path).shards]
-            files = [folder / INDEX, *(path for name in names for path in sorted(folder.glob(f"{name}*")))]
+            files = [
+                folder / INDEX,
+                *(path for name in names for path in sorted(folder.glob(f"{escape(name)}*"))),
+            ]
         elif source.kind != "dataset":
             files = [folder]
         for path in files:
@@ -135,7 +140,8 @@ def _data_files(folder: Path, given: Any, source: Source) -> list[str]:
     for pattern in map(str, patterns):
         root = Path(pattern).expanduser()
         root, relative = (Path("/"), str(root)[1:]) if root.is_absolute() else (folder, str(root))
-        matches = sorted(str(path) for path in root.glob(relative))
+        is_named = (root / relative).is_file()
+        matches = [str(root / relative)] if is_named else sorted(map(str, root.glob(relative)))
         if not matches:
             raise DataError(f"{where}: {root / relative}: there is no such file.")
         files += matches

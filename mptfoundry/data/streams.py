@@ -13,6 +13,7 @@ from typing import Any
 
 from mptfoundry.data.shards import ShardIndex, find_split, read_index
 from mptfoundry.errors import ConfigError, DataError
+from mptfoundry.places import is_url
 from mptfoundry.tokenizer import fingerprint
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def read_source(source: Source) -> ShardIndex:
         DataError: It lies elsewhere and has not been fetched.
     """
     remote = source.arguments.get("remote")
-    if remote and "://" not in remote:
+    if remote and not is_url(remote):
         return read_index(Path(remote) / (source.arguments["split"] or ""), source.where)
     return read_index(source.folder, source.where)
 
@@ -112,12 +113,12 @@ def _plan_source(stream: Mapping[str, Any], split: str | None, where: str) -> So
     remote, local = arguments.get("remote"), arguments.get("local")
     if not remote and not local:
         raise ConfigError(f"{where}: neither local nor remote is given. Give local: a folder of shards.")
-    is_path = remote is not None and "://" not in remote and not remote.startswith("dbfs:")
+    is_path = remote is not None and not is_url(remote)
     if is_path or remote is None:
         origin = Path(remote or local or "").expanduser()
         read_index(find_split(origin, arguments["split"], where), where)
         kept = Path(local).expanduser() if local else origin
-        arguments.update(remote=None if kept == origin else str(origin), local=str(kept))
+        arguments.update(remote=None if kept == origin else str(origin.absolute()), local=str(kept))
     elif not local:
         # Streaming's own default refuses to start when an earlier run left its folder behind.
         digest = hashlib.sha256(f"{remote}\0{arguments['split']}".encode()).hexdigest()[:16]
