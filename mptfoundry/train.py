@@ -35,7 +35,7 @@ from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import RunStopped
-from mptfoundry.leftovers import clean_start
+from mptfoundry.leftovers import clean_start, mark_logs
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.plan import summary_table
 from mptfoundry.ranks import RankWatch, decided_by_rank_0
@@ -71,6 +71,8 @@ def train(config: TrainConfig) -> Trainer:
     refuse_precision(resolved.precision, device)
     watch = RankWatch(config.dist_timeout)
     is_first_here = dist.get_local_rank() == 0
+    if not is_first_here:
+        mark_logs()
     with (
         StopSignals(speaks=dist.get_global_rank() == 0, failure=watch.failure) as signals,
         clean_start() if is_first_here else ExitStack() as starting,
