@@ -19,9 +19,10 @@ from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.streams import RecordsConfig, StreamConfig
 from mptfoundry.data.example_sources import Source, look_at_records
 from mptfoundry.data.shards import find_split, read_index
-from mptfoundry.data.streams import length_problem, path_of, tokenizer_problem
+from mptfoundry.data.streams import length_problem, tokenizer_problem
 from mptfoundry.devices import GIB, Device, detect_device, launcher_device
 from mptfoundry.errors import ConfigError, DataError, MissingError, MPTFoundryError
+from mptfoundry.places import path_of
 from mptfoundry.plan import Stream, make_plan, place_of, summary_table
 from mptfoundry.resolve import device_batch, resolve_auto
 from mptfoundry.tokenizer import (

@@ -30,6 +30,8 @@ _BLOCK = re.compile(
 _LOCK = re.compile(r"(\d{6})_(barrier|cache)_filelock")
 _TENSOR = re.compile(r"torch_(\d+)_\d+_\d+")
 _LOG = re.compile(r"rank\d+\.std(out|err)\.txt")
+# Marks a folder of logs as the launcher's own; a user's may look the same.
+_LAUNCHERS = ".of-the-launcher"
 _TORCH_MODULE = ("_remote_module_non_scriptable.py", "__pycache__")
 _SECONDS_TO_READ_A_MODULE = 3600.0
 _SOCKETS = PROCESSES / "net" / "unix"
@@ -128,6 +130,20 @@ def _holder(file: IO[str]) -> str:
     return "another process"
 
 
+def mark_logs() -> None:
+    """Mark the folder that this process prints into, if the launcher made it and removes it when it ends.
+
+    Every rank but the first of a machine prints into a temporary folder of the launcher, unless the user gave
+    it one with `--stdout`.
+    """
+    with contextlib.suppress(OSError):
+        words = (PROCESSES / str(os.getppid()) / "cmdline").read_text(errors="replace").split("\0")
+        log = (PROCESSES / "self" / "fd" / "1").readlink()
+        is_temporary = log.parent.parent == Path(tempfile.gettempdir()).resolve()
+        if is_temporary and _LOG.fullmatch(log.name) and not any(w.startswith("--std") for w in words):
+            (log.parent / _LAUNCHERS).touch()
+
+
 def _in_shared_memory() -> Iterator[Path]:
     for path in _owned(SHARED_MEMORY):
         tensor = _TENSOR.fullmatch(path.name)
@@ -140,7 +156,8 @@ def _in_temporary_folder() -> Iterator[Path]:
     for path in _owned(Path(tempfile.gettempdir())):
         if path.is_dir():
             inside = list(_owned(path))
-            is_log = path.name.startswith("tmp") and all(_LOG.fullmatch(each.name) for each in inside)
+            names = {each.name for each in inside}
+            is_log = _LAUNCHERS in names and all(map(_LOG.fullmatch, names - {_LAUNCHERS}))
             # Where the workers of a loader hand over tensors; a socket that is listed has somebody behind it.
             is_meeting = path.name.startswith("pymp-") and all(each.is_socket() for each in inside)
             is_dead = is_meeting and sockets is not None and not any(str(each) in sockets for each in inside)

@@ -18,6 +18,7 @@ from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.secrets import redacted
 from mptfoundry.devices import GIB, Device, launcher_device
 from mptfoundry.mpt.flops import count_parameters, flops_per_token
+from mptfoundry.places import is_url
 from mptfoundry.resolve import Memory, Resolved, device_batch, estimate_memory, resolve_auto
 
 # Only for the line on time, which says that it is assumed.
@@ -286,7 +287,7 @@ def place_of(place: str | None, split: str | None) -> str:
 
 def _run_folder_in_words(config: TrainConfig) -> str:
     folder = (config.save_folder or "").replace("{run_name}", config.run_name)
-    if "://" in folder:
+    if is_url(folder):
         return f"runs/{config.run_name}, checkpoints in {folder}"
     return folder or f"runs/{config.run_name}; no checkpoints, since save_folder is not given"
 

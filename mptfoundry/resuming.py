@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from composer.utils import dist
 
@@ -30,7 +30,6 @@ from mptfoundry.checkpoints.names import (
     checkpoints_in,
     find_checkpoint,
     is_unfinished,
-    progress_of,
     why_not_whole,
 )
 from mptfoundry.checkpoints.reading import open_model
@@ -51,6 +50,7 @@ from mptfoundry.config.run import TrainConfig
 from mptfoundry.data.once import once_per_node
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.export.staging import remote_checkpoints, staged
+from mptfoundry.places import is_url, progress_of
 from mptfoundry.ranks import decided_by_rank_0
 
 log = logging.getLogger(__name__)
@@ -75,7 +75,7 @@ class Start:
 
 def run_folder(config: TrainConfig) -> Path:
     """The run's local folder: `save_folder` if that is local, else `runs/{run_name}`."""
-    if config.save_folder is not None and not _is_remote(config.save_folder):
+    if config.save_folder is not None and not is_url(config.save_folder):
         return Path(config.save_folder.format(run_name=config.run_name))
     return Path("runs") / config.run_name
 
@@ -172,10 +172,14 @@ def refuse_another_model(config: TrainConfig, folder: Path) -> None:
 
     Before anything is written: the folder's `config.yaml` belongs to those checkpoints.
     """
-    if not (folder / CONFIG).is_file() or all(map(is_unfinished, checkpoints_in(folder))):
+    if not (folder / CONFIG).is_file():
+        return
+    # Damage is judged later, where it is said how a run gets past it.
+    whole = next((path for path in checkpoints_in(folder) if why_not_whole(path) is None), None)
+    if whole is None:
         return
     saved_config(folder / CONFIG)
-    there = names_in(open_model(folder).config, lora_of(read_run(folder)))
+    there = names_in(open_model(whole, verify=False).config, lora_of(read_run(folder)))
     here = names_in(config.model.network(), config.model.peft_config)
     for name in [*here, *there]:
         if there.get(name) != here.get(name):
@@ -234,7 +238,7 @@ def _say_changes(changes: Sequence[Change], config: TrainConfig, place: Path, wh
 
 def uploader_of(config: TrainConfig, patience: Patience = IN_BACKGROUND) -> Upload | None:
     """What keeps a run's files in the store of a remote `save_folder`; None for a local one."""
-    if config.save_folder is None or not _is_remote(config.save_folder):
+    if config.save_folder is None or not is_url(config.save_folder):
         return None
     return uploader(_url(config), patience)
 
@@ -243,7 +247,7 @@ def _own_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Star
     """The newest whole checkpoint of the run, here or in its store."""
     here = decided_by_rank_0(lambda: _finished_ones(folder)) or []
     url = _url(config)
-    there = decided_by_rank_0(lambda: remote_checkpoints(url)) or [] if _is_remote(url) else []
+    there = decided_by_rank_0(lambda: remote_checkpoints(url)) or [] if is_url(url) else []
     newest_here = max((_batch(path) for path in here), default=-1)
     for name in there:
         if _batch(Path(name)) <= newest_here:
@@ -267,7 +271,7 @@ def _named_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Pa
     """The checkpoint that `load_path` names."""
     assert config.load_path is not None
     path = config.load_path.format(rank=0, run_name=config.run_name)
-    if _is_remote(path):
+    if is_url(path):
         found: Path | None = find_checkpoint(_fetched(path, folder, stack))
     else:
         if not Path(path).exists():
@@ -277,6 +281,10 @@ def _named_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Pa
     _refuse_one_file(found, config, "load_path")
     if reason := _damage(found):
         raise CheckpointError(f"load_path: {found}: {reason}. Name another checkpoint.")
+    if dist.get_global_rank() == 0 and not parts_of(found):
+        print(
+            f"note: load_path: {found} has no checksums and is read unverified.", file=sys.stderr, flush=True
+        )
     return found
 
 
@@ -367,7 +375,3 @@ def _url(config: TrainConfig) -> str:
 def _batch(checkpoint: Path) -> int:
     progress = progress_of(checkpoint)
     return progress[1] if progress else -1
-
-
-def _is_remote(path: str) -> bool:
-    return bool(urlparse(path).scheme)

@@ -41,7 +41,7 @@ from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
 from mptfoundry.facts import facts_of
-from mptfoundry.leftovers import clean_start
+from mptfoundry.leftovers import clean_start, mark_logs
 from mptfoundry.plan import summary_table
 from mptfoundry.ranks import RankWatch, decided_by_rank_0
 from mptfoundry.resolve import Resolved, refuse_lacking, resolve_auto
@@ -84,6 +84,8 @@ def train(config: TrainConfig) -> Trainer:
     refuse_lacking(resolved)
     watch = RankWatch(config.dist_timeout)
     is_first_here = dist.get_local_rank() == 0
+    if not is_first_here:
+        mark_logs()
     with (
         StopSignals(speaks=dist.get_global_rank() == 0, failure=watch.failure) as signals,
         clean_start() if is_first_here else ExitStack() as starting,

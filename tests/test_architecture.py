@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "mptfoundry"
 FLOORS = [
-    ["errors", "mpt", "ranks", "signals", "leftovers", "curves"],
+    ["errors", "mpt", "ranks", "signals", "leftovers", "curves", "places"],
     ["config", "devices", "resolve", "plan", "tokenizer", "checkpoints"],
     ["models", "data", "optim", "callbacks", "evals", "generation", "export"],
     ["build", "loaders", "resuming", "facts"],

@@ -108,17 +108,43 @@ def test_a_start_cleans_unless_another_run_is_starting(own_temporary: Path) -> N
     assert not lock.exists()
 
 
+PRINTS = """
+import sys
+from mptfoundry.leftovers import mark_logs
+mark_logs()
+"""
+
+
 def test_logs_and_meeting_places_go_when_nobody_has_them(own_temporary: Path) -> None:
     logs, foreign, meeting = (own_temporary / name for name in ("tmpabcdefgh", "tmp_of_others", "pymp-abc"))
     for folder in (logs, foreign, meeting):
         folder.mkdir()
     (foreign / "notes.txt").touch()
+    with (logs / "rank1.stdout.txt").open("w") as log:
+        subprocess.run([sys.executable, "-c", PRINTS], stdout=log, check=True)
     with (logs / "rank1.stdout.txt").open("w"), socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(meeting / "l"))
         in_use = {each.path for each in find_leftovers()}
     assert not {logs, meeting} & in_use
     found = {each.path for each in find_leftovers()}
     assert {logs, meeting} <= found and foreign not in found
+
+
+@pytest.mark.parametrize("name", ["tmpabcdefgh", "tmp.X", "mine"])
+def test_a_folder_of_logs_that_the_user_named_stays(own_temporary: Path, name: str) -> None:
+    """Named with the launcher's `--stdout`, and holding what the launcher's own would hold."""
+    logs = own_temporary / name
+    logs.mkdir()
+    for kind in ("stdout", "stderr"):
+        (logs / f"rank1.{kind}.txt").touch()
+    launcher = (
+        "import subprocess, sys; log = open(sys.argv[2], 'w');"
+        "subprocess.run([sys.executable, '-c', sys.argv[3]], stdout=log, check=True)"
+    )
+    words = ["--stdout", str(logs / "rank1.stdout.txt"), PRINTS]
+    subprocess.run([sys.executable, "-c", launcher, *words], check=True)
+    assert logs not in {each.path for each in find_leftovers()}
+    assert len(list(logs.iterdir())) == 2
 
 
 def test_a_module_that_torch_wrote_goes_by_its_age(own_temporary: Path) -> None:

@@ -25,13 +25,18 @@ from torch.distributed.tensor import DTensor
 
 from mptfoundry.callbacks.metrics_file import NAME as METRICS
 from mptfoundry.callbacks.report import report_if_possible
+from mptfoundry.checkpoints.names import checkpoints_in
 from mptfoundry.checkpoints.stores import uploader
+from mptfoundry.checkpoints.writing import remove_unfinished
 from mptfoundry.errors import ConfigError
+from mptfoundry.places import is_url, progress_of
+from mptfoundry.ranks import decided_by_rank_0
 
 # Writes weights by name, as a checkpoint of that name would hold them, into a folder.
 Write = Callable[[dict[str, torch.Tensor], str, Path], Any]
 
 _FOLDER = "huggingface"
+_MARK = re.compile(r"\.(?P<name>.+)\.(?P<checkpoint>ep\d+-ba(?P<batch>\d+))\.export")
 _WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 
 log = logging.getLogger(__name__)
@@ -43,6 +48,9 @@ class HFExport(Callback):
     Training waits for the copy to host memory alone. An export that is due while the last one is still being
     written is left out, with a warning; the one at the end of training is waited for. An error in the
     background ends the run at the next batch.
+
+    An export that is due leaves a mark in the run's folder until it is there. What a killed run has not
+    finished is made by the next start, if that continues from the same batch; otherwise it is named.
 
     Args:
         write: Called on rank 0 in a thread of its own.
@@ -79,7 +87,7 @@ class HFExport(Callback):
                 f"callbacks.hf_checkpointer.num_checkpoints_to_keep: {num_checkpoints_to_keep} keeps "
                 "nothing. Use 1 or more, or -1 for all."
             )
-        if "://" in save_folder and num_checkpoints_to_keep != -1:
+        if is_url(save_folder) and num_checkpoints_to_keep != -1:
             raise ConfigError(
                 "callbacks.hf_checkpointer.num_checkpoints_to_keep: nothing is deleted from an object store. "
                 "Remove it, or name a local save_folder."
@@ -105,6 +113,20 @@ class HFExport(Callback):
                 f"callbacks.hf_checkpointer: the model's weights are not an MPT's, such as {unknown[0]}; "
                 "adapters are one reason. Remove the callback, and export when the training is over."
             )
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Make up for what a killed run has not exported, and remove what it had begun."""
+        batch, folder = int(state.timestamp.batch), self._folder(state)
+        for name, checkpoint, due in decided_by_rank_0(lambda: self._interrupted(folder)) or []:
+            if due == batch:
+                if dist.get_global_rank() == 0:
+                    _say(f"the export {name} was interrupted, and is made now")
+                self._export(state, name, checkpoint, folder)
+                self._finish()
+            elif dist.get_global_rank() == 0:
+                if due < batch:
+                    _say(self._lost(name, checkpoint, due, folder))
+                self._mark(name, checkpoint).unlink(missing_ok=True)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Raise what went wrong in the background."""
@@ -143,28 +165,67 @@ class HFExport(Callback):
                 )
             return
         self._exported_at = batch
+        name = format_name_with_dist_and_time(self.folder_name, state.run_name, state.timestamp)
+        self._export(state, name, f"ep{state.timestamp.epoch.value}-ba{batch}", self._folder(state))
+
+    def _folder(self, state: State) -> str:
+        """Where the exports of this moment lie."""
+        folder = format_name_with_dist_and_time(self.save_folder, state.run_name, state.timestamp)
+        return f"{folder.rstrip('/')}/{_FOLDER}"
+
+    def _export(self, state: State, name: str, checkpoint: str, folder: str) -> None:
+        """Copy the weights, all ranks together, and begin to write them."""
+        if dist.get_global_rank() == 0:
+            self._mark(name, checkpoint).touch()
         weights = dict(gather_weights(_network(state), self.dtype))
         if dist.get_global_rank() == 0:
-            name = format_name_with_dist_and_time(self.folder_name, state.run_name, state.timestamp)
-            checkpoint = f"ep{state.timestamp.epoch.value}-ba{batch}"
-            folder = format_name_with_dist_and_time(self.save_folder, state.run_name, state.timestamp)
-            self._running = self._thread.submit(
-                self._in_background, weights, checkpoint, f"{folder.rstrip('/')}/{_FOLDER}", name
-            )
+            self._running = self._thread.submit(self._in_background, weights, checkpoint, folder, name)
+
+    def _mark(self, name: str, checkpoint: str) -> Path:
+        return self.run_folder / f".{name}.{checkpoint}.export"
+
+    def _interrupted(self, folder: str) -> list[tuple[str, str, int]]:
+        """The exports that were due and are not there: their names, checkpoints and batches."""
+        marks = (_MARK.fullmatch(entry.name) for entry in sorted(self.run_folder.iterdir()))
+        found = [(mark["name"], mark["checkpoint"], int(mark["batch"])) for mark in marks if mark]
+        if not is_url(folder) and Path(folder).is_dir():
+            is_ours = self.run_folder.resolve() in Path(folder).resolve().parents
+            for entry in remove_unfinished(Path(folder), is_ours=is_ours):
+                _say(f"removed {entry}, which a run that was killed had not finished")
+            for name, checkpoint, _ in list(found):
+                if (Path(folder) / name / "config.json").is_file():
+                    self._mark(name, checkpoint).unlink()
+            found = [each for each in found if self._mark(*each[:2]).exists()]
+        return found
+
+    def _lost(self, name: str, checkpoint: str, batch: int, folder: str) -> str:
+        """What is said of an export whose batch is over."""
+        kept = [
+            path for path in checkpoints_in(self.run_folder) if (progress_of(path) or (0, -1))[1] == batch
+        ]
+        if not kept:
+            return f"the export {name} was interrupted, and {checkpoint} is not kept: it can't be made"
+        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]
+        return (
+            f"the export {name} was interrupted. It is made by: mptfoundry export {kept[0]} "
+            f"{name if is_url(folder) else f'{folder}/{name}'} dtype={dtype}"
+        )
 
     def _in_background(
         self, weights: dict[str, torch.Tensor], checkpoint: str, folder: str, name: str
     ) -> None:
         if (self.run_folder / METRICS).is_file():
             report_if_possible(self.run_folder)
-        if "://" in folder:
+        if is_url(folder):
             with tempfile.TemporaryDirectory() as temporary:
                 self.write(weights, checkpoint, Path(temporary) / name)
                 upload = uploader(folder)
                 for file in sorted((Path(temporary) / name).iterdir()):
                     upload(file, f"{name}/{file.name}")
+            self._mark(name, checkpoint).unlink(missing_ok=True)
             return
         self.write(weights, checkpoint, Path(folder) / name)
+        self._mark(name, checkpoint).unlink(missing_ok=True)
         if self.keep != -1:
             for old in exports_in(Path(folder), self.folder_name)[self.keep :]:
                 shutil.rmtree(old)
@@ -194,6 +255,10 @@ def exports_in(folder: Path, name: str) -> list[Path]:
     found = [(match, path) for path in folder.iterdir() if (match := re.fullmatch(pattern, path.name))]
     found = [(match, path) for match, path in found if (path / "config.json").is_file()]
     return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]), reverse=True)]
+
+
+def _say(text: str) -> None:
+    print(f"callbacks.hf_checkpointer: {text}", flush=True)
 
 
 def _network(state: State) -> torch.nn.Module:

@@ -32,13 +32,14 @@ from torch.distributed.tensor import DTensor
 
 from mptfoundry.callbacks.metrics_file import NAME as METRICS
 from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
-from mptfoundry.checkpoints.names import checkpoints_in, progress_of, why_not_whole
+from mptfoundry.checkpoints.names import checkpoints_in, why_not_whole
 from mptfoundry.checkpoints.run_notes import RUN, RunNotes
 from mptfoundry.checkpoints.sharded import METADATA
 from mptfoundry.checkpoints.training_state import set_epoch_by_time
 from mptfoundry.checkpoints.writing import Upload, point, remove, whole_or_absent
 from mptfoundry.config.learned import ADAPTER
 from mptfoundry.errors import CheckpointError, first_line
+from mptfoundry.places import progress_of
 from mptfoundry.ranks import decided_by_rank_0
 
 # Moments of the optimizers that a config names; before the first step they are not there to be counted.
@@ -80,7 +81,13 @@ class WholeCheckpoints(CheckpointSaver):
         notes: RunNotes | None = None,
         **options: Any,
     ) -> None:
-        super().__init__(folder, remote_file_name=None, latest_remote_file_name=None, **options)
+        # Composer would take `#` and `:` in the folder for parts of a URL, and braces for what to fill in.
+        super().__init__(".", remote_file_name=None, latest_remote_file_name=None, **options)
+        self.folder = str(folder).replace("{", "{{").replace("}", "}}")
+        self.filename.folder = self.folder
+        if self.latest_filename is not None:
+            self.latest_filename.folder = self.folder
+        self._run_folder = folder
         self.tmp_dir_for_symlink.cleanup()
         self.upload = upload
         self.upload_small = upload_small
@@ -161,7 +168,7 @@ class WholeCheckpoints(CheckpointSaver):
 
             def write() -> None:
                 # First, so that who continues from the checkpoint elsewhere has all the rows up to it.
-                self._owed.add(Path(self.folder) / METRICS)
+                self._owed.add(self._run_folder / METRICS)
                 self._upload_what_is_owed()
                 save.shards() if is_sharded else save.file()
                 self.save_seconds = time.monotonic() - started_at
@@ -180,7 +187,7 @@ class WholeCheckpoints(CheckpointSaver):
         for file in sorted(self._owed):
             try:
                 if file.is_file():
-                    self.upload_small(file, str(file.relative_to(self.folder)))
+                    self.upload_small(file, str(file.relative_to(self._run_folder)))
                 self._owed.discard(file)
             except CheckpointError as error:
                 print(f"{error} The run continues; the file comes with the next checkpoint.", flush=True)
@@ -211,7 +218,7 @@ class WholeCheckpoints(CheckpointSaver):
             raise CheckpointError(
                 f"save_folder: {link} is a folder, and the run makes a link there. Move it away."
             )
-        folder, batch = Path(self.folder), int(state.timestamp.batch)
+        folder, batch = self._run_folder, int(state.timestamp.batch)
         for found in checkpoints_in(folder) if folder.is_dir() and not self.overwrite else ():
             progress = progress_of(found)
             if progress and progress[1] > batch and why_not_whole(found) is None:
@@ -228,11 +235,11 @@ class WholeCheckpoints(CheckpointSaver):
             needed = needed * dist.get_local_world_size() // dist.get_world_size()
 
         def look() -> None:
-            free = shutil.disk_usage(self.folder).free
+            free = shutil.disk_usage(self._run_folder).free
             if needed + _MARGIN_BYTES > free:
                 raise CheckpointError(
                     f"save_folder: a checkpoint takes {needed:,} bytes, and {free:,} are free on the disk of "
-                    f"{self.folder}. Those before it are as they were. Free some space, or keep fewer: "
+                    f"{self._run_folder}. Those before it are as they were. Free some space, or keep fewer: "
                     "save_num_checkpoints_to_keep."
                 )
 

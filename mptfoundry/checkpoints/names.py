@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from pathlib import Path
 
 from mptfoundry.checkpoints.sharded import METADATA, read_metadata, why_folder_is_not_whole
 from mptfoundry.checkpoints.torch_files import ends_as_written, why_file_is_not_whole
 from mptfoundry.errors import CheckpointError
+from mptfoundry.places import progress_of
 
-_PROGRESS = re.compile(r"ep(?P<epoch>\d+)-ba(?P<batch>\d+)(-rank\d+)?(\.pt)?")
 _KNOWN = (
     "Give a run folder, a checkpoint (ep0-ba10-rank0.pt, or a folder of .distcp files), or a Hugging Face "
     "folder."
@@ -67,12 +66,6 @@ def checkpoints_in(run_folder: Path) -> list[Path]:
     return sorted(filter(_looks_like_a_checkpoint, entries), key=_age, reverse=True)
 
 
-def progress_of(path: Path) -> tuple[int, int] | None:
-    """Epochs and batches that a checkpoint's name tells, or None."""
-    match = _PROGRESS.fullmatch(path.name)
-    return (int(match["epoch"]), int(match["batch"])) if match else None
-
-
 def is_sharded(path: Path) -> bool:
     """Whether a folder is a sharded checkpoint."""
     return (path / METADATA).is_file()
@@ -100,8 +93,8 @@ def is_unfinished(checkpoint: Path) -> bool:
 
 def _looks_like_a_checkpoint(path: Path) -> bool:
     if path.is_dir():
-        return is_sharded(path) or _PROGRESS.fullmatch(path.name) is not None
-    return path.is_file() and (path.suffix == ".pt" or _PROGRESS.fullmatch(path.name) is not None)
+        return is_sharded(path) or progress_of(path) is not None
+    return path.is_file() and (path.suffix == ".pt" or progress_of(path) is not None)
 
 
 def _age(path: Path) -> tuple[int, float]:

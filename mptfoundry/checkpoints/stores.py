@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from mptfoundry.checkpoints.writing import Upload
 from mptfoundry.errors import CheckpointError, first_line
+from mptfoundry.places import path_in_store
 
 T = TypeVar("T")
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -165,9 +166,9 @@ def uploader(url: str, patience: Patience = IN_BACKGROUND) -> Upload:
 
     What it gives raises CheckpointError for a file that can't be uploaded, also when tried again.
     """
-    from composer.utils import S3ObjectStore, maybe_create_object_store_from_uri, parse_uri
+    from composer.utils import S3ObjectStore, maybe_create_object_store_from_uri
 
-    store, root = maybe_create_object_store_from_uri(url), parse_uri(url)[2]
+    store, root = maybe_create_object_store_from_uri(url), path_in_store(url)
     assert store is not None
 
     def upload(file: Path, name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import re
 import shutil
@@ -12,11 +14,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from mptfoundry.errors import CheckpointError, ConfigError
+from mptfoundry.places import is_url
 
 # Copies a local file to where it is kept, under a name that may have one folder in it.
 Upload = Callable[[Path, str], None]
 
 _UNFINISHED = re.compile(r"\..+\.part|\..+\.staged\..+")
+_OLD = ".old"
+# Of linux/fs.h and fcntl.h.
+_EXCHANGE, _HERE = 2, -100
 
 
 @contextmanager
@@ -39,7 +45,9 @@ def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(path)
+        for entry, name in _left_by_the_dead(path.parent):
+            if name.removesuffix(_OLD) == path.name:
+                remove(entry)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be written ({error.strerror}).") from error
     try:
@@ -57,13 +65,16 @@ def refuse_what_is_there(
 ) -> None:
     """Raise CheckpointError if something is at `path` that may not be replaced.
 
+    What a process that was killed was replacing there is put back first.
+
     Args:
         path: What is going to be written.
         overwrite: Replace a folder that is there.
         names: Patterns of what such a folder holds; one that holds anything else is another's.
         source: What is read for it, which must not lie there.
     """
-    read = None if source is None else Path(source).resolve()
+    _put_back(path.absolute())
+    read = None if source is None or is_url(source) else Path(source).resolve()
     if read is not None and path.resolve() in (read, *read.parents) and path.exists():
         raise CheckpointError(f"{path}: {source}, which is read, lies there. Name another place.")
     there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
@@ -97,14 +108,23 @@ def point(link: Path, target: Path) -> None:
     temporary.replace(link)
 
 
-def remove_unfinished(folder: Path, *, but: Path | None = None) -> list[Path]:
-    """Remove from a folder what was begun there and never got its name; for who alone writes there.
+def remove_unfinished(folder: Path, *, is_ours: bool = True, but: Path | None = None) -> list[Path]:
+    """Remove from a folder what was begun there and never got its name; what was to be replaced gets it back.
 
-    What `but` lies in stays.
+    Args:
+        folder: Where to look.
+        is_ours: Nobody else writes there. Otherwise only what dead processes of this machine left is removed.
+        but: What this lies in stays.
     """
+    for _, name in _moved_away(folder):
+        _put_back(folder / name)
     kept = () if but is None else (but.absolute(), *but.absolute().parents)
-    unfinished = [entry for entry in folder.iterdir() if _UNFINISHED.fullmatch(entry.name)]
-    unfinished = [entry for entry in unfinished if entry.absolute() not in kept]
+    dead = {entry for entry, _ in _left_by_the_dead(folder)}
+    unfinished = [
+        entry
+        for entry in folder.iterdir()
+        if (entry in dead or (is_ours and _UNFINISHED.fullmatch(entry.name))) and entry.absolute() not in kept
+    ]
     for entry in unfinished:
         remove(entry)
     return unfinished
@@ -131,17 +151,32 @@ def remove(path: Path) -> None:
 
 def _put_in_place(temporary: Path, path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        old = temporary.with_name(temporary.name.removesuffix(".part") + ".old.part")
-        path.rename(old)
-        try:
-            temporary.rename(path)
-        except OSError:
-            old.rename(path)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
+        if not _exchange(temporary, path):
+            old = temporary.with_name(temporary.name.removesuffix(".part") + f"{_OLD}.part")
+            path.rename(old)
+            try:
+                temporary.rename(path)
+            except OSError:
+                old.rename(path)
+                raise
+            temporary = old
+        shutil.rmtree(temporary, ignore_errors=True)
     else:
         temporary.replace(path)
     _flush_one(path.parent)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; False where the system or the file system can't."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_HERE, bytes(one), _HERE, bytes(other), _EXCHANGE) == 0:
+        return True
+    error = ctypes.get_errno()
+    if error in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(error, os.strerror(error), str(other))
 
 
 def _flush(path: Path) -> None:
@@ -160,10 +195,23 @@ def _flush_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def _remove_leftovers(path: Path) -> None:
-    host = re.escape(socket.gethostname())
-    pattern = re.compile(re.escape(f".{path.name}.") + host + r"\.(\d+)(\.old)?\.part")
-    for entry in path.parent.iterdir():
-        match = pattern.fullmatch(entry.name)
-        if match and not is_alive(int(match[1])):
-            remove(entry)
+def _put_back(path: Path) -> None:
+    """Give a folder its name again where a process moved it away and was killed before the new one got it."""
+    if not path.exists() and path.parent.is_dir():
+        for entry, name in _moved_away(path.parent):
+            if name == path.name:
+                entry.rename(path)
+                return
+
+
+def _moved_away(folder: Path) -> list[tuple[Path, str]]:
+    """The folders that dead processes were replacing, and their names."""
+    found = _left_by_the_dead(folder)
+    return [(entry, name.removesuffix(_OLD)) for entry, name in found if name.endswith(_OLD)]
+
+
+def _left_by_the_dead(folder: Path) -> list[tuple[Path, str]]:
+    """What dead processes of this machine began, and the names that it was to get, or had: with `.old`."""
+    begun = re.compile(rf"\.(.+)\.{re.escape(socket.gethostname())}\.(\d+)(\{_OLD})?\.part")
+    matches = [(entry, match) for entry in folder.iterdir() if (match := begun.fullmatch(entry.name))]
+    return [(entry, match[1] + (match[3] or "")) for entry, match in matches if not is_alive(int(match[2]))]

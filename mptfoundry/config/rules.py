@@ -17,6 +17,7 @@ from mptfoundry.config.durations import parse_duration
 from mptfoundry.config.learned import pattern_problems
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.mpt.head_config import HeadConfig
+from mptfoundry.places import is_url, why_no_start_finds, why_not_a_path, why_not_a_run_name
 from mptfoundry.ranks import world_size
 
 Problem = tuple[str, str]
@@ -95,8 +96,6 @@ def _sizes(values: Mapping[str, Any]) -> Iterator[Problem]:
             yield key, f"{values[key]} is no time at all. Use more than 0."
     if "max_duration" in values and parse_duration(values["max_duration"])[1] == "dur":
         yield "max_duration", f"{values['max_duration']} is a share of itself. Use batches, tokens or epochs."
-    if values.get("run_name") == "":
-        yield "run_name", "is empty. Name the run's folder."
 
 
 def _batches(values: Mapping[str, Any]) -> Iterator[Problem]:
@@ -223,7 +222,7 @@ def _adapters(values: Mapping[str, Any]) -> Iterator[Problem]:
             "load_path",
             f"{path} is the adapters' base, of which weights alone are taken. Set load_weights_only: true.",
         )
-    if path and "://" in path:
+    if path and is_url(path):
         yield "load_path", f"{path} is the adapters' base, and is read from this machine. Name a local path."
     for key, value, why in (
         ("use_orig_params", False, "learned and frozen parameters would be one"),
@@ -297,11 +296,33 @@ def _checkpoints(values: Mapping[str, Any]) -> Iterator[Problem]:
     for key in ("save_filename", "save_latest_filename"):
         if "/" in (values.get(key) or ""):
             yield key, f"{values[key]} names a folder, too. Say that in save_folder."
+    yield from _names(values)
     if values.get("autoresume"):
         if "save_folder" in values and values["save_folder"] is None:
             yield "autoresume", "needs save_folder, where the checkpoint to resume from lies."
         if values.get("save_weights_only"):
             yield "autoresume", "needs whole checkpoints. Set save_weights_only: false."
+
+
+def _names(values: Mapping[str, Any]) -> Iterator[Problem]:
+    """What files and folders can be called, and what a later start finds."""
+    if "run_name" in values and (problem := why_not_a_run_name(values["run_name"])):
+        yield "run_name", problem
+    for key in ("save_folder", "load_path", "save_filename", "save_latest_filename"):
+        if problem := why_not_a_path(values.get(key) or ""):
+            yield key, problem
+    folder, name = values.get("save_folder"), values.get("save_filename", "ep{epoch}-ba{batch}.pt")
+    if problem := why_no_start_finds(name, in_a_store=folder is not None and is_url(folder)):
+        yield "save_filename", problem
+    elif values.get("save_num_checkpoints_to_keep", -1) > 0 and why_no_start_finds(name, in_a_store=True):
+        yield (
+            "save_num_checkpoints_to_keep",
+            f"save_filename: {name} does not tell which checkpoint is the oldest. Use -1, or "
+            "ep{epoch}-ba{batch}-rank{rank}.pt.",
+        )
+    latest = values.get("save_latest_filename") or "latest-rank{rank}.pt"
+    if latest.replace("{rank}", "0") == name.replace("{rank}", "0"):
+        yield "save_filename", f"{name} is the name of the link to the newest checkpoint. Use another."
 
 
 def _placeholder_problem(text: str, known: tuple[str, ...]) -> str | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from mptfoundry.config.forms import check_at_least
+from mptfoundry.places import is_url
 
 Amount = Literal["proportion", "repeat", "choose"]
 AMOUNTS: tuple[Amount, ...] = get_args(Amount)
@@ -47,6 +48,7 @@ class StreamConfig:
     def __post_init__(self) -> None:
         if self.remote is None and self.local is None:
             raise ValueError("neither remote nor local is given. A stream needs the folder of its shards.")
+        check_remote(self.remote)
         check_at_least(self, download_retry=0, download_timeout=1)
         _check_amounts(self)
 
@@ -96,6 +98,15 @@ class RecordsConfig:
         return self.remote or self.hf_name or self.local
 
 
+def check_remote(remote: str | None) -> None:
+    """Raises ValueError for a URL whose end would be lost where shards are downloaded."""
+    if remote is not None and is_url(remote) and (letter := next((c for c in "#?" if c in remote), None)):
+        raise ValueError(
+            f"remote: {remote} holds {letter}, and StreamingDataset reads a URL only up to there. Rename "
+            "the folder."
+        )
+
+
 def check_records(given: Any) -> None:
     """Raises ValueError unless it is said once where records lie, and rightly how they are read."""
     places = [name for name in ("hf_name", "local", "remote") if getattr(given, name) is not None]
@@ -103,6 +114,7 @@ def check_records(given: Any) -> None:
         raise ValueError("neither hf_name nor local nor remote is given. Say where the records lie.")
     if "hf_name" in places and len(places) > 1:
         raise ValueError(f"hf_name and {places[1]} are both given. Use one of them.")
+    check_remote(given.remote)
     if given.hf_kwargs and given.hf_name is None:
         raise ValueError("hf_kwargs: belongs to hf_name, which is not given. Remove it.")
     if "trust_remote_code" in given.hf_kwargs:

@@ -11,6 +11,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs, l
 from mptfoundry.data.integrity import fastest_hash, problem_of
 from mptfoundry.data.shards import INDEX, check_shard_files, read_index
 from mptfoundry.errors import DataError, MissingError
+from mptfoundry.places import is_url
 
 BUILDERS = ("json", "parquet")
 MANY_SHARDS = 8
@@ -55,7 +57,7 @@ def find_records(source: Source, cache: Path) -> Inventory:
     Raises:
         DataError: It is missing, can't be read or fetched, or holds no records.
     """
-    if source.remote and "://" in source.remote:
+    if source.remote and is_url(source.remote):
         _refuse_slice(source)
         return _shards(_fetch_shards(source, cache), source)
     folder = _local_folder(source)
@@ -97,7 +99,7 @@ def _local_folder(source: Source) -> Path | None:
         return folder
     if key != "hf_name" or is_builder or place.startswith(("/", ".", "~")):
         raise MissingError(f"{source.where}.{key}: {folder}: there is no such file or folder.")
-    if "://" in place:
+    if is_url(place):
         raise DataError(
             f"{source.where}.hf_name: {place}: a URL of shards is a remote. Copy other files here."
         )
@@ -122,7 +124,10 @@ def digest_of(inventory: Inventory) -> str:
         files = []
         if source.kind == "mds":
             names = [shard["raw_data"]["basename"] for shard in read_index(folder, source.path).shards]
-            files = [folder / INDEX, *(path for name in names for path in sorted(folder.glob(f"{name}*")))]
+            files = [
+                folder / INDEX,
+                *(path for name in names for path in sorted(folder.glob(f"{escape(name)}*"))),
+            ]
         elif source.kind != "dataset":
             files = [folder]
         for path in files:
@@ -174,7 +179,8 @@ def _data_files(folder: Path, given: Any, source: Source) -> list[str]:
     for pattern in map(str, patterns):
         root = Path(pattern).expanduser()
         root, relative = (Path("/"), str(root)[1:]) if root.is_absolute() else (folder, str(root))
-        matches = sorted(str(path) for path in root.glob(relative))
+        is_named = (root / relative).is_file()
+        matches = [str(root / relative)] if is_named else sorted(map(str, root.glob(relative)))
         if not matches:
             raise MissingError(f"{where}: {root / relative}: there is no such file.")
         files += matches

@@ -13,6 +13,7 @@ from typing import Any
 
 from mptfoundry.data.shards import ShardIndex, find_split, read_index
 from mptfoundry.errors import ConfigError, DataError
+from mptfoundry.places import is_url, path_of
 from mptfoundry.tokenizer import fingerprint
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def read_source(source: Source) -> ShardIndex:
         DataError: It lies elsewhere and has not been fetched.
     """
     remote = source.arguments.get("remote")
-    if remote and "://" not in remote:
+    if remote and not is_url(remote):
         return read_index(Path(remote) / (source.arguments["split"] or ""), source.where)
     return read_index(source.folder, source.where)
 
@@ -109,12 +110,6 @@ def tokenizer_problem(index: ShardIndex, fingerprint: str) -> str | None:
     )
 
 
-def path_of(place: str | None) -> Path | None:
-    """A place on this machine; None for a URL."""
-    is_url = place is None or "://" in place or place.startswith("dbfs:")
-    return None if is_url else Path(str(place)).expanduser()
-
-
 def warn_of_unknown(sources: Sequence[Source]) -> None:
     """Say once, on the first rank, which streams can't be compared with the run's tokenizer."""
     if sources and os.environ.get("RANK", "0") == "0":
@@ -134,7 +129,7 @@ def _plan_source(stream: Mapping[str, Any], split: str | None, where: str) -> So
     if origin is not None:
         read_index(find_split(origin, arguments["split"], where), where)
         kept = Path(local).expanduser() if local else origin
-        arguments.update(remote=None if kept == origin else str(origin), local=str(kept))
+        arguments.update(remote=None if kept == origin else str(origin.absolute()), local=str(kept))
     elif not local:
         # Streaming's own default refuses to start when an earlier run left its folder behind.
         digest = hashlib.sha256(f"{remote}\0{arguments['split']}".encode()).hexdigest()[:16]

@@ -17,10 +17,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mptfoundry.checkpoints.names import progress_of
 from mptfoundry.checkpoints.sharded import METADATA
 from mptfoundry.checkpoints.stores import AT_START, patiently, reason_of
 from mptfoundry.errors import CheckpointError
+from mptfoundry.places import is_url, path_in_store, progress_of
 
 # What tells of a run, beside its checkpoints.
 _SMALL = ("config.yaml", "tokenizer", "metrics.jsonl", "report.png")
@@ -43,7 +43,7 @@ def staged(model: str | Path, out: Path, run_folder: str | None, *, progress: bo
     Raises:
         CheckpointError: The store can't be read, has no model there, or the disk is too small.
     """
-    if "://" not in str(model):
+    if not is_url(model):
         if run_folder is not None:
             raise CheckpointError(
                 "run_folder: it is for remote checkpoints; a local one belongs to the run whose folder it "
@@ -172,9 +172,9 @@ def _below(root: str, list_objects: List) -> list[str]:
 
 def _open_store(url: str) -> tuple[Any, str]:
     """Composer's object store for a URL, and the path in its bucket."""
-    from composer.utils import maybe_create_object_store_from_uri, parse_uri
+    from composer.utils import maybe_create_object_store_from_uri
 
-    return maybe_create_object_store_from_uri(url), parse_uri(url)[2]
+    return maybe_create_object_store_from_uri(url), path_in_store(url)
 
 
 @contextmanager

@@ -17,7 +17,10 @@ from composer.core import Callback
 
 from mptfoundry.callbacks.hf_export import HFExport, exports_in
 from mptfoundry.callbacks.metrics_file import MetricsFile
+from mptfoundry.callbacks.resume import Resume
+from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
 from mptfoundry.checkpoints.reading import load_network, open_model
+from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.errors import ConfigError
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.network import MPT
@@ -135,6 +138,65 @@ def test_an_error_in_the_background_ends_the_run(
 
     with pytest.raises(OSError, match="no space left"):
         fit(make_trainer, make_export(fail, save_interval="5ba"))
+
+
+@pytest.fixture
+def interrupted(make_trainer: MakeTrainer, make_export: Callable[..., HFExport], tmp_path: Path) -> Path:
+    """The checkpoint of batch 2 of a run whose export of that batch never came to its end."""
+
+    def fail(weights: Any, checkpoint: str, out: Path) -> None:
+        (out.parent / ".ba2.elsewhere.7.part").mkdir(parents=True)
+        raise InterruptedError
+
+    saver = WholeCheckpoints(tmp_path, save_interval="2ba", in_background=False)
+    with pytest.raises(InterruptedError):
+        fit(make_trainer, make_export(fail, save_folder=str(tmp_path)), saver)
+    assert (tmp_path / "huggingface").is_dir()
+    return tmp_path / "ep0-ba2-rank0.pt"
+
+
+def test_an_interrupted_export_is_made_by_the_next_start(
+    make_trainer: MakeTrainer, make_export: Callable[..., HFExport], tmp_path: Path, interrupted: Path
+) -> None:
+    write = Written()
+    export = make_export(write, save_folder=str(tmp_path))
+    make_trainer(max_duration="2ba", callbacks=[export, Resume(interrupted)]).close()
+    saved = load_plain(interrupted)["state"]["model"]
+    assert list(write.weights) == ["ep0-ba2"]
+    assert all(
+        torch.equal(tensor, saved[f"model.{name}"]) for name, tensor in write.weights["ep0-ba2"].items()
+    )
+    assert [path.name for path in (tmp_path / "huggingface").iterdir()] == ["ba2"]
+    assert not list(tmp_path.glob(".*.export"))
+
+
+def test_an_interrupted_export_of_a_batch_that_is_over_is_named_once(
+    make_trainer: MakeTrainer,
+    make_export: Callable[..., HFExport],
+    tmp_path: Path,
+    interrupted: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / ".ba2.ep0-ba2.export").rename(tmp_path / ".ba1.ep0-ba1.export")
+    copy = tmp_path / "ep0-ba1-rank0.pt"
+    copy.write_bytes(interrupted.read_bytes())
+    write = Written()
+    for said in (True, False):
+        export = make_export(write, save_folder=str(tmp_path))
+        make_trainer(max_duration="2ba", callbacks=[export, Resume(interrupted)]).close()
+        command = f"mptfoundry export {copy} {tmp_path}/huggingface/ba1 dtype=fp32"
+        assert (command in capsys.readouterr().out) == said
+    assert not write.weights and not list(tmp_path.glob(".*.export"))
+
+
+def test_a_start_from_an_earlier_batch_exports_it_when_it_comes_to_it(
+    make_trainer: MakeTrainer, make_export: Callable[..., HFExport], tmp_path: Path, interrupted: Path
+) -> None:
+    write = Written()
+    export = make_export(write, save_folder=str(tmp_path))
+    fit(make_trainer, export, Patience(export))
+    assert list(write.weights) == ["ep0-ba2", "ep0-ba4", "ep0-ba5"]
+    assert not list(tmp_path.glob(".*.export"))
 
 
 def test_training_is_the_same_with_exports(

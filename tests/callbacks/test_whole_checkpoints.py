@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from mptfoundry.callbacks import whole_checkpoints
 from mptfoundry.callbacks.metrics_file import MetricsFile
 from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
+from mptfoundry.checkpoints.names import find_checkpoint
 from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.errors import CheckpointError
 from tests.conftest import losses
@@ -114,6 +115,14 @@ def test_a_copy_of_shards_shares_no_memory_with_them() -> None:
     assert isinstance(copy["a"], DTensor) and copy["a"].placements == live.placements
     assert torch.equal(copy["a"].to_local(), torch.arange(6.0))
     assert copy["b"][0].data_ptr() == fresh.data_ptr() and copy["c"] == 1
+
+
+@pytest.mark.parametrize("name", ["exp#1", "exp?a=b;c", "exp:1", "{exp}", "a%20b", "[x]*"])
+def test_a_folder_is_taken_as_it_is_written(make_trainer: MakeTrainer, tmp_path: Path, name: str) -> None:
+    fit(make_trainer(max_duration="1ba", callbacks=[saver(tmp_path / name, num_checkpoints_to_keep=1)]))
+    assert names(tmp_path) == {name}
+    assert names(tmp_path / name) == {"ep0-ba1-rank0.pt", "latest-rank0.pt"}
+    assert find_checkpoint(tmp_path / name) == tmp_path / name / "ep0-ba1-rank0.pt"
 
 
 def test_both_ways_to_write_give_the_same_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:

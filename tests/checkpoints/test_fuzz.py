@@ -1,4 +1,4 @@
-"""Damaged checkpoints and folders from seeds: each is one sentence, or gives the weights as written."""
+"""Damaged checkpoints and folders from seeds: each gives one sentence, or the weights that were written."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mptfoundry.checkpoints.writing import whole_or_absent
+from mptfoundry.checkpoints.writing import remove_unfinished, whole_or_absent
 from mptfoundry.errors import CheckpointError
 
 
@@ -82,3 +82,62 @@ def test_a_place_that_cannot_be_written_is_said(tmp_path: Path) -> None:
         whole_or_absent(tmp_path / "file" / "out"),
     ):
         pass
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mptfoundry.checkpoints import writing
+if sys.argv[2] == "no exchange":
+    writing._exchange = lambda one, other: False
+kept, at = Path.rename, int(sys.argv[3])
+calls = [0]
+def rename(self, target):
+    calls[0] += 1
+    if calls[0] == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return kept(self, target)
+Path.rename = rename
+remove = writing.shutil.rmtree
+writing.shutil.rmtree = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+with writing.whole_or_absent(sys.argv[1], overwrite=True) as temporary:
+    temporary.mkdir()
+    (temporary / "new").touch()
+"""
+
+
+@pytest.mark.parametrize(("how", "kill_at"), [("exchange", 9), ("no exchange", 2), ("no exchange", 9)])
+def test_a_folder_that_was_being_replaced_when_its_process_was_killed_is_there(
+    tmp_path: Path, how: str, kill_at: int
+) -> None:
+    """Killed between two renames, or after them; then a try that fails, and one that does not."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "old").touch()
+    done = subprocess.run([sys.executable, "-c", KILLED, str(out), how, str(kill_at)], check=False)
+    assert done.returncode == -9
+    assert out.exists() == (kill_at != 2)
+    there = "old" if kill_at == 2 else "new"
+    with pytest.raises(RuntimeError), whole_or_absent(out, overwrite=True) as temporary:
+        temporary.mkdir()
+        raise RuntimeError
+    assert entries(tmp_path) == ["out"] and entries(out) == [there]
+    with whole_or_absent(out, overwrite=True) as temporary:
+        temporary.mkdir()
+    assert entries(tmp_path) == ["out"] and entries(out) == []
+
+
+def test_what_was_being_replaced_is_not_among_the_unfinished(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    host = socket.gethostname()
+    for name in (f".ba10.{host}.{dead.pid}.old.part", f".ba10.{host}.{dead.pid}.part", ".ba5.other.1.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).touch()
+    assert [entry.name for entry in remove_unfinished(tmp_path, is_ours=False)] == [
+        f".ba10.{host}.{dead.pid}.part"
+    ]
+    assert entries(tmp_path) == [".ba5.other.1.part", "ba10"]
+    assert entries(tmp_path / "ba10") == [f".ba10.{host}.{dead.pid}.old.part"]
+    remove_unfinished(tmp_path)
+    assert entries(tmp_path) == ["ba10"]

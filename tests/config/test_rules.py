@@ -174,3 +174,33 @@ def test_what_sharding_and_recomputation_cannot_combine_is_refused(
 ) -> None:
     (problem,) = problems(words=words)
     assert key in problem and said in problem
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../x", "a/../../b", "/etc/x", "'a\tb'"])
+def test_a_run_is_not_called_what_lies_outside_of_the_folder_of_runs(problems: Problems, name: str) -> None:
+    (said,) = problems(f"run_name: {name}" if "\t" not in name else 'run_name: "a\\tb"')
+    assert "leads out of the folder of runs" in said or "holds a control character" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            ["save_filename=ep{epoch}-ba{batch}.bin"],
+            "is not a name that a start finds. Use one that ends in .pt",
+        ),
+        (["save_filename=.ep{epoch}-ba{batch}.pt"], "is not a name that a start finds"),
+        (
+            ["save_folder=s3://b/x", "save_filename=my-{batch}.pt"],
+            "does not tell the batch. In a store use ep",
+        ),
+        (["save_filename=my-{batch}.pt", "save_num_checkpoints_to_keep=2"], "which checkpoint is the oldest"),
+        (["save_filename=latest-rank{rank}.pt"], "is the name of the link to the newest checkpoint"),
+        (
+            ["train_loader.dataset.streams.code.remote=s3://b/a#1"],
+            "holds #, and StreamingDataset reads a URL",
+        ),
+    ],
+)
+def test_a_name_that_would_lose_data_is_refused(problems: Problems, words: list[str], said: str) -> None:
+    assert any(said in problem for problem in problems(words=tuple(words)))
