@@ -21,7 +21,7 @@ from mptfoundry.data.example_sources import Source, look_at_records
 from mptfoundry.data.shards import find_split, read_index
 from mptfoundry.data.streams import length_problem, path_of, tokenizer_problem
 from mptfoundry.devices import GIB, Device, detect_device, launcher_device
-from mptfoundry.errors import ConfigError, DataError, MissingError, MPTFoundryError
+from mptfoundry.errors import ConfigError, DataError, MissingError, MPTFoundryError, first_line
 from mptfoundry.plan import Stream, make_plan, place_of, summary_table
 from mptfoundry.resolve import device_batch, resolve_auto
 from mptfoundry.tokenizer import (
@@ -109,6 +109,8 @@ def look_here(config: TrainConfig) -> Look:
                 look.lacking.append(str(error))
             except MPTFoundryError as error:
                 look.problems.append(error)
+            except (OSError, RuntimeError) as error:  # a name that no file can have, a home that is not known
+                look.problems.append(DataError(f"{place}: can't be read: {first_line(error)}."))
             else:
                 if found is not None:
                     look.streams[loader_name, name] = found
@@ -151,7 +153,11 @@ def _has_streams(loader: LoaderConfig) -> bool:
 
 def _look_at_tokenizer(config: TrainConfig, look: Look) -> TokenizerFiles | None:
     name = config.tokenizer.name
-    folder = find_tokenizer(name)
+    try:
+        folder = find_tokenizer(name)
+    except (OSError, RuntimeError) as error:
+        look.problems.append(ConfigError(f"tokenizer.name: can't be read: {first_line(error)}."))
+        return None
     if folder is None:
         if name.startswith(("/", "./", "../", "~")) or Path(name).exists():
             text = f"tokenizer.name: {name} is not a folder. Give a folder that holds tokenizer.json"

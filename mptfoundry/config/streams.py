@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from mptfoundry.config.forms import check_at_least
+from mptfoundry.config.forms import check_at_least, check_not_empty
 
 Amount = Literal["proportion", "repeat", "choose"]
 AMOUNTS: tuple[Amount, ...] = get_args(Amount)
@@ -47,6 +47,7 @@ class StreamConfig:
     def __post_init__(self) -> None:
         if self.remote is None and self.local is None:
             raise ValueError("neither remote nor local is given. A stream needs the folder of its shards.")
+        check_not_empty(self, "remote", "local")
         check_at_least(self, download_retry=0, download_timeout=1)
         _check_amounts(self)
 
@@ -98,6 +99,7 @@ class RecordsConfig:
 
 def check_records(given: Any) -> None:
     """Raises ValueError unless it is said once where records lie, and rightly how they are read."""
+    check_not_empty(given, "hf_name", "local", "remote")
     places = [name for name in ("hf_name", "local", "remote") if getattr(given, name) is not None]
     if not places:
         raise ValueError("neither hf_name nor local nor remote is given. Say where the records lie.")
