@@ -110,7 +110,7 @@ def look_here(config: TrainConfig) -> Look:
             except MPTFoundryError as error:
                 look.problems.append(error)
             except (OSError, RuntimeError) as error:  # a name that no file can have, a home that is not known
-                look.problems.append(DataError(f"{place}: can't be read: {first_line(error)}."))
+                look.problems.append(DataError(f"{place}: can't be read: {_reason(error)}."))
             else:
                 if found is not None:
                     look.streams[loader_name, name] = found
@@ -139,6 +139,11 @@ def planned_device(config: TrainConfig, device: Device) -> tuple[Device, str | N
     raise ConfigError(problem or "global_train_batch_size: does not split.")
 
 
+def _reason(error: Exception) -> str:
+    """Without the name, which may be long."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 def _raise(problems: list[MPTFoundryError]) -> None:
     """All problems in one error, of the data where all of them are."""
     if not problems:
@@ -156,7 +161,7 @@ def _look_at_tokenizer(config: TrainConfig, look: Look) -> TokenizerFiles | None
     try:
         folder = find_tokenizer(name)
     except (OSError, RuntimeError) as error:
-        look.problems.append(ConfigError(f"tokenizer.name: can't be read: {first_line(error)}."))
+        look.problems.append(ConfigError(f"tokenizer.name: can't be read: {_reason(error)}."))
         return None
     if folder is None:
         if name.startswith(("/", "./", "../", "~")) or Path(name).exists():

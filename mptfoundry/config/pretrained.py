@@ -71,7 +71,8 @@ def _look_at(name: str, document: Document, notes: list[str]) -> MPTConfig | Non
     try:
         is_here = Path(name).expanduser().exists()
     except (OSError, RuntimeError) as error:
-        document.report(_NAME, f"{show(name)} can't be read: {first_line(error)}.")
+        reason = getattr(error, "strerror", None) or first_line(error)
+        document.report(_NAME, f"{show(name)} can't be read: {reason}.")
         return None
     needed = [path for path, value in leaves(MPTConfig().to_dict()).items() if value is not None]
     if not is_here and all(document.has(("model", *path)) for path in needed):

@@ -1,11 +1,11 @@
-"""Whole configurations of every kind, mutated from a seed: what `check` answers to each."""
+"""Whole configurations of every kind, mutated from a seed, and what `check` answers to each."""
 
 from __future__ import annotations
 
 import importlib.util
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -36,14 +36,14 @@ MORE: dict[str, Any] = {
     "compile_config": {"mode": "default"},
     "callbacks": {
         "speed_monitor": {"window_size": 10},
-        "early_stopper": {"monitor": "loss", "patience": "1ba"},
+        "early_stopper": {"monitor": "loss", "dataloader_label": "train", "patience": "1ba"},
         "generate_callback": {"prompts": ["a"], "interval": "1ba", "top_p": 0.9},
         "hf_checkpointer": {"save_interval": "1ba", "save_folder": "x"},
     },
     "loggers": {"wandb": {"project": "a"}, "tensorboard": {}},
     "algorithms": {"gradient_clipping": {"clipping_type": "norm", "clipping_threshold": 1.0}},
     "variables": {"root": "${run_name}/x"},
-    "metadata": {"note": "${variables.root}", "api_key": "a", "list": [1, {"b": 2}]},
+    "metadata": {"note": "${run_name}", "api_key": "a", "list": [1, {"b": 2}]},
     "save_filename": "b{batch}.pt",
     "allow_changes": ["optimizer.lr"],
     "load_ignore_keys": ["state/*"],
@@ -51,16 +51,16 @@ MORE: dict[str, Any] = {
 SECONDS = 5
 
 
-def mutations(seed: int, count: int) -> Iterator[tuple[str, str]]:
+def mutations(seed: int, count: int, names: Sequence[str] = NAMES) -> Iterator[tuple[str, str]]:
     """Pairs of what was done and the text of the file: values of one or two places changed, or bytes."""
     draw = random.Random(seed)
-    trees = [yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in NAMES]
+    trees = [yaml.safe_load((ROOT / "configs" / f"{name}.yaml").read_text()) for name in names]
     for number in range(count):
         tree = draw.choice(trees)
         tree = {**tree, **{key: MORE[key] for key in draw.sample(sorted(MORE), 3)}}
         kind = draw.random()
         if kind < 0.2:
-            text = (ROOT / "configs" / f"{draw.choice(NAMES)}.yaml").read_bytes()
+            text = (ROOT / "configs" / f"{draw.choice(names)}.yaml").read_bytes()
             [(said, changed)] = fuzz.damaged_bytes(text, draw.randrange(10**9), 1)
             yield f"{number}: {said}", changed.decode(errors="replace")
             continue
@@ -73,15 +73,15 @@ def mutations(seed: int, count: int) -> Iterator[tuple[str, str]]:
 
 def judge(text: str, folder: Path) -> str | None:
     """What `check` says of a file: None, or its error in lines. Any other exception leaves it, and so does an
-    answer that takes longer than `SECONDS`."""
+    answer that takes more than `SECONDS` of the processor."""
     file = folder / "run.yaml"
     file.write_text(text, encoding="utf-8")
 
     def late(number: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"no answer within {SECONDS} s")
+        raise TimeoutError(f"no answer within {SECONDS} s of the processor")
 
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(SECONDS)
+    before = signal.signal(signal.SIGPROF, late)
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         config, _ = load_train_config(file)
         check(config)
@@ -89,6 +89,6 @@ def judge(text: str, folder: Path) -> str | None:
     except MPTFoundryError as error:
         return str(error)
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        signal.signal(signal.SIGPROF, before)
     return None
