@@ -21,7 +21,7 @@ from mptfoundry.data.example_sources import Source, look_at_records
 from mptfoundry.data.shards import find_split, read_index
 from mptfoundry.data.streams import length_problem, tokenizer_problem
 from mptfoundry.devices import GIB, Device, detect_device, launcher_device
-from mptfoundry.errors import ConfigError, DataError, MissingError, MPTFoundryError
+from mptfoundry.errors import ConfigError, DataError, MissingError, MPTFoundryError, first_line
 from mptfoundry.places import path_of
 from mptfoundry.plan import Stream, make_plan, place_of, summary_table
 from mptfoundry.resolve import device_batch, resolve_auto
@@ -110,6 +110,8 @@ def look_here(config: TrainConfig) -> Look:
                 look.lacking.append(str(error))
             except MPTFoundryError as error:
                 look.problems.append(error)
+            except (OSError, RuntimeError) as error:  # a name that no file can have, a home that is not known
+                look.problems.append(DataError(f"{place}: can't be read: {_reason(error)}."))
             else:
                 if found is not None:
                     look.streams[loader_name, name] = found
@@ -138,6 +140,11 @@ def planned_device(config: TrainConfig, device: Device) -> tuple[Device, str | N
     raise ConfigError(problem or "global_train_batch_size: does not split.")
 
 
+def _reason(error: Exception) -> str:
+    """Without the name, which may be long."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 def _raise(problems: list[MPTFoundryError]) -> None:
     """All problems in one error, of the data where all of them are."""
     if not problems:
@@ -152,7 +159,11 @@ def _has_streams(loader: LoaderConfig) -> bool:
 
 def _look_at_tokenizer(config: TrainConfig, look: Look) -> TokenizerFiles | None:
     name = config.tokenizer.name
-    folder = find_tokenizer(name)
+    try:
+        folder = find_tokenizer(name)
+    except (OSError, RuntimeError) as error:
+        look.problems.append(ConfigError(f"tokenizer.name: can't be read: {_reason(error)}."))
+        return None
     if folder is None:
         if name.startswith(("/", "./", "../", "~")) or Path(name).exists():
             text = f"tokenizer.name: {name} is not a folder. Give a folder that holds tokenizer.json"

@@ -13,6 +13,7 @@ from mptfoundry.config.forms import (
     TokenType,
     check_at_least,
     check_at_most,
+    check_not_empty,
     parse_bytes,
     parse_count,
 )
@@ -146,6 +147,7 @@ class TextDatasetConfig:
             check_shares(self.streams)
         elif self.remote is None and self.local is None:
             raise ValueError("neither streams nor remote nor local is given. Say where the shards lie.")
+        check_not_empty(self, "remote", "local")
         if self.eos_token_id is not None and self.bos_token_id is not None:
             raise ValueError("eos_token_id and bos_token_id are both given. Documents are told apart by one.")
         check_at_least(self, shuffle_block_size=1, num_canonical_nodes=1, predownload=1, download_retry=0)
@@ -210,6 +212,7 @@ class LabelledDatasetConfig:
     separates_documents: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
+        check_not_empty(self, "hf_name", "local")
         if (self.hf_name is None) == (self.local is None):
             raise ValueError("hf_name or local says where the examples lie. Give one of them.")
 

@@ -74,6 +74,14 @@ def check_at_most(section: Any, **most: float) -> None:
             raise ValueError(f"{name}: {value} is too large. Use {largest:g} or less.")
 
 
+def check_not_empty(section: Any, *names: str) -> None:
+    """Raises ValueError where a field of a section that names something is given and blank."""
+    for name in names:
+        value = getattr(section, name, None)
+        if isinstance(value, str) and not value.strip():
+            raise ValueError(f"{name}: is empty. Give a name, or remove it.")
+
+
 def check_targets(value: str) -> None:
     """Raises ValueError unless `value` says which prompts are learned."""
     if not re.fullmatch(r"none|all|length>=[1-9]\d*", value):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
+from mptfoundry.config.forms import check_not_empty
 from mptfoundry.config.learned import LoRAConfig
 from mptfoundry.config.recomputation import Target, recomputed_parts
 from mptfoundry.mpt.config import MPTConfig
@@ -60,6 +61,7 @@ class ModelConfig(MPTConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         # Older configs say true next to alibi, which has no effect; a resolved config says what is computed.
+        check_not_empty(self, "pretrained_model_name_or_path")
         object.__setattr__(self, "learned_pos_emb", self.has_learned_positions)
         recomputed_parts(self.activation_checkpointing_target, self.n_layers)
         if self.pretrained_model_name_or_path is None:
@@ -141,3 +143,6 @@ class TokenizerConfig:
 
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_not_empty(self, "name")

@@ -14,7 +14,7 @@ from mptfoundry.checkpoints.architecture import OWN, architecture_of, differing,
 from mptfoundry.checkpoints.hub import locate
 from mptfoundry.config.document import Document, KeyPath, Origin, dotted
 from mptfoundry.config.schema import show
-from mptfoundry.errors import CheckpointError
+from mptfoundry.errors import CheckpointError, first_line
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import trunk_of
 
@@ -68,7 +68,12 @@ def _look_at(name: str, document: Document, notes: list[str]) -> MPTConfig | Non
     that is no longer there: a run that is resumed needs it no more. So does one that says its sizes, where
     the model can't be reached. Whoever reads the weights compares it.
     """
-    is_here = Path(name).expanduser().exists()
+    try:
+        is_here = Path(name).expanduser().exists()
+    except (OSError, RuntimeError) as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        document.report(_NAME, f"{show(name)} can't be read: {reason}.")
+        return None
     needed = [path for path, value in leaves(MPTConfig().to_dict()).items() if value is not None]
     if not is_here and all(document.has(("model", *path)) for path in needed):
         return None

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from mptfoundry.config.forms import check_at_least
+from mptfoundry.config.forms import check_at_least, check_not_empty
 from mptfoundry.places import is_url
 
 Amount = Literal["proportion", "repeat", "choose"]
@@ -48,6 +48,7 @@ class StreamConfig:
     def __post_init__(self) -> None:
         if self.remote is None and self.local is None:
             raise ValueError("neither remote nor local is given. A stream needs the folder of its shards.")
+        check_not_empty(self, "remote", "local")
         check_remote(self.remote)
         check_at_least(self, download_retry=0, download_timeout=1)
         _check_amounts(self)
@@ -109,6 +110,7 @@ def check_remote(remote: str | None) -> None:
 
 def check_records(given: Any) -> None:
     """Raises ValueError unless it is said once where records lie, and rightly how they are read."""
+    check_not_empty(given, "hf_name", "local", "remote")
     places = [name for name in ("hf_name", "local", "remote") if getattr(given, name) is not None]
     if not places:
         raise ValueError("neither hf_name nor local nor remote is given. Say where the records lie.")
