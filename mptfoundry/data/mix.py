@@ -174,7 +174,7 @@ def _document_lengths(index: ShardIndex, eos_token_id: int | None, max_seq_len: 
         return np.zeros(0, np.int64)
     numbers = range(min(index.samples, max(1, MOST_TOKENS_READ // max_seq_len)))
     stored = (sample.get("tokens") for sample in read_samples(index, numbers))
-    rows = [tokens for tokens in stored if isinstance(tokens, np.ndarray)]
+    rows = [tokens for tokens in stored if isinstance(tokens, np.ndarray) and tokens.ndim == 1]
     if not rows:
         return np.zeros(0, np.int64)
     ends = np.flatnonzero(np.concatenate(rows) == eos_token_id)
