@@ -90,7 +90,7 @@ class Resume(Callback):
             reason = (str(error).strip() or type(error).__name__).replace("\n", " ")
             raise CheckpointError(f"{self.checkpoint}: does not fit this run ({reason[:500]}).") from error
         state.run_name = run_name
-        dataset = getattr(state.train_dataloader, "dataset", None)
+        dataset: Any = getattr(state.train_dataloader, "dataset", None)
         if hasattr(dataset, "resume"):  # one whose place is what Composer's time says
             dataset.resume(int(state.timestamp.epoch), int(state.timestamp.sample_in_epoch))
             state.dataset_resumption["train"] = True
@@ -106,7 +106,7 @@ class Resume(Callback):
 
     def epoch_start(self, state: State, logger: Logger) -> None:
         """Have the first epoch that is read from its start be the one of Composer's time."""
-        dataset = getattr(state.train_dataloader, "dataset", None)
+        dataset: Any = getattr(state.train_dataloader, "dataset", None)
         if self._is_in_step or not hasattr(dataset, "next_epoch"):
             return
         self._is_in_step = True

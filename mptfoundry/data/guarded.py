@@ -322,6 +322,9 @@ class GuardedDataset(StreamingDataset):
                 f"the batch size, which was {before} and is {self._global_batch()}. Use {before}."
             )
         super().load_state_dict(dict(obj))
+        # Streaming has only the workers of the first epoch know what the order of all of them depends on.
+        self.num_canonical_nodes, self.shuffle_seed = obj["num_canonical_nodes"], obj["shuffle_seed"]
+        self.initial_physical_nodes = obj.get("initial_physical_nodes")
 
     def _resume(self, world: Any, epoch: int) -> tuple[int, int]:
         """As streaming's: which epoch to read, and from which sample on."""

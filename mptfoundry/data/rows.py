@@ -191,17 +191,18 @@ class RowDataset(Dataset):
         Raises:
             DataError: That is inside an epoch of other rows, which are not taken.
         """
-        is_ours = state is not None and "row" in state
-        if is_ours and state["row"] == 0:
+        place = state or {}
+        if place.get("row") == 0:
             return
-        if not is_ours or (state["rows_of"] != self._digest and not self._takes_other_rows):
+        is_taken = place.get("rows_of") == self._digest or (self._takes_other_rows and "row" in place)
+        if not is_taken:
             raise DataError(
                 f"{self.where}: the checkpoint stands in the middle of an epoch of other rows: the examples, "
                 "their mix, packing_ratio, max_seq_len or seed have changed since. Restore them, name what "
                 "has changed in allow_changes, or start a new run from its weights, with load_path and "
                 "load_weights_only: true."
             )
-        self._dealer.resume(int(state["epoch"]), int(state["row"]))
+        self._dealer.resume(int(place["epoch"]), int(place["row"]))
 
 
 def _check(stores: Sequence[ExampleStore], max_seq_len: int, where: str) -> None:

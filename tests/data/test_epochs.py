@@ -87,9 +87,8 @@ def loader(folder: Path, tokenizer: Any, is_training: bool = True, **options: An
         vocab_size=384,
         device_batch_size=BATCH,
         shuffle=True,
-        num_canonical_nodes=2,
         is_training=is_training,
-        **options,
+        **{"num_canonical_nodes": 2, **options},
     )
 
 
@@ -204,6 +203,17 @@ def test_a_run_of_many_starts_reads_what_one_in_one_go_reads(
         ).batches
         start = tmp_path / f"ep{epoch}-ba{4 * epoch}-rank0.pt"
     assert read == whole.batches
+
+
+def test_on_other_nodes_every_epoch_has_the_order_of_those_that_the_run_began_on(
+    streams: Path, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    """By default the order belongs to the number of nodes, which a checkpoint keeps."""
+    workers: dict[str, Any] = {"num_workers": 1, "persistent_workers": False}
+    whole = run(loader(streams, tiny_tokenizer, **workers), tmp_path)
+    start = tmp_path / "ep1-ba6-rank0.pt"
+    again = run(loader(streams, tiny_tokenizer, num_canonical_nodes=None, **workers), start=start)
+    assert again.batches == whole.batches[6:]
 
 
 @pytest.mark.parametrize(
