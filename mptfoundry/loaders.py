@@ -29,6 +29,7 @@ from mptfoundry.errors import ConfigError
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import HeadConfig, SequenceClassifierConfig, TokenClassifierConfig
 from mptfoundry.resolve import Resolved
+from mptfoundry.tokenizer import AS_TEXT
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,8 @@ def finetuning_sources(
             )
         keys = ("hf_name", "hf_kwargs", "remote", "local", "split")
         options = {key: getattr(given, key) for key in keys}
-        sources[name] = Source(place, **options, preprocessing=given.preprocessing_fn)
+        as_text = dataset.special_tokens == AS_TEXT
+        sources[name] = Source(place, **options, preprocessing=given.preprocessing_fn, as_text=as_text)
     targets = Targets(dataset.target_prompts, dataset.target_responses)
     return sources, targets, cache_folder(dataset.cache_folder)
 

@@ -76,7 +76,9 @@ def odd_values(value: Any, seed: int, count: int) -> Iterator[tuple[str, Any]]:
 
 
 def _places(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[Any, ...]]:
-    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    entries = (
+        value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    )
     for key, item in entries:
         yield (*path, key)
         yield from _places(item, (*path, key))

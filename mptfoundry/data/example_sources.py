@@ -33,6 +33,7 @@ class Source:
     Attributes:
         where: What the user calls it, for errors: `train_loader.dataset.streams.chat`.
         preprocessing: What makes records of ours from the user's; see ExamplePlan.
+        as_text: Text that spells a special token stays text.
     """
 
     where: str
@@ -42,6 +43,7 @@ class Source:
     local: str | None = None
     split: str | None = None
     preprocessing: str | Mapping[str, str] | None = None
+    as_text: bool = False
 
 
 def find_records(source: Source, cache: Path) -> Inventory:
