@@ -17,7 +17,7 @@ import torch
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.mpt.config import MPTConfig
-from mptfoundry.tokenizer import default_template
+from mptfoundry.tokenizer import default_template, own_borders
 
 if TYPE_CHECKING:
     from mptfoundry.mpt.network import MPT
@@ -93,8 +93,12 @@ def generate_text(
 
 
 def encode_prompt(tokenizer: Any, prompt: str, config: MPTConfig) -> list[int]:
-    """The ids of a prompt, at least one; raises ConfigError for ids that the model does not have."""
+    """The ids of a prompt, at least one; raises ConfigError for ids that the model does not have.
+
+    A tokenizer's own BOS begins it; its own EOS, which would end the text, is left out."""
     ids = tokenizer(prompt)["input_ids"]
+    if (after := list(own_borders(tokenizer).after)) and ids[-len(after) :] == after:
+        ids = ids[: -len(after)]
     if not ids:
         begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if begin is None:

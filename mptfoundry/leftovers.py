@@ -23,12 +23,14 @@ from typing import IO
 from mptfoundry.errors import TrainingError
 
 SHARED_MEMORY, PROCESSES = Path("/dev/shm"), Path("/proc")
-# Names of streaming's, by whose number a data set is known; torch's, which hold the process; the launcher's.
+# Names of streaming's, by whose number a data set is known; torch's, which hold the process; those of the
+# semaphores by which Python's processes share work, as a preparation's do; the launcher's.
 _BLOCK = re.compile(
     r"(\d{6})_(locals|barrier|next_epoch|cache_usage|shard_states|shard_access_times|resume|epoch_shape|epoch_data)"
 )
 _LOCK = re.compile(r"(\d{6})_(barrier|cache)_filelock")
 _TENSOR = re.compile(r"torch_(\d+)_\d+_\d+")
+_SEMAPHORE = re.compile(r"sem\.mp-[a-z0-9_]{8}")
 _LOG = re.compile(r"rank\d+\.std(out|err)\.txt")
 # Marks a folder of logs as the launcher's own; a user's may look the same.
 _LAUNCHERS = ".of-the-launcher"
@@ -56,7 +58,8 @@ def find_leftovers() -> list[Leftover]:
     return [
         Leftover(path, _size(path))
         for path in candidates
-        if not any(str(file) in used for file in _files(path)) and _number(path.name) not in living
+        if not any({str(file), _inode(file)} & used for file in _files(path))
+        and _number(path.name) not in living
     ]
 
 
@@ -147,7 +150,8 @@ def mark_logs() -> None:
 def _in_shared_memory() -> Iterator[Path]:
     for path in _owned(SHARED_MEMORY):
         tensor = _TENSOR.fullmatch(path.name)
-        if _BLOCK.fullmatch(path.name) or (tensor and not (PROCESSES / tensor[1]).exists()):
+        is_dead = tensor and not (PROCESSES / tensor[1]).exists()
+        if is_dead or _BLOCK.fullmatch(path.name) or _SEMAPHORE.fullmatch(path.name):
             yield path
 
 
@@ -193,8 +197,16 @@ def _number(name: str) -> str | None:
     return found[1] if found else None
 
 
+def _inode(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return f"{SHARED_MEMORY} {path.stat().st_ino}" if path.parent == SHARED_MEMORY else ""
+    return ""
+
+
 def _used_files() -> set[str]:
-    """Every file that a process has open or mapped, of the processes that this user may look at."""
+    """Every file that a process has open or mapped, of the processes that this user may look at.
+
+    Whoever makes a semaphore maps it under another name, which is then gone: its number tells."""
     used = set()
     for process in PROCESSES.glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -202,6 +214,8 @@ def _used_files() -> set[str]:
                 place = line.split(maxsplit=5)
                 if len(place) == 6 and place[5].startswith("/"):
                     used.add(place[5])
+                    if Path(place[5]).parent == SHARED_MEMORY:
+                        used.add(f"{SHARED_MEMORY} {place[4]}")
         with contextlib.suppress(OSError):
             for link in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):

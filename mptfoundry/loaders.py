@@ -30,6 +30,7 @@ from mptfoundry.errors import ConfigError
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import HeadConfig, SequenceClassifierConfig, TokenClassifierConfig
 from mptfoundry.resolve import Resolved
+from mptfoundry.tokenizer import AS_TEXT
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def finetuning_sources(
             **options,
             preprocessing=given.preprocessing_fn,
             token_encoding_type=dataset.token_encoding_type,
+            as_text=dataset.special_tokens == AS_TEXT,
         )
     targets = Targets(dataset.target_prompts, dataset.target_responses)
     return sources, targets, cache_folder(dataset.cache_folder)

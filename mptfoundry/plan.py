@@ -136,6 +136,7 @@ def summary_table(config: TrainConfig, device: Device | None = None, streams: St
             for label, loader in config.eval_loaders.items()
             for row in _data_in_words(f"eval {label}", label, loader, streams, {})
         ),
+        *_tokenizer_in_words(config),
         ("run folder", _run_folder_in_words(config)),
         ("device", f"{device.count} x {device.name} ({device.found})"),
         *zip(("memory", ""), _memory_in_words(plan), strict=True),
@@ -283,6 +284,14 @@ def _data_in_words(
 def place_of(place: str | None, split: str | None) -> str:
     """Where a stream lies, for people."""
     return "/".join(filter(None, [redacted(place), split]))
+
+
+def _tokenizer_in_words(config: TrainConfig) -> list[tuple[str, str]]:
+    """Which special tokens the tokenizer adds to a text by itself, where it lies on this machine."""
+    from mptfoundry.tokenizer import adds_in_words, borders_of_folder
+
+    borders = borders_of_folder(config.tokenizer.name, config.tokenizer.kwargs)
+    return [] if borders is None else [("tokenizer", f"{config.tokenizer.name} {adds_in_words(borders)}")]
 
 
 def _run_folder_in_words(config: TrainConfig) -> str:

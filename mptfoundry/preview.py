@@ -14,6 +14,7 @@ from mptfoundry.config.verbs import PreviewConfig
 from mptfoundry.data.mix import describe_mix, draw_mix, mix_table
 from mptfoundry.data.preview import preview as preview_folder
 from mptfoundry.errors import ConfigError, DataError
+from mptfoundry.tokenizer import AS_TEXT
 
 
 class RunWouldEnd(DataError):
@@ -90,7 +91,9 @@ def _preview_config(options: PreviewConfig, words: Sequence[str], color: bool) -
             folder,
             samples=options.samples,
             tokenizer=tokenizer,
+            tokenizer_kwargs=None if options.tokenizer else config.tokenizer.kwargs,
             token_encoding_type=dataset.token_encoding_type,
+            as_text=dataset.special_tokens == AS_TEXT,
             color=color,
         )
         parts.append(f"{name}\n{text}")
@@ -106,7 +109,7 @@ def _preview_finetuning(
     from mptfoundry.data.packing import plan_packing
     from mptfoundry.data.records import counted
     from mptfoundry.loaders import finetuning_sources
-    from mptfoundry.tokenizer import load_tokenizer
+    from mptfoundry.tokenizer import adds_in_words, load_tokenizer, own_borders, spelled
 
     dataset, length = loader.dataset, config.max_seq_len
     tokenizer = load_tokenizer(options.tokenizer or config.tokenizer.name, config.tokenizer.kwargs)
@@ -114,7 +117,9 @@ def _preview_finetuning(
     stores = load_examples(
         sources, tokenizer, max_seq_len=length, targets=targets, cache=cache, where="train_loader"
     )
-    parts, reasons = [], []
+    adds = adds_in_words(spelled(own_borders(tokenizer), tokenizer))
+    parts = [f"the tokenizer {adds}; a conversation has the special tokens that its template writes"]
+    reasons: list[str] = []
     for (name, source), store in zip(sources.items(), stores, strict=True):
         text = preview_examples(store, tokenizer, max_seq_len=length, samples=options.samples, color=color)
         packing = plan_packing(store.lengths, length, dataset.packing_ratio, (config.seed,))

@@ -15,10 +15,10 @@ import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from mptfoundry.checkpoints.hub import why_out_of_reach
-from mptfoundry.errors import ConfigError, first_line
+from mptfoundry.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,8 +27,18 @@ if TYPE_CHECKING:
 END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 UNLIMITED = int(1e30)
+AS_TEXT = "as_text"
 # These read tokenizer.json and no more; importing transformers' AutoTokenizer to learn that takes a second.
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
+# These follow add_bos_token and add_eos_token, whatever tokenizer.json says.
+CLASSES_WITH_SWITCHES = ("Llama", "CodeLlama", "Gemma", "GPTNeoX", "Cohere")
+
+
+class Borders(NamedTuple):
+    """Special tokens around a text, as ids or as they are spelled: those before it and those after it."""
+
+    before: tuple[Any, ...] = ()
+    after: tuple[Any, ...] = ()
 
 
 def load_tokenizer(
@@ -137,6 +147,113 @@ def count_ids(tokenizer: Any) -> int:
     """One more than the largest id that the tokenizer can give (gaps in the numbering count)."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def own_borders(tokenizer: Any) -> Borders:
+    """The ids that a tokenizer puts around each text by itself: Llama's BOS before it, T5's EOS after it.
+
+    Args:
+        tokenizer: transformers' fast tokenizer or a `tokenizers.Tokenizer`.
+    """
+    from tokenizers import Tokenizer, models
+
+    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    processor = getattr(backend, "post_processor", None)
+    if processor is None:
+        return Borders()
+    # A text of one token, whatever the tokenizer's own vocabulary, truncation and padding are.
+    text = Tokenizer(models.WordLevel({"x": 0}, unk_token="x")).encode("x")
+    encoding = processor.process(text, None, True)
+    place = encoding.special_tokens_mask.index(0)
+    return Borders(tuple(encoding.ids[:place]), tuple(encoding.ids[place + 1 :]))
+
+
+def document_borders(
+    tokenizer: Any, *, add_bos: bool | Literal["auto"] = "auto", add_eos: bool | Literal["auto"] = "auto"
+) -> Borders:
+    """The ids around a document: the tokenizer's own, unless the user wants them or does not; never twice.
+
+    Args:
+        tokenizer: transformers' fast tokenizer.
+        add_bos: Begin with BOS, or with nothing; `auto`: as the tokenizer does by itself.
+        add_eos: The same for the end.
+
+    Raises:
+        DataError: The tokenizer does not have the token that is wanted.
+    """
+    sides = []
+    own, wanted = own_borders(tokenizer), Borders(add_bos, add_eos)
+    for name, ids, wants in zip(("bos", "eos"), own, wanted, strict=True):
+        token_id = getattr(tokenizer, f"{name}_token_id")
+        if wants is True and token_id is None and not ids:
+            raise DataError(
+                f"tokenizer: {tokenizer.name_or_path} has no {name.upper()} token for the borders of "
+                f"documents. Use another tokenizer, or add_{name}=false."
+            )
+        if not wants:
+            ids = ()
+        elif wants is True and token_id is not None and token_id not in ids:
+            ids = (token_id, *ids) if name == "bos" else (*ids, token_id)
+        sides.append(ids)
+    return Borders(*sides)
+
+
+def borders_of_folder(folder: str | Path, kwargs: Mapping[str, Any] | None = None) -> Borders | None:
+    """What a tokenizer on this machine puts around each text by itself, as it is spelled; without
+    transformers, so at once. None where that can't be told.
+
+    Args:
+        folder: With `tokenizer.json`.
+        kwargs: As for `load_tokenizer`.
+    """
+    from tokenizers import Tokenizer
+
+    folder = Path(folder).expanduser()
+    try:
+        backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        path = folder / "tokenizer_config.json"
+        config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        config = {**config, **(kwargs or {})}
+        borders = Borders(*(tuple(map(backend.id_to_token, side)) for side in own_borders(backend)))
+        if str(config.get("tokenizer_class")).startswith(CLASSES_WITH_SWITCHES):
+            for name, side in (("bos", "before"), ("eos", "after")):
+                token = config.get(f"{name}_token")
+                token = token["content"] if isinstance(token, dict) else token
+                if (switch := config.get(f"add_{name}_token")) is not None:
+                    borders = borders._replace(**{side: (token,) if switch and token else ()})
+    except Exception:  # the tokenizers library raises nothing else
+        return None
+    return borders
+
+
+def spelled(borders: Borders, tokenizer: Any) -> Borders:
+    """Borders of ids as they are spelled."""
+    return Borders(*(tuple(tokenizer.convert_ids_to_tokens(list(side))) for side in borders))
+
+
+def adds_in_words(borders: Borders) -> str:
+    """What a tokenizer adds by itself: `adds <s> before each text by itself`."""
+    sides = zip(("before", "after"), borders, strict=True)
+    parts = [f"{' '.join(tokens)} {place}" for place, tokens in sides if tokens]
+    return f"adds {' and '.join(parts)} each text by itself" if parts else "adds no special tokens by itself"
+
+
+def documents_in_words(borders: Borders, own: Borders) -> str:
+    """What stands around each document of shards, and where that differs from what the tokenizer does.
+
+    Args:
+        borders: Of the documents, as they are spelled.
+        own: What the tokenizer puts around a text by itself.
+    """
+    verbs = zip(("begins with", "ends with"), borders, strict=True)
+    parts = [f"{verb} {' '.join(tokens)}" for verb, tokens in verbs if tokens]
+    text = f"each document {' and '.join(parts)}" if parts else "documents are joined without special tokens"
+    if not any(own):
+        return text
+    is_own = all(set(tokens) <= set(given) for tokens, given in zip(own, borders, strict=True))
+    return f"{text}; the tokenizer {adds_in_words(own)}" + (
+        "" if is_own else ", which these documents do without"
+    )
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:

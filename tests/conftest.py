@@ -145,6 +145,42 @@ def tiny_tokenizer(tokenizer_folder: Path) -> Any:
 
 
 @pytest.fixture(scope="session")
+def adding_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of small tokenizers with `<unk>`, `<s>` and `</s>` (ids 0 to 2), of Llama's kind (`▁` for a
+    space, bytes for what is unknown), by what they add to a text by themselves: `nothing`, `bos` as Llama's,
+    `eos` as T5's, `both` as RoBERTa's, or `pairs`, two tokens on each side."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, trainers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("adding")
+    special = ["<unk>", "<s>", "</s>"]
+    templates = {"nothing": "$A", "bos": "<s> $A", "eos": "$A </s>", "both": "<s> $A </s>"}
+    templates["pairs"] = "<s> <unk> $A <unk> </s>"
+    for name, template in templates.items():
+        backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        bytes_of = [f"<0x{byte:02X}>" for byte in range(256)]
+        trainer = trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=[*(AddedToken(token, special=True) for token in special), *bytes_of],
+            show_progress=False,
+        )
+        backend.train_from_iterator([Path(__file__).read_text()], trainer)
+        backend.post_processor = TemplateProcessing(
+            single=template, special_tokens=[(token, number) for number, token in enumerate(special)]
+        )
+        tokenizer: Any = PreTrainedTokenizerFast(
+            tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+        )
+        tokenizer.save_pretrained(folder / name)
+    return {name: str(folder / name) for name in templates}
+
+
+@pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `tokenizer` (384 ids) and the streams `a` (code; train and val) and `b` (prose; train),
     rows of 32 tokens, the same under every version of Python."""

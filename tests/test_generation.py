@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from mptfoundry.errors import ConfigError
-from mptfoundry.generation import Sampling, TextStream, chat, choose, generate, generate_text
+from mptfoundry.generation import (
+    Sampling,
+    TextStream,
+    chat,
+    choose,
+    encode_prompt,
+    generate,
+    generate_text,
+)
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from tests.conftest import TINY
@@ -264,3 +272,12 @@ class TestChat:
         shown: list[str] = []
         chat(network, tiny_tokenizer, max_new_tokens=4, input_fn=interrupted, output_fn=shown.append)
         assert shown[-1] == "\n"
+
+
+def test_a_prompt_begins_as_documents_do_and_does_not_end(adding_tokenizers: dict[str, str]) -> None:
+    from mptfoundry.tokenizer import load_tokenizer
+
+    for adds, before in {"nothing": [], "bos": [1], "eos": [], "both": [1], "pairs": [1, 0]}.items():
+        tokenizer: Any = load_tokenizer(adding_tokenizers[adds])
+        text = tokenizer("one two", add_special_tokens=False)["input_ids"]
+        assert encode_prompt(tokenizer, "one two", replace(TINY, vocab_size=400)) == [*before, *text]

@@ -147,6 +147,39 @@ def test_a_folder_of_logs_that_the_user_named_stays(own_temporary: Path, name: s
     assert len(list(logs.iterdir())) == 2
 
 
+SHARES_WORK = """
+import multiprocessing, sys
+semaphore = multiprocessing.get_context("spawn").Semaphore()
+print(semaphore._semlock.name, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_semaphores_go_when_the_processes_that_share_them_were_killed(own_temporary: Path) -> None:
+    """As the workers of a preparation do. Who made one has mapped it under a name that is gone."""
+    command = [sys.executable, "-c", SHARES_WORK]
+    made = [
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+        )
+        for _ in range(2)
+    ]
+    try:
+        paths = [
+            Path(f"/dev/shm/sem.{each.stdout.readline().strip('/ ').strip()}") for each in made if each.stdout
+        ]
+        assert all(path.exists() for path in paths)
+        assert not set(paths) & {each.path for each in find_leftovers()}
+        kill(made[0])
+        found = [each for each in find_leftovers() if each.path in paths]
+        assert [each.path for each in found] == paths[:1]
+        assert remove_leftovers(found) == found and paths[1].exists()
+    finally:
+        for each in made:
+            kill(each)
+        remove_leftovers([each for each in find_leftovers() if each.path in paths])
+
+
 def test_a_module_that_torch_wrote_goes_by_its_age(own_temporary: Path) -> None:
     folders = [own_temporary / name for name in ("tmpaaaaaaaa", "tmpbbbbbbbb")]
     for folder in folders:

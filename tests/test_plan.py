@@ -110,3 +110,14 @@ def test_every_schedule_is_told_in_words(schedule: str, words: str, tmp_path: Pa
 def test_a_remote_save_folder_is_named_beside_the_local_one() -> None:
     table = summary_table(load("mpt-tiny", "save_folder=s3://bucket/{run_name}"), CPU)
     assert "runs/mpt-tiny, checkpoints in s3://bucket/mpt-tiny" in table
+
+
+def test_a_tokenizer_on_this_machine_is_looked_at(adding_tokenizers: dict[str, str]) -> None:
+    for adds, text in {
+        "nothing": "adds no special tokens by itself",
+        "bos": "adds <s> before each text by itself",
+        "both": "adds <s> before and </s> after each text by itself",
+    }.items():
+        table = summary_table(load("mpt-tiny", f"tokenizer.name={adding_tokenizers[adds]}"), CPU)
+        assert re.search(rf"^  tokenizer +{adding_tokenizers[adds]} {text}$", table, re.M)
+    assert "by itself" not in summary_table(load("mpt-tiny", "tokenizer.name=not/here"), CPU)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ from tokenizers import Tokenizer
 
 from mptfoundry.errors import ConfigError
 from mptfoundry.tokenizer import (
+    borders_of_folder,
     check_tokenizer,
     count_ids,
     fingerprint,
     load_tokenizer,
+    own_borders,
+    spelled,
     token_byte_lengths,
     train_bpe,
     vocabulary_problem,
@@ -151,3 +155,40 @@ def test_an_empty_or_damaged_folder_is_one_clear_error(tmp_path: Path) -> None:
 def test_code_of_a_tokenizer_is_never_run(tokenizer_folder: Path) -> None:
     with pytest.raises(ConfigError, match="no tokenizer's code is run"):
         load_tokenizer(str(tokenizer_folder), {"trust_remote_code": True})
+
+
+def test_what_a_tokenizer_adds_by_itself_is_told_with_and_without_transformers(
+    adding_tokenizers: dict[str, str], tokenizer_folder: Path
+) -> None:
+    ids = {
+        "nothing": ((), ()),
+        "bos": ((1,), ()),
+        "eos": ((), (2,)),
+        "both": ((1,), (2,)),
+        "pairs": ((1, 0), (0, 2)),
+    }
+    for name, folder in adding_tokenizers.items():
+        tokenizer: Any = load_tokenizer(folder, max_seq_len=4)
+        tokenizer("a long text that is cut", truncation=True, padding=False, max_length=3)
+        borders = own_borders(tokenizer)
+        assert borders == ids[name]
+        assert borders_of_folder(folder) == spelled(borders, tokenizer)
+    assert borders_of_folder(tokenizer_folder) == ((), ())
+    assert borders_of_folder(tokenizer_folder / "nothing") is None
+
+
+def test_switches_of_llamas_class_go_before_its_file(
+    adding_tokenizers: dict[str, str], tmp_path: Path
+) -> None:
+    """As transformers has it: the class writes the template again."""
+    for name, words in (("bos", {}), ("bos", {"add_bos_token": False}), ("nothing", {"add_eos_token": True})):
+        folder = tmp_path / f"{name}{len(words)}{len(list(tmp_path.iterdir()))}"
+        shutil.copytree(adding_tokenizers[name], folder)
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        config |= {"tokenizer_class": "LlamaTokenizerFast", "add_bos_token": name == "bos", **words}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = load_tokenizer(str(folder))
+        assert borders_of_folder(folder) == spelled(own_borders(tokenizer), tokenizer)
+        changed = {"add_bos_token": True, "add_eos_token": True}
+        tokenizer = load_tokenizer(str(folder), changed)
+        assert borders_of_folder(folder, changed) == spelled(own_borders(tokenizer), tokenizer)

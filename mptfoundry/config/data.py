@@ -106,6 +106,8 @@ class TextDatasetConfig:
         replication: Consecutive devices that read the same samples. Only 1 is supported.
         allow_unsafe_types: Pickled columns run code when read and are never allowed.
         token_encoding_type: Integer type of `tokens` stored as bytes; arrays know their own.
+        special_tokens: What a `text` column that spells a special token, such as `<|endoftext|>`, becomes:
+            that token, or the ids of the text as it stands.
         eos_token_id: Documents of a packed row end with this id: they get sequence ids.
         bos_token_id: Documents of a packed row begin with this id: they get sequence ids.
     """
@@ -135,6 +137,7 @@ class TextDatasetConfig:
     replication: Literal[1] | None = None
     allow_unsafe_types: Literal[False] = False
     token_encoding_type: TokenType = "int64"
+    special_tokens: Literal["as_tokens", "as_text"] = "as_tokens"
     eos_token_id: int | None = None
     bos_token_id: int | None = None
 
@@ -254,6 +257,9 @@ class FinetuningDatasetConfig:
         decoder_only_format: Prompt and response are one sequence.
         target_prompts: Which prompts are learned: `none`, `all`, or those of `length>=N` tokens.
         target_responses: Which responses of a conversation are learned: the `last`, or `all`.
+        special_tokens: What a prompt or response that spells a special token, such as `<|endoftext|>`,
+            becomes: that token, or the ids of the text as it stands; with `as_text` a conversation that
+            spells one is a bad record.
         packing_ratio: Examples in a row, on average, that do not see one another: `auto`, as many as fit.
             Default: one.
         allow_pad_trimming: Cut the padding that all rows of a batch have.
@@ -279,6 +285,7 @@ class FinetuningDatasetConfig:
     decoder_only_format: Literal[True] = True
     target_prompts: TargetPrompts = "none"
     target_responses: Literal["last", "all"] = "last"
+    special_tokens: Literal["as_tokens", "as_text"] = "as_tokens"
     packing_ratio: float | Literal["auto"] | None = None
     allow_pad_trimming: bool = False
     shuffle: bool | None = None

@@ -27,8 +27,11 @@ class PrepareConfig:
         exclude: Patterns of files and folders to leave out.
         hf_subset: Configuration of a data set of the hub.
         hf_split: Split of a Hugging Face data set.
-        add_eos: Put the tokenizer's end-of-text token after each document.
-        add_bos: Put the tokenizer's beginning-of-text token before each document.
+        add_eos: Put the tokenizer's end-of-text token after each document, once.
+        add_bos: Put the tokenizer's beginning-of-text token before each document, once. `auto`: if the
+            tokenizer puts it before a text by itself, as Llama's does.
+        special_tokens: What a text that spells a special token, such as `<|endoftext|>`, becomes: that token,
+            or the ids of the text as it stands.
         bad_input: What a broken record or text does: end the preparation, or be counted and left out.
         engine: Where text is encoded: in processes of this machine, or on the machines of a Spark cluster,
             with the same shards. Every machine needs this package and sees the inputs under the same paths.
@@ -51,7 +54,8 @@ class PrepareConfig:
     hf_subset: str | None = None
     hf_split: str = "train"
     add_eos: bool = True
-    add_bos: bool = False
+    add_bos: bool | Literal["auto"] = "auto"
+    special_tokens: Literal["as_tokens", "as_text"] = "as_tokens"
     bad_input: Literal["error", "skip"] = "error"
     engine: Literal["local", "spark"] = "local"
     workers: int | Literal["auto"] = "auto"

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from mptfoundry.tokenizer import backend_parts
 
@@ -32,10 +32,12 @@ class TextEncoder:
     Args:
         tokenizer_json: Content of the tokenizer's `tokenizer.json`.
         dtype: Integer type of the ids that `encode` returns, as bytes.
+        as_text: Text that spells a special token stays text, instead of becoming that token.
     """
 
-    def __init__(self, tokenizer_json: str, dtype: str) -> None:
+    def __init__(self, tokenizer_json: str, dtype: str, *, as_text: bool = False) -> None:
         self.tokenizer: Tokenizer = Tokenizer.from_str(tokenizer_json)
+        self.tokenizer.encode_special_tokens = as_text
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.dtype = np.dtype(dtype)
@@ -94,7 +96,7 @@ class WordSplitter:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        added = tokenizer.get_added_tokens_decoder().values()
+        added = _tokens_in_text(tokenizer).values()
         self.tokenizer = tokenizer
         self.can_cut = not any("\n" in token.content for token in added)
         self.normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else None
@@ -182,7 +184,7 @@ class _WordCache(dict):
         super().__init__()
         self.model = tokenizer.model
         self.dtype = dtype
-        self.added = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+        self.added = {token.content: number for number, token in _tokens_in_text(tokenizer).items()}
 
     def __missing__(self, word: str) -> bytes:
         if word in self.added:
@@ -194,6 +196,14 @@ class _WordCache(dict):
         if len(word) <= LONGEST_KEPT_WORD:
             self[word] = ids
         return ids
+
+
+def _tokens_in_text(tokenizer: Tokenizer) -> dict[int, AddedToken]:
+    """The added tokens that a text can spell."""
+    added = tokenizer.get_added_tokens_decoder().items()
+    return {
+        number: token for number, token in added if not (token.special and tokenizer.encode_special_tokens)
+    }
 
 
 def _byte_characters() -> dict[int, str]:

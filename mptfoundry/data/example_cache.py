@@ -32,7 +32,7 @@ from mptfoundry.data.shards import narrowest_dtype
 from mptfoundry.data.turns import Counts, ExampleMaker, ExamplePlan, Targets, UnitExamples, source_of
 from mptfoundry.data.work import in_processes
 from mptfoundry.errors import DataError
-from mptfoundry.tokenizer import backend_parts, count_ids, fingerprint
+from mptfoundry.tokenizer import AS_TEXT, backend_parts, count_ids, fingerprint, own_borders
 
 VERSION = 3
 UNITS_OF_A_PART = 16
@@ -77,13 +77,15 @@ def prepare_examples(
         "version": [VERSION, UNIT_BYTES, UNIT_ROWS, UNITS_OF_A_PART],
         "inputs": digest_of(inventory),
         "tokenizer": [fingerprint(tokenizer), backend_parts(tokenizer)["post_processor"]],
-        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id],
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, *own_borders(tokenizer).after],
         "chat_template": tokenizer.chat_template,
         "max_seq_len": max_seq_len,
         "targets": asdict(targets),
         "preprocessing": _identity_of(source.preprocessing, say),
         "token_encoding_type": source.token_encoding_type,
     }
+    if source.as_text:
+        settings["special_tokens"] = AS_TEXT
     folder = cache / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
     title = (
         f"{source.where}: checking examples" if progress and inventory.size >= SMALLEST_PARALLEL_BYTES else ""
@@ -98,6 +100,7 @@ def prepare_examples(
         narrowest_dtype(vocab_size),
         inventory.datasets,
         source.token_encoding_type,
+        source.as_text,
     )
     try:
         with _held(folder, say) as parts:

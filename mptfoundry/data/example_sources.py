@@ -35,6 +35,7 @@ class Source:
         where: What the user calls it, for errors: `train_loader.dataset.streams.chat`.
         preprocessing: What makes records of ours from the user's; see ExamplePlan.
         token_encoding_type: Integer type of ids that records hold as bytes.
+        as_text: Text that spells a special token stays text.
     """
 
     where: str
@@ -45,6 +46,7 @@ class Source:
     split: str | None = None
     preprocessing: str | Mapping[str, str] | None = None
     token_encoding_type: str = "int64"
+    as_text: bool = False
 
 
 def find_records(source: Source, cache: Path) -> Inventory:

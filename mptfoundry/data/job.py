@@ -16,7 +16,16 @@ from mptfoundry.data.records import UNIT_BYTES
 from mptfoundry.data.shards import INDEX, PREPARING, ShardMeta, narrowest_dtype, read_index
 from mptfoundry.data.writer import ShardWriter
 from mptfoundry.errors import DataError
-from mptfoundry.tokenizer import count_ids, fingerprint, load_tokenizer
+from mptfoundry.tokenizer import (
+    Borders,
+    count_ids,
+    document_borders,
+    documents_in_words,
+    fingerprint,
+    load_tokenizer,
+    own_borders,
+    spelled,
+)
 
 COMPRESSIONS = ("br", "bz2", "snappy", "zstd")
 
@@ -35,8 +44,8 @@ class Job:
         encoder: Of that tokenizer.
         fingerprint: Of that tokenizer.
         vocab_size: Number of its ids.
-        eos_token_id: The id after each document, if any.
-        bos_token_id: The id before each document, if any.
+        borders: The ids before and after each document.
+        in_words: What stands around each document, for people.
         skip_bad_input: Leave out what can't be read.
     """
 
@@ -49,8 +58,8 @@ class Job:
     encoder: TextEncoder
     fingerprint: str
     vocab_size: int
-    eos_token_id: int | None
-    bos_token_id: int | None
+    borders: Borders
+    in_words: str
     skip_bad_input: bool
 
     @property
@@ -91,7 +100,7 @@ class Job:
             fingerprint=self.fingerprint,
             vocab_size=self.vocab_size,
             max_seq_len=max_seq_len,
-            eos_token_id=self.eos_token_id,
+            eos_token_id=self.borders.after[-1] if self.borders.after else None,
             documents=documents,
             samples=samples,
             tokens=samples * max_seq_len,
@@ -113,14 +122,8 @@ def plan_job(
     """
     _check_options(options, bad_input)
     tokenizer: Any = load_tokenizer(tokenizer_name)
-    ids = {}
-    for name in ("eos", "bos"):
-        ids[name] = getattr(tokenizer, f"{name}_token_id") if options[f"add_{name}"] else None
-        if options[f"add_{name}"] and ids[name] is None:
-            raise DataError(
-                f"tokenizer: {tokenizer_name} has no {name.upper()} token for the borders of documents. "
-                f"Use another tokenizer, or add_{name}=false."
-            )
+    borders = document_borders(tokenizer, add_bos=options["add_bos"], add_eos=options["add_eos"])
+    options = {**options, **_notes(borders, tokenizer, options)}
     kinds = ("text_key", "include", "exclude", "hf_subset", "hf_split")
     inventory = find_inputs(given, **{key: options[key] for key in kinds})
     splits = [options["split"], *([options["held_out_split"]] if options["held_out"] else [])]
@@ -133,13 +136,25 @@ def plan_job(
         given=given,
         tokenizer_name=tokenizer_name,
         tokenizer_json=tokenizer_json,
-        encoder=TextEncoder(tokenizer_json, narrowest_dtype(vocab_size)),
+        encoder=TextEncoder(tokenizer_json, narrowest_dtype(vocab_size), as_text="special_tokens" in options),
         fingerprint=fingerprint(tokenizer),
         vocab_size=vocab_size,
-        eos_token_id=ids["eos"],
-        bos_token_id=ids["bos"],
+        borders=borders,
+        in_words=documents_in_words(
+            *(spelled(each, tokenizer) for each in (borders, own_borders(tokenizer)))
+        ),
         skip_bad_input=bad_input == "skip",
     )
+
+
+def _notes(borders: Borders, tokenizer: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """How the options are kept in the index, so that shards tell what stands around their documents. What is
+    as it always was is kept as it always was, since the options of finished folders are compared."""
+    notes: dict[str, Any] = {"add_bos": bool(borders.before), "add_eos": bool(borders.after)}
+    usual = {side: {(), (getattr(tokenizer, f"{side}_token_id"),)} for side in ("bos", "eos")}
+    if borders.before not in usual["bos"] or borders.after not in usual["eos"]:
+        notes["borders"] = [list(side) for side in spelled(borders, tokenizer)]
+    return notes
 
 
 def find_finished(job: Job) -> list[ShardMeta]:
@@ -224,14 +239,19 @@ def _make_folder(folder: Path) -> None:
 
 def _refuse_differences(folder: Path, state: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     differences = []
-    for key, value in now.items():
-        before = then.get(key)
+    # An option that has its usual value may not have been known then, or not be kept.
+    for key in {**now, **then}:
+        before, value = then.get(key), now.get(key)
         if key == "inputs":
             if not before or before["digest"] != value["digest"]:
                 differences.append(f"inputs {_describe_inputs(before)} (now {_describe_inputs(value)})")
         elif key == "tokenizer":
             if before != value:
                 differences.append("another tokenizer")
+        elif key == "add_bos" and before != value:
+            differences.append(
+                f"{key}={before} (now {value}; the default is what the tokenizer does by itself)"
+            )
         elif before != value:
             differences.append(f"{key}={before} (now {value})")
     if differences:

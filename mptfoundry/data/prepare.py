@@ -48,7 +48,8 @@ def prepare(
     workers: int | None = None,
     text_key: str = "text",
     add_eos: bool = True,
-    add_bos: bool = False,
+    add_bos: bool | Literal["auto"] = "auto",
+    special_tokens: Literal["as_tokens", "as_text"] = "as_tokens",
     held_out: float = 0.0,
     held_out_split: str = "val",
     include: Sequence[str] = (),
@@ -73,8 +74,10 @@ def prepare(
         engine: Who encodes: processes of this machine, or a Spark cluster, which has workers of its own.
         workers: Processes that encode. Default: one for each core.
         text_key: The field of a record that holds its text.
-        add_eos: Put the tokenizer's EOS after each document.
-        add_bos: Put the tokenizer's BOS before each document.
+        add_eos: Put the tokenizer's EOS after each document, once.
+        add_bos: Put the tokenizer's BOS before each document, once; `auto`: if the tokenizer does by itself.
+        special_tokens: What a text that spells one of them, such as `<|endoftext|>`, becomes: that token, or
+            the text's own ids.
         held_out: Share of the documents, chosen by a hash of their text, that goes to another split.
         held_out_split: Name of that split.
         include: Patterns such as `*.py`: read only these files of a folder.
@@ -102,6 +105,7 @@ def prepare(
             "text_key": text_key,
             "add_eos": add_eos,
             "add_bos": add_bos,
+            **({"special_tokens": special_tokens} if special_tokens != "as_tokens" else {}),
             "held_out": held_out,
             "held_out_split": held_out_split if held_out else None,
             "include": list(include),
@@ -123,7 +127,9 @@ def prepare(
                 workers = workers or len(os.sched_getaffinity(0))
                 return _make(job, engine, workers, progress, started_at)
     seconds, texts = time.perf_counter() - started_at, job.inventory.plain_text
-    return PrepareSummary(_summarize(job, metas), seconds, 0, plain_text=texts, was_finished=True)
+    return PrepareSummary(
+        _summarize(job, metas), seconds, 0, plain_text=texts, borders=job.in_words, was_finished=True
+    )
 
 
 @contextmanager
@@ -151,7 +157,9 @@ def _make(job: Job, engine: str, workers: int, progress: bool, started_at: float
         raise
     skipped = dict(job.inventory.skipped + journal.skipped)
     seconds, texts = time.perf_counter() - started_at, job.inventory.plain_text
-    return PrepareSummary(_summarize(job, metas), seconds, encoded_tokens, skipped, journal.problems, texts)
+    return PrepareSummary(
+        _summarize(job, metas), seconds, encoded_tokens, skipped, journal.problems, texts, job.in_words
+    )
 
 
 def _advice(job: Job, is_kept: bool) -> str:
@@ -179,8 +187,8 @@ def _encode(job: Job, journal: Journal, engine: str, workers: int, progress: boo
         job.tokenizer_json,
         job.dtype,
         job.options["text_key"],
-        job.bos_token_id,
-        job.eos_token_id,
+        job.borders,
+        "special_tokens" in job.options,
         job.options["held_out"],
         job.skip_bad_input,
         job.inventory.datasets,

@@ -11,7 +11,15 @@ import numpy as np
 from mptfoundry.data.shards import ShardIndex, read_index, read_samples
 from mptfoundry.data.stored_ids import check_ids, read_sample
 from mptfoundry.errors import DataError
-from mptfoundry.tokenizer import fingerprint, load_tokenizer
+from mptfoundry.tokenizer import (
+    Borders,
+    adds_in_words,
+    documents_in_words,
+    fingerprint,
+    load_tokenizer,
+    own_borders,
+    spelled,
+)
 
 MOST_CHARACTERS = 1200
 BORDER = "┈┈┈┈┈┈┈┈"
@@ -23,7 +31,9 @@ def preview(
     *,
     samples: int = 3,
     tokenizer: str | None = None,
+    tokenizer_kwargs: Mapping[str, Any] | None = None,
     token_encoding_type: str = "int64",
+    as_text: bool = False,
     color: bool = False,
 ) -> str:
     """Describe a folder of shards and decode some of its samples, evenly spread.
@@ -32,7 +42,9 @@ def preview(
         folder: One split.
         samples: How many to show.
         tokenizer: Name or folder. Default: what the shards say they were made with.
+        tokenizer_kwargs: As for `load_tokenizer`.
         token_encoding_type: Type of the ids where they are stored as bytes.
+        as_text: Raw text that spells a special token stays text.
         color: Mark special tokens with terminal colours.
 
     Raises:
@@ -45,8 +57,8 @@ def preview(
         raise DataError(
             f"{folder}: the shards don't say with which tokenizer they were made. Give tokenizer."
         )
-    reader: Any = load_tokenizer(name)
-    blocks = [_describe(index)]
+    reader: Any = load_tokenizer(name, tokenizer_kwargs)
+    blocks = [f"{_describe(index)}\n{_borders_in_words(index, reader)}"]
     if index.meta and index.meta.fingerprint != fingerprint(reader):
         blocks.append(
             f"note: {name} is not the tokenizer that these shards were made with ({index.meta.tokenizer}): "
@@ -54,7 +66,7 @@ def preview(
         )
     numbers = sorted({round(at) for at in np.linspace(0, index.samples - 1, min(samples, index.samples))})
     for number, sample in zip(numbers, read_samples(index, numbers), strict=True):
-        ids = _ids(sample, reader, token_encoding_type, f"{index.folder}: sample {number:,}")
+        ids = _ids(sample, reader, token_encoding_type, as_text, f"{index.folder}: sample {number:,}")
         blocks.append(f"sample {number:,} of {index.samples:,}: {show(ids, reader, color=color)}")
     return "\n\n".join(blocks)
 
@@ -123,9 +135,24 @@ def _describe(index: ShardIndex) -> str:
     )
 
 
-def _ids(sample: Mapping[str, Any], tokenizer: Any, token_encoding_type: str, place: str) -> list[int]:
+def _borders_in_words(index: ShardIndex, tokenizer: Any) -> str:
+    """What stands around each document; of shards of another maker only what the tokenizer would do."""
+    own, meta = spelled(own_borders(tokenizer), tokenizer), index.meta
+    if meta is None:
+        return f"the tokenizer {adds_in_words(own)}, also to a `text` column"
+    before, after = meta.options.get("borders") or (
+        [tokenizer.bos_token] * bool(meta.options.get("add_bos")),
+        [] if meta.eos_token_id is None else [tokenizer.convert_ids_to_tokens(meta.eos_token_id)],
+    )
+    as_text = "; text that spells a special token is text" * ("special_tokens" in meta.options)
+    return documents_in_words(Borders(tuple(before), tuple(after)), own) + as_text
+
+
+def _ids(
+    sample: Mapping[str, Any], tokenizer: Any, token_encoding_type: str, as_text: bool, place: str
+) -> list[int]:
     found = read_sample(sample, token_encoding_type, place)
     if isinstance(found, str):
-        return list(tokenizer(found)["input_ids"])
+        return list(tokenizer(found, **({"split_special_tokens": True} if as_text else {}))["input_ids"])
     check_ids(found, len(tokenizer), "tokenizer", place)
     return list(found.tolist())

@@ -22,9 +22,8 @@ from typing import Any
 import tokenizers
 
 from mptfoundry import __version__
-from mptfoundry.data.encode import TextEncoder
 from mptfoundry.data.records import Unit
-from mptfoundry.data.work import EncodingPlan, UnitEncoder, UnitResult
+from mptfoundry.data.work import EncodingPlan, UnitEncoder, UnitResult, make_encoder
 from mptfoundry.errors import DataError
 
 # A job's results come to the driver at once: some 64 MB.
@@ -128,7 +127,7 @@ def _encode_on_executor(shared: Any, unit: Unit) -> UnitResult | DataError:
             )
     if _encoder is None or _encoder.plan is not plan:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        _encoder = UnitEncoder(plan, TextEncoder(plan.tokenizer_json, plan.dtype))
+        _encoder = UnitEncoder(plan, make_encoder(plan))
     try:
         return _encoder.encode(unit)
     except DataError as error:

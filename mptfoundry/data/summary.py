@@ -40,6 +40,7 @@ class PrepareSummary:
         skipped: What was left out, by reason.
         problems: Messages of the first things that could not be read.
         plain_text: How many files are one document each, by the ending of their names.
+        borders: What stands around each document.
         was_finished: Whether everything was there already.
     """
 
@@ -49,6 +50,7 @@ class PrepareSummary:
     skipped: Mapping[str, int] = field(default_factory=dict)
     problems: Sequence[str] = ()
     plain_text: Mapping[str, int] = field(default_factory=dict)
+    borders: str = ""
     was_finished: bool = False
 
     @property
@@ -83,6 +85,7 @@ class PrepareSummary:
             lines.append("It was finished already; nothing was done.")
         else:
             lines.append(f"{self.seconds:.1f} s, {self.tokens_per_second:,.0f} tokens/s")
+        lines += [self.borders] * bool(self.borders)
         lines += self._plain_text_in_words()
         lines += [f"left out: {count:,} x {reason}" for reason, count in sorted(self.skipped.items())]
         return "\n".join([*lines, *(f"  {problem}" for problem in self.problems)])

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from mptfoundry.data.shards import INTEGER_DTYPES
 from mptfoundry.data.stored_ids import check_ids, read_sample
 from mptfoundry.data.streams import Source, check_shards, plan_sources, warn_of_unknown
 from mptfoundry.errors import ConfigError, DataError, first_line
+from mptfoundry.tokenizer import AS_TEXT
 
 
 def build_text_loader(
@@ -76,7 +77,7 @@ def build_text_loader(
         verify: When shards are compared with their hashes; see GuardedDataset.
         pin_memory: Default: only if there is a GPU.
         where: What the user calls this loader, for errors.
-        streaming: Further arguments of streaming's StreamingDataset.
+        streaming: Further arguments of TextDataset and of streaming's StreamingDataset.
 
     Returns:
         Composer's DataSpec; batches are those of `mptfoundry.data.collate`.
@@ -128,6 +129,7 @@ class TextDataset(GuardedDataset):
         max_seq_len: The most tokens that a sample may have.
         vocab_size: Each id must be below it.
         token_encoding_type: Type of the ids where they are stored as bytes.
+        special_tokens: Raw text that spells a special token becomes that token, or, `as_text`, stays text.
         guarded: Arguments of GuardedDataset.
 
     Attributes:
@@ -142,6 +144,7 @@ class TextDataset(GuardedDataset):
         max_seq_len: int,
         vocab_size: int,
         token_encoding_type: str,
+        special_tokens: Literal["as_tokens", "as_text"] = "as_tokens",
         **guarded: Any,
     ) -> None:
         self.stream_names = list(stream_names)
@@ -150,6 +153,7 @@ class TextDataset(GuardedDataset):
         self.vocab_size = vocab_size
         self.token_encoding_type = token_encoding_type
         self.fingerprints: dict[str, str] = {}
+        self.as_text = special_tokens == AS_TEXT
         super().__init__(**guarded)
 
     def get_item(self, sample_id: int, retry: int = 7) -> dict[str, Any]:
@@ -174,7 +178,8 @@ class TextDataset(GuardedDataset):
         return {"input_ids": ids, "sample_id": int(sample_id)}
 
     def _ids_of_text(self, text: str) -> np.ndarray:
-        ids = self.tokenizer(text, truncation=True, max_length=self.max_seq_len)["input_ids"]
+        options = {"split_special_tokens": True} if self.as_text else {}
+        ids = self.tokenizer(text, truncation=True, max_length=self.max_seq_len, **options)["input_ids"]
         # A row of nothing but padding has no attention at all; one EOS has, and nothing to learn.
         return np.asarray(ids or [filler_id(self.tokenizer)], np.int64)
 

@@ -1,9 +1,9 @@
 """From turns to an example: ids, and for each whether it is learned.
 
 The rules are those of llm-foundry 0.22, so that the same records give the same ids and labels: the two texts
-of a turn are tokenized apart; a prompt and response get the special tokens that the tokenizer adds by itself,
-the parts of a conversation only those that the chat template writes; the last response ends with EOS, which
-is learned; what is too long is cut at its end.
+of a turn are tokenized apart; around a prompt with its response stand the special tokens that the tokenizer
+puts around a text by itself, in a conversation only those that the chat template writes; the last response
+ends with EOS, which is learned; what is too long is cut at its end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mptfoundry.data.records import BadInput, Row, Unit, a_type, read_rows
 from mptfoundry.data.tokens import COLUMNS, Ids, Masked, TokenReader, is_tokenized
 from mptfoundry.data.work import MOST_PROBLEMS_KEPT
 from mptfoundry.errors import DataError, first_line
-from mptfoundry.tokenizer import count_ids
+from mptfoundry.tokenizer import Borders, count_ids, own_borders
 
 ROWS_AT_ONCE = 1000
 MOST_COLUMNS_KEPT = 100
@@ -67,6 +67,8 @@ class ExamplePlan:
         dtype: Unsigned integer type of the ids.
         datasets: Hugging Face data sets that parts refer to.
         token_encoding_type: Integer type of ids that records hold as bytes.
+        as_text: A prompt or response that spells a special token keeps it as text. A conversation, in which
+            the template writes such tokens, can't hold one as text: then its record is bad.
     """
 
     tokenizer: Any
@@ -76,6 +78,7 @@ class ExamplePlan:
     dtype: str
     datasets: Sequence[Any] = ()
     token_encoding_type: str = "int64"
+    as_text: bool = False
 
 
 @dataclass
@@ -182,7 +185,7 @@ class ExampleMaker:
                 counts.bad += 1
         tokenizer, limit = self.plan.tokenizer, self.plan.max_seq_len
         texts = [said for _, said in good if isinstance(said, Turns)]
-        tokenized = iter(tokenize(texts, tokenizer))
+        tokenized = iter(tokenize(texts, tokenizer, as_text=self.plan.as_text))
         for row, said in good:
             if isinstance(said, Masked):
                 (ids, learned), is_whole, name = said, True, "labels"
@@ -215,6 +218,8 @@ class ExampleMaker:
                     "preprocessing_fn", f"{type(error).__name__}: {first_line(error)}"
                 ) from error
             said = turns_of(record, self.plan.tokenizer, needs_all=not self.plan.targets.is_last_answer)
+            if said.is_chat and self.plan.as_text:
+                _refuse_special_tokens(record, self.plan.tokenizer)
             counts.chats += said.is_chat
         ignored = said.ignored if isinstance(said, Turns) else unused(record, COLUMNS)
         counts.ignore(dict.fromkeys(sorted(ignored), 1))
@@ -227,23 +232,27 @@ class ExampleMaker:
         return said
 
 
-def tokenize(records: Sequence[Turns], tokenizer: Any) -> list[list[Ids]]:
+def tokenize(records: Sequence[Turns], tokenizer: Any, *, as_text: bool = False) -> list[list[Ids]]:
     """The ids of each record's turns.
 
     Args:
         records: What they say.
         tokenizer: transformers' fast tokenizer.
+        as_text: A prompt or response that spells a special token keeps it as text.
     """
     ids: dict[bool, Iterator[list[int]]] = {}
     for is_chat in (False, True):
         texts = [text for turns, chat, _ in records if chat == is_chat for turn in turns for text in turn]
         options = {"add_special_tokens": not is_chat, "padding": False, "truncation": False, "verbose": False}
+        if as_text and not is_chat:
+            options["split_special_tokens"] = True
         given = tokenizer(texts, return_attention_mask=False, **options)["input_ids"] if texts else []
         ids[is_chat] = iter(given)
     made = []
+    own = own_borders(tokenizer)
     for turns, is_chat, _ in records:
         pairs = [(next(ids[is_chat]), next(ids[is_chat])) for _ in turns]
-        made.append(pairs if is_chat else [_one_bos(*pair, tokenizer.bos_token_id) for pair in pairs])
+        made.append(pairs if is_chat else [_as_one(*pair, own, tokenizer.bos_token_id) for pair in pairs])
     return made
 
 
@@ -261,10 +270,30 @@ def stitch(turns: Sequence[Ids], targets: Targets, eos_token_id: int | None) -> 
     return np.array(ids, np.int64), np.array(learned, bool)
 
 
-def _one_bos(prompt: list[int], response: list[int], bos_token_id: int | None) -> Ids:
-    """A tokenizer that begins each text with BOS must not put it before the response."""
-    has_two = bos_token_id is not None and prompt[:1] == response[:1] == [bos_token_id]
-    return prompt, response[1:] if has_two else response
+def _as_one(prompt: list[int], response: list[int], own: Borders, bos_token_id: int | None) -> Ids:
+    """What a tokenizer puts around each text stands around a prompt with its response, not between them."""
+    before, after = map(list, own)
+    before = before or [bos_token_id]
+    if prompt[: len(before)] == response[: len(before)] == before:
+        response = response[len(before) :]
+    if after and prompt[-len(after) :] == after:
+        prompt = prompt[: -len(after)]
+    return prompt, response
+
+
+def _refuse_special_tokens(record: Mapping[str, Any], tokenizer: Any) -> None:
+    """Raises RecordError where a message of a conversation spells a special token."""
+    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    field = "messages" if record.get("messages") is not None else "conversations"
+    for number, message in enumerate(record[field]):
+        for key, text in message.items():
+            found = next((token for token in special if isinstance(text, str) and token in text), None)
+            if found:
+                raise RecordError(
+                    f"{field}[{number}].{key}",
+                    f"spells the special token {found}, which a conversation can't hold as text. Remove it, "
+                    "or use special_tokens: as_tokens",
+                )
 
 
 def _why_dropped(learned: np.ndarray, limit: int, *, is_masked: bool) -> str:

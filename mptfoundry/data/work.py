@@ -25,6 +25,7 @@ import numpy as np
 from mptfoundry.data.encode import TextEncoder
 from mptfoundry.data.records import Document, Skipped, Unit, read_part
 from mptfoundry.errors import DataError
+from mptfoundry.tokenizer import Borders
 
 MOST_PROBLEMS_KEPT = 5
 
@@ -39,8 +40,8 @@ class EncodingPlan:
         tokenizer_json: Content of `tokenizer.json`.
         dtype: Unsigned integer type of the ids.
         text_key: The field of a record that holds its text.
-        bos: The id before each document, if any.
-        eos: The id after each document, if any.
+        borders: The ids before and after each document.
+        as_text: Text that spells a special token stays text.
         held_out: Share of the documents that goes to the held-out split.
         skip_bad_input: Leave out what can't be read, and count it, instead of raising.
         datasets: Hugging Face data sets that parts refer to.
@@ -49,8 +50,8 @@ class EncodingPlan:
     tokenizer_json: str
     dtype: str
     text_key: str
-    bos: int | None
-    eos: int | None
+    borders: Borders
+    as_text: bool
     held_out: float
     skip_bad_input: bool
     datasets: Sequence[Any] = ()
@@ -105,7 +106,12 @@ def encode_units(
 
 
 def _encoder_of(plan: EncodingPlan) -> Callable[[Unit], UnitResult]:
-    return UnitEncoder(plan, TextEncoder(plan.tokenizer_json, plan.dtype)).encode
+    return UnitEncoder(plan, make_encoder(plan)).encode
+
+
+def make_encoder(plan: EncodingPlan) -> TextEncoder:
+    """The plan's encoder."""
+    return TextEncoder(plan.tokenizer_json, plan.dtype, as_text=plan.as_text)
 
 
 def in_processes(
@@ -151,9 +157,7 @@ class UnitEncoder:
     def __init__(self, plan: EncodingPlan, encoder: TextEncoder) -> None:
         self.plan = plan
         self.encoder = encoder
-        dtype = np.dtype(plan.dtype)
-        self.bos = b"" if plan.bos is None else dtype.type(plan.bos).tobytes()
-        self.eos = b"" if plan.eos is None else dtype.type(plan.eos).tobytes()
+        self.before, self.after = (np.array(ids, plan.dtype).tobytes() for ids in plan.borders)
 
     def encode(self, unit: Unit) -> UnitResult:
         """Read and encode all documents of a unit.
@@ -183,9 +187,9 @@ class UnitEncoder:
         return result
 
     def _encode(self, document: Document) -> bytes:
-        bos = self.bos if document.is_start else b""
-        eos = self.eos if document.is_end else b""
-        return b"".join((bos, self.encoder.encode(document.text), eos))
+        before = self.before if document.is_start else b""
+        after = self.after if document.is_end else b""
+        return b"".join((before, self.encoder.encode(document.text), after))
 
     def _is_held_out(self, document: Document) -> bool:
         if not self.plan.held_out:

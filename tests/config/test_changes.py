@@ -130,9 +130,8 @@ def test_other_training_data_need_to_be_allowed_and_an_evaluations_are_shown(pat
     with pytest.raises(ConfigError) as refused:
         refuse_changes(changes, load(path), Path("runs/x"))
     assert str(refused.value).splitlines()[:2] == [
-        "tokenizer: its content is not what the run of runs/x has read (fingerprint 00000000, then aaaaaaaa).",
-        "train_loader.dataset: its content is not what the run of runs/x has read (fingerprint 00000000, then "
-        "bbbbbbbb).",
+        f"{key}: its content is not what the run of runs/x has read (fingerprint 00000000, then {digits})."
+        for key, digits in (("tokenizer", "aaaaaaaa"), ("train_loader.dataset", "bbbbbbbb"))
     ]
     words = "allow_changes=[tokenizer,train_loader.dataset]"
     assert words in str(refused.value)

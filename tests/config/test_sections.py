@@ -54,6 +54,7 @@ def test_text_data_sets_take_what_streaming_takes_and_what_reads_tokens() -> Non
     theirs = _constructor(_source("streaming", "base", "dataset.py"), "StreamingDataset")
     given_by_the_run = {"batch_size", "stream_name", "stream_config", "kwargs"}
     ours = {"max_seq_len", "token_encoding_type", "eos_token_id", "bos_token_id", "verify"}
+    ours |= {"special_tokens"}
     assert set(field_types(TextDatasetConfig)) == (theirs - given_by_the_run) | ours
 
 

@@ -88,6 +88,20 @@ def test_ids_are_those_of_the_library_without_a_normalizer(trained: Tokenizer) -
         assert ids(encoder, text) == trained.encode(text, add_special_tokens=False).ids, repr(text)
 
 
+def test_ids_of_spelled_special_tokens_are_those_of_the_library_as_text(with_space_runs: Tokenizer) -> None:
+    encoder = TextEncoder(with_space_runs.to_str(), "uint16", as_text=True)
+    assert encoder.splitter is not None
+    with_space_runs.encode_special_tokens = True
+    try:
+        spelled = [token.content for token in with_space_runs.get_added_tokens_decoder().values()]
+        for text in ("".join(pair) for pair in zip(random_texts(300), spelled * 300, strict=False)):
+            assert ids(encoder, text) == with_space_runs.encode(text, add_special_tokens=False).ids, repr(
+                text
+            )
+    finally:
+        with_space_runs.encode_special_tokens = False
+
+
 def test_ids_of_source_files_are_those_of_the_library(
     with_space_runs: Tokenizer, corpus_texts: list[str]
 ) -> None:

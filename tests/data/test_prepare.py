@@ -599,3 +599,112 @@ def test_a_held_out_split_that_another_process_prepares_is_held_too(
     ):
         run(corpus, held_out=0.2)
     assert not (tmp_path / "out" / "train").exists()
+
+
+TEXTS = ["def one(two):", "a second text", "and a third one"]
+BORDERS: dict[tuple[str, str], tuple[list[int], list[int]]] = {
+    # What the tokenizer adds by itself, the options -> the ids around each document.
+    ("nothing", ""): ([], [2]),
+    ("nothing", "add_bos=True"): ([1], [2]),
+    ("bos", ""): ([1], [2]),
+    ("bos", "add_bos=True"): ([1], [2]),
+    ("bos", "add_bos=False"): ([], [2]),
+    ("bos", "add_eos=False"): ([1], []),
+    ("eos", ""): ([], [2]),
+    ("eos", "add_eos=False"): ([], []),
+    ("both", ""): ([1], [2]),
+    ("both", "add_bos=True"): ([1], [2]),
+    ("both", "add_bos=False add_eos=False"): ([], []),
+    ("pairs", ""): ([1, 0], [0, 2]),
+    ("pairs", "add_bos=False"): ([], [0, 2]),
+}
+
+
+@pytest.mark.parametrize(("adds", "words"), BORDERS)
+def test_documents_have_what_the_tokenizer_adds_by_itself_and_nothing_twice(
+    run: Any, tmp_path: Path, adding_tokenizers: dict[str, str], read_tokens: Reader, adds: str, words: str
+) -> None:
+    from mptfoundry.tokenizer import load_tokenizer
+
+    options: dict[str, Any] = {
+        key: value == "True" for key, value in (word.split("=") for word in words.split())
+    }
+    options |= {"tokenizer": adding_tokenizers[adds], "max_seq_len": 4}
+    lines = write_lines(tmp_path / "a.jsonl", TEXTS)
+    run(lines, **options)
+    tokenizer: Any = load_tokenizer(adding_tokenizers[adds])
+    before, after = BORDERS[adds, words]
+    stream: list[int] = []
+    for text in TEXTS:
+        stream += [*before, *tokenizer(text, add_special_tokens=False)["input_ids"], *after]
+    assert (read_tokens(tmp_path / "out" / "train") == cut(stream, 4)).all()
+    assert run(lines, **options).was_finished
+
+
+def test_the_summary_says_whose_tokens_they_are(
+    run: Any, tmp_path: Path, adding_tokenizers: dict[str, str]
+) -> None:
+    lines = write_lines(tmp_path / "a.jsonl", TEXTS)
+    options = {"tokenizer": adding_tokenizers["bos"], "max_seq_len": 4}
+    text = str(run(lines, **options)).splitlines()
+    adds = "the tokenizer adds <s> before each text by itself"
+    assert f"each document begins with <s> and ends with </s>; {adds}" in text
+    text = str(run(lines, out="without", add_bos=False, **options))
+    assert (
+        "ends with </s>; the tokenizer adds <s> before each text by itself, which these documents do" in text
+    )
+
+
+def test_shards_that_were_made_without_what_the_tokenizer_adds_are_neither_replaced_nor_called_the_same(
+    run: Any, tmp_path: Path, adding_tokenizers: dict[str, str], files_of: Files
+) -> None:
+    """As all were before `add_bos` followed the tokenizer; their index says add_bos: false."""
+    lines = write_lines(tmp_path / "a.jsonl", TEXTS)
+    options = {"tokenizer": adding_tokenizers["bos"], "max_seq_len": 4}
+    run(lines, add_bos=False, **options)
+    before = files_of(tmp_path / "out")
+    with pytest.raises(DataError, match=r"add_bos=False \(now True; the default is what the tokenizer does"):
+        run(lines, **options)
+    assert run(lines, add_bos=False, **options).was_finished
+    assert files_of(tmp_path / "out") == before
+
+
+def test_text_that_spells_a_special_token_becomes_it_or_stays_text(
+    run: Any,
+    tmp_path: Path,
+    adding_tokenizers: dict[str, str],
+    tokenizer_folder: Path,
+    read_tokens: Reader,
+) -> None:
+    from mptfoundry.tokenizer import load_tokenizer
+
+    for folder, spelled in ((adding_tokenizers["bos"], "</s>"), (str(tokenizer_folder), "<|endoftext|>")):
+        tokenizer: Any = load_tokenizer(folder)
+        text = f"one {spelled} two {spelled}"
+        lines = write_lines(tmp_path / "a.jsonl", [text])
+        found = {}
+        for kind in ("as_tokens", "as_text"):
+            out = f"{kind}{len(folder)}"
+            run(lines, tokenizer=folder, out=out, special_tokens=kind, max_seq_len=2, workers=1)
+            found[kind] = read_tokens(tmp_path / out / "train").ravel().tolist()
+        assert found["as_tokens"].count(tokenizer.eos_token_id) in (2, 3)
+        plain = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        start = found["as_text"].index(plain[0])
+        assert found["as_text"][start : start + len(plain)] == plain[: len(found["as_text"]) - start]
+        assert tokenizer.eos_token_id not in plain
+        with pytest.raises(DataError, match=r"special_tokens=as_text \(now None\)"):
+            run(lines, tokenizer=folder, out=f"as_text{len(folder)}", max_seq_len=2)
+
+
+@pytest.mark.usefixtures("small_units")
+def test_the_bytes_with_own_tokens_do_not_depend_on_workers_or_kills(
+    run: Any, corpus: Path, tmp_path: Path, files_of: Files, adding_tokenizers: dict[str, str]
+) -> None:
+    options: dict[str, Any] = {"tokenizer": adding_tokenizers["both"], "special_tokens": "as_text"}
+    options |= {"shard_bytes": 30_000, "max_seq_len": 16, "progress": False}
+    run(corpus, out="one", **options)
+    run(corpus, out="two", **options, workers=2)
+    killed_in_finish({"inputs": [str(corpus)], "out": tmp_path / "killed", "workers": 1, **options})
+    run(corpus, out="killed", **options)
+    whole = files_of(tmp_path / "one")
+    assert len(whole) > 3 and files_of(tmp_path / "two") == whole == files_of(tmp_path / "killed")

@@ -115,3 +115,19 @@ def test_a_batch_is_shown_without_its_padding(tiny_tokenizer: Any) -> None:
     text = preview_batch({"input_ids": rows, "attention_mask": mask}, tiny_tokenizer)
     assert "<|padding|>" not in text and text.startswith(f"row 0 of 2: {len(ids)} tokens, 1 document\nwords")
     assert text.count("<|endoftext|>") == 1
+
+
+def test_a_preview_says_what_stands_around_each_document(
+    corpus: Path, tmp_path: Path, adding_tokenizers: dict[str, str]
+) -> None:
+    from mptfoundry.data.prepare import prepare
+
+    adds = "the tokenizer adds <s> before each text by itself"
+    expected = {
+        "auto": f"each document begins with <s> and ends with </s>; {adds}",
+        False: f"each document ends with </s>; {adds}, which these documents do without",
+    }
+    for add_bos, line in expected.items():
+        out, options = tmp_path / str(add_bos), {"max_seq_len": 16, "workers": 1, "progress": False}
+        prepare([str(corpus)], out, tokenizer=adding_tokenizers["bos"], add_bos=add_bos, **options)  # type: ignore[arg-type]
+        assert line in preview(out / "train").splitlines()

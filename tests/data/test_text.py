@@ -12,6 +12,7 @@ import pytest
 import torch
 from streaming import MDSWriter
 
+from mptfoundry.data.preview import preview
 from mptfoundry.data.text import build_text_loader
 from mptfoundry.errors import ConfigError, DataError
 
@@ -280,3 +281,23 @@ def test_a_remote_folder_is_copied_and_its_tokenizer_compared(
     spec = build(remote=str(prepared), local=str(tmp_path / "copy"), split="train", drop_last=False)
     assert rows_of(spec) == rows_of(build(local=str(prepared), split="train", drop_last=False))
     assert (tmp_path / "copy" / "train" / "shard.00000.mds").is_file()
+
+
+@pytest.mark.parametrize("adds", ["nothing", "bos", "eos", "both"])
+def test_raw_text_has_what_the_tokenizer_adds_and_spelled_tokens_as_asked(
+    build: Any, tmp_path: Path, adding_tokenizers: dict[str, str], adds: str
+) -> None:
+    from mptfoundry.tokenizer import load_tokenizer
+
+    tokenizer: Any = load_tokenizer(adding_tokenizers[adds])
+    folder = write_shards(tmp_path, "str", ["one </s> two", "three"])
+    options = {"local": folder, "split": "train", "tokenizer": tokenizer, "vocab_size": 400}
+    before, after = [1] * (adds in ("bos", "both")), [2] * (adds in ("eos", "both"))
+    for kind, eos in (("as_tokens", 1), ("as_text", 0)):
+        batch = next(iter(build(device_batch_size=2, special_tokens=kind, **options).dataloader))
+        kept = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
+        row = batch["input_ids"][0][kept[0]].tolist()
+        assert row[: len(before)] == before and row[len(row) - len(after) :] == after
+        assert row.count(2) == eos + len(after)
+        text = preview(Path(folder, "train"), tokenizer=adding_tokenizers[adds], as_text=kind == "as_text")
+        assert f"{len(row)} tokens" in text

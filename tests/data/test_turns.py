@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mptfoundry.data.chat import Turns
 from mptfoundry.data.records import Part, Unit
 from mptfoundry.data.turns import Counts, ExampleMaker, ExamplePlan, Targets, stitch, tokenize
 from mptfoundry.tokenizer import load_tokenizer, train_bpe
@@ -161,3 +162,41 @@ def test_records_of_both_kinds_keep_their_order(tokenizers: Any) -> None:
     records = [turns_of(record, tokenizers["plain"]) for record in (CHAT, PAIR, CHAT)]
     texts = [[len(prompt) for prompt, _ in turns] for turns in tokenize(records, tokenizers["plain"])]
     assert texts == [[85, 52], [7], [85, 52]]
+
+
+@pytest.mark.parametrize("adds", ["nothing", "bos", "eos", "both", "pairs"])
+def test_what_a_tokenizer_adds_stands_around_a_prompt_with_its_response(
+    adding_tokenizers: dict[str, str], adds: str
+) -> None:
+    tokenizer: Any = load_tokenizer(adding_tokenizers[adds])
+    (turns,) = tokenize([Turns([("one two", "three")], False, frozenset())], tokenizer)
+    ids, learned = stitch(turns, Targets(), tokenizer.eos_token_id)
+    prompt, response = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("one two", "three")
+    )
+    before = {"bos": [1], "both": [1], "pairs": [1, 0]}.get(adds, [])
+    after = [0, 2] if adds == "pairs" else [2]
+    assert ids.tolist() == [*before, *prompt, *response, *after]
+    assert learned.tolist() == [False] * len(before + prompt) + [True] * len(response + after)
+
+
+def test_text_that_spells_a_special_token_can_stay_text(
+    adding_tokenizers: dict[str, str], tmp_path: Path
+) -> None:
+    tokenizer: Any = load_tokenizer(adding_tokenizers["bos"])
+    chat = [{"role": "user", "content": "what is </s>?"}, {"role": "assistant", "content": "x"}]
+    records = [{"prompt": "a </s>", "response": "b <s>"}, {"messages": chat}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    unit = Unit((Part("lines", str(tmp_path / "a.jsonl"), 0, 1 << 20),), 1)
+    made = {}
+    for as_text in (False, True):
+        made[as_text] = ExampleMaker(ExamplePlan(tokenizer, 512, Targets(), None, "uint16", (), as_text))(
+            unit
+        )
+    ids = [next(each.examples("uint16"))[0].tolist() for each in made.values()]
+    assert [[row.count(token) for token in (1, 2)] for row in ids] == [[2, 2], [1, 1]]
+    assert made[False].counts.bad == 0
+    assert made[True].counts.problems == [
+        f"{tmp_path}/a.jsonl:2: messages[0].content: spells the special token </s>, which a conversation "
+        "can't hold as text. Remove it, or use special_tokens: as_tokens."
+    ]
