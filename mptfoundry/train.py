@@ -184,21 +184,7 @@ def build_trainer(
         say(f"weights: from {source.path}{what}")
     build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
-    inputs = {"tokenizer": fingerprint(tokenizer, with_special_tokens=True)}
-    decided_by_rank_0(lambda: say_changed_inputs(config, start, inputs))
-    train_loader = loaders.build_train_loader(config, resolved, device, tokenizer)
-    evaluators = loaders.build_evaluators(
-        config.eval_loaders,
-        config,
-        model=config.model,
-        tokenizer=tokenizer,
-        max_seq_len=config.max_seq_len,
-        device_batch_size=resolved.device_eval_batch_size,
-        num_workers=resolved.num_workers,
-    )
-    data = loaders.fingerprints_of(train_loader, evaluators)
-    decided_by_rank_0(lambda: say_changed_inputs(config, start, data))
-    notes = RunNotes(to_yaml(config), inputs | data)
+    train_loader, evaluators, notes = build_data(config, resolved, device, start, tokenizer)
     model = build.build_model(config, resolved, tokenizer, source)
     describe = partial(describe_run, config, held, tokenizer)
     throughput = Throughput(
@@ -227,6 +213,31 @@ def build_trainer(
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": to_yaml(config)})
     return trainer
+
+
+def build_data(
+    config: TrainConfig, resolved: Resolved, device: Device, start: Start, tokenizer: Any
+) -> tuple[Any, Any, RunNotes]:
+    """What the run trains and is evaluated on, and what its checkpoints note of it.
+
+    Raises:
+        ConfigError: The tokenizer or a stream is not what the run has read before.
+    """
+    inputs = {"tokenizer": fingerprint(tokenizer, with_special_tokens=True)}
+    decided_by_rank_0(lambda: say_changed_inputs(config, start, inputs))
+    train_loader = loaders.build_train_loader(config, resolved, device, tokenizer)
+    evaluators = loaders.build_evaluators(
+        config.eval_loaders,
+        config,
+        model=config.model,
+        tokenizer=tokenizer,
+        max_seq_len=config.max_seq_len,
+        device_batch_size=resolved.device_eval_batch_size,
+        num_workers=resolved.num_workers,
+    )
+    data = loaders.fingerprints_of(train_loader, evaluators)
+    decided_by_rank_0(lambda: say_changed_inputs(config, start, data))
+    return train_loader, evaluators, RunNotes(to_yaml(config), inputs | data)
 
 
 def starting_model(config: TrainConfig, start: Start) -> ModelSource | None:
