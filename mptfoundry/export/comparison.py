@@ -11,7 +11,9 @@ from __future__ import annotations
 import importlib
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from mptfoundry.checkpoints.hf_folder import FolderWeights
 from mptfoundry.checkpoints.reading import ModelSource, network_of
 from mptfoundry.checkpoints.weights import EMBEDDING, PROJECTION, Rows, TensorOutline, Weights
-from mptfoundry.devices import total_memory
+from mptfoundry.checkpoints.weights import cut as cut_rows
 from mptfoundry.errors import CheckpointError
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
@@ -36,7 +38,12 @@ def rows(table):
 
 The same holds for code, for numbers such as 3.14159, and for lists: first, second, third."""
 _LONGEST = 256
+# No trained model gives logits as large as this.
 _LARGEST_LOGIT = 1e4
+# Weights in float64: in memory at a time, and compared in all. One layer is always compared.
+_PART_BYTES = 1 << 29
+_COMPARED_BYTES = 3 << 30
+_LAYER = re.compile(r"(\.blocks\.)(\d+)")
 
 
 @dataclass(frozen=True)
@@ -50,6 +57,8 @@ class Comparison:
         difference: Largest difference in float64, both sides from the exported weights.
         float32_rounding: Root mean square of what float32 changes in the folder's logits.
         export_rounding: Largest change of a logit by rounding the weights to the exported dtype.
+        agrees: Whether the difference is rounding, in every part.
+        largest: The largest logit of both, without its sign.
     """
 
     tokens: int
@@ -58,6 +67,8 @@ class Comparison:
     difference: float
     float32_rounding: float
     export_rounding: float
+    agrees: bool = True
+    largest: float = 0.0
 
     def __str__(self) -> str:
         some = (
@@ -75,47 +86,45 @@ def compare_logits(
 ) -> Comparison:
     """Compare an exported folder with the model that it was made from.
 
-    A model whose float64 weights would take more than a quarter of the machine's memory, or 3 GiB, is
-    compared over its first layers and the text's part of the vocabulary, which shows every switch of the
-    architecture.
+    A model of some size is compared in parts, so that few of its layers are in memory at a time: each part
+    computes logits from what the layers before it gave, with the text's part of the vocabulary. Of a large
+    model only the first layers are compared, which shows every switch of the architecture.
 
     Raises:
         CheckpointError: The logits differ, or, unless `allow_absurd`, no trained model gives such logits.
     """
     longest = min(_LONGEST, source.config.max_seq_len)
     ids = torch.tensor([tokenizer(_TEXT, truncation=True, max_length=longest)["input_ids"]])
-    words, memory_bytes, cut = None, _affordable_bytes(), source.config
-    if 8 * count_parameters(cut) > memory_bytes:
+    _load_tokenizer(folder)
+    config, words = source.config, None
+    layers = step = config.n_layers
+    if 8 * count_parameters(config) > _PART_BYTES:
         words, ids = ids.unique(return_inverse=True)
-        cut = replace(cut, vocab_size=len(words))
-        cut = replace(cut, n_layers=_layers_within(cut, memory_bytes))
-    ours = replace(source, config=cut, weights=_Part(source.weights, words))
-    exact, rounded = _our_logits(ours, ids, dtype)
-    theirs_float32, theirs = _their_logits(folder, ids, cut, words)
-    largest = torch.stack([exact, theirs_float32]).abs().max().item()
-    if not largest <= _LARGEST_LOGIT and not allow_absurd:
-        raise CheckpointError(
-            f"{source.path}: its logits reach {largest:.1e}, and those of trained models stay below "
-            f"{_LARGEST_LOGIT:.0e}: its weights are damaged, or its training diverged. Export an earlier "
-            "checkpoint, or set verify=false to export this one."
-        )
-    if not math.isfinite(largest):
-        exact, rounded, theirs_float32, theirs = (
-            logits.nan_to_num() for logits in (exact, rounded, theirs_float32, theirs)
-        )
-    comparison = Comparison(
-        tokens=ids.shape[1],
-        layers=cut.n_layers,
-        all_layers=source.config.n_layers,
-        difference=(rounded - theirs).abs().max().item(),
-        float32_rounding=_rms(theirs_float32 - theirs),
-        export_rounding=(exact - rounded).abs().max().item(),
-    )
-    # transformers' softmax is float32 even in float64, so that its own rounding is the yardstick here too.
-    if not _rms(rounded - theirs) <= 2 * comparison.float32_rounding:
-        raise CheckpointError(
-            f"{folder.name}: the export does not give the checkpoint's logits. {comparison}"
-        )
+        config = replace(config, vocab_size=len(words))
+        layers, step = (_layers_within(config, limit) for limit in (_COMPARED_BYTES, _PART_BYTES))
+    ours, theirs = _Excerpt.of(source.weights, words), _Excerpt.of(FolderWeights(folder), words)
+    comparison = Comparison(ids.shape[1], 0, config.n_layers, 0.0, 0.0, 0.0)
+    exact = rounded = None  # what comes out of the layers so far
+    for first in range(0, layers, step):
+        cut = replace(config, n_layers=min(step, layers - first))
+        if first:  # positions were added before the first layer
+            cut = replace(cut, learned_pos_emb=False)
+        part = replace(source, config=cut, weights=replace(ours, first=first))
+        before = rounded
+        exact, rounded = _our_logits(part, ids, dtype, exact, rounded)
+        model = _their_model(folder, cut, None if words is None else replace(theirs, first=first))
+        comparison = _joined(comparison, cut.n_layers, exact, rounded, *_their_logits(model, ids, before))
+        del model
+        if not comparison.largest <= _LARGEST_LOGIT and not allow_absurd:
+            raise CheckpointError(
+                f"{source.path}: its logits reach {comparison.largest:.1e}, and those of trained models stay "
+                f"below {_LARGEST_LOGIT:.0e}: its weights are damaged, or its training diverged. Export an "
+                "earlier checkpoint, or set verify=false to export this one."
+            )
+        if not comparison.agrees:
+            raise CheckpointError(
+                f"{folder.name}: the export does not give the checkpoint's logits. {comparison}"
+            )
     return comparison
 
 
@@ -130,68 +139,122 @@ def check_bytes(folder: Path) -> None:
             raise CheckpointError(text) from error
 
 
-def _affordable_bytes() -> int:
-    return min(3 << 30, (total_memory() or 12 << 30) // 4)
-
-
 def _layers_within(config: MPTConfig, memory_bytes: int) -> int:
+    """How many layers have float64 weights of so many bytes together; one at least."""
     one = count_parameters(replace(config, n_layers=1))
     block = count_parameters(replace(config, n_layers=2)) - one
     return max(1, min(config.n_layers, 1 + (memory_bytes // 8 - one) // block))
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Weights with some words of the vocabulary; all of them where `words` is None."""
+class _Pass:
+    """What some layers of a network give: logits, and what goes into the last norm, (1, tokens, d_model)."""
+
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+def _joined(
+    before: Comparison,
+    layers: int,
+    exact: _Pass,
+    rounded: _Pass,
+    theirs_float32: torch.Tensor,
+    theirs: torch.Tensor,
+) -> Comparison:
+    """A comparison with one more part; of its numbers the largest of all parts count.
+
+    transformers' softmax is float32 even in float64, so that its own rounding is the yardstick there too.
+    """
+    largest = torch.stack([exact.logits, theirs_float32]).abs().max().item()
+    if not math.isfinite(largest):
+        largest = math.inf
+        exact, rounded = (replace(each, logits=each.logits.nan_to_num()) for each in (exact, rounded))
+        theirs_float32, theirs = theirs_float32.nan_to_num(), theirs.nan_to_num()
+    float32_rounding = _rms(theirs_float32 - theirs)
+    return replace(
+        before,
+        layers=before.layers + layers,
+        difference=max(before.difference, (rounded.logits - theirs).abs().max().item()),
+        float32_rounding=max(before.float32_rounding, float32_rounding),
+        export_rounding=(exact.logits - rounded.logits).abs().max().item(),
+        agrees=before.agrees and _rms(rounded.logits - theirs) <= 2 * float32_rounding,
+        largest=max(before.largest, largest),
+    )
+
+
+@dataclass(frozen=True)
+class _Excerpt:
+    """Weights of some layers, which begin at 0 here and at `first` there, and of some words.
+
+    Attributes:
+        weights: All of them.
+        rows: Those of the words, by the name of their matrix; without words nothing is here.
+        first: The first layer.
+    """
 
     weights: Weights
-    words: torch.Tensor | None
+    rows: Mapping[str, torch.Tensor]
+    first: int = 0
+
+    @classmethod
+    def of(cls, weights: Weights, words: torch.Tensor | None) -> _Excerpt:
+        """The words are read at once, so that their matrices are in memory while nothing else is."""
+        names = () if words is None else [n for n in (EMBEDDING, PROJECTION) if n in weights.outlines]
+        return cls(weights, {name: weights.read(name)[words] for name in names})
 
     @property
     def outlines(self) -> Mapping[str, TensorOutline]:
         return self.weights.outlines
 
     def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
-        if self.words is None or name not in (EMBEDDING, PROJECTION):
-            return self.weights.read(name, dtype, rows)
-        tensor = self.weights.read(name)[self.words if rows is None else self.words[slice(*rows)]]
-        return tensor.to(dtype or tensor.dtype)
+        if name in self.rows:
+            tensor = cut_rows(self.rows[name], rows)
+            return tensor.to(dtype or tensor.dtype, copy=True)
+        there = _LAYER.sub(lambda found: f"{found[1]}{int(found[2]) + self.first}", name)
+        return self.weights.read(there, dtype, rows)
 
 
 @torch.inference_mode()
 def _our_logits(
-    source: ModelSource, ids: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits in float64, from the weights as they are and as they are rounded to `dtype`."""
+    source: ModelSource, ids: torch.Tensor, dtype: torch.dtype, exact: _Pass | None, rounded: _Pass | None
+) -> tuple[_Pass, _Pass]:
+    """What the layers give in float64, from the weights as they are and as they are rounded to `dtype`.
+
+    `exact` and `rounded` are what the layers before them gave.
+    """
     network = network_of(source, dtype=torch.float64)
-    exact = _logits(network, ids)
+    exact = _pass(network, ids, exact)
     for parameter in network.parameters():
         parameter.copy_(parameter.to(dtype))
-    return exact, _logits(network, ids)
+    return exact, _pass(network, ids, rounded)
 
 
 @torch.inference_mode()
-def _their_logits(
-    folder: Path, ids: torch.Tensor, cut: MPTConfig, words: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _their_logits(model: Any, ids: torch.Tensor, before: _Pass | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits of the folder's classes in float32 and in float64."""
-    from transformers import AutoTokenizer
-    from transformers.utils import logging as their_logging
-
-    before = their_logging.get_verbosity()
-    their_logging.set_verbosity_error()
-    try:
-        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        if words is None:
-            model = class_of(folder).from_pretrained(folder, torch_dtype=torch.float32)
-        else:
-            model = _load_part(folder, cut, words)
-    finally:
-        their_logging.set_verbosity(before)
-    model.eval()
-    in_float32 = _logits(model, ids).double()
+    in_float32 = _pass(model, ids, before).logits.double()
     with _MasksInFloat64():
-        return in_float32, _logits(model.double(), ids)
+        return in_float32, _pass(model.double(), ids, before).logits
+
+
+def _pass(model: Any, ids: torch.Tensor, before: _Pass | None) -> _Pass:
+    """Run a model on ids, or on what came out of the layers before it."""
+    hidden: list[torch.Tensor] = []
+
+    def keep(norm: Any, arguments: tuple[torch.Tensor, ...]) -> None:
+        hidden.append(arguments[0])
+
+    def put(embedding: Any, arguments: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+        return None if before is None else before.hidden[:, : output.shape[1]].to(output.dtype)
+
+    trunk = model.transformer
+    hooks = [trunk.norm_f.register_forward_pre_hook(keep), trunk.wte.register_forward_hook(put)]
+    try:
+        return _Pass(_logits(model, ids), hidden[0])
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -204,15 +267,38 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return output.logits
 
 
-def _load_part(folder: Path, cut: MPTConfig, words: torch.Tensor) -> Any:
-    """The folder's model with fewer layers and words; `from_pretrained` can't leave out the latter."""
+def _load_tokenizer(folder: Path) -> None:
+    """Raises what transformers raises where it can't load a folder's tokenizer."""
+    from transformers import AutoTokenizer
+
+    with _said_nothing():
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+
+
+def _their_model(folder: Path, cut: MPTConfig, excerpt: _Excerpt | None) -> Any:
+    """The folder's model in float32, whole, or an excerpt: `from_pretrained` can't leave out words."""
     kind = class_of(folder)
-    sizes = {"n_layers": cut.n_layers, "vocab_size": cut.vocab_size}
-    model = kind(kind.config_class.from_pretrained(folder, **sizes))
-    weights = _Part(FolderWeights(folder), words)
+    with _said_nothing():
+        if excerpt is None:
+            return kind.from_pretrained(folder, torch_dtype=torch.float32).eval()
+        sizes = {key: getattr(cut, key) for key in ("n_layers", "vocab_size", "learned_pos_emb")}
+        model = kind(kind.config_class.from_pretrained(folder, **sizes))
     for name, parameter in model.named_parameters():
-        parameter.data = weights.read(name, torch.float32)
-    return model
+        parameter.data = excerpt.read(name, torch.float32)
+    return model.eval()
+
+
+@contextmanager
+def _said_nothing() -> Iterator[None]:
+    """transformers without its warnings."""
+    from transformers.utils import logging as their_logging
+
+    before = their_logging.get_verbosity()
+    their_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        their_logging.set_verbosity(before)
 
 
 def class_of(folder: Path) -> Any:

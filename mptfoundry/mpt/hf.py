@@ -53,6 +53,9 @@ with suppress(ImportError):  # triton is not installed
 # What folders hold as their problem_type that earlier versions exported; transformers has no such value.
 _FORMER_PROBLEM_TYPE = "none of these: it needs AutoModelForCausalLM and trust_remote_code=True"
 
+# transformers 5.24 calls a cache `cache` in arguments and outputs; before, it was `past_key_values`.
+_CACHE_NAMES = ("past_key_values", "cache")
+_CACHE_OUTPUT = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in _CACHE_NAMES)
 _SWITCHES = tuple(field.name for field in fields(MPTConfig))
 
 
@@ -68,7 +71,7 @@ class MPTFoundryConfig(PretrainedConfig):
     """
 
     model_type = "mptfoundry"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
+    keys_to_ignore_at_inference = [*_CACHE_NAMES]  # noqa: RUF012
     attribute_map = {  # noqa: RUF012
         "hidden_size": "d_model",
         "max_position_embeddings": "max_seq_len",
@@ -182,7 +185,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
     _no_split_modules = ["CheckpointedBlock"]  # type: ignore[assignment]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # type: ignore[assignment]  # noqa: RUF012
+    _skip_keys_device_placement = [*_CACHE_NAMES]  # type: ignore[assignment]  # noqa: RUF012
     accepts_loss_kwargs = True  # transformers' Trainer tells forward its num_items_in_batch
     _supports_cache_class = True
     _supports_quantized_cache = True
@@ -223,6 +226,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_items_in_batch: int | torch.Tensor | None = None,
+        cache: Any = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Predict each next token.
 
@@ -234,7 +238,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             prefix_mask: (batch, seq), tokens that see one another in both directions; for prefix_lm.
             labels: (batch, seq) int64, aligned with ``input_ids``; -100 where not learned. In training
                 there are no logits beside the loss.
-            past_key_values: A cache of transformers' that holds the tokens before these.
+            past_key_values, cache: A cache of transformers' that holds the tokens before these.
             use_cache: Return a cache. Default: as the config says, but not in training nor of documents.
             output_attentions: Return each layer's attention weights, (batch, n_heads, seq, keys).
             output_hidden_states: Return what goes into each block, and the last norm's output.
@@ -251,19 +255,19 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("input_ids, inputs_embeds: exactly one of them is needed.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and sequence_id is None
-        cache = self._opened_cache(past_key_values, use_cache)
-        past = 0 if cache is None else cache.length
+        opened = self._opened_cache(past_key_values if cache is None else cache, use_cache)
+        past = 0 if opened is None else opened.length
         mask = _only_if_padded(attention_mask, past + tokens.shape[1])
         prefix = None if prefix_mask is None else F.pad(prefix_mask.bool(), (past, 0))  # (batch, keys)
         with self._noted(output_hidden_states, output_attentions) as (hidden, kept):
-            x = self.transformer(tokens, number_documents(mask, sequence_id, cache), prefix, cache)
+            x = self.transformer(tokens, number_documents(mask, sequence_id, opened), prefix, opened)
         loss, logits = self._predict(x, labels, logits_to_keep, num_items_in_batch)
         output = CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=None if cache is None else cache.cache,
             hidden_states=None if hidden is None else (*hidden, x),
             attentions=None if kept is None else tuple(kept.weights),
+            **{_CACHE_OUTPUT: None if opened is None else opened.cache},
         )
         as_dict = _returns_dict(self.config) if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -346,7 +350,8 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         """transformers' own, and `prefix_mask` is cut or lengthened to the tokens of the pass."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         inputs.pop("cache_position", None)  # the cache knows
-        prefix, cache = inputs.get("prefix_mask"), inputs.get("past_key_values")
+        prefix = inputs.get("prefix_mask")
+        cache = next((inputs[name] for name in _CACHE_NAMES if inputs.get(name) is not None), None)
         if prefix is not None:
             tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
             past = 0 if cache is None else int(cache.get_seq_length())

@@ -28,8 +28,9 @@ def exported(write_run: WriteRun, tmp_path: Path) -> tuple[Any, Path]:
 
 
 @pytest.fixture
-def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparison, "_affordable_bytes", lambda: 1)
+def in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer is a part of its own."""
+    monkeypatch.setattr(comparison, "_PART_BYTES", 1)
 
 
 def change(folder: Path, name: str) -> None:
@@ -47,9 +48,21 @@ def test_a_changed_weight_is_found(exported: tuple[Any, Path], tiny_tokenizer: A
         compare_logits(source, folder, tiny_tokenizer, torch.float32)
 
 
-def test_a_model_too_large_for_memory_is_compared_in_part(
-    exported: tuple[Any, Path], tiny_tokenizer: Any, little_memory: None
+def test_parts_give_what_the_whole_gives(
+    exported: tuple[Any, Path], tiny_tokenizer: Any, in_parts: None
 ) -> None:
+    source, folder = exported
+    found = compare_logits(source, folder, tiny_tokenizer, torch.float32)
+    assert (found.layers, found.all_layers) == (2, 2) and found.agrees
+    change(folder, "transformer.blocks.1.norm_2.weight")
+    with pytest.raises(CheckpointError, match=r"does not give the checkpoint's logits"):
+        compare_logits(source, folder, tiny_tokenizer, torch.float32)
+
+
+def test_of_a_large_model_the_first_layers_are_compared(
+    exported: tuple[Any, Path], tiny_tokenizer: Any, in_parts: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparison, "_COMPARED_BYTES", 1)
     source, folder = exported
     found = compare_logits(source, folder, tiny_tokenizer, torch.float32)
     assert (found.layers, found.all_layers) == (1, 2)
@@ -59,14 +72,22 @@ def test_a_model_too_large_for_memory_is_compared_in_part(
         compare_logits(other, folder, tiny_tokenizer, torch.float32)
 
 
-@pytest.mark.parametrize("attention", [AttnConfig(alibi=True, alibi_bias_max=16), AttnConfig(qk_ln=True)])
-def test_a_part_of_a_folder_with_its_own_code_is_compared_too(
-    write_run: WriteRun, tmp_path: Path, attention: AttnConfig, little_memory: None
+@pytest.mark.parametrize(
+    "attention",
+    [AttnConfig(alibi=True, alibi_bias_max=16), AttnConfig(qk_ln=True), AttnConfig(alibi=True)],
+    ids=["steep", "learned positions", "native"],
+)
+def test_rounding_is_told_from_parts_as_from_the_whole(
+    write_run: WriteRun, tmp_path: Path, attention: AttnConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(TINY, attn_config=attention, tie_word_embeddings=False)
-    summary = export(write_run(config), tmp_path / "out", progress=False)
-    assert summary.comparison.layers == 1 and summary.comparison.difference == 0
-    assert summary.comparison.export_rounding > 0
+    is_native = attention == AttnConfig(alibi=True)
+    run = write_run(replace(TINY, attn_config=attention, tie_word_embeddings=is_native))
+    whole = export(run, tmp_path / "whole", progress=False).comparison
+    monkeypatch.setattr(comparison, "_PART_BYTES", 1)
+    parts = export(run, tmp_path / "parts", progress=False).comparison
+    assert parts.layers == whole.layers == 2
+    assert 0 < parts.export_rounding <= whole.export_rounding  # of fewer words
+    assert is_native or parts.difference == whole.difference == 0
 
 
 def test_a_tensor_that_reads_back_otherwise_is_named(exported: tuple[Any, Path]) -> None:
