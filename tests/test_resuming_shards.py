@@ -69,6 +69,7 @@ def test_from_an_older_checkpoint_at_the_end_of_an_epoch_the_next_one_is_read(
     tiny_runs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["train_loader.dataset.epoch_size=16", "max_duration=2ep", "save_interval=1ep"]
+    words += ["scheduler={name: constant_with_warmup, t_warmup: 1ba}"]
     run(tiny_runs, "epochs", *words)
     monkeypatch.setattr(whole_checkpoints, "set_epoch_by_time", lambda state: None)
     run(tiny_runs, "epochs-older", *words, "max_duration=1ep")

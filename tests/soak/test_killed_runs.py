@@ -40,6 +40,7 @@ def test_continued_from_the_end_of_each_epoch_two_ranks_read_what_they_read_in_o
         "train_loader.num_workers=2",
         "train_loader.dataset.epoch_size=32",
         "save_interval=1ep",
+        "scheduler={name: constant_with_warmup, t_warmup: 1ba}",
     ]
     for name, durations in (("whole", (3,)), ("continued", (1, 2, 3))):
         for epochs in durations:
