@@ -10,7 +10,8 @@ an epoch's very end, at that end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,20 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import glob_filter
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 
-from mptfoundry.checkpoints.training_state import fill_state, read_state, saved_random_states
+from mptfoundry.checkpoints.training_state import (
+    compare_weights,
+    fill_state,
+    read_state,
+    saved_random_states,
+    stored_weights,
+)
 from mptfoundry.errors import CheckpointError, MPTFoundryError
+from mptfoundry.ranks import decided_by_rank_0
 
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 _MISFIT = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError, AssertionError)
 # What an optimizer's group holds of the run's progress, and not of its config.
 _PROGRESS = ("params", "lr")
@@ -61,6 +72,7 @@ class Resume(Callback):
         """Load it, once the model is wrapped and before anything else is."""
         run_name, configured = state.run_name, _hyperparameters(state)
         content = self._read(state)
+        decided_by_rank_0(lambda: self._compare(state, content["state"].get("model")))
         try:
             names = [name for name, _ in content["state"].get("algorithms") or ()]
             if self.weights_only:
@@ -76,6 +88,23 @@ class Resume(Callback):
         self._random = content.get("rng")
         if self.keep_optimizer:
             _set_hyperparameters(state, configured)
+
+    def _compare(self, state: State, weights: Mapping[str, Any] | None) -> None:
+        """Say which weights are new and which are left over, or raise where they may not be."""
+        if weights is None:
+            return
+        names = [(_WRAPPERS.sub("", name), value) for name, value in state.model.named_parameters()]
+        # FSDP 1 keeps a share of each parameter under its name, flat.
+        is_whole = not any(isinstance(module, FullyShardedDataParallel) for module in state.model.modules())
+        stored = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
+        if self.checkpoint.is_dir():
+            ignored = set(stored_weights(self.checkpoint)) - set(weights) if self.ignore_keys else set()
+            stored = {n: s for n, s in stored_weights(self.checkpoint).items() if n not in ignored}
+        model = {name: tuple(value.shape) if is_whole else stored.get(name, ()) for name, value in names}
+        buffers = {_WRAPPERS.sub("", name) for name, _ in state.model.named_buffers()}
+        stored = {name: shape for name, shape in stored.items() if name not in buffers}
+        if said := compare_weights(self.checkpoint, stored, model, strict=self.strict):
+            print(f"load_path: {said}", flush=True)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Restore before the first batch, after whatever the loader drew when it was opened."""
