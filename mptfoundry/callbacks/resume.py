@@ -14,7 +14,8 @@ begins, and StreamingDataset the epochs from the one that it began; both are set
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,22 @@ from composer.core import Callback, State, Time
 from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import glob_filter
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mptfoundry.checkpoints.training_state import (
+    compare_weights,
     fill_state,
     read_state,
     repeated_epoch,
     saved_random_states,
     set_epoch_by_time,
+    stored_weights,
 )
 from mptfoundry.errors import CheckpointError, MPTFoundryError
+from mptfoundry.ranks import decided_by_rank_0
 
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
 _MISFIT = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError, AssertionError)
 # What an optimizer's group holds of the run's progress, and not of its config.
 _PROGRESS = ("params", "lr")
@@ -76,6 +83,7 @@ class Resume(Callback):
         """Load it, once the model is wrapped and before anything else is."""
         run_name, configured = state.run_name, _hyperparameters(state)
         content = self._read(state)
+        decided_by_rank_0(lambda: self._compare(state, content["state"].get("model")))
         try:
             names = [name for name, _ in content["state"].get("algorithms") or ()]
             if self.weights_only:
@@ -113,6 +121,23 @@ class Resume(Callback):
         if dist.get_local_rank() == 0:
             dataset.next_epoch = int(state.timestamp.epoch)  # of all processes of this node
         dist.barrier()
+
+    def _compare(self, state: State, weights: Mapping[str, Any] | None) -> None:
+        """Say which weights are new and which are left over, or raise where they may not be."""
+        if weights is None:
+            return
+        names = [(_WRAPPERS.sub("", name), value) for name, value in state.model.named_parameters()]
+        # FSDP 1 keeps a share of each parameter under its name, flat.
+        is_whole = not any(isinstance(module, FullyShardedDataParallel) for module in state.model.modules())
+        stored = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
+        if self.checkpoint.is_dir():
+            ignored = set(stored_weights(self.checkpoint)) - set(weights) if self.ignore_keys else set()
+            stored = {n: s for n, s in stored_weights(self.checkpoint).items() if n not in ignored}
+        model = {name: tuple(value.shape) if is_whole else stored.get(name, ()) for name, value in names}
+        buffers = {_WRAPPERS.sub("", name) for name, _ in state.model.named_buffers()}
+        stored = {name: shape for name, shape in stored.items() if name not in buffers}
+        if said := compare_weights(self.checkpoint, stored, model, strict=self.strict):
+            print(f"load_path: {said}", flush=True)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Restore before the first batch, after whatever the loader drew when it was opened."""

@@ -7,11 +7,12 @@ gives it as it is; a folder of shards fills a state of the same form, each rank 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from mptfoundry.checkpoints.sharded import (
@@ -22,8 +23,12 @@ from mptfoundry.checkpoints.sharded import (
     why_folder_is_not_whole,
 )
 from mptfoundry.checkpoints.torch_files import load_plain, load_plain_bytes
+from mptfoundry.checkpoints.weights import EMBEDDING, POSITIONS, todays_name
 from mptfoundry.errors import CheckpointError, first_line
 
+Shapes = Mapping[str, tuple[int, ...]]
+
+_WEIGHTS, _BLOCKS = "state.model.", "transformer.blocks."
 # What a run can't go on without.
 _PARTS = ("model", "optimizers", "timestamp")
 # A state lacks something of these only by mistake; a callback, say, may be new.
@@ -88,6 +93,72 @@ def saved_random_states(folder: Path) -> int:
     """How many ranks' random states a folder of shards holds."""
     paths = (getattr(read_metadata(folder), "planner_data", None) or {}).values()
     return len({path[1] for path in paths if len(path) == 3 and path[0] == "rng"})
+
+
+def stored_weights(folder: Path) -> Shapes:
+    """Names and shapes of the weights in a folder of shards."""
+    entries = read_metadata(folder).state_dict_metadata.items()
+    return {
+        key.removeprefix(_WEIGHTS): tuple(entry.size)
+        for key, entry in entries
+        if key.startswith(_WEIGHTS) and isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def compare_weights(checkpoint: Path, stored: Shapes, model: Shapes, *, strict: bool) -> str | None:
+    """A line on what of a model's weights a checkpoint lacks, and what it holds besides; None if nothing.
+
+    Args:
+        checkpoint: Begins every sentence.
+        stored: Names and shapes in the checkpoint.
+        model: Names and shapes of the model.
+        strict: They have to be the same.
+
+    Raises:
+        CheckpointError: They are not, or a weight has another shape, or none of the model's is there.
+    """
+    new = [name for name in model if name not in stored]
+    left = [name for name in stored if name not in model]
+    reshaped = [name for name in model if name in stored and stored[name] != model[name]]
+    if len(new) == len(model):
+        raise CheckpointError(
+            f"{checkpoint}: holds none of the model's {len(model)} weights, such as {new[0]}."
+        )
+    said = [
+        f"{_some(names)} {what}" for names, what in ((new, "not in it"), (left, "not in the model")) if names
+    ]
+    if reshaped or (strict and said):
+        there, here = _sizes(stored), _sizes(model)
+        keys = [key for key in there if there[key] != here.get(key)]
+        why = [f"model.{key} is {there[key]} there and {here.get(key)} here" for key in keys]
+        why = (
+            why or [f"{name} is {stored[name]} there and {model[name]} here" for name in reshaped[:1]] or said
+        )
+        advice = "Make them equal"
+        advice += "" if reshaped else ", or set load_strict_model_weights: false to take what both have"
+        raise CheckpointError(f"{checkpoint}: does not fit this run: {'; '.join(why)}. {advice}.")
+    return f"{checkpoint}: {'; '.join(said)}" if said else None
+
+
+def _some(names: Sequence[str]) -> str:
+    """Names of weights, shortened."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
+
+
+def _sizes(shapes: Shapes) -> dict[str, Any]:
+    """The keys of a config that the shapes of its weights tell."""
+    names = [todays_name(name.removeprefix("model.")) for name in shapes]
+    by_name = dict(zip(names, shapes.values(), strict=True))
+    sizes: dict[str, Any] = {"n_layers": len({n.split(".")[2] for n in names if n.startswith(_BLOCKS)})}
+    for key, name, axis in (
+        ("vocab_size", EMBEDDING, 0),
+        ("d_model", EMBEDDING, 1),
+        ("max_seq_len", POSITIONS, 0),
+    ):
+        if name in by_name:
+            sizes[key] = by_name[name][axis]
+    return sizes | {"no_bias": not any(name.endswith(".bias") for name in names)}
 
 
 def fill_state(state: dict[str, Any], folder: Path, *, strict: bool = True) -> None:
