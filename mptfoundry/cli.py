@@ -23,7 +23,7 @@ from mptfoundry.ranks import announce_failure, connect, rank, report, world_size
 
 if TYPE_CHECKING:
     from mptfoundry.config.run import TrainConfig
-    from mptfoundry.config.verbs import GenerateConfig
+    from mptfoundry.config.verbs import TextConfig
 
 KEY = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
 
@@ -140,8 +140,6 @@ def _generate(words: list[str]) -> None:
         )
     from mptfoundry.generation import generate_text
 
-    if options.system is not None:
-        raise ConfigError("system: only a chat begins with it. Put it into the prompt, or use chat.")
     prompts = [_text_of(prompt) for prompt in options.prompts]
     network, tokenizer = _load_network(options)
     if len(prompts) == 1:
@@ -168,9 +166,7 @@ def _print_piece(row: int, piece: str) -> None:
 
 
 def _chat(words: list[str]) -> None:
-    options = _options(words, "GenerateConfig", "model")
-    if options.prompts:
-        raise ConfigError("prompts: a chat asks for each line itself. Remove it, or use generate.")
+    options = _options(words, "ChatConfig", "model")
     from mptfoundry.generation import chat
 
     network, tokenizer = _load_network(options)
@@ -197,7 +193,7 @@ def _doctor(words: list[str]) -> None:
         raise MPTFoundryError("something that training needs is missing here; see above.")
 
 
-def _load_network(options: GenerateConfig) -> tuple[Any, Any]:
+def _load_network(options: TextConfig) -> tuple[Any, Any]:
     """The network in the dtype asked for, on the GPU if there is one, and its tokenizer."""
     import torch
 
@@ -216,7 +212,7 @@ def _load_network(options: GenerateConfig) -> tuple[Any, Any]:
     return network, tokenizer
 
 
-def _how(options: GenerateConfig) -> dict[str, Any]:
+def _how(options: TextConfig) -> dict[str, Any]:
     return {"max_new_tokens": options.max_new_tokens, "sampling": options, "stop": options.stop}
 
 
@@ -297,7 +293,7 @@ VERBS = {
         "talk with a model",
         "MODEL [key=value ...]",
         "mptfoundry chat hf/mpt-7b-chat",
-        "GenerateConfig",
+        "ChatConfig",
     ),
     "doctor": Verb(
         _doctor,
