@@ -25,7 +25,7 @@ from mptfoundry.signals import ending_at_once, heeded, lasting_output
 
 if TYPE_CHECKING:
     from mptfoundry.config.run import TrainConfig
-    from mptfoundry.config.verbs import GenerateConfig
+    from mptfoundry.config.verbs import TextConfig
 
 STOPPED_WHILE_STARTING = "{name}: stopped while starting; nothing had to be saved."
 STOPPED_BY_CTRL_C = "stopped by Ctrl-C"
@@ -177,8 +177,6 @@ def _generate(words: list[str]) -> None:
     with _importing():
         from mptfoundry.generation import generate_text
 
-    if options.system is not None:
-        raise ConfigError("system: only a chat begins with it. Put it into the prompt, or use chat.")
     prompts = [_text_of(prompt) for prompt in options.prompts]
     network, tokenizer = _load_network(options)
     if len(prompts) == 1:
@@ -205,9 +203,7 @@ def _print_piece(row: int, piece: str) -> None:
 
 
 def _chat(words: list[str]) -> None:
-    options = _options(words, "GenerateConfig", "model")
-    if options.prompts:
-        raise ConfigError("prompts: a chat asks for each line itself. Remove it, or use generate.")
+    options = _options(words, "ChatConfig", "model")
     with _importing():
         from mptfoundry.generation import chat
 
@@ -236,7 +232,7 @@ def _doctor(words: list[str]) -> None:
         raise MPTFoundryError("something that training needs is missing here; see above.")
 
 
-def _load_network(options: GenerateConfig) -> tuple[Any, Any]:
+def _load_network(options: TextConfig) -> tuple[Any, Any]:
     """The network in the dtype asked for, on the GPU if there is one, and its tokenizer."""
     with _importing():
         import torch
@@ -263,7 +259,7 @@ def _load_network(options: GenerateConfig) -> tuple[Any, Any]:
     return network, tokenizer
 
 
-def _how(options: GenerateConfig) -> dict[str, Any]:
+def _how(options: TextConfig) -> dict[str, Any]:
     return {"max_new_tokens": options.max_new_tokens, "sampling": options, "stop": options.stop}
 
 
@@ -344,7 +340,7 @@ VERBS = {
         "talk with a model",
         "MODEL [key=value ...]",
         "mptfoundry chat hf/mpt-7b-chat",
-        "GenerateConfig",
+        "ChatConfig",
     ),
     "doctor": Verb(
         _doctor,

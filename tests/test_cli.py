@@ -29,6 +29,14 @@ def test_every_verb_explains_itself(verb: str, capsys: Capture) -> None:
     assert VERBS[verb].example in printed and VERBS[verb].words in printed
 
 
+def test_help_lists_what_a_verb_takes_and_no_more(capsys: Capture) -> None:
+    for verb, has, lacks in (("chat", "system", "prompts"), ("generate", "prompts", "system")):
+        with pytest.raises(SystemExit):
+            main([verb, "--help"])
+        printed = capsys.readouterr().out
+        assert f"  {has}: " in printed and f"  {lacks}: " not in printed
+
+
 def test_check_prints_the_run(capsys: Capture) -> None:
     assert main(["check", TINY, "max_duration=7ba"]) == 0
     printed = capsys.readouterr().out
@@ -47,8 +55,16 @@ def test_check_prints_the_run(capsys: Capture) -> None:
         (["generate", "model"], 2, "prompts: none is given"),
         (["generate", "model", "file::nowhere.txt"], 2, "prompts: file::nowhere.txt can't be read"),
         (["generate", "model", "a", "stop=['']"], 2, "an empty text would end each continuation at once"),
-        (["generate", "model", "a", "system=b"], 2, "system: only a chat begins with it."),
-        (["chat", "model", "prompts=[a]"], 2, "prompts: a chat asks for each line itself."),
+        (
+            ["generate", "model", "a", "system=b"],
+            2,
+            "system=b: is not supported: only a chat begins with it.",
+        ),
+        (
+            ["chat", "model", "prompts=[a]"],
+            2,
+            "prompts=[a]: is not supported: a chat asks for each line itself.",
+        ),
         (["export", "nowhere", "out", "more"], 2, "more: is no key=value"),
         (["export", "nowhere", "out"], 1, "nowhere: no such file or folder"),
         (

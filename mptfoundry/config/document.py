@@ -71,6 +71,7 @@ class Document:
         problems: Where and what.
         absent: What words take out although it is not there.
         references: The keys that interpolations and YAML aliases refer to.
+        notes: What the user should know of how the file was read.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Document:
     problems: list[tuple[Origin, str]] = field(default_factory=list)
     absent: set[KeyPath] = field(default_factory=set)
     references: set[str] = field(default_factory=set)
+    notes: list[str] = field(default_factory=list)
 
     def origin(self, path: KeyPath) -> Origin:
         """The origin of a value, or of the section it would stand in."""

@@ -22,7 +22,7 @@ from mptfoundry.config.schema import (
     subject,
     walk_keys,
 )
-from mptfoundry.config.signatures import Catalogue, arguments_of, describe_annotation
+from mptfoundry.config.signatures import Catalogue, arguments_of, describe_annotation, sentence_of
 from mptfoundry.errors import ConfigError
 
 _WIDTH = 100
@@ -153,11 +153,12 @@ def _foreign(wanted: tuple[str, ...]) -> str | None:
         where = catalogue.known[names[0]]
         try:
             arguments = [a for a in arguments_of(where) if len(names) == 1 or a.name == names[1]]
+            sentence = sentence_of(where) if len(names) == 1 else ""
         except LookupError as error:
             raise ConfigError(f"{section}.{names[0]}: can't be explained: {error}.") from None
         if not arguments and len(names) > 1:
             continue
-        lines = [f"{section}.{names[0]}", f"    {where.replace(':', '.')}"]
+        lines = [f"{section}.{names[0]}", *_wrapped(sentence), f"    {where.replace(':', '.')}"]
         for argument in arguments:
             default = f"default {argument.default}" if argument.default is not None else "has to be given"
             lines.append(f"    {argument.name}: {describe_annotation(argument.annotation)}; {default}")

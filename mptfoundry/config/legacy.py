@@ -141,6 +141,8 @@ REFUSED: dict[tuple[str, str], str] = {
     ("TextDatasetConfig", "mlm_probability"): "models predict the next token. Remove it.",
     ("TextLoaderConfig", "sampler"): "the data set orders its samples itself. Remove it.",
     ("TextLoaderConfig", "batch_size"): "it follows from the batch sizes of the run. Remove it.",
+    ("ChatConfig", "prompts"): "a chat asks for each line itself. Remove it, or use generate.",
+    ("GenerateConfig", "system"): "only a chat begins with it. Put it into the prompt, or use chat.",
     ("model", "hf_causal_lm"): _HUB,
     ("model", "hf_t5"): _MPT,
     ("model", "hf_prefix_lm"): "use name: mpt_causal_lm with attn_config.prefix_lm: true.",

@@ -44,7 +44,7 @@ def load_train_config(path: str | Path, words: Sequence[str] = ()) -> tuple[Trai
     document = read_document(path, words, {"run_name": name})
     _refuse_another_kind(document)
     _refuse_code_from_file(document)
-    notes = translate(document)
+    notes = document.notes + translate(document)
     notes += fill_architecture(document)
     _share_top_level(document)
     config = build(TrainConfig, document, REFUSED)

@@ -202,9 +202,24 @@ class _Lines:
             if key.value == "<<":
                 for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     self.note_alias(merged)
+                    self.note_lost(merged, node, path)
                     self.note(merged, path)
             else:
                 self.note_value(value, line, (*path, key.value))
+
+    def note_lost(self, merged: yaml.Node, node: yaml.MappingNode, path: KeyPath) -> None:
+        """Note what a merged section holds that has no effect, since a section here takes its place whole."""
+        for key, value in merged.value if isinstance(merged, yaml.MappingNode) else ():
+            name, own = next((pair for pair in node.value if pair[0].value == key.value), (None, None))
+            if isinstance(value, yaml.MappingNode) and isinstance(own, yaml.MappingNode) and name is not None:
+                kept = {inner.value for inner, _ in own.value}
+                lost = [inner.value for inner, _ in value.value if inner.value not in kept]
+                if lost:
+                    place = f"{self.file}:{name.start_mark.line + 1}: {dotted((*path, key.value))}"
+                    text = f"{', '.join(map(str, lost))} of the section that << merges"
+                    self.document.notes.append(
+                        f"{place}: takes the place of all of it: {text} has no effect."
+                    )
 
     def note_value(self, node: yaml.Node, line: int, path: KeyPath) -> None:
         """Note one value, and what stands below it."""

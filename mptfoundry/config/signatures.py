@@ -7,6 +7,7 @@ as their annotations are plain (`int`, `Optional[str]`, `list[str]`, ...); anyth
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -117,15 +118,33 @@ def arguments_of(where: str) -> tuple[Argument, ...]:
     Raises:
         LookupError: The package is not installed, or has no such class.
     """
+    found = _constructor_arguments(_class_of(where))
+    extra = [Argument(key, words, "None") for key, words in EXTRA.get(where, {}).items()]
+    return tuple(a for a in found + extra if a.name not in GIVEN.get(where, ()))
+
+
+@cache
+def sentence_of(where: str) -> str:
+    """The first sentence of what a class says of itself, as plain text.
+
+    Raises:
+        LookupError: The package is not installed, or has no such class.
+    """
+    said = ast.get_docstring(_class_of(where))
+    if said is None:  # it may be put together when it is imported; its module says the same
+        said = ast.get_docstring(ast.parse(_source_of(where.partition(":")[0]).read_text(encoding="utf-8")))
+    text = (said or "").split("\n\n")[0]
+    text = re.sub(r"`([^`<]+?)\s*<[^>]*>`_*", r"\1", " ".join(text.split()))
+    text = re.sub(r":\w+:`[~.]?(?:[\w.]+\.)?(\w+)`", r"\1", text).replace("``", "`")
+    return re.split(r"(?<=[.!?])\s", text)[0]
+
+
+def _class_of(where: str) -> ast.ClassDef:
     module, _, name = where.partition(":")
     for node in ast.parse(_source_of(module).read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef) and node.name == name:
-            found = _constructor_arguments(node)
-            break
-    else:
-        raise LookupError(f"{module} has no class {name}")
-    extra = [Argument(key, words, "None") for key, words in EXTRA.get(where, {}).items()]
-    return tuple(a for a in found + extra if a.name not in GIVEN.get(where, ()))
+            return node
+    raise LookupError(f"{module} has no class {name}")
 
 
 def _source_of(module: str) -> Path:

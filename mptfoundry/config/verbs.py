@@ -268,17 +268,15 @@ class Sampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateConfig(Sampling):
-    """Continue a text, or talk.
+class TextConfig(Sampling):
+    """How a model makes text.
 
     Attributes:
         model: Folder of a run, a checkpoint, an exported folder, or an adapter in peft's format.
         base: The model that such an adapter belongs to.
-        prompts: Texts to continue; `file::PATH` reads one from a file.
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: the model's.
         max_new_tokens: Tokens to add at most.
         stop: Texts that end a continuation.
-        system: What a chat begins with.
         dtype: Number format of the weights. `auto`: bfloat16 on GPUs that have it, else float32.
         attn_impl: The attention backend; all give the same mathematics.
         verify: Compare what is read of the weights with its checksums.
@@ -286,13 +284,11 @@ class GenerateConfig(Sampling):
 
     model: str
     base: str | None = None
-    prompts: tuple[str, ...] = ()
     tokenizer: str | None = None
     max_new_tokens: int = 100
     temperature: float = 0.8
     top_p: float = 0.95
     stop: tuple[str, ...] = ()
-    system: str | None = None
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
     attn_impl: Literal["auto", "torch", "flash", "triton"] = "auto"
     verify: bool = True
@@ -303,3 +299,25 @@ class GenerateConfig(Sampling):
             raise ValueError("stop: an empty text would end each continuation at once. Remove it.")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: {self.max_new_tokens} is not positive. Use 1 or more.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(TextConfig):
+    """Continue texts.
+
+    Attributes:
+        prompts: Texts to continue; `file::PATH` reads one from a file.
+    """
+
+    prompts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig(TextConfig):
+    """Talk with a model.
+
+    Attributes:
+        system: What the chat begins with.
+    """
+
+    system: str | None = None

@@ -9,6 +9,7 @@ from mptfoundry.config import verbs
 from mptfoundry.config.explain import explain, options_of
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.schema import describe, field_types, meanings, walk_keys
+from mptfoundry.config.signatures import ALGORITHMS, CALLBACKS, LOGGERS
 from mptfoundry.errors import ConfigError
 
 
@@ -75,6 +76,12 @@ def test_names_and_indices_of_the_user_are_understood() -> None:
 def test_composers_classes_are_explained_by_their_signatures() -> None:
     assert "window_size: a whole number; default 100" in explain("callbacks.speed_monitor")
     assert "monitor: text; has to be given" in explain("early_stopper.monitor")
+
+
+@pytest.mark.parametrize("name", [*CALLBACKS, *LOGGERS, *ALGORITHMS])
+def test_every_class_is_explained_by_a_sentence(name: str) -> None:
+    sentence = explain(name).split("\n")[1].strip()
+    assert len(sentence) > 10 and sentence[0].isupper() and ":`" not in sentence and "``" not in sentence
 
 
 def test_an_unknown_key_gets_the_nearest_ones() -> None:

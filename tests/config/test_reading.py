@@ -180,3 +180,11 @@ def test_three_question_marks_have_to_be_given(
 def test_yaml_anchors_and_merge_keys_work(load: Callable[..., object]) -> None:
     config = load("eval_loader:", "- &first {label: a, dataset: {local: x}}", "- {<<: *first, label: b}")
     assert config.eval_loaders["b"].dataset.local == "x"
+
+
+def test_a_section_that_takes_the_place_of_a_merged_one_is_said(write: Callable[..., str]) -> None:
+    text = "common: &c {optimizer: {lrr: 3, lr: 2}, seed: 4}\n<<: *c\n" + SMALL
+    _, notes = load_train_config(write(text=text))
+    assert notes[0] == (
+        "run.yaml:19: optimizer: lrr of the section that << merges have no effect, since this takes its place."
+    )
