@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs, load_from_hub
+from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs, load_from_hub, refuse_slice
 from mptfoundry.data.integrity import fastest_hash, problem_of
 from mptfoundry.data.shards import INDEX, check_shard_files, read_index
 from mptfoundry.errors import DataError
@@ -57,7 +57,7 @@ def find_records(source: Source, cache: Path) -> Inventory:
         DataError: It is missing, can't be read or fetched, or holds no records.
     """
     if source.remote and "://" in source.remote:
-        _refuse_slice(source)
+        refuse_slice(source.split, f"{source.where}.split")
         return _shards(_fetch_shards(source, cache), source)
     key = next(key for key in ("hf_name", "remote", "local") if getattr(source, key))
     place = getattr(source, key)
@@ -65,7 +65,7 @@ def find_records(source: Source, cache: Path) -> Inventory:
     is_builder = place in BUILDERS and (data_files or data_dir)
     folder = (Path() if is_builder else Path(place).expanduser()) / Path(data_dir).expanduser()
     if folder.exists():
-        _refuse_slice(source)
+        refuse_slice(source.split, f"{source.where}.split")
         for other in sorted(set(source.hf_kwargs) - {"data_files", "data_dir"}):
             raise DataError(f"{source.where}.hf_kwargs.{other}: has no effect on local files. Remove it.")
         return _local(folder, data_files, source)
@@ -76,15 +76,6 @@ def find_records(source: Source, cache: Path) -> Inventory:
             f"{source.where}.hf_name: {place}: a URL of shards is a remote. Copy other files here."
         )
     return _hub(source)
-
-
-def _refuse_slice(source: Source) -> None:
-    if source.split and "[" in source.split:
-        raise DataError(
-            f"{source.where}.split: {source.split}: slices are read from data sets of the hub alone. "
-            f"Use split: {source.split.partition('[')[0]}, and put the records to read into a file of their "
-            "own."
-        )
 
 
 def digest_of(inventory: Inventory) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mptfoundry.data.inputs import refuse_slice
 from mptfoundry.data.integrity import CODECS, fastest_hash, problem_of, problems_of, refuse, unpack
 from mptfoundry.errors import DataError
 
@@ -131,6 +132,7 @@ def find_split(folder: str | Path, split: str | None, where: str) -> Path:
     chosen = folder / split if split else folder
     if chosen.is_dir():
         return chosen
+    refuse_slice(split, f"{where}: split")
     splits = sorted(entry.name for entry in folder.iterdir() if (entry / INDEX).is_file())
     have = f"It has {', '.join(splits)}." if splits else "It has no splits."
     raise DataError(f"{where}: {folder} has no split {split!r}. {have}")
