@@ -251,6 +251,21 @@ class TestChat:
         second = generate_text(network, tiny_tokenizer, [prompt], max_new_tokens=4)[0]
         assert "".join(shown[1:]) == f"{first}\n{second}\n\n"
 
+    def test_of_templates_by_name_the_default_is_used(
+        self, network: MPT, tiny_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        shown: list[str] = []
+        how: dict[str, Any] = {"max_new_tokens": 4, "output_fn": shown.append}
+        monkeypatch.setattr(tiny_tokenizer, "chat_template", {"default": template, "tool_use": "no"})
+        chat(network, tiny_tokenizer, input_fn=script("a", "/quit"), **how)
+        assert "".join(shown[1:]) == generate_text(network, tiny_tokenizer, ["a"], max_new_tokens=4)[0] + "\n"
+        monkeypatch.setattr(tiny_tokenizer, "chat_template", {"tool_use": "no"})
+        with pytest.raises(
+            ConfigError, match="it has the chat templates tool_use, and none is called default"
+        ):
+            chat(network, tiny_tokenizer, input_fn=script("a"), **how)
+
     def test_what_no_longer_fits_is_left_out_with_a_note(self, network: MPT, tiny_tokenizer: Any) -> None:
         shown: list[str] = []
         line = "w x y z " * 5

@@ -136,9 +136,7 @@ def _conversation(record: Mapping[str, Any], field: str, tokenizer: Any, needs_a
     keys = _keys_of(given, CONVERSATIONS[field])
     messages = _messages(given, field, *keys)
     used = {field}
-    if _has(record, "system"):
-        if messages[0]["role"] == "system":
-            raise RecordError("system", f"{field} begins with a system message, too. Keep one of them")
+    if _has(record, "system") and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": _text(record, "system")})
         used.add("system")
     turns = _render(messages, field, len(messages) - len(given), tokenizer, needs_all)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mptfoundry.checkpoints.stores import FOR_DATA, patiently, reason_of, size_of
-from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs, load_from_hub
+from mptfoundry.data.inputs import Input, Inventory, add_dataset, find_inputs, load_from_hub, refuse_slice
 from mptfoundry.data.integrity import fastest_hash, problem_of
 from mptfoundry.data.shards import INDEX, check_shard_files, read_index
 from mptfoundry.errors import DataError, MissingError
@@ -60,7 +60,7 @@ def find_records(source: Source, cache: Path) -> Inventory:
         DataError: It is missing, can't be read or fetched, or holds no records.
     """
     if source.remote and is_url(source.remote):
-        _refuse_slice(source)
+        refuse_slice(source.split, f"{source.where}.split")
         return _shards(_fetch_shards(source, cache), source)
     folder = _local_folder(source)
     return _hub(source) if folder is None else _local(folder, source.hf_kwargs.get("data_files"), source)
@@ -73,7 +73,7 @@ def look_at_records(source: Source) -> tuple[list[str], int | None] | None:
         MissingError: It should lie on this machine and does not.
         DataError: What lies here can't be what is read.
     """
-    if source.remote and "://" in source.remote:
+    if source.remote and is_url(source.remote):
         return None
     folder = _local_folder(source)
     if folder is None:
@@ -95,7 +95,7 @@ def _local_folder(source: Source) -> Path | None:
     is_builder = place in BUILDERS and (data_files or data_dir)
     folder = (Path() if is_builder else Path(place).expanduser()) / Path(data_dir).expanduser()
     if folder.exists():
-        _refuse_slice(source)
+        refuse_slice(source.split, f"{source.where}.split")
         for other in sorted(set(source.hf_kwargs) - {"data_files", "data_dir"}):
             raise DataError(f"{source.where}.hf_kwargs.{other}: has no effect on local files. Remove it.")
         return folder
@@ -106,15 +106,6 @@ def _local_folder(source: Source) -> Path | None:
             f"{source.where}.hf_name: {place}: a URL of shards is a remote. Copy other files here."
         )
     return None
-
-
-def _refuse_slice(source: Source) -> None:
-    if source.split and "[" in source.split:
-        raise DataError(
-            f"{source.where}.split: {source.split}: slices are read from data sets of the hub alone. "
-            f"Use split: {source.split.partition('[')[0]}, and put the records to read into a file of their "
-            "own."
-        )
 
 
 def digest_of(inventory: Inventory) -> str:

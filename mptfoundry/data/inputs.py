@@ -287,6 +287,8 @@ def _add_dataset(
 ) -> None:
     import datasets
 
+    if not word.startswith(HUB_PREFIX):
+        refuse_slice(split, f"{word}: hf_split")
     try:
         if word.startswith(HUB_PREFIX):
             dataset = load_from_hub(word.removeprefix(HUB_PREFIX), name=subset, split=split)
@@ -329,6 +331,15 @@ def load_from_hub(name_at_revision: str, /, **options: Any) -> Any:
     if at:
         options["revision"] = revision
     return datasets.load_dataset(path, trust_remote_code=False, **options)
+
+
+def refuse_slice(split: str | None, where: str) -> None:
+    """Raises DataError where a split of files here is a slice, such as `train[:50%]`."""
+    if split and "[" in split:
+        raise DataError(
+            f"{where}: {split}: slices are read from data sets of the hub alone. "
+            f"Use {split.partition('[')[0]}, and put what is to be read into a file of its own."
+        )
 
 
 def add_dataset(inventory: Inventory, word: str, name: str, dataset: Any) -> None:

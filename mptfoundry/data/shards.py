@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mptfoundry.data.index_keys import META_KINDS, check_index_keys, check_keys, shortened
+from mptfoundry.data.inputs import refuse_slice
 from mptfoundry.data.integrity import CODECS, fastest_hash, problem_of, problems_of, refuse, unpack
 from mptfoundry.errors import DataError, MissingError, first_line
 
@@ -154,6 +155,7 @@ def find_split(folder: str | Path, split: str | None, where: str) -> Path:
     chosen = folder / split if split else folder
     if chosen.is_dir():
         return chosen
+    refuse_slice(split, f"{where}: split")
     splits = sorted(entry.name for entry in folder.iterdir() if (entry / INDEX).is_file())
     have = f"It has {', '.join(splits)}." if splits else "It has no splits."
     raise DataError(f"{where}: {folder} has no split {split!r}. {have}")

@@ -92,6 +92,8 @@ def test_a_system_column_is_the_first_message(field: str, tiny_tokenizer: Any) -
     assert turns_of(record, tiny_tokenizer) == (RENDERED, True, set())
     for nothing in (None, ""):
         assert turns_of({field: TALK, "system": nothing}, tiny_tokenizer) == (RENDERED, True, set())
+    both = {field: TALK, "system": "Be long."}
+    assert turns_of(both, tiny_tokenizer) == (RENDERED, True, {"system"})
 
 
 # As Qwen3's, which drops an answer's thoughts once others follow, and as OLMo's, which ends the last answer
@@ -182,7 +184,6 @@ def test_of_two_complete_forms_the_first_is_read(tiny_tokenizer: Any) -> None:
             "context: there is an input, too. Keep one",
         ),
         ({"messages": [message("system"), message("user")], "system": "x"}, "messages[1].role: the last"),
-        ({"messages": TALK, "system": "x"}, "system: messages begins with a system message, too. Keep one"),
         ({"messages": TALK[1:], "system": 7}, "system: is a number, not a text"),
         ({"messages": [message("9" * 5000), message("user")]}, "messages[0].role: '9999"),
         ({"response": "x"}, "prompt: is missing or null"),

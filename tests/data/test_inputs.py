@@ -109,6 +109,10 @@ def test_a_missing_split_of_a_saved_data_set_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"there is no split 'train'. Set hf_split to one of a, b."):
         find(tmp_path / "sets")
     assert len(find(tmp_path / "sets", hf_split="b").inputs) == 1
+    rows.save_to_disk(str(tmp_path / "one"))
+    for name in ("one", "sets"):
+        with pytest.raises(DataError, match=rf"{name}: hf_split: a\[:50%\]: slices are read from .* Use a, "):
+            find(tmp_path / name, hf_split="a[:50%]")
 
 
 def test_nothing_to_read_is_one_clear_error(tmp_path: Path) -> None:

@@ -47,6 +47,10 @@ def test_a_missing_folder_split_or_index_is_named(tmp_path: Path, prepared: Path
         find_split(tmp_path / "nowhere", None, "loader")
     with pytest.raises(DataError, match=r"has no split 'test'\. It has train, val\.$"):
         find_split(prepared, "test", "loader")
+    with pytest.raises(
+        DataError, match=r"^loader: split: train\[:50%\]: slices are read from .* Use train, "
+    ):
+        find_split(prepared, "train[:50%]", "loader")
     with pytest.raises(DataError, match=r"holds splits, not shards\. Set split to one of train, val\.$"):
         read_index(prepared, "loader")
     with pytest.raises(DataError, match=r"has no index\.json\. Prepare it"):
