@@ -98,7 +98,7 @@ def report(error: MPTFoundryError) -> None:
     """Prints an error once where all ranks share it, and with its rank where only one has it.
 
     A config is the same on every rank, so rank 0 speaks for all. Later errors are told apart by way of the
-    store that the ranks met at.
+    store that the ranks met at; what was found on one machine before that is said there.
     """
     lines = [f"error: {line}" for line in str(error).splitlines() if line.strip()]
     if world_size() == 1:
@@ -106,7 +106,7 @@ def report(error: MPTFoundryError) -> None:
         return
     store = connect()
     announce_failure(store, str(error), error.exit_code)
-    if rank() != 0 and (store is None or _all_report(store, str(error), [0])):
+    if rank() != 0 and not error.of_this_machine and (store is None or _all_report(store, str(error), [0])):
         # Rank 0 says it. The launcher ends all ranks with the first one: let that be rank 0.
         time.sleep(SECONDS_TO_WAIT_FOR_RANK_0)
         return
