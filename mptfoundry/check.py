@@ -88,7 +88,11 @@ def refuse_here(config: TrainConfig) -> None:
     lacking = list(missing_packages(config, device.torch_type))
     lacking += resolve_auto(config, device).lacking.items()
     problems = [*look.problems, *(ConfigError(f"{key}: {text}") for key, text in lacking)]
-    _raise([*problems, *map(DataError, look.lacking)])
+    try:
+        _raise([*problems, *map(DataError, look.lacking)])
+    except MPTFoundryError as error:
+        error.of_this_machine = True
+        raise
 
 
 def look_here(config: TrainConfig) -> Look:
@@ -118,6 +122,7 @@ def look_here(config: TrainConfig) -> Look:
     for path in config.code_paths:
         if not Path(path).is_file():
             look.lacking.append(f"code_paths: {path} is missing. Name a Python file.")
+    _look_at_start(config, look)
     return look
 
 
@@ -157,8 +162,20 @@ def _has_streams(loader: LoaderConfig) -> bool:
     return getattr(loader.dataset, "streams", None) is not None
 
 
+def _look_at_start(config: TrainConfig, look: Look) -> None:
+    """The checkpoint of `load_path`, which a run that has one of its own no longer needs."""
+    place = (config.load_path or "").replace("{run_name}", config.run_name).replace("{rank}", "0")
+    start = path_of(place) if place else None
+    if start is not None and not os.path.lexists(start):
+        look.notes.append(
+            f"load_path: {place} is not on this machine; train needs it unless the run has its own checkpoint"
+        )
+
+
 def _look_at_tokenizer(config: TrainConfig, look: Look) -> TokenizerFiles | None:
-    name = config.tokenizer.name
+    name, revision = config.tokenizer.name, config.tokenizer.kwargs.get("revision")
+    if revision is not None and "@" not in name and not os.path.lexists(name):
+        name = f"{name}@{revision}"
     try:
         folder = find_tokenizer(name)
     except (OSError, RuntimeError) as error:

@@ -10,9 +10,14 @@ from collections.abc import Sequence
 
 
 class MPTFoundryError(Exception):
-    """Base of all errors whose text is written for the user."""
+    """Base of all errors whose text is written for the user.
+
+    Attributes:
+        of_this_machine: Other machines of the run may not have it, so that this process says it itself.
+    """
 
     exit_code = 1
+    of_this_machine = False
 
 
 class ConfigError(MPTFoundryError):

@@ -107,7 +107,7 @@ def report(error: MPTFoundryError) -> None:
     """Prints an error once where all ranks share it, and with its rank where only one has it.
 
     A config is the same on every rank, so rank 0 speaks for all. Later errors are told apart by way of the
-    store that the ranks met at.
+    store that the ranks met at; what was found on one machine before that is said there.
     """
     lines = [f"error: {line}" for line in str(error).splitlines() if line.strip()]
     if world_size() == 1:
@@ -115,8 +115,8 @@ def report(error: MPTFoundryError) -> None:
         return
     store = connect()
     announce_failure(store, str(error), error.exit_code)
-    is_rank_0_gone = store is None and _have_met()
-    if rank() != 0 and not is_rank_0_gone and (store is None or _all_report(store, str(error), [0])):
+    speaks = (store is None and _have_met()) or error.of_this_machine
+    if rank() != 0 and not speaks and (store is None or _all_report(store, str(error), [0])):
         # Rank 0 says it. The launcher ends all ranks with the first one: let that be rank 0.
         time.sleep(SECONDS_TO_WAIT_FOR_RANK_0)
         return

@@ -15,6 +15,7 @@ from mptfoundry.config.load import load_train_config
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.devices import GIB, Device
 from mptfoundry.errors import ConfigError, DataError, MPTFoundryError
+from mptfoundry.ranks import report
 
 # llm-foundry's pretraining files for MPT, with all the keys that they have.
 FOUNDRY = """\
@@ -293,6 +294,26 @@ def test_a_tokenizer_of_the_hubs_cache_is_looked_at(
     assert here(check(tiny("tokenizer.name=some/name"))) == []
     with pytest.raises(ConfigError, match="300 is smaller than the tokenizer's 372 ids"):
         check(tiny("tokenizer.name=some/name@abc", "model.vocab_size=300"))
+
+
+def test_a_start_that_is_not_here_is_a_line_that_train_does_not_refuse_before_it_looks(tiny: Load) -> None:
+    config = tiny("load_path=runs/{run_name}/nowhere.pt")
+    [line] = here(check(config))
+    assert line.startswith(
+        "here: load_path: runs/tiny/nowhere.pt is not on this machine; train needs it unless"
+    )
+    refuse_here(config)
+
+
+def test_what_one_machine_of_several_lacks_is_said_there(
+    tiny: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        refuse_here(tiny("precision=amp_bf16"))
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    report(refused.value)
+    assert capsys.readouterr().err.startswith("rank 8: error: precision: amp_bf16 needs a GPU.")
 
 
 def test_a_tokenizer_that_the_hub_has_is_said_to_be_fetched(

@@ -216,10 +216,8 @@ class _Lines:
                 lost = [inner.value for inner, _ in value.value if inner.value not in kept]
                 if lost:
                     place = f"{self.file}:{name.start_mark.line + 1}: {dotted((*path, key.value))}"
-                    text = f"{', '.join(map(str, lost))} of the section that << merges"
-                    self.document.notes.append(
-                        f"{place}: takes the place of all of it: {text} has no effect."
-                    )
+                    text = f"a merged section, whose {', '.join(map(str, lost))} has no effect"
+                    self.document.notes.append(f"{place}: takes the place of {text}.")
 
     def note_value(self, node: yaml.Node, line: int, path: KeyPath) -> None:
         """Note one value, and what stands below it."""

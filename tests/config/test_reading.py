@@ -186,6 +186,5 @@ def test_a_section_that_takes_the_place_of_a_merged_one_is_said(write: Callable[
     text = "common: &c {optimizer: {lrr: 3, lr: 2}, seed: 4}\n<<: *c\n" + SMALL
     _, notes = load_train_config(write(text=text))
     assert notes[0] == (
-        "run.yaml:19: optimizer: lrr of the section that << merges have no effect, since this takes its "
-        "place."
+        "run.yaml:19: optimizer: takes the place of a merged section, whose lrr has no effect."
     )
