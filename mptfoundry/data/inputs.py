@@ -164,7 +164,7 @@ def _add_folder(
         if include and not _matches(name, include):
             continue
         kind = _kind_of(path, lambda path=path: _holds_records(path, text_key))  # type: ignore[misc]
-        if kind in (None, "compressed"):
+        if kind is None or kind == "compressed":
             inventory.skipped[COMPRESSED if kind else "binary file"] += 1
             continue
         if kind == "text" and text_key is None:

@@ -120,7 +120,7 @@ def _encode_on_executor(shared: Any, unit: Unit) -> UnitResult | DataError:
         return DataError(f"engine: spark: {socket.gethostname()} has {_versions()}; here is {versions}.")
     for part in unit.parts:
         is_file = isinstance(part.source, str) and part.kind not in ("line_bytes", "bad")
-        if is_file and not Path(part.source).exists():
+        if is_file and not Path(str(part.source)).exists():
             return DataError(
                 f"{part.source}: {socket.gethostname()}, a machine of the Spark cluster, has no such file. "
                 "Put the inputs where every machine sees them under the same path."
