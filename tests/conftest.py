@@ -109,6 +109,13 @@ def same_environment() -> Iterator[None]:
     os.environ.update(before)
 
 
+@pytest.fixture(autouse=True)
+def same_random_numbers() -> None:
+    """What a test draws without a seed of its own doesn't depend on the tests before it."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+
+
 @contextlib.contextmanager
 def no_file_above(size: int) -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -256,7 +263,7 @@ class Launched:
     def printed(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait(self, seconds: float = 240) -> int:
+    def wait(self, seconds: float = 600) -> int:
         """The launcher's exit code, once it has ended."""
         return self.process.wait(timeout=seconds)
 
