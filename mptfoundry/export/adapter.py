@@ -95,7 +95,8 @@ def export_adapter(
 
 def base_of(source: ModelSource) -> Base:
     """How others find and load the base of adapters."""
-    path, revision = source.path, None
+    path = source.path
+    revision: str | None = None
     name, needs_code = str(path), bool(why_not_native(source.config))
     is_folder = (path / "config.json").exists()
     if is_folder:

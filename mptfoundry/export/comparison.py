@@ -104,7 +104,8 @@ def compare_logits(
         layers, step = (_layers_within(config, limit) for limit in (_COMPARED_BYTES, _PART_BYTES))
     ours, theirs = _Excerpt.of(source.weights, words), _Excerpt.of(FolderWeights(folder), words)
     comparison = Comparison(ids.shape[1], 0, config.n_layers, 0.0, 0.0, 0.0)
-    exact = rounded = None  # what comes out of the layers so far
+    exact: _Pass | None = None  # what the layers so far give
+    rounded: _Pass | None = None
     for first in range(0, layers, step):
         cut = replace(config, n_layers=min(step, layers - first))
         if first:  # positions were added before the first layer
@@ -175,8 +176,8 @@ def _joined(
     return replace(
         before,
         layers=before.layers + layers,
-        difference=max(before.difference, (rounded.logits - theirs).abs().max().item()),
-        float32_rounding=max(before.float32_rounding, float32_rounding),
+        difference=max((rounded.logits - theirs).abs().max().item(), before.difference),
+        float32_rounding=max(float32_rounding, before.float32_rounding),
         export_rounding=(exact.logits - rounded.logits).abs().max().item(),
         agrees=before.agrees and _rms(rounded.logits - theirs) <= 2 * float32_rounding,
         largest=max(before.largest, largest),
@@ -283,9 +284,9 @@ def _their_model(folder: Path, cut: MPTConfig, excerpt: _Excerpt | None) -> Any:
             return kind.from_pretrained(folder, torch_dtype=torch.float32).eval()
         sizes = {key: getattr(cut, key) for key in ("n_layers", "vocab_size", "learned_pos_emb")}
         model = kind(kind.config_class.from_pretrained(folder, **sizes))
-    for name, parameter in model.named_parameters():
-        parameter.data = excerpt.read(name, torch.float32)
-    return model.eval()
+        for name, parameter in model.named_parameters():
+            parameter.data = excerpt.read(name, torch.float32)
+        return model.eval()
 
 
 @contextmanager
