@@ -190,8 +190,8 @@ def test_preview_shows_what_a_run_would_learn_and_why_it_would_end(
     assert "<|im_start|>assistant\n⟦b<|im_end|>\n<|endoftext|>⟧" in text
     assert (text + error).count("response: is missing or null") == 1
     assert "A run would end here. train_loader.dataset: 1 of 3 records is bad. Fix them, or" in error
-    assert main(["preview", str(config), "train_loader.dataset.max_bad_records=1", "max_seq_len=32"]) == 0
-    assert "cut at max_seq_len, 32: 0" in capsys.readouterr().out
+    assert main(["preview", str(config), "train_loader.dataset.max_bad_records=1", "max_seq_len=96"]) == 0
+    assert "cut at max_seq_len, 96: 0" in capsys.readouterr().out
     assert main(["preview", str(config), "train_loader.dataset.max_bad=1"]) == 2
     assert "train_loader.dataset.max_bad" in capsys.readouterr().err
     assert main(["preview", str(config.parent), "max_seq_len=32"]) == 2
