@@ -18,6 +18,7 @@ from mptfoundry.cli import main
 from mptfoundry.config.load import load_train_config
 from mptfoundry.data.chat import CHATML
 from mptfoundry.errors import ConfigError
+from mptfoundry.loaders import finetuning_sources
 from mptfoundry.tokenizer import load_tokenizer
 from mptfoundry.train import train
 
@@ -208,8 +209,8 @@ def test_preview_shows_what_a_run_would_learn_and_why_it_would_end(
     assert "<|im_start|>assistant\n⟦b<|im_end|>\n<|endoftext|>⟧" in text
     assert (text + error).count("response: is missing or null") == 1
     assert "A run would end here. train_loader.dataset: 1 of 3 records is bad. Fix them, or" in error
-    assert main(["preview", str(config), "train_loader.dataset.max_bad_records=1", "max_seq_len=32"]) == 0
-    assert "cut at max_seq_len, 32: 0" in capsys.readouterr().out
+    assert main(["preview", str(config), "train_loader.dataset.max_bad_records=1", "max_seq_len=96"]) == 0
+    assert "cut at max_seq_len, 96: 0" in capsys.readouterr().out
     assert main(["preview", str(config), "train_loader.dataset.max_bad=1"]) == 2
     assert "train_loader.dataset.max_bad" in capsys.readouterr().err
     assert main(["preview", str(config.parent), "max_seq_len=32"]) == 2
@@ -227,6 +228,16 @@ def test_preview_of_records_that_are_all_bad_is_an_error_of_two_sentences(
         .splitlines()[-1]
         .endswith("1 of 1 record is bad. Fix them, or leave them out with dataset.max_bad_records: 1.")
     )
+
+
+def test_the_type_of_ids_in_bytes_is_that_of_the_config(small: Callable[..., Path]) -> None:
+    words = ["train_loader.dataset.token_encoding_type=int32"]
+    for given, expected in ((words, "int32"), ([], "int64")):
+        loader = load_train_config(small([TALK]), given)[0].train_loader
+        (source,) = finetuning_sources(loader, "train_loader", allow_code=False)[0].values()  # type: ignore[arg-type]
+        assert source.token_encoding_type == expected
+    with pytest.raises(ConfigError, match=r"token_encoding_type.*float32"):
+        load_train_config(small([TALK]), ["train_loader.dataset.token_encoding_type=float32"])
 
 
 def test_all_ranks_wait_for_the_one_that_prepares_and_share_its_error(
