@@ -182,8 +182,7 @@ def document_borders(
         DataError: The tokenizer does not have the token that is wanted.
     """
     sides = []
-    own, wanted = own_borders(tokenizer), Borders(add_bos, add_eos)
-    for name, ids, wants in zip(("bos", "eos"), own, wanted, strict=True):
+    for name, ids, wants in zip(("bos", "eos"), own_borders(tokenizer), (add_bos, add_eos), strict=True):
         token_id = getattr(tokenizer, f"{name}_token_id")
         if wants is True and token_id is None and not ids:
             raise DataError(

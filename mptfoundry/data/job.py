@@ -243,8 +243,8 @@ def _refuse_differences(folder: Path, state: str, then: Mapping[str, Any], now: 
     for key in {**now, **then}:
         before, value = then.get(key), now.get(key)
         if key == "inputs":
-            if not before or before["digest"] != value["digest"]:
-                differences.append(f"inputs {_describe_inputs(before)} (now {_describe_inputs(value)})")
+            if not before or before["digest"] != now[key]["digest"]:
+                differences.append(f"inputs {_describe_inputs(before)} (now {_describe_inputs(now[key])})")
         elif key == "tokenizer":
             if before != value:
                 differences.append("another tokenizer")
