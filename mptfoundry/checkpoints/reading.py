@@ -92,7 +92,7 @@ def open_model(path: str | Path, config: MPTConfig | None = None, *, verify: boo
     else:
         source = _open_checkpoint(find_checkpoint(path), config, verifier)
     check_weights(source)
-    for sentence in verifier.unverified if verify and rank() == 0 else ():
+    for sentence in verifier.notes if verify and rank() == 0 else ():
         print(f"note: {sentence}.", file=sys.stderr, flush=True)
     return source
 
