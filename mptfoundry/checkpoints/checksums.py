@@ -31,6 +31,8 @@ ADVICE = (
 _BLOCK = 1 << 20
 _THREADS = min(8, os.cpu_count() or 1)
 _LOCAL_HEADER = 30
+# What people change on purpose, and what says how the weights compute.
+_TEXTS = ("config.json",)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
 Sums = dict[str, dict[str, int | str]]
@@ -41,12 +43,12 @@ class Verifier:
 
     Attributes:
         is_on: Whether anything is compared.
-        unverified: Sentences that name what has no checksums.
+        notes: Sentences that name what has no checksums, and texts that were changed.
     """
 
     def __init__(self, *, is_on: bool = True) -> None:
         self.is_on = is_on
-        self.unverified: list[str] = []
+        self.notes: list[str] = []
         self._compared: set[tuple[Path, str]] = set()
 
     def once(self, file: Path, member: str, why_damaged: Callable[[], str | None]) -> None:
@@ -131,8 +133,12 @@ def write_checksums(folder: Path, files: Sums) -> None:
 
 
 def write_tensor_checksums(folder: Path, crcs: Mapping[str, int]) -> None:
-    """Add `checksums.json` to a folder of safetensors: the CRC-32 of each tensor, by its stored name."""
-    _write(folder, {"tensors": {name: f"{crc:08x}" for name, crc in crcs.items()}})
+    """Add `checksums.json` to a folder of safetensors: the CRC-32 of each tensor, by its stored name.
+
+    That of `config.json` is added, where there is one.
+    """
+    files = checksums_of([file for name in _TEXTS if (file := folder / name).exists()])
+    _write(folder, {"files": files, "tensors": {name: f"{crc:08x}" for name, crc in crcs.items()}})
 
 
 def tensor_checksums(folder: Path) -> dict[str, int] | None:
@@ -151,6 +157,15 @@ def tensor_checksums(folder: Path) -> dict[str, int] | None:
             f"{folder / CHECKSUMS}: damaged, it holds no checksums of tensors. Remove it to read the folder "
             "unverified."
         ) from error
+
+
+def changed_texts(folder: Path) -> list[str]:
+    """The texts of a folder with checksums that are not as they were written."""
+    if not (folder / CHECKSUMS).exists():
+        return []
+    written = read_json(folder, CHECKSUMS).get("files")
+    names = [name for name in _TEXTS if isinstance(written, dict) and name in written]
+    return [name for name in names if why_file_is_damaged(folder, name) is not None]
 
 
 def hub_digest(file: Path) -> str | None:
@@ -173,8 +188,11 @@ def hub_digest(file: Path) -> str | None:
 
 def why_other_digest(file: Path, digest: str) -> str | None:
     """Whether the sha256 of a file is another one."""
+    sha256 = hashlib.sha256()
     with file.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+        for block in _blocks(stream):
+            sha256.update(block)
+    found = sha256.hexdigest()
     return None if found == digest else _other_bytes("it", f"its sha256 is {found[:16]}...")
 
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from mptfoundry.checkpoints.checksums import (
     CHECKSUMS,
     Verifier,
+    changed_texts,
     hub_digest,
     tensor_checksums,
     why_other_bytes,
@@ -54,6 +55,8 @@ class FolderWeights:
     def __init__(self, folder: Path, verifier: Verifier | None = None) -> None:
         self.path = folder
         verifier = verifier or Verifier()
+        if verifier.is_on:
+            verifier.notes += [f"{folder / name} is not as it was written" for name in changed_texts(folder)]
         opened = [
             SafetensorsFile(file, verifier)
             if file.suffix == ".safetensors"
@@ -62,10 +65,10 @@ class FolderWeights:
         ]
         stores = [store for store in opened if isinstance(store, SafetensorsFile)]
         if verifier.is_on and stores and not any(store.has_checksums for store in stores):
-            verifier.unverified.append(f"{folder} has no {CHECKSUMS} and is read unverified")
+            verifier.notes.append(f"{folder} has no {CHECKSUMS} and is read unverified")
             verifier.is_on = len(stores) < len(opened)
         elif verifier.is_on:
-            verifier.unverified += [
+            verifier.notes += [
                 f"{store.path} has no checksums and is read unverified"
                 for store in stores
                 if not store.has_checksums

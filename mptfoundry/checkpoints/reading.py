@@ -112,12 +112,12 @@ def open_model(
     else:
         source = _open_checkpoint(find_checkpoint(path), config, verifier)
     check_weights(source)
-    _say_unverified(verifier, verify)
+    _say_notes(verifier, verify)
     return source
 
 
-def _say_unverified(verifier: Verifier, verify: bool) -> None:
-    for sentence in verifier.unverified if verify and rank() == 0 else ():
+def _say_notes(verifier: Verifier, verify: bool) -> None:
+    for sentence in verifier.notes if verify and rank() == 0 else ():
         print(f"note: {sentence}.", file=sys.stderr, flush=True)
 
 
@@ -132,7 +132,7 @@ def _open_adapter(folder: Path, base: str | None, verifier: Verifier) -> ModelSo
             "model of both."
         )
     source = with_peft_folder(folder, open_model(locate(base), verify=verifier.is_on), verifier)
-    _say_unverified(verifier, verifier.is_on)
+    _say_notes(verifier, verifier.is_on)
     return replace(source, tokenizer_folder=_tokenizer_in(folder) or source.tokenizer_folder, run_folder=None)
 
 

@@ -53,7 +53,7 @@ class ShardedWeights:
         self._verifier = verifier or Verifier()
         self._metadata = read_metadata(folder, verify=self._verifier.is_on)
         if not (folder / CHECKSUMS).exists():
-            self._verifier.unverified.append(
+            self._verifier.notes.append(
                 f"{folder} has no {CHECKSUMS}: its {METADATA} is read unverified, its tensors are verified"
             )
         if reason := why_folder_is_not_whole(folder, self._metadata):

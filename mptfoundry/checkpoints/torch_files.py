@@ -127,7 +127,7 @@ def load_plain(path: Path, *, mapped: bool = True, verifier: Verifier | None = N
     if has_checksums(path):
         verifier.once(path, "", lambda: why_damaged(path, outline_parts(path)))
     elif verifier.is_on:
-        verifier.unverified.append(f"{path} was written without checksums and is read unverified")
+        verifier.notes.append(f"{path} was written without checksums and is read unverified")
     try:
         with torch.serialization.safe_globals(_harmless()):
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)

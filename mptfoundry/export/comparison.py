@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -44,6 +45,8 @@ _LARGEST_LOGIT = 1e4
 _PART_BYTES = 1 << 29
 _COMPARED_BYTES = 3 << 30
 _LAYER = re.compile(r"(\.blocks\.)(\d+)")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -116,17 +119,27 @@ def compare_logits(
         model = _their_model(folder, cut, None if words is None else replace(theirs, first=first))
         comparison = _joined(comparison, cut.n_layers, exact, rounded, *_their_logits(model, ids, before))
         del model
-        if not comparison.largest <= _LARGEST_LOGIT and not allow_absurd:
-            raise CheckpointError(
-                f"{source.path}: its logits reach {comparison.largest:.1e}, and those of trained models stay "
-                f"below {_LARGEST_LOGIT:.0e}: its weights are damaged, or its training diverged. Export an "
-                "earlier checkpoint, or set verify=false to export this one."
-            )
         if not comparison.agrees:
             raise CheckpointError(
                 f"{folder.name}: the export does not give the checkpoint's logits. {comparison}"
             )
+    _judge(comparison.largest, source.path, allow_absurd=allow_absurd)
     return comparison
+
+
+def _judge(largest: float, path: Path, *, allow_absurd: bool) -> None:
+    """Raise CheckpointError, or warn, where the largest logit is not one of a trained model."""
+    if largest <= _LARGEST_LOGIT:
+        return
+    absurd = (
+        f"{path}: its logits reach {largest:.1e}, and those of trained models stay below "
+        f"{_LARGEST_LOGIT:.0e}: its weights are damaged, or its training diverged."
+    )
+    if not allow_absurd:
+        raise CheckpointError(
+            f"{absurd} Export an earlier checkpoint, or set verify=false to export this one."
+        )
+    log.warning("%s It is exported all the same.", absurd)
 
 
 def check_bytes(folder: Path) -> None:

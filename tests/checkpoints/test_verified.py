@@ -229,6 +229,27 @@ def test_absurd_logits_fail_an_export_which_says_what_lets_it_through(
     export(run, tmp_path / "out", dtype="fp32", verify=False, progress=False)
 
 
+def test_a_run_that_starts_from_damaged_weights_does_not_start(make: Callable[[str], Path]) -> None:
+    from mptfoundry.checkpoints.starting import StartingWeights
+
+    for kind in ("whole", "folder"):
+        model = make(kind)
+        flip(model)
+        with pytest.raises(CheckpointError, match="holds other bytes than were written"):
+            StartingWeights(open_model(model), NETWORK, seed=0).fill(MPT(TINY, seed=2))
+
+
+def test_a_config_that_was_changed_since_is_said(
+    make: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make("folder")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"use_cache": true', '"use_cache": false'))
+    capsys.readouterr()
+    list(open_model(folder).tensors())
+    assert capsys.readouterr().err == f"note: {folder}/config.json is not as it was written.\n"
+
+
 def test_an_exported_folder_has_the_checksum_of_each_tensor(make: Callable[[str], Path]) -> None:
     written = json.loads((make("folder") / CHECKSUMS).read_text())
     assert sorted(written["tensors"]) == sorted(name for name, _ in NETWORK.named_parameters())
