@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mptfoundry.config.data import LoaderConfig
-from mptfoundry.config.packages import missing_packages
 from mptfoundry.config.parallel import copies_and_shards
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.streams import RecordsConfig, StreamConfig
@@ -67,7 +66,6 @@ def check(config: TrainConfig) -> str:
     plan = make_plan(config, device)
     lacking = [problem] if problem else []
     lacking += [f"{key}: {text}" for key, text in plan.resolved.lacking.items()]
-    lacking += [f"{key}: {text}" for key, text in missing_packages(config, device.torch_type)]
     lines = [f"here: {text.rstrip('.')}; {REFUSED}" for text in lacking + look.lacking]
     if device.memory is not None and plan.memory.total > device.memory:
         look.notes.append(
@@ -85,9 +83,8 @@ def refuse_here(config: TrainConfig) -> None:
         ConfigError, DataError: The configuration disagrees with this machine, or asks for what it lacks.
     """
     look, device = look_here(config), detect_device()
-    lacking = list(missing_packages(config, device.torch_type))
-    lacking += resolve_auto(config, device).lacking.items()
-    problems = [*look.problems, *(ConfigError(f"{key}: {text}") for key, text in lacking)]
+    lacking = resolve_auto(config, device).lacking
+    problems = [*look.problems, *(ConfigError(f"{key}: {text}") for key, text in lacking.items())]
     try:
         _raise([*problems, *map(DataError, look.lacking)])
     except MPTFoundryError as error:

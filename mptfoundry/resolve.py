@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from mptfoundry.config.learned import matrix_parameters
 from mptfoundry.config.model import AnyModelConfig
+from mptfoundry.config.packages import missing_packages
 from mptfoundry.config.parallel import (
     KEEPING,
     FSDPConfig,
@@ -62,8 +63,8 @@ class Resolved:
         device_eval_batch_size: Sequences that a device evaluates at once.
         num_workers: Reading processes for each device, by loader: `train`, and each evaluation label.
         reasons: Why, by the key's path: one entry for each key that was `auto`, one for all `num_workers`.
-        lacking: What the config asks for and this device lacks, by the key's path, each with what to do. A
-            run can be planned all the same, and `refuse_lacking` refuses to start it.
+        lacking: What the config asks for and this machine lacks, a GPU or a package, by the key's path, each
+            with what to do. A run can be planned all the same, and `refuse_lacking` refuses to start it.
     """
 
     attn_impl: str
@@ -117,7 +118,7 @@ def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
             never serve this model, or options exclude one another.
     """
     reasons: dict[str, str] = {}
-    lacking: dict[str, str] = {}
+    lacking = dict(missing_packages(config, device.torch_type))
 
     def choose(key: str, given: Any, choice: Callable[[], tuple[Any, str]]) -> Any:
         if given != "auto":
@@ -157,7 +158,7 @@ def resolve_auto(config: TrainConfig, device: Device) -> Resolved:
 
 
 def refuse_lacking(resolved: Resolved) -> None:
-    """Raises ConfigError where the config asks for what this device lacks."""
+    """Raises ConfigError where the config asks for what this machine lacks."""
     if resolved.lacking:
         raise ConfigError([f"{key}: {text}" for key, text in resolved.lacking.items()])
 
