@@ -118,7 +118,7 @@ def with_peft_folder(folder: Path, base: ModelSource, verifier: Verifier) -> Mod
     lora = _lora_in(folder)
     file = SafetensorsFile(confined(folder, PEFT_WEIGHTS, folder / PEFT_CONFIG), verifier)
     if verifier.is_on and not file.has_checksums:
-        verifier.unverified.append(f"{file.path} has no checksums and is read unverified")
+        verifier.notes.append(f"{file.path} has no checksums and is read unverified")
     try:
         expected = lora.adapter_shapes(base.config)
     except ValueError as error:
