@@ -386,7 +386,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
                 initialize_parameter(parameter, f"{place}.{name}", self.transformer.config, seed)
 
 
-def _returns_dict(config: MPTFoundryConfig) -> bool:
+def _returns_dict(config: PretrainedConfig) -> bool:
     """Whether outputs are dictionaries by the config; `torchscript` is a key of transformers 4."""
     return bool(config.return_dict) and not getattr(config, "torchscript", False)
 
