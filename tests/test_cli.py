@@ -124,6 +124,17 @@ def launch(*words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def words_of(shards: Path) -> list[str]:
+    """The tiny config on data that lies here."""
+    return [
+        f"tokenizer.name={shards}/tokenizer",
+        "max_seq_len=32",
+        "train_loader.dataset.streams=null",
+        f"train_loader.dataset.local={shards}/a",
+        "eval_loader=null",
+    ]
+
+
 def test_an_error_of_all_ranks_is_printed_once() -> None:
     done = launch("optimizer.lrr=1")
     assert done.returncode == 2
@@ -132,23 +143,21 @@ def test_an_error_of_all_ranks_is_printed_once() -> None:
 
 
 def test_data_missing_on_all_ranks_is_said_once(shards: Path, tmp_path: Path) -> None:
-    done = launch(
-        f"tokenizer.name={shards}/tokenizer", f"save_folder={tmp_path}", "train_loader.dataset.split=nowhere"
-    )
+    done = launch(*words_of(shards), f"save_folder={tmp_path}", "train_loader.dataset.split=nowhere")
     assert done.returncode == 1
     assert (done.stdout + done.stderr).count("nowhere") > 0
     assert (done.stdout + done.stderr).count("error: ") == 1
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_an_error_of_one_rank_names_the_rank(tmp_path: Path) -> None:
+def test_an_error_of_one_rank_names_the_rank(shards: Path, tmp_path: Path) -> None:
     code = tmp_path / "mine.py"
     code.write_text(
         "import os, time\nfrom mptfoundry.errors import DataError\n"
         "if os.environ['RANK'] == '1':\n    raise DataError('the disk is full.')\n"
         "time.sleep(60)\n"
     )
-    done = launch(f"code_paths=[{code}]", "allow_code=true", f"save_folder={tmp_path}/run")
+    done = launch(*words_of(shards), f"code_paths=[{code}]", "allow_code=true", f"save_folder={tmp_path}/run")
     assert done.returncode != 0
     assert "rank 1: error: the disk is full." in done.stdout + done.stderr
     assert "code_paths: running" in done.stdout
