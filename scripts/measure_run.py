@@ -170,4 +170,6 @@ def table(rows: dict[str, dict[str, int]]) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from words import given_words
+
+    main(given_words(__doc__))

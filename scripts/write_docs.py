@@ -31,7 +31,9 @@ REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
 GENERATED = "<!-- Written by scripts/write_docs.py from the classes in mptfoundry/config/. -->\n"
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
+    if words:
+        raise SystemExit(f"error: {words[0]}: takes no words.")
     for name, text in pages().items():
         (REFERENCE / name).write_text(text)
         print(f"wrote docs/reference/{name}")
@@ -118,4 +120,6 @@ def _prose(text: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    from words import given_words
+
+    main(given_words(__doc__))

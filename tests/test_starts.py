@@ -262,12 +262,14 @@ def test_the_config_is_that_of_the_newest_checkpoint(run: Callable[..., Path], s
         run(stopped.name, "max_duration=5ba")
 
 
-def test_a_config_that_is_lost_is_said_and_written_again(
-    run: Callable[..., Path], whole: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
+def test_a_config_that_is_lost_is_compared_by_the_checkpoints_own_and_written_again(
+    run: Callable[..., Path], whole: Path, stopped: Path
 ) -> None:
     (stopped / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"seed: 17 in the run of .*, 18 here"):
+        run(stopped.name, "seed=18")
+    assert not (stopped / "config.yaml").exists()
     run(stopped.name)
-    assert "config.yaml is missing, so there is nothing to compare with" in capsys.readouterr().out
     assert losses(stopped) == losses(whole) and (stopped / "config.yaml").is_file()
 
 

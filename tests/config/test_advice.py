@@ -71,8 +71,16 @@ CASES = [
         "Set save_weights_only: false",
         ["save_weights_only=false"],
     ),
-    (["save_filename=a/b.pt"], "Say that in save_folder", ["save_filename=b-{batch}.pt", "save_folder=a"]),
-    (["save_filename='b{batch}.tar'"], "use .pt", ["save_filename='b{batch}.pt'"]),
+    (
+        ["save_filename=a/b.pt"],
+        "Say that in save_folder",
+        ["save_filename=ep{epoch}-ba{batch}.pt", "save_folder=a"],
+    ),
+    (
+        ["save_filename='b{batch}.tar'"],
+        "use .pt",
+        ["save_filename='b{batch}.pt'", "save_num_checkpoints_to_keep=-1"],
+    ),
     (["save_folder='x/{epoch}'"], "Allowed: {run_name}", ["save_folder='x/{run_name}'"]),
     (["fsdp_config={version: 2, cpu_offload: true}"], "set version: auto or 1", ["fsdp_config.version=auto"]),
     (["fsdp_config={version: 2, cpu_offload: true}"], "set version: auto or 1", ["fsdp_config.version=1"]),

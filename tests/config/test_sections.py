@@ -212,7 +212,7 @@ def test_optimizers_refuse_values_that_cannot_be() -> None:
         DecoupledLionWConfig(lr=-1)
     with pytest.raises(ValueError, match=r"param_groups\[0\].eps: decoupled_lionw has none"):
         DecoupledLionWConfig(lr=1, param_groups=(ParamGroupConfig(param_str_match="x", eps=1e-8),))
-    with pytest.raises(ValueError, match=r"lr: 1e\+300 is too large\. Use 1000 or less, such as 1e-4"):
+    with pytest.raises(ValueError, match=r"lr: 1e\+300 is too large\. Use 1000 or less"):
         DecoupledLionWConfig(lr=1e300)
     for rate in (
         {"lr": -1},

@@ -5,6 +5,7 @@ Letters of the shapes: keys = tokens in the cache + seq.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -127,10 +128,19 @@ def assert_attention_as_exact(
     """`assert_as_exact` for an output and the gradients of queries, keys and values, all drawn from normals.
 
     The gradient of a score is the difference of two scaled products of a gradient and a value, which cancel
-    where queries see few keys, and where they see many the sum over all queries is small.
+    where queries see few keys, and where they see many the sum over all queries is small. Queries that share
+    a key's head add up.
+
+    Backward computes a weight again as the exponential of its score minus the log-sum of its row. Both are
+    rounded at their own size, which is that of a score and of the logarithm of the number of keys, so that
+    each weight in the gradient of values has the rounding of a number that many times as large.
     """
-    product = context.scale * truth[0].shape[-1] ** 0.5
-    assert_as_exact(fast, plain, truth, terms=(0, 2 * product, 2 * product, 0))
+    _, of_query, of_key, of_value = truth
+    product = context.scale * of_query.shape[-1] ** 0.5
+    shared = (of_query.shape[2] / of_key.shape[2]) ** 0.5
+    log_sum = product + math.log(of_key.shape[1])
+    terms = (0, 2 * product, 2 * product * shared, rms(of_value) * log_sum)
+    assert_as_exact(fast, plain, truth, terms=terms)
 
 
 def assert_gradients_as_exact(
