@@ -35,6 +35,7 @@ from mptfoundry.checkpoints.training_state import (
     set_epoch_by_time,
     stored_weights,
 )
+from mptfoundry.config.learned import ADAPTER
 from mptfoundry.errors import CheckpointError, MPTFoundryError
 from mptfoundry.ranks import decided_by_rank_0
 
@@ -127,6 +128,8 @@ class Resume(Callback):
         if weights is None:
             return
         names = [(_WRAPPERS.sub("", name), value) for name, value in state.model.named_parameters()]
+        # Adapters are saved without their base.
+        names = [each for each in names if ADAPTER in each[0]] or names
         # FSDP 1 keeps a share of each parameter under its name, flat.
         is_whole = not any(isinstance(module, FullyShardedDataParallel) for module in state.model.modules())
         stored = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
