@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from mptfoundry.callbacks.metrics_file import NAME as METRICS
 from mptfoundry.callbacks.report import PAGE, PICTURE
 from mptfoundry.checkpoints.adapters import lora_of
 from mptfoundry.checkpoints.architecture import RUN_CONFIG as CONFIG
-from mptfoundry.checkpoints.architecture import read_run
+from mptfoundry.checkpoints.architecture import config_of_run, read_run
 from mptfoundry.checkpoints.checksums import parts_of, why_damaged
 from mptfoundry.checkpoints.lock import RunLock
 from mptfoundry.checkpoints.names import (
@@ -32,7 +32,6 @@ from mptfoundry.checkpoints.names import (
     is_unfinished,
     why_not_whole,
 )
-from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.checkpoints.run_notes import RunNotes, read_notes
 from mptfoundry.checkpoints.stores import IN_BACKGROUND, Patience, uploader
 from mptfoundry.checkpoints.torch_files import load_plain
@@ -172,14 +171,19 @@ def refuse_another_model(config: TrainConfig, folder: Path) -> None:
 
     Before anything is written: the folder's `config.yaml` belongs to those checkpoints.
     """
-    if not (folder / CONFIG).is_file():
-        return
     # Damage is judged later, where it is said how a run gets past it.
-    whole = next((path for path in checkpoints_in(folder) if why_not_whole(path) is None), None)
+    found = checkpoints_in(folder) if folder.is_dir() else []
+    whole = next((path for path in found if why_not_whole(path) is None), None)
     if whole is None:
         return
-    saved_config(folder / CONFIG)
-    there = names_in(open_model(whole, verify=False).config, lora_of(read_run(folder)))
+    notes = None
+    with suppress(CheckpointError):
+        notes = read_notes(whole)
+    with _config_of_checkpoint(folder, notes) as place:
+        if place is None:
+            return
+        saved_config(place / CONFIG)
+        there = names_in(config_of_run(place), lora_of(read_run(place)))
     here = names_in(config.model.network(), config.model.peft_config)
     for name in [*here, *there]:
         if there.get(name) != here.get(name):
@@ -190,25 +194,32 @@ def refuse_another_model(config: TrainConfig, folder: Path) -> None:
             )
 
 
-def say_config_changes(config: TrainConfig, folder: Path, notes: RunNotes | None) -> None:
-    """Print what has changed in the config since the checkpoint, if that may change.
+@contextmanager
+def _config_of_checkpoint(folder: Path, notes: RunNotes | None) -> Iterator[Path | None]:
+    """The folder with the `config.yaml` of a checkpoint, or None.
 
     The config that the checkpoint holds counts; checkpoints of older versions have it next to them.
     """
-    before = folder / CONFIG
     if notes is None:
-        unknown = "data and tokenizer" if before.is_file() else "config, data and tokenizer"
-        print(
-            f"{unknown}: nothing to compare with, since an older version wrote the checkpoint: what has "
-            "changed since is not known",
-            flush=True,
-        )
+        yield folder if (folder / CONFIG).is_file() else None
+        return
     with tempfile.TemporaryDirectory() as place:
-        if notes is not None:
-            before = Path(place) / CONFIG
-            before.write_text(notes.config, encoding="utf-8")
-        if before.is_file():
-            _say_changes(changes_since(before, config), config, folder, "config")
+        (Path(place) / CONFIG).write_text(notes.config, encoding="utf-8")
+        yield Path(place)
+
+
+def say_config_changes(config: TrainConfig, folder: Path, notes: RunNotes | None) -> None:
+    """Print what has changed in the config since the checkpoint, if that may change."""
+    with _config_of_checkpoint(folder, notes) as place:
+        if notes is None:
+            unknown = "config, data and tokenizer" if place is None else "data and tokenizer"
+            print(
+                f"{unknown}: nothing to compare with, since an older version wrote the checkpoint: what has "
+                "changed since is not known",
+                flush=True,
+            )
+        if place is not None:
+            _say_changes(changes_since(place / CONFIG, config), config, folder, "config")
 
 
 def say_changed_inputs(config: TrainConfig, start: Start, fingerprints: Mapping[str, str]) -> None:

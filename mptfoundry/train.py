@@ -276,14 +276,24 @@ def set_up_process(config: TrainConfig, device: Device) -> None:
 def write_first_files(trainer: Trainer, config: TrainConfig, start: Start) -> None:
     """What the run's folder holds from the first batch on.
 
-    `config.yaml` tells of the checkpoints beside it: where a run continues, the new one comes with the next.
+    `config.yaml` tells of the newest checkpoint: where a run continues, the new one comes with the next.
     """
     for logger in trainer.logger.destinations:
         if isinstance(logger, MetricsFile):
             logger.begin()
     folder = run_folder(config)
-    if not start.is_own or not (folder / "tokenizer").is_dir():
+    if not start.is_own:
         write_run_files(config, folder, _tokenizer(trainer))
+        return
+    with writing_into(folder):
+        if not (folder / "tokenizer").is_dir():
+            _tokenizer(trainer).save_pretrained(folder / "tokenizer")
+        file = folder / CONFIG
+        if start.notes is not None and not _holds(file, start.notes.config):
+            print(f"{file} is not the checkpoint's; it is written again as the checkpoint has it", flush=True)
+            write_config(start.notes.config, folder)
+        elif not file.is_file():
+            write_config(to_yaml(config), folder)
 
 
 def upload_first_files(trainer: Trainer, config: TrainConfig, start: Start) -> None:
@@ -306,8 +316,7 @@ def describe_run(config: TrainConfig, held: HeldFolder, tokenizer: Any) -> list[
     """
     if held.is_there_again():
         print(f"save_folder: {held.path} was removed while the run trains; it is made again", flush=True)
-    file = held.path / CONFIG
-    if file.is_file() and file.read_bytes() == to_yaml(config).encode():
+    if _holds(held.path / CONFIG, to_yaml(config)):
         return []
     return write_run_files(config, held.path, tokenizer)
 
@@ -315,10 +324,19 @@ def describe_run(config: TrainConfig, held: HeldFolder, tokenizer: Any) -> list[
 def write_run_files(config: TrainConfig, folder: Path, tokenizer: Any) -> list[Path]:
     """The resolved config and the tokenizer, which make the folder's checkpoints usable by themselves."""
     with writing_into(folder):
-        with whole_or_absent(folder / CONFIG, overwrite=True) as unfinished:
-            unfinished.write_text(to_yaml(config), encoding="utf-8")
+        write_config(to_yaml(config), folder)
         tokenizer.save_pretrained(folder / "tokenizer")
         return [folder / CONFIG, *(folder / "tokenizer").iterdir()]
+
+
+def write_config(text: str, folder: Path) -> None:
+    """A run's `config.yaml`, whole or absent."""
+    with whole_or_absent(folder / CONFIG, overwrite=True) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def _holds(file: Path, text: str) -> bool:
+    return file.is_file() and file.read_bytes() == text.encode()
 
 
 def _tokenizer(trainer: Trainer) -> Any:

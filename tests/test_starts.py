@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from composer.core import Callback, State
 from composer.loggers import Logger
@@ -190,13 +191,18 @@ def a_folder_for(name: str) -> Callable[[Path], None]:
     return make
 
 
+def without_notes(folder: Path) -> None:
+    """Have the checkpoint be one of an older version."""
+    checkpoint = folder / "ep0-ba2-rank0.pt"
+    content = torch.load(checkpoint, weights_only=False)
+    del content["run"]
+    torch.save(content, checkpoint)
+
+
+SPOILED_CONFIGS = [a_config_that_is_cut, a_config_without_its_end, an_empty_config, a_config_of_other_bytes]
 # What lies in the run's folder, and what the refusal says.
 DAMAGED: list[tuple[Callable[[Path], None], str]] = [
     (a_flipped_bit, "ep0-ba2-rank0.pt: .*damaged"),
-    (a_config_that_is_cut, "config.yaml is damaged"),
-    (a_config_without_its_end, r"config.yaml is damaged \(it is cut short\), .* remove it to continue"),
-    (an_empty_config, r"config.yaml is damaged \(it is cut short\)"),
-    (a_config_of_other_bytes, "config.yaml is damaged"),
     (a_file_for_the_tokenizer, "tokenizer is a file, and the run writes a folder there"),
     (a_folder_for("latest-rank0.pt"), "latest-rank0.pt is a folder, and the run makes a link there"),
     (a_folder_for("metrics.jsonl"), "metrics.jsonl is a folder, and the run writes a file there"),
@@ -262,15 +268,59 @@ def test_the_config_is_that_of_the_newest_checkpoint(run: Callable[..., Path], s
         run(stopped.name, "max_duration=5ba")
 
 
-def test_a_config_that_is_lost_is_compared_by_the_checkpoints_own_and_written_again(
-    run: Callable[..., Path], whole: Path, stopped: Path
+def no_config(folder: Path) -> None:
+    (folder / "config.yaml").unlink()
+
+
+def a_config_of_another_seed(folder: Path) -> None:
+    file = folder / "config.yaml"
+    file.write_text(file.read_text().replace("seed: 17", "seed: 18"))
+
+
+@pytest.mark.parametrize("damage", [no_config, *SPOILED_CONFIGS, a_config_of_another_seed])
+def test_a_config_that_is_lost_or_damaged_is_the_checkpoints_again(
+    run: Callable[..., Path],
+    whole: Path,
+    stopped: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: Callable[[Path], None],
 ) -> None:
-    (stopped / "config.yaml").unlink()
+    config = (stopped / "config.yaml").read_text()
+    damage(stopped)
+    before = content(stopped)
     with pytest.raises(ConfigError, match=r"seed: 17 in the run of .*, 18 here"):
         run(stopped.name, "seed=18")
-    assert not (stopped / "config.yaml").exists()
+    with pytest.raises(CheckpointError, match="holds checkpoints of another model"):
+        run(stopped.name, "model.d_model=64")
+    assert content(stopped) == before
+    monkeypatch.setitem(build.CALLBACKS, "lr_monitor", lambda: Fails("batch_start", KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped.name, "callbacks={lr_monitor: {}}")
+    assert "config.yaml is not the checkpoint's; it is written again" in capsys.readouterr().out
+    assert (stopped / "config.yaml").read_text() == config
+
+
+def test_where_nothing_tells_the_config_of_an_older_checkpoint_that_is_said(
+    run: Callable[..., Path], whole: Path, stopped: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_notes(stopped)
+    (stopped / "config.yaml").unlink()
     run(stopped.name)
+    assert "config, data and tokenizer: nothing to compare with" in capsys.readouterr().out
     assert losses(stopped) == losses(whole) and (stopped / "config.yaml").is_file()
+
+
+@pytest.mark.parametrize("damage", SPOILED_CONFIGS)
+def test_a_damaged_config_of_an_older_checkpoint_refuses_the_start(
+    run: Callable[..., Path], stopped: Path, damage: Callable[[Path], None]
+) -> None:
+    without_notes(stopped)
+    damage(stopped)
+    before = content(stopped)
+    with pytest.raises(ConfigError, match=r"config.yaml is damaged .* remove it to continue"):
+        run(stopped.name)
+    assert content(stopped) == before
 
 
 def test_a_folder_that_is_removed_while_the_run_trains_is_made_again_and_the_run_ends_well(

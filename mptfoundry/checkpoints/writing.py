@@ -18,9 +18,13 @@ from mptfoundry.places import is_url
 
 # Copies a local file to where it is kept, under a name that may have one folder in it.
 Upload = Callable[[Path, str], None]
+# Whether a process, given by its machine and its number, is known to be gone.
+IsLeft = Callable[[str, int], bool]
 
 _UNFINISHED = re.compile(r"\..+\.part|\..+\.staged\..+")
 _OLD = ".old"
+# The name that a file or folder is to get, or had, and who is at it: a machine, and a process of that.
+_BEGUN = re.compile(rf"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)(?P<old>\{_OLD})?\.part")
 # Of linux/fs.h and fcntl.h.
 _EXCHANGE, _HERE = 2, -100
 
@@ -42,11 +46,11 @@ def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     """
     path = Path(path).absolute()
     refuse_what_is_there(path, overwrite=overwrite)
-    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    temporary = _beside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for entry, name in _left_by_the_dead(path.parent):
-            if name.removesuffix(_OLD) == path.name:
+        for entry, left in _left_in(path.parent, _is_of_no_other):
+            if left["name"] == path.name:
                 remove(entry)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be written ({error.strerror}).") from error
@@ -73,7 +77,7 @@ def refuse_what_is_there(
         names: Patterns of what such a folder holds; one that holds anything else is another's.
         source: What is read for it, which must not lie there.
     """
-    _put_back(path.absolute())
+    _put_back(path.absolute(), _is_of_no_other)
     read = None if source is None or is_url(source) else Path(source).resolve()
     if read is not None and path.resolve() in (read, *read.parents) and path.exists():
         raise CheckpointError(f"{path}: {source}, which is read, lies there. Name another place.")
@@ -102,7 +106,7 @@ def writing_into(save_folder: Path) -> Iterator[None]:
 
 def point(link: Path, target: Path) -> None:
     """Let a link lead to `target`, a file or folder beside it; it leads to the old one or to the new one."""
-    temporary = link.with_name(f".{link.name}.{socket.gethostname()}.{os.getpid()}.part")
+    temporary = _beside(link)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, link.parent))
     temporary.replace(link)
@@ -116,10 +120,12 @@ def remove_unfinished(folder: Path, *, is_ours: bool = True, but: Path | None = 
         is_ours: Nobody else writes there. Otherwise only what dead processes of this machine left is removed.
         but: What this lies in stays.
     """
-    for _, name in _moved_away(folder):
-        _put_back(folder / name)
+    # A process of another machine, or one whose number a new one has, can't be asked.
+    is_left = (lambda host, pid: True) if is_ours else _is_of_the_dead
+    for _, left in _left_in(folder, is_left):
+        _put_back(folder / left["name"], is_left)
     kept = () if but is None else (but.absolute(), *but.absolute().parents)
-    dead = {entry for entry, _ in _left_by_the_dead(folder)}
+    dead = {entry for entry, _ in _left_in(folder, is_left)}
     unfinished = [
         entry
         for entry in folder.iterdir()
@@ -195,23 +201,35 @@ def _flush_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def _put_back(path: Path) -> None:
+def _beside(path: Path) -> Path:
+    """The name under which this process writes what `path` is to be."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.part")
+
+
+def _host() -> str:
+    return socket.gethostname().replace(".", "-")
+
+
+def _put_back(path: Path, is_left: IsLeft) -> None:
     """Give a folder its name again where a process moved it away and was killed before the new one got it."""
     if not path.exists() and path.parent.is_dir():
-        for entry, name in _moved_away(path.parent):
-            if name == path.name:
+        for entry, left in _left_in(path.parent, is_left):
+            if left["old"] and left["name"] == path.name:
                 entry.rename(path)
                 return
 
 
-def _moved_away(folder: Path) -> list[tuple[Path, str]]:
-    """The folders that dead processes were replacing, and their names."""
-    found = _left_by_the_dead(folder)
-    return [(entry, name.removesuffix(_OLD)) for entry, name in found if name.endswith(_OLD)]
+def _left_in(folder: Path, is_left: IsLeft) -> list[tuple[Path, re.Match[str]]]:
+    """What processes began in a folder, and what they moved away there, where they are known to be gone."""
+    matches = [(entry, match) for entry in folder.iterdir() if (match := _BEGUN.fullmatch(entry.name))]
+    return [(entry, match) for entry, match in matches if is_left(match["host"], int(match["pid"]))]
 
 
-def _left_by_the_dead(folder: Path) -> list[tuple[Path, str]]:
-    """What dead processes of this machine began, and the names that it was to get, or had: with `.old`."""
-    begun = re.compile(rf"\.(.+)\.{re.escape(socket.gethostname())}\.(\d+)(\{_OLD})?\.part")
-    matches = [(entry, match) for entry in folder.iterdir() if (match := begun.fullmatch(entry.name))]
-    return [(entry, match[1] + (match[3] or "")) for entry, match in matches if not is_alive(int(match[2]))]
+def _is_of_the_dead(host: str, pid: int) -> bool:
+    """Whether a process is one of this machine that has ended."""
+    return host == _host() and not is_alive(pid)
+
+
+def _is_of_no_other(host: str, pid: int) -> bool:
+    """The same, or it has this process's number, as the processes of one container after another do."""
+    return host == _host() and (pid == os.getpid() or not is_alive(pid))

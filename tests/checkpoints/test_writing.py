@@ -65,7 +65,7 @@ def test_what_is_there_is_refused_unless_it_is_an_empty_folder(tmp_path: Path) -
 def test_what_a_killed_process_left_is_removed_and_what_a_live_one_writes_is_not(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = socket.gethostname()
+    host = socket.gethostname().replace(".", "-")
     left, alive = (tmp_path / f".out.{host}.{pid}.part" for pid in (dead.pid, os.getppid()))
     left.mkdir()
     alive.mkdir()
@@ -130,7 +130,7 @@ def test_a_folder_that_was_being_replaced_when_its_process_was_killed_is_there(
 def test_what_was_being_replaced_is_not_among_the_unfinished(tmp_path: Path) -> None:
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    host = socket.gethostname()
+    host = socket.gethostname().replace(".", "-")
     for name in (f".ba10.{host}.{dead.pid}.old.part", f".ba10.{host}.{dead.pid}.part", ".ba5.other.1.part"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
@@ -141,3 +141,27 @@ def test_what_was_being_replaced_is_not_among_the_unfinished(tmp_path: Path) -> 
     assert entries(tmp_path / "ba10") == [f".ba10.{host}.{dead.pid}.old.part"]
     remove_unfinished(tmp_path)
     assert entries(tmp_path) == ["ba10"]
+
+
+@pytest.mark.parametrize("host", ["another", "this"])
+def test_what_a_process_of_another_machine_or_of_the_same_number_was_replacing_is_put_back(
+    tmp_path: Path, host: str
+) -> None:
+    """In one container after another, a run has the same number."""
+    host = socket.gethostname().replace(".", "-") if host == "this" else host
+    old = tmp_path / f".ba10.{host}.{os.getpid()}.old.part"
+    old.mkdir()
+    (old / "kept").touch()
+    remove_unfinished(tmp_path)
+    assert entries(tmp_path) == ["ba10"] and entries(tmp_path / "ba10") == ["kept"]
+
+
+def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_path: Path) -> None:
+    host = socket.gethostname().replace(".", "-")
+    for name in (f".out.{host}.{os.getpid()}.part", f".out.{host}.{os.getpid()}.old.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old").touch()
+    with whole_or_absent(tmp_path / "out", overwrite=True) as temporary:
+        temporary.mkdir()
+        (temporary / "new").touch()
+    assert entries(tmp_path) == ["out"] and entries(tmp_path / "out") == ["new"]
