@@ -123,6 +123,7 @@ def with_peft_folder(folder: Path, base: ModelSource, verifier: Verifier) -> Mod
         expected = lora.adapter_shapes(base.config)
     except ValueError as error:
         raise CheckpointError(f"{folder / PEFT_CONFIG}: {error}") from error
+    check_number_formats(folder, file.outlines, file.outlines)
     found = {name: outline.shape for name, outline in file.outlines.items()}
     if problems := shape_problems(found, {peft_name(name): shape for name, shape in expected.items()}):
         raise CheckpointError(f"{folder}: doesn't fit {base.path}: {'; '.join(problems[:5])}.")

@@ -33,8 +33,8 @@ from mptfoundry.checkpoints.weights import (
     POSITIONS,
     PROJECTION,
     Weights,
+    check_finite,
     check_number_formats,
-    format_name,
 )
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.mpt.config import MPTConfig
@@ -80,9 +80,7 @@ class ModelSource:
         """
         for name in expected_shapes(self.config):
             tensor = self.weights.read(name, dtype)
-            if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # one pass, and no memory
-                kind = format_name(tensor.dtype)
-                raise CheckpointError(f"{self.path}: {name} holds NaN or infinity as {kind}.")
+            check_finite(self.path, name, tensor)
             yield name, tensor
 
 

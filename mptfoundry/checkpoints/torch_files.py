@@ -57,7 +57,7 @@ class TorchFile:
         self,
         path: Path,
         tensors: Mapping[str, Any],
-        check: Callable[[torch.Tensor], None],
+        check: Callable[[str, torch.Tensor], None],
         prefix: str = "",
         notes: Any = None,
     ) -> None:
@@ -84,7 +84,7 @@ class TorchFile:
 
     def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
         """A copy of one tensor; the pages that it was read from are given back at once."""
-        self._check(self._tensors[name])
+        self._check(name, self._tensors[name])
         mapped = cut(self._tensors[name], rows)
         copy = mapped.to(dtype or mapped.dtype, copy=True).contiguous()
         _give_back(mapped)
@@ -206,12 +206,12 @@ class _Members:
             self._members = {}
             verifier.once(path, "all", lambda: why_damaged(path, parts_of(path)))
 
-    def __call__(self, tensor: torch.Tensor) -> None:
+    def __call__(self, name: str, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
         if member := self._members.get(storage.data_ptr() - self._start):
             content = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
             self._verifier.once(
-                self._path, member.name, lambda: why_other_bytes(member.name, content.numpy(), member.crc)
+                self._path, member.name, lambda: why_other_bytes(name, content.numpy(), member.crc)
             )
             _give_back(content)
 

@@ -60,6 +60,12 @@ def check_number_formats(path: object, outlines: Mapping[str, TensorOutline], na
             )
 
 
+def check_finite(path: object, name: str, tensor: torch.Tensor) -> None:
+    """Raise CheckpointError for a tensor that holds NaN or infinity; `path` says where."""
+    if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # one pass, and no memory
+        raise CheckpointError(f"{path}: {name} holds NaN or infinity as {format_name(tensor.dtype)}.")
+
+
 def format_name(dtype: torch.dtype) -> str:
     """A number format's name without `torch.`."""
     return str(dtype).removeprefix("torch.")

@@ -21,7 +21,7 @@ from mptfoundry.checkpoints.checksums import write_tensor_checksums
 from mptfoundry.checkpoints.folders import read_json
 from mptfoundry.checkpoints.hf_folder import SafetensorsFile
 from mptfoundry.checkpoints.reading import ModelSource
-from mptfoundry.checkpoints.weights import bytes_of
+from mptfoundry.checkpoints.weights import bytes_of, check_finite
 from mptfoundry.checkpoints.writing import whole_or_absent
 from mptfoundry.config.learned import LoRAConfig
 from mptfoundry.errors import CheckpointError
@@ -77,6 +77,8 @@ def export_adapter(
         peft_name(name): weights.adapters.read(name, dtype).contiguous()
         for name in weights.lora.adapter_shapes(source.config)
     }
+    for name, tensor in tensors.items():
+        check_finite(source.path, name, tensor)
     base, parameters = base_of(weights.base), sum(tensor.numel() for tensor in tensors.values())
     with whole_or_absent(out, overwrite=overwrite) as folder:
         folder.mkdir()

@@ -94,6 +94,7 @@ def test_a_flipped_bit_of_a_weight_is_named_on_every_way_in(
             read()
         where = file.parent.name if "sharded" in kind else file.name
         assert where in str(e.value) and "\n" not in str(e.value) and not out.exists()
+        assert f"damaged, {NAME}" in str(e.value)
         read(verify=False)
         shutil.rmtree(out, ignore_errors=True)
 

@@ -166,3 +166,27 @@ def test_adapters_that_nothing_asks_for_are_refused(
     save_file(load_file(file) | {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 2)}, file)
     with pytest.raises(CheckpointError, match=r"lm_head.lora_A.weight is not of this architecture"):
         open_model(tmp_path / "adapter", base=str(base))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn, torch.complex64], ids=str)
+def test_adapters_that_are_stored_in_another_format_are_refused(
+    write_run: Callable[..., Path], tmp_path: Path, tiny_tokenizer: Any, dtype: torch.dtype
+) -> None:
+    base, file = write_run(), tmp_path / "adapter" / "adapter_model.safetensors"
+    write(base, tmp_path / "adapter", tiny_tokenizer)
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    kind = str(dtype).removeprefix("torch.")
+    with pytest.raises(CheckpointError, match=rf"lora_\w.weight is stored as {kind}. Weights are read as"):
+        open_model(tmp_path / "adapter", base=str(base))
+
+
+def test_adapters_that_are_not_finite_are_not_written(
+    write_run: Callable[..., Path], tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    source = adapted(open_model(write_run()))
+    assert isinstance(source.weights, AdaptedWeights)
+    for tensor in list(source.weights.adapters.tensors.values())[:1]:  # type: ignore[attr-defined]
+        tensor.fill_(torch.inf)
+    with pytest.raises(CheckpointError, match="holds NaN or infinity as float32"):
+        export_adapter(source, tmp_path / "adapter", torch.float32, tiny_tokenizer, overwrite=True)
+    assert not (tmp_path / "adapter").exists()
