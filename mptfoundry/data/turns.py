@@ -193,7 +193,7 @@ class ExampleMaker:
                 turns = next(tokenized) if isinstance(said, Turns) else said
                 ids, learned = stitch(turns, self.plan.targets, tokenizer.eos_token_id)
                 is_whole = all(map(all, turns))
-                name = "messages" if isinstance(said, Turns) and said.is_chat else "prompt"
+                name = _field_of(said)
             # The first token is predicted from nothing.
             if is_whole and learned[1:limit].any():
                 counts.cut += len(ids) > limit
@@ -296,11 +296,17 @@ def _refuse_special_tokens(record: Mapping[str, Any], tokenizer: Any) -> None:
                 )
 
 
+def _field_of(said: Turns | list[Ids]) -> str:
+    if isinstance(said, Turns):
+        return "messages" if said.is_chat else "prompt"
+    return "input_ids"
+
+
 def _why_dropped(learned: np.ndarray, limit: int, *, is_masked: bool) -> str:
     if is_masked and not learned[1:].any():
         return "none of them is learned"
     if not learned.any() or learned.argmax() < limit:
-        return "the tokenizer makes no token of a text"
+        return "a prompt or a response has no tokens"
     return f"what is learned begins at token {learned.argmax():,}, past max_seq_len: {limit:,}"
 
 
