@@ -125,7 +125,7 @@ def test_a_preview_says_what_stands_around_each_document(
     adds = "the tokenizer adds <s> before each text by itself"
     expected = {
         "auto": f"each document begins with <s> and ends with </s>; {adds}",
-        False: f"each document ends with </s>; {adds}, which these documents do without",
+        False: f"each document ends with </s>; {adds}, but these documents are without <s>",
     }
     for add_bos, line in expected.items():
         out, options = tmp_path / str(add_bos), {"max_seq_len": 16, "workers": 1, "progress": False}
