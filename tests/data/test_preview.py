@@ -101,6 +101,7 @@ def test_ids_past_a_gap_in_the_tokenizers_numbers_are_shown(tmp_path: Path, toke
     import shutil
 
     from streaming import MDSWriter
+    from tokenizers import Tokenizer
 
     shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
     parts = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
@@ -111,7 +112,8 @@ def test_ids_past_a_gap_in_the_tokenizers_numbers_are_shown(tmp_path: Path, toke
     with MDSWriter(columns={"tokens": "ndarray:int32"}, out=str(tmp_path / "mds")) as writer:
         writer.write({"tokens": np.array([400, 400], np.int32)})
     text = preview(tmp_path / "mds", tokenizer=str(tmp_path / "tokenizer"))
-    assert text.endswith(2 * last.replace("\u0120", " "))
+    shown = Tokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json")).decode([400, 400])
+    assert shown and text.endswith(shown)
 
 
 def test_another_tokenizer_than_the_shards_own_is_noted(prepared: Path, tmp_path: Path) -> None:
