@@ -196,7 +196,7 @@ def test_text_that_spells_a_special_token_can_stay_text(
     unit = Unit((Part("lines", str(tmp_path / "a.jsonl"), 0, 1 << 20),), 1)
     made = {}
     for as_text in (False, True):
-        made[as_text] = ExampleMaker(ExamplePlan(tokenizer, 512, Targets(), None, "uint16", (), as_text))(
+        made[as_text] = ExampleMaker(ExamplePlan(tokenizer, 512, Targets(), None, "uint16", as_text=as_text))(
             unit
         )
     ids = [next(each.examples("uint16"))[0].tolist() for each in made.values()]
