@@ -276,7 +276,8 @@ def _data_in_words(
         if known.samples is not None:
             text += f": {known.samples:,} samples"
         if stream_name in epochs:
-            text += f", read {epochs[stream_name]:.3g} times"
+            times = f"{epochs[stream_name]:.3g}"
+            text += f", read {times} time{'s' * (times != '1')}"
         rows.append((name if not rows else "", text))
     return rows
 

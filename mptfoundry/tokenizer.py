@@ -137,8 +137,8 @@ def default_template(tokenizer: Any) -> str | None:
         return template or None
     if "default" not in template:
         raise ConfigError(
-            f"tokenizer: it has the chat templates {', '.join(template)}, and none is called default. Rename "
-            "the one to use to default, or keep one alone."
+            f"tokenizer: it has the chat templates {', '.join(template)}, and none is called default. Give "
+            "the one to use the name default in the tokenizer's folder."
         )
     return str(template["default"])
 
@@ -249,10 +249,10 @@ def documents_in_words(borders: Borders, own: Borders) -> str:
     text = f"each document {' and '.join(parts)}" if parts else "documents are joined without special tokens"
     if not any(own):
         return text
-    is_own = all(set(tokens) <= set(given) for tokens, given in zip(own, borders, strict=True))
-    return f"{text}; the tokenizer {adds_in_words(own)}" + (
-        "" if is_own else ", which these documents do without"
-    )
+    sides = zip(own, borders, strict=True)
+    missing = [token for tokens, given in sides for token in tokens if token not in given]
+    text += f"; the tokenizer {adds_in_words(own)}"
+    return f"{text}, but these documents are without {' and '.join(missing)}" if missing else text
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:

@@ -47,6 +47,8 @@ FORMS = (
     "input_ids and labels"
 )
 
+MESSAGES = "each message has role and content, or each has from and value"
+
 Turn = tuple[str, str]
 
 
@@ -182,6 +184,8 @@ def _messages(given: Sequence[Any], field: str, role_key: str, text_key: str) ->
                 )
         if messages and messages[-1]["role"] == role:
             raise RecordError(f"{place}.{role_key}", f"is {role!r}, as the one before. Join the two")
+        if message.get(text_key) is None:
+            raise RecordError(f"{place}.{text_key}", f"is missing or null; {MESSAGES}")
         text = _text(message, text_key, place=f"{place}.", may_be_empty=role in MAY_BE_EMPTY)
         messages.append({"role": role, "content": text})
     if messages[0]["role"] == "assistant":
@@ -197,7 +201,7 @@ def _role(given: Any, role_key: str, place: str) -> str:
     if role_key == "from":
         known = SHAREGPT_ROLES | known
     if given is None:
-        raise RecordError(place, "is missing")
+        raise RecordError(place, f"is missing; {MESSAGES}")
     if not isinstance(given, str) or given not in known:
         raise RecordError(place, f"{shown(given)} is unknown. Use {', '.join(known)}")
     return known[given]

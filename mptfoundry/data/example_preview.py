@@ -11,7 +11,7 @@ import numpy as np
 
 from mptfoundry.data.chat import CHATML
 from mptfoundry.data.examples import ExampleStore
-from mptfoundry.data.finetuning import columns_not_read
+from mptfoundry.data.finetuning import columns_not_read, first_of
 from mptfoundry.data.preview import shorten
 from mptfoundry.data.records import counted
 from mptfoundry.tokenizer import count_ids, default_template
@@ -110,11 +110,11 @@ def _left_out(store: ExampleStore, max_seq_len: int) -> list[str]:
 
     lines = [f"cut at max_seq_len, {max_seq_len:,}: {share(counts['cut'])}"]
     lines += [f"dropped, since nothing to learn is left: {share(counts['dropped'])}"]
-    lines += [f"  {line}" for line in counts["drops"]]
-    lines += [f"bad records: {share(counts['bad'])}", *(f"  {line}" for line in counts["problems"])]
+    lines += first_of(counts["drops"], counts["dropped"])
+    lines += [f"bad records: {share(counts['bad'])}", *first_of(counts["problems"], counts["bad"])]
     if counts["doubles"]:
         lines.append(f"records of two forms, of which one is read: {share(counts['doubles'])}")
-        lines += [f"  {line}" for line in counts["choices"]]
+        lines += first_of(counts["choices"], counts["doubles"])
     if counts["ignored"]:
         lines.append(f"columns not looked at: {columns_not_read(store)}")
     return lines

@@ -159,7 +159,9 @@ class Refusal:
     advice: str
 
     def __str__(self) -> str:
-        return f"{self.reason}:\n{self.first}{self.advice}" if self.first else f"{self.reason}. {self.advice}"
+        return (
+            f"{self.reason}:\n{self.first}\n{self.advice}" if self.first else f"{self.reason}. {self.advice}"
+        )
 
 
 def why_not(store: ExampleStore, where: str, max_bad_records: int, max_dropped: float) -> Refusal | None:
@@ -169,7 +171,7 @@ def why_not(store: ExampleStore, where: str, max_bad_records: int, max_dropped: 
     if counts["bad"] > max_bad_records:
         return Refusal(
             f"{where}: {counts['bad']:,} of {records} {'is' if counts['bad'] == 1 else 'are'} bad",
-            _first(counts["problems"], counts["bad"]),
+            "\n".join(first_of(counts["problems"], counts["bad"])),
             f"Fix them, or leave them out with dataset.max_bad_records: {counts['bad']}.",
         )
     share = counts["dropped"] / max(1, counts["records"])
@@ -177,7 +179,7 @@ def why_not(store: ExampleStore, where: str, max_bad_records: int, max_dropped: 
         return Refusal(
             f"{where}: {share:.1%} of the examples are dropped, {counts['dropped']:,} of "
             f"{counts['records']:,}, since nothing to learn is left of them",
-            _first(counts["drops"], counts["dropped"]),
+            "\n".join(first_of(counts["drops"], counts["dropped"])),
             "Use a larger max_seq_len or shorter prompts, or allow it with dataset.max_dropped: "
             f"{min(1.0, share + 0.005):.2f}.",
         )
@@ -193,6 +195,7 @@ def judge(store: ExampleStore, where: str, max_bad_records: int, max_dropped: fl
         raise DataError(str(refusal))
 
 
-def _first(lines: Sequence[str], count: int) -> str:
+def first_of(lines: Sequence[str], count: int) -> list[str]:
+    """The first notes of `count`, a line each, and how many more there are."""
     more = [f"... and {count - len(lines):,} more"] if count > len(lines) else []
-    return "".join(f"  {line}\n" for line in [*lines, *more])
+    return [f"  {line}" for line in [*lines, *more]]

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from mptfoundry.data.job import Job, find_finished, open_journal, plan_job
 from mptfoundry.data.journal import Journal, locked
 from mptfoundry.data.records import BadInput, plan_units
-from mptfoundry.data.shards import PREPARING, ShardMeta
+from mptfoundry.data.shards import PREPARING, ShardMeta, read_index
 from mptfoundry.data.spark import encode_on_spark
 from mptfoundry.data.summary import PrepareSummary, SplitSummary
 from mptfoundry.data.work import EncodingPlan, encode_units
@@ -251,7 +251,7 @@ def _summarize(job: Job, metas: Sequence[ShardMeta]) -> tuple[SplitSummary, ...]
             tokens=meta.tokens,
             bytes=meta.bytes,
             dropped_tokens=meta.dropped_tokens,
-            shards=len(list(folder.glob("shard.*.mds*"))),
+            shards=len(read_index(folder, str(folder)).shards),
         )
         for folder, meta in zip(job.folders.values(), metas, strict=True)
     )

@@ -14,6 +14,7 @@ from mptfoundry.errors import DataError
 from mptfoundry.tokenizer import (
     Borders,
     adds_in_words,
+    count_ids,
     documents_in_words,
     fingerprint,
     load_tokenizer,
@@ -154,5 +155,5 @@ def _ids(
     found = read_sample(sample, token_encoding_type, place)
     if isinstance(found, str):
         return list(tokenizer(found, **({"split_special_tokens": True} if as_text else {}))["input_ids"])
-    check_ids(found, len(tokenizer), "tokenizer", place)
+    check_ids(found, count_ids(tokenizer), "tokenizer", place)
     return list(found.tolist())

@@ -382,12 +382,12 @@ def _document(record: Any, where: Callable[[], str], text_key: str, part: Part) 
         return BadInput(f"{where()}: there is no field {text_key!r}; the fields are: {fields}. {advice}")
     text = record[text_key]
     if not isinstance(text, str):
-        return BadInput(f"{where()}: the field {text_key!r} is {json_type(text)}, not a string.")
+        return BadInput(f"{where()}: the field {text_key!r} is {a_type(text)}, not a string.")
     try:
         encoded = text.encode("utf-8")
     except UnicodeEncodeError:
         return BadInput(
-            f"{where()}: the field {text_key!r} holds half of a surrogate pair, which is no text."
+            f"{where()}: the field {text_key!r} holds half of a surrogate pair, which is not text."
         )
     return Document(text, len(encoded), encoded[:IDENTITY_BYTES])
 

@@ -1,4 +1,4 @@
-"""Token ids and text as samples of MDS shards hold them: arrays of any integer type, plain bytes, or text."""
+"""Token ids and text as samples and records hold them: arrays of any integer type, plain bytes, or text."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from mptfoundry.errors import DataError
 
-# With fewer ids than these, every second one may be zero by chance.
-_FEWEST_IDS_FOR_A_PATTERN = 16
+# Of fewer ids every second one may well be 0: tokens with EOS between them.
+_FEWEST_IDS_JUDGED = 8
 
 
 def read_sample(sample: Mapping[str, Any], token_encoding_type: str, place: str) -> np.ndarray | str:
@@ -46,18 +46,10 @@ def stored_ids(tokens: Any, token_encoding_type: str, place: str) -> np.ndarray:
         DataError: They are not a row of integers, or the bytes are those of another type.
     """
     if isinstance(tokens, bytes):
-        dtype = np.dtype(token_encoding_type)
-        if len(tokens) % dtype.itemsize:
-            raise DataError(
-                f"{place} has {len(tokens)} bytes, which are not a whole number of {dtype.name} ids. Set "
-                "token_encoding_type to the type they were written with."
-            )
-        ids = np.frombuffer(tokens, dtype)
-        if wider := _wider_type(ids):
-            raise DataError(
-                f"{place} holds ids of {wider} that are read as {dtype.name}: between them stand zeros. Set "
-                f"token_encoding_type: {wider}, or the type they were written with."
-            )
+        try:
+            ids = unpack_ids(tokens, token_encoding_type)
+        except ValueError as error:
+            raise DataError(f"{place} {error}.") from error
     else:
         ids = np.asarray(tokens) if isinstance(tokens, list) else tokens
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
@@ -66,6 +58,28 @@ def stored_ids(tokens: Any, token_encoding_type: str, place: str) -> np.ndarray:
             f"{place} has tokens of type {kind}. Each sample must be one non-empty row of integers."
         )
     return ids.astype(np.int64)
+
+
+def unpack_ids(data: bytes, token_encoding_type: str) -> np.ndarray:
+    """The ids that bytes hold: (tokens,) of `token_encoding_type`.
+
+    Raises:
+        ValueError: They were written as another type. The text is a predicate without a full stop, such as
+            `has 9 bytes, ...`, which goes after what holds the bytes.
+    """
+    dtype = np.dtype(token_encoding_type)
+    if len(data) % dtype.itemsize:
+        raise ValueError(
+            f"has {len(data)} bytes, which are not a whole number of {dtype.name} ids. Set "
+            "token_encoding_type to the type they were written with"
+        )
+    ids = np.frombuffer(data, dtype)
+    if wider := _wider_type(ids):
+        raise ValueError(
+            f"holds ids of {wider} that are read as {dtype.name}: between them stand zeros. Set "
+            f"token_encoding_type: {wider}, or the type they were written with"
+        )
+    return ids
 
 
 def check_ids(ids: np.ndarray, count: int, owner: str, place: str) -> None:
@@ -82,7 +96,7 @@ def _wider_type(ids: np.ndarray) -> str | None:
     """The type of whose halves, quarters or eighths a row consists: all but the lowest are zero."""
     for ratio in (8, 4, 2):
         bits = 8 * ids.itemsize * ratio
-        if bits <= 64 and ids.size >= _FEWEST_IDS_FOR_A_PATTERN and ids.size % ratio == 0:
+        if bits <= 64 and ids.size >= _FEWEST_IDS_JUDGED and ids.size % ratio == 0:
             parts = ids.reshape(-1, ratio)
             if parts[:, : ratio // 2].any() and not parts[:, ratio // 2 :].any():
                 return f"int{bits}"

@@ -25,12 +25,10 @@ import numpy as np
 from mptfoundry.data.chat import RecordError
 from mptfoundry.data.collate import NOT_LEARNED
 from mptfoundry.data.records import a_type, shown
+from mptfoundry.data.stored_ids import unpack_ids
 
 # What is looked at.
 COLUMNS = {"turns", "input_ids", "labels", "attention_mask"}
-WIDEST_BYTES = 8
-# Fewer ids than this may well be 0 in every second place: a token and EOS.
-FEWEST_IDS_JUDGED = 4
 
 # A turn's two parts as ids.
 Ids = tuple[list[int], list[int]]
@@ -109,7 +107,10 @@ class TokenReader:
         if value is None:
             raise RecordError(name, "is missing or null")
         if isinstance(value, (bytes, bytearray)):
-            value = self._unpacked(bytes(value), name)
+            try:
+                value = unpack_ids(bytes(value), self.token_encoding_type)
+            except ValueError as error:
+                raise RecordError(name, str(error)) from error
         if isinstance(value, np.ndarray):
             if value.ndim != 1 or value.dtype.kind not in "iu":
                 raise RecordError(
@@ -122,24 +123,6 @@ class TokenReader:
             if type(entry) is not int:
                 raise RecordError(f"{name}[{number}]", f"{shown(entry)} is not an integer")
         return list(value)
-
-    def _unpacked(self, data: bytes, name: str) -> np.ndarray:
-        dtype = np.dtype(self.token_encoding_type)
-        if len(data) % dtype.itemsize:
-            raise RecordError(
-                name,
-                f"has {len(data)} bytes, which is not a whole number of {dtype.name} ids. "
-                "Set token_encoding_type to the type that they were written with",
-            )
-        ids = np.frombuffer(data, dtype)
-        may_be_wider = 2 * dtype.itemsize <= WIDEST_BYTES and len(ids) >= FEWEST_IDS_JUDGED
-        if may_be_wider and len(ids) % 2 == 0 and not ids[1::2].any():
-            raise RecordError(
-                name,
-                f"every second id is 0, as where wider integers are read as {dtype.name}. "
-                "Set token_encoding_type to the type that they were written with",
-            )
-        return ids
 
     def _ids(self, ids: list[int], field: str, start: int = 0) -> list[int]:
         """The same ids, each of which the tokenizer has."""

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from mptfoundry.data.chat import RecordError, Turns, complete_forms, turns_of, unused
-from mptfoundry.data.records import BadInput, Row, Unit, a_type, read_rows
+from mptfoundry.data.chat import CONVERSATIONS, RecordError, Turns, complete_forms, turns_of, unused
+from mptfoundry.data.records import BadInput, Row, Unit, a_type, read_rows, text_of
 from mptfoundry.data.tokens import COLUMNS, Ids, Masked, TokenReader, is_tokenized
 from mptfoundry.data.work import MOST_PROBLEMS_KEPT
 from mptfoundry.errors import DataError, first_line
@@ -193,7 +193,7 @@ class ExampleMaker:
                 turns = next(tokenized) if isinstance(said, Turns) else said
                 ids, learned = stitch(turns, self.plan.targets, tokenizer.eos_token_id)
                 is_whole = all(map(all, turns))
-                name = "messages" if isinstance(said, Turns) and said.is_chat else "prompt"
+                name = _field_of(said)
             # The first token is predicted from nothing.
             if is_whole and learned[1:limit].any():
                 counts.cut += len(ids) > limit
@@ -219,7 +219,7 @@ class ExampleMaker:
                 ) from error
             said = turns_of(record, self.plan.tokenizer, needs_all=not self.plan.targets.is_last_answer)
             if said.is_chat and self.plan.as_text:
-                _refuse_special_tokens(record, self.plan.tokenizer)
+                _refuse_special_tokens(record, said.ignored, self.plan.tokenizer)
             counts.chats += said.is_chat
         ignored = said.ignored if isinstance(said, Turns) else unused(record, COLUMNS)
         counts.ignore(dict.fromkeys(sorted(ignored), 1))
@@ -281,26 +281,36 @@ def _as_one(prompt: list[int], response: list[int], own: Borders, bos_token_id: 
     return prompt, response
 
 
-def _refuse_special_tokens(record: Mapping[str, Any], tokenizer: Any) -> None:
-    """Raises RecordError where a message of a conversation spells a special token."""
+def _refuse_special_tokens(record: Mapping[str, Any], ignored: frozenset[str], tokenizer: Any) -> None:
+    """Raises RecordError where a conversation spells a special token in what is looked at."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    field = "messages" if record.get("messages") is not None else "conversations"
+    field = next(name for name in CONVERSATIONS if record.get(name) is not None)
+    texts: dict[str, Any] = {} if "system" in ignored else {"system": record.get("system")}
     for number, message in enumerate(record[field]):
-        for key, text in message.items():
-            found = next((token for token in special if isinstance(text, str) and token in text), None)
-            if found:
-                raise RecordError(
-                    f"{field}[{number}].{key}",
-                    f"spells the special token {found}, which a conversation can't hold as text. Remove it, "
-                    "or use special_tokens: as_tokens",
-                )
+        read = {key: text for key, text in message.items() if f"{field}[].{key}" not in ignored}
+        texts |= {f"{field}[{number}].{key}": text for key, text in read.items()}
+    for place, given in texts.items():
+        text = "" if given is None else text_of(given)
+        found = next((token for token in special if token in text), None)
+        if found:
+            raise RecordError(
+                place,
+                f"spells the special token {found}, which a conversation can't hold as text. Remove it, "
+                "or use special_tokens: as_tokens",
+            )
+
+
+def _field_of(said: Turns | list[Ids]) -> str:
+    if isinstance(said, Turns):
+        return "messages" if said.is_chat else "prompt"
+    return "input_ids"
 
 
 def _why_dropped(learned: np.ndarray, limit: int, *, is_masked: bool) -> str:
     if is_masked and not learned[1:].any():
         return "none of them is learned"
     if not learned.any() or learned.argmax() < limit:
-        return "the tokenizer makes no token of a text"
+        return "a prompt or a response has no tokens"
     return f"what is learned begins at token {learned.argmax():,}, past max_seq_len: {limit:,}"
 
 

@@ -196,7 +196,15 @@ def test_of_two_complete_forms_the_first_is_read(tiny_tokenizer: Any) -> None:
         ({"messages": "x"}, "messages: is a string, not a list of messages"),
         ({"messages": [message("user")]}, "messages: has 1 message. A conversation needs two or more"),
         ({"messages": ["x", "y"]}, "messages[0]: is a string, not an object with role and content"),
-        ({"messages": [{"content": "x"}, {}]}, "messages[0].role: is missing"),
+        ({"messages": [{"content": "x"}, {}]}, "messages[0].role: is missing; each message has role"),
+        (
+            {"conversations": [{"from": "human", "text": "x"}, {"from": "gpt", "text": "y"}]},
+            "conversations[0].value: is missing or null; each message has role and content, or each has from",
+        ),
+        (
+            {"messages": [{"from": "human", "value": "x"}, message("assistant")]},
+            "messages[0].role: is missing; each message has role and content, or each has from and value",
+        ),
         (
             {"messages": [message("bot"), message("user")]},
             "messages[0].role: 'bot' is unknown. Use system, user",

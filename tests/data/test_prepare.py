@@ -227,6 +227,8 @@ def test_a_finished_folder_says_so_and_is_left_alone(
     assert again.was_finished and again.encoded_tokens == 0 and again.splits == first.splits
     assert "It was finished already" in str(again)
     assert files_of(tmp_path / "out") == before
+    (tmp_path / "out" / "train" / "shard.00099.mds").write_bytes(b"another's")
+    assert run(corpus, held_out=0.2).splits == first.splits
 
 
 @pytest.mark.parametrize(
@@ -312,7 +314,7 @@ def test_a_folder_with_other_things_is_left_alone(run: Any, corpus: Path, tmp_pa
     [
         (b'{"text": "x"', r"bad\.jsonl:3: this is not a line of JSON"),
         (b'{"txt": "x"}', r"bad\.jsonl:3: there is no field 'text'; the fields are: txt\. Set text_key\."),
-        (b'{"text": 5}', r"bad\.jsonl:3: the field 'text' is number, not a string\."),
+        (b'{"text": 5}', r"bad\.jsonl:3: the field 'text' is a number, not a string\."),
         (b'{"text": null}', r"bad\.jsonl:3: the field 'text' is null, not a string\."),
         (b'["x"]', r"bad\.jsonl:3: this is a JSON array, not an object"),
         (b'{"text": "\xff"}', r"bad\.jsonl:3: byte 10 of the line is not UTF-8\."),

@@ -96,6 +96,26 @@ def test_what_training_refuses_of_others_shards_is_refused_with_its_words(
         preview(tmp_path, tokenizer=str(tokenizer_folder), **options)
 
 
+def test_ids_past_a_gap_in_the_tokenizers_numbers_are_shown(tmp_path: Path, tokenizer_folder: Path) -> None:
+    import json
+    import shutil
+
+    from streaming import MDSWriter
+    from tokenizers import Tokenizer
+
+    shutil.copytree(tokenizer_folder, tmp_path / "tokenizer")
+    parts = json.loads((tmp_path / "tokenizer" / "tokenizer.json").read_text())
+    vocab = parts["model"]["vocab"]
+    last = max(vocab, key=vocab.__getitem__)
+    vocab[last] = 400
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(parts))
+    with MDSWriter(columns={"tokens": "ndarray:int32"}, out=str(tmp_path / "mds")) as writer:
+        writer.write({"tokens": np.array([400, 400], np.int32)})
+    text = preview(tmp_path / "mds", tokenizer=str(tmp_path / "tokenizer"))
+    shown = Tokenizer.from_file(str(tmp_path / "tokenizer" / "tokenizer.json")).decode([400, 400])
+    assert shown and text.endswith(shown)
+
+
 def test_another_tokenizer_than_the_shards_own_is_noted(prepared: Path, tmp_path: Path) -> None:
     from mptfoundry.tokenizer import train_bpe
 
@@ -125,7 +145,7 @@ def test_a_preview_says_what_stands_around_each_document(
     adds = "the tokenizer adds <s> before each text by itself"
     expected = {
         "auto": f"each document begins with <s> and ends with </s>; {adds}",
-        False: f"each document ends with </s>; {adds}, which these documents do without",
+        False: f"each document ends with </s>; {adds}, but these documents are without <s>",
     }
     for add_bos, line in expected.items():
         out, options = tmp_path / str(add_bos), {"max_seq_len": 16, "workers": 1, "progress": False}

@@ -150,7 +150,7 @@ def test_an_array_of_records_is_read_entry_by_entry_also_compressed(tmp_path: Pa
         file.write(content)
     first, bad, last = read_all(path)
     assert isinstance(first, Document) and first.text == "one"
-    assert str(bad) == f"{path}:2: the field 'text' is number, not a string."
+    assert str(bad) == f"{path}:2: the field 'text' is a number, not a string."
     assert isinstance(last, Document) and last.text == "three"
 
 

@@ -78,7 +78,7 @@ def test_a_bad_record_on_spark_is_named_without_a_traceback(
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": 2}\n')
     done = on_spark(str(tmp_path / "a.jsonl"), f"out={tmp_path / 'out'}", "engine=spark", "max_seq_len=8")
     assert done.returncode == 1
-    assert f"error: {tmp_path}/a.jsonl:2: the field 'text' is number, not a string." in done.stderr
+    assert f"error: {tmp_path}/a.jsonl:2: the field 'text' is a number, not a string." in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 

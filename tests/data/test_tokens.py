@@ -71,10 +71,19 @@ def test_ids_in_columns_of_bytes_are_those_that_were_written(
         (
             "int32",
             "int64",
-            "input_ids: has 36 bytes, which is not a whole number of int64 ids. Set token_encoding_type",
+            "input_ids: has 36 bytes, which are not a whole number of int64 ids. Set token_encoding_type",
         ),
-        ("int64", "int32", "input_ids: every second id is 0, as where wider integers are read as int32."),
-        ("int64", "uint16", "input_ids: every second id is 0, as where wider integers are read as uint16."),
+        (
+            "int64",
+            "int32",
+            "input_ids: holds ids of int64 that are read as int32: between them stand zeros. Set",
+        ),
+        (
+            "int64",
+            "uint16",
+            "input_ids: holds ids of int64 that are read as uint16: between them stand zeros. Set",
+        ),
+        ("int32", "uint8", "input_ids: holds ids of int32 that are read as uint8"),
         ("uint8", "int64", "input_ids: has 9 bytes"),
         ("float64", "int64", "is not an id of the tokenizer, which has 0 to 319"),
     ],
@@ -91,6 +100,18 @@ def test_bytes_of_another_type_are_bad_records(
     assert (len(store), counts["bad"]) == (0, 2)
     assert counts["problems"][1].startswith(f"{tmp_path}/mds: sample 1: ")
     assert said in counts["problems"][1]
+
+
+def test_ends_of_text_between_few_ids_are_no_other_type(tmp_path: Path, tiny_tokenizer: Any) -> None:
+    sample = {"input_ids": np.array([5, 0, 6, 0], np.int32), "labels": np.array([7, 0], np.int32)}
+    store = of_shards(
+        {"input_ids": "bytes", "labels": "bytes"},
+        [{name: ids.tobytes() for name, ids in sample.items()}],
+        tmp_path,
+        tiny_tokenizer,
+        token_encoding_type="int32",
+    )
+    assert rows(store) == [([5, 0, 6, 0, 7, 0], [4, 5])]
 
 
 def test_arrays_and_texts_as_bytes_are_read(tmp_path: Path, tiny_tokenizer: Any) -> None:
@@ -186,11 +207,13 @@ def test_a_loss_mask_that_learns_nothing_is_dropped_and_a_long_one_is_cut(
         {"input_ids": [5, 6], "labels": [-100, -100]},
         {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]},
         {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]},
+        {"input_ids": [], "labels": [5, 6]},
     ]
     store = of_records(records, tmp_path, tiny_tokenizer, max_seq_len=3)
     assert rows(store) == [([5, 6, 7], [1, 2])]
-    assert (store.meta["counts"]["cut"], store.meta["counts"]["dropped"]) == (1, 2)
+    assert (store.meta["counts"]["cut"], store.meta["counts"]["dropped"]) == (1, 3)
     assert store.meta["counts"]["drops"] == [
         f"{tmp_path}/records.jsonl:1: labels: none of them is learned.",
         f"{tmp_path}/records.jsonl:3: labels: what is learned begins at token 3, past max_seq_len: 3.",
+        f"{tmp_path}/records.jsonl:4: input_ids: a prompt or a response has no tokens.",
     ]

@@ -185,7 +185,13 @@ def test_text_that_spells_a_special_token_can_stay_text(
 ) -> None:
     tokenizer: Any = load_tokenizer(adding_tokenizers["bos"])
     chat = [{"role": "user", "content": "what is </s>?"}, {"role": "assistant", "content": "x"}]
-    records = [{"prompt": "a </s>", "response": "b <s>"}, {"messages": chat}]
+    quiet = [{"role": "user", "content": "What?", "id": "</s>"}, chat[1]]
+    records = [
+        {"prompt": "a </s>", "response": "b <s>"},
+        {"messages": chat},
+        {"messages": quiet, "system": "Be </s>."},
+        {"messages": quiet, "prompt": "</s>"},
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     unit = Unit((Part("lines", str(tmp_path / "a.jsonl"), 0, 1 << 20),), 1)
     made = {}
@@ -197,5 +203,7 @@ def test_text_that_spells_a_special_token_can_stay_text(
     assert made[False].counts.bad == 0
     assert made[True].counts.problems == [
         f"{tmp_path}/a.jsonl:2: messages[0].content: spells the special token </s>, which a conversation "
-        "can't hold as text. Remove it, or use special_tokens: as_tokens."
+        "can't hold as text. Remove it, or use special_tokens: as_tokens.",
+        f"{tmp_path}/a.jsonl:3: system: spells the special token </s>, which a conversation "
+        "can't hold as text. Remove it, or use special_tokens: as_tokens.",
     ]
