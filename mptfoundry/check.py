@@ -180,7 +180,7 @@ def _look_at_tokenizer(config: TrainConfig, look: Look) -> TokenizerFiles | None
         return None
     if folder is None:
         if name.startswith(("/", "./", "../", "~")) or Path(name).exists():
-            text = f"tokenizer.name: {name} is not a folder. Give a folder that holds tokenizer.json"
+            text = f"tokenizer.name: {name} is not a folder. Give a folder that holds tokenizer.json."
             look.lacking.append(text)
         elif os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
             look.lacking.append(

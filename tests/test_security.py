@@ -35,6 +35,7 @@ RUNS_CODE = {
 }
 # The places that do so, and for what: modules that the package itself names, or code that was allowed.
 ALLOWED = {
+    ("__init__.py", "importlib.import_module"): "the modules of the public names",
     ("build.py", "runpy.run_path"): "code_paths",
     ("__init__.py", "importlib.import_module"): "the public names",
     ("build.py", "importlib.import_module"): "the tables of callbacks, loggers and algorithms",

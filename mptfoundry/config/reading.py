@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from mptfoundry.config.document import UNRESOLVED, Document, KeyPath, Origin, dotted, parse_key
-from mptfoundry.config.secrets import REDACTED, FromEnvironment, names_a_secret
+from mptfoundry.config.secrets import REDACTED, FromEnvironment, may_be_read
 from mptfoundry.errors import ConfigError, first_line
 
 DEEPEST = 60
@@ -87,7 +87,7 @@ def _quoted(text: str) -> str:
 
 def _environment_variable(name: str, *default: Any) -> Any:
     """A file that somebody else wrote could send a secret away within an address."""
-    if names_a_secret(name):
+    if not may_be_read(name, os.environ.get(name, "")):
         raise ValueError(
             f"{name} may be a secret, which no file reads. Give the value on the command line, or leave it "
             "to the package that needs it"

@@ -18,27 +18,34 @@ REDACTED = "<redacted>"
 # a tokenizer's token, or of a key that is looked up.
 _SECRET = re.compile(
     r"\b(secrets|passwords|passphrase|pwd|pw|pat|auth|authorization|credentials?|creds|webhooks|bearer|sas|sig"
-    r"|signature|dsn|cookies?|jwt|netrc|pgpass|pass$|key$|conn(ection)? str(ing)?"
+    r"|signature|dsn|cookies?|jwt|netrc|pgpass|pass$|key$|(api|access|private) keys|conn(ection)? str(ing)?"
     r"|(database|db|redis|mongo|mongodb|postgres|mysql|broker) ur[il]"
-    r"|\w*(secret|passwd|password|token|apikey|accesskey|privatekey|webhook|connstr))\b"
+    r"|\w*(secret|passwd|password|token|apikey|accesskey|privatekey|webhook|connstr)"
+    r"|(api|access|auth) tokens)\b"
 )
 _TOKENIZERS = re.compile(
     r"\b(add|bos|eos|pad|unk|sep|cls|mask|max|per)\b.*\btoken\b|\btoken (id|ids|types?|encoding|mask)\b"
 )
-_OTHER_KEY = re.compile(r"\b(text|label|sort|primary|foreign|index|metric) key$")
+_OTHER_KEY = re.compile(r"\b(text|prompt|response|target|label|sort|primary|foreign|index|metric) key$")
 
-_PASSWORD = re.compile(r"(\w[\w+.-]*://[^/\s:@]*):[^/\s@]+@")
+# The folder where a command was started, which every shell keeps in the environment.
+_FOLDERS = ("PWD", "OLDPWD")
+
+_PASSWORD = re.compile(r"(\w[\w+.-]*://[^/\s:@]*:)[^/\s]+(?=@)")
+_USER = re.compile(r"(https?://)[^/\s:@]+(?=@)")
 _QUERY = re.compile(r"([?&](?:[\w-]*(?:token|signature|secret|password|credential|key)|sig)=)[^&\s]+", re.I)
 _FIELD = re.compile(
-    r"((?:^|[;\s])(?:account ?key|shared ?access ?(?:key|signature)|passw(?:or)?d|pwd|secret)\s*=\s*)[^;\s]+",
+    r"((?:^|[;\s])(?:--?)?(?:account ?key|shared ?access ?(?:key|signature)|passw(?:or)?d|pwd|secret"
+    r"|(?:api|access|auth)[_-]?(?:key|token))\s*=\s*)[^;\s]+",
     re.I,
 )
 _SCHEME = re.compile(r"\b(bearer\s+|(?:basic|token)\s+(?=\S*[\d=]))[\w+/=.~-]{6,}", re.I)
-_HOOK = re.compile(r"(https://hooks\.slack\.com/)\S+", re.I)
+_HOOK = re.compile(r"(https://(?:hooks\.slack\.com|discord(?:app)?\.com/api/webhooks)/)\S+", re.I)
+_PRIVATE_KEY = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[^-]*(-----END [A-Z ]*PRIVATE KEY-----)?")
 _FORMS = re.compile(
     r"\b(hf_(?=[A-Za-z]*\d)[A-Za-z0-9]{6,}|hf_[A-Za-z0-9]{20,}|gh[oprsu]_\w{16,}|github_pat_\w{16,}"
     r"|glpat-[\w-]{16,}|xox[abeoprs]-[\w-]{8,}|sk-[\w-]{20,}|(AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{30,}"
-    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"
+    r"|dapi[0-9a-f]{32}|npm_\w{30,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]+)"
 )
 
 
@@ -65,15 +72,22 @@ def names_a_secret(name: str) -> bool:
     return _SECRET.search(words) is not None
 
 
+def may_be_read(name: str, value: str) -> bool:
+    """Whether a file may read this variable of the environment, and the value that it has."""
+    return (name in _FOLDERS or not names_a_secret(name)) and _without_secrets(value) == value
+
+
 def redacted(value: Any, key: str = "") -> Any:
     """The same plain value, its secrets replaced by `<redacted>`, or by the expression that gave them.
 
     Args:
         value: Dicts, lists and plain values.
-        key: The last key on the way to it.
+        key: The last key on the way to it, or one above that is a secret's.
     """
     if isinstance(value, dict):
-        return {name: redacted(item, str(name)) for name, item in value.items()}
+        return {
+            name: redacted(item, key if names_a_secret(key) else str(name)) for name, item in value.items()
+        }
     if isinstance(value, list):
         return [redacted(item, key) for item in value]
     if isinstance(value, FromEnvironment):
@@ -86,10 +100,9 @@ def redacted(value: Any, key: str = "") -> Any:
 
 
 def _without_secrets(text: str) -> str:
-    text = _PASSWORD.sub(rf"\1:{REDACTED}@", text)
-    for form in (_QUERY, _FIELD, _SCHEME, _HOOK):
+    for form in (_PASSWORD, _USER, _QUERY, _FIELD, _SCHEME, _HOOK):
         text = form.sub(rf"\1{REDACTED}", text)
-    return _FORMS.sub(REDACTED, text)
+    return _FORMS.sub(REDACTED, _PRIVATE_KEY.sub(REDACTED, text))
 
 
 def redactions(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:

@@ -42,6 +42,9 @@ WORDS = [
         "MONGO_URI",
         "SMTP_PASS",
         "authToken",
+        "OPENAI_API_KEYS",
+        "api_tokens",
+        "ACCESS_KEYS",
     ],
 )
 def test_what_is_named_a_secret_is_one_for_the_environment_too(
@@ -68,6 +71,14 @@ def test_what_is_named_a_secret_is_one_for_the_environment_too(
         "pattern",
         "pass_rate",
         "text_key",
+        "prompt_key",
+        "response_key",
+        "max_new_tokens",
+        "special_tokens",
+        "tokens_per_second",
+        "num_tokens",
+        "tokens",
+        "keys",
         "monitor",
     ],
 )
@@ -86,6 +97,13 @@ def test_a_tokenizers_tokens_are_none(key: str) -> None:
         ("https://hooks.slack.com/services/T0/B0/xyz", "https://hooks.slack.com/<redacted>"),
         ("AccountName=a;AccountKey=abc==;Suffix=b", "AccountName=a;AccountKey=<redacted>;Suffix=b"),
         ("Server=db;Pwd=abc;", "Server=db;Pwd=<redacted>;"),
+        ("https://1a2b3c@github.com/me/x", "https://<redacted>@github.com/me/x"),
+        ("https://discord.com/api/webhooks/1/xyz", "https://discord.com/api/webhooks/<redacted>"),
+        ("dapi0123456789abcdef0123456789abcdef", "<redacted>"),
+        ("run --password=hunter2 --api-key=abc fast", "run --password=<redacted> --api-key=<redacted> fast"),
+        ("-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "<redacted>"),
+        ("postgres://me:p@ss@db/x", "postgres://me:<redacted>@db/x"),
+        ("abfss://container@account.dfs.core.windows.net/x", None),
         ("hf_checkpointer, basic training, a token embedding", None),
         ("mosaicml/mpt-7b@0123456789abcdef0123456789abcdef01234567", None),
     ],
@@ -109,6 +127,29 @@ def test_numbers_of_a_secrets_key_are_replaced_and_nothing_stays() -> None:
         "auth": True,
         "seed": 3,
     }
+
+
+def test_all_below_a_secrets_key_is_replaced() -> None:
+    given = {"credentials": {"user": "u", "value": "v", "parts": [{"x": 1}]}, "user": "u"}
+    assert redacted(given) == {
+        "credentials": {"user": "<redacted>", "value": "<redacted>", "parts": [{"x": "<redacted>"}]},
+        "user": "u",
+    }
+
+
+def test_a_value_of_the_environment_that_looks_like_a_secret_is_not_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("AMQP_PLACE", "amqp://me:s3cret@host/v")
+    with pytest.raises(ConfigError, match="AMQP_PLACE may be a secret") as refused:
+        load_train_config(CONFIG, ["metadata.note=${oc.env:AMQP_PLACE}"])
+    assert "s3cret" not in str(refused.value)
+
+
+def test_the_shells_working_folder_is_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PWD", "/here")
+    config, _ = load_train_config(CONFIG, ["save_folder=${oc.env:PWD}/runs"])
+    assert config.save_folder == "/here/runs"
 
 
 def test_a_saved_config_holds_no_secret_and_all_the_rest() -> None:
