@@ -28,18 +28,18 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Learn small matrices beside those of a base model, which stay as they are (peft's LoRA).
+    """Train small low-rank matrices on top of a base model's, which stay fixed (peft's LoRA).
 
     Attributes:
         peft_type: The kind of adapter.
         task_type: What the model is for.
-        r: Rank of the adapters: columns of the one matrix, rows of the other.
-        lora_alpha: The adapters' product is multiplied by `lora_alpha / r`.
-        lora_dropout: Share of an adapter's inputs that are dropped in training.
-        target_modules: The matrices of each block that get one: `Wqkv`, `out_proj`, `up_proj`, `down_proj`,
-            and `gate_proj` where there is one; `all-linear` is all of them.
-        use_rslora: Multiply by `lora_alpha / sqrt(r)` instead (https://arxiv.org/abs/2312.03732).
-        bias: Only `none`: biases stay as they are.
+        r: Rank of the adapters.
+        lora_alpha: An adapter's output is scaled by `lora_alpha / r`.
+        lora_dropout: Dropout probability of an adapter's input.
+        target_modules: Matrices of each block that get an adapter: `Wqkv`, `out_proj`, `up_proj`,
+            `down_proj`, and `gate_proj` if there is one; `all-linear` means all of them.
+        use_rslora: Scale by `lora_alpha / sqrt(r)` instead (https://arxiv.org/abs/2312.03732).
+        bias: Only `none`: biases are not trained.
     """
 
     peft_type: Literal["LORA"] = "LORA"
