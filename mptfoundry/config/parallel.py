@@ -1,4 +1,4 @@
-"""The `fsdp_config` and `compile_config` sections: how a model is spread over devices and compiled."""
+"""The `fsdp_config` and `compile_config` sections: how a model is sharded over devices and compiled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mptfoundry.config.forms import check_at_least
 from mptfoundry.config.schema import show
 from mptfoundry.errors import ConfigError
 
-# Strategies that free the gathered weights after forward, and those of several copies.
+# Strategies that free the gathered weights after forward, and those with several replicas.
 RESHARDING = ("FULL_SHARD", "HYBRID_SHARD")
 HYBRID = ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
 KEEPING = ("SHARD_GRAD_OP", "_HYBRID_SHARD_ZERO2")

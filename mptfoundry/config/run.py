@@ -1,8 +1,8 @@
 """TrainConfig: the whole shape of a training run.
 
-Everything that a YAML of `mptfoundry train` says, typed. Rules inside a section stand in its own class;
-rules between sections stand here. What a section has in common with the run (`max_seq_len`, `seed`) is said
-here once.
+Everything that a YAML file for `mptfoundry train` can say, with types. Rules within a section are in that
+section's class; rules between sections are here. What sections share with the run (`max_seq_len`, `seed`) is
+set only here.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ class TrainConfig:
 
     @property
     def learned(self) -> Learned:
-        """How many of the model's parameters are learned."""
+        """How many of the model's parameters are trainable."""
         return count_learned(self.model.network(), self.model.peft_config, self.optimizer.disable_grad)
 
     def batches(self) -> int | None:

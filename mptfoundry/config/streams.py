@@ -1,4 +1,4 @@
-"""Where the samples of one source lie, and how much of it is read: a stream of shards, or of records."""
+"""One source of data, a stream of shards or of records: where it is, and how much of it is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The options of the verbs that are not `train`: what `mptfoundry VERB key=value ...` understands."""
+"""The options of all verbs except `train`: what `mptfoundry VERB key=value ...` accepts."""
 
 from __future__ import annotations
 
@@ -268,7 +268,7 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig(Sampling):
-    """How a model makes text.
+    """How a model generates text.
 
     Attributes:
         model: Folder of a run, a checkpoint, an exported folder, or an adapter in peft's format.
