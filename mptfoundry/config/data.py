@@ -36,8 +36,8 @@ class _AnyLoaderConfig:
         name: The kind of loader.
         dataset: Which samples, in which mix and order.
         label: Name of an evaluation loader in all results. Default: `eval`.
-        drop_last: Leave out a last batch that is not full. Default: true in training, false in evaluation.
-        num_workers: Processes that make batches, for each device. `auto` chooses by the processors there.
+        drop_last: Drop a last batch that is not full. Default: true in training, false in evaluation.
+        num_workers: Processes per device that make batches. `auto` chooses by the number of processors.
     """
 
     name: str
@@ -60,7 +60,7 @@ class _StreamingLoaderConfig(_AnyLoaderConfig):
         pin_memory: Read into page-locked memory, for faster copies to a GPU.
         prefetch_factor: Batches that each worker reads ahead.
         persistent_workers: Keep the workers from one epoch to the next.
-        timeout: Seconds to wait for a batch before the run ends with an error; 0: for ever.
+        timeout: Seconds to wait for a batch before the run ends with an error; 0: forever.
     """
 
     pin_memory: bool = True
@@ -78,38 +78,39 @@ class TextDatasetConfig:
     """Tokenized (or raw) text in MDS shards, each sample one sequence of `max_seq_len` tokens.
 
     Attributes:
-        streams: The data mix: named sources. A stream given as null is left out.
-        remote: Folder or URL that the shards are downloaded from, where there is one source.
-        local: Folder of the shards, or of the cache of `remote`, where there is one source.
+        streams: The data mix: sources by name. A stream set to null is left out.
+        remote: Folder or URL to download the shards from, if there is only one source.
+        local: Folder of the shards, or the cache of `remote`, if there is only one source.
         split: Subfolder of `remote` and `local`, such as `train` or `val`.
-        max_seq_len: Tokens of a sample. Default, and must equal: the run's `max_seq_len`.
+        max_seq_len: Tokens in a sample. Default, and has to equal: the run's `max_seq_len`.
         shuffle: Read the samples in random order. Default: true in training, false in evaluation.
-        shuffle_seed: Seed of that order. Default, and must equal: the run's `seed`.
-        shuffle_algo: How samples are shuffled between and inside of shards.
-        shuffle_block_size: Samples shuffled together. Default: from `num_canonical_nodes`.
-        num_canonical_nodes: Into how many parts the order is cut, whatever the number of nodes; fixes
-            the order when that number changes. Default: the nodes of the first start.
-        epoch_size: Samples of an epoch, such as 10000 or `64M`. Default: as many as there are.
+        shuffle_seed: Seed of that order. Default, and has to equal: the run's `seed`.
+        shuffle_algo: How samples are shuffled between and within shards.
+        shuffle_block_size: Samples shuffled together. Default: derived from `num_canonical_nodes`.
+        num_canonical_nodes: Parts into which the order of samples is divided; keeps the order the same when
+            the number of nodes changes. Default: the nodes of the first start.
+        epoch_size: Samples in an epoch, such as 10000 or `64M`. Default: all samples.
         predownload: Samples that each worker downloads ahead. Default: 8 batches.
-        cache_limit: Size of the shard cache, such as `100gb`; the least used shards go. Default: none.
-        download_retry: Further attempts after a failed download.
+        cache_limit: Size of the shard cache, such as `100gb`; the least used shards are removed. Default:
+            none.
+        download_retry: How often a failed download is retried.
         download_timeout: Seconds that a download may take.
         verify: When shards are compared with the hashes in their index: `lazy`, each before it is first read
-            in this run; `full`, also all that are on this machine before the first batch; `off`, never.
-            Sizes are always compared.
-        validate_hash: The hash that is compared, such as `sha1`. Default: the fastest that the index has.
-        keep_zip: Keep the compressed shard beside the decompressed one.
-        partition_algo: How samples are dealt out to devices and workers.
-        sampling_method: Draw the samples of a stream anew each epoch (`balanced`) or not (`fixed`).
-        sampling_granularity: Samples drawn together from a shard for a partial repeat.
-        batching_method: How the streams mix inside a batch.
+            in this run; `full`, also all those on this machine before the first batch; `off`, never. Sizes
+            are always compared.
+        validate_hash: The hash to compare, such as `sha1`. Default: the fastest one in the index.
+        keep_zip: Keep the compressed shard next to the decompressed one.
+        partition_algo: How samples are assigned to devices and workers.
+        sampling_method: Draw a stream's samples again each epoch (`balanced`), or only once (`fixed`).
+        sampling_granularity: Samples drawn together from a shard when it is repeated in part.
+        batching_method: How streams mix within a batch.
         replication: Consecutive devices that read the same samples. Only 1 is supported.
-        allow_unsafe_types: Pickled columns run code when read and are never allowed.
-        token_encoding_type: Integer type of `tokens` stored as bytes; arrays know their own.
-        special_tokens: What a `text` column that spells a special token, such as `<|endoftext|>`, becomes:
-            that token, or the ids of the text as it stands.
-        eos_token_id: Documents of a packed row end with this id: they get sequence ids.
-        bos_token_id: Documents of a packed row begin with this id: they get sequence ids.
+        allow_unsafe_types: Only `false`: pickled columns can run code.
+        token_encoding_type: Integer type of `tokens` that are stored as bytes; arrays store their own type.
+        special_tokens: What a special token spelled out in a `text` column, such as `<|endoftext|>`, becomes:
+            that token, or plain text.
+        eos_token_id: This id ends each document in a packed row, and separates the documents.
+        bos_token_id: This id begins each document in a packed row, and separates the documents.
     """
 
     streams: dict[str, StreamConfig] | None = None
@@ -189,19 +190,20 @@ class TextLoaderConfig(_StreamingLoaderConfig):
 class LabelledDatasetConfig:
     """Labelled examples in JSONL or Parquet files, or in a data set.
 
-    What a record holds follows from the model: `text`, perhaps `text_pair`, and `label`; or `words` and
-    `labels`; or `question`, `context` and `answers` as in SQuAD. Labels are names of `model.id2label` or
-    numbers; two texts are joined as the tokenizer joins pairs.
+    The model decides what a record holds: `text`, optionally `text_pair`, and `label`; or `words` and
+    `labels`; or `question`, `context` and `answers` as in SQuAD. Labels are names in `model.id2label` or
+    numbers; two texts are joined the way the tokenizer joins pairs.
 
     Attributes:
         hf_name: A file or folder of JSONL or Parquet, a folder that `datasets` saved, or the name of a data
             set on the Hugging Face hub.
-        local: The same without the hub.
-        split: Subfolder, word in the files' names, or split of a data set.
-        fields: Names of a record's fields -> their names in the data, such as `{text: sentence}`.
-        max_seq_len: Longest example, others are cut. Default, and must equal: the run's `max_seq_len`.
+        local: The same, except that it can't be a name on the hub.
+        split: Subfolder, word in the file names, or split of a data set.
+        fields: Maps names of a record's fields to those in the data, such as `{text: sentence}`.
+        max_seq_len: Tokens in an example; longer ones are cut. Default, and has to equal: the run's
+            `max_seq_len`.
         shuffle: Read the examples in random order. Default: true in training, false in evaluation.
-        shuffle_seed: Seed of that order. Default, and must equal: the run's `seed`.
+        shuffle_seed: Seed of that order. Default, and has to equal: the run's `seed`.
     """
 
     hf_name: str | None = None
@@ -236,40 +238,40 @@ class LabelledLoaderConfig(_AnyLoaderConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuningDatasetConfig:
-    """Prompts and responses, or conversations, of which only some tokens are learned.
+    """Prompts and responses, or conversations, with a loss mask over their tokens.
 
     A record has `prompt` and `response` (or `completion`), or `messages`, or ShareGPT's `conversations`,
-    or `instruction`, perhaps `input`, and `output` (or `context` and `response`), or `input_ids` and
+    or `instruction`, optionally `input`, and `output` (or `context` and `response`), or `input_ids` and
     `labels`. It is tokenized once, and kept on disk.
 
     Attributes:
-        streams: A mix: named sources. A stream given as null is left out.
+        streams: The data mix: sources by name. A stream set to null is left out.
         hf_name: A file or folder of JSONL, Parquet or MDS shards, a folder that `datasets` saved, or the name
-            of a data set on the Hugging Face hub, `NAME@REVISION` for a branch, tag or commit; or `json`
-            or `parquet` with `hf_kwargs`.
+            of a data set on the Hugging Face hub, `NAME@REVISION` for a branch, tag or commit; or `json` or
+            `parquet` with `hf_kwargs`.
         hf_kwargs: For files: `data_files` or `data_dir`. For the hub: arguments of `datasets.load_dataset`.
-        safe_load: No code of a data set is ever run; both values mean the same.
-        local: A file or folder as above; or the folder for a copy of `remote`.
+        safe_load: Has no effect: code from a data set is never run.
+        local: A file or folder as in `hf_name`; or the folder for a copy of `remote`.
         remote: URL of MDS shards.
-        split: Subfolder, word in the files' names, or split of a data set; also that of the streams.
-        preprocessing_fn: As for a stream; also that of the streams.
-        max_seq_len: Tokens of a row. Default, and must equal: the run's `max_seq_len`.
-        decoder_only_format: Prompt and response are one sequence.
-        target_prompts: Which prompts are learned: `none`, `all`, or those of `length>=N` tokens.
-        target_responses: Which responses of a conversation are learned: the `last`, or `all`.
-        special_tokens: What a prompt or response that spells a special token, such as `<|endoftext|>`,
-            becomes: that token, or the ids of the text as it stands; with `as_text` a conversation that
-            spells one is a bad record.
-        packing_ratio: Examples in a row, on average, that do not see one another: `auto`, as many as fit.
+        split: Subfolder, word in the file names, or split of a data set; also the default for streams.
+        preprocessing_fn: The same as in a stream; also the default for streams.
+        max_seq_len: Tokens in a row. Default, and has to equal: the run's `max_seq_len`.
+        decoder_only_format: Only `true`: prompt and response form one sequence.
+        target_prompts: Which prompts are trained on: `none`, `all`, or those of `length>=N` tokens.
+        target_responses: Which responses of a conversation are trained on: the `last`, or `all`.
+        special_tokens: What a special token spelled out in a prompt or response, such as `<|endoftext|>`,
+            becomes: that token, or plain text. With `as_text`, a conversation that spells one is a bad
+            record.
+        packing_ratio: Examples per row, on average; they don't see one another. `auto`: as many as fit.
             Default: one.
-        allow_pad_trimming: Cut the padding that all rows of a batch have.
-        shuffle: Read in random order. Default: true in training, false in evaluation.
-        shuffle_seed: Seed of that order. Default, and must equal: the run's `seed`.
-        max_bad_records: Records of a source that may be left out since they are not what they should be.
-        max_dropped: Share of a source's examples that may be dropped since what is learned of them lies
-            past `max_seq_len`.
-        token_encoding_type: Integer type of `input_ids` and `labels` stored as bytes; lists and arrays know
-            their own.
+        allow_pad_trimming: Cut off padding that all rows of a batch share.
+        shuffle: Read the examples in random order. Default: true in training, false in evaluation.
+        shuffle_seed: Seed of that order. Default, and has to equal: the run's `seed`.
+        max_bad_records: How many bad records of a source may be left out; more end the run.
+        max_dropped: Share of a source's examples that may be dropped because `max_seq_len` cuts off
+            everything to train on.
+        token_encoding_type: Integer type of `input_ids` and `labels` that are stored as bytes; lists and
+            arrays store their own type.
         cache_folder: Folder of tokenized examples. Default: `~/.cache/mptfoundry/examples`.
     """
 
@@ -344,7 +346,7 @@ class FinetuningDatasetConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuningLoaderConfig(_StreamingLoaderConfig):
-    """Batches of examples of which some tokens are learned: instructions, conversations."""
+    """Batches of finetuning examples with a loss mask: instructions, conversations."""
 
     name: Literal["finetuning"]
     dataset: FinetuningDatasetConfig

@@ -1,8 +1,8 @@
-"""Which parameters a run learns: all of them, those that no pattern freezes, or adapters beside a base.
+"""Which parameters of a run are trainable: all, those that no pattern freezes, or only adapters on a base.
 
-A pattern is a regular expression that is searched in a parameter's name, such as
-`transformer.blocks.0.attn.Wqkv.weight`. An adapter of a matrix (out, in) is two small ones, `lora_A` (r, in)
-and `lora_B` (out, r), whose product, scaled, is added to it (https://arxiv.org/abs/2106.09685).
+A pattern is a regular expression to search for in a parameter's name, such as
+`transformer.blocks.0.attn.Wqkv.weight`. An adapter of a matrix (out, in) is two small matrices, `lora_A`
+(r, in) and `lora_B` (out, r), whose scaled product is added to it (https://arxiv.org/abs/2106.09685).
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig:
-    """Learn small matrices beside those of a base model, which stay as they are (peft's LoRA).
+    """Train small low-rank matrices on top of a base model's, which stay fixed (peft's LoRA).
 
     Attributes:
         peft_type: The kind of adapter.
         task_type: What the model is for.
-        r: Rank of the adapters: columns of the one matrix, rows of the other.
-        lora_alpha: The adapters' product is multiplied by `lora_alpha / r`.
-        lora_dropout: Share of an adapter's inputs that are dropped in training.
-        target_modules: The matrices of each block that get one: `Wqkv`, `out_proj`, `up_proj`, `down_proj`,
-            and `gate_proj` where there is one; `all-linear` is all of them.
-        use_rslora: Multiply by `lora_alpha / sqrt(r)` instead (https://arxiv.org/abs/2312.03732).
-        bias: Only `none`: biases stay as they are.
+        r: Rank of the adapters.
+        lora_alpha: An adapter's output is scaled by `lora_alpha / r`.
+        lora_dropout: Dropout probability of an adapter's input.
+        target_modules: Matrices of each block that get an adapter: `Wqkv`, `out_proj`, `up_proj`,
+            `down_proj`, and `gate_proj` if there is one; `all-linear` means all of them.
+        use_rslora: Scale by `lora_alpha / sqrt(r)` instead (https://arxiv.org/abs/2312.03732).
+        bias: Only `none`: biases are not trained.
     """
 
     peft_type: Literal["LORA"] = "LORA"
@@ -96,13 +96,13 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class Learned:
-    """How many parameters a run learns.
+    """How many parameters of a run are trainable.
 
     Attributes:
-        learned: Those that the optimizer changes, adapters included.
-        frozen: Those that it leaves.
-        adapters: Of those that are learned, the ones beside the network's own.
-        learns_output: Whether the matrix that makes the logits is learned.
+        learned: Trainable parameters, adapters included.
+        frozen: Parameters that the optimizer does not change.
+        adapters: Trainable parameters that belong to adapters.
+        learns_output: Whether the matrix that computes the logits is trainable.
     """
 
     learned: int
@@ -112,8 +112,8 @@ class Learned:
 
     @property
     def extra_flops_per_token(self) -> int:
-        """FLOPs beside those of learning all of the network: adapters cost 6 for each of their numbers, and
-        what is frozen needs no gradient of its own, 2.
+        """FLOPs on top of those of training the whole network: 6 for each parameter of an adapter, and -2 for
+        each frozen one, which needs no gradient of its own.
         """
         return 6 * self.adapters - 2 * self.frozen
 
@@ -132,7 +132,7 @@ def names_in(network: MPTConfig, lora: LoRAConfig | None) -> Shapes:
 
 
 def count_learned(network: MPTConfig, lora: LoRAConfig | None, disable_grad: Sequence[str]) -> Learned:
-    """What is learned of a network whose `disable_grad` patterns are right."""
+    """The trainable parameters of a network whose `disable_grad` patterns are valid."""
     shapes = names_in(network, lora)
     learned = {
         name: math.prod(shape)

@@ -24,26 +24,26 @@ class ModelConfig(MPTConfig):
 
     Attributes:
         name: The kind of model.
-        loss_fn: Names of the same exact cross-entropy, computed in chunks of tokens; all three are equal.
-        init_device: Where new weights are made: `meta` allocates them only once they are sharded, `cpu`
-            makes them whole, `mixed` makes them whole on rank 0 alone. `auto` is `meta` with FSDP and
-            `cpu` without. The weights drawn are the same.
+        loss_fn: llm-foundry's names for one exact cross-entropy, computed in chunks of tokens; all are equal.
+        init_device: Where new weights are created: `meta` allocates them only once they are sharded, `cpu`
+            creates them whole, `mixed` creates them whole on rank 0 only. `auto` is `meta` with FSDP and
+            `cpu` without. The weights are the same in each case.
         pretrained_model_name_or_path: The model to start from: a Hugging Face folder, a name on the hub, or a
-            run. Its architecture is this model's.
+            run. Its architecture becomes this model's.
         revision: Branch, tag or commit of a name on the hub. Default: its main branch.
-        pretrained: Take the weights too. Default: true where a model is named; false takes its architecture
-            alone.
-        config_overrides: Switches of that model to change, such as `max_seq_len`. Another `vocab_size` cuts
-            the embedding, or pads it with the mean of its rows.
-        peft_config: Learn adapters beside that model's weights, which stay as they are. Default: all is
-            learned.
-        load_in_8bit: Keep the matrices beside the adapters in 8 bits while training, by bitsandbytes. What is
-            evaluated, generated or exported afterwards has the base's own weights.
+        pretrained: Take the weights, too; false takes only the architecture. Default: true if a model is
+            named.
+        config_overrides: Architecture keys to change, such as `max_seq_len`. Another `vocab_size` cuts the
+            embedding, or pads it with the mean of its rows.
+        peft_config: Train adapters on top of that model's weights, which stay fixed. Default: train all
+            weights.
+        load_in_8bit: Keep the blocks' matrices in 8 bits during training, through bitsandbytes. Evaluation,
+            generation and export use the base's own weights.
         load_in_4bit: The same in 4 bits (NF4).
         activation_checkpointing_target: What `fsdp_config.activation_checkpointing` recomputes: `block`,
-            `attention`, `mlp`, `norm` or a list of these, in all blocks, or each with its blocks (`first-N`,
-            `last-N`, `middle-N`, `range-N-M`, `every-K`, numbers from 0, a list of these, or N for the first
-            N). Default: `block`.
+            `attention`, `mlp`, `norm` or a list of these, in all blocks; or a section that gives each its
+            blocks (`first-N`, `last-N`, `middle-N`, `range-N-M`, `every-K`, numbers from 0, a list of these,
+            or N for the first N). Default: `block`.
     """
 
     name: Literal["mpt_causal_lm"] = "mpt_causal_lm"
@@ -120,7 +120,7 @@ class TokenClassificationConfig(TokenClassifierConfig, ModelConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class QuestionAnsweringConfig(SpanFinderConfig, ModelConfig):
-    """An MPT that answers a question by a span of a text."""
+    """An MPT that answers a question with a span of a text."""
 
     name: Literal["mpt_question_answering"] = field()  # type: ignore[assignment]
     loss_fn: Literal["auto"] = "auto"
@@ -136,9 +136,9 @@ class TokenizerConfig:
     """Which tokenizer turns text into ids.
 
     Attributes:
-        name: A folder with a tokenizer in Hugging Face format, or its name on the hub, `NAME@REVISION` for
-            a branch, tag or commit.
-        kwargs: Passed to `AutoTokenizer.from_pretrained`; `model_max_length` is `max_seq_len`.
+        name: A folder with a tokenizer in Hugging Face format, or its name on the hub (`NAME@REVISION` for a
+            branch, tag or commit).
+        kwargs: Passed to `AutoTokenizer.from_pretrained`; `model_max_length` is always `max_seq_len`.
     """
 
     name: str

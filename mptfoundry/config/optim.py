@@ -14,11 +14,11 @@ LARGEST_RATE = 1000.0
 
 @dataclass(frozen=True, kw_only=True)
 class ParamGroupConfig:
-    """Parameters with settings of their own; what is not given is as in the optimizer.
+    """Parameters with their own settings; keys that are not given are as in the optimizer.
 
     Attributes:
-        param_str_match: Regular expression searched for in the parameters' names, such as `norm|bias`; a
-            parameter belongs to the first group that matches.
+        param_str_match: Regular expression to search for in parameter names, such as `norm|bias`; a parameter
+            belongs to the first group that matches.
         lr: Learning rate.
         weight_decay: Weight decay.
         betas: Decay rates of the moving averages.
@@ -42,10 +42,10 @@ class _AnyOptimizerConfig:
     Attributes:
         name: The optimizer.
         lr: Learning rate at the top of the schedule.
-        betas: Decay rates of the averages of the gradient and of its square.
-        weight_decay: A step shrinks weights by `weight_decay * lr / initial lr`.
-        disable_grad: Regular expressions; parameters whose names match any of them stay as they are.
-        param_groups: Parameters with settings of their own.
+        betas: Decay rates of the moving averages of the gradient and of its square.
+        weight_decay: Each step shrinks the weights by the fraction `weight_decay * lr / initial lr`.
+        disable_grad: Regular expressions; parameters whose names match any of them are frozen.
+        param_groups: Parameters with their own settings.
     """
 
     name: str
@@ -61,11 +61,11 @@ class _AnyOptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DecoupledLionWConfig(_AnyOptimizerConfig):
-    """LION (https://arxiv.org/abs/2302.06675) with weight decay apart from the learning rate's size.
+    """LION (https://arxiv.org/abs/2302.06675) with weight decay decoupled from the learning rate.
 
     Attributes:
-        lr: Learning rate at the top of the schedule; LION's is 3 to 10 times smaller than AdamW's.
-        betas: Weight of the old momentum in the update, and in the next momentum.
+        lr: Learning rate at the top of the schedule; for LION, 3 to 10 times smaller than for AdamW.
+        betas: Weights of the old momentum, first in the update, then in the next momentum.
     """
 
     name: Literal["decoupled_lionw"] = "decoupled_lionw"
@@ -82,7 +82,7 @@ class DecoupledLionWConfig(_AnyOptimizerConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DecoupledAdamWConfig(_AnyOptimizerConfig):
-    """AdamW (https://arxiv.org/abs/1711.05101) with weight decay apart from the learning rate's size.
+    """AdamW (https://arxiv.org/abs/1711.05101) with weight decay decoupled from the learning rate.
 
     Attributes:
         eps: Added to the denominator.
@@ -106,9 +106,9 @@ class _AnyScheduleConfig:
 
     Attributes:
         name: The schedule.
-        t_warmup: Length of the rise.
+        t_warmup: Length of the warmup.
         t_max: End of the schedule.
-        scale_warmup: Only `false`: runs here are never scaled.
+        scale_warmup: Only `false`: mptfoundry does not scale the length of a run.
     """
 
     name: str
@@ -124,10 +124,10 @@ class _AnyScheduleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantWithWarmupConfig(_AnyScheduleConfig):
-    """The learning rate rises linearly, then stays.
+    """Linear warmup, then a constant learning rate.
 
     Attributes:
-        alpha: Factor on the learning rate after the rise.
+        alpha: Factor on the learning rate after warmup.
     """
 
     name: Literal["constant_with_warmup"] = "constant_with_warmup"
@@ -136,7 +136,7 @@ class ConstantWithWarmupConfig(_AnyScheduleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class CosineWithWarmupConfig(_AnyScheduleConfig):
-    """The learning rate rises linearly, then falls along half a cosine.
+    """Linear warmup, then decay along half a cosine.
 
     Attributes:
         alpha_f: Factor on the learning rate at the end.
@@ -148,10 +148,10 @@ class CosineWithWarmupConfig(_AnyScheduleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class LinearDecayWithWarmupConfig(_AnyScheduleConfig):
-    """The learning rate rises linearly, then falls linearly.
+    """Linear warmup, then linear decay.
 
     Attributes:
-        alpha_i: Factor on the learning rate at the top.
+        alpha_i: Factor on the learning rate after warmup.
         alpha_f: Factor on the learning rate at the end.
     """
 
@@ -162,14 +162,14 @@ class LinearDecayWithWarmupConfig(_AnyScheduleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class InvSqrtWithWarmupConfig(_AnyScheduleConfig):
-    """The learning rate rises linearly, falls as 1 / sqrt(time), and falls linearly at the end.
+    """Linear warmup, decay as 1 / sqrt(time), and linear cooldown at the end.
 
-    No length may be a share of the run (`dur`), since the schedule is made for runs that go on.
+    No length may be a fraction of the run (`dur`), because the schedule is meant for runs that are extended.
 
     Attributes:
-        t_scale: How slowly the inverse square root falls: after this time beyond the rise it is 1 / sqrt(2).
-        t_cooldown: Length of the linear fall at the end.
-        alpha_f_decay: Factor on the learning rate that the inverse square root tends to.
+        t_scale: How slowly the inverse square root decays: it is 1 / sqrt(2) this long after warmup.
+        t_cooldown: Length of the linear cooldown.
+        alpha_f_decay: Factor on the learning rate that the inverse square root approaches.
         alpha_f_cooldown: Factor on the learning rate at the end.
     """
 
@@ -195,12 +195,12 @@ class InvSqrtWithWarmupConfig(_AnyScheduleConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupStableDecayConfig(_AnyScheduleConfig):
-    """The learning rate rises linearly, stays, and falls at the end (https://arxiv.org/abs/2404.06395).
+    """Linear warmup, a constant learning rate, and decay at the end (https://arxiv.org/abs/2404.06395).
 
     Attributes:
-        t_decay: Length of the fall.
+        t_decay: Length of the decay.
         alpha_f: Factor on the learning rate at the end.
-        decay: Form of the fall: a line, half a cosine, or 1 - sqrt(time since it began).
+        decay: Shape of the decay: a line, half a cosine, or 1 - sqrt(fraction of the decay that has passed).
     """
 
     name: Literal["warmup_stable_decay"] = "warmup_stable_decay"

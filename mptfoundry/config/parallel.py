@@ -1,4 +1,4 @@
-"""The `fsdp_config` and `compile_config` sections: how a model is spread over devices and compiled."""
+"""The `fsdp_config` and `compile_config` sections: how a model is sharded over devices and compiled."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from mptfoundry.config.forms import check_at_least
 from mptfoundry.config.schema import show
 from mptfoundry.errors import ConfigError
 
-# Strategies that free the gathered weights after forward, and those of several copies.
+# Strategies that free the gathered weights after forward, and those with several replicas.
 RESHARDING = ("FULL_SHARD", "HYBRID_SHARD")
 HYBRID = ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
 KEEPING = ("SHARD_GRAD_OP", "_HYBRID_SHARD_ZERO2")
@@ -17,40 +17,40 @@ KEEPING = ("SHARD_GRAD_OP", "_HYBRID_SHARD_ZERO2")
 
 @dataclass(frozen=True, kw_only=True)
 class FSDPConfig:
-    """Weights, gradients and optimizer state in shards over all devices (https://arxiv.org/abs/2304.11277).
+    """Shard weights, gradients and optimizer state over all devices (https://arxiv.org/abs/2304.11277).
 
-    Some keys exist in one version of FSDP alone; their default is that version's own.
+    Some keys exist in only one version of FSDP; their default is that version's own.
 
     Attributes:
-        version: PyTorch's first or second FSDP. `auto` is 2, or 1 where a given key needs it.
-        sharding_strategy: What is sharded: all (`FULL_SHARD`), all but the weights between forward and
-            backward (`SHARD_GRAD_OP`), all within groups of devices that each hold a copy (`HYBRID_SHARD`,
-            `_HYBRID_SHARD_ZERO2`), by default the nodes, or nothing (`NO_SHARD`: DDP, or version 1's own).
-        reshard_after_forward: Free the gathered weights between forward and backward. Version 2; version 1
-            says it by the strategy.
+        version: PyTorch's first or second FSDP. `auto` is 2, or 1 if a given key needs it.
+        sharding_strategy: What is sharded: everything (`FULL_SHARD`), everything except the weights between
+            forward and backward (`SHARD_GRAD_OP`), everything within each replica, by default a node
+            (`HYBRID_SHARD`, `_HYBRID_SHARD_ZERO2`), or nothing (`NO_SHARD`: DDP, or version 1's own).
+        reshard_after_forward: Free the gathered weights between forward and backward. Version 2; in version 1
+            `sharding_strategy` decides.
         mixed_precision: `DEFAULT` computes in the low precision and sums gradients in float32, `PURE` does
             both in the low precision, `FULL` neither.
-        activation_checkpointing: Recompute activations in backward instead of keeping them: each block's, or
-            those of `model.activation_checkpointing_target`.
-        activation_checkpointing_reentrant: PyTorch's older way to recompute. Version 1.
-        activation_cpu_offload: Keep the same blocks' or parts' activations in the CPU's memory; with
-            `activation_checkpointing` what goes into them.
-        state_dict_type: One whole checkpoint file, or a folder of one shard a rank.
-        load_monolith_rank0_only: Read a whole checkpoint on rank 0 alone and send it to the others.
+        activation_checkpointing: Recompute activations in backward instead of keeping them: those of each
+            block, or of `model.activation_checkpointing_target`.
+        activation_checkpointing_reentrant: Recompute in PyTorch's older, reentrant way. Version 1.
+        activation_cpu_offload: Keep the activations of the same blocks or parts in the CPU's memory; with
+            `activation_checkpointing`, their inputs.
+        state_dict_type: `full`: a checkpoint is one file; `sharded`: a folder with one shard per rank.
+        load_monolith_rank0_only: Read a whole checkpoint only on rank 0 and send it to the other ranks.
         sync_module_states: Send rank 0's weights to all ranks at the start. Version 1.
-        limit_all_gathers: Hold back gathers that memory could not take. Version 1.
-        backward_prefetch: When the next weights are gathered in backward: before or after this block's
-            gradients, or not ahead. Version 2 has the first.
-        backward_prefetch_limit: How many blocks ahead, backward.
-        forward_prefetch: Gather the next blocks' weights ahead of the forward pass.
-        forward_prefetch_limit: How many blocks ahead, forward.
+        limit_all_gathers: Delay gathers that would not fit into memory. Version 1.
+        backward_prefetch: When backward gathers the next weights: before this block's gradients, after them,
+            or not ahead of time. Version 2 has only the first.
+        backward_prefetch_limit: How many blocks ahead to gather in backward.
+        forward_prefetch: Gather the next blocks' weights before forward reaches them.
+        forward_prefetch_limit: How many blocks ahead to gather in forward.
         cpu_offload: Keep the shards in the CPU's memory. Version 1.
-        auto_wrap: Shard block by block, as the model says. Version 1; version 2 always does.
+        auto_wrap: Shard block by block, as the model defines. Version 1; version 2 always does.
         use_orig_params: Keep the parameters' own shapes. Version 1; version 2 always does.
         keep_low_precision_grads: Keep gradients in the low precision. Version 1.
-        data_parallel_shard_degree: Devices that share one copy of the weights; -1: what the copies leave.
-        data_parallel_replicate_degree: Copies of the weights.
-        sharded_ckpt_prefix_dir: Folder of a sharded checkpoint. Version 1; version 2 has this name fixed.
+        data_parallel_shard_degree: Shards per replica; -1: the number of devices divided by the replicas.
+        data_parallel_replicate_degree: Replicas, each a whole copy of the weights.
+        sharded_ckpt_prefix_dir: Folder of a sharded checkpoint. Version 1; in version 2 its name is fixed.
         te_checkpoint_wrapper: Only `false`: Transformer Engine isn't supported.
         te_shard_fp8_weight: Only `false`: Transformer Engine isn't supported.
         verbose: Print how the model was wrapped.
@@ -141,11 +141,11 @@ class CompileConfig:
     """`torch.compile` for each block of the model.
 
     Attributes:
-        mode: What to spend compile time on. Default: PyTorch's.
-        backend: Which compiler.
-        fullgraph: An error where the compiler can't take a block whole.
+        mode: How much compile time to spend, and on what. Default: PyTorch's.
+        backend: The compiler.
+        fullgraph: Fail if the compiler can't compile a block as one graph.
         dynamic: Compile for changing shapes. Default: PyTorch decides.
-        options: Passed to the backend; not together with `mode`.
+        options: Passed to the backend; can't be combined with `mode`.
     """
 
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None

@@ -1,7 +1,7 @@
-"""Which parts of which blocks a run computes anew in backward: `model.activation_checkpointing_target`.
+"""Which parts of which blocks are recomputed in backward: `model.activation_checkpointing_target`.
 
-A part is a block, or its attention, its MLP or its two norms; llm-foundry's names of classes mean the same
-parts. Blocks are counted from 0.
+A part is a block, or its attention, its MLP or its two norms; llm-foundry's class names mean the same parts.
+Blocks are counted from 0.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def recomputed_parts(target: Target | None, n_layers: int) -> dict[str, frozense
         n_layers: Blocks of the model.
 
     Raises:
-        ValueError: A name or a choice of blocks is not known, blocks are not there, or part of a block is
-            named beside the whole.
+        ValueError: A name or a choice of blocks is unknown, a block does not exist, or a part is named for a
+            block that is also named as a whole.
     """
     every = frozenset(range(n_layers))
     if not isinstance(target, Mapping):

@@ -1,8 +1,8 @@
 """TrainConfig: the whole shape of a training run.
 
-Everything that a YAML of `mptfoundry train` says, typed. Rules inside a section stand in its own class;
-rules between sections stand here. What a section has in common with the run (`max_seq_len`, `seed`) is said
-here once.
+Everything that a YAML file for `mptfoundry train` can say, with types. Rules within a section are in that
+section's class; rules between sections are here. What sections share with the run (`max_seq_len`, `seed`) is
+set only here.
 """
 
 from __future__ import annotations
@@ -43,67 +43,66 @@ class TrainConfig:
     """A training run.
 
     Attributes:
-        run_name: Name of the run's folder; the same at every start, so that a killed run is found again.
-            Default: `$RUN_NAME`, then the config's file name.
-        seed: Seed of the weights, of dropout and of the data's order.
-        max_seq_len: Tokens of a sequence, for model, data and tokenizer alike.
+        run_name: Name of the run's folder; keep it to resume. Default: `$RUN_NAME`, then the config's file
+            name.
+        seed: Seed of the weights, of dropout and of the order of the data.
+        max_seq_len: Tokens in a sequence, for model, data and tokenizer alike.
         model: The network.
         tokenizer: The tokenizer.
         train_loader: The training data.
-        eval_loader: The held-out data: none, one loader, or a list of loaders with a `label` each.
-        optimizer: How weights follow gradients.
+        eval_loader: The held-out data: none, one loader, or a list of loaders, each with a `label`.
+        optimizer: How gradients change the weights.
         scheduler: How the learning rate changes over the run.
         algorithms: Composer's algorithms by name, such as `gradient_clipping`.
         max_duration: Length of the run.
-        global_train_batch_size: Sequences of one step, over all devices.
-        device_train_microbatch_size: Sequences that a device computes at once; changes memory, not results.
-        device_eval_batch_size: Sequences that a device evaluates at once. `auto`: the training microbatch.
-        accumulate_train_batch_on_tokens: Weigh microbatches by their learned tokens rather than sequences.
-        train_subset_num_batches: Batches of an epoch; -1: all.
-        spin_dataloaders: Read up to the resumed batch where a loader can't resume by itself.
+        global_train_batch_size: Sequences in one step, over all devices.
+        device_train_microbatch_size: Sequences a device computes at once; affects memory, not results.
+        device_eval_batch_size: Sequences a device evaluates at once. `auto`: the training microbatch.
+        accumulate_train_batch_on_tokens: Weight microbatches by their trained tokens, not their sequences.
+        train_subset_num_batches: Batches in an epoch; -1: all.
+        spin_dataloaders: If a loader can't resume by itself, read data up to the resumed batch.
         eval_interval: How often to evaluate.
         eval_first: Evaluate before the first step.
-        eval_subset_num_batches: Batches of an evaluation; -1: all.
-        precision: Number format of the computation. `auto`: bfloat16 on GPUs that have it, else float32.
+        eval_subset_num_batches: Batches in an evaluation; -1: all.
+        precision: Number format of the computation. `auto`: bfloat16 on GPUs that support it, else float32.
         fsdp_config: Shard the model over devices. Default: every device holds a whole copy.
-        compile_config: Compile the model's blocks. Default: they run as they are.
-        max_split_size_mb: Largest block of GPU memory that the allocator splits, in MiB.
-        expandable_segments: Let the allocator's GPU segments grow; less fragmentation.
-        cuda_load_lazy: Load GPU kernels when first used.
+        compile_config: Compile the model's blocks. Default: they are not compiled.
+        max_split_size_mb: Largest block of GPU memory that the allocator may split, in MiB.
+        expandable_segments: Let the allocator's GPU segments grow, which reduces fragmentation.
+        cuda_load_lazy: Load each GPU kernel when it is first used.
         dist_timeout: Seconds that a rank waits for the others.
-        save_folder: Folder or URL of the checkpoints; `{run_name}` is filled in. Default: none are saved.
+        save_folder: Folder or URL for checkpoints; `{run_name}` is filled in. Default: none are saved.
         save_interval: How often to save a checkpoint.
-        save_num_checkpoints_to_keep: Checkpoints that stay on the local disk; -1: all.
+        save_num_checkpoints_to_keep: How many checkpoints to keep on the local disk; -1: all.
         save_overwrite: Let checkpoints replace older ones of the same name.
         save_weights_only: Save no optimizer state; such a checkpoint can't resume a run.
         save_filename: Name of a checkpoint.
         save_latest_filename: Name of the link to the newest checkpoint. Default: `latest-rank{rank}.pt`, or
-            `latest-sharded-rank{rank}` for sharded ones.
-        save_ignore_keys: Parts of the state left out of checkpoints, with wildcards.
-        save_async: Write checkpoints while training goes on, from a copy in the host's memory. Otherwise
-            training waits until they are written.
-        autoresume: Continue from the newest checkpoint in `save_folder`. Default: true where a save folder
-            is given, unless `save_overwrite` or `save_weights_only`.
-        resume_past_damage: Where the newest checkpoint holds other bytes than were written, continue from the
-            one before it. Otherwise that is an error.
-        allow_changes: Keys, or sections, that may differ from those of the run that is continued although
-            they make it another one, such as `global_train_batch_size`.
-        load_path: Checkpoint to start from: a file, a folder of shards, or a run's folder, of which the
-            newest whole one is taken; or a URL of these.
-        load_weights_only: Of that checkpoint take the weights alone.
-        load_strict_model_weights: An error if its weights' names don't match the model's.
-        load_ignore_keys: Parts of that checkpoint to leave, with wildcards.
+            `latest-sharded-rank{rank}` for sharded checkpoints.
+        save_ignore_keys: Parts of the state to leave out of checkpoints; wildcards are allowed.
+        save_async: Write checkpoints in the background, from a copy in the host's memory.
+        autoresume: Resume from the newest checkpoint in `save_folder`. Default: true if `save_folder` is
+            given, unless `save_overwrite` or `save_weights_only` is true.
+        resume_past_damage: If the newest checkpoint fails its checksums, resume from the one before it;
+            otherwise that is an error.
+        allow_changes: Keys or sections that may differ from the resumed run's although they make it a
+            different run, such as `global_train_batch_size`.
+        load_path: Checkpoint to start from: a file, a folder of shards, a run's folder (its newest complete
+            checkpoint), or a URL of one of these.
+        load_weights_only: Take only the weights from that checkpoint.
+        load_strict_model_weights: Fail if the names of its weights don't match the model's.
+        load_ignore_keys: Parts of that checkpoint to ignore; wildcards are allowed.
         callbacks: Callbacks by name, with their arguments.
         loggers: Loggers by name, with their arguments.
         progress_bar: Show a progress bar.
-        log_to_console: Print a line of measurements every `console_log_interval`.
-        console_log_interval: How often to print them.
+        log_to_console: Print a line of metrics every `console_log_interval`.
+        console_log_interval: How often to print that line.
         log_config: Send the resolved config to the loggers.
-        python_log_level: What the libraries may print.
+        python_log_level: Least severe messages of the libraries that are printed.
         metadata: Anything about the run, kept with its config.
         code_paths: Python files that change the builders' tables; they run only with `allow_code=true`.
-        allow_code: Run the files of `code_paths` and each `preprocessing_fn`. On the command line only.
-        variables: Values that others refer to as `${variables.x}`.
+        allow_code: Run the files in `code_paths` and every `preprocessing_fn`. On the command line only.
+        variables: Values that other keys refer to as `${variables.x}`.
     """
 
     run_name: str = "run"
@@ -197,7 +196,7 @@ class TrainConfig:
 
     @property
     def learned(self) -> Learned:
-        """How many of the model's parameters are learned."""
+        """How many of the model's parameters are trainable."""
         return count_learned(self.model.network(), self.model.peft_config, self.optimizer.disable_grad)
 
     def batches(self) -> int | None:

@@ -1,4 +1,4 @@
-"""Where the samples of one source lie, and how much of it is read: a stream of shards, or of records."""
+"""One source of data, a stream of shards or of records: where it is, and how much of it is read."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ AMOUNTS: tuple[Amount, ...] = get_args(Amount)
 class StreamConfig:
     """One source of the data mix.
 
-    At most one of `proportion`, `repeat` and `choose` says how much of it is drawn; all streams of a
+    At most one of `proportion`, `repeat` and `choose` says how much of it is read; all streams of a
     data set use the same one.
 
     Attributes:
-        remote: Folder or URL that the shards are downloaded from. Default: they lie in `local`.
-        local: Folder of the shards, or of the cache of `remote`.
+        remote: Folder or URL to download the shards from. Default: they are in `local` already.
+        local: Folder of the shards, or the cache of `remote`.
         split: Subfolder of `remote` and `local`. Default: the data set's.
-        proportion: Share of the samples of an epoch; shares are relative to their sum.
-        repeat: How often each sample is drawn in an epoch, on average.
-        choose: Samples drawn in an epoch.
-        download_retry: Further attempts after a failed download. Default: the data set's.
+        proportion: Share of an epoch's samples; shares are relative to their sum.
+        repeat: How often each sample is read per epoch, on average.
+        choose: Samples read per epoch.
+        download_retry: How often a failed download is retried. Default: the data set's.
         download_timeout: Seconds that a download may take. Default: the data set's.
-        validate_hash: The hash that is compared. Default: the data set's.
-        keep_zip: Keep the compressed shard beside the decompressed one. Default: the data set's.
+        validate_hash: The hash to compare. Default: the data set's.
+        keep_zip: Keep the compressed shard next to the decompressed one. Default: the data set's.
     """
 
     remote: str | None = None
@@ -65,18 +65,18 @@ class RecordsConfig:
 
     Attributes:
         hf_name: A file or folder of JSONL, Parquet or MDS shards, a folder that `datasets` saved, or the name
-            of a data set on the Hugging Face hub, `NAME@REVISION` for a branch, tag or commit; or `json`
-            or `parquet` with `hf_kwargs`.
+            of a data set on the Hugging Face hub, `NAME@REVISION` for a branch, tag or commit; or `json` or
+            `parquet` with `hf_kwargs`.
         hf_kwargs: For files: `data_files` or `data_dir`. For the hub: arguments of `datasets.load_dataset`.
-        local: A file or folder as above; or the folder for a copy of `remote`.
+        local: A file or folder as in `hf_name`; or the folder for a copy of `remote`.
         remote: URL of MDS shards.
-        split: Subfolder, word in the files' names, or split of a data set.
-        preprocessing_fn: `module:function` that makes a record in one of the known forms from one in
-            another, which runs only with `allow_code=true`; or the names of two columns, such as
-            `{prompt: question, response: answer}`.
-        proportion: Share of the examples of an epoch; shares are relative to their sum.
-        repeat: How often each example comes in an epoch, on average.
-        choose: Examples of an epoch.
+        split: Subfolder, word in the file names, or split of a data set.
+        preprocessing_fn: The names of two columns, such as `{prompt: question, response: answer}`; or
+            `module:function`, a function that turns a record into one of the known forms and runs only with
+            `allow_code=true`.
+        proportion: Share of an epoch's examples; shares are relative to their sum.
+        repeat: How often each example is read per epoch, on average.
+        choose: Examples read per epoch.
     """
 
     hf_name: str | None = None

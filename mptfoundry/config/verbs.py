@@ -1,4 +1,4 @@
-"""The options of the verbs that are not `train`: what `mptfoundry VERB key=value ...` understands."""
+"""The options of all verbs except `train`: what `mptfoundry VERB key=value ...` accepts."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ class PrepareConfig:
 
     Attributes:
         inputs: Files and folders of text, source code, JSONL or Parquet, folders saved by `datasets`, or
-            `hf:NAME` or `hf:NAME@REVISION` for a data set of the Hugging Face hub.
-        out: Folder of the shards; those of a split lie in `out/split`.
+            `hf:NAME` or `hf:NAME@REVISION` for a data set on the Hugging Face hub.
+        out: Folder for the shards; those of a split are in `out/split`.
         tokenizer: Folder of a tokenizer, or its name on the hub.
-        max_seq_len: Tokens of a sample.
+        max_seq_len: Tokens in a sample.
         split: Subfolder of `out`.
-        held_out: Share of the documents, chosen by a hash of their text, that goes to another split.
-        held_out_split: Subfolder of `out` for those.
+        held_out: Share of the documents, chosen by a hash of their text, that goes into a second split.
+        held_out_split: Subfolder of `out` for those documents.
         text_key: The field of a record that holds the text.
         include: File name patterns to take from folders, such as `*.py`. Default: every known format.
         exclude: Patterns of files and folders to leave out.
-        hf_subset: Configuration of a data set of the hub.
+        hf_subset: Configuration of a data set on the hub.
         hf_split: Split of a Hugging Face data set.
         add_eos: Put the tokenizer's end-of-text token after each document, once.
         add_bos: Put the tokenizer's beginning-of-text token before each document, once. `auto`: if the
             tokenizer puts it before a text by itself, as Llama's does.
-        special_tokens: What a text that spells a special token, such as `<|endoftext|>`, becomes: that token,
-            or the ids of the text as it stands.
-        bad_input: What a broken record or text does: end the preparation, or be counted and left out.
-        engine: Where text is encoded: in processes of this machine, or on the machines of a Spark cluster,
-            with the same shards. Every machine needs this package and sees the inputs under the same paths.
-        workers: Processes of this machine. `auto`: one for each processor.
+        special_tokens: What a special token spelled out in a text, such as `<|endoftext|>`, becomes: that
+            token, or plain text.
+        bad_input: Whether a broken record or file ends the preparation, or is counted and left out.
+        engine: Encode text in processes on this machine, or on a Spark cluster; the shards are the same.
+            Every machine needs this package and has to see the inputs under the same paths.
+        workers: Processes on this machine. `auto`: one per processor.
         shard_bytes: Size of a shard before compression.
-        compression: How shards are compressed, such as `zstd` or `zstd:7`. Default: not.
+        compression: How to compress shards, such as `zstd` or `zstd:7`. Default: not compressed.
         progress: Show a progress bar.
     """
 
@@ -77,12 +77,12 @@ class PreviewConfig:
     Further words, such as `max_seq_len=512`, override the config, as for `train`.
 
     Attributes:
-        data: Folder of shards, or a training config: then each of its streams.
-        tokenizer: Folder of a tokenizer, or its name on the hub. Default: what the shards or the config name.
+        data: Folder of shards, or a training config, whose streams are all shown.
+        tokenizer: Folder of a tokenizer, or its name on the hub. Default: the one that the data names.
         split: Subfolder of a folder of shards. Default: `train`, if there is one.
-        samples: How many samples of each folder.
-        token_encoding_type: Integer type of `tokens` stored as bytes, in a folder of shards. Default: int64.
-        picture: File to draw a config's data mix into, such as `mix.png`.
+        samples: How many samples to show from each folder.
+        token_encoding_type: Integer type of `tokens` that are stored as bytes in shards. Default: int64.
+        picture: File for a picture of the config's data mix, such as `mix.png`.
         allow_code: Run the `preprocessing_fn` that a config names. On the command line only.
     """
 
@@ -108,20 +108,20 @@ class EvalConfig:
 
     Attributes:
         model: Folder of a run, a checkpoint, an exported folder, or an adapter in peft's format.
-        base: The model that such an adapter belongs to.
-        eval_loader: The data: one loader, or a list with a `label` each. Default: as in the run's config.
+        base: The base model of such an adapter.
+        eval_loader: The data: one loader, or a list, each with a `label`. Default: as in the run's config.
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: the run's.
-        max_seq_len: Tokens of a sequence. Default: the model's.
-        device_eval_batch_size: Sequences that a device evaluates at once. `auto` chooses by the memory.
-        eval_subset_num_batches: Batches of an evaluation; -1: all.
-        precision: Number format of the computation. `auto`: bfloat16 on GPUs that have it, else float32.
-        attn_impl: The attention backend; all give the same mathematics.
-        verify: Compare what is read of the weights with its checksums.
-        seed: Seed of whatever is drawn.
-        out: JSON file for the results. Default: beside the model.
+        max_seq_len: Tokens in a sequence. Default: the model's.
+        device_eval_batch_size: Sequences a device evaluates at once. `auto` chooses by the memory.
+        eval_subset_num_batches: Batches in an evaluation; -1: all.
+        precision: Number format of the computation. `auto`: bfloat16 on GPUs that support it, else float32.
+        attn_impl: The attention backend; all have the same mathematics.
+        verify: Compare the weights with their checksums.
+        seed: Seed for anything random.
+        out: JSON file for the results. Default: `eval.json` next to the model.
         dist_timeout: Seconds that a rank waits for the others.
         allow_code: Run the `preprocessing_fn` of a loader. On the command line only.
-        variables: Values that others refer to as `${variables.x}`.
+        variables: Values that other keys refer to as `${variables.x}`.
     """
 
     model: str
@@ -164,20 +164,19 @@ class ExportConfig:
     Attributes:
         model: Folder of a run, a checkpoint, an exported folder, or the URL of one in an object store; or an
             adapter in peft's format.
-        out: The folder to write.
-        base: The model that such an adapter belongs to.
-        format: `native`: stock transformers loads it; `custom`: with the network's code, for every model.
-            `auto`: native where transformers' own classes express the model.
-        adapter: Adapters of a LoRA run are added to its base's weights (`merged`), or written alone as a
+        out: Folder to write to.
+        base: The base model of such an adapter.
+        format: `native`: transformers' own classes load it; `custom`: with the network's code, for any model.
+            `auto`: native if transformers' own classes can compute the model.
+        adapter: Merge the adapters of a LoRA run into its base's weights (`merged`), or write them alone as a
             PEFT folder (`separate`).
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: the run's.
-        run_folder: Local folder of the run, for a remote checkpoint without config and tokenizer beside it.
+        run_folder: Local folder of the run, for a remote checkpoint without config and tokenizer next to it.
         dtype: Number format of the weights.
-        license: Licence of the model, by its SPDX name, for the model card.
-        shard_bytes: Largest weight file.
-        verify: Compare what is read of the weights with its checksums, and refuse logits that are not finite
-            or larger than 1e4.
-        overwrite: Replace a folder that is there.
+        license: SPDX name of the model's license, for the model card.
+        shard_bytes: Size of the largest weight file.
+        verify: Compare the weights with their checksums, and refuse logits that are not finite or exceed 1e4.
+        overwrite: Replace an existing folder.
     """
 
     model: str
@@ -207,15 +206,15 @@ class ImportConfig:
     Attributes:
         source: A Hugging Face folder, its name on the hub, a run folder, or a Composer checkpoint, whole or
             sharded; also the URL of one in an object store.
-        out: The folder to write.
+        out: Folder to write to.
         revision: Branch, tag or commit of a name on the hub. Default: its main branch.
-        config: A folder, `config.json` or YAML with the architecture, where the source does not tell it.
-        config_overrides: Switches of the architecture to change, such as `max_seq_len`. Another `vocab_size`
-            cuts the embedding at its end, or pads it with the mean of its rows.
+        config: A folder, `config.json` or YAML with the architecture, if the source does not contain it.
+        config_overrides: Architecture keys to change, such as `max_seq_len`. Another `vocab_size` cuts the
+            embedding at its end, or pads it with the mean of its rows.
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: the source's.
         dtype: Number format of the weights.
-        verify: Compare what is read of the weights with its checksums.
-        overwrite: Replace a folder that is there.
+        verify: Compare the weights with their checksums.
+        overwrite: Replace an existing folder.
     """
 
     source: str
@@ -234,8 +233,8 @@ class DoctorConfig:
     """Show what works on this machine.
 
     Attributes:
-        clean: Instead, remove the shared memory and temporary files that dead runs of this user left, and
-            list them. What a living process uses stays.
+        clean: Instead, remove and list the shared memory and temporary files that dead runs of this user
+            left. Whatever a living process uses stays.
     """
 
     clean: bool = False
@@ -246,11 +245,11 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-        temperature: How freely: logits are divided by it before the draw; 0: always the likeliest token.
-        top_k: Choose among this many likeliest tokens; 0: all.
-        top_p: Choose among the likeliest tokens that together have this probability
+        temperature: Logits are divided by it before sampling; 0: always take the most likely token.
+        top_k: Sample from this many of the most likely tokens; 0: all.
+        top_p: Sample from the most likely tokens that together have this probability
             (https://arxiv.org/abs/1904.09751).
-        seed: Seed of the choice.
+        seed: Seed of the sampling.
     """
 
     temperature: float = 0.0
@@ -269,17 +268,17 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig(Sampling):
-    """How a model makes text.
+    """How a model generates text.
 
     Attributes:
         model: Folder of a run, a checkpoint, an exported folder, or an adapter in peft's format.
-        base: The model that such an adapter belongs to.
+        base: The base model of such an adapter.
         tokenizer: Folder of a tokenizer, or its name on the hub. Default: the model's.
-        max_new_tokens: Tokens to add at most.
-        stop: Texts that end a continuation.
-        dtype: Number format of the weights. `auto`: bfloat16 on GPUs that have it, else float32.
-        attn_impl: The attention backend; all give the same mathematics.
-        verify: Compare what is read of the weights with its checksums.
+        max_new_tokens: Most tokens to generate.
+        stop: Texts that end the generation.
+        dtype: Number format of the weights. `auto`: bfloat16 on GPUs that support it, else float32.
+        attn_impl: The attention backend; all have the same mathematics.
+        verify: Compare the weights with their checksums.
     """
 
     model: str
@@ -317,7 +316,7 @@ class ChatConfig(TextConfig):
     """Talk with a model.
 
     Attributes:
-        system: What the chat begins with.
+        system: The system message that the chat begins with.
     """
 
     system: str | None = None
