@@ -37,7 +37,6 @@ RUNS_CODE = {
 ALLOWED = {
     ("__init__.py", "importlib.import_module"): "the modules of the public names",
     ("build.py", "runpy.run_path"): "code_paths",
-    ("__init__.py", "importlib.import_module"): "the public names",
     ("build.py", "importlib.import_module"): "the tables of callbacks, loggers and algorithms",
     ("data/turns.py", "importlib.import_module"): "preprocessing_fn",
     ("export/comparison.py", "importlib.import_module"): "the network's own modules",
