@@ -47,7 +47,7 @@ def why_not_a_run_name(name: str) -> str | None:
     if "{" in name or "}" in name:
         return f"{name} holds a brace, which stands for something to fill in. Remove it."
     if any(part in ("", ".", "..") for part in name.split("/")):
-        return f"{name} leads out of the folder of runs, or to that itself. Use a plain name such as my-run."
+        return f"{name} has an empty part, `.` or `..` between slashes. Use a plain name such as my-run."
     return None
 
 

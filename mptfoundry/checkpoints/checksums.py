@@ -26,7 +26,7 @@ from mptfoundry.errors import CheckpointError
 
 CHECKSUMS = "checksums.json"
 ADVICE = (
-    "Restore it from another copy. With verify=false, export, import, eval and generate read it as it is."
+    "Restore it from another copy. verify=false makes export, import, eval, generate and chat read it anyway."
 )
 _BLOCK = 1 << 20
 _THREADS = min(8, os.cpu_count() or 1)

@@ -107,7 +107,7 @@ def _read_file(path: Path, document: Document) -> DictConfig:
     except yaml.MarkedYAMLError as error:
         raise ConfigError(_unreadable(path, error)) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is no YAML: {first_line(error)}.") from None
+        raise ConfigError(f"{path}: is not valid YAML: {first_line(error)}.") from None
     if node is None:
         raise ConfigError(f"{path}: is empty. A configuration has at least model, data and optimizer.")
     if not isinstance(node, yaml.MappingNode):
@@ -165,7 +165,7 @@ def _unreadable(path: Path, error: yaml.MarkedYAMLError) -> str:
     }
     said = f"{problem} {error.context or ''}"
     hint = next((text for sign, text in hints.items() if sign in said), "")
-    return f"{path}{line}: is no YAML here: {problem}. {hint}".rstrip()
+    return f"{path}{line}: is not valid YAML here: {problem}. {hint}".rstrip()
 
 
 class _Lines:

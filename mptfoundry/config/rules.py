@@ -93,9 +93,12 @@ def _sizes(values: Mapping[str, Any]) -> Iterator[Problem]:
             yield key, "0 batches leave nothing to do. Use -1 for all of them."
     for key in ("max_duration", "save_interval"):
         if key in values and parse_duration(values[key])[0] == 0:
-            yield key, f"{values[key]} is no time at all. Use more than 0."
+            yield key, f"{values[key]} is not longer than 0. Use more than 0."
     if "max_duration" in values and parse_duration(values["max_duration"])[1] == "dur":
-        yield "max_duration", f"{values['max_duration']} is a share of itself. Use batches, tokens or epochs."
+        yield (
+            "max_duration",
+            "can't be given in dur, which is a fraction of max_duration. Use batches, tokens or epochs.",
+        )
 
 
 def _batches(values: Mapping[str, Any]) -> Iterator[Problem]:

@@ -163,7 +163,7 @@ def _make(job: Job, engine: str, workers: int, progress: bool, started_at: float
 
 
 def _advice(job: Job, is_kept: bool) -> str:
-    advice = "Or leave out and count all such input with bad_input=skip."
+    advice = "Or use bad_input=skip, which leaves out and counts all such input."
     if is_kept:
         advice += (
             f" What was done is kept in {job.folder}: with bad_input=skip the same command continues; after "

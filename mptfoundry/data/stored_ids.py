@@ -76,7 +76,7 @@ def unpack_ids(data: bytes, token_encoding_type: str) -> np.ndarray:
     ids = np.frombuffer(data, dtype)
     if wider := _wider_type(ids):
         raise ValueError(
-            f"holds ids of {wider} that are read as {dtype.name}: between them stand zeros. Set "
+            f"holds {wider} ids, read as {dtype.name}: there are zeros between them. Set "
             f"token_encoding_type: {wider}, or the type they were written with"
         )
     return ids

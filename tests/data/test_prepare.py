@@ -368,7 +368,7 @@ def test_every_kind_of_bad_input_names_what_leaves_it_out_and_that_does(
     (tmp_path / "good.txt").write_text("fine " * 100)
     inputs = tmp_path / name, tmp_path / "good.txt"
     with pytest.raises(
-        DataError, match=rf"{name}.* Or leave out and count all such .*bad_input=skip\.$"
+        DataError, match=rf"{name}.* Or use bad_input=skip, which leaves out and counts all such input\.$"
     ) as bad:
         run(*inputs)
     assert str(bad.value).count("bad_input=skip") == 1 and not (tmp_path / "out").exists()

@@ -73,7 +73,7 @@ def test_shards_of_others_need_a_tokenizer(
             "tokens:bytes",
             np.arange(32),
             {"token_encoding_type": "int32"},
-            "holds ids of int64 that are read as int32",
+            "holds int64 ids, read as int32",
         ),
         (
             "tokens:ndarray:uint16",

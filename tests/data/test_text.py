@@ -221,7 +221,7 @@ def test_an_id_that_the_model_has_not_is_named_as_it_is_read(
                 "bytes",
                 np.arange(32, dtype=written).tobytes(),
                 {"token_encoding_type": read},
-                f"holds ids of {written} that are read as {read}: .* Set token_encoding_type: {written}",
+                f"holds {written} ids, read as {read}: .* Set token_encoding_type: {written}",
             )
             for written, read in (
                 ("int64", "int32"),

@@ -76,14 +76,14 @@ def test_ids_in_columns_of_bytes_are_those_that_were_written(
         (
             "int64",
             "int32",
-            "input_ids: holds ids of int64 that are read as int32: between them stand zeros. Set",
+            "input_ids: holds int64 ids, read as int32: there are zeros between them. Set",
         ),
         (
             "int64",
             "uint16",
-            "input_ids: holds ids of int64 that are read as uint16: between them stand zeros. Set",
+            "input_ids: holds int64 ids, read as uint16: there are zeros between them. Set",
         ),
-        ("int32", "uint8", "input_ids: holds ids of int32 that are read as uint8"),
+        ("int32", "uint8", "input_ids: holds int32 ids, read as uint8"),
         ("uint8", "int64", "input_ids: has 9 bytes"),
         ("float64", "int64", "is not an id of the tokenizer, which has 0 to 319"),
     ],
