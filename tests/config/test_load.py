@@ -121,7 +121,7 @@ def test_verbs_report_all_problems_of_their_words() -> None:
     with pytest.raises(ConfigError) as caught:
         parse_words(["model=runs/a", "dtyp=bf16", "overwrite=maybe"], ExportConfig)
     assert caught.value.problems == (
-        "command line: out: is missing. Expected text. The folder to write.",
+        "command line: out: is missing. Expected text. Folder to write to.",
         "command line: dtyp=bf16: unknown key. Did you mean dtype?",
         "command line: overwrite=maybe: 'maybe' is not allowed here. Expected true or false.",
     )
