@@ -653,7 +653,8 @@ def test_the_summary_says_whose_tokens_they_are(
     assert f"each document begins with <s> and ends with </s>; {adds}" in text
     text = str(run(lines, out="without", add_bos=False, **options))
     assert (
-        "ends with </s>; the tokenizer adds <s> before each text by itself, but these documents are without" in text
+        "ends with </s>; the tokenizer adds <s> before each text by itself, but these documents are without"
+        in text
     )
 
 
