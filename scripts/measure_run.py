@@ -122,7 +122,7 @@ def measure(config: Path) -> dict[str, dict[str, int]]:
         threading.setprofile(None)  # type: ignore[arg-type]
     assert code == 0, "the run failed; see above"
     lines: dict[Path, set[int]] = defaultdict(set)
-    for each in entered:
+    for each in tuple(entered):  # threads of the run may still add to it
         path = Path(each.co_filename)
         if PACKAGE in path.parents and each.co_name not in ("<module>", "<lambda>"):
             lines[path] |= lines_of(path, each)
