@@ -46,7 +46,7 @@ CASES = [
     ),
     (["model.embedding_fraction=0"], "Use a number in (0, 1]", ["model.embedding_fraction=1"]),
     (["model.init_config.name=baseline_"], "needs init_std", ["model.init_config.init_std=0.02"]),
-    (["model.vocab_size=-1"], "Use 1 or more", ["model.vocab_size=512"]),
+    (["model.vocab_size=-1"], "Use 1 or more", ["model.vocab_size=4096"]),
     ([FLASH, "precision=fp32"], "Use auto or torch", ["model.attn_config.attn_impl=auto"]),
     ([FLASH, "precision=fp32"], "Use auto or torch", ["model.attn_config.attn_impl=torch"]),
     (["optimizer.lr=-1"], "such as 1e-4", ["optimizer.lr=1e-4"]),
