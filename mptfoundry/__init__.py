@@ -21,8 +21,8 @@ _PUBLIC = {
     "import_model": "mptfoundry.export.importing",
     "load_config": "mptfoundry.config.load:load_train_config",
     "load_model": "mptfoundry.checkpoints.reading:load_network",
-    "prepare_text": "mptfoundry.data.prepare:prepare",
-    "summary_table": "mptfoundry.plan",
+    "prepare_text": "mptfoundry.data.prepare.prepare:prepare",
+    "summary_table": "mptfoundry.plan.plan",
     "train_model": "mptfoundry.train:train",
     "train_tokenizer": "mptfoundry.tokenizer:train_bpe",
 }

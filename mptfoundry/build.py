@@ -23,28 +23,26 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config, FSDPConfig
 from torch.distributed.fsdp import FSDPModule
 
+from mptfoundry.architecture.hub import locate
+from mptfoundry.architecture.of_run import differing, leaves
 from mptfoundry.checkpoints.adapters import fingerprint
-from mptfoundry.checkpoints.architecture import differing, leaves
-from mptfoundry.checkpoints.hub import locate
-from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model
+from mptfoundry.checkpoints.reading import open_model
+from mptfoundry.checkpoints.source import ModelSource, expected_shapes, with_rows
 from mptfoundry.checkpoints.starting import StartingWeights
-from mptfoundry.checkpoints.vocabulary import with_rows
-from mptfoundry.config import signatures
+from mptfoundry.config.engine import signatures
 from mptfoundry.config.model import ModelConfig
-from mptfoundry.config.parallel import prefetched_blocks
-from mptfoundry.config.recomputation import recomputed_parts
+from mptfoundry.config.parallel import prefetched_blocks, recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import Sampling
-from mptfoundry.devices import Device
 from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.export.folder import export_weights
 from mptfoundry.generation import generate_text
-from mptfoundry.models.adapters import add_adapters
+from mptfoundry.models.activation_checkpointing import Recomputation, recompute
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.heads import ComposerHead
+from mptfoundry.models.lora import add_adapters
 from mptfoundry.models.quantized import quantize_blocks
-from mptfoundry.models.recomputation import Recomputation, recompute
 from mptfoundry.models.sharding import HybridConfig, prefetch, start_on_the_cpu
 from mptfoundry.mpt.head_config import HeadConfig, trunk_of
 from mptfoundry.mpt.heads import make_network
@@ -54,7 +52,8 @@ from mptfoundry.optim.clipping import GradientClipping
 from mptfoundry.optim.groups import parameter_groups
 from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.optim.schedules import BatchSize, Schedule
-from mptfoundry.resolve import COMPUTE_DTYPE, Resolved, fsdp_on
+from mptfoundry.plan.devices import Device
+from mptfoundry.plan.resolve import COMPUTE_DTYPE, Resolved, fsdp_on
 from mptfoundry.tokenizer import count_ids, load_tokenizer, token_byte_lengths, vocabulary_problem
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {

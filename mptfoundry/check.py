@@ -16,14 +16,14 @@ from mptfoundry.config.data import LoaderConfig
 from mptfoundry.config.parallel import copies_and_shards
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.streams import RecordsConfig, StreamConfig
-from mptfoundry.data.example_sources import Source, look_at_records
-from mptfoundry.data.shards import find_split, read_index
-from mptfoundry.data.streams import length_problem, tokenizer_problem
-from mptfoundry.devices import GIB, Device, detect_device, launcher_device
+from mptfoundry.data.records.sources import Source, look_at_records
+from mptfoundry.data.shards.index import find_split, read_index
+from mptfoundry.data.text.streams import length_problem, tokenizer_problem
 from mptfoundry.errors import ConfigError, DataError, MissingError, MPTFoundryError, first_line
 from mptfoundry.places import path_of
-from mptfoundry.plan import Stream, make_plan, place_of, summary_table
-from mptfoundry.resolve import device_batch, resolve_auto
+from mptfoundry.plan.devices import GIB, Device, detect_device, launcher_device
+from mptfoundry.plan.plan import Stream, make_plan, place_of, summary_table
+from mptfoundry.plan.resolve import device_batch, resolve_auto
 from mptfoundry.tokenizer import (
     TokenizerFiles,
     find_tokenizer,

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from mptfoundry import __version__
 from mptfoundry.errors import ConfigError, MPTFoundryError, RunStopped
 from mptfoundry.ranks import announce_failure, connect, rank, report, world_size
-from mptfoundry.signals import ending_at_once, heeded, lasting_output
+from mptfoundry.run.signals import ending_at_once, heeded, lasting_output
 
 if TYPE_CHECKING:
     from mptfoundry.config.run import TrainConfig
@@ -125,15 +125,15 @@ def _eval(words: list[str]) -> None:
 def _prepare(words: list[str]) -> None:
     options = _options(words, "PrepareConfig", rest="inputs")
     with _importing():
-        from mptfoundry.data.prepare import prepare
+        from mptfoundry.data.prepare.prepare import prepare
 
     workers = None if options.workers == "auto" else options.workers
     print(prepare(**{**vars(options), "workers": workers}))
 
 
 def _preview(words: list[str]) -> None:
+    from mptfoundry.config.engine.schema import field_types
     from mptfoundry.config.load import CONFIG_SUFFIXES
-    from mptfoundry.config.schema import field_types
     from mptfoundry.config.verbs import PreviewConfig
 
     known = field_types(PreviewConfig)

@@ -21,11 +21,11 @@ from importlib import metadata
 from pathlib import Path
 
 from mptfoundry import __version__
-from mptfoundry.devices import GIB, Device, launcher_device, visible_gpus
-from mptfoundry.leftovers import find_leftovers, remove_leftovers
 from mptfoundry.mpt.backends import choose_backend, why_not
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
-from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision
+from mptfoundry.plan.devices import GIB, Device, launcher_device, visible_gpus
+from mptfoundry.plan.resolve import COMPUTE_DTYPE, choose_precision
+from mptfoundry.run.leftovers import find_leftovers, remove_leftovers
 
 # Name on PyPI, and what it is good for where a run can do without it.
 _PACKAGES: dict[str, str | None] = {

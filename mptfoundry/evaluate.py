@@ -18,19 +18,20 @@ from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 
 from mptfoundry import build
-from mptfoundry.checkpoints.architecture import read_run
-from mptfoundry.checkpoints.reading import ModelSource, network_of, open_model, outline_of, tokenizer_of
+from mptfoundry.architecture.of_run import read_run
+from mptfoundry.checkpoints.reading import network_of, open_model, outline_of, tokenizer_of
+from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.checkpoints.starting import StartingWeights
-from mptfoundry.checkpoints.writing import whole_or_absent
 from mptfoundry.config.data import LoaderConfig
 from mptfoundry.config.load import load_train_config
 from mptfoundry.config.verbs import EvalConfig
-from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import ConfigError
+from mptfoundry.files import whole_or_absent
 from mptfoundry.loaders import build_evaluators
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.sharding import start_on_the_cpu
-from mptfoundry.resolve import COMPUTE_DTYPE, choose_precision, choose_workers, precision_problem
+from mptfoundry.plan.devices import Device, detect_device
+from mptfoundry.plan.resolve import COMPUTE_DTYPE, choose_precision, choose_workers, precision_problem
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 EVAL_BATCH_SIZE = 8

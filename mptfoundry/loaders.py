@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from composer.core import DataSpec, Evaluator
 
-from mptfoundry.config.changes import allows_other_rows
 from mptfoundry.config.data import (
     FinetuningLoaderConfig,
     LabelledLoaderConfig,
@@ -19,17 +18,18 @@ from mptfoundry.config.data import (
 )
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import EvalConfig
-from mptfoundry.data.example_cache import cache_folder
-from mptfoundry.data.example_sources import Source
-from mptfoundry.data.finetuning import build_finetuning_loader
-from mptfoundry.data.labelled import build_labelled_loader
-from mptfoundry.data.text import build_text_loader
-from mptfoundry.data.turns import Targets
-from mptfoundry.devices import Device
+from mptfoundry.data.examples.cache import cache_folder
+from mptfoundry.data.examples.finetuning import build_finetuning_loader
+from mptfoundry.data.examples.labelled import build_labelled_loader
+from mptfoundry.data.examples.turns import Targets
+from mptfoundry.data.records.sources import Source
+from mptfoundry.data.text.text import build_text_loader
 from mptfoundry.errors import ConfigError
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import HeadConfig, SequenceClassifierConfig, TokenClassifierConfig
-from mptfoundry.resolve import Resolved
+from mptfoundry.plan.devices import Device
+from mptfoundry.plan.resolve import Resolved
+from mptfoundry.run.changes import allows_other_rows
 from mptfoundry.tokenizer import AS_TEXT
 
 

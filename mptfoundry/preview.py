@@ -11,8 +11,8 @@ from mptfoundry.config.data import FinetuningLoaderConfig, TextLoaderConfig
 from mptfoundry.config.load import CONFIG_SUFFIXES, load_train_config
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import PreviewConfig
-from mptfoundry.data.mix import describe_mix, draw_mix, mix_table
-from mptfoundry.data.preview import preview as preview_folder
+from mptfoundry.data.views.mix import describe_mix, draw_mix, mix_table
+from mptfoundry.data.views.shards_preview import preview as preview_folder
 from mptfoundry.errors import ConfigError, DataError
 from mptfoundry.tokenizer import AS_TEXT
 
@@ -104,10 +104,10 @@ def _preview_finetuning(
     config: TrainConfig, loader: FinetuningLoaderConfig, options: PreviewConfig, color: bool
 ) -> str:
     """Tokenizes what is not tokenized yet; the run finds it done."""
-    from mptfoundry.data.example_preview import preview_examples
-    from mptfoundry.data.finetuning import load_examples, why_not
-    from mptfoundry.data.packing import plan_packing
-    from mptfoundry.data.records import counted
+    from mptfoundry.data.examples.finetuning import load_examples, why_not
+    from mptfoundry.data.examples.packing import plan_packing
+    from mptfoundry.data.records.records import counted
+    from mptfoundry.data.views.example_preview import preview_examples
     from mptfoundry.loaders import finetuning_sources
     from mptfoundry.tokenizer import adds_in_words, load_tokenizer, own_borders, spelled
 

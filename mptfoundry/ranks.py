@@ -1,9 +1,10 @@
-"""What ranks know of one another beside their collectives: who has failed, and who is silent.
+"""What ranks do together: rank 0 decides for all, one process of each node works while the others wait, and
+every rank learns who has failed and who is silent.
 
-All of it goes through the store at which the ranks have met, over a connection of its own, so it works while
-the main thread waits. Words: a *beat* is what a rank tells every few seconds: its batch, and where its main
-thread is. A rank whose beats stop is lost; one that beats and is not in a collective while the others wait
-there is late.
+What is said outside the collectives goes through the store at which the ranks have met, over a connection of
+its own, so it works while the main thread waits. Words: a *beat* is what a rank tells every few seconds: its
+batch, and where its main thread is. A rank whose beats stop is lost; one that beats and is not in a
+collective while the others wait there is late.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
+from itertools import count
 from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from mptfoundry.errors import MPTFoundryError, TrainingError
+from mptfoundry import errors
+from mptfoundry.errors import DataError, MPTFoundryError, TrainingError
 
 T = TypeVar("T")
 FAILURE, BEAT = "mptfoundry/failure", "mptfoundry/beat"
@@ -33,6 +36,10 @@ _LONGEST_SECONDS_BETWEEN_BEATS = 5.0
 # Said by gloo, NCCL and the store when a collective comes to no end.
 _COMMUNICATION = re.compile(r"gloo|NCCL|ProcessGroup|TCPStore|Connection (closed|reset|refused)|Broken pipe")
 _LIBRARIES = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"])
+SECONDS_BETWEEN_LOOKS = 0.2
+SECONDS_BETWEEN_WORDS = 30
+# Every rank calls in the same order, so that all count alike.
+_calls = count()
 _COLLECTIVES = ("torch/distributed/", "torch/autograd/graph.py")
 
 
@@ -61,6 +68,51 @@ def decided_by_rank_0(decide: Callable[[], T]) -> T | None:
     if raised is not None:
         raise raised
     return answer
+
+
+def once_per_node(work: Callable[[], T], *, what: str, say: Callable[[str], None] = print) -> T:
+    """The result of `work`, which the first process of each node computes.
+
+    Args:
+        work: Gives what JSON can hold. The others wait for it as long as it takes: they ask the store, no
+            collective, so that no timeout of a backend runs meanwhile, and nobody goes on before every node
+            is ready.
+        what: What is waited for, in words.
+        say: Is told, on the first rank, which nodes are waited for.
+
+    Raises:
+        DataError, ConfigError: What `work` raised, on all ranks.
+    """
+    import torch
+    from composer.utils import dist
+
+    call, ranks = next(_calls), dist.get_world_size()
+    if ranks == 1:
+        return work()
+    store: Any = torch.distributed.distributed_c10d._get_default_store()
+    per_node, node = dist.get_local_world_size(), dist.get_node_rank()
+    keys = [f"mptfoundry/once/{call}/{number}" for number in range(ranks // per_node)]
+    if dist.get_local_rank() == 0:
+        try:
+            store.set(keys[node], json.dumps({"result": work()}))
+        except MPTFoundryError as error:
+            store.set(keys[node], json.dumps({"error": str(error), "kind": type(error).__name__}))
+        except BaseException as error:
+            text = f"{what}: rank {dist.get_global_rank()} failed ({type(error).__name__}: {error})."
+            store.set(keys[node], json.dumps({"error": text, "kind": "DataError"}))
+            raise
+    spoke_at = time.monotonic()
+    for number, key in enumerate(keys):
+        while not store.check([key]):
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+            if dist.get_global_rank() == 0 and time.monotonic() - spoke_at > SECONDS_BETWEEN_WORDS:
+                spoke_at = time.monotonic()
+                say(f"{what}: waiting for node {number}")
+    answers = [json.loads(store.get(key)) for key in keys]
+    for answer in answers:
+        if "error" in answer:
+            raise getattr(errors, answer["kind"], DataError)(answer["error"])
+    return answers[node]["result"]
 
 
 def connect() -> Any:

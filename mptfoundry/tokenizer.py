@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from mptfoundry.checkpoints.hub import why_out_of_reach
+from mptfoundry.architecture.hub import why_out_of_reach
 from mptfoundry.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:

@@ -21,31 +21,28 @@ from composer.loggers import LoggerDestination
 from composer.utils import dist
 
 from mptfoundry import build, loaders
+from mptfoundry.architecture.of_run import RUN_CONFIG as CONFIG
 from mptfoundry.callbacks.console import ConsoleLine
-from mptfoundry.callbacks.gloo_average import AverageGradients
-from mptfoundry.callbacks.metrics_file import NAME as METRICS
-from mptfoundry.callbacks.metrics_file import MetricsFile
-from mptfoundry.callbacks.report import PAGE, PICTURE, report_if_possible
-from mptfoundry.callbacks.resume import Resume
-from mptfoundry.callbacks.step_guard import EvaluationLeft, StepGuard
 from mptfoundry.callbacks.throughput import Throughput
-from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
 from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
-from mptfoundry.checkpoints.architecture import RUN_CONFIG as CONFIG
-from mptfoundry.checkpoints.reading import ModelSource
-from mptfoundry.checkpoints.run_notes import RunNotes
-from mptfoundry.checkpoints.stores import AT_START, ONCE
-from mptfoundry.checkpoints.writing import whole_or_absent, writing_into
+from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.devices import Device, detect_device
 from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
-from mptfoundry.facts import facts_of
-from mptfoundry.leftovers import clean_start, mark_logs
-from mptfoundry.plan import summary_table
+from mptfoundry.files import whole_or_absent, writing_into
+from mptfoundry.models.gloo_average import AverageGradients
+from mptfoundry.plan.devices import Device, detect_device
+from mptfoundry.plan.plan import summary_table
+from mptfoundry.plan.resolve import Resolved, refuse_lacking, resolve_auto
 from mptfoundry.ranks import RankWatch, decided_by_rank_0
-from mptfoundry.resolve import Resolved, refuse_lacking, resolve_auto
-from mptfoundry.resuming import (
+from mptfoundry.run.atomic_checkpoints import WholeCheckpoints
+from mptfoundry.run.changes import RunNotes
+from mptfoundry.run.leftovers import clean_start, mark_logs
+from mptfoundry.run.metrics_file import NAME as METRICS
+from mptfoundry.run.metrics_file import MetricsFile
+from mptfoundry.run.report import PAGE, PICTURE, facts_of, report_if_possible
+from mptfoundry.run.resume import Resume
+from mptfoundry.run.resuming import (
     HeldFolder,
     Start,
     found_start,
@@ -53,7 +50,9 @@ from mptfoundry.resuming import (
     say_changed_inputs,
     uploader_of,
 )
-from mptfoundry.signals import StopSignals
+from mptfoundry.run.signals import StopSignals
+from mptfoundry.run.step_guard import EvaluationLeft, StepGuard
+from mptfoundry.stores import AT_START, ONCE
 from mptfoundry.tokenizer import fingerprint
 
 # Said by Composer of what is meant so: the last batch of an evaluation is smaller than the others, and

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from mptfoundry.config.recomputation import recomputed_parts
-from mptfoundry.models.recomputation import Recomputation, recompute
+from mptfoundry.config.parallel import recomputed_parts
+from mptfoundry.models.activation_checkpointing import Recomputation, recompute
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 

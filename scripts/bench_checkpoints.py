@@ -23,12 +23,12 @@ from composer.core import Callback, DataSpec, State
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
 from mptfoundry.checkpoints.checksums import parts_of, why_damaged
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from mptfoundry.optim.lion import DecoupledLionW
+from mptfoundry.run.atomic_checkpoints import WholeCheckpoints
 
 DEFAULTS = {"d_model": 768, "layers": 8, "batches": 4, "runs": 3}
 ROWS, LENGTH, VOCAB_SIZE = 4, 256, 8192

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from transformers import MptConfig, MptForCausalLM
 
-from mptfoundry.devices import detect_device
 from mptfoundry.generation import generate
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
+from mptfoundry.plan.devices import detect_device
 
 DEFAULTS = {"prompt": 128, "new": 64, "d_model": 512, "layers": 8, "heads": 8, "vocab": 8192, "repeats": 7}
 Continue = Callable[[torch.Tensor, int], torch.Tensor]

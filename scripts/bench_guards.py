@@ -25,14 +25,14 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from mptfoundry import build, loaders
-from mptfoundry.callbacks.loss_spikes import LossSpikes
-from mptfoundry.callbacks.step_guard import StepGuard
 from mptfoundry.config.load import load_train_config
-from mptfoundry.data.prepare import prepare
-from mptfoundry.devices import detect_device
+from mptfoundry.data.prepare.prepare import prepare
+from mptfoundry.plan.devices import detect_device
+from mptfoundry.plan.resolve import resolve_auto
 from mptfoundry.ranks import RankWatch
-from mptfoundry.resolve import resolve_auto
-from mptfoundry.signals import StopSignals
+from mptfoundry.run.loss_spikes import LossSpikes
+from mptfoundry.run.signals import StopSignals
+from mptfoundry.run.step_guard import StepGuard
 from mptfoundry.tokenizer import train_bpe
 
 ROOT = Path(__file__).parent.parent

@@ -64,9 +64,9 @@ def measure(folder: Path, length: int, more: list[str]) -> None:
     from streaming import MDSWriter
 
     from mptfoundry import build
-    from mptfoundry.callbacks.metrics_file import read_rows
     from mptfoundry.callbacks.throughput import peak_memory_bytes
     from mptfoundry.config.load import load_train_config
+    from mptfoundry.run.metrics_file import read_rows
     from mptfoundry.tokenizer import train_bpe
     from mptfoundry.train import train
 

@@ -25,9 +25,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mptfoundry.data.examples import ExampleStore, write_examples
-from mptfoundry.data.packing import plan_packing
-from mptfoundry.data.rows import build_row_loader
+from mptfoundry.data.examples.packing import plan_packing
+from mptfoundry.data.examples.rows import build_row_loader
+from mptfoundry.data.examples.store import ExampleStore, write_examples
 
 DEFAULTS = {"llmfoundry_python": "", "examples": "20000", "row_len": "2048", "rows": "16", "runs": "3"}
 VOCAB_SIZE = 50432

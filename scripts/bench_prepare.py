@@ -24,8 +24,8 @@ from typing import Any
 
 import numpy as np
 
-from mptfoundry.data.inputs import find_inputs
-from mptfoundry.data.records import Document, plan_units, read_part
+from mptfoundry.data.records.inputs import find_inputs
+from mptfoundry.data.records.records import Document, plan_units, read_part
 from mptfoundry.tokenizer import load_tokenizer, train_bpe
 
 OPTIONS = ("llmfoundry_python", "text", "tokenizer", "max_seq_len", "workers", "folder", "runs")
@@ -40,7 +40,7 @@ print(json.dumps(time.perf_counter() - started_at))
 """
 OURS = """
 import json, sys, time
-from mptfoundry.data.prepare import prepare
+from mptfoundry.data.prepare.prepare import prepare
 from transformers import PreTrainedTokenizerFast
 started_at = time.perf_counter()
 jsonl, out, tokenizer, eos, max_seq_len, workers = sys.argv[1:]

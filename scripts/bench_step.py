@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 
 from mptfoundry.config.load import load_train_config
-from mptfoundry.devices import detect_device
 from mptfoundry.mpt.flops import count_parameters, flops_per_token
 from mptfoundry.mpt.network import MPT
 from mptfoundry.optim.lion import DecoupledLionW
+from mptfoundry.plan.devices import detect_device
 
 WARMUP_STEPS = 3
 

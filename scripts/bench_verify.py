@@ -20,9 +20,9 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from mptfoundry.config.load import load_train_config
-from mptfoundry.data.shards import check_shard_files, read_index
-from mptfoundry.data.text import build_text_loader
-from mptfoundry.data.writer import ShardWriter
+from mptfoundry.data.shards.index import check_shard_files, read_index
+from mptfoundry.data.shards.writer import ShardWriter
+from mptfoundry.data.text.text import build_text_loader
 
 DEFAULTS = {"megabytes": "128", "max_seq_len": "2048", "runs": "3", "folder": ""}
 ROWS = 8

@@ -71,7 +71,7 @@ def make_inputs(folder: Path) -> None:
     """A tokenizer, shards of text and finetuning records, out of the functions of one module of Python."""
     import inspect
 
-    from mptfoundry.data.prepare import prepare
+    from mptfoundry.data.prepare.prepare import prepare
     from mptfoundry.tokenizer import train_bpe
 
     texts = [inspect.getsource(function) for _, function in inspect.getmembers(inspect, inspect.isfunction)]

@@ -19,8 +19,8 @@ import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from mptfoundry.curves import mean_at_the_end
 from mptfoundry.errors import DataError, MPTFoundryError
+from mptfoundry.run.metrics import mean_at_the_end
 
 ROOT = Path(__file__).resolve().parent.parent
 # Where the config looks for its shards and its tokenizer.

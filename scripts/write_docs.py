@@ -15,8 +15,7 @@ from typing import Any
 
 from mptfoundry.cli import VERBS
 from mptfoundry.config import verbs
-from mptfoundry.config.run import TrainConfig
-from mptfoundry.config.schema import (
+from mptfoundry.config.engine.schema import (
     default_of,
     describe,
     field_types,
@@ -26,6 +25,7 @@ from mptfoundry.config.schema import (
     subject,
     walk_keys,
 )
+from mptfoundry.config.run import TrainConfig
 
 REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
 GENERATED = "<!-- Written by scripts/write_docs.py from the classes in mptfoundry/config/. -->\n"

@@ -191,7 +191,7 @@ def adding_tokenizers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `tokenizer` (384 ids) and the streams `a` (code; train and val) and `b` (prose; train),
     rows of 32 tokens, the same under every version of Python."""
-    from mptfoundry.data.prepare import prepare
+    from mptfoundry.data.prepare.prepare import prepare
     from mptfoundry.tokenizer import train_bpe
 
     folder = tmp_path_factory.mktemp("shards")
@@ -242,7 +242,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def losses_by_batch(folder: Path) -> list[tuple[int, float]]:
-    from mptfoundry.callbacks.metrics_file import read_rows
+    from mptfoundry.run.metrics_file import read_rows
 
     return [(row["batch"], row["loss"]) for row in read_rows(folder / "metrics.jsonl") if "loss" in row]
 

@@ -165,7 +165,7 @@ def test_an_error_of_one_rank_names_the_rank(shards: Path, tmp_path: Path) -> No
 
 def test_two_ranks_train_as_one(shards: Path, tmp_path: Path) -> None:
     """The same samples in every batch, and the same losses up to rounding."""
-    from mptfoundry.callbacks.metrics_file import read_rows
+    from mptfoundry.run.metrics_file import read_rows
 
     words = [f"tokenizer.name={shards}/tokenizer", "max_seq_len=32", "model.d_model=32", "model.n_heads=4"]
     words += ["train_loader.dataset.streams=null", f"train_loader.dataset.local={shards}/a"]

@@ -106,7 +106,7 @@ def test_a_small_one_of_its_kind_is_built(path: Path) -> None:
 def test_a_small_one_of_its_kind_trains_on_a_cpu(
     path: Path, shards: Path, tmp_path: Path, write_run: Callable[..., Path]
 ) -> None:
-    from mptfoundry.callbacks.metrics_file import read_rows
+    from mptfoundry.run.metrics_file import read_rows
     from mptfoundry.train import train
 
     recipe, _ = load_train_config(path)

@@ -16,6 +16,7 @@ from mptfoundry.cli import VERBS, main
 from mptfoundry.config.load import load_train_config
 from mptfoundry.mpt.flops import count_parameters
 from scripts.write_docs import pages
+from tests.test_architecture import FLOORS
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -34,15 +35,15 @@ def test_the_readme_is_a_front_door() -> None:
     assert README.count("\n") <= 250
 
 
-def test_the_architecture_page_lists_every_room() -> None:
-    rows = re.findall(r"^\| \d \| (.*?) \|", PAGES["docs/internals/architecture.md"], re.MULTILINE)
-    listed = {name for row in rows for name in re.findall(r"`(\S+?)`", row)}
-    on_disk = {
-        path.name + ("/" if path.is_dir() else "")
-        for path in (ROOT / "mptfoundry").iterdir()
-        if path.name not in ("__init__.py", "__pycache__")
+def test_the_architecture_page_lists_every_room_with_its_floor() -> None:
+    page = PAGES["docs/internals/architecture.md"]
+    rows = re.findall(r"^\| (\d+) \| (.*?) \|", page, re.MULTILINE)
+    listed = {
+        (int(floor), name.removesuffix("/").removesuffix(".py"))
+        for floor, rooms in rows
+        for name in re.findall(r"`(\S+?)`", rooms)
     }
-    assert listed == on_disk
+    assert listed == {(floor, room) for floor, rooms in enumerate(FLOORS, 1) for room in rooms}
 
 
 def test_every_config_is_listed_with_its_parameters() -> None:

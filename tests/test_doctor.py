@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mptfoundry import doctor as module
-from mptfoundry.devices import Device
 from mptfoundry.doctor import doctor, troubles
+from mptfoundry.plan.devices import Device
 
 
 @pytest.fixture(autouse=True)

@@ -15,12 +15,12 @@ import yaml
 
 from mptfoundry.config.load import load_train_config
 from mptfoundry.config.verbs import EvalConfig
-from mptfoundry.data.chat import RecordError, turns_of
-from mptfoundry.data.example_sources import Source, find_records
-from mptfoundry.data.inputs import find_inputs
-from mptfoundry.data.records import Row, plan_units, read_rows
-from mptfoundry.data.shards import read_index
-from mptfoundry.data.text import build_text_loader
+from mptfoundry.data.examples.chat import RecordError, turns_of
+from mptfoundry.data.records.inputs import find_inputs
+from mptfoundry.data.records.records import Row, plan_units, read_rows
+from mptfoundry.data.records.sources import Source, find_records
+from mptfoundry.data.shards.index import read_index
+from mptfoundry.data.text.text import build_text_loader
 from mptfoundry.errors import ConfigError, DataError, MPTFoundryError
 from mptfoundry.tokenizer import load_tokenizer
 
@@ -38,7 +38,7 @@ ALLOWED = {
     ("__init__.py", "importlib.import_module"): "the modules of the public names",
     ("build.py", "runpy.run_path"): "code_paths",
     ("build.py", "importlib.import_module"): "the tables of callbacks, loggers and algorithms",
-    ("data/turns.py", "importlib.import_module"): "preprocessing_fn",
+    ("data/examples/turns.py", "importlib.import_module"): "preprocessing_fn",
     ("export/comparison.py", "importlib.import_module"): "the network's own modules",
 }
 

@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from mptfoundry import build
-from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.config.load import load_train_config, parse_words
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.errors import CheckpointError, ConfigError, DataError
 from mptfoundry.evaluate import evaluate
 from mptfoundry.mpt.network import MPT
+from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 from tests.conftest import losses
 

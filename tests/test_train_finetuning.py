@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.cli import main
 from mptfoundry.config.load import load_train_config
-from mptfoundry.data.chat import CHATML
+from mptfoundry.data.examples.chat import CHATML
 from mptfoundry.errors import ConfigError
 from mptfoundry.loaders import finetuning_sources
+from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.tokenizer import load_tokenizer
 from mptfoundry.train import train
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 import transformers
 
-from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.checkpoints.reading import load_network, network_of, open_model, tokenizer_of
 from mptfoundry.config.load import load_train_config, parse_words
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.evaluate import evaluate
 from mptfoundry.export.folder import export
+from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 from tests.conftest import losses
 

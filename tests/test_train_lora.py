@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.checkpoints.reading import load_network, open_model
 from mptfoundry.config.load import load_train_config, parse_words
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.errors import CheckpointError
 from mptfoundry.evaluate import evaluate
 from mptfoundry.export.folder import export
+from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 from tests.conftest import losses
 

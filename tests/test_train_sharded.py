@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.config.load import load_train_config
+from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 
 # LION's step is a sign, which the rounding of a gradient near zero may turn; this AdamW's is smooth there.

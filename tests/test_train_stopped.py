@@ -13,9 +13,9 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 
 from mptfoundry import build
-from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.config.load import load_train_config
 from mptfoundry.errors import RunStopped
+from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 
 Run = Callable[..., list[dict[str, Any]]]

@@ -13,7 +13,7 @@ from composer.core import Event, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler
 
-from mptfoundry.callbacks.rows import Row, RowLogger
+from mptfoundry.run.metrics_file import Row, RowLogger
 
 
 class ConsoleLine(RowLogger):

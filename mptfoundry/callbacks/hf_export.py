@@ -23,14 +23,14 @@ from composer.utils import create_interval_scheduler, dist, format_name_with_dis
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from mptfoundry.callbacks.metrics_file import NAME as METRICS
-from mptfoundry.callbacks.report import report_if_possible
 from mptfoundry.checkpoints.names import checkpoints_in
-from mptfoundry.checkpoints.stores import uploader
-from mptfoundry.checkpoints.writing import remove_unfinished
 from mptfoundry.errors import ConfigError
+from mptfoundry.files import remove_unfinished
 from mptfoundry.places import is_url, progress_of
 from mptfoundry.ranks import decided_by_rank_0
+from mptfoundry.run.metrics_file import NAME as METRICS
+from mptfoundry.run.report import report_if_possible
+from mptfoundry.stores import uploader
 
 # Writes weights by name, as a checkpoint of that name would hold them, into a folder.
 Write = Callable[[dict[str, torch.Tensor], str, Path], Any]
@@ -63,6 +63,9 @@ class HFExport(Callback):
         overwrite: Replace a folder of that name, which a run that was resumed earlier has left.
         num_checkpoints_to_keep: Exports that stay; -1: all.
     """
+
+    # See run.step_guard: it would take the time that the last checkpoint needs.
+    skipped_when_stopping = True
 
     def __init__(
         self,

@@ -30,6 +30,9 @@ class Generate(Callback):
         interval: How often, such as `100ba` or `1ep`; the end of training is included.
     """
 
+    # See run.step_guard: it would take the time that the last checkpoint needs.
+    skipped_when_stopping = True
+
     def __init__(
         self,
         generate: Callable[[torch.nn.Module, Sequence[str]], Sequence[str]],

@@ -11,19 +11,17 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from mptfoundry.architecture.trainable import ADAPTER, LoRAConfig
 from mptfoundry.checkpoints.checksums import Verifier
-from mptfoundry.checkpoints.folders import confined, read_json
 from mptfoundry.checkpoints.hf_folder import SafetensorsFile
+from mptfoundry.checkpoints.source import ModelSource, shape_problems
 from mptfoundry.checkpoints.weights import EMBEDDING, Rows, TensorOutline, Weights, check_number_formats
-from mptfoundry.config.learned import ADAPTER, LoRAConfig
 from mptfoundry.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from mptfoundry.checkpoints.reading import ModelSource
+from mptfoundry.files import confined, read_json
 
 FINGERPRINT = "base_fingerprint"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -87,8 +85,6 @@ def with_adapters(
     Raises:
         CheckpointError: The adapters were learned beside other weights, or don't fit these.
     """
-    from mptfoundry.checkpoints.reading import shape_problems
-
     found = {name: o.shape for name, o in adapters.outlines.items() if ADAPTER in name}
     check_number_formats(checkpoint.path, adapters.outlines, found)
     if problems := shape_problems(found, lora.adapter_shapes(checkpoint.config)):
@@ -113,8 +109,6 @@ def with_peft_folder(folder: Path, base: ModelSource, verifier: Verifier) -> Mod
     Raises:
         CheckpointError: The folder can't be read, holds what is not known here, or doesn't fit the base.
     """
-    from mptfoundry.checkpoints.reading import shape_problems
-
     lora = _lora_in(folder)
     file = SafetensorsFile(confined(folder, PEFT_WEIGHTS, folder / PEFT_CONFIG), verifier)
     if verifier.is_on and not file.has_checksums:

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from mptfoundry.checkpoints.folders import confined, read_json
 from mptfoundry.errors import CheckpointError
+from mptfoundry.files import confined, read_json
 
 CHECKSUMS = "checksums.json"
 ADVICE = (

@@ -17,10 +17,10 @@ from mptfoundry.checkpoints.checksums import (
     why_other_bytes,
     why_other_digest,
 )
-from mptfoundry.checkpoints.folders import confined, read_json
 from mptfoundry.checkpoints.torch_files import TorchFile, open_state_dict
 from mptfoundry.checkpoints.weights import PROJECTION, Rows, TensorOutline, bytes_of, todays_name
 from mptfoundry.errors import CheckpointError
+from mptfoundry.files import confined, read_json
 
 SAFETENSORS = "model.safetensors"
 _BIN = "pytorch_model.bin"

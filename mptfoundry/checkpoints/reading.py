@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import nn
 
+from mptfoundry.architecture.dialects import config_of_folder, config_of_others
+from mptfoundry.architecture.hub import locate
+from mptfoundry.architecture.of_run import RUN_CONFIG, config_of_run, overridden, read_run, run_of
 from mptfoundry.checkpoints.adapters import (
     PEFT_CONFIG,
     is_peft_folder,
@@ -18,25 +21,19 @@ from mptfoundry.checkpoints.adapters import (
     with_adapters,
     with_peft_folder,
 )
-from mptfoundry.checkpoints.architecture import RUN_CONFIG, config_of_run, overridden, read_run, run_of
 from mptfoundry.checkpoints.checksums import Verifier
-from mptfoundry.checkpoints.folders import confined, read_json
-from mptfoundry.checkpoints.hf_config import config_of_folder, config_of_others
 from mptfoundry.checkpoints.hf_folder import FolderWeights
-from mptfoundry.checkpoints.hub import locate
 from mptfoundry.checkpoints.names import find_checkpoint
 from mptfoundry.checkpoints.sharded import ShardedWeights
+from mptfoundry.checkpoints.source import ModelSource, expected_shapes, shape_problems, with_rows
 from mptfoundry.checkpoints.torch_files import open_composer_file
-from mptfoundry.checkpoints.vocabulary import with_rows
 from mptfoundry.checkpoints.weights import (
     EMBEDDING,
-    POSITIONS,
     PROJECTION,
-    Weights,
-    check_finite,
     check_number_formats,
 )
 from mptfoundry.errors import CheckpointError, ConfigError
+from mptfoundry.files import confined, read_json
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.ranks import rank
@@ -48,40 +45,6 @@ AttnImpl = Literal["auto", "torch", "flash", "triton"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _TEXTS = (".json", ".txt", ".jinja", ".model")
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """A model on disk, opened but not loaded.
-
-    Attributes:
-        path: The checkpoint's file or folder, or the exported folder.
-        config: The architecture.
-        weights: The tensors, by MPT's names.
-        tokenizer_folder: Where its tokenizer lies, if it has one.
-        run_folder: The run that it came from, if that is known and was one of ours.
-        verifier: Compares what is read of the weights with their checksums.
-    """
-
-    path: Path
-    config: MPTConfig
-    weights: Weights
-    tokenizer_folder: Path | None
-    run_folder: Path | None
-    verifier: Verifier = field(default_factory=Verifier)
-
-    def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """The model's weights one by one, in memory of their own, in `dtype` or as stored.
-
-        Every tensor of the architecture comes exactly once, in the network's order. Nothing else is read.
-
-        Raises:
-            CheckpointError: A weight is not finite, or holds other bytes than were written.
-        """
-        for name in expected_shapes(self.config):
-            tensor = self.weights.read(name, dtype)
-            check_finite(self.path, name, tensor)
-            yield name, tensor
 
 
 def open_model(
@@ -236,19 +199,6 @@ def tokenizer_of(source: ModelSource) -> Any:
     return load_tokenizer(str(source.tokenizer_folder), max_seq_len=source.config.max_seq_len)
 
 
-def expected_shapes(config: MPTConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all parameters of a network, in its order."""
-    from mptfoundry.mpt.heads import make_network
-
-    try:
-        network = make_network(config, device="meta")
-    except (RuntimeError, OverflowError, MemoryError) as error:
-        raise CheckpointError(
-            f"no network has the sizes of this config: {str(error).splitlines()[0]}"
-        ) from error
-    return {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
-
-
 def check_weights(source: ModelSource) -> None:
     """Raise CheckpointError, naming them, for tensors that are missing, unknown, of another shape or in no
     number format of weights."""
@@ -267,21 +217,6 @@ def check_weights(source: ModelSource) -> None:
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise CheckpointError(f"{source.path}: {'; '.join(problems[:5])}{more}.")
-
-
-def shape_problems(
-    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
-) -> list[str]:
-    """What is missing, unknown or of another shape, each in words."""
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is not of this architecture" for name in found if name not in expected]
-    for name, shape in expected.items():
-        if name in found and found[name] != shape:
-            text = f"{name} has the shape {found[name]}, its config says {shape}"
-            if name == POSITIONS:
-                text += f" (learned positions can't be stretched: max_seq_len has to be {found[name][0]})"
-            problems.append(text)
-    return problems
 
 
 def _check_that_it_is_tied(source: ModelSource) -> None:

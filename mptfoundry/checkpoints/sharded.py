@@ -24,10 +24,10 @@ from mptfoundry.checkpoints.checksums import (
     why_file_is_damaged,
     why_piece_is_damaged,
 )
-from mptfoundry.checkpoints.folders import confined
 from mptfoundry.checkpoints.torch_files import load_plain_bytes
 from mptfoundry.checkpoints.weights import Rows, TensorOutline, cut
 from mptfoundry.errors import CheckpointError
+from mptfoundry.files import confined
 
 METADATA = ".metadata"
 _CHILD = "state.model.model."

@@ -10,7 +10,7 @@ from composer.utils import dist
 from torch import nn
 from tqdm import tqdm
 
-from mptfoundry.checkpoints.reading import ModelSource, shape_problems
+from mptfoundry.checkpoints.source import ModelSource, shape_problems
 from mptfoundry.checkpoints.weights import PROJECTION, Rows
 from mptfoundry.errors import CheckpointError
 from mptfoundry.mpt.init import draw

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
-from mptfoundry.config.forms import (
+from mptfoundry.config.engine.forms import (
     ByteSize,
     SampleCount,
     TargetPrompts,

@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
-from mptfoundry.config.document import parse_key
-from mptfoundry.config.legacy import REFUSED
-from mptfoundry.config.run import TrainConfig
-from mptfoundry.config.schema import (
+from mptfoundry.config.engine.document import parse_key
+from mptfoundry.config.engine.schema import (
     default_of,
     describe,
     field_types,
@@ -22,7 +20,9 @@ from mptfoundry.config.schema import (
     subject,
     walk_keys,
 )
-from mptfoundry.config.signatures import Catalogue, arguments_of, describe_annotation, sentence_of
+from mptfoundry.config.engine.signatures import Catalogue, arguments_of, describe_annotation, sentence_of
+from mptfoundry.config.legacy import REFUSED
+from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
 
 _WIDTH = 100

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from mptfoundry.checkpoints.hf_config import FLAT_KEYS
-from mptfoundry.config.document import Document, KeyPath, dotted
+from mptfoundry.architecture.dialects import FLAT_KEYS
+from mptfoundry.config.engine.document import Document, KeyPath, dotted
+from mptfoundry.config.engine.schema import field_types
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.config.schema import field_types
 
 _MOVED: dict[str, str] = {
     **{f"model.{old}": f"model.{new}" for old, new in FLAT_KEYS.items()},

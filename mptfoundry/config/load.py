@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
-from mptfoundry.config.document import Document
+from mptfoundry.config.engine.document import Document
+from mptfoundry.config.engine.read_document import read_document
+from mptfoundry.config.engine.schema import default_of
+from mptfoundry.config.engine.secrets import REDACTED, FromEnvironment, redacted, redactions
+from mptfoundry.config.engine.walk import build
 from mptfoundry.config.legacy import OTHER_KINDS, REFUSED, translate
 from mptfoundry.config.pretrained import fill_architecture
-from mptfoundry.config.reading import read_document
 from mptfoundry.config.rules import tokens_of
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.config.schema import default_of
-from mptfoundry.config.secrets import REDACTED, FromEnvironment, redacted, redactions
-from mptfoundry.config.walk import build
 from mptfoundry.errors import ConfigError
 
 T = TypeVar("T")

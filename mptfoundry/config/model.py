@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from mptfoundry.config.forms import check_not_empty
-from mptfoundry.config.learned import LoRAConfig
-from mptfoundry.config.recomputation import Target, recomputed_parts
+from mptfoundry.architecture.trainable import LoRAConfig
+from mptfoundry.config.engine.forms import check_not_empty
+from mptfoundry.config.parallel import Target, recomputed_parts
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import (
     HEADS,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from mptfoundry.config.durations import Duration, parse_duration
-from mptfoundry.config.forms import check_at_least, check_at_most
+from mptfoundry.config.engine.durations import Duration, parse_duration
+from mptfoundry.config.engine.forms import check_at_least, check_at_most
 
 # Weights leave every number format long before it.
 LARGEST_RATE = 1000.0

@@ -10,10 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mptfoundry.checkpoints.architecture import OWN, architecture_of, differing, leaves, takes_any_length
-from mptfoundry.checkpoints.hub import locate
-from mptfoundry.config.document import Document, KeyPath, Origin, dotted
-from mptfoundry.config.schema import show
+from mptfoundry.architecture.hub import locate
+from mptfoundry.architecture.of_run import OWN, architecture_of, differing, leaves, takes_any_length
+from mptfoundry.config.engine.document import Document, KeyPath, Origin, dotted
+from mptfoundry.config.engine.schema import show
 from mptfoundry.errors import CheckpointError, first_line
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import trunk_of

@@ -12,9 +12,9 @@ from dataclasses import fields
 from string import Formatter
 from typing import Any
 
+from mptfoundry.architecture.trainable import pattern_problems
 from mptfoundry.config.data import label_problems
-from mptfoundry.config.durations import parse_duration
-from mptfoundry.config.learned import pattern_problems
+from mptfoundry.config.engine.durations import parse_duration
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.places import is_url, why_no_start_finds, why_not_a_path, why_not_a_run_name

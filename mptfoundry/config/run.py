@@ -11,15 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
+from mptfoundry.architecture.trainable import Learned, count_learned
 from mptfoundry.config.data import LoaderConfig, loaders_by_label
-from mptfoundry.config.durations import Duration, parse_duration
-from mptfoundry.config.forms import parse_count
-from mptfoundry.config.learned import Learned, count_learned
-from mptfoundry.config.model import AnyModelConfig, TokenizerConfig
-from mptfoundry.config.optim import OptimizerConfig, SchedulerConfig
-from mptfoundry.config.parallel import CompileConfig, FSDPConfig
-from mptfoundry.config.rules import between_sections
-from mptfoundry.config.signatures import (
+from mptfoundry.config.engine.durations import Duration, parse_duration
+from mptfoundry.config.engine.forms import parse_count
+from mptfoundry.config.engine.signatures import (
     ALGORITHMS,
     CALLBACKS,
     LOGGERS,
@@ -28,6 +24,10 @@ from mptfoundry.config.signatures import (
     REFUSED_LOGGERS,
     Catalogue,
 )
+from mptfoundry.config.model import AnyModelConfig, TokenizerConfig
+from mptfoundry.config.optim import OptimizerConfig, SchedulerConfig
+from mptfoundry.config.parallel import CompileConfig, FSDPConfig
+from mptfoundry.config.rules import between_sections
 
 Callbacks = Annotated[
     dict[str, Any], Catalogue("a section of callbacks by name", CALLBACKS, REFUSED_CALLBACKS)

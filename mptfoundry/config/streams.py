@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from mptfoundry.config.forms import check_at_least, check_not_empty
+from mptfoundry.config.engine.forms import check_at_least, check_not_empty
 from mptfoundry.places import is_url
 
 Amount = Literal["proportion", "repeat", "choose"]

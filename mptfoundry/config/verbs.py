@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mptfoundry.config.data import LoaderConfig, label_problems, loaders_by_label
-from mptfoundry.config.forms import check_at_least
+from mptfoundry.config.engine.forms import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)

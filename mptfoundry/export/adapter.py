@@ -15,18 +15,17 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
+from mptfoundry.architecture.of_run import differing
+from mptfoundry.architecture.trainable import LoRAConfig
 from mptfoundry.checkpoints.adapters import PEFT_CONFIG, PEFT_WEIGHTS, AdaptedWeights, peft_name
-from mptfoundry.checkpoints.architecture import differing
 from mptfoundry.checkpoints.checksums import write_tensor_checksums
-from mptfoundry.checkpoints.folders import read_json
 from mptfoundry.checkpoints.hf_folder import SafetensorsFile
-from mptfoundry.checkpoints.reading import ModelSource
+from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.checkpoints.weights import bytes_of, check_finite
-from mptfoundry.checkpoints.writing import whole_or_absent
-from mptfoundry.config.learned import LoRAConfig
 from mptfoundry.errors import CheckpointError
 from mptfoundry.export.card import Base, adapter_card, adapter_use
 from mptfoundry.export.native import why_not_native
+from mptfoundry.files import read_json, whole_or_absent
 from mptfoundry.mpt.config import MPTConfig
 
 

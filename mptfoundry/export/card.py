@@ -15,15 +15,14 @@ from typing import Any
 import torch
 import yaml
 
-from mptfoundry.checkpoints.architecture import RUN_CONFIG
-from mptfoundry.checkpoints.metrics import read_rows
+from mptfoundry.architecture.of_run import RUN_CONFIG
+from mptfoundry.architecture.trainable import LoRAConfig
 from mptfoundry.checkpoints.names import progress_of
-from mptfoundry.checkpoints.reading import ModelSource
-from mptfoundry.config.learned import LoRAConfig
-from mptfoundry.curves import mean_at_the_end
+from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.mpt.head_config import HeadConfig
+from mptfoundry.run.metrics import mean_at_the_end, read_rows
 
 PICTURE = "report.png"
 _USE = """```python

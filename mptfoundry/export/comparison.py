@@ -23,7 +23,8 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from mptfoundry.checkpoints.hf_folder import FolderWeights
-from mptfoundry.checkpoints.reading import ModelSource, network_of
+from mptfoundry.checkpoints.reading import network_of
+from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.checkpoints.weights import EMBEDDING, PROJECTION, Rows, TensorOutline, Weights
 from mptfoundry.checkpoints.weights import cut as cut_rows
 from mptfoundry.errors import CheckpointError

@@ -20,16 +20,17 @@ from tqdm import tqdm
 
 from mptfoundry import mpt
 from mptfoundry.checkpoints.checksums import CHECKSUMS, write_tensor_checksums
-from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model, tokenizer_of
+from mptfoundry.checkpoints.reading import open_model, tokenizer_of
+from mptfoundry.checkpoints.source import ModelSource, expected_shapes
+from mptfoundry.checkpoints.staging import check_space, staged
 from mptfoundry.checkpoints.weights import EMBEDDING, Rows, TensorOutline
-from mptfoundry.checkpoints.writing import refuse_what_is_there, whole_or_absent
 from mptfoundry.errors import CheckpointError
 from mptfoundry.export.adapter import AdapterSummary, export_adapter
 from mptfoundry.export.card import PICTURE, model_card
 from mptfoundry.export.comparison import Comparison, check_bytes, compare_logits
 from mptfoundry.export.native import NATIVE_CODE, NATIVE_CODE_TEXT, native_config, why_not_native
 from mptfoundry.export.shards import DTYPES, write_shards
-from mptfoundry.export.staging import check_space, staged
+from mptfoundry.files import refuse_what_is_there, whole_or_absent
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.mpt.head_config import HeadConfig

@@ -16,19 +16,19 @@ from typing import Any
 import yaml
 from tqdm import tqdm
 
-from mptfoundry.checkpoints.architecture import RUN_CONFIG, architecture_of
-from mptfoundry.checkpoints.composer_file import write_composer_file
-from mptfoundry.checkpoints.folders import read_json
-from mptfoundry.checkpoints.hf_config import config_of_others
-from mptfoundry.checkpoints.hub import locate
-from mptfoundry.checkpoints.reading import ModelSource, expected_shapes, open_model, with_overrides
-from mptfoundry.checkpoints.writing import refuse_what_is_there, whole_or_absent
+from mptfoundry.architecture.dialects import config_of_others
+from mptfoundry.architecture.hub import locate
+from mptfoundry.architecture.of_run import RUN_CONFIG, architecture_of
+from mptfoundry.checkpoints.reading import open_model, with_overrides
+from mptfoundry.checkpoints.source import ModelSource, expected_shapes
+from mptfoundry.checkpoints.staging import check_space, staged
+from mptfoundry.config.engine.read_document import read_document
 from mptfoundry.config.legacy import translate
 from mptfoundry.config.pretrained import fill_architecture
-from mptfoundry.config.reading import read_document
 from mptfoundry.errors import CheckpointError, ConfigError
+from mptfoundry.export.composer_file import write_composer_file
 from mptfoundry.export.shards import DTYPES
-from mptfoundry.export.staging import check_space, staged
+from mptfoundry.files import read_json, refuse_what_is_there, whole_or_absent
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.tokenizer import count_ids, load_tokenizer, vocabulary_problem

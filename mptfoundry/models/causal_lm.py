@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
-from mptfoundry.models.adapters import FirstValue, beside, is_adapter, keep_adapters_alone
+from mptfoundry.models.lora import FirstValue, beside, is_adapter, keep_adapters_alone
 from mptfoundry.mpt.flops import flops_per_token
 from mptfoundry.mpt.init import draw
 from mptfoundry.mpt.network import MPT, MPTOutput

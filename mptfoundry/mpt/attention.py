@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from . import attention_flash, attention_torch, attention_triton
-from .attention_weights import WeightsKept
+from .attention_chunks import WeightsKept
 from .backends import choose_backend
 from .config import MPTConfig
 from .linear import Linear

@@ -20,9 +20,13 @@ from .position import PADDING, AttentionContext
 try:
     import triton
 
-    from .attention_backward import backward_key_kernel, backward_query_kernel
-    from .attention_decode import decode_kernel, join_kernel
-    from .attention_forward import forward_kernel
+    from .attention_kernels import (
+        backward_key_kernel,
+        backward_query_kernel,
+        decode_kernel,
+        forward_kernel,
+        join_kernel,
+    )
 except ImportError:  # why_not in backends.py says so before anything comes here
     triton = None
 

@@ -26,12 +26,11 @@ from transformers.modeling_utils import PreTrainedModel
 
 from .attention import Attention  # noqa: F401
 from .attention_blocks import attend_by_blocks  # noqa: F401
-from .attention_chunks import attend_by_chunks  # noqa: F401
+from .attention_chunks import WeightsKept
 from .attention_flash import attend as attend_by_flash  # noqa: F401
 from .attention_tiles import Tile  # noqa: F401
 from .attention_torch import attend as attend_by_torch  # noqa: F401
 from .attention_triton import attend as attend_by_triton  # noqa: F401
-from .attention_weights import WeightsKept
 from .backends import choose_backend  # noqa: F401
 from .block import Block
 from .config import MPTConfig, from_values
@@ -45,10 +44,7 @@ from .norm import Norm  # noqa: F401
 from .position import AttentionContext, number_documents
 
 with suppress(ImportError):  # triton is not installed
-    from .attention_backward import backward_key_kernel  # noqa: F401
-    from .attention_decode import decode_kernel  # noqa: F401
-    from .attention_forward import forward_kernel  # noqa: F401
-    from .attention_kernels import NOTHING  # noqa: F401
+    from .attention_kernels import forward_kernel  # noqa: F401
 
 # What folders hold as their problem_type that earlier versions exported; transformers has no such value.
 _FORMER_PROBLEM_TYPE = "none of these: it needs AutoModelForCausalLM and trust_remote_code=True"

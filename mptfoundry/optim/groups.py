@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from mptfoundry.config.learned import pattern_problem
+from mptfoundry.architecture.trainable import pattern_problem
 from mptfoundry.errors import ConfigError
 
 

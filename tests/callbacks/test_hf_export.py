@@ -16,14 +16,14 @@ from composer import Trainer
 from composer.core import Callback
 
 from mptfoundry.callbacks.hf_export import HFExport, exports_in
-from mptfoundry.callbacks.metrics_file import MetricsFile
-from mptfoundry.callbacks.resume import Resume
-from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
 from mptfoundry.checkpoints.reading import load_network, open_model
 from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.errors import ConfigError
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.network import MPT
+from mptfoundry.run.atomic_checkpoints import WholeCheckpoints
+from mptfoundry.run.metrics_file import MetricsFile
+from mptfoundry.run.resume import Resume
 
 MakeTrainer = Callable[..., Trainer]
 ROOT = Path(__file__).parents[2]
@@ -233,7 +233,7 @@ def test_what_would_lose_exports_is_refused(
 
 def test_two_sharded_ranks_export_one_whole_model(tmp_path: Path) -> None:
     """FSDP2 over gloo, the real folder: it holds what the run's own checkpoint holds."""
-    from mptfoundry.data.prepare import prepare
+    from mptfoundry.data.prepare.prepare import prepare
     from mptfoundry.tokenizer import train_bpe
 
     text = tmp_path / "text"

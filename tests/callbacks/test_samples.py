@@ -11,9 +11,9 @@ import pytest
 import torch
 from composer import Trainer
 
-from mptfoundry.callbacks.metrics_file import MetricsFile, read_rows
 from mptfoundry.callbacks.samples import Generate
 from mptfoundry.errors import ConfigError
+from mptfoundry.run.metrics_file import MetricsFile, read_rows
 
 
 def most_likely(network: torch.nn.Module, prompts: Sequence[str]) -> list[str]:

@@ -10,10 +10,10 @@ import pytest
 from composer import Callback, Trainer
 from composer.core import State
 
-from mptfoundry.callbacks.metrics_file import MetricsFile, read_rows
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import flops_per_token
+from mptfoundry.run.metrics_file import MetricsFile, read_rows
 
 PAUSE_SECONDS = 0.2
 

@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from mptfoundry.checkpoints.reading import ModelSource, open_model
+from mptfoundry.checkpoints.reading import open_model
+from mptfoundry.checkpoints.source import ModelSource, with_rows
 from mptfoundry.checkpoints.starting import StartingWeights
-from mptfoundry.checkpoints.vocabulary import with_rows
 from mptfoundry.checkpoints.weights import Rows, TensorOutline, Weights
 from mptfoundry.errors import CheckpointError
 from mptfoundry.mpt.config import AttnConfig, MPTConfig

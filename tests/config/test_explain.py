@@ -6,10 +6,10 @@ from dataclasses import fields, is_dataclass
 import pytest
 
 from mptfoundry.config import verbs
+from mptfoundry.config.engine.schema import describe, field_types, meanings, walk_keys
+from mptfoundry.config.engine.signatures import ALGORITHMS, CALLBACKS, LOGGERS
 from mptfoundry.config.explain import explain, options_of
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.config.schema import describe, field_types, meanings, walk_keys
-from mptfoundry.config.signatures import ALGORITHMS, CALLBACKS, LOGGERS
 from mptfoundry.errors import ConfigError
 
 

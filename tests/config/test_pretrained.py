@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mptfoundry.checkpoints.hub import locate
+from mptfoundry.architecture.hub import locate
 from mptfoundry.config.load import load_train_config, to_yaml
 from mptfoundry.errors import CheckpointError, ConfigError
 from tests.config.conftest import SMALL

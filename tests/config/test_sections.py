@@ -10,8 +10,9 @@ from typing import Any, get_args
 import pytest
 
 from mptfoundry.config.data import StreamConfig, TextDatasetConfig, TextLoaderConfig
-from mptfoundry.config.durations import parse_duration
-from mptfoundry.config.forms import parse_bytes, parse_count
+from mptfoundry.config.engine.durations import parse_duration
+from mptfoundry.config.engine.forms import parse_bytes, parse_count
+from mptfoundry.config.engine.schema import field_types
 from mptfoundry.config.optim import (
     DecoupledLionWConfig,
     InvSqrtWithWarmupConfig,
@@ -19,7 +20,6 @@ from mptfoundry.config.optim import (
     WarmupStableDecayConfig,
 )
 from mptfoundry.config.parallel import CompileConfig, FSDPConfig, prefetched_blocks, resolve_fsdp
-from mptfoundry.config.schema import field_types
 from mptfoundry.errors import ConfigError
 from mptfoundry.optim.schedules import DECAYS
 

@@ -59,7 +59,7 @@ def token_stream(tiny_tokenizer: Any) -> Callable[[Sequence[str]], list[int]]:
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_folder: Path) -> Path:
     """The corpus as shards of 64 tokens in several shard files: `train` and `val`."""
-    from mptfoundry.data.prepare import prepare
+    from mptfoundry.data.prepare.prepare import prepare
 
     out = tmp_path_factory.mktemp("prepared")
     prepare(
@@ -79,7 +79,7 @@ def read_tokens() -> Callable[[Path], np.ndarray]:
     """Read a folder of shards with streaming's own reader: (samples, tokens)."""
     from streaming.base.format import reader_from_json
 
-    from mptfoundry.data.shards import read_index
+    from mptfoundry.data.shards.index import read_index
 
     def read(folder: Path) -> np.ndarray:
         shards = [reader_from_json(str(folder), "", dict(shard)) for shard in read_index(folder, "x").shards]

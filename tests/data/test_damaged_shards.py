@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from streaming import MDSWriter
 
-from mptfoundry.data.prepare import prepare
-from mptfoundry.data.preview import preview
-from mptfoundry.data.text import build_text_loader
+from mptfoundry.data.prepare.prepare import prepare
+from mptfoundry.data.text.text import build_text_loader
+from mptfoundry.data.views.shards_preview import preview
 from mptfoundry.errors import MPTFoundryError
 from tests.fuzz import damaged_bytes, odd_values
 

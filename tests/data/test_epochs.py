@@ -15,12 +15,12 @@ from composer import ComposerModel, Trainer
 from composer.core import Callback, Evaluator, State
 from streaming import MDSWriter
 
-from mptfoundry.callbacks.resume import Resume
-from mptfoundry.callbacks.whole_checkpoints import WholeCheckpoints
-from mptfoundry.data.example_sources import Source
-from mptfoundry.data.labelled import build_labelled_loader
-from mptfoundry.data.text import build_text_loader
+from mptfoundry.data.examples.labelled import build_labelled_loader
+from mptfoundry.data.records.sources import Source
+from mptfoundry.data.text.text import build_text_loader
 from mptfoundry.errors import DataError
+from mptfoundry.run.atomic_checkpoints import WholeCheckpoints
+from mptfoundry.run.resume import Resume
 
 BATCH, ROWS = 4, {"a": 24, "b": 12}
 

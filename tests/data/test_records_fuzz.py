@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.data import turns
-from mptfoundry.data.example_cache import prepare_examples
-from mptfoundry.data.example_preview import preview_examples
-from mptfoundry.data.example_sources import Source, find_records
-from mptfoundry.data.examples import ExampleStore
-from mptfoundry.data.labelled import encode
-from mptfoundry.data.labelled_records import read_records
-from mptfoundry.data.records import plan_units
-from mptfoundry.data.turns import Counts, ExampleMaker, ExamplePlan, Targets, UnitExamples
+from mptfoundry.data.examples import turns
+from mptfoundry.data.examples.cache import prepare_examples
+from mptfoundry.data.examples.labelled import encode
+from mptfoundry.data.examples.labelled_records import read_records
+from mptfoundry.data.examples.store import ExampleStore
+from mptfoundry.data.examples.turns import Counts, ExampleMaker, ExamplePlan, Targets, UnitExamples
+from mptfoundry.data.records.records import plan_units
+from mptfoundry.data.records.sources import Source, find_records
+from mptfoundry.data.views.example_preview import preview_examples
 from mptfoundry.errors import DataError
 from tests.fuzz import damaged_bytes, odd_values
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.checkpoints.stores import Patience
-from mptfoundry.data.example_sources import Source, find_records
-from mptfoundry.data.text import build_text_loader
+from mptfoundry.data.records.sources import Source, find_records
+from mptfoundry.data.text.text import build_text_loader
 from mptfoundry.errors import DataError
+from mptfoundry.stores import Patience
 
 moto = pytest.importorskip(
     "moto.server", reason="needs moto, which serves S3 here: pip install 'moto[server]'"
@@ -123,8 +123,8 @@ def test_a_download_waits_for_a_store_that_is_busy(
         download(self, remote, local, timeout)
 
     monkeypatch.setattr(S3Downloader, "_download_file_impl", hiccup)
-    monkeypatch.setattr("mptfoundry.data.guarded.GuardedStream.patience", short)
-    monkeypatch.setattr("mptfoundry.data.example_sources.FOR_DATA", short)
+    monkeypatch.setattr("mptfoundry.data.text.guarded.GuardedStream.patience", short)
+    monkeypatch.setattr("mptfoundry.data.records.sources.FOR_DATA", short)
     if kind == "shards":
         far = {"remote": "s3://data/text", "local": str(tmp_path / "cache")}
         assert read(tiny_tokenizer, **far) == read(tiny_tokenizer, local=str(prepared))

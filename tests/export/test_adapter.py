@@ -13,11 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mptfoundry.architecture.trainable import LoRAConfig
 from mptfoundry.checkpoints.adapters import AdaptedWeights
-from mptfoundry.checkpoints.reading import ModelSource, load_network, open_model
+from mptfoundry.checkpoints.reading import load_network, open_model
+from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.checkpoints.weights import TensorOutline
 from mptfoundry.cli import main
-from mptfoundry.config.learned import LoRAConfig
 from mptfoundry.errors import CheckpointError
 from mptfoundry.export.adapter import AdapterSummary, export_adapter
 from mptfoundry.export.folder import export

@@ -142,8 +142,7 @@ def test_65536_tokens_are_as_exact_as_the_plain_formula(skips: bool, long: dict[
 
 
 def test_no_kernel_is_compiled_twice_for_other_lengths_and_batches() -> None:
-    from mptfoundry.mpt.attention_backward import backward_key_kernel, backward_query_kernel
-    from mptfoundry.mpt.attention_forward import forward_kernel
+    from mptfoundry.mpt.attention_kernels import backward_key_kernel, backward_query_kernel, forward_kernel
 
     def step(batch: int, seq: int, past: int) -> None:
         fused = torch.randn(batch, past + seq, 3, 16, 64, device="cuda", dtype=torch.bfloat16)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mptfoundry.config.load import load_train_config
-from mptfoundry.models.recomputation import Recomputation, recompute
+from mptfoundry.models.activation_checkpointing import Recomputation, recompute
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from mptfoundry.train import train

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from mptfoundry.evals.token_loss import token_loss_metrics
+from mptfoundry.models.activation_checkpointing import Recomputation, recompute
 from mptfoundry.models.causal_lm import ComposerMPT
-from mptfoundry.models.recomputation import Recomputation, recompute
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.flops import flops_per_token
 from mptfoundry.mpt.network import MPT
@@ -100,7 +100,7 @@ from composer.loggers import InMemoryLogger
 from composer.utils import FSDP2Config, dist
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
-from mptfoundry.callbacks.gloo_average import AverageGradients
+from mptfoundry.models.gloo_average import AverageGradients
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.mpt.config import AttnConfig, MPTConfig

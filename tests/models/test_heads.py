@@ -133,9 +133,9 @@ from composer import Trainer
 from composer.core import Evaluator
 from composer.loggers import InMemoryLogger
 from composer.utils import FSDP2Config, dist
-from mptfoundry.callbacks.gloo_average import AverageGradients
-from mptfoundry.data.example_sources import Source
-from mptfoundry.data.labelled import build_labelled_loader
+from mptfoundry.models.gloo_average import AverageGradients
+from mptfoundry.data.records.sources import Source
+from mptfoundry.data.examples.labelled import build_labelled_loader
 from mptfoundry.models.heads import ComposerHead
 from mptfoundry.mpt.config import AttnConfig
 from mptfoundry.mpt.head_config import SequenceClassifierConfig, SpanFinderConfig, TokenClassifierConfig

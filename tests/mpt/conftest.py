@@ -19,7 +19,7 @@ def triton_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         return
     from triton.runtime import interpreter
 
-    from mptfoundry.mpt.attention_forward import forward_kernel
+    from mptfoundry.mpt.attention_kernels import forward_kernel
 
     if not isinstance(forward_kernel, interpreter.InterpretedFunction):
         pytest.skip("Triton was imported without TRITON_INTERPRET=1, and there is no GPU")

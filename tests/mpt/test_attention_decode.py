@@ -1,4 +1,4 @@
-"""The kernels of attention_decode.py: few queries against a cache, cut into parts."""
+"""The decoding kernels: few queries against a cache, cut into parts."""
 
 from __future__ import annotations
 

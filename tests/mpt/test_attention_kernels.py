@@ -1,4 +1,4 @@
-"""The kernels of attention_forward.py and attention_backward.py against the plain formula."""
+"""The forward and backward kernels against the plain formula."""
 
 from __future__ import annotations
 

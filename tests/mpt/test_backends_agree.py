@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.config.load import load_train_config
 from mptfoundry.generation import generate
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
+from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 
 from .cases import DEVICE

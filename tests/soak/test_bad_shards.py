@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from mptfoundry.data.prepare import prepare
+from mptfoundry.data.prepare.prepare import prepare
 
 
 @pytest.fixture

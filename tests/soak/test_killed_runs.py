@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.callbacks.metrics_file import read_rows
+from mptfoundry.run.metrics_file import read_rows
 from tests.conftest import losses_by_batch
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mptfoundry.callbacks.metrics_file import read_rows
+from mptfoundry.run.metrics_file import read_rows
 
 KILLED_RUNS = 20
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from mptfoundry.callbacks.metrics_file import read_rows
 from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.config.load import load_train_config
+from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 
 ROOT = Path(__file__).parent.parent.parent

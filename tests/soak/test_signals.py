@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.callbacks.metrics_file import read_rows
+from mptfoundry.run.metrics_file import read_rows
 from tests.conftest import ROOT, losses_by_batch
 
 # Half a second a batch, so that there is time to stop it; in place of a callback with a known name.

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.callbacks.metrics_file import read_rows
+from mptfoundry.run.metrics_file import read_rows
 
 # Private shared memory, as on a machine of its own: it also takes the cache of the shards.
 OWN_MEMORY = ("sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh")

@@ -1,0 +1,145 @@
+"""The architecture of a model on disk: who tells it, what may change it, and where two of them differ.
+
+Nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mptfoundry.architecture.dialects import config_from_dict, config_of_folder
+from mptfoundry.errors import CheckpointError
+from mptfoundry.mpt.config import MPTConfig, from_values
+
+RUN_CONFIG = "config.yaml"
+# How a model is run and how new weights are drawn: nothing that a loaded model has computed with.
+OWN = (("attn_config", "attn_impl"), ("init_config",))
+
+
+def architecture_of(path: Path) -> MPTConfig:
+    """The architecture of a Hugging Face folder, a run, or a checkpoint that lies in its run's folder.
+
+    Raises:
+        CheckpointError: As `config_of_folder`, or nothing tells the architecture.
+    """
+    if (path / "config.json").exists():
+        return config_of_folder(path)
+    if (run := run_of(path)) is not None:
+        return config_of_run(run)
+    raise CheckpointError(
+        f"{path}: neither a config.json in it nor a run's {RUN_CONFIG} tells its architecture. A checkpoint "
+        "of another program becomes a run with `mptfoundry import`."
+    )
+
+
+def run_of(path: Path) -> Path | None:
+    """The folder with `config.yaml` that a checkpoint lies in; a run's folder is its own."""
+    return next((f for f in (path, path.parent, path.parent.parent) if (f / RUN_CONFIG).is_file()), None)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The config that a run wrote into its folder, as plain values."""
+    file = folder / RUN_CONFIG
+    try:
+        text = file.read_text(encoding="utf-8")
+        run = yaml.safe_load(text)
+        if "${oc.env:" in text:
+            run = _from_environment(run, file)
+        return {**run, "model": dict(run["model"])}
+    except (yaml.YAMLError, OSError, UnicodeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: no section `model` can be read from it.") from error
+
+
+def _from_environment(run: Any, file: Path) -> Any:
+    """The config with what variables of the environment give, as far as they are set; the rest as written."""
+    from mptfoundry.config.engine.document import UNRESOLVED
+    from mptfoundry.config.engine.read_document import read_document
+
+    def filled(value: Any, written: Any) -> Any:
+        if isinstance(written, dict):
+            return {key: filled(value[str(key)], item) for key, item in written.items()}
+        if isinstance(written, list):
+            return [filled(*pair) for pair in zip(value, written, strict=True)]
+        return written if value is UNRESOLVED else value
+
+    return filled(read_document(file, ()).tree, run)
+
+
+def config_of_run(folder: Path) -> MPTConfig:
+    """The architecture that a run's resolved config tells."""
+    run, file = read_run(folder), folder / RUN_CONFIG
+    model = run["model"]
+    if model.get("max_seq_len") is None and "max_seq_len" in run:
+        model["max_seq_len"] = run["max_seq_len"]
+    if "pretrained_model_name_or_path" in model and "d_model" not in model:
+        raise CheckpointError(f"{file}: model is not spelled out. Use the {RUN_CONFIG} that a run wrote.")
+    return config_from_dict(model, f"{file}: model")
+
+
+def overridden(config: MPTConfig, overrides: Mapping[str, Any]) -> MPTConfig:
+    """The architecture with some switches changed, as nested as they are.
+
+    Raises:
+        CheckpointError: A key or a value that MPT does not have.
+    """
+    try:
+        return from_values(type(config), _merged(config.to_dict(), overrides))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"config_overrides: {error}") from error
+
+
+def takes_any_length(config: MPTConfig) -> bool:
+    """Whether `max_seq_len` may change without a change of what the model computes."""
+    attention = config.attn_config
+    is_dynamic = attention.rope and attention.rope_hf_config.type == "dynamic"
+    return not config.has_learned_positions and not is_dynamic
+
+
+def differing(
+    there: MPTConfig, here: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any] | None = None
+) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """Where nested values that are given `here` differ from a model's: (path, its value, the given one).
+
+    Keys that no model has are passed over, and so is what it does not compute with.
+
+    Args:
+        there: The model.
+        here: Its switches as they are given, all or some.
+        changes: What is to be changed in the model, by path.
+    """
+    expected, explicit = (
+        leaves(v) | dict(changes or {}) for v in (there.to_dict(), there.to_explicit_dict())
+    )
+    for path, value in leaves(here).items():
+        is_own = any(path[: len(own)] == own for own in OWN)
+        is_length = path == ("max_seq_len",) and takes_any_length(there)
+        is_same = path not in expected or value in (expected[path], explicit[path])
+        # ALiBi and rotary positions replace learned ones, whatever this says.
+        is_unused = path == ("learned_pos_emb",) and (there.attn_config.alibi or there.attn_config.rope)
+        if not (is_own or is_length or is_unused or is_same):
+            yield path, expected[path], value
+
+
+def leaves(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    """Nested values by their paths; lists are tuples."""
+    found: dict[tuple[str, ...], Any] = {}
+    for key, value in values.items():
+        here = (*path, key)
+        if isinstance(value, Mapping):
+            found |= leaves(value, here)
+        else:
+            found[here] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, value in changes.items():
+        inner = merged.get(key)
+        is_section = isinstance(value, Mapping) and isinstance(inner, Mapping)
+        merged[key] = _merged(inner, value) if is_section else value  # type: ignore[arg-type]
+    return merged

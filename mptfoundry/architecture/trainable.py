@@ -1,0 +1,183 @@
+"""Which parameters of a run are trainable: all, those that no pattern freezes, or only adapters on a base.
+
+A pattern is a regular expression to search for in a parameter's name, such as
+`transformer.blocks.0.attn.Wqkv.weight`. An adapter of a matrix (out, in) is two small matrices, `lora_A`
+(r, in) and `lora_B` (out, r), whose scaled product is added to it (https://arxiv.org/abs/2106.09685).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from mptfoundry.config.engine.schema import did_you_mean
+from mptfoundry.mpt.config import MPTConfig
+from mptfoundry.mpt.flops import parameter_shapes
+
+ALL_LINEAR = "all-linear"
+# How peft names what it puts into a network: a matrix becomes `Wqkv.base_layer`, with these beside it.
+BASE, ADAPTER = ".base_layer.", ".lora_"
+_A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig:
+    """Train small low-rank matrices on top of a base model's, which stay fixed (peft's LoRA).
+
+    Attributes:
+        peft_type: The kind of adapter.
+        task_type: What the model is for.
+        r: Rank of the adapters.
+        lora_alpha: An adapter's output is scaled by `lora_alpha / r`.
+        lora_dropout: Dropout probability of an adapter's input.
+        target_modules: Matrices of each block that get an adapter: `Wqkv`, `out_proj`, `up_proj`,
+            `down_proj`, and `gate_proj` if there is one; `all-linear` means all of them.
+        use_rslora: Scale by `lora_alpha / sqrt(r)` instead (https://arxiv.org/abs/2312.03732).
+        bias: Only `none`: biases are not trained.
+    """
+
+    peft_type: Literal["LORA"] = "LORA"
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    target_modules: tuple[str, ...] = ("Wqkv", "out_proj", "up_proj", "down_proj")
+    use_rslora: bool = False
+    bias: Literal["none"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.r < 1:
+            raise ValueError(f"r: {self.r} is no rank. Use 1 or more.")
+        if self.lora_alpha <= 0:
+            raise ValueError(f"lora_alpha: {self.lora_alpha} is not positive. Use r, or twice as much.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: {self.lora_dropout} is not a share from 0 to below 1.")
+        if not self.target_modules:
+            raise ValueError(f"target_modules: is empty. Name a matrix, or {ALL_LINEAR}.")
+
+    @property
+    def scaling(self) -> float:
+        """What the adapters' product is multiplied by."""
+        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+
+    def targets(self, network: MPTConfig) -> tuple[str, ...]:
+        """The matrices of a block that get an adapter.
+
+        Raises:
+            ValueError: The blocks of `network` have no matrix of that name.
+        """
+        there = tuple(name.split(".")[4] for name in _matrices(network) if name.split(".")[2] == "0")
+        if self.target_modules == (ALL_LINEAR,):
+            return there
+        for name in self.target_modules:
+            if name not in there:
+                raise ValueError(
+                    f"target_modules: '{name}' is no matrix of a block.{did_you_mean(name, there)} "
+                    f"Allowed: {', '.join(there)}, or {ALL_LINEAR} alone."
+                )
+        return tuple(name for name in there if name in self.target_modules)
+
+    def adapter_shapes(self, network: MPTConfig) -> Shapes:
+        """Names and shapes of the adapters in a network."""
+        targets, shapes = self.targets(network), Shapes()
+        for name, (outputs, inputs) in _matrices(network).items():
+            module = name.removesuffix(".weight")
+            if module.split(".")[-1] in targets:
+                shapes[f"{module}{_A}"] = (self.r, inputs)
+                shapes[f"{module}{_B}"] = (outputs, self.r)
+        return shapes
+
+
+@dataclass(frozen=True)
+class Learned:
+    """How many parameters of a run are trainable.
+
+    Attributes:
+        learned: Trainable parameters, adapters included.
+        frozen: Parameters that the optimizer does not change.
+        adapters: Trainable parameters that belong to adapters.
+        learns_output: Whether the matrix that computes the logits is trainable.
+    """
+
+    learned: int
+    frozen: int
+    adapters: int
+    learns_output: bool
+
+    @property
+    def extra_flops_per_token(self) -> int:
+        """FLOPs on top of those of training the whole network: 6 for each parameter of an adapter, and -2 for
+        each frozen one, which needs no gradient of its own.
+        """
+        return 6 * self.adapters - 2 * self.frozen
+
+
+def names_in(network: MPTConfig, lora: LoRAConfig | None) -> Shapes:
+    """Names and shapes of all parameters of a network with its adapters, as peft names them."""
+    if lora is None:
+        return parameter_shapes(network)
+    adapters = lora.adapter_shapes(network)
+    adapted = {name.split(ADAPTER)[0] for name in adapters}
+    shapes = Shapes()
+    for name, shape in parameter_shapes(network).items():
+        module, _, leaf = name.rpartition(".")
+        shapes[f"{module}{BASE}{leaf}" if module in adapted else name] = shape
+    return shapes | adapters
+
+
+def count_learned(network: MPTConfig, lora: LoRAConfig | None, disable_grad: Sequence[str]) -> Learned:
+    """The trainable parameters of a network whose `disable_grad` patterns are valid."""
+    shapes = names_in(network, lora)
+    learned = {
+        name: math.prod(shape)
+        for name, shape in shapes.items()
+        if (lora is None or ADAPTER in name) and not any(re.search(each, name) for each in disable_grad)
+    }
+    output = "transformer.wte.weight" if network.tie_word_embeddings else "lm_head.weight"
+    return Learned(
+        learned=sum(learned.values()),
+        frozen=sum(map(math.prod, shapes.values())) - sum(learned.values()),
+        adapters=sum(number for name, number in learned.items() if ADAPTER in name),
+        learns_output=output in learned,
+    )
+
+
+def matrix_parameters(network: MPTConfig) -> int:
+    """Parameters of the blocks' matrices."""
+    return sum(math.prod(shape) for shape in _matrices(network).values())
+
+
+def pattern_problem(pattern: str, names: Sequence[str]) -> str | None:
+    """What is wrong with a pattern that should match some of the names, or None."""
+    try:
+        if any(re.search(pattern, name) for name in names):
+            return None
+    except re.error as error:
+        return f"{pattern} is not a regular expression: {error}."
+    nearest = difflib.get_close_matches(pattern, names, n=3, cutoff=0)
+    return f"{pattern} matches no parameter. The nearest names are {', '.join(nearest)}."
+
+
+def pattern_problems(
+    network: MPTConfig, lora: LoRAConfig | None, disable_grad: Sequence[str], groups: Sequence[str]
+) -> Iterator[tuple[str, str]]:
+    """What is wrong with an optimizer's patterns for this network, as (key below `optimizer`, text)."""
+    names = list(names_in(network, lora))
+    asked = [("disable_grad", pattern) for pattern in disable_grad]
+    asked += [(f"param_groups[{i}].param_str_match", pattern) for i, pattern in enumerate(groups)]
+    problems = [(key, text) for key, pattern in asked if (text := pattern_problem(pattern, names))]
+    if not problems and not count_learned(network, lora, disable_grad).learned:
+        problems.append(("disable_grad", "every parameter is frozen. Leave one or more to learn."))
+    yield from problems
+
+
+def _matrices(network: MPTConfig) -> Mapping[str, tuple[int, ...]]:
+    """The blocks' matrices, by name."""
+    blocks = ((n, s) for n, s in parameter_shapes(network).items() if n.startswith("transformer.blocks."))
+    return {name: shape for name, shape in blocks if len(shape) == 2}

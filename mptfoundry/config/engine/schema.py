@@ -1,0 +1,169 @@
+"""What the dataclasses of a configuration say about themselves: types, words for types, meanings, keys.
+
+The walk that checks a file and the explanations both read the classes through these functions.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import re
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from functools import cache
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from mptfoundry.config.engine.secrets import FromEnvironment
+
+
+@cache
+def field_types(cls: Any) -> dict[str, Any]:
+    """The type of each field, in the order of the class, with `Annotated` kept."""
+    hints = get_type_hints(cls, include_extras=True)
+    return {f.name: hints[f.name] for f in fields(cls)}
+
+
+def members(annotation: Any) -> tuple[Any, ...]:
+    """The alternatives of a union without None; anything else is its own only member."""
+    if get_origin(annotation) in (Union, types.UnionType):
+        return tuple(m for arg in get_args(annotation) if arg is not type(None) for m in members(arg))
+    return (annotation,)
+
+
+def takes_none(annotation: Any) -> bool:
+    """Whether null is one of the alternatives."""
+    return type(None) in get_args(annotation)
+
+
+def sections(annotation: Any) -> tuple[type, ...]:
+    """The dataclasses among the alternatives."""
+    return tuple(m for m in members(annotation) if is_dataclass(m) and isinstance(m, type))
+
+
+def section_name(cls: type) -> str | None:
+    """The value of `name` that chooses this class, where it has one."""
+    annotation = field_types(cls).get("name")
+    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return choices[0] if len(choices) == 1 else None
+
+
+def default_of(field: Field[Any]) -> Any:
+    """A field's default; MISSING for one that has to be given."""
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+@cache
+def meanings(cls: Any) -> dict[str, str]:
+    """What each field means, from the `Attributes:` sections of the class and of its bases."""
+    found: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        lines = inspect.cleandoc(base.__doc__ or "").split("\n")
+        if "Attributes:" not in lines:
+            continue
+        name = ""
+        for line in lines[lines.index("Attributes:") + 1 :]:
+            start = re.fullmatch(r"    (\w+): (.+)", line)
+            if start:
+                name = start[1]
+                found[name] = start[2]
+            elif line.startswith("     ") and name:
+                found[name] += " " + line.strip()
+            else:
+                name = ""
+    return found
+
+
+def subject(cls: type) -> str:
+    """The first sentence of a class's docstring."""
+    return inspect.cleandoc(cls.__doc__ or "").split("\n\n")[0].replace("\n", " ")
+
+
+def show(value: Any) -> str:
+    """A value as in YAML; text in quotes, sections and long lists in short."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, FromEnvironment):
+        return value.expression
+    if isinstance(value, str):
+        return f"'{value}'" if len(value) <= 60 else f"'{value[:57]}...'"
+    if isinstance(value, dict):
+        return "{}" if not value else "a section"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(show(v) for v in value) + "]" if len(value) <= 8 else "a list"
+    return str(value)
+
+
+def did_you_mean(word: Any, options: Iterable[str]) -> str:
+    """The option that is spelt nearest, as a sentence after a space, or nothing."""
+    near = difflib.get_close_matches(str(word), list(options), 1)
+    return f" Did you mean {near[0]}?" if near else ""
+
+
+def choice(value: Any) -> str:
+    """One choice of a Literal as it is written in YAML."""
+    return value if isinstance(value, str) else show(value)
+
+
+def describe(annotation: Any) -> str:
+    """A type in words: `a whole number, or auto`."""
+    said: list[str] = []
+    for member in members(annotation):
+        has_said_section = any(word.startswith("a section with name: ") for word in said)
+        if has_said_section and is_dataclass(member) and (name := section_name(cast(type, member))):
+            said.append(name)
+            continue
+        is_choice = get_origin(member) is Literal
+        said += [choice(v) for v in get_args(member)] if is_choice else [_describe_member(member)]
+    said += ["null"] if takes_none(annotation) else []
+    words = list(dict.fromkeys(said))
+    return " or ".join(words) if len(words) < 3 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def _describe_member(member: Any) -> str:
+    plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    if member in plain:
+        return plain[member]
+    if member is Any:
+        return "anything"
+    if is_dataclass(member) and isinstance(member, type):
+        name = section_name(member)
+        return f"a section with name: {name}" if name else "a section"
+    arguments = get_args(member)
+    kind = get_origin(member)
+    if kind is Annotated:
+        return arguments[1].words
+    if kind is tuple and arguments[-1] is Ellipsis:
+        return f"a list, each {describe(arguments[0])}"
+    if kind is tuple:
+        return f"a list of {len(arguments)} entries, each {describe(arguments[0])}"
+    if kind is dict or member is dict:
+        return "a section of names"
+    return str(member)
+
+
+def walk_keys(cls: type, path: str = "", depth: int = 8) -> Iterator[tuple[str, type, str]]:
+    """All keys below a class: dotted path, the class that has it, its name there.
+
+    `*` stands for a name that the user chooses, `[N]` for an index; classes that share a section each give
+    their own keys.
+    """
+    for name, annotation in field_types(cls).items():
+        here = f"{path}.{name}" if path else name
+        yield here, cls, name
+        for below, mark in _below(annotation):
+            if depth:
+                yield from walk_keys(below, here + mark, depth - 1)
+
+
+def _below(annotation: Any) -> Iterator[tuple[type, str]]:
+    for member in members(annotation):
+        arguments = get_args(member)
+        if is_dataclass(member) and isinstance(member, type):
+            yield member, ""
+        elif get_origin(member) is tuple:
+            for below, mark in _below(arguments[0]):
+                yield below, "[N]" + mark
+        elif get_origin(member) is dict:
+            for below, mark in _below(arguments[1]):
+                yield below, ".*" + mark

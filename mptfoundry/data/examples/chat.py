@@ -1,0 +1,287 @@
+"""From a record to its turns: what is said to the model, and what it is to answer.
+
+A record's columns tell its form:
+
+    prompt, response (or completion)     one turn, as it is
+    messages, conversations              [{role, content}, ...] or ShareGPT's [{from, value}, ...], rendered
+                                         by the tokenizer's chat template; perhaps with a `system`
+    instruction, input (or not), output  one turn in the words of Dolly's prompts; the same with Dolly's own
+                                         names, instruction, context (or not), response
+
+A *turn* is (prompt, response), two texts; those of a conversation, joined, are the rendered conversation.
+They are cut as llm-foundry cuts them: a turn ends with each message of the assistant's, and the words that
+open that message belong to the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from mptfoundry.data.records.records import a_type, a_word, counted, names_of, shown, text_of
+from mptfoundry.errors import ConfigError, first_line
+from mptfoundry.tokenizer import default_template
+
+# https://github.com/openai/openai-python/blob/release-v0.28.0/chatml.md
+CHATML = (
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# The prompt of https://huggingface.co/datasets/mosaicml/dolly_hhrlhf, on which MPT-7B-Instruct was trained.
+INSTRUCTION = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the "
+    "request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
+)
+ROLES = ("system", "user", "assistant", "tool")
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
+MAY_BE_EMPTY = ("system", "tool")
+TOOL_CALLS = ("tool_calls", "function_call")
+OPENAI, SHAREGPT = ("role", "content"), ("from", "value")
+# Columns of conversations, and the usual keys of their messages.
+CONVERSATIONS = {"messages": OPENAI, "conversations": SHAREGPT}
+# Columns of one turn: what asks, and what may answer.
+PAIRS = {"prompt": ("response", "completion"), "instruction": ("output", "response")}
+FORMS = (
+    "prompt and response (or completion), messages, conversations, instruction and output (or response), or "
+    "input_ids and labels"
+)
+
+MESSAGES = "each message has role and content, or each has from and value"
+
+Turn = tuple[str, str]
+
+
+class RecordError(ValueError):
+    """What is wrong with a record: `field: reason`, without the record's place."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}" if field else reason)
+
+
+class Turns(NamedTuple):
+    """What a record says.
+
+    Attributes:
+        turns: In order, at least one.
+        is_chat: They are rendered by a chat template, which writes special tokens itself.
+        ignored: Columns, and keys of messages, that hold something and were not looked at.
+    """
+
+    turns: Sequence[Turn]
+    is_chat: bool
+    ignored: frozenset[str]
+
+
+def turns_of(record: Any, tokenizer: Any, *, needs_all: bool = True) -> Turns:
+    """A record's turns.
+
+    Args:
+        record: An object with one of the forms above; a column that is null counts as missing.
+        tokenizer: transformers' tokenizer, for its chat template; ChatML if it has none.
+        needs_all: Whether every turn has to be told apart. Otherwise all that comes before the last answer
+            may be one prompt, which is enough where only the last answer is learned.
+
+    Raises:
+        RecordError: The record is not of that form.
+        ConfigError: The tokenizer's chat template can't be used.
+    """
+    if not isinstance(record, Mapping):
+        raise RecordError("", f"this is {a_type(record)}, not an object with fields")
+    form = next(complete_forms(record), None)
+    if form and form[0] in CONVERSATIONS:
+        return _conversation(record, form[0], tokenizer, needs_all)
+    asks, *answers = form or _nearest_form(record)
+    _refuse_two(answers)
+    prompt = _text(record, asks, known=record)
+    extras: list[str] = []
+    if asks == "instruction":
+        # Dolly's own records call it context; next to `output` a column of that name is something else.
+        names = ("input", "context") if answers == ["response"] else ("input",)
+        extras = [name for name in names if _has(record, name)]
+        _refuse_two(extras)
+        prompt = "\n".join([prompt, *(_text(record, name) for name in extras)])
+        prompt = INSTRUCTION.format(instruction=prompt)
+    turn = prompt, _text(record, answers[0], known=record)
+    return Turns([turn], False, unused(record, {asks, *answers, *extras}))
+
+
+def complete_forms(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    """The columns of each form that a record has; the first is the one that is read."""
+    for column in CONVERSATIONS:
+        if record.get(column) is not None:
+            yield (column,)
+    for asks, answers in PAIRS.items():
+        given = [name for name in answers if record.get(name) is not None]
+        if record.get(asks) is not None and given:
+            yield asks, *given
+
+
+def _nearest_form(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The form of which a record has a part, so that the part that is missing can be named."""
+    known = [name for name, value in record.items() if value is not None] or list(record)
+    for asks, answers in PAIRS.items():
+        if {asks, *answers} & set(known):
+            return asks, next((name for name in answers if name in known), answers[0])
+    raise RecordError("", _say_forms(record))
+
+
+def _refuse_two(names: Sequence[str]) -> None:
+    if len(names) > 1:
+        raise RecordError(names[1], f"there is {a_word(names[0])}, too. Keep one of them")
+
+
+def _conversation(record: Mapping[str, Any], field: str, tokenizer: Any, needs_all: bool) -> Turns:
+    given = record[field]
+    if not isinstance(given, (list, tuple)):
+        raise RecordError(field, f"is {a_type(given)}, not a list of messages")
+    keys = _keys_of(given, CONVERSATIONS[field])
+    messages = _messages(given, field, *keys)
+    used = {field}
+    if _has(record, "system") and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": _text(record, "system")})
+        used.add("system")
+    turns = _render(messages, field, len(messages) - len(given), tokenizer, needs_all)
+    names = {str(key) for message in given for key, value in message.items() if value is not None}
+    others = {f"{field}[].{name}" for name in names - set(keys)}
+    return Turns(turns, True, unused(record, used) | others)
+
+
+def unused(record: Mapping[str, Any], used: set[str]) -> frozenset[str]:
+    """The columns that hold something and are not among the used ones."""
+    return frozenset(str(name) for name in record if _has(record, name)) - used
+
+
+def _has(record: Mapping[str, Any], name: str) -> bool:
+    value = record.get(name)
+    return value is not None and not (isinstance(value, str) and not value)
+
+
+def _keys_of(messages: Sequence[Any], usual: tuple[str, str]) -> tuple[str, str]:
+    """The keys of messages' role and text: the usual ones of their column, unless all have the other's."""
+    other = SHAREGPT if usual == OPENAI else OPENAI
+
+    def have(key: str) -> list[bool]:
+        return [isinstance(message, Mapping) and message.get(key) is not None for message in messages]
+
+    return other if messages and all(have(other[0])) and not any(have(usual[0])) else usual
+
+
+def _messages(given: Sequence[Any], field: str, role_key: str, text_key: str) -> list[dict[str, str]]:
+    """The messages by `role` and `content`, checked."""
+    if len(given) < 2:
+        raise RecordError(field, f"has {counted(len(given), 'message')}. A conversation needs two or more")
+    messages: list[dict[str, str]] = []
+    for number, message in enumerate(given):
+        place = f"{field}[{number}]"
+        if not isinstance(message, Mapping):
+            raise RecordError(place, f"is {a_type(message)}, not an object with {role_key} and {text_key}")
+        role = _role(message.get(role_key), role_key, f"{place}.{role_key}")
+        for key in TOOL_CALLS:
+            if message.get(key):
+                raise RecordError(
+                    f"{place}.{key}", f"a call is not rendered. Write it into {text_key}, as the model is to"
+                )
+        if messages and messages[-1]["role"] == role:
+            raise RecordError(f"{place}.{role_key}", f"is {role!r}, as the one before. Join the two")
+        if message.get(text_key) is None:
+            raise RecordError(f"{place}.{text_key}", f"is missing or null; {MESSAGES}")
+        text = _text(message, text_key, place=f"{place}.", may_be_empty=role in MAY_BE_EMPTY)
+        messages.append({"role": role, "content": text})
+    if messages[0]["role"] == "assistant":
+        raise RecordError(f"{field}[0].{role_key}", "is the assistant's: there is nothing that it answers")
+    if messages[-1]["role"] != "assistant":
+        last = f"{field}[{len(messages) - 1}].{role_key}"
+        raise RecordError(last, f"the last message is the {messages[-1]['role']}'s, not the assistant's")
+    return messages
+
+
+def _role(given: Any, role_key: str, place: str) -> str:
+    known = {name: name for name in ROLES}
+    if role_key == "from":
+        known = SHAREGPT_ROLES | known
+    if given is None:
+        raise RecordError(place, f"is missing; {MESSAGES}")
+    if not isinstance(given, str) or given not in known:
+        raise RecordError(place, f"{shown(given)} is unknown. Use {', '.join(known)}")
+    return known[given]
+
+
+def _render(
+    messages: Sequence[dict[str, str]], field: str, added: int, tokenizer: Any, needs_all: bool
+) -> list[Turn]:
+    """The turns of messages, the first `added` of which do not stand in the record's `field`."""
+    turns: list[Turn] = []
+    done = ""
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = _apply(tokenizer, messages[:number], field, opens_answer=True)
+        whole = _apply(tokenizer, messages[: number + 1], field, opens_answer=False)
+        is_told, follows = whole.startswith(prompt), prompt.startswith(done)
+        if not is_told and (needs_all or number == len(messages) - 1):
+            raise RecordError(
+                f"{field}[{number - added}]",
+                "the chat template writes what came before differently once this message is there, so that "
+                "it can't be told what is the answer. Give the tokenizer another chat template",
+            )
+        if not follows and needs_all:
+            raise RecordError(
+                f"{field}[{number - added}]",
+                "the chat template writes earlier messages differently once others follow, so that the "
+                "answers can't be told apart. Use target_responses: last and target_prompts: none, or give "
+                "the tokenizer another chat template",
+            )
+        if not (is_told and follows):
+            # All of it becomes the prompt of what follows.
+            turns, done = [], ""
+        if is_told:
+            turns.append((prompt[len(done) :], whole[len(prompt) :]))
+            done = whole
+    return turns
+
+
+def _apply(tokenizer: Any, messages: Sequence[dict[str, str]], field: str, *, opens_answer: bool) -> str:
+    template = default_template(tokenizer) or CHATML
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages),
+                tokenize=False,
+                add_generation_prompt=opens_answer,
+                chat_template=template,
+            )
+        )
+    except Exception as error:
+        if type(error).__name__ == "TemplateSyntaxError":
+            raise ConfigError(f"tokenizer: its chat template can't be read: {first_line(error)}.") from error
+        raise RecordError(field, f"the chat template refuses them: {first_line(error)}") from error
+
+
+def _text(
+    record: Mapping[str, Any],
+    field: str,
+    *,
+    place: str = "",
+    may_be_empty: bool = False,
+    known: Mapping[str, Any] | None = None,
+) -> str:
+    """A text; where a column of a `known` record is missing, it is said what a record may have."""
+    value = record.get(field)
+    if value is None:
+        more = "" if known is None else f"; {_say_forms(known)}"
+        raise RecordError(place + field, f"is missing or null{more}")
+    try:
+        value = text_of(value)
+    except ValueError as error:
+        raise RecordError(place + field, str(error)) from error
+    if not value and not may_be_empty:
+        raise RecordError(place + field, "is empty")
+    return value
+
+
+def _say_forms(record: Mapping[str, Any]) -> str:
+    return (
+        f"the fields are {names_of(record)}. Expected {FORMS}; or name two columns, or give a function, in "
+        "preprocessing_fn"
+    )

@@ -1,0 +1,146 @@
+"""Encode units of documents, in this process or in several; a worker gets the tokenizer as text."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mptfoundry.data.jobs import MOST_PROBLEMS_KEPT, in_processes
+from mptfoundry.data.prepare.encode import TextEncoder
+from mptfoundry.data.records.records import Document, Skipped, Unit, read_part
+from mptfoundry.tokenizer import Borders
+
+
+@dataclass(frozen=True)
+class EncodingPlan:
+    """What a worker needs to know; it is sent to each once.
+
+    Attributes:
+        tokenizer_json: Content of `tokenizer.json`.
+        dtype: Unsigned integer type of the ids.
+        text_key: The field of a record that holds its text.
+        borders: The ids before and after each document.
+        as_text: Text that spells a special token stays text.
+        held_out: Share of the documents that goes to the held-out split.
+        skip_bad_input: Leave out what can't be read, and count it, instead of raising.
+        datasets: Hugging Face data sets that parts refer to.
+    """
+
+    tokenizer_json: str
+    dtype: str
+    text_key: str
+    borders: Borders
+    as_text: bool
+    held_out: float
+    skip_bad_input: bool
+    datasets: Sequence[Any] = ()
+
+
+@dataclass
+class Encoded:
+    """Ids of one split from one unit: the bytes of an array, with what they came from."""
+
+    ids: bytes = b""
+    documents: int = 0
+    text_bytes: int = 0
+
+
+@dataclass
+class UnitResult:
+    """What became of a unit.
+
+    Attributes:
+        kept: Of the split that is trained on.
+        held_out: Of the held-out split.
+        skipped: How many documents or files were left out, by reason.
+        problems: Messages of the first ones that could not be read.
+        weight: The unit's.
+    """
+
+    kept: Encoded
+    held_out: Encoded
+    skipped: Counter[str] = field(default_factory=Counter)
+    problems: list[str] = field(default_factory=list)
+    weight: int = 0
+
+
+def encode_units(
+    units: Iterable[Unit], plan: EncodingPlan, workers: int, encoder: TextEncoder
+) -> Iterator[UnitResult]:
+    """Encode units one after the other (`workers` 1) or in worker processes; results in the units' order.
+
+    Args:
+        units: What to read.
+        plan: How to encode it.
+        workers: How many processes read and encode at a time.
+        encoder: The plan's, for one that works in this process.
+
+    Raises:
+        DataError: Something can't be read, or a worker died.
+    """
+    if workers == 1:
+        yield from map(UnitEncoder(plan, encoder).encode, units)
+    else:
+        yield from in_processes(units, partial(_encoder_of, plan), workers)
+
+
+def _encoder_of(plan: EncodingPlan) -> Callable[[Unit], UnitResult]:
+    return UnitEncoder(plan, make_encoder(plan)).encode
+
+
+def make_encoder(plan: EncodingPlan) -> TextEncoder:
+    """The plan's encoder."""
+    return TextEncoder(plan.tokenizer_json, plan.dtype, as_text=plan.as_text)
+
+
+class UnitEncoder:
+    """Encodes units with one tokenizer; keeps the words that it has seen."""
+
+    def __init__(self, plan: EncodingPlan, encoder: TextEncoder) -> None:
+        self.plan = plan
+        self.encoder = encoder
+        self.before, self.after = (np.array(ids, plan.dtype).tobytes() for ids in plan.borders)
+
+    def encode(self, unit: Unit) -> UnitResult:
+        """Read and encode all documents of a unit.
+
+        Raises:
+            DataError: One of them can't be read, unless the plan skips such.
+        """
+        result = UnitResult(Encoded(), Encoded(), weight=unit.weight)
+        pieces: dict[bool, list[bytes]] = {False: [], True: []}
+        for part in unit.parts:
+            for item in read_part(part, self.plan.text_key, self.plan.datasets):
+                if isinstance(item, Document):
+                    is_held_out = self._is_held_out(item)
+                    pieces[is_held_out].append(self._encode(item))
+                    split = result.held_out if is_held_out else result.kept
+                    split.documents += item.is_end
+                    split.text_bytes += item.size
+                elif isinstance(item, Skipped):
+                    result.skipped[item.reason] += 1
+                elif self.plan.skip_bad_input:
+                    result.skipped["bad input"] += 1
+                    what = str(item).split(". ")[0]
+                    result.problems = [*result.problems, what][:MOST_PROBLEMS_KEPT]
+                else:
+                    raise item
+        result.kept.ids, result.held_out.ids = b"".join(pieces[False]), b"".join(pieces[True])
+        return result
+
+    def _encode(self, document: Document) -> bytes:
+        before = self.before if document.is_start else b""
+        after = self.after if document.is_end else b""
+        return b"".join((before, self.encoder.encode(document.text), after))
+
+    def _is_held_out(self, document: Document) -> bool:
+        if not self.plan.held_out:
+            return False
+        digest = hashlib.blake2b(document.identity, digest_size=8).digest()
+        return int.from_bytes(digest, "big") < self.plan.held_out * 2**64

@@ -1,0 +1,346 @@
+"""Find what is to be prepared: files, folders and Hugging Face data sets, in one fixed order.
+
+A folder is read whole, its files by name. `.jsonl` and `.ndjson` files hold a record in each line; `.json`
+files do, too, or are one array of records; in a folder a `.json` file that is neither is text. All of these
+may be compressed (`.gz`, `.zst`). `.parquet` files hold a record in each row; a folder that `datasets` saved
+holds a data set. Every other file is one document, unless its name says that it holds no text. Hidden files
+and `__pycache__` are left out.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import gzip
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from mptfoundry.data.shards.index import refuse_slice
+from mptfoundry.errors import DataError
+
+HUB_PREFIX = "hf:"
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+COMPRESSED_SUFFIXES = (".gz", ".zst", ".zstd")
+COMPRESSED = "compressed file (only .jsonl, .ndjson and .json are read compressed)"
+PEEK_BYTES = 1 << 20
+NO_TEXT = re.compile(
+    r"\.(7z|a|arrow|avi|bin|bmp|bz2|class|ckpt|db|dll|dylib|egg|exe|flac|gif|gz|h5|ico|iso|jar|jpe?g|lib|lz4|mds"
+    r"|mo|mov|mp3|mp4|npy|npz|o|obj|ogg|onnx|otf|pdf|pickle|pkl|png|pt|pth|py[cdo]|rar|safetensors|so|sqlite|tar"
+    r"|tgz|tiff?|ttf|wasm|wav|webp|whl|woff2?|xz|zip|zstd?)$"
+)
+
+
+@dataclass(frozen=True)
+class Input:
+    """One file or data set.
+
+    Attributes:
+        kind: `text`, `lines`, `parquet`, `dataset` or `mds`.
+        path: The file; for a data set what the user gave.
+        name: The file's name below the folder that was given.
+        size: Bytes on disk; for a data set its size as it tells.
+        changed_ns: When a file last changed, in nanoseconds of the system's clock.
+        dataset: The number of a data set in `Inventory.datasets`.
+        identity: What tells one data set's content from another's.
+    """
+
+    kind: str
+    path: str
+    name: str
+    size: int
+    changed_ns: int = 0
+    dataset: int = -1
+    identity: str = ""
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether a file of lines can be read from its start only."""
+        return self.path.lower().endswith(COMPRESSED_SUFFIXES)
+
+
+@dataclass
+class Inventory:
+    """Everything that is to be read.
+
+    Attributes:
+        inputs: In order.
+        datasets: Loaded Hugging Face data sets, to which inputs refer by number.
+        skipped: How many files of a folder are left out, by reason.
+    """
+
+    inputs: list[Input] = field(default_factory=list)
+    datasets: list[Any] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all inputs."""
+        return sum(source.size for source in self.inputs)
+
+    @property
+    def plain_text(self) -> Counter[str]:
+        """How many files are read as one document each, by the ending of their names."""
+        texts = (PurePosixPath(source.name) for source in self.inputs if source.kind == "text")
+        return Counter(name.suffix.lower() for name in texts)
+
+    def digest(self, *, with_times: bool = False) -> str:
+        """A sha256 of all names and sizes, and of when files changed if asked."""
+        lines = (
+            f"{s.kind}\0{s.name}\0{s.size}\0{s.identity}\0{s.changed_ns if with_times else 0}\n"
+            for s in self.inputs
+        )
+        return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def find_inputs(
+    given: Sequence[str],
+    *,
+    text_key: str | None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    hf_subset: str | None = None,
+    hf_split: str = "train",
+) -> Inventory:
+    """List what the given words stand for.
+
+    Args:
+        given: Files, folders, folders saved by `datasets`, or `hf:NAME` for a data set of the hub.
+        text_key: The field of a record that holds its text. None: records may hold anything, and files
+            of plain text are left out.
+        include: Patterns such as `*.py`; of a folder's files only those whose path or name matches.
+        exclude: Patterns of files and folders to leave out.
+        hf_subset: Configuration of a data set of the hub.
+        hf_split: Split of a data set.
+
+    Raises:
+        DataError: Something is missing or can't be read, or there is nothing to read at all.
+    """
+    if not given:
+        raise DataError("No input is given. Give files, folders, or hf:NAME.")
+    inventory = Inventory()
+    for word in given:
+        path = Path(word).expanduser()
+        if word.startswith(HUB_PREFIX) or (path / "state.json").is_file() or _is_dataset_dict(path):
+            _add_dataset(inventory, word, text_key, hf_subset, hf_split)
+        elif path.is_dir():
+            _add_folder(inventory, path, text_key, include, exclude)
+        elif path.is_file():
+            _add_named_file(inventory, path)
+        else:
+            raise DataError(
+                f"{word}: there is no such file or folder. A hub's data set is written hf:{word}."
+            )
+    if not inventory.inputs:
+        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(inventory.skipped.items()))
+        raise DataError(
+            f"{', '.join(given)}: there is no text to read{f' (left out: {left_out})' if left_out else ''}. "
+            f"Give files of text, JSONL or Parquet."
+        )
+    return inventory
+
+
+def _add_named_file(inventory: Inventory, path: Path) -> None:
+    kind = _kind_of(path, lambda: True)
+    if kind == "compressed":
+        raise DataError(
+            f"{path}: only .jsonl, .ndjson and .json files are read compressed. Decompress it first."
+        )
+    if kind is None:
+        raise DataError(f"{path}: a {path.suffix} file holds no text. Give files of text, JSONL or Parquet.")
+    inventory.inputs.append(_file_input(kind, path, path.name))
+
+
+def _add_folder(
+    inventory: Inventory, folder: Path, text_key: str | None, include: Sequence[str], exclude: Sequence[str]
+) -> None:
+    for path in _walk(folder, exclude):
+        name = path.relative_to(folder).as_posix()
+        if include and not _matches(name, include):
+            continue
+        kind = _kind_of(path, lambda path=path: _holds_records(path, text_key))  # type: ignore[misc]
+        if kind is None or kind == "compressed":
+            inventory.skipped[COMPRESSED if kind else "binary file"] += 1
+            continue
+        if kind == "text" and text_key is None:
+            inventory.skipped["file without records"] += 1
+            continue
+        inventory.inputs.append(_file_input(kind, path, name))
+
+
+def _walk(folder: Path, exclude: Sequence[str]) -> Iterator[Path]:
+    """The files below a folder in the order of their paths, without hidden and excluded ones."""
+    try:
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except OSError as error:
+        raise DataError(f"{folder}: the folder can't be read ({error.strerror}).") from error
+    for entry in entries:
+        if entry.name.startswith(".") or entry.name == "__pycache__":
+            continue
+        if exclude and _matches(Path(entry.path).as_posix(), [f"*/{pattern}" for pattern in exclude]):
+            continue
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(Path(entry.path), exclude)
+        elif entry.is_file():
+            yield Path(entry.path)
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    parts = (name, PurePosixPath(name).name)
+    return any(fnmatch.fnmatchcase(part, pattern) for pattern in patterns for part in parts)
+
+
+def _kind_of(path: Path, is_lines: Callable[[], bool]) -> str | None:
+    """What a file holds, by its name; `is_lines` decides about `.json`. None for files without text,
+    `compressed` for those of which only the inside could be text."""
+    name = path.name.lower()
+    for suffix in COMPRESSED_SUFFIXES:
+        if name.endswith(suffix):
+            inner = name.removesuffix(suffix)
+            return "lines" if inner.endswith((*LINE_SUFFIXES, ".json")) else "compressed"
+    if name.endswith(LINE_SUFFIXES) or (name.endswith(".json") and is_lines()):
+        return "lines"
+    if name.endswith(".parquet"):
+        return "parquet"
+    return None if NO_TEXT.search(name) else "text"
+
+
+@contextmanager
+def open_decompressed(path: str | Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
+    """Open a file by the ending of its name: its content, and the file on disk below it."""
+    name = str(path).lower()
+    with Path(path).open("rb") as raw:
+        if name.endswith(".gz"):
+            with gzip.open(raw, "rb") as file:
+                yield file, raw  # type: ignore[misc]
+        elif name.endswith(COMPRESSED_SUFFIXES):
+            import pyarrow
+
+            with pyarrow.CompressedInputStream(pyarrow.PythonFile(raw), "zstd") as file:
+                yield file, raw
+        else:
+            yield raw, raw
+
+
+def is_array(path: Path) -> bool:
+    """Whether a `.json` file, perhaps compressed, is one array, such as of records."""
+    name = path.name.lower()
+    if not name.endswith((".json", *(f".json{suffix}" for suffix in COMPRESSED_SUFFIXES))):
+        return False
+    try:
+        with open_decompressed(path) as (file, _):
+            return file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+    except (OSError, EOFError, ValueError):
+        return False  # whoever reads it says that it is damaged
+
+
+def _holds_records(path: Path, text_key: str | None) -> bool:
+    """Whether a `.json` file of a folder is an array of records, or has one in its first line."""
+    if is_array(path):
+        return text_key is None or _array_holds_records(path, text_key)
+    with path.open("rb") as file:
+        line = file.readline(PEEK_BYTES)
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(record, dict) and (text_key is None or isinstance(record.get(text_key), str))
+
+
+def _array_holds_records(path: Path, text_key: str) -> bool:
+    """Whether the first entry of an array is a record with a text; so it is with an empty array's."""
+    with path.open("rb") as file:
+        head = file.read(PEEK_BYTES).decode("utf-8-sig", "replace").lstrip()[1:].lstrip()
+    if head.startswith("]"):
+        return True
+    try:
+        try:
+            first, _ = json.JSONDecoder().raw_decode(head)
+        except ValueError:  # an entry that is longer than what was read
+            first = json.loads(path.read_bytes())[0]
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(first, dict) and isinstance(first.get(text_key), str)
+
+
+def _file_input(kind: str, path: Path, name: str) -> Input:
+    try:
+        status = path.stat()
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise DataError(f"{path}: the file can't be read ({error.strerror}).") from error
+    return Input(kind, str(path), name, status.st_size, status.st_mtime_ns)
+
+
+def _is_dataset_dict(path: Path) -> bool:
+    return (path / "dataset_dict.json").is_file()
+
+
+def _add_dataset(
+    inventory: Inventory, word: str, text_key: str | None, subset: str | None, split: str
+) -> None:
+    import datasets
+
+    if not word.startswith(HUB_PREFIX):
+        refuse_slice(split, f"{word}: hf_split")
+    try:
+        if word.startswith(HUB_PREFIX):
+            dataset = load_from_hub(word.removeprefix(HUB_PREFIX), name=subset, split=split)
+        else:
+            dataset = datasets.load_from_disk(str(Path(word).expanduser()))
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{word}: the data set can't be loaded: {first_line}") from error
+    if isinstance(dataset, datasets.DatasetDict):
+        if split not in dataset:
+            names = ", ".join(dataset)
+            raise DataError(f"{word}: there is no split {split!r}. Set hf_split to one of {names}.")
+        dataset = dataset[split]
+    if text_key is not None:
+        feature = dataset.features.get(text_key)
+        if feature is None:
+            names = ", ".join(dataset.features)
+            raise DataError(f"{word}: there is no column {text_key!r}. Set text_key to one of {names}.")
+        if getattr(feature, "dtype", None) not in ("string", "large_string"):
+            raise DataError(f"{word}: the column {text_key!r} holds {feature}, not strings. Set text_key.")
+        dataset = dataset.select_columns([text_key])
+    add_dataset(inventory, word, f"{word}/{subset or ''}/{split}", dataset)
+
+
+def load_from_hub(name_at_revision: str, /, **options: Any) -> Any:
+    """A data set of the Hugging Face hub, none of whose code is run.
+
+    Args:
+        name_at_revision: `NAME`, or `NAME@REVISION` with a branch, tag or commit.
+        options: Arguments of `datasets.load_dataset`.
+
+    Raises:
+        DataError: It would be read by unpickling.
+    """
+    import datasets
+
+    path, at, revision = name_at_revision.partition("@")
+    if path == "pandas":
+        raise DataError("pandas reads pickles, which can run code. Convert the files to Parquet.")
+    if at:
+        options["revision"] = revision
+    return datasets.load_dataset(path, trust_remote_code=False, **options)
+
+
+def add_dataset(inventory: Inventory, word: str, name: str, dataset: Any) -> None:
+    """Add a loaded data set that the user calls `word`, unless it is empty."""
+    if not len(dataset):
+        return
+    size = int(dataset.data.nbytes)
+    identity = f"{len(dataset)} {dataset._fingerprint}"
+    inventory.inputs.append(
+        Input("dataset", word, name, size, dataset=len(inventory.datasets), identity=identity)
+    )
+    inventory.datasets.append(dataset)

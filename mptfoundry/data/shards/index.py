@@ -1,0 +1,299 @@
+"""MDS shards on disk: their index, what `prepare` writes into it, and the checks before a run reads them.
+
+An MDS folder holds `index.json` and shards. `prepare` adds one key, `mptfoundry`, to the index, which other
+readers ignore; it says with which tokenizer and sequence length the shards were made.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from mptfoundry.data.shards.index_keys import META_KINDS, check_index_keys, check_keys, shortened
+from mptfoundry.data.shards.integrity import CODECS, fastest_hash, problem_of, problems_of, refuse, unpack
+from mptfoundry.errors import DataError, MissingError, first_line
+
+INDEX = "index.json"
+PREPARING = ".preparing"
+META_KEY = "mptfoundry"
+# Places in a shard are numbers of 32 bits.
+LARGEST_SHARD = 2**32 - 1
+# Bytes, on every file system that is in use.
+LONGEST_NAME = 255
+INTEGER_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+
+
+@dataclass(frozen=True)
+class ShardMeta:
+    """What `prepare` knows of a finished folder.
+
+    Attributes:
+        tokenizer: Name or folder, as it was given.
+        fingerprint: Of that tokenizer (`mptfoundry.tokenizer.fingerprint`).
+        vocab_size: Number of ids of that tokenizer.
+        max_seq_len: Tokens in each sample.
+        eos_token_id: The id after each document, if one was added.
+        documents: Documents joined into the samples.
+        samples: Samples of `max_seq_len` tokens.
+        tokens: Tokens in the samples, EOS and BOS included.
+        bytes: UTF-8 bytes of the documents.
+        dropped_tokens: Tokens after the last whole sample.
+        options: Arguments of `prepare` that decide about the bytes.
+        inputs: What was read: number of files or rows, bytes, and a digest of names and sizes.
+    """
+
+    tokenizer: str
+    fingerprint: str
+    vocab_size: int
+    max_seq_len: int
+    eos_token_id: int | None
+    documents: int
+    samples: int
+    tokens: int
+    bytes: int
+    dropped_tokens: int
+    options: Mapping[str, Any]
+    inputs: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for `index.json`."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """One folder's `index.json`, checked.
+
+    Attributes:
+        folder: The folder that holds it.
+        shards: Its entries for the shards, as streaming writes them.
+        meta: What `prepare` wrote, or None for shards of another maker.
+    """
+
+    folder: Path
+    shards: Sequence[Mapping[str, Any]]
+    meta: ShardMeta | None
+
+    @property
+    def samples(self) -> int:
+        """Number of samples in all shards."""
+        return sum(int(shard["samples"]) for shard in self.shards)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal samples in equal shards, whatever the files are called and compressed with.
+
+        Files that the index has no hashes of are told apart by their sizes alone.
+        """
+        shards = []
+        for shard in self.shards:
+            raw, packed = shard["raw_data"], shard["zip_data"]
+            hashes = raw["hashes"] or (packed["hashes"] if packed else {})
+            shards.append([shard["samples"], raw["bytes"], hashes])
+        return hashlib.sha256(json.dumps(shards, sort_keys=True).encode()).hexdigest()
+
+
+def narrowest_dtype(vocab_size: int) -> str:
+    """The smallest unsigned integer type that holds the ids 0 to `vocab_size` - 1."""
+    return next(f"uint{bits}" for bits in (8, 16, 32) if vocab_size <= 2**bits)
+
+
+def read_index(folder: str | Path, where: str) -> ShardIndex:
+    """Read and check `folder/index.json`.
+
+    Args:
+        folder: The folder of one split.
+        where: What the user calls it, for errors: `train_loader.dataset.streams.code`.
+
+    Raises:
+        DataError: It is missing, half prepared, damaged, empty, names files outside its folder, or counts
+            more samples than can be in its files.
+    """
+    folder = Path(folder)
+    path = folder / INDEX
+    if not path.is_file():
+        raise DataError(f"{where}: {_why_no_index(folder)}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        check_index_keys(content)
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: {path} is damaged: {first_line(error)}. Prepare or fetch the folder again."
+        ) from error
+    shards = content["shards"]
+    for shard in shards:
+        _check_entry(shard, path, where)
+    samples = sum(shard["samples"] for shard in shards)
+    if samples == 0:
+        raise DataError(f"{where}: {folder} holds no samples. Prepare more text than max_seq_len tokens.")
+    _refuse_pickles(shards, path, where)
+    meta = _read_meta(content.get(META_KEY), path, where)
+    if meta is not None and meta.samples != samples:
+        raise DataError(
+            f"{where}: {path} is damaged: its shards hold {samples:,} samples, and {META_KEY} says "
+            f"{meta.samples:,}. Prepare or fetch the folder again."
+        )
+    return ShardIndex(folder, shards, meta)
+
+
+def find_split(folder: str | Path, split: str | None, where: str) -> Path:
+    """The folder of one split of a local data set.
+
+    Raises:
+        DataError: The folder or the split in it is missing; the splits that exist are named.
+    """
+    folder = Path(folder).expanduser()
+    if not folder.is_dir():
+        raise MissingError(f"{where}: the folder {folder} is missing. Prepare it with `mptfoundry prepare`.")
+    chosen = folder / split if split else folder
+    if chosen.is_dir():
+        return chosen
+    refuse_slice(split, f"{where}: split")
+    splits = sorted(entry.name for entry in folder.iterdir() if (entry / INDEX).is_file())
+    have = f"It has {', '.join(splits)}." if splits else "It has no splits."
+    raise DataError(f"{where}: {folder} has no split {split!r}. {have}")
+
+
+def refuse_slice(split: str | None, where: str) -> None:
+    """Raises DataError where a split of files here is a slice, such as `train[:50%]`."""
+    if split and "[" in split:
+        raise DataError(
+            f"{where}: {split}: slices are read from data sets of the hub alone. "
+            f"Use {split.partition('[')[0]}, and put what is to be read into a file of its own."
+        )
+
+
+def check_shard_files(index: ShardIndex, where: str, *, title: str = "") -> None:
+    """Compare all files of a folder with its index, by hash where it has some, else by size.
+
+    Args:
+        index: Of a folder on this machine.
+        where: What the user calls it, for errors.
+        title: Before a progress bar; empty for none.
+
+    Raises:
+        DataError: Files are missing or damaged; the first of them are named.
+    """
+    folder = index.folder
+
+    def stored(shard: Mapping[str, Any]) -> Mapping[str, Any]:
+        raw, packed = shard["raw_data"], shard["zip_data"]
+        return packed if packed and not (folder / raw["basename"]).is_file() else raw
+
+    def look(entry: Mapping[str, Any]) -> str | None:
+        return problem_of(folder / entry["basename"], entry, fastest_hash(entry["hashes"]))
+
+    found = problems_of(map(stored, index.shards), look, lambda entry: entry["bytes"], title=title)
+    refuse(where, [f"{folder / entry['basename']} {problem}" for entry, problem in found])
+
+
+def _check_entry(shard: Mapping[str, Any], path: Path, where: str) -> None:
+    """Raises DataError unless what an index says of a shard is confined to its folder, and can be."""
+    samples, raw, packed = shard["samples"], shard["raw_data"], shard["zip_data"]
+    if shard["format"] != "mds":
+        raise DataError(
+            f"{where}: {path} is of {shortened(shard['format'])} shards. Only mds shards are read."
+        )
+    for part in filter(None, (raw, packed)):
+        name = part["basename"]
+        parts = name.split("/")
+        if {"", ".", "..", INDEX} & set(parts) or "\\" in name or "\0" in name:
+            raise DataError(
+                f"{where}: {path} names the shard {shortened(name)}, which lies outside its folder. Don't "
+                "use it."
+            )
+        if max(map(len, map(os.fsencode, parts))) > LONGEST_NAME:
+            raise DataError(
+                f"{where}: {path} names the shard {shortened(name)}, which is longer than a file's name "
+                "can be. Prepare or fetch the folder again."
+            )
+    if packed and str(shard["compression"]).split(":")[0] not in CODECS:
+        raise DataError(
+            f"{where}: {path} names the compression {shortened(shard['compression'])}. Known are "
+            f"{', '.join(CODECS)}."
+        )
+    # A shard begins with their number and the place of each sample, and of the end.
+    if not 4 * samples + 8 <= raw["bytes"] <= LARGEST_SHARD:
+        raise DataError(
+            f"{where}: {path} says that {raw['basename']} holds {samples} samples in {raw['bytes']} bytes, "
+            "which can't be. Prepare or fetch the folder again."
+        )
+
+
+def _read_meta(content: Any, path: Path, where: str) -> ShardMeta | None:
+    if content is None:
+        return None
+    try:
+        check_keys(content, META_KINDS, META_KEY, others="kept")
+    except ValueError as error:
+        raise DataError(f"{where}: {path} is damaged: {error}. Prepare the text again.") from error
+    return ShardMeta(
+        **{field.name: content[field.name] for field in fields(ShardMeta) if field.name in content}
+    )
+
+
+def _refuse_pickles(shards: Sequence[Mapping[str, Any]], path: Path, where: str) -> None:
+    """Raises DataError where reading a sample would unpickle something, which can run code."""
+    for shard in shards:
+        for name, encoding in zip(shard["column_names"], shard["column_encodings"], strict=True):
+            if encoding.partition(":")[0] == "pkl":
+                raise DataError(
+                    f"{where}: {path}: refused, since the column {shortened(name)} is pickled, and "
+                    "reading it could run code. Write it in another encoding."
+                )
+
+
+def _why_no_index(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"the folder {folder} is missing. Prepare it with `mptfoundry prepare`."
+    if (folder / PREPARING).is_dir():
+        return f"{folder} is half prepared. Run the same `mptfoundry prepare` again, and it goes on."
+    splits = sorted(entry.name for entry in folder.iterdir() if (entry / INDEX).is_file())
+    if splits:
+        return f"{folder} holds splits, not shards. Set split to one of {', '.join(splits)}."
+    return f"{folder} has no {INDEX}. Prepare it with `mptfoundry prepare`."
+
+
+def read_samples(index: ShardIndex, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
+    """Read samples straight from the files, one by one, for a look at the data; training streams them.
+
+    Args:
+        index: Of a folder on this machine.
+        numbers: Which samples, ascending.
+
+    Raises:
+        DataError: A shard is missing or damaged.
+    """
+    import numpy as np
+    from streaming.base.format import reader_from_json
+
+    starts = np.cumsum([0, *(int(shard["samples"]) for shard in index.shards)])
+    opened = -1
+    reader: Any = None
+    with tempfile.TemporaryDirectory() as unpacked:
+        for number in numbers:
+            position = int(np.searchsorted(starts, number, side="right")) - 1
+            entry = dict(index.shards[position])
+            name = entry["raw_data"]["basename"]
+            try:
+                if position != opened:
+                    folder = index.folder
+                    if not (folder / name).is_file() and entry["zip_data"]:
+                        packed = (folder / entry["zip_data"]["basename"]).read_bytes()
+                        folder = Path(unpacked)
+                        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                        raw = unpack(entry["compression"], packed, entry["raw_data"]["bytes"])
+                        (folder / name).write_bytes(raw)
+                    opened, reader = position, reader_from_json(str(folder), "", entry)
+                yield reader[number - int(starts[position])]
+            except Exception as error:  # a damaged sample fails in any way
+                raise DataError(
+                    f"{index.folder / name}: the shard can't be read ({first_line(error)}). Prepare or fetch "
+                    "the folder again."
+                ) from error

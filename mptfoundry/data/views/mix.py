@@ -1,0 +1,188 @@
+"""A data mix in numbers and in one picture: shares of a run, epochs, and lengths of documents by stream."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mptfoundry.data.shards.index import ShardIndex, read_samples
+from mptfoundry.data.text.streams import Source, plan_sources, read_source
+
+MOST_TOKENS_READ = 1 << 21
+
+
+@dataclass(frozen=True)
+class StreamShare:
+    """One stream of a mix.
+
+    Attributes:
+        name: The stream's.
+        samples: Samples that it has.
+        tokens: Tokens that it has.
+        share: Its part of what the run reads, 0 to 1.
+        drawn_tokens: Tokens that the run reads from it.
+        epochs: How often the run reads it whole.
+        document_lengths: Tokens in each of some of its documents, (documents,) int64; empty if unknown.
+        mean_document_tokens: Over all documents, if the shards tell.
+    """
+
+    name: str
+    samples: int
+    tokens: int
+    share: float
+    drawn_tokens: float
+    epochs: float
+    document_lengths: np.ndarray
+    mean_document_tokens: float | None
+
+
+def describe_mix(
+    streams: Mapping[str, Mapping[str, Any]],
+    *,
+    split: str | None = None,
+    max_seq_len: int,
+    total_tokens: float | None = None,
+    eos_token_id: int | None = None,
+) -> list[StreamShare]:
+    """Work out what a run reads of each stream, and look at some of its documents.
+
+    Args:
+        streams: As in `train_loader.dataset.streams`; they must lie on this machine.
+        split: Of the streams that name none.
+        max_seq_len: Tokens in a sample.
+        total_tokens: Of the run. Default: one epoch.
+        eos_token_id: Ends a document, where the shards don't tell.
+
+    Raises:
+        ConfigError: The weights of the streams contradict one another.
+        DataError: A stream can't be read here.
+    """
+    sources = plan_sources(streams, None, None, split, "train_loader")
+    indexes = [read_source(source) for source in sources]
+    samples = np.array([index.samples for index in indexes], np.float64)
+    drawn = _drawn_samples(sources, samples)
+    drawn_tokens = drawn / drawn.sum() * (total_tokens if total_tokens else drawn.sum() * max_seq_len)
+    rows = []
+    for name, index, tokens in zip(streams, indexes, drawn_tokens.tolist(), strict=True):
+        meta = index.meta
+        eos = meta.eos_token_id if meta else eos_token_id
+        has = index.samples * max_seq_len
+        rows.append(
+            StreamShare(
+                name=name,
+                samples=index.samples,
+                tokens=has,
+                share=tokens / float(drawn_tokens.sum()),
+                drawn_tokens=tokens,
+                epochs=tokens / has,
+                document_lengths=_document_lengths(index, eos, max_seq_len),
+                mean_document_tokens=(meta.tokens + meta.dropped_tokens) / meta.documents
+                if meta and meta.documents
+                else None,
+            )
+        )
+    return rows
+
+
+def mix_table(rows: Sequence[StreamShare]) -> str:
+    """The mix as a short table."""
+    width = max(6, *(len(row.name) for row in rows))
+    head = ("share", "tokens read", "tokens it has", "epochs", "tokens/document")
+    lines = ["  ".join((f"{'stream':{width}}", *map(str.rjust, head, (6, 16, 16, 9, 15))))]
+    for row in rows:
+        mean = f"{row.mean_document_tokens:,.0f}" if row.mean_document_tokens else "unknown"
+        lines.append(
+            f"{row.name:{width}}  {row.share:6.1%}  {row.drawn_tokens:16,.0f}  {row.tokens:16,}  "
+            f"{row.epochs:9,.2f}  {mean:>15}"
+        )
+    return "\n".join(lines)
+
+
+def draw_mix(rows: Sequence[StreamShare], path: str | Path) -> Path:
+    """Draw shares, epochs and document lengths of a mix side by side into one PNG; returns its path."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = sorted(rows, key=lambda row: row.share)
+    names = [row.name for row in rows]
+    colors = [pyplot.get_cmap("tab10")(number % 10) for number in range(len(rows))]
+    figure, (shares, epochs, lengths) = pyplot.subplots(
+        1, 3, figsize=(13, 1.8 + 0.42 * len(rows)), sharey=True, layout="constrained"
+    )
+    bars = shares.barh(names, [100 * row.share for row in rows], color=colors)
+    labels = [f"{100 * row.share:.1f} % · {_short(row.drawn_tokens)}" for row in rows]
+    shares.bar_label(bars, labels, padding=3, fontsize=9)
+    shares.set(title="share of the tokens read", xlabel="%", xlim=(0, 135 * max(row.share for row in rows)))
+    bars = epochs.barh(names, [row.epochs for row in rows], color=colors)
+    epochs.bar_label(
+        bars, [f"{row.epochs:.2f} x {_short(row.tokens)}" for row in rows], padding=3, fontsize=9
+    )
+    epochs.set(title="times read whole", xlabel="epochs", xlim=(0, 1.45 * max(row.epochs for row in rows)))
+    _draw_lengths(lengths, rows, colors)
+    for axes in (shares, epochs, lengths):
+        axes.spines[["top", "right"]].set_visible(False)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+    return path
+
+
+def _draw_lengths(axes: Any, rows: Sequence[StreamShare], colors: Sequence[Any]) -> None:
+    """For each stream a box of the middle half, its median, and a line from the 5th to 95th percentile."""
+    known = [place for place, row in enumerate(rows) if row.document_lengths.size]
+    axes.set(title="tokens in a document (median)", xlabel="tokens", xscale="log")
+    if not known:
+        axes.text(0.5, 0.5, "no borders of documents known", ha="center", transform=axes.transAxes)
+        return
+    for place in known:
+        low, first, middle, third, high = np.percentile(rows[place].document_lengths, (5, 25, 50, 75, 95))
+        axes.plot([low, high], [place, place], color=colors[place], linewidth=1.5)
+        axes.barh(place, third - first, left=first, color=colors[place], height=0.6)
+        axes.plot([middle, middle], [place - 0.3, place + 0.3], color="black", linewidth=1.5)
+        axes.text(high, place, f"  {middle:,.0f}", va="center", fontsize=9)
+    axes.margins(x=0.15)
+
+
+def _drawn_samples(sources: Sequence[Source], samples: np.ndarray) -> np.ndarray:
+    """Samples of each stream in one epoch, by streaming's rules: (streams,) float64."""
+    arguments = [source.arguments for source in sources]
+    if all("proportion" in argument for argument in arguments):
+        proportions = np.array([argument["proportion"] for argument in arguments], np.float64)
+        return proportions / proportions.sum() * samples.sum()
+    return np.array(
+        [
+            argument.get("choose", argument.get("repeat", 1.0) * count)
+            for argument, count in zip(arguments, samples, strict=True)
+        ],
+        np.float64,
+    )
+
+
+def _document_lengths(index: ShardIndex, eos_token_id: int | None, max_seq_len: int) -> np.ndarray:
+    """Lengths of the documents that lie whole in the beginning of a stream, EOS included.
+
+    Samples follow one another in the stream of tokens, so a document may be longer than a sample.
+    """
+    if eos_token_id is None:
+        return np.zeros(0, np.int64)
+    numbers = range(min(index.samples, max(1, MOST_TOKENS_READ // max_seq_len)))
+    stored = (sample.get("tokens") for sample in read_samples(index, numbers))
+    rows = [tokens for tokens in stored if isinstance(tokens, np.ndarray) and tokens.ndim == 1]
+    if not rows:
+        return np.zeros(0, np.int64)
+    ends = np.flatnonzero(np.concatenate(rows) == eos_token_id)
+    return np.diff(ends, prepend=-1)
+
+
+def _short(count: float) -> str:
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if count >= size:
+            return f"{count / size:.3g}{letter}"
+    return f"{count:.0f}"

@@ -1,0 +1,388 @@
+"""Checkpoints that are whole or absent, written while training goes on.
+
+A save copies the state into the host's memory, which training waits for, and writes it in a thread, which it
+doesn't. The files come under a temporary name, are flushed to the disk and then renamed: a checkpoint that
+can be seen is complete. Older ones are deleted after that, never before. `latest-...` is replaced in one
+step; it is for people, and nothing here believes it.
+
+Words: the *content* is the state of a run as Composer gives it; a *whole* checkpoint is one file that rank 0
+writes, a *sharded* one a folder with a file of each rank.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.callbacks import CheckpointSaver
+from composer.core import State
+from composer.loggers import Logger
+from composer.utils import dist, format_name_with_dist_and_time, reproducibility
+from composer.utils.checkpoint import glob_filter
+from torch import Tensor
+from torch.distributed import checkpoint as dcp
+from torch.distributed.tensor import DTensor
+
+from mptfoundry.architecture.trainable import ADAPTER
+from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
+from mptfoundry.checkpoints.names import checkpoints_in, why_not_whole
+from mptfoundry.checkpoints.sharded import METADATA
+from mptfoundry.checkpoints.training_state import set_epoch_by_time
+from mptfoundry.errors import CheckpointError, first_line
+from mptfoundry.files import Upload, point, remove, whole_or_absent
+from mptfoundry.places import progress_of
+from mptfoundry.ranks import decided_by_rank_0
+from mptfoundry.run.changes import RUN, RunNotes
+from mptfoundry.run.metrics_file import NAME as METRICS
+
+# Moments of the optimizers that a config names; before the first step they are not there to be counted.
+_MOMENTS = {"DecoupledLionW": 1, "DecoupledAdamW": 2}
+_MARGIN_BYTES = 1 << 20
+
+
+class WholeCheckpoints(CheckpointSaver):
+    """Composer's saver, with another way to write.
+
+    Args:
+        folder: A local folder.
+        upload: Keeps the files of a checkpoint elsewhere, too; `.metadata`, which makes shards a checkpoint,
+            comes last.
+        upload_small: The same for small files next to checkpoints; one that it can't upload is owed, and
+            comes with the next checkpoint.
+        describe: Called on rank 0 before each checkpoint is written, so that what lies next to it fits it;
+            gives the files that are new.
+        in_background: Write while training goes on; otherwise training waits.
+        notes: What each checkpoint remembers of its run.
+        options: Arguments of Composer's CheckpointSaver.
+
+    Attributes:
+        save_seconds: What the last checkpoint took until it was there, in seconds.
+
+    Raises:
+        CheckpointError: When the trainer is built or at a save: it would not fit on the disk. At the batch
+            after a save: writing it failed. The checkpoints before it are as they were.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        upload: Upload | None = None,
+        upload_small: Upload | None = None,
+        describe: Callable[[], Sequence[Path]] = lambda: (),
+        in_background: bool = True,
+        notes: RunNotes | None = None,
+        **options: Any,
+    ) -> None:
+        # Composer would take `#` and `:` in the folder for parts of a URL, and braces for what to fill in.
+        super().__init__(".", remote_file_name=None, latest_remote_file_name=None, **options)
+        self.folder = str(folder).replace("{", "{{").replace("}", "}}")
+        self.filename.folder = self.folder
+        if self.latest_filename is not None:
+            self.latest_filename.folder = self.folder
+        self._run_folder = folder
+        self.tmp_dir_for_symlink.cleanup()
+        self.upload = upload
+        self.upload_small = upload_small
+        self.describe = describe
+        self._owed: set[Path] = set()
+        self.notes = notes
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
+        self._writing: Future[None] | None = None
+        self.save_seconds = 0.0
+        # Ranks that write together talk in a group of their own, beside what training says meanwhile.
+        self._group: Any = None
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Find out whether the folder is free and large enough for the first checkpoint."""
+        if state.max_duration is not None and state.timestamp >= state.max_duration:
+            return
+        decided_by_rank_0(lambda: self._refuse_what_is_there(state))
+        moments = 0 if self.weights_only else sum(_MOMENTS.get(type(o).__name__, 0) for o in state.optimizers)
+        parameters = dict(state.model.named_parameters())
+        learned = [each for each in parameters.values() if each.requires_grad]
+        # Adapters are saved without the base that they stand beside.
+        kept = learned if any(ADAPTER in name for name in parameters) else list(parameters.values())
+        self._refuse_what_does_not_fit(kept + moments * learned, state)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Note where the run starts."""
+        self.start_batch = state.timestamp.batch  # type: ignore[assignment]
+        self.last_checkpoint_batch = state.timestamp.batch if int(state.timestamp.batch) else None
+        if dist.get_world_size() > 1 and state.fsdp_sharded_state_dict_enabled:
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """End the run if the checkpoint that was being written could not be."""
+        if self._writing is not None and self._writing.done():
+            self.wait()
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Wait until the last checkpoint is there."""
+        self.wait()
+
+    def close(self, state: State, logger: Logger) -> None:
+        """The same, however the run ends."""
+        if self._pool is not None:
+            self._pool.shutdown()
+        self.wait()
+
+    def post_close(self) -> None:
+        """Nothing of Composer's is open."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: what has been saved is seen in the folder."""
+        return {}
+
+    def wait(self) -> None:
+        """Wait for the checkpoint that is being written. Raises CheckpointError if that failed."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+        called_at = time.monotonic()
+        self.wait()
+        started_at = time.monotonic()
+        self.last_checkpoint_batch = state.timestamp.batch
+        is_sharded = bool(state.fsdp_sharded_state_dict_enabled)
+        decided_by_rank_0(lambda: self._owed.update(self.describe()))
+        content = _content(state, self.ignore_keys, weights_only=self.weights_only)
+        if self.notes is not None:
+            content[RUN] = self.notes.to_text()
+        self._refuse_what_does_not_fit(content, state)
+        target = Path(self._name(state, is_sharded=is_sharded))
+        self.all_saved_checkpoints_to_timestamp[str(target)] = state.timestamp
+        self.saved_checkpoints.append(str(target))
+        if is_sharded or dist.get_global_rank() == 0:
+            if self._pool is not None:
+                content = _copied(content, _live(state))
+            save = _Save(content, target, self._group, self.upload, self._tidy(state, target))
+
+            def write() -> None:
+                # First, so that who continues from the checkpoint elsewhere has all the rows up to it.
+                self._owed.add(self._run_folder / METRICS)
+                self._upload_what_is_owed()
+                save.shards() if is_sharded else save.file()
+                self.save_seconds = time.monotonic() - started_at
+                self._upload_what_is_owed()
+
+            if self._pool is not None:
+                self._writing = self._pool.submit(write)
+            else:
+                write()
+        logger.log_metrics({"checkpoint/held_seconds": time.monotonic() - called_at})
+
+    def _upload_what_is_owed(self) -> None:
+        """Upload small files; one that can't be is no reason to end a run."""
+        if self.upload_small is None or dist.get_global_rank() != 0:
+            return
+        for file in sorted(self._owed):
+            try:
+                if file.is_file():
+                    self.upload_small(file, str(file.relative_to(self._run_folder)))
+                self._owed.discard(file)
+            except CheckpointError as error:
+                print(f"{error} The run continues; the file comes with the next checkpoint.", flush=True)
+
+    def _name(self, state: State, *, is_sharded: bool) -> str:
+        if not is_sharded:
+            return self.filename.format(state)
+        assert state.fsdp_config is not None and state.fsdp_config.sharded_ckpt_prefix_dir is not None
+        prefix = f"{self.folder}/{state.fsdp_config.sharded_ckpt_prefix_dir}"
+        return format_name_with_dist_and_time(prefix, state.run_name, state.timestamp)
+
+    def _tidy(self, state: State, target: Path) -> Callable[[], None]:
+        """What is left to do in a folder when a checkpoint is there."""
+        link = Path(self.latest_filename.format(state)) if self.latest_filename else None
+        batch, keep = int(state.timestamp.batch), self.num_checkpoints_to_keep
+
+        def tidy() -> None:
+            if link is not None and keep != 0:
+                point(link, target)
+            if keep >= 0:
+                _delete_older(target.parent, batch, keep=keep)
+
+        return tidy
+
+    def _refuse_what_is_there(self, state: State) -> None:
+        link = Path(self.latest_filename.format(state)) if self.latest_filename else None
+        if link is not None and link.is_dir() and not link.is_symlink():
+            raise CheckpointError(
+                f"save_folder: {link} is a folder, and the run makes a link there. Move it away."
+            )
+        folder, batch = self._run_folder, int(state.timestamp.batch)
+        for found in checkpoints_in(folder) if folder.is_dir() and not self.overwrite else ():
+            progress = progress_of(found)
+            if progress and progress[1] > batch and why_not_whole(found) is None:
+                raise CheckpointError(
+                    f"save_folder: {found} is further than this start, batch {batch}, and would be replaced. "
+                    "Set autoresume: true to go on from it, save_overwrite: true to replace it, or use "
+                    "another run_name."
+                )
+
+    def _refuse_what_does_not_fit(self, content: Any, state: State) -> None:
+        """Raise CheckpointError on all ranks if the content takes more than is free."""
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(content))
+        if self.upload is not None and state.fsdp_sharded_state_dict_enabled:
+            needed = needed * dist.get_local_world_size() // dist.get_world_size()
+
+        def look() -> None:
+            free = shutil.disk_usage(self._run_folder).free
+            if needed + _MARGIN_BYTES > free:
+                raise CheckpointError(
+                    f"save_folder: a checkpoint takes {needed:,} bytes, and {free:,} are free on the disk of "
+                    f"{self._run_folder}. Those before it are as they were. Free some space, or keep fewer: "
+                    "save_num_checkpoints_to_keep."
+                )
+
+        decided_by_rank_0(look)
+
+
+@dataclass
+class _Save:
+    """One checkpoint on its way to the disk, and to where it is uploaded; `tidy` is called at the end."""
+
+    content: dict[str, Any]
+    target: Path
+    group: Any
+    upload: Upload | None
+    tidy: Callable[[], None]
+
+    def file(self) -> None:
+        """Write a whole checkpoint; on rank 0 alone."""
+        with (
+            self._errors(),
+            whole_or_absent(self.target, overwrite=True) as temporary,
+            temporary.open("wb") as file,
+        ):
+            torch.save(self.content, file)
+        self.content = {}
+        if self.upload is not None:
+            self.upload(self.target, self.target.name)
+        self.tidy()
+
+    def shards(self) -> None:
+        """Write a sharded checkpoint; each rank its own file, the first one gives the folder its name."""
+        with self._errors():
+            if dist.get_global_rank() == 0:
+                with whole_or_absent(self.target, overwrite=True) as folder:
+                    own = self._own_shards(self._gathered(folder)[0])
+            else:
+                folder = self._gathered(None)[0]
+                own = self._own_shards(folder)
+            self._gathered(None)
+        self.content = {}
+        # A disk of this node alone has the folder under its temporary name still.
+        is_first = dist.get_global_rank() == 0
+        if dist.get_local_rank() == 0 and not is_first and folder.exists():
+            remove(self.target)
+            folder.rename(self.target)
+            is_first = True
+        self._gathered(None)
+        if self.upload is not None:
+            self._upload([*own], last=[CHECKSUMS, METADATA])
+        if is_first:
+            self.tidy()
+
+    def _own_shards(self, folder: Path) -> list[str]:
+        """Write this rank's shards into a folder, and on rank 0 the checksums of all; names of the former."""
+        planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+        writer = dcp.FileSystemWriter(folder)
+        alone = self.group is None
+        dcp.save(
+            self.content, storage_writer=writer, planner=planner, process_group=self.group, no_dist=alone
+        )
+        own = checksums_of(sorted(folder.glob(f"__{dist.get_global_rank()}_*.distcp")))
+        found = self._gathered(own)
+        if dist.get_global_rank() == 0:
+            every = {name: each for part in found for name, each in part.items()}
+            write_checksums(folder, {**every, **checksums_of([folder / METADATA])})
+        return list(own)
+
+    def _upload(self, own: list[str], last: list[str]) -> None:
+        """Every rank its shards, and only then what makes them a checkpoint."""
+        assert self.upload is not None
+        for name in own:
+            self.upload(self.target / name, f"{self.target.name}/{name}")
+        self._gathered(None)
+        for name in last if dist.get_global_rank() == 0 else ():
+            self.upload(self.target / name, f"{self.target.name}/{name}")
+
+    def _gathered(self, own: Any) -> list[Any]:
+        """What each rank gives; nobody goes on before all have."""
+        if self.group is None:
+            return [own]
+        found: list[Any] = [None] * dist.get_world_size()
+        torch.distributed.all_gather_object(found, own, group=self.group)
+        return found
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, dcp.api.CheckpointException) as error:  # torch's zip writer and its collectives
+            raise CheckpointError(f"{self.target}: can't be written ({first_line(error)}).") from error
+
+
+def _content(state: State, ignore_keys: Any, *, weights_only: bool) -> dict[str, Any]:
+    """What Composer saves; all ranks together. Tensors may be the live ones."""
+    if weights_only:
+        integrations, metadata = state._get_integrations_state_dict(), state._get_state_metadata()
+        parts = {"model": state.get_model_state_dict(), "integrations": integrations, "metadata": metadata}
+        content: dict[str, Any] = {"state": parts}
+    else:
+        content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
+        set_epoch_by_time(content["state"])
+        if state.fsdp_sharded_state_dict_enabled and dist.get_global_rank() > 0:
+            content.pop("rng")
+    if ignore_keys:
+        (ignore_keys if callable(ignore_keys) else glob_filter(ignore_keys))(content)
+        content.setdefault("state", {})
+    return content
+
+
+def _tensors(content: Any) -> list[Tensor]:
+    if isinstance(content, Tensor):
+        return [content]
+    values = content.values() if isinstance(content, dict) else content
+    is_section = isinstance(content, (dict, list, tuple))
+    return [tensor for value in values for tensor in _tensors(value)] if is_section else []
+
+
+def _live(state: State) -> set[int]:
+    """Where the memory begins that training goes on to change."""
+    tensors = [*state.model.parameters(), *state.model.buffers()]
+    tensors += [t for o in state.optimizers for t in _tensors(list(o.state.values()))]
+    return {_address(tensor.detach()) for tensor in tensors}
+
+
+def _address(tensor: Tensor) -> int:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.untyped_storage().data_ptr()
+
+
+def _copied(content: Any, live: set[int]) -> Any:
+    """The content in the host's memory, sharing nothing with training; what shares nothing is not copied."""
+    if isinstance(content, Tensor):
+        return content.detach().to("cpu", copy=_address(content) in live)
+    if isinstance(content, dict):
+        return type(content)((key, _copied(value, live)) for key, value in content.items())
+    if type(content) in (list, tuple):
+        return type(content)(_copied(value, live) for value in content)
+    return content
+
+
+def _delete_older(folder: Path, batch: int, *, keep: int) -> None:
+    """Delete what lies more than `keep` checkpoints back, of those up to `batch`."""
+    named = [(found, progress_of(found)) for found in checkpoints_in(folder)]
+    older = [found for found, progress in named if progress and progress[1] <= batch]
+    for found in older[keep:]:
+        remove(found)

@@ -1,0 +1,153 @@
+"""One run in one folder: while it goes on, another that would write there is refused.
+
+The lock is the system's, on a file `.lock` in the folder, which is there while a run is. It ends with the
+process that holds it, however that ends. It reaches over machines where the file system does that (NFS 4,
+Lustre mounted with `flock`). Where the file system has no locks this is said, and only runs of the same
+machine are told apart.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import socket
+from pathlib import Path
+
+from mptfoundry.errors import CheckpointError, RunStopped
+from mptfoundry.files import is_alive, writing_into
+
+NAME = ".lock"
+_TAKEN = (errno.EACCES, errno.EAGAIN)
+
+log = logging.getLogger(__name__)
+
+
+class RunLock:
+    """The lock of a run's folder, as a context; the folder is made if it isn't there.
+
+    A start that ends before `begin` leaves what it found. After an error in training a checkpoint may still
+    be on its way to the disk: then the lock ends with the process.
+
+    Raises:
+        CheckpointError: Another process holds it, which is named.
+        ConfigError: The folder can't be written to.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._file = -1
+        self._before: bytes | None = None
+        self._made: list[Path] = []
+        self._has_begun = False
+
+    def __enter__(self) -> RunLock:
+        self._made = [each for each in (self.folder, *self.folder.parents) if not each.exists()]
+        self._hold()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or not self._has_begun or issubclass(kind, RunStopped):
+            self._release()
+        else:
+            atexit.register(self._release)
+
+    def begin(self) -> None:
+        """From now on the folder is this run's, and stays."""
+        self._has_begun = True
+
+    def is_lost(self) -> bool:
+        """Whether somebody has removed the lock, or the folder, meanwhile."""
+        return not _is_at(self._file, self.folder / NAME)
+
+    def take_again(self) -> None:
+        """Hold the lock of a folder that was removed and is made again.
+
+        Raises:
+            CheckpointError: Another run has taken the place.
+        """
+        self._close()
+        self._hold()
+
+    def _hold(self) -> None:
+        path = self.folder / NAME
+        while True:
+            with writing_into(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                was_there = path.exists()
+                # Of the kind that forked workers don't inherit, so that it ends with this very process.
+                self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                _take(self._file, self.folder)
+            except CheckpointError:
+                self._close()
+                raise
+            if _is_at(self._file, path):
+                break
+            self._close()  # its holder has removed it since it was opened
+        self._before = os.pread(self._file, 1 << 12, 0) if was_there else None
+        with writing_into(self.folder):
+            self._write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+
+    def _release(self) -> None:
+        if self._file < 0:
+            return
+        if self._before is not None and not self._has_begun:
+            self._write(self._before)
+        elif not self.is_lost():
+            (self.folder / NAME).unlink()
+        self._close()
+        for folder in self._made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # which leaves one that isn't empty
+
+    def _close(self) -> None:
+        os.close(self._file)
+        self._file = -1
+
+    def _write(self, content: bytes) -> None:
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, content, 0)
+
+
+def _is_at(file: int, path: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(file), path.stat())
+    return False
+
+
+def _take(file: int, folder: Path) -> None:
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        host, pid = _holder(file)
+        if error.errno in _TAKEN:
+            raise _in_use(folder, host, pid) from error
+        if host == socket.gethostname() and pid not in (None, os.getpid()) and is_alive(pid):
+            raise _in_use(folder, host, pid) from error
+        log.warning(
+            "save_folder: %s lies on a file system without locks (%s): a second run there from another "
+            "machine is not noticed.",
+            folder,
+            error.strerror,
+        )
+
+
+def _holder(file: int) -> tuple[str | None, int | None]:
+    try:
+        said = json.loads(os.pread(file, 1 << 12, 0))
+        return str(said["host"]), int(said["pid"])
+    except (ValueError, KeyError, TypeError):
+        return None, None
+
+
+def _in_use(folder: Path, host: str | None, pid: int | None) -> CheckpointError:
+    who = f"process {pid} on {host}" if pid is not None else "another process"
+    return CheckpointError(
+        f"save_folder: {folder} is in use by the run of {who}. Wait for it, end it, or use another run_name "
+        "or save_folder."
+    )

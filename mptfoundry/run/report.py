@@ -1,0 +1,250 @@
+"""What came of a run, in one picture and one page: `report.png` and `report.md` in the run's folder.
+
+Both come from `metrics.jsonl` alone, so they can be made at any time: at the end, while the run goes on, or
+for one that crashed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mptfoundry.checkpoints.names import checkpoints_in
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.errors import DataError, first_line
+from mptfoundry.files import writing_into
+from mptfoundry.mpt.flops import count_parameters
+from mptfoundry.run.metrics import FEWEST_POINTS, mean_at_the_end, smooth
+from mptfoundry.run.metrics_file import NAME, Row, read_rows
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PICTURE = "report.png"
+PAGE = "report.md"
+# The main metric of an evaluation, the one that is comparable with the training loss: a language model's, or
+# that of a model with a head.
+EVAL_LOSSES = ("LanguageCrossEntropy", "loss")
+# Rows of a table of evaluations.
+MOST_EVALUATIONS = 50
+
+
+def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = None) -> Path:
+    """Write `report.png` and `report.md` into the folder of a run, finished or not.
+
+    Args:
+        run_folder: The folder that holds `metrics.jsonl`.
+        facts: More rows for the page's table, shown first, such as the model and its parameters.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        DataError: The folder has no metrics yet.
+        ConfigError: It can't be written to.
+    """
+    folder = Path(run_folder)
+    source = folder / NAME
+    rows = list(read_rows(source)) if source.exists() else []
+    batches = [row for row in rows if "loss" in row and row.get("seconds") is not None]
+    if not batches:
+        raise DataError(f"{source}: no batch has been recorded, so there is nothing to report. Train first.")
+    evaluations = [row for row in rows if "eval" in row and row.get("tokens") is not None]
+    page = folder / PAGE
+    with writing_into(folder):
+        draw(batches, evaluations, folder / PICTURE)
+        page.write_text(describe(folder, batches, evaluations, facts or {}))
+    return page
+
+
+def report_if_possible(run_folder: str | Path, *, facts: Mapping[str, str] | None = None) -> str:
+    """Write the report, or say why there is none: nothing that trains ends for it."""
+    try:
+        return f"report: {write_report(run_folder, facts=facts)}"
+    except Exception as error:  # also of the library that draws
+        return f"report: left out ({first_line(error)})"
+
+
+def describe(
+    folder: Path, batches: Sequence[Row], evaluations: Sequence[Row], facts: Mapping[str, str]
+) -> str:
+    """The page as Markdown.
+
+    Args:
+        folder: The run's folder.
+        batches: Rows of batches, one or more.
+        evaluations: Rows of evaluations.
+        facts: More rows for the table.
+    """
+    first, last = batches[0], batches[-1]
+    losses = _column(batches, "loss")
+    table = {
+        **facts,
+        "steps": f"{last['batch']:,}",
+        "samples": f"{last['samples']:,}" if "samples" in last else "",
+        "tokens": f"{last['tokens']:,}",
+        "loss": f"{_number(first['loss'])} at first, {_number(mean_at_the_end(losses))} at the end "
+        "(the mean of the last 5 % of the steps)",
+        "training time": f"{timedelta(seconds=round(last['seconds']))}, evaluations not included",
+        "time per step": f"{last['seconds'] / last['batch']:.3g} s",
+        "tokens per second": _median(batches, "tokens_per_second", "{:,.0f}"),
+        "MFU": _median(batches, "mfu", "{:.1%}"),
+        "peak memory": _gib(last.get("peak_memory_bytes")),
+    }
+    lines = [f"# {folder.resolve().name}", "", f"![loss, learning rate, speed, gradients]({PICTURE})", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table.items() if value)]
+    lines += _evaluations(evaluations)
+    lines += ["", "## Where everything lies", "", "| | |", "|---|---|"]
+    lines += [f"| {what} | `{where}` |" for what, where in _places(folder).items()]
+    return "\n".join(lines) + "\n"
+
+
+def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None:
+    """The picture over tokens: loss, its smoothing and evaluations, learning rate, tokens/s, gradient norm.
+
+    A run of few steps isn't smoothed.
+
+    Args:
+        batches: Rows of batches, one or more.
+        evaluations: Rows of evaluations.
+        path: Where to write the PNG.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+
+    figure = Figure(figsize=(9, 10), layout="constrained")
+    panels = figure.subplots(4, 1, sharex=True, height_ratios=[3, 1, 1, 1])
+    tokens = [row["tokens"] for row in batches]
+    losses = _column(batches, "loss")
+    is_short = len(batches) < FEWEST_POINTS
+    points: dict[str, Any] = {"marker": ".", "markersize": 6} if is_short else {}
+    panels[0].plot(tokens, losses, color="C0" if is_short else "0.8", linewidth=0.8, label="loss", **points)
+    if not is_short:
+        panels[0].plot(tokens, smooth(losses), color="C0", label="loss, smoothed")
+    for number, (label, found) in enumerate(_eval_losses(evaluations).items(), start=1):
+        style = {"marker": "o", "markersize": 4, "linewidth": 0.8, "color": f"C{number}"}
+        panels[0].plot(*zip(*found, strict=True), **style, label=f"eval {label}")
+    panels[0].legend()
+    has_head = any("loss" in metrics for row in evaluations for metrics in row["eval"].values())
+    _panel(panels[0], "loss" if has_head else "loss, nats per token")
+    for axes, name, title in (
+        (panels[1], "lr", "learning rate"),
+        (panels[2], "tokens_per_second", "tokens/s"),
+        (panels[3], "grad_norm", "gradient norm"),
+    ):
+        axes.plot(tokens, _column(batches, name), color="C0", linewidth=0.8, **points)
+        _panel(axes, title)
+    panels[2].yaxis.set_major_formatter(EngFormatter(sep=""))
+    norms = [value for value in _column(batches, "grad_norm") if value > 0]
+    if norms and max(norms) > 10 * min(norms):  # below, a logarithmic axis has hardly a round number
+        panels[3].set_yscale("log")
+        panels[3].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[3].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        panels[3].yaxis.set_minor_formatter(NullFormatter())
+    panels[3].set_xlabel("tokens")
+    panels[3].xaxis.set_major_formatter(EngFormatter(sep=""))
+    figure.savefig(path, dpi=110)
+
+
+def _evaluations(evaluations: Sequence[Row]) -> list[str]:
+    """A table of each label's evaluations: all of them, or some that are evenly spread."""
+    by_label: dict[str, list[Row]] = {}
+    for row in evaluations:
+        for label, metrics in row["eval"].items():
+            by_label.setdefault(label, []).append({"batch": row["batch"], **metrics})
+    lines: list[str] = []
+    for label, found in by_label.items():
+        names = [name for name in found[-1] if name != "batch"]
+        lines += ["", f"## Evaluation: {label}", "", f"| batch | {' | '.join(names)} |"]
+        lines += ["|" + "---|" * (len(names) + 1)]
+        count = min(len(found), MOST_EVALUATIONS)
+        shown = [found[round(place * (len(found) - 1) / max(1, count - 1))] for place in range(count)]
+        for row in shown:
+            lines.append(f"| {row['batch']} | {' | '.join(_number(row.get(name)) for name in names)} |")
+        if count < len(found):
+            lines += ["", f"{count} of {len(found):,} evaluations; all of them are in `{NAME}`."]
+    return lines
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """What of a run is there, and where."""
+    checkpoints = checkpoints_in(folder)
+    places = {
+        "the resolved configuration": folder / "config.yaml",
+        "every batch and evaluation": folder / NAME,
+        "the picture": folder / PICTURE,
+        "the tokenizer": folder / "tokenizer",
+        **({"the last checkpoint": checkpoints[0]} if checkpoints else {}),
+    }
+    return {what: str(path.resolve()) for what, path in places.items() if path.exists()}
+
+
+def _eval_losses(evaluations: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    points: dict[str, list[tuple[int, float]]] = {}
+    for row in evaluations:
+        for label, metrics in row["eval"].items():
+            found = [metrics[name] for name in EVAL_LOSSES if metrics.get(name) is not None]
+            if found:
+                points.setdefault(label, []).append((row["tokens"], found[0]))
+    return points
+
+
+def _panel(axes: Axes, title: str) -> None:
+    axes.set_ylabel(title)
+    axes.grid(True, color="0.9")
+    axes.margins(x=0.01)
+
+
+def _column(rows: Sequence[Row], name: str) -> list[float]:
+    return [math.nan if row.get(name) is None else float(row[name]) for row in rows]
+
+
+def _median(rows: Sequence[Row], name: str, form: str) -> str:
+    values = sorted(row[name] for row in rows if row.get(name) is not None)
+    return form.format(values[len(values) // 2]) if values else ""
+
+
+def _number(value: float | None) -> str:
+    if value is None or math.isnan(value):
+        return "not finite"
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _gib(size: int | None) -> str:
+    return "" if size is None else f"{size / 2**30:.2f} GiB"
+
+
+def facts_of(config: TrainConfig, dataset: Any) -> dict[str, str]:
+    """Rows of the report's table; empty where there is nothing to say.
+
+    Args:
+        config: The run's.
+        dataset: What its training loader reads; one of finetuning knows its streams' examples.
+    """
+    sources = config.train_loader.dataset.sources
+    stores = getattr(dataset, "stores", [None] * len(sources))
+    data = [_stream(*each) for each in zip(sources.items(), stores, strict=True)]
+    return {
+        "model": config.model.name,
+        "parameters": f"{count_parameters(config.model):,}",
+        "base": config.model.pretrained_model_name_or_path or config.load_path or "",
+        "data": "; ".join(data),
+    }
+
+
+def _stream(named: tuple[str, Any], store: Any) -> str:
+    """Where a stream lies, its share of the mix, and what its examples hold."""
+    name, source = named
+    words = [str(place) for key in ("hf_name", "local", "remote") if (place := getattr(source, key, None))][
+        :1
+    ]
+    for key in ("proportion", "repeat", "choose"):
+        if (value := getattr(source, key, None)) is not None:
+            words.append(f"{key} {value:g}")
+    if store is not None:
+        tokens, learned = int(store.lengths.sum()), int(store.learned.sum())
+        words.append(f"{len(store):,} examples of {tokens:,} tokens, {learned:,} of them learned")
+    return f"{name}: {', '.join(words)}"

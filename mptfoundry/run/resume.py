@@ -1,0 +1,226 @@
+"""A run goes on from a checkpoint as if it had never stopped: its state, its place in the data, and the
+random numbers after it.
+
+Composer would load with `torch.load(weights_only=False)` and evaluate text that it finds there; here the
+state comes from our own reader, and no algorithm is taken from the checkpoint. Composer also restores the
+random state only where an epoch begins, or while it skips the batches that have been seen. StreamingDataset
+resumes by itself, so there is nothing to skip, and dropout would differ from the first batch on. Here it is
+restored where training really goes on: right before the first batch's forward, or, if the checkpoint lies at
+an epoch's very end, at that end.
+
+In the same way Composer counts the batches of an epoch (`train_subset_num_batches`) from where the loader
+begins, and StreamingDataset the epochs from the one that it began; both are set to what Composer's time says.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from composer.core import Callback, State, Time
+from composer.loggers import Logger
+from composer.utils import dist, reproducibility
+from composer.utils.checkpoint import glob_filter
+from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from mptfoundry.architecture.trainable import ADAPTER
+from mptfoundry.checkpoints.training_state import (
+    compare_weights,
+    fill_state,
+    read_state,
+    repeated_epoch,
+    saved_random_states,
+    set_epoch_by_time,
+    stored_weights,
+)
+from mptfoundry.errors import CheckpointError, MPTFoundryError
+from mptfoundry.ranks import decided_by_rank_0
+
+_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+_MISFIT = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError, AssertionError)
+# What an optimizer's group holds of the run's progress, and not of its config.
+_PROGRESS = ("params", "lr")
+
+
+class Resume(Callback):
+    """Loads a checkpoint into the trainer before its first batch.
+
+    Args:
+        checkpoint: A file, or a folder of shards where the run saves such.
+        weights_only: Take the model's weights alone.
+        strict: The weights' names have to be the model's.
+        ignore_keys: Parts of the state to leave, with wildcards.
+        keep_optimizer: Hyperparameters of the optimizer are this run's, not the checkpoint's.
+        subset_num_batches: Batches of an epoch, where it ends before the data does; -1: all.
+
+    Raises:
+        CheckpointError: When the trainer is built: the checkpoint is damaged, or not one of this run.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Path,
+        *,
+        weights_only: bool = False,
+        strict: bool = True,
+        ignore_keys: Sequence[str] | None = None,
+        keep_optimizer: bool = False,
+        subset_num_batches: int = -1,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.weights_only = weights_only
+        self.strict = strict
+        self.ignore_keys = list(ignore_keys or ())
+        self.keep_optimizer = keep_optimizer
+        self.subset_num_batches = subset_num_batches
+        self._random: list[dict[str, Any]] | None = None
+        self._epoch_batches: Time[int] | None = None
+        self._is_in_step = False
+
+    def before_load(self, state: State, logger: Logger) -> None:
+        """Load it, once the model is wrapped and before anything else is."""
+        run_name, configured = state.run_name, _hyperparameters(state)
+        content = self._read(state)
+        decided_by_rank_0(lambda: self._compare(state, content["state"].get("model")))
+        try:
+            names = [name for name, _ in content["state"].get("algorithms") or ()]
+            if self.weights_only:
+                state.load_model_state(content["state"], logger, strict=self.strict, exclude_algorithms=names)
+                return
+            set_epoch_by_time(content["state"])
+            _say_if_repeated(content["state"])
+            state.load_state_dict(content["state"], logger, strict=self.strict, exclude_algorithms=names)
+        except MPTFoundryError:
+            raise
+        except _MISFIT as error:
+            reason = (str(error).strip() or type(error).__name__).replace("\n", " ")
+            raise CheckpointError(f"{self.checkpoint}: does not fit this run ({reason[:500]}).") from error
+        state.run_name = run_name
+        dataset: Any = getattr(state.train_dataloader, "dataset", None)
+        if hasattr(dataset, "resume"):  # one whose place is what Composer's time says
+            dataset.resume(int(state.timestamp.epoch), int(state.timestamp.sample_in_epoch))
+            state.dataset_resumption["train"] = True
+        self._random = content.get("rng")
+        if self.keep_optimizer:
+            _set_hyperparameters(state, configured)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Count what the epoch has had as part of it, where the loader begins behind that."""
+        if self.subset_num_batches >= 0 and "train" in state.dataset_resumption:
+            self._epoch_batches = state.dataloader_len
+            state.dataloader_len = max(0, self.subset_num_batches - int(state.timestamp.batch_in_epoch))
+
+    def epoch_start(self, state: State, logger: Logger) -> None:
+        """Have the first epoch that is read from its start be the one of Composer's time."""
+        dataset: Any = getattr(state.train_dataloader, "dataset", None)
+        if self._is_in_step or not hasattr(dataset, "next_epoch"):
+            return
+        self._is_in_step = True
+        if dist.get_local_rank() == 0:
+            dataset.next_epoch = int(state.timestamp.epoch)  # of all processes of this node
+        dist.barrier()
+
+    def _compare(self, state: State, weights: Mapping[str, Any] | None) -> None:
+        """Say which weights are new and which are left over, or raise where they may not be."""
+        if weights is None:
+            return
+        names = [(_WRAPPERS.sub("", name), value) for name, value in state.model.named_parameters()]
+        # Adapters are saved without their base.
+        names = [each for each in names if ADAPTER in each[0]] or names
+        # FSDP 1 keeps a share of each parameter under its name, flat.
+        is_whole = not any(isinstance(module, FullyShardedDataParallel) for module in state.model.modules())
+        stored = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
+        if self.checkpoint.is_dir():
+            ignored = set(stored_weights(self.checkpoint)) - set(weights) if self.ignore_keys else set()
+            stored = {n: s for n, s in stored_weights(self.checkpoint).items() if n not in ignored}
+        model = {name: tuple(value.shape) if is_whole else stored.get(name, ()) for name, value in names}
+        buffers = {_WRAPPERS.sub("", name) for name, _ in state.model.named_buffers()}
+        stored = {name: shape for name, shape in stored.items() if name not in buffers}
+        if said := compare_weights(self.checkpoint, stored, model, strict=self.strict):
+            print(f"load_path: {said}", flush=True)
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Restore before the first batch, after whatever the loader drew when it was opened."""
+        self._restore(state)
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Restore at the end of an epoch that had no batch left."""
+        self._restore(state)
+
+    def _restore(self, state: State) -> None:
+        if self._random is not None:
+            reproducibility.load_rng_state(self._random)
+            self._random = None
+        if self._epoch_batches is not None:
+            state.dataloader_len = self._epoch_batches
+            self._epoch_batches = None
+
+    def _read(self, state: State) -> dict[str, Any]:
+        if self.checkpoint.is_dir():
+            return self._read_shards(state)
+        only = self.weights_only
+        if not state.load_monolith_rank0_only:
+            mapped = state.device.name != "cpu"
+            return self._filtered(read_state(self.checkpoint, weights_only=only, mapped=mapped))
+        # The weights and the optimizer stay on rank 0, which hands them out as the model is sharded.
+        kept: dict[str, Any] = {"model": None, "optimizers": None}
+        content: list[Any] = [None]
+        if dist.get_global_rank() == 0:
+            content[0] = self._filtered(read_state(self.checkpoint, weights_only=only, mapped=True))
+            kept = {part: content[0]["state"].pop(part, None) for part in kept}
+        dist.broadcast_object_list(content)
+        content[0]["state"].update(kept)
+        return content[0]  # type: ignore[no-any-return]
+
+    def _read_shards(self, state: State) -> dict[str, Any]:
+        if not state.fsdp_sharded_state_dict_enabled:
+            raise CheckpointError(
+                f"load_path: {self.checkpoint} is a folder of shards, and this run has whole checkpoints. "
+                "Set fsdp_config.state_dict_type: sharded; for its weights alone, name it in "
+                "model.pretrained_model_name_or_path."
+            )
+        content: dict[str, Any] = {"state": {"model": state.get_model_state_dict()}}
+        if not self.weights_only:
+            random = reproducibility.get_rng_state()[: saved_random_states(self.checkpoint)]
+            content = {"state": state.state_dict(), "rng": random}
+        content = self._filtered(content)
+        fill_state(content, self.checkpoint, strict=self.strict)
+        return content
+
+    def _filtered(self, content: dict[str, Any]) -> dict[str, Any]:
+        if self.ignore_keys:
+            glob_filter(self.ignore_keys)(content)
+            content.setdefault("state", {})
+        return content
+
+
+def _say_if_repeated(state: dict[str, Any]) -> None:
+    """Say that an older version continued this run from the end of an epoch with a past one's samples."""
+    repeated = repeated_epoch(state)
+    if repeated is not None and dist.get_global_rank() == 0:
+        here, there = (number + 1 for number in repeated)
+        print(
+            f"note: epoch {here} reads the samples of epoch {there} again, since an older version of "
+            f"mptfoundry continued this run. From epoch {here + 1} on each epoch reads its own.",
+            flush=True,
+        )
+
+
+def _hyperparameters(state: State) -> list[dict[str, Any]]:
+    groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
+    return [{key: value for key, value in group.items() if key not in _PROGRESS} for group in groups]
+
+
+def _set_hyperparameters(state: State, configured: list[dict[str, Any]]) -> None:
+    """Let the optimizer go on with other hyperparameters; its moments and the schedule's place stay."""
+    groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
+    for group, wanted in zip(groups, configured, strict=True):
+        before = group.get("initial_lr")
+        group.update(wanted)
+        if before:
+            group["lr"] *= group["initial_lr"] / before
+    for scheduler in state.schedulers:
+        scheduler.base_lrs = [group["initial_lr"] for group in scheduler.optimizer.param_groups]

@@ -1,0 +1,388 @@
+"""Where a training run starts: from a checkpoint of its own, from one that the config names, or from nothing.
+
+This is decided before anything is built, by looking at what lies in the run's folder and, where `save_folder`
+is a URL, in the store. No link is believed. Rank 0 decides, and all ranks go on from the same checkpoint or
+end with the same error.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from composer.utils import dist
+
+from mptfoundry.architecture.of_run import RUN_CONFIG as CONFIG
+from mptfoundry.architecture.of_run import config_of_run, read_run
+from mptfoundry.architecture.trainable import names_in
+from mptfoundry.checkpoints.adapters import lora_of
+from mptfoundry.checkpoints.checksums import parts_of, why_damaged
+from mptfoundry.checkpoints.names import (
+    checkpoints_in,
+    find_checkpoint,
+    is_unfinished,
+    why_not_whole,
+)
+from mptfoundry.checkpoints.staging import remote_checkpoints, staged
+from mptfoundry.checkpoints.torch_files import load_plain
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.errors import CheckpointError, ConfigError
+from mptfoundry.files import Upload, remove_unfinished, writing_into
+from mptfoundry.places import is_url, progress_of
+from mptfoundry.ranks import decided_by_rank_0, once_per_node
+from mptfoundry.run.changes import (
+    Change,
+    RunNotes,
+    changed_inputs,
+    changes_since,
+    makes_the_run,
+    read_notes,
+    refuse_changes,
+    saved_config,
+)
+from mptfoundry.run.lock import RunLock
+from mptfoundry.run.metrics_file import NAME as METRICS
+from mptfoundry.run.report import PAGE, PICTURE
+from mptfoundry.stores import IN_BACKGROUND, Patience, uploader
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+        checkpoint: A local file or folder of shards; None: nothing.
+        is_own: It is the run's own, which continues as it was; otherwise `load_path` names it.
+        is_fetched: It comes from the run's store, and is removed when all of it has been loaded.
+        notes: What a checkpoint of its own remembers of the run; None: an older version wrote it.
+    """
+
+    checkpoint: Path | None = None
+    is_own: bool = False
+    is_fetched: bool = False
+    notes: RunNotes | None = None
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """The run's local folder: `save_folder` if that is local, else `runs/{run_name}`."""
+    if config.save_folder is not None and not is_url(config.save_folder):
+        return Path(config.save_folder.format(run_name=config.run_name))
+    return Path("runs") / config.run_name
+
+
+class HeldFolder:
+    """The run's folder, held for this run alone; as a context, on all ranks.
+
+    Until `begin` nothing in it changes: what refuses a start comes before.
+
+    Raises:
+        CheckpointError: Another run holds it.
+        ConfigError: It can't be written to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = RunLock(path)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> HeldFolder:
+        with ExitStack() as stack:
+            decided_by_rank_0(lambda: stack.enter_context(self._lock) and None)
+            decided_by_rank_0(lambda: refuse_other_kinds(self.path))
+            dist.barrier()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    def begin(self, start: Start) -> None:
+        """The first writes of a start that nothing refuses any more.
+
+        What a dead run left unfinished goes, and what lay next to a checkpoint in a store comes.
+        """
+        if dist.get_global_rank() == 0:
+            self._lock.begin()
+        if dist.get_local_rank() == 0:
+            _remove_unfinished(self.path, but=start.checkpoint)
+        decided_by_rank_0(lambda: _take_small_files(start, self.path))
+
+    def is_there_again(self) -> bool:
+        """Whether the folder was removed while the run trained, and is made again; on rank 0.
+
+        Raises:
+            CheckpointError: Another run has taken its place.
+        """
+        if not self._lock.is_lost():
+            return False
+        self._lock.take_again()
+        return True
+
+
+def refuse_other_kinds(folder: Path) -> None:
+    """Raise ConfigError where something else lies where the run writes a file or a folder of that name."""
+    for name in (".lock", "config.yaml", METRICS, PICTURE, PAGE):
+        if (folder / name).is_dir():
+            raise ConfigError(
+                f"save_folder: {folder / name} is a folder, and the run writes a file there. Move it away."
+            )
+    if (folder / "tokenizer").is_file():
+        raise ConfigError(
+            f"save_folder: {folder / 'tokenizer'} is a file, and the run writes a folder there. Move it away."
+        )
+
+
+@contextmanager
+def found_start(config: TrainConfig) -> Iterator[Start]:
+    """What the run starts from; what has to be fetched is there for as long as the block goes on.
+
+    Raises:
+        CheckpointError: The newest checkpoint is damaged, or there is none where `load_path` says.
+        ConfigError: The config has changed in what makes the run.
+    """
+    folder = run_folder(config)
+    decided_by_rank_0(lambda: refuse_another_model(config, folder))
+    with ExitStack() as stack:
+        own = _own_checkpoint(config, folder, stack) if config.resumes and config.save_folder else None
+        if own is not None and own.checkpoint is not None:
+            # What was fetched has its config next to it.
+            checkpoint, written = own.checkpoint, own.checkpoint.parent if own.is_fetched else folder
+            notes = decided_by_rank_0(lambda: read_notes(checkpoint))
+            decided_by_rank_0(lambda: say_config_changes(config, written, notes))
+            yield replace(own, notes=notes)
+        elif config.load_path is not None:
+            yield Start(_named_checkpoint(config, folder, stack))
+        else:
+            yield Start()
+        dist.barrier()
+
+
+def refuse_another_model(config: TrainConfig, folder: Path) -> None:
+    """Raises CheckpointError where the run's folder holds checkpoints that `config.model` can't continue.
+
+    Before anything is written: the folder's `config.yaml` belongs to those checkpoints.
+    """
+    # Damage is judged later, where it is said how a run gets past it.
+    found = checkpoints_in(folder) if folder.is_dir() else []
+    whole = next((path for path in found if why_not_whole(path) is None), None)
+    if whole is None:
+        return
+    notes = None
+    with suppress(CheckpointError):
+        notes = read_notes(whole)
+    with _config_of_checkpoint(folder, notes) as place:
+        if place is None:
+            return
+        saved_config(place / CONFIG)
+        there = names_in(config_of_run(place), lora_of(read_run(place)))
+    here = names_in(config.model.network(), config.model.peft_config)
+    for name in [*here, *there]:
+        if there.get(name) != here.get(name):
+            sizes = [str(shapes[name]) if name in shapes else "missing" for shapes in (there, here)]
+            raise CheckpointError(
+                f"save_folder: {folder} holds checkpoints of another model: {name} is {sizes[0]} there and "
+                f"{sizes[1]} in this config. Use another run_name or save_folder."
+            )
+
+
+@contextmanager
+def _config_of_checkpoint(folder: Path, notes: RunNotes | None) -> Iterator[Path | None]:
+    """The folder with the `config.yaml` of a checkpoint, or None.
+
+    The config that the checkpoint holds counts; checkpoints of older versions have it next to them.
+    """
+    if notes is None:
+        yield folder if (folder / CONFIG).is_file() else None
+        return
+    with tempfile.TemporaryDirectory() as place:
+        (Path(place) / CONFIG).write_text(notes.config, encoding="utf-8")
+        yield Path(place)
+
+
+def say_config_changes(config: TrainConfig, folder: Path, notes: RunNotes | None) -> None:
+    """Print what has changed in the config since the checkpoint, if that may change."""
+    with _config_of_checkpoint(folder, notes) as place:
+        if notes is None:
+            unknown = "config, data and tokenizer" if place is None else "data and tokenizer"
+            print(
+                f"{unknown}: nothing to compare with, since an older version wrote the checkpoint: what has "
+                "changed since is not known",
+                flush=True,
+            )
+        if place is not None:
+            _say_changes(changes_since(place / CONFIG, config), config, folder, "config")
+
+
+def say_changed_inputs(config: TrainConfig, start: Start, fingerprints: Mapping[str, str]) -> None:
+    """Print which streams have other content than when the checkpoint was written, if that may change.
+
+    Args:
+        config: The run's.
+        start: What the run starts from.
+        fingerprints: What this start reads, as `RunNotes` has it.
+
+    Raises:
+        ConfigError: A training stream or the tokenizer has changed, and `allow_changes` does not name it.
+    """
+    if start.is_own and start.notes is not None:
+        changes = changed_inputs(start.notes.fingerprints, fingerprints)
+        _say_changes(changes, config, run_folder(config), "data and tokenizer")
+
+
+def _say_changes(changes: Sequence[Change], config: TrainConfig, place: Path, what: str) -> None:
+    refuse_changes(changes, config, place)
+    if changes:
+        print(f"{what}: changed since the checkpoint", flush=True)
+    for change in changes:
+        note = " (allowed)" if makes_the_run(change.key, config) else ""
+        print(f"  {change}{note}", flush=True)
+
+
+def uploader_of(config: TrainConfig, patience: Patience = IN_BACKGROUND) -> Upload | None:
+    """What keeps a run's files in the store of a remote `save_folder`; None for a local one."""
+    if config.save_folder is None or not is_url(config.save_folder):
+        return None
+    return uploader(_url(config), patience)
+
+
+def _own_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Start | None:
+    """The newest whole checkpoint of the run, here or in its store."""
+    here = decided_by_rank_0(lambda: _finished_ones(folder)) or []
+    url = _url(config)
+    there = decided_by_rank_0(lambda: remote_checkpoints(url)) or [] if is_url(url) else []
+    newest_here = max((_batch(path) for path in here), default=-1)
+    for name in there:
+        if _batch(Path(name)) <= newest_here:
+            break
+        fetched = _fetched(f"{url}/{name}", folder, stack)
+        if _is_sound(fetched, config, shown_as=f"{url}/{name}"):
+            return Start(fetched, is_own=True, is_fetched=True)
+    for path in here:
+        _refuse_one_file(path, config, "save_folder")
+        if _is_sound(path, config):
+            return Start(path, is_own=True)
+    if here or there:
+        raise CheckpointError(
+            f"save_folder: none of the {len({*there, *(path.name for path in here)})} checkpoints in {url} "
+            "is whole. Restore one, or use another run_name."
+        )
+    return None
+
+
+def _named_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Path:
+    """The checkpoint that `load_path` names."""
+    assert config.load_path is not None
+    path = config.load_path.format(rank=0, run_name=config.run_name)
+    if is_url(path):
+        found: Path | None = find_checkpoint(_fetched(path, folder, stack))
+    else:
+        if not Path(path).exists():
+            raise CheckpointError(f"load_path: {path} is missing. Name a checkpoint, or remove the key.")
+        found = decided_by_rank_0(lambda: find_checkpoint(path))
+    assert found is not None
+    _refuse_one_file(found, config, "load_path")
+    if reason := _damage(found):
+        raise CheckpointError(f"load_path: {found}: {reason}. Name another checkpoint.")
+    if dist.get_global_rank() == 0 and not parts_of(found):
+        print(
+            f"note: load_path: {found} has no checksums and is read unverified.", file=sys.stderr, flush=True
+        )
+    return found
+
+
+def _refuse_one_file(checkpoint: Path, config: TrainConfig, key: str) -> None:
+    """Raise CheckpointError for a whole checkpoint where the run has sharded ones."""
+    if checkpoint.is_file() and config.fsdp_config and config.fsdp_config.state_dict_type == "sharded":
+        raise CheckpointError(
+            f"{key}: {checkpoint} is one file, and fsdp_config.state_dict_type: sharded loads folders. For "
+            "its weights alone, name it in model.pretrained_model_name_or_path instead."
+        )
+
+
+def _finished_ones(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, newest first; unfinished ones are named and left out."""
+    finished = []
+    for path in checkpoints_in(folder) if folder.is_dir() else ():
+        if is_unfinished(path):
+            print(f"{path}: {why_not_whole(path)}; passed over", flush=True)
+        else:
+            finished.append(path)
+    return finished
+
+
+def _is_sound(checkpoint: Path, config: TrainConfig, shown_as: str | None = None) -> bool:
+    """Whether a checkpoint has the bytes that were written; if not that is an error, unless it may be."""
+    reason = _damage(checkpoint)
+    if reason is None:
+        return True
+    if not config.resume_past_damage:
+        raise CheckpointError(
+            f"{shown_as or checkpoint}: {reason}. Restore it, remove it, or set resume_past_damage=true to "
+            "continue from the one before it."
+        )
+    if dist.get_global_rank() == 0:
+        print(f"{shown_as or checkpoint}: {reason}; passed over, as resume_past_damage says", flush=True)
+    return False
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """What is wrong with the bytes of a checkpoint; each rank looks at its share of them."""
+    try:
+        reason = why_not_whole(checkpoint)
+        parts = parts_of(checkpoint) if reason is None else []
+        reason = reason or why_damaged(checkpoint, parts[dist.get_global_rank() :: dist.get_world_size()])
+        if reason is None and checkpoint.is_file():
+            load_plain(checkpoint)  # which reads the outline alone, as torch does
+    except FileNotFoundError:
+        reason = "not seen by all nodes; save_folder has to lie on a disk that they share, or be a URL"
+    except CheckpointError as error:
+        reason = str(error).removeprefix(f"{checkpoint}: ").rstrip(".")
+    return next((found for found in dist.all_gather_object(reason) if found is not None), None)
+
+
+def _fetched(url: str, folder: Path, stack: ExitStack) -> Path:
+    """A checkpoint out of a store, on each node's own disk until the stack ends."""
+
+    def fetch() -> str:
+        first = dist.get_global_rank() == 0
+        _remove_unfinished(folder)  # which takes space on the disk
+        return str(stack.enter_context(staged(url, folder / "fetched", None, progress=first)))
+
+    return Path(once_per_node(fetch, what=f"fetching {url}"))
+
+
+def _remove_unfinished(folder: Path, but: Path | None = None) -> None:
+    """Remove what was begun in a folder and never got its name, except for what `but` lies in."""
+    for entry in remove_unfinished(folder, but=but) if folder.is_dir() else ():
+        print(f"removed: {entry}, which a run that was killed had not finished", flush=True)
+
+
+def _take_small_files(start: Start, folder: Path) -> None:
+    """Have what lay next to a checkpoint in the store: metrics are continued, and uploaded again."""
+    if not start.is_fetched or start.checkpoint is None:
+        return
+    with writing_into(folder):
+        for name in (CONFIG, METRICS):
+            if (found := start.checkpoint.parent / name).is_file():
+                shutil.copyfile(found, folder / name)
+        if (found := start.checkpoint.parent / "tokenizer").is_dir():
+            shutil.copytree(found, folder / "tokenizer", dirs_exist_ok=True)
+
+
+def _url(config: TrainConfig) -> str:
+    assert config.save_folder is not None
+    return config.save_folder.format(run_name=config.run_name).rstrip("/")
+
+
+def _batch(checkpoint: Path) -> int:
+    progress = progress_of(checkpoint)
+    return progress[1] if progress else -1

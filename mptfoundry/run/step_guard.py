@@ -1,0 +1,197 @@
+"""What all ranks decide together at each step, before the weights change: stop, skip it, or refuse it.
+
+Each rank contributes three numbers, whether it was asked to stop, whether its loss is not finite, and its
+loss; they are added up over the ranks in one small collective, after that of the gradients, and read together
+with the gradient's norm right before Composer reads the loss. So no rank waits where it didn't before, and
+every rank decides on the same values. A request to stop is answered at the end of the batch, by Composer's
+own way to end a training: its checkpoint is written, and nothing else that belongs to a run's end is done.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from typing import Any
+
+import torch
+from composer.core import Callback, Event, Precision, State
+from composer.loggers import Logger
+from composer.utils import dist
+from torch import Tensor
+
+from mptfoundry.errors import TrainingError
+from mptfoundry.ranks import RankWatch
+from mptfoundry.run.loss_spikes import LossSpikes
+from mptfoundry.run.signals import StopSignals
+
+LAUNCHER_SECONDS = 30.0
+SHOWN_LOSSES, SHOWN_SAMPLES = 8, 16
+
+
+class EvaluationLeft(Exception):
+    """An evaluation was left since the run was asked to stop; raised on all ranks at the same batch."""
+
+
+class StepGuard(Callback):
+    """Guards each step of a training.
+
+    Args:
+        signals: Tells whether this process was asked to stop.
+        watch: Is told how far this rank has come.
+
+    Attributes:
+        is_stopping: All ranks have agreed to stop at the end of this batch.
+        owes_evaluation: An evaluation that was due where the run stopped was not made. This is saved with
+            the checkpoint, and the evaluation made when the run goes on.
+
+    Raises:
+        TrainingError: At a step whose loss or gradient is not finite, or whose loss is out of bounds. On all
+            ranks, with the same text, and the weights as they were before it.
+        EvaluationLeft: Within an evaluation, when the run is asked to stop.
+    """
+
+    def __init__(self, signals: StopSignals, watch: RankWatch) -> None:
+        self.is_stopping = self.owes_evaluation = False
+        self.signals = signals
+        self._watch = watch
+        self._spikes = LossSpikes()
+        self._clipping: Any = None
+        self._losses: list[Tensor] = []
+        self._recent: deque[float] = deque(maxlen=SHOWN_LOSSES)
+        self._started_at: float | None = None
+        self._steps: deque[float] = deque(maxlen=5)
+        self._saver: Any = None
+        self._has_warned = False
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Find who judges losses, who measures the gradient's norm, and who saves."""
+        self._spikes = next(c for c in state.callbacks if isinstance(c, LossSpikes))
+        self._clipping = next(a for a in state.algorithms if hasattr(a, "grad_norm"))
+        self._saver = next((c for c in state.callbacks if hasattr(c, "save_seconds")), None)
+        self._watch.batch = lambda: state.timestamp.batch.value
+
+    def before_dataloader(self, state: State, logger: Logger) -> None:
+        """Begin to measure the step."""
+        self._started_at = time.monotonic()
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Forget the losses of the batch before, or of a try that ran out of memory."""
+        self._losses = []
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        """Keep the microbatch's loss, on its device."""
+        assert isinstance(state.loss, Tensor)
+        self._losses.append(state.loss.detach().float().mean())
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Decide; the gradients are there, the weights have not changed."""
+        own = torch.stack(self._losses).mean()
+        asked = torch.full_like(own, float(self.signals.requested is not None))
+        told = torch.stack([asked, (~own.isfinite()).float(), own])
+        dist.all_reduce(told)
+        norm = self._clipping.grad_norm
+        told = told if norm is None else torch.cat([told, norm.to(told).reshape(1)])
+        asked_by, broken, total, *norms = told.tolist()
+        loss = total / dist.get_world_size()
+        # Under a gradient scaler an overflow is met by a smaller scale.
+        is_scaled = state.precision == Precision.AMP_FP16
+        if broken or not (is_scaled or all(map(math.isfinite, norms))):
+            raise TrainingError(self._what_broke(state, own, norms))
+        self._judge(loss, state, logger)
+        self._recent.append(loss)
+        if asked_by:
+            self._stop(state)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Let this batch be the last one, or measure it."""
+        if self.is_stopping:
+            is_last = state.max_duration is not None and state.timestamp >= state.max_duration
+            due = [each.eval_interval(state, Event.BATCH_END) for each in state.evaluators]  # type: ignore[misc]
+            self.owes_evaluation = bool(due) and (is_last or any(due))
+            state.evaluators = []
+            state.stop_training()
+        elif self._started_at is not None:
+            self._steps.append(time.monotonic() - self._started_at)
+            self._warn_if_a_stop_takes_too_long()
+
+    def eval_batch_end(self, state: State, logger: Logger) -> None:
+        """Leave the evaluation if any rank was asked to stop."""
+        asked = state.device.tensor_to_device(torch.tensor(float(self.signals.requested is not None)))
+        dist.all_reduce(asked)
+        if asked.item():
+            self._stop(state)
+            self.owes_evaluation = True
+            raise EvaluationLeft
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run has to know."""
+        return {"owes_evaluation": self.owes_evaluation}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Know it."""
+        self.owes_evaluation = state["owes_evaluation"]
+
+    def _stop(self, state: State) -> None:
+        self.is_stopping = True
+        # Callbacks that only show how far a run has come would take the time that the checkpoint needs.
+        state.callbacks = [c for c in state.callbacks if not getattr(c, "skipped_when_stopping", False)]
+
+    def _judge(self, loss: float, state: State, logger: Logger) -> None:
+        verdict = self._spikes.judge(loss)
+        if verdict is None:
+            return
+        batch = state.timestamp.batch.value + 1
+        if verdict.stops:
+            raise TrainingError(
+                f"batch {batch}: {verdict.text}. Its step was not taken. Go on from a checkpoint before the "
+                "rise, with a lower optimizer.lr or with callbacks.kill_loss_spike.skip_batch: true."
+            )
+        logger.log_metrics({"loss_spike": loss})
+        if dist.get_global_rank() == 0:
+            print(
+                f"batch {batch}: {verdict.text}{'; its step is left out' if verdict.skips else ''}",
+                flush=True,
+            )
+        if verdict.skips:
+            for parameter in state.model.parameters():
+                parameter.grad = None
+
+    def _what_broke(self, state: State, own: Tensor, norms: list[float]) -> str:
+        """The error's text, the same on all ranks; they meet once more to tell what each has."""
+        ids = state.batch.get("sample_id", torch.empty(0)).flatten().tolist()
+        ranks = dist.all_gather_object((own.item(), ids))
+        bad = [(rank, loss, ids) for rank, (loss, ids) in enumerate(ranks) if not math.isfinite(loss)]
+        if bad:
+            shown = ", ".join(f"{loss} on rank {rank}{_samples(ids)}" for rank, loss, ids in bad[:4])
+            more = f" and on {len(bad) - 4} more ranks" if len(bad) > 4 else ""
+            what = f"the loss is {shown}{more}"
+        else:
+            what = f"the gradient's norm is {norms[0]}, while the loss is finite on every rank"
+        before = ", ".join(f"{loss:.4g}" for loss in self._recent) or "none"
+        return (
+            f"batch {state.timestamp.batch.value + 1}: {what}. The weights are as they were before it, and "
+            f"nothing was saved. Losses before: {before}. Go on from the newest checkpoint with a lower "
+            "optimizer.lr, with algorithms.gradient_clipping, or look at these samples."
+        )
+
+    def _warn_if_a_stop_takes_too_long(self) -> None:
+        if self._has_warned or len(self._steps) < 3:
+            return
+        step, save = statistics.median(self._steps), self._saver.save_seconds if self._saver else 0.0
+        if step + save <= LAUNCHER_SECONDS:
+            return
+        self._has_warned = True
+        if dist.get_global_rank() == 0:
+            print(
+                f"note: a stop takes a step, {step:.0f} s, and a save, {save:.0f} s. The "
+                f"launcher kills {LAUNCHER_SECONDS:g} s after SIGTERM, and the run goes on from an older "
+                "checkpoint. Start the ranks without it, with a longer grace, or save more often.",
+                flush=True,
+            )
+
+
+def _samples(ids: list[int]) -> str:
+    shown = ", ".join(map(str, ids[:SHOWN_SAMPLES]))
+    return f" (samples {shown}{', ...' if len(ids) > SHOWN_SAMPLES else ''})" if ids else ""

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from collections.abc import Callable
+
+import pytest
+
+from mptfoundry.config.engine.signatures import (
+    ALGORITHMS,
+    CALLBACKS,
+    CHOICES,
+    GIVEN,
+    LOGGERS,
+    REFUSED_ALGORITHMS,
+    REFUSED_CALLBACKS,
+    REFUSED_LOGGERS,
+    arguments_of,
+    describe_annotation,
+    fits,
+)
+
+Problems = Callable[..., tuple[str, ...]]
+
+
+@pytest.mark.parametrize("where", sorted({*CALLBACKS.values(), *LOGGERS.values(), *ALGORITHMS.values()}))
+def test_signatures_read_from_sources_are_those_of_the_classes(where: str) -> None:
+    module, _, name = where.partition(":")
+    theirs = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
+    plain = [p for p in theirs if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    read = {argument.name: argument.default is None for argument in arguments_of(where)}
+    given = GIVEN.get(where, ())
+    assert {p.name: p.default is p.empty for p in plain if p.name not in given}.items() <= read.items()
+
+
+def test_no_name_is_both_known_and_refused() -> None:
+    assert not CALLBACKS.keys() & REFUSED_CALLBACKS.keys()
+    assert not LOGGERS.keys() & REFUSED_LOGGERS.keys()
+    assert not ALGORITHMS.keys() & REFUSED_ALGORITHMS.keys()
+
+
+def test_choices_speak_of_arguments_that_exist() -> None:
+    for name, key in CHOICES:
+        assert key in {argument.name for argument in arguments_of({**ALGORITHMS, **CALLBACKS}[name])}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "callbacks: {speed_monitr: {}}",
+            "callbacks.speed_monitr: is not known. Did you mean speed_monitor? Allowed: activation_monitor, ",
+        ),
+        (
+            "callbacks: {speed_monitor: {windowsize: 3}}",
+            "callbacks.speed_monitor.windowsize: unknown key. Did you mean window_size? speed_monitor takes "
+            "window_size, gpu_flops_available, time_unit.",
+        ),
+        (
+            "callbacks: {speed_monitor: {window_size: ten}}",
+            "callbacks.speed_monitor.window_size: 'ten' is not allowed here. Expected a whole number.",
+        ),
+        (
+            "callbacks: {early_stopper: {monitor: loss}}",
+            "callbacks.early_stopper.dataloader_label: is missing. Expected text.",
+        ),
+        (
+            "callbacks: {lr_monitor: {x: 1}}",
+            "callbacks.lr_monitor.x: unknown key. lr_monitor takes no arguments.",
+        ),
+        (
+            "callbacks: {lr_monitor: 3}",
+            "callbacks.lr_monitor: 3 is not allowed here. Expected its arguments as a section; {} for none.",
+        ),
+        (
+            "callbacks: [lr_monitor]",
+            "callbacks: ['lr_monitor'] is not allowed here. Expected a section of callbacks by name.",
+        ),
+        (
+            "algorithms: {gradient_clipping: {clipping_type: nrm, clipping_threshold: 1}}",
+            "algorithms.gradient_clipping.clipping_type: 'nrm' is not allowed here. Did you mean norm? "
+            "Expected norm or value.",
+        ),
+        (
+            "loggers: {wandb: {tags: x}}",
+            "loggers.wandb.tags: 'x' is not allowed here. Expected a list or null.",
+        ),
+    ],
+)
+def test_what_composers_classes_do_not_take_is_refused(problems: Problems, line: str, said: str) -> None:
+    found = problems(line)
+    assert len(found) == 1
+    assert found[0].startswith(f"run.yaml:25: {said}")
+
+
+@pytest.mark.parametrize(
+    ("annotation", "value", "taken"),
+    [
+        ("int", 3, True),
+        ("int", True, False),
+        ("int", 3.5, False),
+        ("float", 3, True),
+        ("Optional[str]", None, True),
+        ("str", None, False),
+        ("Union[int, str, Time]", "3ba", True),
+        ("Optional[Union[str, Callable[[Any], Any]]]", 3, False),
+        ("list[str]", ["a"], True),
+        ("list[str]", [1], False),
+        ("str | None", None, True),
+        ("dict[str, Any]", {}, True),
+        ("SomethingElse", object(), True),
+    ],
+)
+def test_plain_annotations_are_checked_and_others_left_alone(
+    annotation: str, value: object, taken: bool
+) -> None:
+    assert fits(ast.parse(annotation, mode="eval").body, value) is taken
+
+
+def test_annotations_are_said_in_words() -> None:
+    assert describe_annotation("Optional[Union[str, Callable[[Any], Any]]]") == "text or null"
+    assert describe_annotation("Union[int, str, Time]") == "a whole number, text or a duration"

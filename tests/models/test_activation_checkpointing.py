@@ -1,0 +1,120 @@
+"""Activations that are computed anew, or kept by the CPU: the same numbers in less memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from mptfoundry.models.activation_checkpointing import Recomputation, recompute
+from mptfoundry.mpt.config import AttnConfig, MPTConfig
+from mptfoundry.mpt.network import MPT
+
+WAYS = {
+    "anew": Recomputation(),
+    "anew, the older way": Recomputation(reentrant=True),
+    "anew, inputs offloaded": Recomputation(offloads=True),
+    "offloaded": Recomputation(computes_anew=False, offloads=True),
+}
+PARTS: dict[str, dict[str, Iterable[int]]] = {
+    "all blocks": {"block": range(4)},
+    "every second block": {"block": (0, 2)},
+    "attention": {"attention": range(4)},
+    "mlp": {"mlp": range(4)},
+    "norms": {"norm": range(4)},
+    "some of each": {"attention": (0,), "mlp": (1,), "block": (3,)},
+}
+
+
+def network(**attention: bool) -> MPT:
+    config = MPTConfig(
+        d_model=32,
+        n_heads=4,
+        n_layers=4,
+        vocab_size=64,
+        max_seq_len=64,
+        resid_pdrop=0.1,
+        attn_config=AttnConfig(attn_pdrop=0.1, **attention),
+    )
+    return MPT(config, seed=0).train()
+
+
+def step(model: MPT) -> tuple[float, dict[str, torch.Tensor], int]:
+    """The loss and gradients of a batch of packed documents, and the bytes that forward keeps."""
+    ids = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(0))
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(1)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = model(ids, labels=ids, sequence_id=(torch.arange(64) // 20).expand(2, 64)).loss
+    weights = sum(p.untyped_storage().nbytes() for p in model.parameters())
+    bytes_kept = sum(kept.values()) - weights
+    loss.backward()
+    return loss.item(), {name: p.grad for name, p in model.named_parameters()}, bytes_kept
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("parts", PARTS)
+def test_loss_and_gradients_with_dropout_are_bitwise_the_same(parts: str, how: str) -> None:
+    model = network(alibi=True)
+    loss, gradients, _ = step(model)
+    model.zero_grad()
+    recompute(model, PARTS[parts], WAYS[how])
+    again, found, _ = step(model)
+    assert again == loss and found.keys() == gradients.keys()
+    assert all(torch.equal(found[name], gradients[name]) for name in gradients)
+
+
+@pytest.mark.parametrize("attention", [{"rope": True}, {"alibi": True, "qk_ln": True}], ids=str)
+def test_positions_and_norms_of_queries_and_keys_are_computed_anew_too(attention: dict[str, bool]) -> None:
+    _, gradients, _ = step(network(**attention))
+    model = network(**attention)
+    recompute(model, {"block": range(4)}, Recomputation())
+    _, found, _ = step(model)
+    assert all(torch.equal(found[name], gradients[name]) for name in gradients)
+
+
+def test_less_is_kept_the_more_is_recomputed_or_offloaded() -> None:
+    def kept(parts: str, how: str) -> int:
+        model = network(alibi=True)
+        recompute(model, PARTS[parts], WAYS[how])
+        return step(model)[2]
+
+    everything = step(network(alibi=True))[2]
+    inputs = 4 * 2 * 64 * 32 * 4  # blocks, batch, seq, d_model, bytes
+    assert everything > kept("every second block", "anew") > kept("all blocks", "anew")
+    assert everything > kept("attention", "anew") > kept("all blocks", "anew")
+    assert everything > kept("mlp", "anew") > kept("all blocks", "anew")
+    assert kept("all blocks", "anew") - kept("all blocks", "anew, inputs offloaded") >= inputs * 3 // 4
+    assert kept("all blocks", "offloaded") == kept("all blocks", "anew, inputs offloaded")
+
+
+def test_names_of_weights_stay_and_a_copy_has_weights_of_its_own() -> None:
+    model = network(alibi=True)
+    names = list(model.state_dict())
+    recompute(model, {"block": (0,), "mlp": (1,)}, Recomputation())
+    assert list(model.state_dict()) == names
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.transformer.blocks[0].parameters():
+            parameter.zero_()
+    assert step(twin)[0] != step(model)[0]
+
+
+def test_nothing_is_computed_twice_without_gradients() -> None:
+    model = network(alibi=True)
+    recompute(model, {"block": range(4)}, Recomputation())
+    calls: list[int] = []
+    for block in model.transformer.blocks:
+        block.norm_1.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad():
+        step_ids = torch.zeros(1, 8, dtype=torch.int64)
+        model(step_ids, labels=step_ids)
+    assert len(calls) == 4

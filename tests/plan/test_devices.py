@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from mptfoundry.plan.devices import Device, detect_device, launcher_device, visible_gpus
+
+
+@pytest.fixture
+def two_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose nvidia-smi lists two GPUs."""
+    script = tmp_path / "nvidia-smi"
+    script.write_text("#!/bin/sh\nprintf 'NVIDIA H100 80GB HBM3, 81559, 9.0\\n%.0s' 1 2\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+
+def test_a_device_has_torchs_name_for_its_kind() -> None:
+    assert (Device("cpu", "CPU").torch_type, Device("gpu", "H100").torch_type) == ("cpu", "cuda")
+
+
+@pytest.mark.usefixtures("two_h100")
+def test_gpus_are_found_by_nvidia_smi() -> None:
+    device = launcher_device(environ={})
+    assert (device.kind, device.count, device.per_node) == ("gpu", 2, 2)
+    assert device.memory == 81559 * 2**20
+    assert device.peak_flops == 989.4e12 and device.has_bf16
+
+
+@pytest.mark.usefixtures("two_h100")
+def test_the_launcher_says_how_many_devices_a_run_has() -> None:
+    device = detect_device(environ={"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "2"})
+    assert (device.count, device.per_node) == (16, 2)
+    assert detect_device(environ={}).count == 1
+
+
+@pytest.mark.usefixtures("two_h100")
+@pytest.mark.parametrize(("chosen", "count"), [("0,1", 2), ("1", 1), ("0,7", 1), ("GPU-8a1b,GPU-9c", 2)])
+def test_cuda_visible_devices_chooses_gpus(chosen: str, count: int) -> None:
+    assert len(visible_gpus({"CUDA_VISIBLE_DEVICES": chosen})[0]) == count
+
+
+@pytest.mark.usefixtures("two_h100")
+@pytest.mark.parametrize("chosen", ["", "-1"])
+def test_hidden_gpus_leave_the_cpu_and_the_reason(chosen: str) -> None:
+    device = detect_device(environ={"CUDA_VISIBLE_DEVICES": chosen})
+    assert device.kind == "cpu"
+    assert device.found == f"CUDA_VISIBLE_DEVICES={chosen!r} hides the 2 GPUs of this machine"
+
+
+def test_processes_on_one_cpu_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    one, four = detect_device(environ={}), detect_device(environ={"WORLD_SIZE": "4"})
+    if one.kind == "gpu":
+        pytest.skip("the driver lists a GPU here")
+    assert one.memory is not None and four.memory == one.memory // 4
