@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import gc
 import json
 import os
 import random
@@ -35,6 +36,7 @@ from mptfoundry.mpt.config import AttnConfig, MPTConfig
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).parent.parent
+MOST_FILES_OF_SHARED_MEMORY = 100
 TINY_RUN = """
 max_seq_len: 32
 model: {{name: mpt_causal_lm, d_model: 32, n_heads: 4, n_layers: 2, vocab_size: 384, no_bias: true,
@@ -78,24 +80,36 @@ class RunsCode:
         return os.system, (self.command,)
 
 
+_shared_memory: list[Any] = []
+
+
 @pytest.fixture(autouse=True)
 def shared_memory_is_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Streaming keeps every file of shared memory that it opens until the process ends: too many for one."""
-    opened: list[Any] = []
+    """Streaming keeps every file of shared memory open until the process ends: too many for one process.
+
+    What a data set still maps is closed after a later test, once nothing refers to the data set.
+    """
     register = atexit.register
 
     def noting(function: Any, *args: Any, **kwargs: Any) -> Any:
         owner = getattr(function, "__self__", None)
-        if type(owner).__module__ == "streaming.base.shared.memory":
-            opened.append(owner)
-        return register(function, *args, **kwargs)
+        if type(owner).__module__ != "streaming.base.shared.memory":
+            return register(function, *args, **kwargs)
+        _shared_memory.extend(owner.created_shms + owner.opened_shms)
+        return function
 
     monkeypatch.setattr(atexit, "register", noting)
     yield
-    for memory in opened:
-        for file in memory.opened_shms:
-            with contextlib.suppress(BufferError):  # a data set that lives on uses it
+    for _ in range(2):
+        for file in tuple(_shared_memory):
+            with contextlib.suppress(BufferError):
                 file.close()
+                with contextlib.suppress(FileNotFoundError):
+                    file.unlink()
+                _shared_memory.remove(file)
+        if len(_shared_memory) < MOST_FILES_OF_SHARED_MEMORY:
+            break
+        gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ class SignalAt(Callback):
         if state.timestamp.batch == self.batch:
             type(self).batch = -1
             os.kill(os.getpid(), signal.SIGTERM)
+            deadline = time.monotonic() + 30
             while not signal.getsignal(signal.SIGTERM).__self__.requested:  # type: ignore[union-attr]
-                pass
+                assert time.monotonic() < deadline, "the signal was not heard"
 
 
 @pytest.fixture

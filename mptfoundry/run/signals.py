@@ -112,9 +112,12 @@ class StopSignals:
 
     def _listen(self) -> None:
         assert self._pipe is not None
+        # Unlike select(), which refuses a number above 1023 of a process with many open files.
+        poll = select.poll()
+        poll.register(self._pipe[0], select.POLLIN)
         while True:
             waits_for_the_end = self._first_at is not None and not self._is_training
-            if not select.select([self._pipe[0]], [], [], SECONDS_TO_END if waits_for_the_end else None)[0]:
+            if not poll.poll(SECONDS_TO_END * 1000 if waits_for_the_end else None):
                 os._exit(RunStopped.exit_code)
             number = os.read(self._pipe[0], 1)[0]
             if number == 0:

@@ -257,3 +257,18 @@ sys.exit(5)
             assert end is not None
             end.close()
         assert process.wait(20) == 5
+
+
+def test_a_process_with_many_open_files_hears_signals() -> None:
+    """select() refuses file numbers above 1023."""
+    opened = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with StopSignals(speaks=False) as stop, stop.answered_by_training():
+            os.kill(os.getpid(), signal.SIGTERM)
+            deadline = time.monotonic() + 30
+            while stop.requested is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+        assert stop.requested == "SIGTERM"
+    finally:
+        for number in opened:
+            os.close(number)
