@@ -100,16 +100,21 @@ def shared_memory_is_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     monkeypatch.setattr(atexit, "register", noting)
     yield
-    for _ in range(2):
-        for file in tuple(_shared_memory):
-            with contextlib.suppress(BufferError):
-                file.close()
-                with contextlib.suppress(FileNotFoundError):
-                    file.unlink()
-                _shared_memory.remove(file)
-        if len(_shared_memory) < MOST_FILES_OF_SHARED_MEMORY:
-            break
+    _close_shared_memory()
+    if len(_shared_memory) > MOST_FILES_OF_SHARED_MEMORY:
         gc.collect()
+        _close_shared_memory()
+
+
+def _close_shared_memory() -> None:
+    files, _shared_memory[:] = tuple(_shared_memory), []
+    for file in files:
+        try:
+            with contextlib.suppress(OSError):  # closed or removed already
+                file.close()
+                file.unlink()
+        except BufferError:
+            _shared_memory.append(file)
 
 
 @pytest.fixture(autouse=True)

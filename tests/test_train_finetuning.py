@@ -244,7 +244,8 @@ def test_all_ranks_wait_for_the_one_that_prepares_and_share_its_error(
     small: Callable[..., Path], tmp_path: Path
 ) -> None:
     config = small([TALK] * 8)
-    held_out = f"{{name: finetuning, dataset: {{local: {tmp_path}/gone.jsonl}}}}"
+    (tmp_path / "bad.jsonl").write_text('{"prompt": 3, "response": "three"}\n')
+    held_out = f"{{name: finetuning, dataset: {{local: {tmp_path}/bad.jsonl}}}}"
     config.write_text(f"{config.read_text()}eval_loader: {held_out}\n")
     command = [str(Path(sys.executable).parent / "composer"), "-n", "2", str(ROOT / "scripts" / "train.py")]
     result = subprocess.run(
@@ -258,4 +259,4 @@ def test_all_ranks_wait_for_the_one_that_prepares_and_share_its_error(
     assert result.returncode == 1, result.stderr
     said = result.stdout + result.stderr
     assert said.count("train_loader.dataset: 8 examples; ") == 1
-    assert said.count("gone.jsonl: there is no such file or folder.") == 1
+    assert said.count("bad.jsonl:1: prompt: is a number, not a text.") == 1

@@ -52,9 +52,9 @@ def config() -> MPTConfig:
 
 
 @pytest.fixture(scope="session")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stored_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SAMPLES rows of SEQ_LEN random tokens as MDS."""
-    folder = tmp_path_factory.mktemp("shards")
+    folder = tmp_path_factory.mktemp("rows")
     generator = np.random.default_rng(0)
     columns = {"tokens": f"ndarray:uint16:{SEQ_LEN}", "number": "int"}
     with MDSWriter(out=str(folder), columns=columns) as writer:
@@ -64,7 +64,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def make_trainer(shards: Path) -> Callable[..., Trainer]:
+def make_trainer(stored_rows: Path) -> Callable[..., Trainer]:
     """Builds a trainer of 6 batches of 4 rows of 8 tokens an epoch, all of ours around it."""
 
     def make(max_duration: str = "6ba", with_eval: bool = False, **options: Any) -> Trainer:
@@ -72,8 +72,8 @@ def make_trainer(shards: Path) -> Callable[..., Trainer]:
         model = ComposerMPT(MPT(CONFIG, seed=1), eval_metrics=token_loss_metrics(np.ones(VOCAB, dtype=int)))
         return Trainer(
             model=model,
-            train_dataloader=DataSpec(loader(shards, shuffle=True)),
-            eval_dataloader=[Evaluator(label="held_out", dataloader=loader(shards))] if with_eval else None,
+            train_dataloader=DataSpec(loader(stored_rows, shuffle=True)),
+            eval_dataloader=[Evaluator(label="held_out", dataloader=loader(stored_rows))] if with_eval else None,
             optimizers=DecoupledLionW(model.parameters(), lr=1e-2),
             schedulers=cosine_with_warmup("2ba", batch=BatchSize(BATCH, BATCH * SEQ_LEN)),
             algorithms=[GradientClipping("norm", 1.0)],
