@@ -41,7 +41,7 @@ test: install
 	$(BIN)/python -m pytest -m serial
 
 soak: install
-	MPTFOUNDRY_SOAK=1 $(BIN)/python -m pytest tests/soak tests/mpt/test_attention_kernels.py
+	MPTFOUNDRY_SOAK=1 $(BIN)/python -m pytest tests/soak tests/mpt/test_attention_kernels.py tests/mpt/test_attention_tiles.py
 
 docs: install
 	$(BIN)/python scripts/write_docs.py

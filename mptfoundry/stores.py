@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mptfoundry.errors import CheckpointError, first_line
+from mptfoundry.errors import CheckpointError, MPTFoundryError, first_line
 from mptfoundry.files import Upload
 from mptfoundry.places import path_in_store
 
@@ -122,7 +122,7 @@ def patiently(
 
 def is_final(error: BaseException) -> bool:
     """Whether another try would end the same way."""
-    if isinstance(error, SilentStore):
+    if isinstance(error, (SilentStore, MPTFoundryError)):
         return True
     codes = [code for each in _chain(error) for code in _codes(each)]
     if codes:

@@ -13,6 +13,7 @@ import torch
 
 from mptfoundry.cli import VERBS, main
 from mptfoundry.errors import CheckpointError
+from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "mpt-tiny.yaml")
@@ -143,11 +144,12 @@ def test_an_error_of_all_ranks_is_printed_once() -> None:
 
 
 def test_data_missing_on_all_ranks_is_said_once(shards: Path, tmp_path: Path) -> None:
-    done = launch(*words_of(shards), f"save_folder={tmp_path}", "train_loader.dataset.split=nowhere")
+    words = [*words_of(shards), f"save_folder={tmp_path}", "train_loader.dataset.split=nowhere"]
+    done = run_on_ranks("scripts/train.py", TINY, *words)
     assert done.returncode == 1
-    assert (done.stdout + done.stderr).count("nowhere") > 0
-    assert (done.stdout + done.stderr).count("error: ") == 1
-    assert "Traceback" not in done.stdout + done.stderr
+    assert done.stdout.count("nowhere") > 0
+    assert done.stdout.count("error: ") == 1
+    assert "Traceback" not in done.stdout
 
 
 def test_an_error_of_one_rank_names_the_rank(shards: Path, tmp_path: Path) -> None:
@@ -157,9 +159,10 @@ def test_an_error_of_one_rank_names_the_rank(shards: Path, tmp_path: Path) -> No
         "if os.environ['RANK'] == '1':\n    raise DataError('the disk is full.')\n"
         "time.sleep(60)\n"
     )
-    done = launch(*words_of(shards), f"code_paths=[{code}]", "allow_code=true", f"save_folder={tmp_path}/run")
+    words = [*words_of(shards), f"code_paths=[{code}]", "allow_code=true", f"save_folder={tmp_path}/run"]
+    done = run_on_ranks("scripts/train.py", TINY, *words)
     assert done.returncode != 0
-    assert "rank 1: error: the disk is full." in done.stdout + done.stderr
+    assert "rank 1: error: the disk is full." in done.stdout
     assert "code_paths: running" in done.stdout
 
 
@@ -176,8 +179,8 @@ def test_two_ranks_train_as_one(shards: Path, tmp_path: Path) -> None:
         if ranks == "1":
             assert main(["train", TINY, *words, name]) == 0
         else:
-            done = launch(*words, name)
-            assert done.returncode == 0, done.stdout + done.stderr
+            done = run_on_ranks("scripts/train.py", TINY, *words, name)
+            assert done.returncode == 0, done.stdout
         rows = read_rows(tmp_path / ranks / "metrics.jsonl")
         losses.append([row["loss"] for row in rows if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ from mptfoundry.loaders import finetuning_sources
 from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.tokenizer import load_tokenizer
 from mptfoundry.train import train
+from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).parent.parent
 # The layout of llm-foundry's mpt-7b_dolly_sft.yaml and mpt-30b-instruct.yaml: their keys, in their places.
@@ -247,16 +245,8 @@ def test_all_ranks_wait_for_the_one_that_prepares_and_share_its_error(
     (tmp_path / "bad.jsonl").write_text('{"prompt": 3, "response": "three"}\n')
     held_out = f"{{name: finetuning, dataset: {{local: {tmp_path}/bad.jsonl}}}}"
     config.write_text(f"{config.read_text()}eval_loader: {held_out}\n")
-    command = [str(Path(sys.executable).parent / "composer"), "-n", "2", str(ROOT / "scripts" / "train.py")]
-    result = subprocess.run(
-        [*command, str(config)],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert result.returncode == 1, result.stderr
-    said = result.stdout + result.stderr
+    result = run_on_ranks("scripts/train.py", config)
+    said = result.stdout
+    assert result.returncode == 1, said
     assert said.count("train_loader.dataset: 8 examples; ") == 1
     assert said.count("bad.jsonl:1: prompt: is a number, not a text.") == 1

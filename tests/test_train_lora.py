@@ -20,6 +20,7 @@ from mptfoundry.export.folder import export
 from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 from tests.conftest import losses
+from tests.ranks import run_on_ranks
 
 pytest.importorskip("peft", reason="peft is not installed: pip install 'mptfoundry[peft]'")
 
@@ -111,15 +112,13 @@ def test_before_the_first_step_the_model_is_its_base(run: Run, place: Path) -> N
         assert torch.equal(tensor, base[name]), name
 
 
-def test_two_ranks_that_shard_learn_what_one_learns_and_go_on(
-    run: Run, place: Path, launch: Callable[..., Any]
-) -> None:
+def test_two_ranks_that_shard_learn_what_one_learns_and_go_on(run: Run, place: Path) -> None:
     words = ["model.peft_config.lora_dropout=0", "model.config_overrides.resid_pdrop=0", "eval_interval=0"]
     alone = run("alone", *words)
     sharded = [*words, "run_name=shared", "fsdp_config.state_dict_type=sharded"]
     for duration in ("max_duration=2ba", "max_duration=4ba"):
-        two = launch(place / "lora.yaml", *sharded, duration, ranks=2)
-        assert two.wait() == 0, two.printed
+        two = run_on_ranks("scripts/train.py", place / "lora.yaml", *sharded, duration)
+        assert two.returncode == 0, two.stdout
     assert losses(place / "shared") == pytest.approx(losses(alone), rel=1e-4)
     expected = dict(open_model(alone).tensors())
     for name, tensor in open_model(place / "shared").tensors():

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from mptfoundry.export.importing import CHECKPOINT, import_model
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from mptfoundry.train import train
+from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).parent.parent
 MODEL = MPTConfig(
@@ -143,11 +141,9 @@ def test_two_ranks_that_shard_start_from_the_same_weights(
     run: Callable[..., Path], there: Path, shards: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "run.yaml").write_text(CONFIG.format(there=there, shards=shards, folder=tmp_path))
-    launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", str(ROOT / "scripts" / "train.py")]
-    words = [str(tmp_path / "run.yaml"), "fsdp_config.state_dict_type=full", "run_name=run"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*launcher, *words], env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    words = [tmp_path / "run.yaml", "fsdp_config.state_dict_type=full", "run_name=run"]
+    done = run_on_ranks("scripts/train.py", *words)
+    assert done.returncode == 0, done.stdout
     found = weights_of(tmp_path / "run")
     for name, tensor in MPT(MODEL, seed=5).bfloat16().state_dict().items():
         assert torch.equal(found[name], tensor.float()), name

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.config.load import load_train_config
 from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
+from tests.ranks import run_on_ranks
 
 # LION's step is a sign, which the rounding of a gradient near zero may turn; this AdamW's is smooth there.
 SMOOTH = "optimizer={name: decoupled_adamw, lr: 1e-3, eps: 1e-3}"
@@ -30,12 +29,10 @@ def result(folder: Path) -> tuple[list[list[float]], dict[str, torch.Tensor]]:
     return [[row[name] for row in rows] for name in ("loss", "grad_norm")], weights
 
 
-def test_two_sharded_ranks_train_the_model_that_one_trains(
-    tiny_run: Path, launch: Callable[..., Any], tmp_path: Path
-) -> None:
-    two = launch(tiny_run, "run_name=two", *PLAIN, *SHARDED, ranks=2)
+def test_two_sharded_ranks_train_the_model_that_one_trains(tiny_run: Path, tmp_path: Path) -> None:
+    two = run_on_ranks("scripts/train.py", tiny_run, "run_name=two", *PLAIN, *SHARDED)
     train(load_train_config(tiny_run, ["run_name=one", *PLAIN])[0])
-    assert two.wait() == 0, two.printed
+    assert two.returncode == 0, two.stdout
     (measured, weights), (expected, alone) = result(tmp_path / "two"), result(tmp_path / "one")
     assert len(measured[0]) == 6
     for found, value in zip(measured, expected, strict=True):

@@ -73,7 +73,9 @@ def make_trainer(stored_rows: Path) -> Callable[..., Trainer]:
         return Trainer(
             model=model,
             train_dataloader=DataSpec(loader(stored_rows, shuffle=True)),
-            eval_dataloader=[Evaluator(label="held_out", dataloader=loader(stored_rows))] if with_eval else None,
+            eval_dataloader=[Evaluator(label="held_out", dataloader=loader(stored_rows))]
+            if with_eval
+            else None,
             optimizers=DecoupledLionW(model.parameters(), lr=1e-2),
             schedulers=cosine_with_warmup("2ba", batch=BatchSize(BATCH, BATCH * SEQ_LEN)),
             algorithms=[GradientClipping("norm", 1.0)],

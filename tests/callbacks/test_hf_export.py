@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import wait
@@ -24,6 +22,7 @@ from mptfoundry.mpt.network import MPT
 from mptfoundry.run.atomic_checkpoints import WholeCheckpoints
 from mptfoundry.run.metrics_file import MetricsFile
 from mptfoundry.run.resume import Resume
+from tests.ranks import run_on_ranks
 
 MakeTrainer = Callable[..., Trainer]
 ROOT = Path(__file__).parents[2]
@@ -261,10 +260,9 @@ def test_two_sharded_ranks_export_one_whole_model(tmp_path: Path) -> None:
         "save_interval": "2ba",
         "save_folder": tmp_path / "run",
     }
-    launcher = [sys.executable, "-m", "composer.cli.launcher", "-n", "2", "scripts/train.py"]
     arguments = ["configs/mpt-tiny.yaml", *(f"{key}={value}" for key, value in words.items())]
-    done = subprocess.run([*launcher, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_on_ranks("scripts/train.py", *arguments)
+    assert done.returncode == 0, done.stdout
     source = open_model(tmp_path / "run")
     assert source.path.is_dir() and "ba2" in source.path.name
     exported, _ = load_network(tmp_path / "run" / "huggingface" / "ba2")

@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from torch.distributed import checkpoint as dcp
 from mptfoundry.checkpoints.sharded import ShardedWeights, read_metadata
 from mptfoundry.errors import CheckpointError
 from tests.conftest import RunsCode
+from tests.ranks import run_on_ranks
 
 
 def save(folder: Path, tensors: dict[str, torch.Tensor]) -> Path:
@@ -53,8 +52,8 @@ torch.distributed.barrier()  # destroying the group hangs now and then: gloo wai
 def test_the_pieces_of_two_ranks_become_one_tensor(tmp_path: Path) -> None:
     script, folder = tmp_path / "save.py", tmp_path / "ep0-ba1"
     script.write_text(SAVE_ON_A_RANK)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    subprocess.run([*launcher, str(script), str(folder)], check=True, timeout=600, capture_output=True)
+    done = run_on_ranks(script, folder)
+    assert done.returncode == 0, done.stdout
     assert {entry.name for entry in folder.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
     torch.testing.assert_close(ShardedWeights(folder).read("a"), torch.arange(35.0).reshape(7, 5))
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 from mptfoundry.evals.token_loss import add_up, token_loss_metrics, token_loss_rows
+from tests.ranks import run_on_ranks
 
 VOCAB = 16
 TOKEN_BYTES = np.array([0, *range(1, VOCAB)])
@@ -134,8 +133,5 @@ dist.barrier()
 def test_two_ranks_with_repeats_give_the_numbers_of_one(tmp_path: Path) -> None:
     script = tmp_path / "two_ranks.py"
     script.write_text(TWO_RANKS.format(folder=str(Path(__file__).parent)))
-    launcher = Path(sys.executable).parent / "composer"
-    done = subprocess.run(
-        [str(launcher), "-n", "2", str(script)], capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_on_ranks(script)
+    assert done.returncode == 0, done.stdout

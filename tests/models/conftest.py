@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.ranks import run_on_ranks
 
 
 @pytest.fixture
@@ -20,11 +21,8 @@ def on_one_rank_and_two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     def run(text: str, *words: str) -> tuple[Any, Any]:
         script, one, two = (str(tmp_path / name) for name in ("train.py", "one.json", "two.json"))
         Path(script).write_text(text)
-        launcher = str(Path(sys.executable).parent / "composer")
-        done = subprocess.run(
-            [launcher, "-n", "2", script, two, *words], capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
+        done = run_on_ranks(script, two, *words)
+        assert done.returncode == 0, done.stdout
         monkeypatch.setattr(sys, "argv", [script, one, *words])
         runpy.run_path(script, run_name="__main__")
         return json.loads(Path(one).read_text()), json.loads(Path(two).read_text())

@@ -14,7 +14,8 @@ import pytest
 from mptfoundry.mpt.attention_tiles import TILES, Tile, padded, tile_of
 
 ROOT = Path(__file__).parents[2]
-# The tree's widths and what training uses most; the script compiles the rest.
+# The width of the published models; `make soak` compiles ESSENTIAL for two architectures, the script the rest.
+PUBLISHED = "arch=90 group=1 dtype=bfloat16 head_dim=128 features=alibi+documents"
 ESSENTIAL = (
     "group=1 dtype=bfloat16 head_dim=64,80,128,256 features=alibi+documents "
     "and group=1 dtype=bfloat16 head_dim=128 features=causal,alibi "
@@ -36,13 +37,16 @@ def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
 def test_what_training_uses_compiles_without_spills_onto_tensor_cores(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     out = tmp_path / "kernels.json"
-    done = run(["scripts/compile_kernels.py", *ESSENTIAL.split(), f"out={out}"], timeout=900)
+    is_soak = os.environ.get("MPTFOUNDRY_SOAK") == "1"
+    words = ESSENTIAL if is_soak else PUBLISHED
+    done = run(["scripts/compile_kernels.py", *words.split(), f"out={out}"], timeout=900)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())
     assert {row["kernel"] for row in rows} == {
         f"{name}_kernel" for name in ("forward", "backward_query", "backward_key", "decode", "join")
     }
-    assert {row["arch"] for row in rows} == {80, 90} and len(rows) == 2 * (10 * 5 - 2 * 2)
+    assert {row["arch"] for row in rows} == ({80, 90} if is_soak else {90})
+    assert len(rows) == (2 * (10 * 5 - 2 * 2) if is_soak else 5)
 
 
 REFUSED = """

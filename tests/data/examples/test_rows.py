@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
@@ -29,8 +27,8 @@ from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from mptfoundry.run.metrics_file import MetricsFile, read_rows
 from mptfoundry.run.resume import Resume
-from tests.conftest import ROOT
 from tests.mpt.reference import assert_as_exact
+from tests.ranks import run_on_ranks
 
 CONFIG = MPTConfig(
     d_model=32,
@@ -289,11 +287,9 @@ def on_two_ranks(folder: Path) -> None:
 
 def test_two_ranks_learn_and_evaluate_as_one_and_go_on_with_its_rows(tmp_path: Path) -> None:
     store = write_store(tmp_path / "store")
-    words = [str(Path(sys.executable).parent / "composer"), "-n", "2", __file__, str(tmp_path)]
     whole, _ = train(loader([store]), "10ba", save_interval="3ba", save_folder=str(tmp_path))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = run_on_ranks(__file__, tmp_path)
+    assert done.returncode == 0, done.stdout
     found = torch.load(tmp_path / "two.pt")
     assert found["rows"] == whole.rows[3:]
     assert found["evaluation"]["tokens"] == store.learned.sum()
