@@ -29,8 +29,8 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 def run_on_ranks(script: str | Path, *words: object, ranks: int = 2) -> subprocess.CompletedProcess[str]:
     """Run `script` with `words` as its arguments on each of `ranks` processes, in the repository's root.
 
-    When one rank fails the others get SIGTERM and have 30 seconds to end, as under Composer's launcher. Gives the first exit code that is not
-    0, and what all ranks printed, each rank's after the other's.
+    When one rank fails the others get SIGTERM and have 30 seconds to end, as under Composer's launcher. Gives
+    the first exit code that is not 0, and what all ranks printed, each rank's after the other's.
     """
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]

@@ -14,7 +14,7 @@ import pytest
 from mptfoundry.mpt.attention_tiles import TILES, Tile, padded, tile_of
 
 ROOT = Path(__file__).parents[2]
-# The width of the published models; `make soak` compiles ESSENTIAL for two architectures, the script the rest.
+# The width of the published models. `make soak` compiles ESSENTIAL for two architectures, the script all.
 PUBLISHED = "arch=90 group=1 dtype=bfloat16 head_dim=128 features=alibi+documents"
 ESSENTIAL = (
     "group=1 dtype=bfloat16 head_dim=64,80,128,256 features=alibi+documents "
