@@ -31,6 +31,7 @@ import yaml
 from torch.torch_version import TorchVersion
 
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
+from tests.ranks import Ranks
 
 # Tiny products are slower on several threads than on one, above all where several processes test.
 torch.set_num_threads(1)
@@ -268,22 +269,24 @@ def losses_by_batch(folder: Path) -> list[tuple[int, float]]:
 
 @dataclass
 class Launched:
-    """A training under the `composer` launcher, in a session of its own.
+    """A training on one rank or more.
 
     Attributes:
-        process: The launcher.
-        log: What all ranks print.
+        process: The `composer` launcher in a session of its own, or ranks without one.
+        log: What all ranks print under a launcher.
     """
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Ranks
     log: Path
 
     @property
     def printed(self) -> str:
+        if isinstance(self.process, Ranks):
+            return self.process.printed
         return self.log.read_text(errors="replace")
 
     def wait(self, seconds: float = 600) -> int:
-        """The launcher's exit code, once it has ended."""
+        """The exit code, once all has ended."""
         return self.process.wait(timeout=seconds)
 
     def kill_after(self, rows: int, folder: Path) -> None:
@@ -297,6 +300,9 @@ class Launched:
 
     def kill_all(self) -> None:
         """Kill the launcher and every rank at once, as a machine that loses its power does."""
+        if isinstance(self.process, Ranks):
+            self.process.kill()
+            return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -304,24 +310,32 @@ class Launched:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
-    """Start `scripts/train.py CONFIG [key=value ...]` under the launcher; nothing of it outlives the test.
+    """Start `scripts/train.py CONFIG [key=value ...]`; nothing of it outlives the test.
 
-    `options` are the launcher's own; `within` is a command that runs it, such as in a namespace."""
+    With `launcher` under the `composer` launcher; `options` are the launcher's own; `within` is a command that
+    runs it, such as in a namespace.
+    """
     started: list[Launched] = []
 
     def start(
         config: Path,
         *words: str,
         ranks: int = 1,
+        launcher: bool = False,
         options: Sequence[str] = (),
         within: Sequence[str] = (),
         **environment: str,
     ) -> Launched:
-        launcher = [*within, sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), *options]
         log = tmp_path / f"launched-{len(started)}.log"
+        if not (launcher or options or within):
+            log.mkdir()
+            forked = Ranks(log, "scripts/train.py", config, *words, ranks=ranks, **environment)
+            started.append(Launched(forked, log))
+            return started[-1]
+        command = [*within, sys.executable, "-m", "composer.cli.launcher", "-n", str(ranks), *options]
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*launcher, "scripts/train.py", str(config), *words],
+                [*command, "scripts/train.py", str(config), *words],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
                 stdout=output,

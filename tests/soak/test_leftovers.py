@@ -34,14 +34,18 @@ def test_twenty_killed_runs_leave_no_more_than_one(
     used: list[set[str]] = []
     for number in range(KILLED_RUNS):
         run = launch(
-            tiny_run, f"run_name=killed{number}", "train_loader.num_workers=2", TMPDIR=str(temporary)
+            tiny_run,
+            f"run_name=killed{number}",
+            "train_loader.num_workers=2",
+            TMPDIR=str(temporary),
+            launcher=True,
         )
         metrics = tmp_path / f"killed{number}" / "metrics.jsonl"
         while run.process.poll() is None and not (metrics.is_file() and len(list(read_rows(metrics))) > 1):
             time.sleep(0.02)
         used.append(numbers_of(run))
         run.kill_all()
-    last = launch(tiny_run, "run_name=last", TMPDIR=str(temporary))
+    last = launch(tiny_run, "run_name=last", TMPDIR=str(temporary), launcher=True)
     assert last.wait() == 0, last.printed
     assert all(used)
     # What a run leaves at its own end is removed a moment after it, by Python's tracker of such blocks.

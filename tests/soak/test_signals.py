@@ -91,7 +91,7 @@ def test_a_signal_is_a_checkpoint_at_the_end_of_the_batch_and_the_same_command_g
     workers: int,
 ) -> None:
     words = [f"train_loader.num_workers={workers}", *slow]
-    run = launch(tiny_run, "run_name=stopped", *words, ranks=ranks)
+    run = launch(tiny_run, "run_name=stopped", *words, ranks=ranks, launcher=True)
     wait_for_batch(run, tmp_path / "stopped", 4)
     sent_at = time.monotonic()
     send(run, number)
@@ -100,8 +100,12 @@ def test_a_signal_is_a_checkpoint_at_the_end_of_the_batch_and_the_same_command_g
     last = losses_by_batch(tmp_path / "stopped")[-1][0]
     assert last in (4, 5, 6) and (tmp_path / "stopped" / f"ep0-ba{last}-rank0.pt").is_file()
     assert f"stopped after batch {last}" in run.printed and "The same command goes on." in run.printed
-    again = launch(tiny_run, "run_name=stopped", f"train_loader.num_workers={workers}", ranks=ranks)
-    whole = launch(tiny_run, "run_name=whole", f"train_loader.num_workers={workers}", ranks=ranks)
+    again = launch(
+        tiny_run, "run_name=stopped", f"train_loader.num_workers={workers}", ranks=ranks, launcher=True
+    )
+    whole = launch(
+        tiny_run, "run_name=whole", f"train_loader.num_workers={workers}", ranks=ranks, launcher=True
+    )
     assert again.wait() == 0 and whole.wait() == 0, again.printed
     assert losses_by_batch(tmp_path / "stopped") == losses_by_batch(tmp_path / "whole")
 
@@ -135,7 +139,7 @@ def test_a_run_whose_terminal_is_closed_saves_and_the_same_command_goes_on(
     assert process.wait(timeout=120) == 143
     last = losses_by_batch(tmp_path / "stopped")[-1][0]
     assert 4 <= last < 12 and (tmp_path / "stopped" / f"ep0-ba{last}-rank0.pt").is_file()
-    again = launch(tiny_run, "run_name=stopped")
+    again = launch(tiny_run, "run_name=stopped", launcher=True)
     assert again.wait() == 0 and len(losses_by_batch(tmp_path / "stopped")) == 12, again.printed
 
 
@@ -144,7 +148,7 @@ def test_an_evaluation_is_left_for_a_signal(
 ) -> None:
     evaluation = f"eval_loader={{name: text, label: held_out, dataset: {{local: {shards}/a, split: val}}}}"
     words = [evaluation, "eval_interval=4ba", "device_eval_batch_size=1"]
-    run = launch(tiny_run, "run_name=stopped", *words, *slow, ranks=2)
+    run = launch(tiny_run, "run_name=stopped", *words, *slow, ranks=2, launcher=True)
     wait_for_batch(run, tmp_path / "stopped", 4)
     time.sleep(2)
     to_the_launcher(run, signal.SIGTERM)
@@ -154,7 +158,7 @@ def test_an_evaluation_is_left_for_a_signal(
 
 
 def test_a_signal_while_a_run_starts_ends_it_cleanly(tiny_run: Path, launch: Callable[..., Any]) -> None:
-    run = launch(tiny_run, "run_name=early", ranks=2)
+    run = launch(tiny_run, "run_name=early", ranks=2, launcher=True)
     # What a run will be is said before its data and its model are there.
     while "run folder" not in run.printed and run.process.poll() is None:
         time.sleep(0.05)

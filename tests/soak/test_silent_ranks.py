@@ -46,7 +46,7 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(
     tiny_run: Path, launch: Callable[..., Any], with_trouble: Callable[[int, str], list[str]], rank: int
 ) -> None:
     started_at = time.monotonic()
-    run = launch(tiny_run, "dist_timeout=10", *with_trouble(rank, "time.sleep(3600)"), ranks=2)
+    run = launch(tiny_run, "dist_timeout=10", *with_trouble(rank, "time.sleep(3600)"), ranks=2, launcher=True)
     assert run.wait() != 0
     assert time.monotonic() - started_at < 200
     assert f"rank {rank} did not arrive: it is in batch 4 at " in run.printed, run.printed
@@ -56,7 +56,9 @@ def test_a_rank_that_hangs_is_named_after_the_timeout(
 def test_a_rank_that_is_killed_is_named(
     tiny_run: Path, launch: Callable[..., Any], with_trouble: Callable[[int, str], list[str]]
 ) -> None:
-    run = launch(tiny_run, "dist_timeout=10", *with_trouble(1, "os.kill(os.getpid(), 9)"), ranks=2)
+    run = launch(
+        tiny_run, "dist_timeout=10", *with_trouble(1, "os.kill(os.getpid(), 9)"), ranks=2, launcher=True
+    )
     assert run.wait() != 0
     assert "rank 1 gives no sign of life in batch 4" in run.printed, run.printed
 
@@ -65,7 +67,7 @@ def test_a_rank_that_is_killed_is_named(
 def test_an_error_of_one_rank_is_the_launchers_exit_code(
     tiny_run: Path, launch: Callable[..., Any], with_trouble: Callable[[int, str], list[str]], rank: int
 ) -> None:
-    run = launch(tiny_run, *with_trouble(rank, 'raise DataError("shard 7 is gone")'), ranks=2)
+    run = launch(tiny_run, *with_trouble(rank, 'raise DataError("shard 7 is gone")'), ranks=2, launcher=True)
     assert run.wait() == 1, run.printed
     assert f"rank {rank}: error: shard 7 is gone" in run.printed
     assert "gloo" not in run.printed
