@@ -312,8 +312,8 @@ class Launched:
 def launch(tmp_path: Path) -> Iterator[Callable[..., Launched]]:
     """Start `scripts/train.py CONFIG [key=value ...]`; nothing of it outlives the test.
 
-    With `launcher` under the `composer` launcher; `options` are the launcher's own; `within` is a command that
-    runs it, such as in a namespace.
+    With `launcher` under the `composer` launcher; `options` are the launcher's own; `within` is a command
+    that runs it, such as in a namespace.
     """
     started: list[Launched] = []
 

@@ -34,11 +34,16 @@ def take_number(
         ValueError: Two streams, or this run and another, would keep copies in one folder.
     """
     _check_self(streams_local)
-    number = max(
-        _check_and_find_retrying(streams_local, streams_remote, name, retry) for name in SHM_TO_CLEAN
-    )
-    taken = None
-    while world.is_local_leader and taken is None:
+    number, taken, problem = 0, None, ""
+    # The others must not look: they would find the first process's own name, and take it for another run's.
+    if world.is_local_leader:
+        try:
+            number = max(
+                _check_and_find_retrying(streams_local, streams_remote, name, retry) for name in SHM_TO_CLEAN
+            )
+        except ValueError as error:
+            problem = str(error)
+    while world.is_local_leader and taken is None and not problem:
         data = _pack_locals(streams_local, number)
         try:
             taken = SharedMemory(_get_path(number, LOCALS), True, len(data))
@@ -46,7 +51,10 @@ def take_number(
         except FileExistsError:
             number += 1
     if dist.is_initialized():
-        numbers = [number] * dist.get_world_size()
-        dist.all_gather_object(numbers, number)
-        number = numbers[world.rank - world.rank_of_node]
+        answers = [(number, problem)] * dist.get_world_size()
+        dist.all_gather_object(answers, (number, problem))
+        number = answers[world.rank - world.rank_of_node][0]
+        problem = next((text for _, text in answers if text), "")
+    if problem:
+        raise ValueError(problem)
     return number, taken or SharedMemory(_get_path(number, LOCALS), False)

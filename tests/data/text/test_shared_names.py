@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from streaming.base.world import World
 
 from mptfoundry.data.text import shared_names
 from mptfoundry.data.text.shared_names import take_number
+from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.serial
 
@@ -34,3 +36,28 @@ def test_a_number_that_another_run_takes_meanwhile_is_passed_over(monkeypatch: p
         shared.cleanup()
     assert len(set(names)) == 3
     assert _get_path(number, LOCALS) == names[-1]
+
+
+LATE_RANK = """
+import sys, time
+from composer.utils import dist
+from streaming.base.world import World
+from mptfoundry.data.text.shared_names import take_number
+dist.initialize_dist("cpu")
+if dist.get_global_rank() == 1:
+    time.sleep(2)  # longer than streaming looks again
+number, shared = take_number([sys.argv[1]], ["/remote"], World.detect(), retry=10)
+dist.barrier()
+try:
+    take_number([sys.argv[1]], ["/remote"], World.detect(), retry=10)
+except ValueError as error:
+    print("refused:", str(error).split(":")[0])
+dist.barrier()
+"""
+
+
+def test_a_rank_that_comes_late_takes_its_own_runs_name_for_no_other(tmp_path: Path) -> None:
+    (tmp_path / "late.py").write_text(LATE_RANK)
+    done = run_on_ranks(tmp_path / "late.py", tmp_path / "copies")
+    assert done.returncode == 0, done.stdout
+    assert done.stdout.count("refused: Reused local directory") == 2, done.stdout
