@@ -38,7 +38,14 @@ are used where they are installed."""
 _LONGER = 'For sequences longer than {max_seq_len} tokens: `from_pretrained("{name}", max_seq_len=...)`.'
 
 
-def model_card(name: str, source: ModelSource, folder: Path, dtype: torch.dtype, license: str | None) -> str:
+def model_card(
+    name: str,
+    source: ModelSource,
+    folder: Path,
+    dtype: torch.dtype,
+    license: str | None,
+    origin: str | None = None,
+) -> str:
     """The model card: a header for the hub, the architecture, the run's numbers, loss picture and data mix.
 
     Args:
@@ -47,6 +54,7 @@ def model_card(name: str, source: ModelSource, folder: Path, dtype: torch.dtype,
         folder: The exported folder, with its `config.json`; the run's picture is copied into it.
         dtype: Of the exported weights.
         license: SPDX name; without one the card says that none was stated.
+        origin: A paragraph on where the model comes from.
     """
     config = source.config
     task, kind, auto = "text-generation", "language model", "AutoModelForCausalLM"
@@ -74,6 +82,7 @@ def model_card(name: str, source: ModelSource, folder: Path, dtype: torch.dtype,
         _USE.format(auto=auto, name=name, trust=trust, result=result),
         *longer,
     ]
+    parts += ["## Origin", origin] if origin else []
     return "\n\n".join([*parts, *_run(source, folder), *_licence(license)]) + "\n"
 
 

@@ -282,12 +282,15 @@ def _named_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Pa
     """The checkpoint that `load_path` names."""
     assert config.load_path is not None
     path = config.load_path.format(rank=0, run_name=config.run_name)
-    if is_url(path):
-        found: Path | None = find_checkpoint(_fetched(path, folder, stack))
-    else:
-        if not Path(path).exists():
-            raise CheckpointError(f"load_path: {path} is missing. Name a checkpoint, or remove the key.")
-        found = decided_by_rank_0(lambda: find_checkpoint(path))
+    local = _fetched(path, folder, stack) if is_url(path) else Path(path)
+    if not local.exists():
+        raise CheckpointError(f"load_path: {path} is missing. Name a checkpoint, or remove the key.")
+    if (local / "config.json").is_file():
+        raise CheckpointError(
+            f"load_path: {path} is a Hugging Face folder, which holds weights and no training state. Name it "
+            "in model.pretrained_model_name_or_path instead."
+        )
+    found = find_checkpoint(local) if is_url(path) else decided_by_rank_0(lambda: find_checkpoint(local))
     assert found is not None
     _refuse_one_file(found, config, "load_path")
     if reason := _damage(found):
