@@ -1,4 +1,4 @@
-"""Where the checkpoints of a run lie, what they are called, and which of them is the newest whole one.
+"""A checkpoint of a run, in either of its two forms, and the newest whole one in a run's folder.
 
 Words: a run folder holds `config.yaml` and checkpoints by Composer's names. A whole checkpoint is one file,
 `ep0-ba10-rank0.pt`; a sharded one is a folder, `ep0-ba10`, with `.metadata` and one `__0_0.distcp` per rank.
@@ -10,10 +10,32 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-from mptfoundry.checkpoints.sharded import METADATA, read_metadata, why_folder_is_not_whole
-from mptfoundry.checkpoints.torch_files import ends_as_written, why_file_is_not_whole
+from mptfoundry.checkpoints.checksums import (
+    Verifier,
+    parts_of_archive,
+    parts_of_folder,
+    why_archive_is_damaged,
+    why_folder_is_damaged,
+)
+from mptfoundry.checkpoints.sharded import (
+    METADATA,
+    ShardedWeights,
+    read_metadata,
+    read_value,
+    why_folder_is_not_whole,
+)
+from mptfoundry.checkpoints.torch_files import (
+    TorchFile,
+    ends_as_written,
+    load_plain,
+    open_composer_file,
+    why_file_is_not_whole,
+)
 from mptfoundry.errors import CheckpointError
 from mptfoundry.places import progress_of
 
@@ -25,14 +47,121 @@ _KNOWN = (
 log = logging.getLogger(__name__)
 
 
-def find_checkpoint(path: str | Path) -> Path:
+class Checkpoint(Protocol):
+    """A checkpoint on this machine: a `FileCheckpoint` or a `ShardedCheckpoint`."""
+
+    @property
+    def path(self) -> Path:
+        """The file or the folder."""
+
+    @property
+    def batch(self) -> int:
+        """Batches that its name tells; -1 for a name that tells none."""
+
+    def unfinished(self) -> str | None:
+        """Why it lacks its end or a file, as when its writing or copying was stopped; None if it has them.
+
+        None also for one that is damaged in another way.
+        """
+
+    def problem(self) -> str | None:
+        """Why it is unfinished, or what is wrong with its outline; None if nothing. No tensor is read."""
+
+    def parts(self) -> list[str]:
+        """The parts that have checksums, for several ranks to share; none where none were written."""
+
+    def damage(self, parts: Sequence[str]) -> str | None:
+        """Which of these parts holds other bytes than were written; None if none does.
+
+        Raises:
+            CheckpointError: Loading the checkpoint would run code, or its checksums can't be read.
+        """
+
+    def weights(self, verifier: Verifier) -> TorchFile | ShardedWeights:
+        """The model's weights, each compared with its checksum when it is read."""
+
+    def value(self, key: str) -> Any:
+        """A plain value that lies next to the state, such as a run's notes; None if there is none.
+
+        Raises:
+            CheckpointError: It is damaged, or reading it would run code.
+        """
+
+
+@dataclass(frozen=True)
+class _Named:
+    path: Path
+
+    @property
+    def batch(self) -> int:
+        progress = progress_of(self.path)
+        return progress[1] if progress else -1
+
+
+class FileCheckpoint(_Named):
+    """A whole checkpoint: one file of `torch.save`."""
+
+    def unfinished(self) -> str | None:
+        return None if ends_as_written(self.path) else self.problem()
+
+    def problem(self) -> str | None:
+        return why_file_is_not_whole(self.path)
+
+    def parts(self) -> list[str]:
+        return parts_of_archive(self.path)
+
+    def damage(self, parts: Sequence[str]) -> str | None:
+        if reason := why_archive_is_damaged(self.path, parts):
+            return reason
+        load_plain(self.path)  # the outline alone
+        return None
+
+    def weights(self, verifier: Verifier) -> TorchFile:
+        return open_composer_file(self.path, verifier)
+
+    def value(self, key: str) -> Any:
+        content = load_plain(self.path)
+        return content.get(key) if isinstance(content, dict) else None
+
+
+class ShardedCheckpoint(_Named):
+    """A sharded checkpoint: a folder of `torch.distributed.checkpoint`."""
+
+    def unfinished(self) -> str | None:
+        if not (self.path / METADATA).is_file():
+            return self.problem()
+        try:
+            metadata = read_metadata(self.path)
+        except CheckpointError:
+            return None
+        return why_folder_is_not_whole(self.path, metadata)
+
+    def problem(self) -> str | None:
+        return why_folder_is_not_whole(self.path)
+
+    def parts(self) -> list[str]:
+        return parts_of_folder(self.path)
+
+    def damage(self, parts: Sequence[str]) -> str | None:
+        return why_folder_is_damaged(self.path, parts)
+
+    def weights(self, verifier: Verifier) -> ShardedWeights:
+        return ShardedWeights(self.path, verifier)
+
+    def value(self, key: str) -> Any:
+        return read_value(self.path, key)
+
+
+def checkpoint_at(path: Path) -> Checkpoint:
+    """The checkpoint at a path, which may be unfinished or damaged."""
+    return ShardedCheckpoint(path) if path.is_dir() else FileCheckpoint(path)
+
+
+def find_checkpoint(path: str | Path) -> Checkpoint:
     """The checkpoint that `path` names: itself, or the newest whole one in a run folder.
 
     Newest is the one with the most batches in its name; checkpoints named otherwise come after those, by
-    time. Unfinished ones are passed over, with a warning that names them.
-
-    Returns:
-        A file, or a folder with `.metadata`; links are followed.
+    time. Unfinished ones are passed over, with a warning that names them. Links are followed.
 
     Raises:
         CheckpointError: Nothing is there, or nothing that is whole, or the newest one is damaged.
@@ -43,63 +172,43 @@ def find_checkpoint(path: str | Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder. {_KNOWN}")
     path = path.resolve()
-    if path.is_file() or is_sharded(path):
-        return path
-    candidates = checkpoints_in(path)
-    for candidate in candidates:
-        reason = why_not_whole(candidate)
+    if path.is_file() or (path / METADATA).is_file():
+        return checkpoint_at(path)
+    checkpoints = newest_first(path)
+    for checkpoint in checkpoints:
+        reason = checkpoint.problem()
         if reason is None:
-            return candidate
-        if not is_unfinished(candidate):
-            raise CheckpointError(f"{candidate}: {reason}. Restore it, or name another checkpoint.")
-        log.warning("%s: %s; passed over.", candidate, reason)
-    if candidates:
-        raise CheckpointError(f"{path}: none of its {len(candidates)} checkpoints is whole.")
+            return checkpoint
+        if checkpoint.unfinished() is None:
+            raise CheckpointError(f"{checkpoint.path}: {reason}. Restore it, or name another checkpoint.")
+        log.warning("%s: %s; passed over.", checkpoint.path, reason)
+    if checkpoints:
+        raise CheckpointError(f"{path}: none of its {len(checkpoints)} checkpoints is whole.")
     raise CheckpointError(
         f"{path}: no checkpoint in it. Looked for *.pt files and for folders with {METADATA}. {_KNOWN}"
     )
 
 
-def checkpoints_in(run_folder: Path) -> list[Path]:
-    """All entries of a run folder that are named or shaped like checkpoints, newest first, links followed."""
-    entries = {entry.resolve() for entry in run_folder.iterdir() if not entry.name.startswith(".")}
-    return sorted(filter(_looks_like_a_checkpoint, entries), key=_age, reverse=True)
+def newest_first(run_folder: Path) -> list[Checkpoint]:
+    """All entries of a run folder that are named or shaped like checkpoints, with links followed.
 
-
-def is_sharded(path: Path) -> bool:
-    """Whether a folder is a sharded checkpoint."""
-    return (path / METADATA).is_file()
-
-
-def why_not_whole(checkpoint: Path) -> str | None:
-    """What is missing from a checkpoint, from its outline alone (values aren't read); None if nothing is."""
-    return why_folder_is_not_whole(checkpoint) if checkpoint.is_dir() else why_file_is_not_whole(checkpoint)
-
-
-def is_unfinished(checkpoint: Path) -> bool:
-    """Whether a checkpoint lacks its end or a file, as when its writing or copying was stopped.
-
-    False also for one that has them and is damaged: `why_not_whole` tells.
+    None where the folder does not exist.
     """
-    if checkpoint.is_file():
-        return not ends_as_written(checkpoint)
-    if not is_sharded(checkpoint):
-        return True
-    try:
-        return why_folder_is_not_whole(checkpoint, read_metadata(checkpoint)) is not None
-    except CheckpointError:
-        return False
+    if not run_folder.is_dir():
+        return []
+    entries = {entry.resolve() for entry in run_folder.iterdir() if not entry.name.startswith(".")}
+    checkpoints = map(checkpoint_at, filter(_looks_like_a_checkpoint, entries))
+    return sorted(checkpoints, key=_age, reverse=True)
 
 
 def _looks_like_a_checkpoint(path: Path) -> bool:
     if path.is_dir():
-        return is_sharded(path) or progress_of(path) is not None
+        return (path / METADATA).is_file() or progress_of(path) is not None
     return path.is_file() and (path.suffix == ".pt" or progress_of(path) is not None)
 
 
-def _age(path: Path) -> tuple[int, float]:
-    progress = progress_of(path)
+def _age(checkpoint: Checkpoint) -> tuple[int, float]:
     changed_at = 0.0
     with contextlib.suppress(FileNotFoundError):  # a run may delete its older ones meanwhile
-        changed_at = path.stat().st_mtime
-    return (progress[1] if progress else -1, changed_at)
+        changed_at = checkpoint.path.stat().st_mtime
+    return checkpoint.batch, changed_at

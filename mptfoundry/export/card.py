@@ -17,11 +17,11 @@ import yaml
 
 from mptfoundry.architecture.of_run import RUN_CONFIG
 from mptfoundry.architecture.trainable import LoRAConfig
-from mptfoundry.checkpoints.names import progress_of
 from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.mpt.head_config import HeadConfig
+from mptfoundry.places import progress_of
 from mptfoundry.run.metrics import mean_at_the_end, read_rows
 
 PICTURE = "report.png"
@@ -165,7 +165,7 @@ def _positions(config: MPTConfig) -> str:
 
 
 def _training(run_folder: Path, checkpoint: Path, folder: Path) -> list[str]:
-    """What the run measured up to this checkpoint, and its picture, which may go on after it."""
+    """What the run measured up to this checkpoint, and its picture, which may show later batches too."""
     progress = progress_of(checkpoint)
     records = _records(run_folder / "metrics.jsonl", progress[1] if progress else None)
     rows = []

@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Logits of an exported folder beside those of its checkpoint, over the tokens of one text.
+    """Logits of an exported folder compared with those of its checkpoint, over the tokens of one text.
 
     Attributes:
         tokens: Of the text.
@@ -343,7 +343,7 @@ def class_of(folder: Path) -> Any:
 class _MasksInFloat64(TorchFunctionMode):
     """transformers 4 makes a mask of the default dtype, whatever the model's; here it becomes float64.
 
-    A mode holds for its own thread: nothing changes for a training that goes on meanwhile.
+    A mode holds for its own thread: nothing changes for a training that continues meanwhile.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

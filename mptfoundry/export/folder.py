@@ -210,25 +210,25 @@ class _WeightsInMemory:
         return tensor.to(dtype or tensor.dtype, copy=True)
 
 
-def choose_format(config: MPTConfig, wanted: Format) -> tuple[str, str]:
+def choose_format(config: MPTConfig, format: Format) -> tuple[str, str]:
     """The format that is asked for, or with `auto` the one that fits, and the reason for it.
 
     Raises:
         CheckpointError: `native` is asked for, and can't express the model.
     """
     reasons = "; ".join(why_not_native(config))
-    if isinstance(config, HeadConfig) and (reasons or wanted == "custom"):
+    if isinstance(config, HeadConfig) and (reasons or format == "custom"):
         raise CheckpointError(
             f"format: {config.architecture} is transformers' own class alone, without code in the folder"
             + (f", and would compute something else: {reasons}." if reasons else ". Use format=native.")
         )
-    if wanted == "native" and reasons:
+    if format == "native" and reasons:
         raise CheckpointError(
             "format: native can't express this model, since transformers' own MPT classes would compute "
             f"something else: {reasons}. Use format=custom."
         )
-    if wanted != "auto":
-        return wanted, "asked for"
+    if format != "auto":
+        return format, "asked for"
     if not reasons:
         return "native", "stock transformers loads it"
     return "custom", f"it needs trust_remote_code=True, since native can't express it: {reasons}"
@@ -291,6 +291,6 @@ def _tokenizer_for(source: ModelSource, name: str | None) -> Any:
     named = load_tokenizer(name, max_seq_len=source.config.max_seq_len) if name else None
     tokenizer = named if named is not None else tokenizer_of(source)
     if tokenizer is None:
-        raise CheckpointError(f"{source.path}: no tokenizer beside it. Name one: tokenizer=FOLDER.")
+        raise CheckpointError(f"{source.path}: no tokenizer next to it. Name one: tokenizer=FOLDER.")
     check_tokenizer(tokenizer, source.config.vocab_size)
     return tokenizer

@@ -149,7 +149,7 @@ def test_an_index_names_files_of_its_own_folder_and_nothing_else(
     index = {"weight_map": dict.fromkeys(STATE, name)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     said = refused(folder, tmp_path / "run")
-    assert "is not a file of its own folder" in said or "is no file of weights" in said
+    assert "is not a file of its own folder" in said or "is not a file of weights" in said
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer_config.json", "merges.txt"])
