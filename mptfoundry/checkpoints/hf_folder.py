@@ -69,8 +69,8 @@ class FolderWeights:
             verifier.note(f"{folder} has no {CHECKSUMS} and is read unverified")
             verifier.is_on &= len(stores) < len(opened)
         else:
-            for store in stores:
-                store.note_if_unverified()
+            for file in stores:
+                file.note_if_unverified()
         stored = [(store, name) for store in opened for name in store.outlines]
         root = "" if any(name.startswith(_ROOT) for _, name in stored) else _ROOT
         self._stores: dict[str, tuple[SafetensorsFile | TorchFile, str]] = {}
