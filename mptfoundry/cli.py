@@ -323,9 +323,9 @@ VERBS = {
     ),
     "import": Verb(
         _import,
-        "write a Hugging Face folder, or llm-foundry's checkpoint, as a run to start from",
+        "write another project's model, or llm-foundry's checkpoint, as a Hugging Face folder to start from",
         "SOURCE OUT [key=value ...]",
-        "mptfoundry import mpt-7b-hf runs/mpt-7b",
+        "mptfoundry import mosaicml/mpt-7b hf/mpt-7b",
         "ImportConfig",
     ),
     "generate": Verb(

@@ -23,7 +23,7 @@ from composer.core import Callback, DataSpec, State
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from mptfoundry.checkpoints.checksums import parts_of, why_damaged
+from mptfoundry.checkpoints.checkpoint import checkpoint_at
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
@@ -111,7 +111,8 @@ def main(words: list[str]) -> None:
                 file = max(Path(folder).glob("ep*.pt"))
                 size = file.stat().st_size
                 began_at = time.perf_counter()
-                assert why_damaged(file, parts_of(file)) is None
+                checkpoint = checkpoint_at(file)
+                assert checkpoint.damage(checkpoint.parts()) is None
                 speeds.append((time.perf_counter() - began_at) / size * 1e9)
     print(f"checkpoint: {size / 1e6:,.0f} MB")
     for kind in kinds:

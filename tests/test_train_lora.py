@@ -202,9 +202,9 @@ def test_another_base_is_refused(finished: Path, run: Run, place: Path) -> None:
         content = torch.load(checkpoint, weights_only=False)
         content["state"]["model"]["model.transformer.blocks.1.ffn.up_proj.weight"] += 1
         torch.save(content, checkpoint)
-        with pytest.raises(CheckpointError, match=r"is not the base that these adapters were learned beside"):
+        with pytest.raises(CheckpointError, match=r"is not the base that these adapters were trained on"):
             load_network(finished)
-        with pytest.raises(CheckpointError, match=r"is not the base that these adapters were learned beside"):
+        with pytest.raises(CheckpointError, match=r"is not the base that these adapters were trained on"):
             run("whole", "max_duration=6ba")
     finally:
         shutil.rmtree(place / "base", ignore_errors=True)

@@ -15,7 +15,7 @@ from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.config.load import load_train_config
 from mptfoundry.config.model import ModelConfig
 from mptfoundry.errors import CheckpointError, ConfigError
-from mptfoundry.export.importing import CHECKPOINT, import_model
+from mptfoundry.export.importing import import_model
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from mptfoundry.train import train
@@ -125,14 +125,27 @@ def test_the_model_is_compared_again_when_its_weights_are_read(there: Path) -> N
         open_pretrained(ModelConfig(**{**said, "norm_eps": 1e-6}))
 
 
-def test_what_was_imported_is_loaded_by_its_path_too(
+def test_a_run_starts_from_an_imported_folder_and_load_path_refuses_it(
     run: Callable[..., Path], there: Path, tmp_path: Path
 ) -> None:
-    import_model(str(there), tmp_path / "imported", progress=False)
-    checkpoint = tmp_path / "imported" / CHECKPOINT
+    imported = tmp_path / "imported"
+    import_model(str(there), imported, progress=False)
+    found = weights_of(run(f"model.pretrained_model_name_or_path={imported}"))
+    assert all(torch.equal(found[name], tensor.float()) for name, tensor in weights_of(there).items())
+    with pytest.raises(CheckpointError, match=r"Name it in model.pretrained_model_name_or_path instead.$"):
+        run("model.pretrained=false", f"load_path={imported}", "load_weights_only=true", "run_name=another")
+
+
+def test_a_composer_file_of_weights_alone_is_loaded_by_its_path(
+    run: Callable[..., Path], tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "weights" / "ep0-ba0-rank0.pt"
+    checkpoint.parent.mkdir()
+    stored = MPT(MODEL, seed=5).state_dict()
+    torch.save({"state": {"model": {f"model.{name}": tensor for name, tensor in stored.items()}}}, checkpoint)
     words = ["model.pretrained=false", f"load_path={checkpoint}", "load_weights_only=true", "seed=3"]
     found = weights_of(run(*words))
-    assert all(torch.equal(found[name], tensor) for name, tensor in weights_of(tmp_path / "imported").items())
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
     with pytest.raises(CheckpointError, match=r"is one file, and fsdp_config.state_dict_type: sharded loads"):
         run(*words, "fsdp_config.state_dict_type=sharded", "run_name=sharded")
 

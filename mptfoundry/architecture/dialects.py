@@ -91,7 +91,7 @@ def config_of_others(values: Mapping[str, Any], where: str) -> MPTConfig:
     is_ours = has_our_code or "layer_norm_epsilon" in values
     if has_their_norms and not agrees and not is_ours:
         raise CheckpointError(
-            f"{where}: qk_ln or qk_gn beside norm_type: {config.norm_type} and norm_eps: {config.norm_eps}. "
+            f"{where}: qk_ln or qk_gn with norm_type: {config.norm_type} and norm_eps: {config.norm_eps}. "
             "llm-foundry computes these as layernorms with 1e-5 all the same, which can't be expressed here."
         )
     return config.with_plain_heads() if has_our_code else config

@@ -68,8 +68,10 @@ def _snapshot(name: str, revision: str | None, config_only: bool) -> Path:
             return Path(snapshot_download(name, revision=revision, local_files_only=True))
         files = HfApi().list_repo_files(name, revision=revision)
         kind = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
-        wanted = [*_TEXTS, kind]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted, ignore_patterns="*/*"))
+        patterns = [*_TEXTS, kind]
+        return Path(
+            snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
+        )
     except Exception as error:  # the client's errors have no common class
         why = offline or first_line(error)
         at = f" at revision {revision}" if revision else ""

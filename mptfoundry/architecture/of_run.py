@@ -32,7 +32,7 @@ def architecture_of(path: Path) -> MPTConfig:
         return config_of_run(run)
     raise CheckpointError(
         f"{path}: neither a config.json in it nor a run's {RUN_CONFIG} tells its architecture. A checkpoint "
-        "of another program becomes a run with `mptfoundry import`."
+        "of another program becomes a Hugging Face folder with `mptfoundry import`."
     )
 
 

@@ -23,10 +23,10 @@ from composer.utils import create_interval_scheduler, dist, format_name_with_dis
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from mptfoundry.checkpoints.names import checkpoints_in
+from mptfoundry.checkpoints.checkpoint import newest_first
 from mptfoundry.errors import ConfigError
 from mptfoundry.files import remove_unfinished
-from mptfoundry.places import is_url, progress_of
+from mptfoundry.places import is_url
 from mptfoundry.ranks import decided_by_rank_0
 from mptfoundry.run.metrics_file import NAME as METRICS
 from mptfoundry.run.report import report_if_possible
@@ -203,9 +203,7 @@ class HFExport(Callback):
 
     def _lost(self, name: str, checkpoint: str, batch: int, folder: str) -> str:
         """What is said of an export whose batch is over."""
-        kept = [
-            path for path in checkpoints_in(self.run_folder) if (progress_of(path) or (0, -1))[1] == batch
-        ]
+        kept = [each.path for each in newest_first(self.run_folder) if each.batch == batch]
         if not kept:
             return f"the export {name} was interrupted, and {checkpoint} is not kept: it can't be made"
         dtype = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[self.dtype]

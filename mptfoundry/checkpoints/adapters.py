@@ -1,7 +1,7 @@
-"""Models that are a base and adapters beside it: the checkpoint has the adapters, the base lies elsewhere.
+"""Models that consist of a base and adapters: the checkpoint holds the adapters, the base lies elsewhere.
 
-The run's config says where. A fingerprint in the checkpoint tells the base from others: adapters beside other
-weights would make another model without a word. An adapter in peft's format is a folder of its own, with
+The run's config says where. The checkpoint holds a fingerprint of the base, because adapters on other weights
+would silently make another model. An adapter in peft's format is a folder of its own, with
 `adapter_config.json` and `adapter_model.safetensors`; whoever reads it names the base.
 """
 
@@ -83,7 +83,7 @@ def with_adapters(
     """The model of a checkpoint of adapters, as one whose weights are the base's and theirs together.
 
     Raises:
-        CheckpointError: The adapters were learned beside other weights, or don't fit these.
+        CheckpointError: The adapters were trained on other weights, or don't fit these.
     """
     found = {name: o.shape for name, o in adapters.outlines.items() if ADAPTER in name}
     check_number_formats(checkpoint.path, adapters.outlines, found)
@@ -111,8 +111,7 @@ def with_peft_folder(folder: Path, base: ModelSource, verifier: Verifier) -> Mod
     """
     lora = _lora_in(folder)
     file = SafetensorsFile(confined(folder, PEFT_WEIGHTS, folder / PEFT_CONFIG), verifier)
-    if verifier.is_on and not file.has_checksums:
-        verifier.notes.append(f"{file.path} has no checksums and is read unverified")
+    file.note_if_unverified()
     try:
         expected = lora.adapter_shapes(base.config)
     except ValueError as error:
@@ -164,7 +163,7 @@ def check_base(base: ModelSource, expected: torch.Tensor | None) -> None:
     """Raise CheckpointError unless `base` has the fingerprint that the adapters' checkpoint tells."""
     if expected is None or not torch.equal(expected.cpu(), fingerprint(base)):
         raise CheckpointError(
-            f"{base.path}: is not the base that these adapters were learned beside: its weights are others. "
+            f"{base.path}: is not the base that these adapters were trained on: its weights differ. "
             "Put that base back, or name where it is now in the run's config.yaml."
         )
 

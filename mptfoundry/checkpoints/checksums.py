@@ -43,7 +43,7 @@ class Verifier:
 
     Attributes:
         is_on: Whether anything is compared.
-        notes: Sentences that name what has no checksums, and texts that were changed.
+        notes: What has no checksums, and texts that were changed, as sentences for the user.
     """
 
     def __init__(self, *, is_on: bool = True) -> None:
@@ -58,6 +58,11 @@ class Verifier:
         if reason := why_damaged():
             raise CheckpointError(f"{file}: {reason}. {ADVICE}")
         self._compared.add((file, member))
+
+    def note(self, sentence: str) -> None:
+        """Have the user told, unless nothing is compared anyway."""
+        if self.is_on and sentence not in self.notes:
+            self.notes.append(sentence)
 
 
 @dataclass(frozen=True)
@@ -196,30 +201,43 @@ def why_other_digest(file: Path, digest: str) -> str | None:
     return None if found == digest else _other_bytes("it", f"its sha256 is {found[:16]}...")
 
 
-def parts_of(checkpoint: Path) -> list[str]:
-    """The parts of a checkpoint that have checksums; none where another program wrote none."""
-    if checkpoint.is_file():
-        with zipfile.ZipFile(checkpoint) as archive:
-            return archive.namelist() if has_checksums(checkpoint) else []
-    return sorted(written_sums(checkpoint)) if (checkpoint / CHECKSUMS).exists() else []
+def parts_of_archive(file: Path) -> list[str]:
+    """The members of an archive, if it holds checksums."""
+    with zipfile.ZipFile(file) as archive:
+        return archive.namelist() if has_checksums(file) else []
 
 
-def why_damaged(checkpoint: Path, parts: Sequence[str]) -> str | None:
-    """Which of some parts holds other bytes than were written, and in which file; None if none does."""
-    check = _why_member_is_damaged if checkpoint.is_file() else why_file_is_damaged
+def parts_of_folder(folder: Path) -> list[str]:
+    """The files of a folder that have checksums."""
+    return sorted(written_sums(folder)) if (folder / CHECKSUMS).exists() else []
+
+
+def why_archive_is_damaged(file: Path, members: Sequence[str]) -> str | None:
+    """Which of some members of an archive holds other bytes than were written; None if none does."""
+    return _first_reason(_why_member_is_damaged, file, members)
+
+
+def why_folder_is_damaged(folder: Path, names: Sequence[str]) -> str | None:
+    """Which of some files of a folder holds other bytes than were written; None if none does."""
+    return _first_reason(why_file_is_damaged, folder, names)
+
+
+def _first_reason(
+    why: Callable[[Path, str], str | None], checkpoint: Path, parts: Sequence[str]
+) -> str | None:
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = pool.map(lambda part: check(checkpoint, part), parts)
-        return next((reason for reason in found if reason is not None), None)
+        reasons = pool.map(lambda part: why(checkpoint, part), parts)
+        return next((reason for reason in reasons if reason is not None), None)
 
 
 def why_file_is_damaged(folder: Path, name: str) -> str | None:
     """Whether a file of a folder with checksums holds other bytes than were written."""
-    wanted = written_sums(folder).get(name)
+    written = written_sums(folder).get(name)
     try:
         size, crc = _checksum(confined(folder, name, folder / CHECKSUMS))
     except CheckpointError as error:
         return str(error).rstrip(".")
-    return None if {"bytes": size, "crc32": crc} == wanted else _other_bytes(name, f"its CRC-32 is {crc}")
+    return None if {"bytes": size, "crc32": crc} == written else _other_bytes(name, f"its CRC-32 is {crc}")
 
 
 def written_sums(folder: Path) -> Sums:

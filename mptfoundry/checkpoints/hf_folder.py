@@ -56,8 +56,8 @@ class FolderWeights:
     def __init__(self, folder: Path, verifier: Verifier | None = None) -> None:
         self.path = folder
         verifier = verifier or Verifier()
-        if verifier.is_on:
-            verifier.notes += [f"{folder / name} is not as it was written" for name in changed_texts(folder)]
+        for name in changed_texts(folder) if verifier.is_on else ():
+            verifier.note(f"{folder / name} is not as it was written")
         opened = [
             SafetensorsFile(file, verifier)
             if file.suffix == ".safetensors"
@@ -65,15 +65,12 @@ class FolderWeights:
             for file in _weight_files(folder)
         ]
         stores = [store for store in opened if isinstance(store, SafetensorsFile)]
-        if verifier.is_on and stores and not any(store.has_checksums for store in stores):
-            verifier.notes.append(f"{folder} has no {CHECKSUMS} and is read unverified")
-            verifier.is_on = len(stores) < len(opened)
-        elif verifier.is_on:
-            verifier.notes += [
-                f"{store.path} has no checksums and is read unverified"
-                for store in stores
-                if not store.has_checksums
-            ]
+        if stores and not any(store.has_checksums for store in stores):
+            verifier.note(f"{folder} has no {CHECKSUMS} and is read unverified")
+            verifier.is_on &= len(stores) < len(opened)
+        else:
+            for file in stores:
+                file.note_if_unverified()
         stored = [(store, name) for store in opened for name in store.outlines]
         root = "" if any(name.startswith(_ROOT) for _, name in stored) else _ROOT
         self._stores: dict[str, tuple[SafetensorsFile | TorchFile, str]] = {}
@@ -128,6 +125,11 @@ class SafetensorsFile:
         """Whether anything says what its bytes should be."""
         return self._checksums is not None or self._digest is not None
 
+    def note_if_unverified(self) -> None:
+        """Have the user told where nothing says so."""
+        if not self.has_checksums:
+            self._verifier.note(f"{self.path} has no checksums and is read unverified")
+
     def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
         """One tensor; the file is mapped for it alone, so that its pages don't stay in memory."""
         if self._digest is not None:
@@ -172,5 +174,5 @@ def _names_in_index(index: Path) -> list[str]:
         if not isinstance(name, str) or Path(name).suffix not in (".safetensors", ".bin")
     ]
     if wrong:
-        raise CheckpointError(f"{index}: {wrong[0]!r} is no file of weights.")
+        raise CheckpointError(f"{index}: {wrong[0]!r} is not a file of weights.")
     return sorted(set(names.values()))

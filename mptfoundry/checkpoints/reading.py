@@ -21,12 +21,10 @@ from mptfoundry.checkpoints.adapters import (
     with_adapters,
     with_peft_folder,
 )
+from mptfoundry.checkpoints.checkpoint import Checkpoint, find_checkpoint
 from mptfoundry.checkpoints.checksums import Verifier
 from mptfoundry.checkpoints.hf_folder import FolderWeights
-from mptfoundry.checkpoints.names import find_checkpoint
-from mptfoundry.checkpoints.sharded import ShardedWeights
 from mptfoundry.checkpoints.source import ModelSource, expected_shapes, shape_problems, with_rows
-from mptfoundry.checkpoints.torch_files import open_composer_file
 from mptfoundry.checkpoints.weights import (
     EMBEDDING,
     PROJECTION,
@@ -135,13 +133,13 @@ def with_overrides(source: ModelSource, overrides: Mapping[str, Any]) -> ModelSo
     """The model with some switches changed; another `vocab_size` cuts its embedding, or pads it.
 
     Raises:
-        CheckpointError: There is no such switch, or the weights don't fit the architecture any more.
+        CheckpointError: There is no such switch, or the weights no longer fit the architecture.
     """
     if not overrides:
         return source
-    wanted = overridden(source.config, overrides)
-    config = replace(wanted, vocab_size=source.config.vocab_size)
-    changed = with_rows(replace(source, config=config), wanted.vocab_size)
+    target = overridden(source.config, overrides)
+    config = replace(target, vocab_size=source.config.vocab_size)
+    changed = with_rows(replace(source, config=config), target.vocab_size)
     check_weights(changed)
     return changed
 
@@ -228,11 +226,10 @@ def _check_that_it_is_tied(source: ModelSource) -> None:
         )
 
 
-def _open_checkpoint(checkpoint: Path, config: MPTConfig | None, verifier: Verifier) -> ModelSource:
+def _open_checkpoint(checkpoint: Checkpoint, config: MPTConfig | None, verifier: Verifier) -> ModelSource:
     """A Composer checkpoint, with the config of its run, or the one that llm-foundry puts inside."""
-    is_folder = checkpoint.is_dir()
-    weights = ShardedWeights(checkpoint, verifier) if is_folder else open_composer_file(checkpoint, verifier)
-    folder = run_of(checkpoint)
+    path, weights = checkpoint.path, checkpoint.weights(verifier)
+    folder = run_of(path)
     if config is None and folder is not None:
         config = config_of_run(folder)
     elif config is None:
@@ -240,21 +237,21 @@ def _open_checkpoint(checkpoint: Path, config: MPTConfig | None, verifier: Verif
         content = noted.get("content") if isinstance(noted, dict) else None
         if not isinstance(content, dict):
             raise CheckpointError(
-                f"{checkpoint}: no {RUN_CONFIG} beside it, so its architecture isn't known. Keep a "
+                f"{path}: no {RUN_CONFIG} next to it, so its architecture isn't known. Keep a "
                 "checkpoint in its run's folder, or put the run's config there."
             )
-        config = config_of_others(content, f"{checkpoint}: state.integrations.huggingface")
+        config = config_of_others(content, f"{path}: state.integrations.huggingface")
     tokenizer_folder = _tokenizer_in(folder / "tokenizer") if folder else None
     run = read_run(folder) if folder is not None else {"model": {}}
     trained = folder if "train_loader" in run else None
-    source = ModelSource(checkpoint, config, weights, tokenizer_folder, trained, verifier)
+    source = ModelSource(path, config, weights, tokenizer_folder, trained, verifier)
     if folder is None or (lora := lora_of(run)) is None:
         return source
     return with_adapters(_base_of(run, folder, config, verify=verifier.is_on), weights, lora, source)
 
 
 def _base_of(run: Mapping[str, Any], folder: Path, config: MPTConfig, *, verify: bool) -> ModelSource:
-    """The model beside whose weights the run's adapters were learned."""
+    """The base that the run's adapters were trained on."""
     name = run["model"].get("pretrained_model_name_or_path") or run.get("load_path")
     if not isinstance(name, str):
         raise CheckpointError(f"{folder / RUN_CONFIG}: names no base for the adapters of model.peft_config.")

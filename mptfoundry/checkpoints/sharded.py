@@ -18,7 +18,6 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.checkpoint import metadata as outline
 
 from mptfoundry.checkpoints.checksums import (
-    ADVICE,
     CHECKSUMS,
     Verifier,
     why_file_is_damaged,
@@ -51,9 +50,9 @@ class ShardedWeights:
     def __init__(self, folder: Path, verifier: Verifier | None = None) -> None:
         self.path = folder
         self._verifier = verifier or Verifier()
-        self._metadata = read_metadata(folder, verify=self._verifier.is_on)
+        self._metadata = read_metadata(folder, self._verifier)
         if not (folder / CHECKSUMS).exists():
-            self._verifier.notes.append(
+            self._verifier.note(
                 f"{folder} has no {CHECKSUMS}: its {METADATA} is read unverified, its tensors are verified"
             )
         if reason := why_folder_is_not_whole(folder, self._metadata):
@@ -86,7 +85,7 @@ class ShardedWeights:
                     section = notes
                     for step in path[4:-1]:
                         section = section.setdefault(step, {})
-                    section[path[-1]] = _value_at(self.path, places[key], verify=self._verifier.is_on)
+                    section[path[-1]] = _value_at(self.path, places[key], self._verifier)
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise CheckpointError(f"{self.path / METADATA}: damaged, {prefix} can't be read.") from error
         return _with_lists(notes)  # type: ignore[no-any-return]
@@ -108,7 +107,7 @@ class ShardedWeights:
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                reader = Reader(self.path, self._metadata, verify=self._verifier.is_on)
+                reader = Reader(self.path, self._metadata, self._verifier)
                 dcp.load(state, storage_reader=reader, no_dist=True)
         except dcp.api.CheckpointException as error:
             raise own_cause(error) or CheckpointError(
@@ -128,17 +127,16 @@ def read_value(folder: Path, key: str) -> Any:
     """
     for index, place in read_metadata(folder).storage_data.items():
         if index.fqn == key:
-            return _value_at(folder, place, verify=True)
+            return _value_at(folder, place, Verifier())
     return None
 
 
-def _value_at(folder: Path, place: Any, *, verify: bool) -> Any:
+def _value_at(folder: Path, place: Any, verifier: Verifier) -> Any:
     file = confined(folder, place.relative_path, folder / METADATA)
     with file.open("rb") as stream:
         stream.seek(place.offset)
         piece = io.BytesIO(stream.read(place.length))
-    if verify and (reason := why_piece_is_damaged("a note", piece)):
-        raise CheckpointError(f"{file}: {reason}. {ADVICE}")
+    verifier.once(file, f"at {place.offset}", lambda: why_piece_is_damaged("a note", piece))
     return load_plain_bytes(piece, str(file))
 
 
@@ -157,11 +155,11 @@ def own_cause(error: dcp.api.CheckpointException) -> CheckpointError | None:
     return next((cause for cause in causes if isinstance(cause, CheckpointError)), None)
 
 
-def read_metadata(folder: Path, *, verify: bool = True) -> outline.Metadata:
+def read_metadata(folder: Path, verifier: Verifier | None = None) -> outline.Metadata:
     """The outline of a sharded checkpoint; never runs code, and every file it names lies in the folder."""
     file = folder / METADATA
-    if verify and (folder / CHECKSUMS).exists() and (reason := why_file_is_damaged(folder, METADATA)):
-        raise CheckpointError(f"{folder}: {reason}. {ADVICE}")
+    if (folder / CHECKSUMS).exists():
+        (verifier or Verifier()).once(folder, METADATA, lambda: why_file_is_damaged(folder, METADATA))
     try:
         with file.open("rb") as stream:
             metadata = _OutlineUnpickler(stream).load()
@@ -201,11 +199,11 @@ class Reader(dcp.FileSystemReader):
     Each piece is compared with its own checksums before it is used.
     """
 
-    def __init__(self, folder: Path, metadata: outline.Metadata, *, verify: bool = True) -> None:
+    def __init__(self, folder: Path, metadata: outline.Metadata, verifier: Verifier | None = None) -> None:
         super().__init__(folder)
         self._outline = metadata
         self._folder = folder
-        self._verify = verify
+        self._verifier = verifier or Verifier()
         self._names = {(p.relative_path, p.offset): key.fqn for key, p in metadata.storage_data.items()}
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> outline.Metadata:
@@ -215,8 +213,8 @@ class Reader(dcp.FileSystemReader):
         file.seek(sinfo.offset)
         piece = io.BytesIO(file.read(sinfo.length))
         name = self._names[sinfo.relative_path, sinfo.offset].removeprefix(_CHILD)
-        if self._verify and (reason := why_piece_is_damaged(f"{name} in {sinfo.relative_path}", piece)):
-            raise CheckpointError(f"{self._folder}: {reason}. {ADVICE}")
+        what = f"{name} in {sinfo.relative_path}"
+        self._verifier.once(self._folder, what, lambda: why_piece_is_damaged(what, piece))
         return piece
 
 

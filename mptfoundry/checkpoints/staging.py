@@ -22,7 +22,7 @@ from mptfoundry.errors import CheckpointError
 from mptfoundry.places import is_url, path_in_store, progress_of
 from mptfoundry.stores import AT_START, patiently, reason_of
 
-# What tells of a run, beside its checkpoints.
+# The files of a run, apart from its checkpoints, that an export reads.
 _SMALL = ("config.yaml", "tokenizer", "metrics.jsonl", "report.png")
 _SECONDS_BETWEEN_LOOKS = 0.5
 
@@ -31,7 +31,7 @@ List = Callable[[str], list[str]]
 
 @contextmanager
 def staged(model: str | Path, out: Path, run_folder: str | None, *, progress: bool) -> Iterator[Path]:
-    """Yield a local path for a model; what has to be fetched lies beside `out` and is removed at the end.
+    """Yield a local path for a model; what has to be fetched lies next to `out` and is removed at the end.
 
     Args:
         model: A local path, which comes back as it is, or the URL of a run folder, a checkpoint or a Hugging
@@ -62,7 +62,7 @@ def staged(model: str | Path, out: Path, run_folder: str | None, *, progress: bo
 
     with _readable(url):
         store, found, sizes = patiently(look, what=f"{url}: can't be read", patience=AT_START)
-    check_space(out, sum(sizes.values()), f"{url} is staged beside it and takes")
+    check_space(out, sum(sizes.values()), f"{url} is staged next to it and takes")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.absolute().parent, prefix=f".{out.name}.staged.") as temporary:
         folder = Path(temporary)
@@ -166,7 +166,7 @@ def _small_files(folder: PurePosixPath, list_objects: List) -> list[str]:
 
 
 def _below(root: str, list_objects: List) -> list[str]:
-    """The object `root` and those in it as a folder, but not those whose names go on otherwise."""
+    """The object `root`, and those in it as a folder; not those whose names only begin with its name."""
     return [name for name in list_objects(root) if name == root or name.startswith(root.rstrip("/") + "/")]
 
 

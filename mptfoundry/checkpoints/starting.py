@@ -28,7 +28,7 @@ class StartingWeights:
         seed: Of what is drawn.
         new: Prefixes of parameters that `source` need not have, such as `score.`; those that it lacks are
             drawn. Everything else has to be there.
-        unused: Prefixes of what `source` may have beside them, such as `lm_head.`.
+        unused: Prefixes of further weights that `source` may have, such as `lm_head.`.
         progress: Show a bar over the bytes that are read.
 
     Attributes:
@@ -56,9 +56,9 @@ class StartingWeights:
         self.drawn = [name for name in shapes if name not in found and name.startswith(tuple(new))]
         if source is not None:
             not_needed = (*unused, PROJECTION) if source.config.tie_word_embeddings else tuple(unused)
-            wanted = {name: shape for name, shape in shapes.items() if name not in self.drawn}
-            given = {n: s for n, s in found.items() if n in wanted or not n.startswith(not_needed)}
-            if problems := shape_problems(given, wanted):
+            to_read = {name: shape for name, shape in shapes.items() if name not in self.drawn}
+            stored = {n: s for n, s in found.items() if n in to_read or not n.startswith(not_needed)}
+            if problems := shape_problems(stored, to_read):
                 raise CheckpointError(f"{source.path}: {'; '.join(problems[:5])}.")
             _verify_together(source)
         self._bar = tqdm(unit="B", unit_scale=True, desc="weights", disable=not (progress and source))

@@ -27,8 +27,8 @@ from mptfoundry.checkpoints.checksums import (
     has_checksums,
     members_of,
     outline_parts,
-    parts_of,
-    why_damaged,
+    parts_of_archive,
+    why_archive_is_damaged,
     why_other_bytes,
 )
 from mptfoundry.checkpoints.weights import Rows, TensorOutline, cut, todays_name
@@ -125,9 +125,9 @@ def load_plain(path: Path, *, mapped: bool = True, verifier: Verifier | None = N
         raise CheckpointError(f"{path}: {reason}.")
     verifier = verifier or Verifier()
     if has_checksums(path):
-        verifier.once(path, "", lambda: why_damaged(path, outline_parts(path)))
-    elif verifier.is_on:
-        verifier.notes.append(f"{path} was written without checksums and is read unverified")
+        verifier.once(path, "", lambda: why_archive_is_damaged(path, outline_parts(path)))
+    else:
+        verifier.note(f"{path} was written without checksums and is read unverified")
     try:
         with torch.serialization.safe_globals(_harmless()):
             return torch.load(path, map_location="cpu", mmap=mapped, weights_only=True)
@@ -204,7 +204,7 @@ class _Members:
             for address, size in stored.items()
         ):
             self._members = {}
-            verifier.once(path, "all", lambda: why_damaged(path, parts_of(path)))
+            verifier.once(path, "all", lambda: why_archive_is_damaged(path, parts_of_archive(path)))
 
     def __call__(self, name: str, tensor: torch.Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -232,7 +232,7 @@ def _byteorder(path: Path) -> str:
 
 
 def _harmless() -> list[Any]:
-    """What a checkpoint of Composer needs beside tensors: times, random states, versions."""
+    """What a checkpoint of Composer needs besides tensors: times, random states, versions."""
     multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray  # type: ignore[attr-defined]
     reconstruct: Any = multiarray._reconstruct  # type: ignore[attr-defined]
     scalar: Any = multiarray.scalar  # type: ignore[attr-defined]
@@ -250,7 +250,7 @@ def _harmless() -> list[Any]:
 def _check_that_it_is_stored(path: Path, name: str, tensor: torch.Tensor) -> None:
     """Raise CheckpointError for a tensor that says it holds more numbers than lie in the file."""
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise CheckpointError(f"{path}: {name} is no plain tensor.")
+        raise CheckpointError(f"{path}: {name} is not a plain tensor.")
     stored, said = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
     if said > stored:
         raise CheckpointError(
@@ -260,16 +260,16 @@ def _check_that_it_is_stored(path: Path, name: str, tensor: torch.Tensor) -> Non
 
 
 def _refusal(path: Path) -> str:
-    """One sentence that names what a refused file wanted to call."""
+    """One sentence that names what a refused file would call."""
     try:
         with torch.serialization.safe_globals(_harmless()):
-            wanted = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+            calls = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     except Exception:  # a damaged pickle may fail in any way here too
-        wanted = []
-    if not wanted:
+        calls = []
+    if not calls:
         return f"{path}: damaged, its outline can't be read."
     return (
-        f"{path}: refused, since loading it would call {', '.join(wanted)}. Only tensors and plain "
+        f"{path}: refused, since loading it would call {', '.join(calls)}. Only tensors and plain "
         "values are read from a checkpoint."
     )
 

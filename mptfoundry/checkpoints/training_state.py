@@ -29,7 +29,7 @@ from mptfoundry.errors import CheckpointError, first_line
 Shapes = Mapping[str, tuple[int, ...]]
 
 _WEIGHTS, _BLOCKS = "state.model.", "transformer.blocks."
-# What a run can't go on without.
+# The parts that a run needs to continue.
 _PARTS = ("model", "optimizers", "timestamp")
 # A state lacks something of these only by mistake; a callback, say, may be new.
 _NEEDED = ("state.model.", "state.optimizers.")
@@ -106,7 +106,7 @@ def stored_weights(folder: Path) -> Shapes:
 
 
 def compare_weights(checkpoint: Path, stored: Shapes, model: Shapes, *, strict: bool) -> str | None:
-    """A line on what of a model's weights a checkpoint lacks, and what it holds besides; None if nothing.
+    """A line on the weights that only the model or only the checkpoint has; None if there are none.
 
     Args:
         checkpoint: Begins every sentence.

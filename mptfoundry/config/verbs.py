@@ -201,7 +201,7 @@ class ExportConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """Write a Hugging Face folder, or llm-foundry's checkpoint, as a run to start from.
+    """Write another project's model, or llm-foundry's checkpoint, as a Hugging Face folder to start from.
 
     Attributes:
         source: A Hugging Face folder, its name on the hub, a run folder, or a Composer checkpoint, whole or

@@ -126,7 +126,7 @@ def peft_config(lora: LoRAConfig, network: MPTConfig, base: Base) -> dict[str, A
 
 
 def _refuse_another_architecture(config: MPTConfig, base: ModelSource) -> None:
-    """Adapters carry no switch: what the run overrode beside them would be lost. Dropout is for training."""
+    """A PEFT folder has no place for switches that the run overrode; dropout matters in training only."""
     for path, there, here in differing(base.config, config.to_dict()):
         if not path[-1].endswith("pdrop"):
             raise CheckpointError(

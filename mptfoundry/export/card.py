@@ -17,11 +17,11 @@ import yaml
 
 from mptfoundry.architecture.of_run import RUN_CONFIG
 from mptfoundry.architecture.trainable import LoRAConfig
-from mptfoundry.checkpoints.names import progress_of
 from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.mpt.head_config import HeadConfig
+from mptfoundry.places import progress_of
 from mptfoundry.run.metrics import mean_at_the_end, read_rows
 
 PICTURE = "report.png"
@@ -38,7 +38,14 @@ are used where they are installed."""
 _LONGER = 'For sequences longer than {max_seq_len} tokens: `from_pretrained("{name}", max_seq_len=...)`.'
 
 
-def model_card(name: str, source: ModelSource, folder: Path, dtype: torch.dtype, license: str | None) -> str:
+def model_card(
+    name: str,
+    source: ModelSource,
+    folder: Path,
+    dtype: torch.dtype,
+    license: str | None,
+    origin: str | None = None,
+) -> str:
     """The model card: a header for the hub, the architecture, the run's numbers, loss picture and data mix.
 
     Args:
@@ -47,6 +54,7 @@ def model_card(name: str, source: ModelSource, folder: Path, dtype: torch.dtype,
         folder: The exported folder, with its `config.json`; the run's picture is copied into it.
         dtype: Of the exported weights.
         license: SPDX name; without one the card says that none was stated.
+        origin: A paragraph on where the model comes from.
     """
     config = source.config
     task, kind, auto = "text-generation", "language model", "AutoModelForCausalLM"
@@ -74,6 +82,7 @@ def model_card(name: str, source: ModelSource, folder: Path, dtype: torch.dtype,
         _USE.format(auto=auto, name=name, trust=trust, result=result),
         *longer,
     ]
+    parts += ["## Origin", origin] if origin else []
     return "\n\n".join([*parts, *_run(source, folder), *_licence(license)]) + "\n"
 
 
@@ -156,7 +165,7 @@ def _positions(config: MPTConfig) -> str:
 
 
 def _training(run_folder: Path, checkpoint: Path, folder: Path) -> list[str]:
-    """What the run measured up to this checkpoint, and its picture, which may go on after it."""
+    """What the run measured up to this checkpoint, and its picture, which may show later batches too."""
     progress = progress_of(checkpoint)
     records = _records(run_folder / "metrics.jsonl", progress[1] if progress else None)
     rows = []

@@ -40,6 +40,8 @@ def rows(table):
 
 The same holds for code, for numbers such as 3.14159, and for lists: first, second, third."""
 _LONGEST = 256
+# A prime, so that its multiples are spread over a vocabulary.
+_STEP = 7919
 # No trained model gives logits as large as this.
 _LARGEST_LOGIT = 1e4
 # Weights in float64: in memory at a time, and compared in all. One layer is always compared.
@@ -52,7 +54,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Logits of an exported folder beside those of its checkpoint, over the tokens of one text.
+    """Logits of an exported folder compared with those of its checkpoint, over the tokens of one text.
 
     Attributes:
         tokens: Of the text.
@@ -97,9 +99,9 @@ def compare_logits(
     Raises:
         CheckpointError: The logits differ, or, unless `allow_absurd`, no trained model gives such logits.
     """
-    longest = min(_LONGEST, source.config.max_seq_len)
-    ids = torch.tensor([tokenizer(_TEXT, truncation=True, max_length=longest)["input_ids"]])
-    _load_tokenizer(folder)
+    ids = _ids_of_text(tokenizer, source.config)
+    if tokenizer is not None:
+        _load_tokenizer(folder)
     config, words = source.config, None
     layers = step = config.n_layers
     if 8 * count_parameters(config) > _PART_BYTES:
@@ -126,6 +128,14 @@ def compare_logits(
             )
     _judge(comparison.largest, source.path, allow_absurd=allow_absurd)
     return comparison
+
+
+def _ids_of_text(tokenizer: Any, config: MPTConfig) -> torch.Tensor:
+    """(1, tokens): a text's ids; without a tokenizer, ids from all over the vocabulary."""
+    longest = min(_LONGEST, config.max_seq_len)
+    if tokenizer is None:
+        return (torch.arange(longest) * _STEP % config.vocab_size)[None]
+    return torch.tensor([tokenizer(_TEXT, truncation=True, max_length=longest)["input_ids"]])
 
 
 def _judge(largest: float, path: Path, *, allow_absurd: bool) -> None:
@@ -333,7 +343,7 @@ def class_of(folder: Path) -> Any:
 class _MasksInFloat64(TorchFunctionMode):
     """transformers 4 makes a mask of the default dtype, whatever the model's; here it becomes float64.
 
-    A mode holds for its own thread: nothing changes for a training that goes on meanwhile.
+    A mode holds for its own thread: nothing changes for a training that continues meanwhile.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

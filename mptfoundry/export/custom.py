@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import mptfoundry.mpt
+from mptfoundry.export.native import token_ids
 from mptfoundry.mpt.config import MPTConfig
 
 _ENTRY = "hf"
@@ -37,9 +38,7 @@ def custom_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict
         **values,
         "init_device": "cpu",
         "use_cache": True,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        **token_ids(tokenizer),
         "tokenizer_class": "PreTrainedTokenizerFast",  # pipeline() looks for it here
         "torch_dtype": str(dtype).removeprefix("torch."),
     }

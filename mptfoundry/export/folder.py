@@ -28,7 +28,7 @@ from mptfoundry.errors import CheckpointError
 from mptfoundry.export.adapter import AdapterSummary, export_adapter
 from mptfoundry.export.card import PICTURE, model_card
 from mptfoundry.export.comparison import Comparison, check_bytes, compare_logits
-from mptfoundry.export.native import NATIVE_CODE, NATIVE_CODE_TEXT, native_config, why_not_native
+from mptfoundry.export.native import NATIVE_CODE, NATIVE_CODE_TEXT, native_config, token_ids, why_not_native
 from mptfoundry.export.shards import DTYPES, write_shards
 from mptfoundry.files import refuse_what_is_there, whole_or_absent
 from mptfoundry.mpt.config import MPTConfig
@@ -40,7 +40,7 @@ Format = Literal["auto", "native", "custom"]
 
 SHARD_BYTES = 5_000_000_000
 # What an exported folder may hold; what `overwrite` replaces holds nothing else.
-_NAMES = (
+NAMES = (
     *("README.md", PICTURE, "*.safetensors", "model.safetensors.index.json"),
     *("config.json", "generation_config.json", "adapter_config.json", CHECKSUMS),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.jinja"),
@@ -104,13 +104,13 @@ def export(
             listed), or the written folder doesn't give the checkpoint's logits.
     """
     out = Path(out)
-    refuse_what_is_there(out, overwrite=overwrite, names=_NAMES, source=model)
+    refuse_what_is_there(out, overwrite=overwrite, names=NAMES, source=model)
     with staged(model, out, run_folder, progress=progress) as path:
         source = open_model(path, base=base, verify=verify)
         text = _tokenizer_for(source, tokenizer)
         if adapter == "separate":
             return export_adapter(source, out, DTYPES[dtype], text, overwrite=overwrite)
-        return _write_folder(
+        return write_folder(
             source, out, text, DTYPES[dtype], format=format, shard_bytes=shard_bytes, license=license,
             allow_absurd=not verify, overwrite=overwrite, progress=progress,
         )  # fmt: skip
@@ -135,15 +135,15 @@ def export_weights(
         run_folder: The run's, with its tokenizer and its metrics.
         overwrite: Replace a folder that is there.
     """
-    refuse_what_is_there(out, overwrite=overwrite, names=_NAMES)
+    refuse_what_is_there(out, overwrite=overwrite, names=NAMES)
     source = ModelSource(
         run_folder / checkpoint, config, _WeightsInMemory(weights), run_folder / "tokenizer", run_folder
     )
     text = _tokenizer_for(source, None)
-    return _write_folder(source, out, text, weights[EMBEDDING].dtype, overwrite=overwrite, progress=False)
+    return write_folder(source, out, text, weights[EMBEDDING].dtype, overwrite=overwrite, progress=False)
 
 
-def _write_folder(
+def write_folder(
     source: ModelSource,
     out: Path,
     tokenizer: Any,
@@ -152,11 +152,24 @@ def _write_folder(
     format: Format = "auto",
     shard_bytes: int = SHARD_BYTES,
     license: str | None = None,
+    origin: str | None = None,
     allow_absurd: bool = True,
     overwrite: bool,
     progress: bool,
 ) -> ExportSummary:
-    """Write an opened model and compare its logits; the folder is there whole or not at all."""
+    """Write an opened model and compare its logits; the folder is there whole or not at all.
+
+    Args:
+        source: The model.
+        out: The folder.
+        tokenizer: Its tokenizer; None: the folder gets none.
+        dtype: Of the weights.
+        format, shard_bytes, license: As for `export`.
+        origin: A paragraph of the card on where the model comes from.
+        allow_absurd: Only warn of logits that no trained model gives.
+        overwrite: Replace a folder that is there.
+        progress: Show a bar over the bytes.
+    """
     chosen, why = choose_format(source.config, format)
     parameters = count_parameters(source.config)
     check_space(out, parameters * dtype.itemsize, "the weights take")
@@ -166,7 +179,7 @@ def _write_folder(
         files, checksums = _write_weights(source, folder, dtype, shard_bytes, progress)
         seconds = time.perf_counter() - started_at
         _write_the_rest(source, folder, tokenizer, dtype, chosen)
-        card = model_card(out.name, source, folder, dtype, license)
+        card = model_card(out.name, source, folder, dtype, license, origin)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_tensor_checksums(folder, checksums)
         check_bytes(folder)
@@ -197,25 +210,25 @@ class _WeightsInMemory:
         return tensor.to(dtype or tensor.dtype, copy=True)
 
 
-def choose_format(config: MPTConfig, wanted: Format) -> tuple[str, str]:
+def choose_format(config: MPTConfig, format: Format) -> tuple[str, str]:
     """The format that is asked for, or with `auto` the one that fits, and the reason for it.
 
     Raises:
         CheckpointError: `native` is asked for, and can't express the model.
     """
     reasons = "; ".join(why_not_native(config))
-    if isinstance(config, HeadConfig) and (reasons or wanted == "custom"):
+    if isinstance(config, HeadConfig) and (reasons or format == "custom"):
         raise CheckpointError(
             f"format: {config.architecture} is transformers' own class alone, without code in the folder"
             + (f", and would compute something else: {reasons}." if reasons else ". Use format=native.")
         )
-    if wanted == "native" and reasons:
+    if format == "native" and reasons:
         raise CheckpointError(
             "format: native can't express this model, since transformers' own MPT classes would compute "
             f"something else: {reasons}. Use format=custom."
         )
-    if wanted != "auto":
-        return wanted, "asked for"
+    if format != "auto":
+        return format, "asked for"
     if not reasons:
         return "native", "stock transformers loads it"
     return "custom", f"it needs trust_remote_code=True, since native can't express it: {reasons}"
@@ -223,13 +236,9 @@ def choose_format(config: MPTConfig, wanted: Format) -> tuple[str, str]:
 
 def _generation_config(tokenizer: Any) -> dict[str, Any]:
     """The default of `use_cache` in MPT's config is false: generation without a cache."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    return {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": pad,
-        "use_cache": True,
-    }
+    ids = token_ids(tokenizer)
+    pad = ids["pad_token_id"] if ids["pad_token_id"] is not None else ids["eos_token_id"]
+    return {**ids, "pad_token_id": pad, "use_cache": True}
 
 
 def _write_weights(
@@ -256,7 +265,8 @@ def _write_the_rest(
     _write_json(folder / "config.json", config)
     if not isinstance(source.config, HeadConfig):
         _write_json(folder / "generation_config.json", _generation_config(tokenizer))
-    _write_tokenizer(folder, tokenizer, source.config.max_seq_len)
+    if tokenizer is not None:
+        _write_tokenizer(folder, tokenizer, source.config.max_seq_len)
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any, max_seq_len: int) -> None:
@@ -281,6 +291,6 @@ def _tokenizer_for(source: ModelSource, name: str | None) -> Any:
     named = load_tokenizer(name, max_seq_len=source.config.max_seq_len) if name else None
     tokenizer = named if named is not None else tokenizer_of(source)
     if tokenizer is None:
-        raise CheckpointError(f"{source.path}: no tokenizer beside it. Name one: tokenizer=FOLDER.")
+        raise CheckpointError(f"{source.path}: no tokenizer next to it. Name one: tokenizer=FOLDER.")
     check_tokenizer(tokenizer, source.config.vocab_size)
     return tokenizer

@@ -151,11 +151,15 @@ def native_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict
         "layer_norm_epsilon": float(config.norm_eps),
         "tie_word_embeddings": True,
         "use_cache": True,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+        **token_ids(tokenizer),
         "torch_dtype": str(dtype).removeprefix("torch."),
     } | head
+
+
+def token_ids(tokenizer: Any) -> dict[str, int | None]:
+    """What a config.json says of a tokenizer's special tokens; None for those that do not exist."""
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: getattr(tokenizer, key, None) for key in keys}
 
 
 def _float(value: float | None) -> float | None:

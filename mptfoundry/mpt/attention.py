@@ -5,10 +5,10 @@ A backend is a module with one function:
 ``attend(query, key, value, context) -> out``
     ``query`` and ``out`` are (batch, seq, n_heads, head_dim); ``key`` and ``value`` (batch, keys, kv_heads,
     head_dim), keys = tokens in the cache + seq, the queries being the last ``seq`` of them. All are read by
-    their strides: parts of one fused matrix or of a cache. What is visible to whom, and with which bias, is
-    said by the AttentionContext.
+    their strides, since they are parts of one fused matrix or of a cache. The AttentionContext says which
+    keys a query sees, and with which bias.
 
-What each can't compute, and which is taken, is said by backends.py.
+backends.py says what each backend can't compute, and which one is used.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         return self.out_proj(out.flatten(2))
 
     def _backend_of(self, query: torch.Tensor) -> Any:
-        if torch.jit.is_tracing():  # what is traced has to hold for other lengths, so that nothing may be cut
+        if torch.jit.is_tracing():  # a trace has to hold for other lengths: nothing may be cut
             return WeightsKept()
         dtype = str(query.dtype).removeprefix("torch.")
         return BACKENDS[choose_backend(self.config, query.device.type, dtype)[0]]

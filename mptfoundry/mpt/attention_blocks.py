@@ -1,11 +1,12 @@
 """Causal attention in float32 on a CPU, with ALiBi and documents: fast, exact, memory linear in the sequence.
 
 The lower triangle of a document's scores is cut into small triangles along the diagonal and rectangles left
-of them. PyTorch's fused CPU kernel computes each; the parts of a row's softmax are joined by the logarithms
-of their sums, in backward too (as in https://arxiv.org/abs/2205.14135, section 3.1). Bias of a triangle is a
-small table of distances; that of a rectangle needs one number a key, since a row's own share of it cancels.
-Both are measured from where the piece lies, so nothing is lost to rounding however long the document.
-Since ALiBi falls linearly, far keys have no weight left in float32; they are not computed.
+of them. PyTorch's fused CPU kernel computes each piece; the parts of a row's softmax are joined by their lse,
+the logarithm of the sum of exponentials, in backward too (https://arxiv.org/abs/2205.14135, section 3.1). The
+bias of a triangle is a small table of distances; that of a rectangle is one number per key, since the share
+that all keys of a row have in common cancels. Both are measured from where the piece lies, so that long
+documents lose nothing to rounding. ALiBi falls linearly, so far keys have no weight left in float32; they are
+not computed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from .position import PADDING, AttentionContext
 
 # ALiBi makes tiny probabilities; as denormal numbers they slow a CPU's products down by a factor of ten.
-# Threads of the pool inherit this when they start, so it is said before there are any.
+# Threads of the pool inherit this when they start, so it is set before there are any.
 torch.set_flush_denormal(True)
 
 # Side of the small triangles: larger ones leave the processor's cache, smaller ones need more calls.
@@ -30,14 +31,14 @@ _SIDE = 256
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# A document, or several alike: rows [first, last) of the batch, tokens [start, stop).
+# A document, or one at the same positions of several rows: rows [first, last), tokens [start, stop).
 Segment = tuple[int, int, int, int]
 
 
 class _Piece(NamedTuple):
-    """A number of like blocks of the scores, ``step`` tokens apart: some rows' and heads' queries and keys.
+    """``number`` equal blocks of the scores, ``step`` tokens apart, for some rows and heads.
 
-    ``queries`` and ``keys`` are the first block's, as start and length; a triangle's are the same.
+    ``queries`` and ``keys`` are those of the first block, as (start, length); in a triangle they are equal.
     """
 
     rows: slice
@@ -76,7 +77,7 @@ def attend_by_blocks(
 
 
 def find_segments(documents: torch.Tensor | None, batch: int, seq: int) -> tuple[Segment, ...] | None:
-    """Say where the documents lie, as plain numbers; rows that are cut alike share their segments.
+    """Where the documents lie, as plain numbers; neighbouring rows with the same cuts share segments.
 
     Args:
         documents: (batch, seq) int64 on a CPU, or None where each row is one document.
@@ -123,15 +124,15 @@ class _Blocks(torch.autograd.Function):
     ) -> torch.Tensor:
         q, k, v = (_heads_second(x) for x in (query, key, value))  # (batch, n_heads, seq, head_dim)
         pieces = _cut(q, k, segments, context)
-        out, log_sum = _forward(q, k, v, pieces, context)
-        ctx.save_for_backward(q, k, v, out, log_sum)
+        out, lse = _forward(q, k, v, pieces, context)
+        ctx.save_for_backward(q, k, v, out, lse)
         ctx.pieces, ctx.context = pieces, context
         return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out, log_sum = ctx.saved_tensors
-        grads = _backward(_heads_second(grad), q, k, v, out, log_sum, ctx.pieces, ctx.context)
+        q, k, v, out, lse = ctx.saved_tensors
+        grads = _backward(_heads_second(grad), q, k, v, out, lse, ctx.pieces, ctx.context)
         return *(x.transpose(1, 2) for x in grads), None, None
 
 
@@ -212,14 +213,13 @@ def _forward(
     """Attend piece by piece.
 
     Returns:
-        The output, (batch, n_heads, seq, head_dim), zero for padding, and the logarithms of the rows' sums of
-        exponentials, (batch, n_heads, seq).
+        The output, (batch, n_heads, seq, head_dim), zero for padding, and lse, (batch, n_heads, seq).
     """
     is_whole = bool(pieces) and _is_whole(pieces[0], q)
-    out = log_sum = None
+    out = lse = None
     if not is_whole:
         out = q.new_zeros(q.transpose(1, 2).shape).transpose(1, 2)
-        log_sum = q.new_zeros(q.shape[0], q.shape[2], q.shape[1]).transpose(1, 2)
+        lse = q.new_zeros(q.shape[0], q.shape[2], q.shape[1]).transpose(1, 2)
     for piece in pieces:
         bias, slant = _bias_of(piece, context)
         parts = _flash(
@@ -231,11 +231,11 @@ def _forward(
             attn_mask=bias,
             scale=context.scale,
         )
-        if out is None or log_sum is None:
-            out, log_sum = (_joined(part, q.shape[0]) for part in parts)
+        if out is None or lse is None:
+            out, lse = (_joined(part, q.shape[0]) for part in parts)
             continue
         part, part_sum = (x.unflatten(0, (-1, piece.number)) for x in parts)
-        old, old_sum = (_blocks(x, piece, piece.queries) for x in (out, log_sum))
+        old, old_sum = (_blocks(x, piece, piece.queries) for x in (out, lse))
         if slant is None:
             old.copy_(part)
             old_sum.copy_(part_sum)
@@ -243,8 +243,8 @@ def _forward(
             part_sum = part_sum - slant
             old.lerp_(part, torch.sigmoid(part_sum - old_sum).unsqueeze(-1))
             old_sum.copy_(torch.logaddexp(old_sum, part_sum))
-    assert out is not None and log_sum is not None
-    return out, log_sum
+    assert out is not None and lse is not None
+    return out, lse
 
 
 def _backward(
@@ -253,7 +253,7 @@ def _backward(
     k: torch.Tensor,
     v: torch.Tensor,
     out: torch.Tensor,
-    log_sum: torch.Tensor,
+    lse: torch.Tensor,
     pieces: list[_Piece],
     context: AttentionContext,
 ) -> tuple[torch.Tensor, ...]:
@@ -264,7 +264,7 @@ def _backward(
         grads = tuple(q.new_zeros(shape).transpose(1, 2) for _ in range(3))
     for piece in pieces:
         bias, slant = _bias_of(piece, context)
-        sums = _blocks(log_sum, piece, piece.queries)
+        sums = _blocks(lse, piece, piece.queries)
         parts = _flash_backward(
             _blocks(grad, piece, piece.queries).flatten(0, 1),
             _blocks(q, piece, piece.queries).flatten(0, 1),
@@ -307,7 +307,7 @@ def _joined(part: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def _bias_of(piece: _Piece, context: AttentionContext) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The bias of a piece, and what its rows' logarithmic sums have too much; None for a triangle.
+    """The bias of a piece, and by how much its rows' lse are too large; None for a triangle.
 
     A rectangle's bias falls from its right edge, (1, heads, 1, keys); the distance of the query from that
     edge, the same for all its keys, is the (heads, queries) slant.
@@ -327,5 +327,5 @@ def _bias_of(piece: _Piece, context: AttentionContext) -> tuple[torch.Tensor | N
 
 def _triangle(slopes: torch.Tensor) -> torch.Tensor:
     """ALiBi among neighbours, (1, n_heads, side, side)."""
-    place = torch.arange(_SIDE)
-    return (slopes[:, None, None] * (place - place[:, None]))[None]
+    positions = torch.arange(_SIDE)
+    return (slopes[:, None, None] * (positions - positions[:, None]))[None]

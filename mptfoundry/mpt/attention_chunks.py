@@ -142,9 +142,9 @@ def _weights(
     if context.softcap is not None:
         tanh = scores.div_(context.softcap).tanh_()
         scores = tanh * context.softcap
-    places = torch.arange(key.shape[1], device=q.device)
+    positions = torch.arange(key.shape[1], device=q.device)
     past = key.shape[1] - seq
-    distance = places[past + start : past + stop, None] - places[key_start:key_stop]  # (queries, keys)
+    distance = positions[past + start : past + stop, None] - positions[key_start:key_stop]  # (queries, keys)
     by_head = scores.view(batch, n_heads, stop - start, key_stop - key_start)
     if context.slopes is not None:
         slopes = context.slopes.to(scores.dtype)[:, None, None]
@@ -254,8 +254,8 @@ def attention_weights(query: torch.Tensor, key: torch.Tensor, context: Attention
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if context.softcap is not None:
         scores = context.softcap * torch.tanh(scores / context.softcap)
-    places = torch.arange(keys, device=query.device)
-    distance = places[past:, None] - places  # (seq, keys)
+    positions = torch.arange(keys, device=query.device)
+    distance = positions[past:, None] - positions  # (seq, keys)
     if context.slopes is not None:
         scores = scores - context.slopes.to(scores.dtype)[:, None, None] * distance.abs()
     hidden = hidden_keys(distance, past, keys, 0, keys, context)

@@ -100,8 +100,8 @@ def bounds_of_runs(documents: torch.Tensor, seq: int, max_documents: int | None)
                 "attention_mask: padding stands between tokens of one document, which attn_impl: flash can't "
                 "leave out. Pad at either end, or use attn_impl: torch or triton."
             )
-    places = torch.arange(batch * keys, device=documents.device)
-    starts = places.new_full((count,), batch * keys).scatter_reduce_(0, run, places, "amin")
+    positions = torch.arange(batch * keys, device=documents.device)
+    starts = positions.new_full((count,), batch * keys).scatter_reduce_(0, run, positions, "amin")
     starts = F.pad(starts, (0, 1), value=batch * keys)
     row, column = starts // keys, starts % keys
     return {

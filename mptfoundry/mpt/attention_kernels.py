@@ -1,8 +1,9 @@
 """FlashAttention for MPT in Triton: forward, backward, and decoding from a cache.
 
-After https://arxiv.org/abs/2307.08691: a program keeps one block of queries (or, in backward, of keys) on the
-chip and visits the blocks of the other side one by one, so the matrix of scores never exists. All that MPT's
-attention knows happens on the way: ALiBi, documents, window, prefix, grouped heads, softcapping, dropout.
+As in https://arxiv.org/abs/2307.08691, a program keeps one block of queries (or, in backward, of keys) on the
+chip and visits the blocks of the other side one by one, so the matrix of scores never exists. Each block
+applies everything that MPT's attention has: ALiBi, documents, window, prefix, grouped heads, softcapping,
+dropout.
 Scores are kept in base 2, multiplied by log2(e), since `exp2` is what the hardware computes.
 
 * Blocks that are visible as a whole are computed without a mask; those at an edge, with one. Blocks without
@@ -11,9 +12,9 @@ Scores are kept in base 2, multiplied by log2(e), since `exp2` is what the hardw
   the first token of the block that the program keeps, the *frame*: one number a key, and small where weights
   are not. In float32, and where a prefix sees both ways, it is the distance's own, one number a pair.
 * Forward visits the edges first, and so the diagonal. After them the rows' highest scores are known, and
-  with them where ALiBi has pushed all further keys below rounding: there it stops, and notes where, so that
-  backward stops there, too.
-* Backward computes the probabilities anew, once for the queries' gradients and once for the keys' and
+  with them the key from which ALiBi pushes all further ones below rounding: forward stops there and stores
+  where, so that backward stops there too.
+* Backward computes the probabilities again, once for the queries' gradients and once for the keys' and
   values': no atomic additions, so the same gradients every time.
 * Decoding has few queries a row against a cache of many keys, and one query would keep one program busy with
   all its keys. So the keys are cut into parts that are visited side by side, and the parts' results joined
@@ -21,8 +22,8 @@ Scores are kept in base 2, multiplied by log2(e), since `exp2` is what the hardw
   rows: row = member * seq + query.
 
 Letters: seq = queries of a row, keys = tokens in the cache + seq, the queries being the last of them; a
-*place* is a token's index among the keys. `marks` says of each token 2 * document + is-in-prefix, -1 for
-padding; `bounds` where its document and the unbroken run of it begin and end (see attention_triton.py).
+*position* is a token's index among the keys. `codes` holds 2 * document + is-in-prefix for each token, -1 for
+padding; `bounds` holds where its document and the unbroken run of it begin and end (see attention_triton.py).
 """
 
 from __future__ import annotations
@@ -43,24 +44,24 @@ def load_rows(start_of, begin, stride, limit, ROWS: constexpr, HEAD_DIM: constex
                MASKED: constexpr):  # fmt: skip
     """Rows [begin, begin + ROWS) of a head, (ROWS, WIDTH); zero from row `limit` and column HEAD_DIM on."""
     rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    places = start_of + begin.to(tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+    pointers = start_of + begin.to(tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     if MASKED:
         inside = (begin + rows < limit)[:, None]
         if WIDTH != HEAD_DIM:
             inside = inside & (columns < HEAD_DIM)[None, :]
-        return tl.load(places, mask=inside, other=0.0)
+        return tl.load(pointers, mask=inside, other=0.0)
     if WIDTH != HEAD_DIM:
-        return tl.load(places, mask=(columns < HEAD_DIM)[None, :], other=0.0)
-    return tl.load(places)
+        return tl.load(pointers, mask=(columns < HEAD_DIM)[None, :], other=0.0)
+    return tl.load(pointers)
 
 
 @triton.jit
 def store_rows(start_of, x, begin, stride, limit, ROWS: constexpr, HEAD_DIM: constexpr,
                 WIDTH: constexpr):  # fmt: skip
     rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    places = start_of + begin.to(tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
+    pointers = start_of + begin.to(tl.int64) * stride + (rows[:, None] * stride + columns[None, :])
     inside = (begin + rows < limit)[:, None] & (columns < HEAD_DIM)[None, :]
-    tl.store(places, x.to(start_of.dtype.element_ty), mask=inside)
+    tl.store(pointers, x.to(start_of.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -82,58 +83,58 @@ def scores_of(products, inner, outer, HAS_SOFTCAP: constexpr):
 
 
 @triton.jit
-def bias_of(slope, places_q, places_k, frame, EXACT: constexpr):
+def bias_of(slope, positions_q, positions_k, frame, EXACT: constexpr):
     """ALiBi in base 2: by the distance, or what a key alone has of it, counted from the frame."""
     if EXACT:
-        return -slope * tl.abs(places_q - places_k).to(tl.float32)
+        return -slope * tl.abs(positions_q - positions_k).to(tl.float32)
     else:  # noqa: RET505 (Triton compiles what comes after a return, too)
-        return slope * (places_k - frame).to(tl.float32)
+        return slope * (positions_k - frame).to(tl.float32)
 
 
 @triton.jit
 def is_visible(
-    places_q, places_k, marks_q, marks_k, window,
-    HAS_MARKS: constexpr, HAS_PREFIX: constexpr, HAS_WINDOW: constexpr,
+    positions_q, positions_k, codes_q, codes_k, window,
+    HAS_CODES: constexpr, HAS_PREFIX: constexpr, HAS_WINDOW: constexpr,
 ):  # fmt: skip
     """Which keys which queries see; all arguments are rows or columns of the result."""
-    visible = places_q >= places_k
+    visible = positions_q >= positions_k
     if HAS_PREFIX:
-        visible = visible | ((marks_q & marks_k & 1) == 1)
+        visible = visible | ((codes_q & codes_k & 1) == 1)
     if HAS_WINDOW:
-        visible = visible & (tl.abs(places_q - places_k) <= window)
-    if HAS_MARKS:
-        visible = visible & ((marks_q >> 1) == (marks_k >> 1))
+        visible = visible & (tl.abs(positions_q - positions_k) <= window)
+    if HAS_CODES:
+        visible = visible & ((codes_q >> 1) == (codes_k >> 1))
     return visible
 
 
 @triton.jit
-def marks_of_queries(marks, places, inside):
-    """The queries' marks; padding's is none that a key has, so that it sees nothing."""
-    marks_q = tl.load(marks + places, mask=inside, other=-1)
-    return tl.where(marks_q < 0, -4, marks_q)
+def codes_of_queries(codes, positions, inside):
+    """The queries' codes; that of padding equals no key's code, so that padding sees nothing."""
+    codes_q = tl.load(codes + positions, mask=inside, other=-1)
+    return tl.where(codes_q < 0, -4, codes_q)
 
 
 @triton.jit
-def is_kept(seed, head, places_q, places_k, dropout):
+def is_kept(seed, head, positions_q, positions_k, dropout):
     """Whether a weight survives dropout: a function of the seed and of where it stands, nothing else."""
-    zero = places_q * 0 + places_k * 0
-    drawn, _, _, _ = tl.philox(seed, places_q + zero, places_k + zero, zero + head, zero)
+    zero = positions_q * 0 + positions_k * 0
+    drawn, _, _, _ = tl.philox(seed, positions_q + zero, positions_k + zero, zero + head, zero)
     return tl.uint_to_uniform_float(drawn) >= dropout
 
 
 @triton.jit
-def shift_of(slope, places_q, frame, EXACT: constexpr):
+def shift_of(slope, positions_q, frame, EXACT: constexpr):
     """What a row's scores have too much by being counted from the frame."""
     if EXACT:
-        return places_q * 0.0
+        return positions_q * 0.0
     else:  # noqa: RET505
-        return slope * (places_q - frame).to(tl.float32)
+        return slope * (positions_q - frame).to(tl.float32)
 
 
 @triton.jit
 def query_bounds(
     bounds, plane, begin, past, seq, keys, window,
-    BLOCK_Q: constexpr, BLOCK_K: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr,
+    BLOCK_Q: constexpr, BLOCK_K: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr,
     HAS_WINDOW: constexpr,
 ):  # fmt: skip
     """Which keys the queries [begin, begin + BLOCK_Q) see, in multiples of BLOCK_K.
@@ -142,21 +143,21 @@ def query_bounds(
         low, whole_low, whole_high, high: all queries see all keys of [whole_low, whole_high); none sees any
         outside [low, high).
     """
-    first_place, last_place = past + begin, past + tl.minimum(begin + BLOCK_Q, seq) - 1
-    low, whole_low, high = first_place * 0, first_place * 0, last_place + 1
-    whole_high = first_place // BLOCK_K * BLOCK_K
+    first_position, last_position = past + begin, past + tl.minimum(begin + BLOCK_Q, seq) - 1
+    low, whole_low, high = first_position * 0, first_position * 0, last_position + 1
+    whole_high = first_position // BLOCK_K * BLOCK_K
     if HAS_WINDOW:
-        low = tl.maximum(low, first_place - window)
-        whole_low = tl.maximum(whole_low, last_place - window)
-    if HAS_MARKS:
+        low = tl.maximum(low, first_position - window)
+        whole_low = tl.maximum(whole_low, last_position - window)
+    if HAS_CODES:
         rows = begin + tl.arange(0, BLOCK_Q)
-        inside, places = rows < seq, past + rows
-        low = tl.maximum(low, tl.min(tl.load(bounds + places, mask=inside, other=keys)))
-        run = tl.load(bounds + 2 * plane + places, mask=inside, other=0)
+        inside, positions = rows < seq, past + rows
+        low = tl.maximum(low, tl.min(tl.load(bounds + positions, mask=inside, other=keys)))
+        run = tl.load(bounds + 2 * plane + positions, mask=inside, other=0)
         # Queries of several runs have no key that all of them see in the way the first does.
-        whole_low = tl.where(tl.max(run) <= first_place, tl.maximum(whole_low, tl.max(run)), whole_high)
+        whole_low = tl.where(tl.max(run) <= first_position, tl.maximum(whole_low, tl.max(run)), whole_high)
         if HAS_PREFIX:
-            high = tl.maximum(high, tl.max(tl.load(bounds + plane + places, mask=inside, other=0)))
+            high = tl.maximum(high, tl.max(tl.load(bounds + plane + positions, mask=inside, other=0)))
             whole_low = whole_high
     low, high = low // BLOCK_K * BLOCK_K, tl.cdiv(high, BLOCK_K) * BLOCK_K
     whole_low = tl.minimum(tl.cdiv(whole_low, BLOCK_K) * BLOCK_K, whole_high)
@@ -166,10 +167,10 @@ def query_bounds(
 
 @triton.jit
 def _forward_span(
-    acc, total, highest, q, k, v, stride_k, stride_v, low, whole_low, whole_high, high, keys, places_q,
-    marks, marks_q, slope, frame, inner, outer, window, seed, head, dropout, HEAD_DIM: constexpr, WIDTH:
+    acc, total, highest, q, k, v, stride_k, stride_v, low, whole_low, whole_high, high, keys, positions_q,
+    codes, codes_q, slope, frame, inner, outer, window, seed, head, dropout, HEAD_DIM: constexpr, WIDTH:
     constexpr, BLOCK_K:
-    constexpr, MASKED: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, EXACT:
+    constexpr, MASKED: constexpr, HAS_ALIBI: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT:
     constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Visits key blocks from the last to the first: those in [whole_low, whole_high), or the others.
@@ -181,18 +182,18 @@ def _forward_span(
         start = (high if MASKED else whole_high) - (back + 1) * BLOCK_K
         if MASKED:
             start -= tl.where(start < whole_high, inner_keys, 0)
-        places_k = start + tl.arange(0, BLOCK_K)
+        positions_k = start + tl.arange(0, BLOCK_K)
         k_block = load_rows(k, start, stride_k, keys, BLOCK_K, HEAD_DIM, WIDTH, MASKED)
         scores = scores_of(tl.dot(q, tl.trans(k_block), input_precision=PRECISION), inner, outer, HAS_SOFTCAP)
         if HAS_ALIBI:
-            scores += bias_of(slope, places_q[:, None], places_k[None, :], frame, EXACT)
+            scores += bias_of(slope, positions_q[:, None], positions_k[None, :], frame, EXACT)
         if MASKED:
-            marks_k = places_k
-            if HAS_MARKS:
-                marks_k = tl.load(marks + places_k, mask=places_k < keys, other=-1)
+            codes_k = positions_k
+            if HAS_CODES:
+                codes_k = tl.load(codes + positions_k, mask=positions_k < keys, other=-1)
             visible = is_visible(
-                places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :], window,
-                HAS_MARKS, HAS_PREFIX, HAS_WINDOW,
+                positions_q[:, None], positions_k[None, :], codes_q[:, None], codes_k[None, :], window,
+                HAS_CODES, HAS_PREFIX, HAS_WINDOW,
             )  # fmt: skip
             scores = tl.where(visible, scores, NOTHING)
         now = tl.maximum(highest, tl.max(scores, 1))
@@ -200,7 +201,7 @@ def _forward_span(
         shrink = tl.exp2(highest - now)
         total = total * shrink + tl.sum(weights, 1)
         if HAS_DROPOUT:
-            kept = is_kept(seed, head, places_q[:, None], places_k[None, :], dropout)
+            kept = is_kept(seed, head, positions_q[:, None], positions_k[None, :], dropout)
             weights = tl.where(kept, weights, 0.0)
         v_block = load_rows(v, start, stride_v, keys, BLOCK_K, HEAD_DIM, WIDTH, MASKED)
         acc = tl.dot(weights.to(v_block.dtype), v_block, acc * shrink[:, None], input_precision=PRECISION)
@@ -210,7 +211,7 @@ def _forward_span(
 
 @triton.jit
 def _bound(q, longest, inner, outer, HAS_SOFTCAP: constexpr):
-    """What no score of a row exceeds before the bias, by Cauchy and Schwarz; 1e29 where that is no number."""
+    """What no score of a row exceeds before the bias (Cauchy-Schwarz); 1e29 if that overflows or is NaN."""
     norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)) * longest
     bound = outer * inner * norm if HAS_SOFTCAP else outer * norm
     bound = tl.where(bound < 1e28, bound * 1.001, 1e29)
@@ -220,7 +221,7 @@ def _bound(q, longest, inner, outer, HAS_SOFTCAP: constexpr):
 @triton.jit
 def _stop(bound, highest, inside, slope, frame, bits, BLOCK_K: constexpr):
     """The first block that may still count: no key before it reaches a weight of 2 ** -bits in any row."""
-    # A row that has seen nothing says nothing; one whose scores are no numbers forbids to stop.
+    # A row without a visible key so far has no say; one whose scores are NaN forbids stopping.
     gap = tl.where(highest > LOWEST, bound - highest, tl.where(highest == LOWEST, NOTHING, 1e29))
     widest = tl.max(tl.where(inside, gap, NOTHING))
     stop = tl.minimum(tl.maximum(frame - (widest + bits) / slope, 0.0), frame)
@@ -229,19 +230,19 @@ def _stop(bound, highest, inside, slope, frame, bits, BLOCK_K: constexpr):
 
 @triton.jit(do_not_specialize=["seq", "keys", "plane", "blocks"])
 def forward_kernel(
-    q, k, v, out, log_sum, reach, slopes, marks, bounds, longest, seed,
+    q, k, v, out, lse, reach, slopes, codes, bounds, longest, seed,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     seq, keys, plane, n_heads, blocks, inner, outer, window, dropout, bits,
     GROUP: constexpr, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr,
-    BLOCK_K: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr,
+    BLOCK_K: constexpr, HAS_ALIBI: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr,
     HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, SKIPS: constexpr,
     PRECISION: constexpr,
 ):  # fmt: skip
     """One block of queries of one head.
 
-    Writes out (batch, seq, n_heads, head_dim), log_sum (batch, n_heads, seq), the base-2 logarithm of the sum
-    of exponentials, infinite for rows that see nothing, and reach (batch, n_heads, blocks), the first place
-    visited.
+    Writes out (batch, seq, n_heads, head_dim), lse (batch, n_heads, seq), the base-2 logarithm of the sum
+    of exponentials, infinite for rows that see nothing, and reach (batch, n_heads, blocks), the first
+    position visited.
     """
     # The longest rows first, so that no long one is left at the end.
     block = blocks - 1 - tl.program_id(0) % blocks
@@ -251,17 +252,17 @@ def forward_kernel(
     q += row.to(tl.int64) * stride_qb + head * stride_qh
     k += row.to(tl.int64) * stride_kb + head // GROUP * stride_kh
     v += row.to(tl.int64) * stride_vb + head // GROUP * stride_vh
-    marks += row * keys
+    codes += row * keys
     bounds += row * keys
 
     rows = begin + tl.arange(0, BLOCK_Q)
-    places_q, frame = past + rows, past + begin
-    marks_q = marks_of_queries(marks, places_q, rows < seq) if HAS_MARKS else places_q
+    positions_q, frame = past + rows, past + begin
+    codes_q = codes_of_queries(codes, positions_q, rows < seq) if HAS_CODES else positions_q
     slope = tl.load(slopes + head) * 1.4426950408889634 if HAS_ALIBI else 0.0
     drawn_from = tl.load(seed) if HAS_DROPOUT else 0
     q_block = load_rows(q, begin, stride_qs, seq, BLOCK_Q, HEAD_DIM, WIDTH, True)
     low, whole_low, whole_high, high = query_bounds(
-        bounds, plane, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, HAS_MARKS, HAS_PREFIX, HAS_WINDOW
+        bounds, plane, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, HAS_CODES, HAS_PREFIX, HAS_WINDOW
     )
 
     acc = tl.zeros([BLOCK_Q, WIDTH], dtype=tl.float32)
@@ -281,15 +282,15 @@ def forward_kernel(
             low = tl.minimum(tl.maximum(low, stop), whole_low)
         acc, total, highest = _forward_span(
             acc, total, highest, q_block, k, v, stride_ks, stride_vs, low, whole_low, whole_high, high,
-            keys, places_q, marks, marks_q, slope, frame, inner, outer, window, drawn_from, head_of_all,
-            dropout, HEAD_DIM, WIDTH, BLOCK_K, span == 0, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT,
+            keys, positions_q, codes, codes_q, slope, frame, inner, outer, window, drawn_from, head_of_all,
+            dropout, HEAD_DIM, WIDTH, BLOCK_K, span == 0, HAS_ALIBI, HAS_CODES, HAS_PREFIX, EXACT,
             HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     tl.store(reach + head_of_all * blocks + block, low)
 
     sees = total > 0
-    logarithm = highest + tl.log2(tl.where(sees, total, 1.0)) - shift_of(slope, places_q, frame, EXACT)
-    tl.store(log_sum + head_of_all.to(tl.int64) * seq + rows, tl.where(sees, logarithm, float("inf")),
+    logarithm = highest + tl.log2(tl.where(sees, total, 1.0)) - shift_of(slope, positions_q, frame, EXACT)
+    tl.store(lse + head_of_all.to(tl.int64) * seq + rows, tl.where(sees, logarithm, float("inf")),
              mask=rows < seq)  # fmt: skip
     acc = acc / (tl.where(sees, total, 1.0) * (1 - dropout))[:, None]
     out += (row.to(tl.int64) * seq * n_heads + head) * HEAD_DIM
@@ -311,10 +312,10 @@ def _softmax_gradient(scores, weights, grad_weights, delta, kept, outer, dropout
 
 @triton.jit
 def _query_span(
-    grad_q, q, grad, level, delta, k, v, stride_k, stride_v, low, whole_low, whole_high, high, keys, places_q,
-    marks, marks_q, slope, frame, inner, outer, window, seed, head, dropout, HEAD_DIM: constexpr, WIDTH:
-    constexpr, BLOCK_K:
-    constexpr, MASKED: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, EXACT:
+    grad_q, q, grad, level, delta, k, v, stride_k, stride_v, low, whole_low, whole_high, high, keys,
+    positions_q, codes, codes_q, slope, frame, inner, outer, window, seed, head, dropout, HEAD_DIM: constexpr,
+    WIDTH: constexpr, BLOCK_K:
+    constexpr, MASKED: constexpr, HAS_ALIBI: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT:
     constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Adds what key blocks give to the queries' gradients: those in [whole_low, whole_high), or the others.
@@ -326,25 +327,27 @@ def _query_span(
         start = (low if MASKED else whole_low) + forth * BLOCK_K
         if MASKED:
             start += tl.where(start >= whole_low, inner_keys, 0)
-        places_k = start + tl.arange(0, BLOCK_K)
+        positions_k = start + tl.arange(0, BLOCK_K)
         k_block = load_rows(k, start, stride_k, keys, BLOCK_K, HEAD_DIM, WIDTH, MASKED)
         v_block = load_rows(v, start, stride_v, keys, BLOCK_K, HEAD_DIM, WIDTH, MASKED)
         scores = scores_of(tl.dot(q, tl.trans(k_block), input_precision=PRECISION), inner, outer, HAS_SOFTCAP)
         biased = scores
         if HAS_ALIBI:
-            biased += bias_of(slope, places_q[:, None], places_k[None, :], frame, EXACT)
+            biased += bias_of(slope, positions_q[:, None], positions_k[None, :], frame, EXACT)
         if MASKED:
-            marks_k = places_k
-            if HAS_MARKS:
-                marks_k = tl.load(marks + places_k, mask=places_k < keys, other=-1)
+            codes_k = positions_k
+            if HAS_CODES:
+                codes_k = tl.load(codes + positions_k, mask=positions_k < keys, other=-1)
             visible = is_visible(
-                places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :], window,
-                HAS_MARKS, HAS_PREFIX, HAS_WINDOW,
+                positions_q[:, None], positions_k[None, :], codes_q[:, None], codes_k[None, :], window,
+                HAS_CODES, HAS_PREFIX, HAS_WINDOW,
             )  # fmt: skip
             biased = tl.where(visible, biased, NOTHING)
         weights = tl.exp2(biased - level[:, None])
         grad_weights = tl.dot(grad, tl.trans(v_block), input_precision=PRECISION)
-        kept = is_kept(seed, head, places_q[:, None], places_k[None, :], dropout) if HAS_DROPOUT else True
+        kept = (
+            is_kept(seed, head, positions_q[:, None], positions_k[None, :], dropout) if HAS_DROPOUT else True
+        )
         grad_products = _softmax_gradient(scores, weights, grad_weights, delta[:, None], kept, outer, dropout,
                                           HAS_SOFTCAP, HAS_DROPOUT)  # fmt: skip
         grad_q = tl.dot(grad_products.to(k_block.dtype), k_block, grad_q, input_precision=PRECISION)
@@ -353,12 +356,12 @@ def _query_span(
 
 @triton.jit(do_not_specialize=["seq", "keys", "plane", "blocks"])
 def backward_query_kernel(
-    grad, q, k, v, out, log_sum, reach, slopes, marks, bounds, seed, delta, grad_q,
+    grad, q, k, v, out, lse, reach, slopes, codes, bounds, seed, delta, grad_q,
     stride_gb, stride_gs, stride_gh, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     seq, keys, plane, n_heads, blocks, scale, inner, outer, window, dropout,
     GROUP: constexpr, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr,
-    BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr,
+    BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_ALIBI: constexpr, HAS_CODES: constexpr,
     HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr,
     HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
@@ -376,14 +379,14 @@ def backward_query_kernel(
     v += row.to(tl.int64) * stride_vb + head // GROUP * stride_vh
     out += (row.to(tl.int64) * seq * n_heads + head) * HEAD_DIM
     grad_q += (row.to(tl.int64) * seq * n_heads + head) * HEAD_DIM
-    log_sum += head_of_all.to(tl.int64) * seq
+    lse += head_of_all.to(tl.int64) * seq
     delta += head_of_all.to(tl.int64) * seq
-    marks += row * keys
+    codes += row * keys
     bounds += row * keys
 
     rows = begin + tl.arange(0, BLOCK_Q)
-    places_q, frame = past + rows, past + begin
-    marks_q = marks_of_queries(marks, places_q, rows < seq) if HAS_MARKS else places_q
+    positions_q, frame = past + rows, past + begin
+    codes_q = codes_of_queries(codes, positions_q, rows < seq) if HAS_CODES else positions_q
     slope = tl.load(slopes + head) * 1.4426950408889634 if HAS_ALIBI else 0.0
     drawn_from = tl.load(seed) if HAS_DROPOUT else 0
     q_block = load_rows(q, begin, stride_qs, seq, BLOCK_Q, HEAD_DIM, WIDTH, True)
@@ -391,11 +394,11 @@ def backward_query_kernel(
     out_block = load_rows(out, begin, n_heads * HEAD_DIM, seq, BLOCK_Q, HEAD_DIM, WIDTH, True)
     own_delta = tl.sum(grad_block.to(tl.float32) * out_block.to(tl.float32), 1)
     tl.store(delta + rows, own_delta, mask=rows < seq)
-    level = tl.load(log_sum + rows, mask=rows < seq, other=float("inf"))
-    level += shift_of(slope, places_q, frame, EXACT)
+    level = tl.load(lse + rows, mask=rows < seq, other=float("inf"))
+    level += shift_of(slope, positions_q, frame, EXACT)
 
     low, whole_low, whole_high, high = query_bounds(
-        bounds, plane, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, HAS_MARKS, HAS_PREFIX, HAS_WINDOW
+        bounds, plane, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, HAS_CODES, HAS_PREFIX, HAS_WINDOW
     )
     reached = tl.load(reach + head_of_all * tl.cdiv(seq, REACH_BLOCK) + begin // REACH_BLOCK)
     low = tl.minimum(tl.maximum(low, reached // BLOCK_K * BLOCK_K), whole_high)
@@ -404,9 +407,9 @@ def backward_query_kernel(
     for masked in tl.static_range(2):
         grad_q_block = _query_span(
             grad_q_block, q_block, grad_block, level, own_delta, k, v, stride_ks, stride_vs, low, whole_low,
-            whole_high, high, keys, places_q, marks, marks_q, slope, frame, inner, outer, window, drawn_from,
-            head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K, masked, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT,
-            HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            whole_high, high, keys, positions_q, codes, codes_q, slope, frame, inner, outer, window,
+            drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K, masked, HAS_ALIBI, HAS_CODES,
+            HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     store_rows(grad_q, grad_q_block * scale, begin, n_heads * HEAD_DIM, seq, BLOCK_Q, HEAD_DIM, WIDTH)
 
@@ -414,7 +417,7 @@ def backward_query_kernel(
 @triton.jit
 def _key_bounds(
     bounds, plane, reach, begin, past, seq, keys, window,
-    BLOCK_Q: constexpr, BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_MARKS: constexpr,
+    BLOCK_Q: constexpr, BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_CODES: constexpr,
     HAS_PREFIX: constexpr, HAS_WINDOW: constexpr, SKIPS: constexpr,
 ):  # fmt: skip
     """Which queries see the keys [begin, begin + BLOCK_K), in multiples of BLOCK_Q.
@@ -423,24 +426,24 @@ def _key_bounds(
         low, whole_low, whole_high, high: all queries of [whole_low, whole_high) see all the keys; none
         outside [low, high) sees any that counts.
     """
-    last_place = tl.minimum(begin + BLOCK_K, keys) - 1
-    low, whole_low = begin - past, tl.cdiv(tl.maximum(last_place - past, 0), BLOCK_Q) * BLOCK_Q
+    last_position = tl.minimum(begin + BLOCK_K, keys) - 1
+    low, whole_low = begin - past, tl.cdiv(tl.maximum(last_position - past, 0), BLOCK_Q) * BLOCK_Q
     high, whole_high = seq, seq
     if HAS_WINDOW:
-        high = tl.minimum(high, last_place + window + 1 - past)
+        high = tl.minimum(high, last_position + window + 1 - past)
         whole_high = tl.minimum(whole_high, begin + window + 1 - past)
-    if HAS_MARKS:
-        places = begin + tl.arange(0, BLOCK_K)
-        inside = places < keys
-        high = tl.minimum(high, tl.max(tl.load(bounds + plane + places, mask=inside, other=0)) - past)
-        run = tl.load(bounds + 2 * plane + places, mask=inside, other=0)
-        run_end = tl.min(tl.load(bounds + 3 * plane + places, mask=inside, other=keys))
+    if HAS_CODES:
+        positions = begin + tl.arange(0, BLOCK_K)
+        inside = positions < keys
+        high = tl.minimum(high, tl.max(tl.load(bounds + plane + positions, mask=inside, other=0)) - past)
+        run = tl.load(bounds + 2 * plane + positions, mask=inside, other=0)
+        run_end = tl.min(tl.load(bounds + 3 * plane + positions, mask=inside, other=keys))
         whole_high = tl.where(tl.max(run) <= begin, tl.minimum(whole_high, run_end - past), 0)
         if HAS_PREFIX:
-            low = tl.minimum(low, tl.min(tl.load(bounds + places, mask=inside, other=keys)) - past)
+            low = tl.minimum(low, tl.min(tl.load(bounds + positions, mask=inside, other=keys)) - past)
             whole_high = 0
     if SKIPS:
-        high = tl.minimum(high, _reached_by(reach, last_place, seq, REACH_BLOCK))
+        high = tl.minimum(high, _reached_by(reach, last_position, seq, REACH_BLOCK))
     low = tl.maximum(low, 0) // BLOCK_Q * BLOCK_Q
     high = tl.maximum(tl.cdiv(high, BLOCK_Q) * BLOCK_Q, low)
     whole_high = tl.minimum(whole_high // BLOCK_Q * BLOCK_Q, high)
@@ -449,23 +452,23 @@ def _key_bounds(
 
 
 @triton.jit
-def _reached_by(reach, place, seq, REACH_BLOCK: constexpr):
-    """The end of the last block of queries that visited a key at or before `place`."""
+def _reached_by(reach, position, seq, REACH_BLOCK: constexpr):
+    """The end of the last block of queries that visited a key at or before `position`."""
     number = tl.cdiv(seq, REACH_BLOCK)
     last = number * 0
     for start in range(0, number, 128):
         blocks = start + tl.arange(0, 128)
         first_visited = tl.load(reach + blocks, mask=blocks < number, other=2147483647)
-        last = tl.maximum(last, tl.max(tl.where(first_visited <= place, blocks + 1, 0)))
+        last = tl.maximum(last, tl.max(tl.where(first_visited <= position, blocks + 1, 0)))
     return last * REACH_BLOCK
 
 
 @triton.jit
 def _key_span(
-    grad_k, grad_v, q, grad, log_sum, delta, k, v, stride_q, stride_g, low, whole_low, whole_high, high, seq,
-    frame, past, places_k, marks, marks_k, slope, inner, outer, window, seed, head, dropout,
+    grad_k, grad_v, q, grad, lse, delta, k, v, stride_q, stride_g, low, whole_low, whole_high, high, seq,
+    frame, past, positions_k, codes, codes_k, slope, inner, outer, window, seed, head, dropout,
     HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr, MASKED: constexpr,
-    HAS_ALIBI: constexpr, HAS_MARKS: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW:
+    HAS_ALIBI: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW:
     constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Adds what query blocks give to the keys' gradients: those in [whole_low, whole_high), or the others.
@@ -478,30 +481,32 @@ def _key_span(
         if MASKED:
             start += tl.where(start >= whole_low, inner_queries, 0)
         rows = start + tl.arange(0, BLOCK_Q)
-        places_q = past + rows
+        positions_q = past + rows
         q_block = load_rows(q, start, stride_q, seq, BLOCK_Q, HEAD_DIM, WIDTH, MASKED)
         grad_block = load_rows(grad, start, stride_g, seq, BLOCK_Q, HEAD_DIM, WIDTH, MASKED)
         if MASKED:
-            level = tl.load(log_sum + rows, mask=rows < seq, other=float("inf"))
+            level = tl.load(lse + rows, mask=rows < seq, other=float("inf"))
             own_delta = tl.load(delta + rows, mask=rows < seq, other=0.0)
         else:
-            level, own_delta = tl.load(log_sum + rows), tl.load(delta + rows)
-        level += shift_of(slope, places_q, frame, EXACT)
+            level, own_delta = tl.load(lse + rows), tl.load(delta + rows)
+        level += shift_of(slope, positions_q, frame, EXACT)
         scores = scores_of(tl.dot(k, tl.trans(q_block), input_precision=PRECISION), inner, outer, HAS_SOFTCAP)
         biased = scores
         if HAS_ALIBI:
-            biased += bias_of(slope, places_q[None, :], places_k[:, None], frame, EXACT)
+            biased += bias_of(slope, positions_q[None, :], positions_k[:, None], frame, EXACT)
         if MASKED:
-            marks_q = places_q
-            if HAS_MARKS:
-                marks_q = marks_of_queries(marks, places_q, rows < seq)
+            codes_q = positions_q
+            if HAS_CODES:
+                codes_q = codes_of_queries(codes, positions_q, rows < seq)
             visible = is_visible(
-                places_q[None, :], places_k[:, None], marks_q[None, :], marks_k[:, None], window,
-                HAS_MARKS, HAS_PREFIX, HAS_WINDOW,
+                positions_q[None, :], positions_k[:, None], codes_q[None, :], codes_k[:, None], window,
+                HAS_CODES, HAS_PREFIX, HAS_WINDOW,
             )  # fmt: skip
             biased = tl.where(visible, biased, NOTHING)
         weights = tl.exp2(biased - level[None, :])
-        kept = is_kept(seed, head, places_q[None, :], places_k[:, None], dropout) if HAS_DROPOUT else True
+        kept = (
+            is_kept(seed, head, positions_q[None, :], positions_k[:, None], dropout) if HAS_DROPOUT else True
+        )
         passed = tl.where(kept, weights / (1 - dropout), 0.0) if HAS_DROPOUT else weights
         grad_v = tl.dot(passed.to(grad_block.dtype), grad_block, grad_v, input_precision=PRECISION)
         grad_weights = tl.dot(v, tl.trans(grad_block), input_precision=PRECISION)
@@ -513,12 +518,12 @@ def _key_span(
 
 @triton.jit(do_not_specialize=["seq", "keys", "plane", "blocks"])
 def backward_key_kernel(
-    grad, q, k, v, log_sum, reach, slopes, marks, bounds, seed, delta, grad_k, grad_v,
+    grad, q, k, v, lse, reach, slopes, codes, bounds, seed, delta, grad_k, grad_v,
     stride_gb, stride_gs, stride_gh, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
     stride_vb, stride_vs, stride_vh,
     seq, keys, plane, n_heads, blocks, scale, inner, outer, window, dropout,
     GROUP: constexpr, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr,
-    BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_ALIBI: constexpr, HAS_MARKS: constexpr,
+    BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_ALIBI: constexpr, HAS_CODES: constexpr,
     HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr,
     HAS_DROPOUT: constexpr, SKIPS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
@@ -529,10 +534,10 @@ def backward_key_kernel(
     past, begin = keys - seq, block * BLOCK_K
     k += row.to(tl.int64) * stride_kb + kv_head * stride_kh
     v += row.to(tl.int64) * stride_vb + kv_head * stride_vh
-    marks += row * keys
+    codes += row * keys
     bounds += row * keys
-    places_k = begin + tl.arange(0, BLOCK_K)
-    marks_k = tl.load(marks + places_k, mask=places_k < keys, other=-1) if HAS_MARKS else places_k
+    positions_k = begin + tl.arange(0, BLOCK_K)
+    codes_k = tl.load(codes + positions_k, mask=positions_k < keys, other=-1) if HAS_CODES else positions_k
     drawn_from = tl.load(seed) if HAS_DROPOUT else 0
     k_block = load_rows(k, begin, stride_ks, keys, BLOCK_K, HEAD_DIM, WIDTH, True)
     v_block = load_rows(v, begin, stride_vs, keys, BLOCK_K, HEAD_DIM, WIDTH, True)
@@ -544,18 +549,18 @@ def backward_key_kernel(
         slope = tl.load(slopes + head) * 1.4426950408889634 if HAS_ALIBI else 0.0
         own_q = q + row.to(tl.int64) * stride_qb + head * stride_qh
         own_grad = grad + row.to(tl.int64) * stride_gb + head * stride_gh
-        own_sum, own_delta = log_sum + head_of_all.to(tl.int64) * seq, delta + head_of_all.to(tl.int64) * seq
+        own_sum, own_delta = lse + head_of_all.to(tl.int64) * seq, delta + head_of_all.to(tl.int64) * seq
         own_reach = reach + head_of_all * tl.cdiv(seq, REACH_BLOCK)
         low, whole_low, whole_high, high = _key_bounds(
             bounds, plane, own_reach, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, REACH_BLOCK,
-            HAS_MARKS, HAS_PREFIX, HAS_WINDOW, SKIPS,
+            HAS_CODES, HAS_PREFIX, HAS_WINDOW, SKIPS,
         )  # fmt: skip
         for masked in tl.static_range(2):
             grad_k_block, grad_v_block = _key_span(
                 grad_k_block, grad_v_block, own_q, own_grad, own_sum, own_delta, k_block, v_block, stride_qs,
-                stride_gs, low, whole_low, whole_high, high, seq, begin, past, places_k, marks, marks_k,
+                stride_gs, low, whole_low, whole_high, high, seq, begin, past, positions_k, codes, codes_k,
                 slope, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q,
-                masked, HAS_ALIBI, HAS_MARKS, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
+                masked, HAS_ALIBI, HAS_CODES, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
                 PRECISION,
             )  # fmt: skip
     kv_width = kv_heads * HEAD_DIM
@@ -566,10 +571,10 @@ def backward_key_kernel(
 
 @triton.jit(do_not_specialize=["seq", "keys", "parts", "keys_of_part", "stride_mb"])
 def decode_kernel(
-    q, k, v, partial, partial_sum, slopes, marks,
+    q, k, v, partial, partial_sum, slopes, codes,
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     stride_mb, seq, keys, parts, keys_of_part, n_heads, inner, outer, window, GROUP: constexpr, HEAD_DIM:
-    constexpr, WIDTH: constexpr, ROWS: constexpr, BLOCK_K: constexpr, HAS_ALIBI: constexpr, HAS_MARKS:
+    constexpr, WIDTH: constexpr, ROWS: constexpr, BLOCK_K: constexpr, HAS_ALIBI: constexpr, HAS_CODES:
     constexpr, HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr,
     PRECISION: constexpr,
 ):  # fmt: skip
@@ -585,18 +590,18 @@ def decode_kernel(
     q += row.to(tl.int64) * stride_qb + kv_head * GROUP * stride_qh
     k += row.to(tl.int64) * stride_kb + kv_head * stride_kh
     v += row.to(tl.int64) * stride_vb + kv_head * stride_vh
-    marks += row.to(tl.int64) * stride_mb
+    codes += row.to(tl.int64) * stride_mb
 
     rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     members, queries = rows // seq, rows % seq
     inside = rows < GROUP * seq
-    places_q = past + queries
+    positions_q = past + queries
     q_block = tl.load(q + members[:, None] * stride_qh + queries[:, None] * stride_qs + columns[None, :],
                       mask=inside[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)  # fmt: skip
     slope = tl.zeros([ROWS], dtype=tl.float32)
     if HAS_ALIBI:
         slope = tl.load(slopes + kv_head * GROUP + members, mask=inside, other=0.0) * 1.4426950408889634
-    marks_q = marks_of_queries(marks, places_q, inside) if HAS_MARKS else places_q
+    codes_q = codes_of_queries(codes, positions_q, inside) if HAS_CODES else positions_q
 
     acc = tl.zeros([ROWS, WIDTH], dtype=tl.float32)
     total = tl.zeros([ROWS], dtype=tl.float32)
@@ -604,18 +609,18 @@ def decode_kernel(
     begin, end = part * keys_of_part, tl.minimum((part + 1) * keys_of_part, keys)
     for forth in range(tl.cdiv(end - begin, BLOCK_K)):
         start = begin + forth * BLOCK_K
-        places_k = start + tl.arange(0, BLOCK_K)
+        positions_k = start + tl.arange(0, BLOCK_K)
         k_block = load_rows(k, start, stride_ks, end, BLOCK_K, HEAD_DIM, WIDTH, True)
         v_block = load_rows(v, start, stride_vs, end, BLOCK_K, HEAD_DIM, WIDTH, True)
         scores = scores_of(
             tl.dot(q_block, tl.trans(k_block), input_precision=PRECISION), inner, outer, HAS_SOFTCAP
         )
         if HAS_ALIBI:
-            scores += bias_of(slope[:, None], places_q[:, None], places_k[None, :], past, EXACT)
-        marks_k = tl.load(marks + places_k, mask=places_k < end, other=-1) if HAS_MARKS else places_k
+            scores += bias_of(slope[:, None], positions_q[:, None], positions_k[None, :], past, EXACT)
+        codes_k = tl.load(codes + positions_k, mask=positions_k < end, other=-1) if HAS_CODES else positions_k
         visible = is_visible(
-            places_q[:, None], places_k[None, :], marks_q[:, None], marks_k[None, :], window,
-            HAS_MARKS, HAS_PREFIX, HAS_WINDOW,
+            positions_q[:, None], positions_k[None, :], codes_q[:, None], codes_k[None, :], window,
+            HAS_CODES, HAS_PREFIX, HAS_WINDOW,
         )  # fmt: skip
         scores = tl.where(visible, scores, NOTHING)
         now = tl.maximum(highest, tl.max(scores, 1))
@@ -626,9 +631,9 @@ def decode_kernel(
 
     sees = total > 0
     safe = tl.where(sees, total, 1.0)
-    place = (row * parts + part).to(tl.int64) * n_heads * seq + kv_head * GROUP * seq + rows
-    tl.store(partial_sum + place, tl.where(sees, highest + tl.log2(safe), LOWEST), mask=inside)
-    tl.store(partial + place[:, None] * HEAD_DIM + columns[None, :], acc / safe[:, None],
+    offset = (row * parts + part).to(tl.int64) * n_heads * seq + kv_head * GROUP * seq + rows
+    tl.store(partial_sum + offset, tl.where(sees, highest + tl.log2(safe), LOWEST), mask=inside)
+    tl.store(partial + offset[:, None] * HEAD_DIM + columns[None, :], acc / safe[:, None],
              mask=inside[:, None] & (columns < HEAD_DIM)[None, :])  # fmt: skip
 
 
@@ -641,13 +646,13 @@ def join_kernel(
     row, rest = tl.program_id(0) // (n_heads * seq), tl.program_id(0) % (n_heads * seq)
     head, query = rest // seq, rest % seq
     number, columns = tl.arange(0, PARTS), tl.arange(0, WIDTH)
-    places = (row * parts + number).to(tl.int64) * n_heads * seq + rest
-    logarithms = tl.load(partial_sum + places, mask=number < parts, other=LOWEST)
+    positions = (row * parts + number).to(tl.int64) * n_heads * seq + rest
+    logarithms = tl.load(partial_sum + positions, mask=number < parts, other=LOWEST)
     highest = tl.max(logarithms)
     weights = tl.exp2(logarithms - highest)
     total = tl.sum(weights)
     inside = (number < parts)[:, None] & (columns < HEAD_DIM)[None, :]
-    block = tl.load(partial + places[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
+    block = tl.load(partial + positions[:, None] * HEAD_DIM + columns[None, :], mask=inside, other=0.0)
     joined = tl.sum(block * weights[:, None], 0) / tl.where(total > 0, total, 1.0)
-    place = ((row * seq + query).to(tl.int64) * n_heads + head) * HEAD_DIM
-    tl.store(out + place + columns, joined.to(out.dtype.element_ty), mask=columns < HEAD_DIM)
+    offset = ((row * seq + query).to(tl.int64) * n_heads + head) * HEAD_DIM
+    tl.store(out + offset + columns, joined.to(out.dtype.element_ty), mask=columns < HEAD_DIM)

@@ -33,11 +33,11 @@ except ImportError:  # why_not in backends.py says so before anything comes here
 _LOG2_E = math.log2(math.e)
 _MOST_DECODING_ROWS = 64
 
-# An exported folder's copy of this file has operators of its own beside an installed package's.
+# An exported folder's copy of this file has operators of its own, next to an installed package's.
 _NAMESPACE = re.sub(r"\W", "_", __package__ or "mpt")
 
 _OPTIONS = (
-    "Tensor? slopes, Tensor? marks, Tensor? bounds, Tensor? seed, float scale, int window, float softcap, "
+    "Tensor? slopes, Tensor? codes, Tensor? bounds, Tensor? seed, float scale, int window, float softcap, "
     "float dropout, bool has_prefix, bool skips"
 )
 
@@ -53,10 +53,11 @@ def attend(
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     batch, seq, n_heads, _ = query.shape
     keys, kv_heads = key.shape[1:3]
-    marks = bounds = None
+    codes = bounds = None
     if context.documents is not None or context.prefix is not None:
-        marks, bounds = context.once(
-            "marks and bounds", lambda: mark(context.documents, context.prefix, batch, keys, query.device)
+        codes, bounds = context.once(
+            "codes and bounds",
+            lambda: encode_documents(context.documents, context.prefix, batch, keys, query.device),
         )
     window = -1 if context.window is None else context.window
     softcap = context.softcap or 0.0
@@ -65,59 +66,59 @@ def attend(
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     if is_decoding and not needs_grad and context.dropout == 0:
         return _operators.decode(
-            query, key, value, context.slopes, marks, context.scale, window, softcap, has_prefix
+            query, key, value, context.slopes, codes, context.scale, window, softcap, has_prefix
         )
     seed = torch.randint(2**62, (1,), device=query.device) if context.dropout > 0 else None
     skips = context.slopes is not None and context.skips
     out, _, _ = _operators.attention(
-        query, key, value, context.slopes, marks, bounds, seed, context.scale, window, softcap,
+        query, key, value, context.slopes, codes, bounds, seed, context.scale, window, softcap,
         context.dropout, has_prefix, skips,
     )  # fmt: skip
     return out
 
 
-def mark(
+def encode_documents(
     documents: torch.Tensor | None,
     prefix: torch.Tensor | None,
     batch: int,
     keys: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the kernels read of documents and prefixes, computed on the device without waiting for it.
+    """Documents and prefixes as the kernels read them, computed on the device without waiting for it.
 
     Returns:
-        marks: (batch, keys) int32, 2 * document + is-in-prefix, and -1 for padding.
-        bounds: (4, batch, keys) int32: the first place of a token's document, the place after its last, and
+        codes: (batch, keys) int32, 2 * document + is-in-prefix, and -1 for padding.
+        bounds: (4, batch, keys) int32: the first position of a token's document, the one after its last, and
             the same of the run without padding in between. For padding these hold nothing together.
     """
     if documents is None:
         documents = torch.zeros(batch, keys, dtype=torch.int64, device=device)
     is_padding = documents == PADDING
-    marks = documents * 2 if prefix is None else documents * 2 + prefix
-    marks = marks.masked_fill(is_padding, PADDING)
-    places = torch.arange(keys, device=device).expand(batch, keys)
+    codes = documents * 2 if prefix is None else documents * 2 + prefix
+    codes = codes.masked_fill(is_padding, PADDING)
+    positions = torch.arange(keys, device=device).expand(batch, keys)
 
     def begins(numbers: torch.Tensor) -> torch.Tensor:
         is_first = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
-        return places.masked_fill(~is_first, 0).cummax(1).values
+        return positions.masked_fill(~is_first, 0).cummax(1).values
 
     def ends(numbers: torch.Tensor) -> torch.Tensor:
         is_last = F.pad(numbers[:, 1:] != numbers[:, :-1], (0, 1), value=True)
-        return (places + 1).masked_fill(~is_last, keys).flip(1).cummin(1).values.flip(1)
+        return (positions + 1).masked_fill(~is_last, keys).flip(1).cummin(1).values.flip(1)
 
     # Documents are numbered upwards along a row, so padding between takes the number before, or after, it.
     before = documents.cummax(1).values
     after = documents.masked_fill(is_padding, torch.iinfo(torch.int64).max).flip(1).cummin(1).values.flip(1)
     bounds = torch.stack([begins(before), ends(after), begins(documents), ends(documents)])
     nothing = torch.tensor([keys, 0, keys, 0], device=device)[:, None, None]
-    return marks.int(), torch.where(is_padding, nothing, bounds).int()
+    return codes.int(), torch.where(is_padding, nothing, bounds).int()
 
 
 def _constants(
     query: torch.Tensor,
     key: torch.Tensor,
     slopes: torch.Tensor | None,
-    marks: torch.Tensor | None,
+    codes: torch.Tensor | None,
     window: int,
     softcap: float,
     has_prefix: bool,
@@ -129,7 +130,7 @@ def _constants(
         "HEAD_DIM": head_dim,
         "WIDTH": padded(head_dim),
         "HAS_ALIBI": slopes is not None,
-        "HAS_MARKS": marks is not None,
+        "HAS_CODES": codes is not None,
         "HAS_PREFIX": has_prefix,
         "HAS_WINDOW": window >= 0,
         "HAS_SOFTCAP": softcap > 0,
@@ -159,38 +160,38 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     schema=f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 def _attention(  # type: ignore[no-untyped-def]
-    query, key, value, slopes, marks, bounds, seed, scale, window, softcap, dropout, has_prefix, skips
+    query, key, value, slopes, codes, bounds, seed, scale, window, softcap, dropout, has_prefix, skips
 ):  # fmt: skip
-    """Out (batch, seq, n_heads, head_dim), log_sum (batch, n_heads, seq), reach (batch, n_heads, blocks)."""
+    """Out (batch, seq, n_heads, head_dim), lse (batch, n_heads, seq), reach (batch, n_heads, blocks)."""
     batch, seq, n_heads, _ = query.shape
     keys = key.shape[1]
     tile = _tile("forward", query, has_dropout=seed is not None)
-    out, log_sum, reach = _empty_results(query)
+    out, lse, reach = _empty_results(query)
     blocks = reach.shape[2]
-    longest = log_sum
+    longest = lse
     if skips:
         longest = torch.linalg.vector_norm(key, dim=-1, dtype=torch.float32).amax(1)  # (batch, kv_heads)
     bits = 25 + math.log2(keys)
-    nothing = log_sum
+    nothing = lse
     with torch.cuda.device_of(query):
         forward_kernel[(blocks * batch * n_heads,)](
-            query, key, value, out, log_sum, reach,
-            *(nothing if x is None else x for x in (slopes, marks, bounds)), longest,
+            query, key, value, out, lse, reach,
+            *(nothing if x is None else x for x in (slopes, codes, bounds)), longest,
             nothing if seed is None else seed, *_strides(query, key, value),
             seq, keys, batch * keys, n_heads, blocks, *_factors(scale, softcap), window, dropout, bits,
-            **_constants(query, key, slopes, marks, window, softcap, has_prefix), BLOCK_Q=tile.block_q,
+            **_constants(query, key, slopes, codes, window, softcap, has_prefix), BLOCK_Q=tile.block_q,
             BLOCK_K=tile.block_k, HAS_DROPOUT=seed is not None, SKIPS=skips, num_warps=tile.warps,
             num_stages=tile.stages,
         )  # fmt: skip
-    return out, log_sum, reach
+    return out, lse, reach
 
 
 def _empty_results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     batch, seq, n_heads, _ = query.shape
     blocks = -(-seq // _tile("forward", query, has_dropout=False).block_q)
-    log_sum = query.new_empty((batch, n_heads, seq), dtype=torch.float32)
+    lse = query.new_empty((batch, n_heads, seq), dtype=torch.float32)
     reach = query.new_empty((batch, n_heads, blocks), dtype=torch.int32)
-    return query.new_empty(query.shape), log_sum, reach
+    return query.new_empty(query.shape), lse, reach
 
 
 _attention.register_fake(lambda query, *_: _empty_results(query))
@@ -199,11 +200,11 @@ _attention.register_fake(lambda query, *_: _empty_results(query))
 @torch.library.custom_op(
     f"{_NAMESPACE}::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor log_sum, Tensor reach, "
+    schema=f"(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor reach, "
     f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 def _backward(  # type: ignore[no-untyped-def]
-    grad, query, key, value, out, log_sum, reach, slopes, marks, bounds, seed, scale, window, softcap,
+    grad, query, key, value, out, lse, reach, slopes, codes, bounds, seed, scale, window, softcap,
     dropout, has_prefix, skips,
 ):  # fmt: skip
     """The gradients of query, key and value."""
@@ -212,11 +213,11 @@ def _backward(  # type: ignore[no-untyped-def]
     has_dropout = seed is not None
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
-    delta = torch.empty_like(log_sum)
-    pointers = [log_sum if x is None else x for x in (slopes, marks, bounds, seed)]
+    delta = torch.empty_like(lse)
+    pointers = [lse if x is None else x for x in (slopes, codes, bounds, seed)]
     factors = (*_factors(scale, softcap), window, dropout)
     options = {
-        **_constants(query, key, slopes, marks, window, softcap, has_prefix),
+        **_constants(query, key, slopes, codes, window, softcap, has_prefix),
         "REACH_BLOCK": _tile("forward", query, has_dropout=has_dropout).block_q,
         "HAS_DROPOUT": has_dropout,
     }
@@ -224,7 +225,7 @@ def _backward(  # type: ignore[no-untyped-def]
         tile = _tile("backward_query", query, has_dropout=has_dropout)
         blocks = -(-seq // tile.block_q)
         backward_query_kernel[(blocks * batch * n_heads,)](
-            grad, query, key, value, out, log_sum, reach, *pointers, delta, grad_query,
+            grad, query, key, value, out, lse, reach, *pointers, delta, grad_query,
             *_strides(grad, query, key, value), seq, keys, batch * keys, n_heads, blocks, scale, *factors,
             BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages,
             **options,
@@ -233,7 +234,7 @@ def _backward(  # type: ignore[no-untyped-def]
         tile = _tile(kernel, query, has_dropout=has_dropout)
         blocks = -(-keys // tile.block_k)
         backward_key_kernel[(blocks * batch * kv_heads,)](
-            grad, query, key, value, log_sum, reach, *pointers, delta, grad_key, grad_value,
+            grad, query, key, value, lse, reach, *pointers, delta, grad_key, grad_value,
             *_strides(grad, query, key, value), seq, keys, batch * keys, n_heads, blocks, scale, *factors,
             BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, SKIPS=skips, num_warps=tile.warps,
             num_stages=tile.stages, **options,
@@ -251,9 +252,9 @@ def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Te
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    query, key, value, slopes, marks, bounds, seed, out, log_sum, reach = ctx.saved_tensors
+    query, key, value, slopes, codes, bounds, seed, out, lse, reach = ctx.saved_tensors
     grads = _operators.attention_backward(
-        grad, query, key, value, out, log_sum, reach, slopes, marks, bounds, seed, *ctx.options
+        grad, query, key, value, out, lse, reach, slopes, codes, bounds, seed, *ctx.options
     )
     return (*grads, *(None,) * 10)
 
@@ -264,10 +265,10 @@ _attention.register_autograd(_differentiate, setup_context=_keep_for_backward)
 @torch.library.custom_op(
     f"{_NAMESPACE}::decode",
     mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor? slopes, Tensor? marks, float scale, int window, "
+    schema="(Tensor query, Tensor key, Tensor value, Tensor? slopes, Tensor? codes, float scale, int window, "
     "float softcap, bool has_prefix) -> Tensor",
 )
-def _decode(query, key, value, slopes, marks, scale, window, softcap, has_prefix):  # type: ignore[no-untyped-def]
+def _decode(query, key, value, slopes, codes, scale, window, softcap, has_prefix):  # type: ignore[no-untyped-def]
     """Few queries against many keys, without a gradient."""
     batch, seq, n_heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
@@ -275,11 +276,11 @@ def _decode(query, key, value, slopes, marks, scale, window, softcap, has_prefix
     keys_of_part, parts = _cut(keys, block_k, batch * kv_heads, query.device)
     partial = query.new_empty((batch, parts, n_heads, seq, head_dim), dtype=torch.float32)
     partial_sum, out = partial.new_empty(partial.shape[:4]), query.new_empty(query.shape)
-    constants = _constants(query, key, slopes, marks, window, softcap, has_prefix)
+    constants = _constants(query, key, slopes, codes, window, softcap, has_prefix)
     width = constants["WIDTH"]
     with torch.cuda.device_of(query):
         decode_kernel[(batch * kv_heads * parts,)](
-            query, key, value, partial, partial_sum, *(partial if x is None else x for x in (slopes, marks)),
+            query, key, value, partial, partial_sum, *(partial if x is None else x for x in (slopes, codes)),
             *_strides(query, key, value), keys, seq, keys, parts, keys_of_part, n_heads,
             *_factors(scale, softcap), window,
             **constants, ROWS=padded(constants["GROUP"] * seq), BLOCK_K=block_k,
@@ -300,8 +301,8 @@ def _cut(keys: int, block_k: int, programs: int, device: torch.device) -> tuple[
     processors = (
         torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     )
-    wanted = max(1, min(128, 2 * processors // programs))
-    keys_of_part = max(1, -(-keys // (wanted * block_k))) * block_k
+    parts = max(1, min(128, 2 * processors // programs))
+    keys_of_part = max(1, -(-keys // (parts * block_k))) * block_k
     return keys_of_part, -(-keys // keys_of_part)
 
 

@@ -2,7 +2,7 @@
 
 All backends give the same mathematics. Packages are looked for and never imported, and nothing beyond the
 standard library is, so that a config is answered at once. A dtype is a name of torch's, such as `bfloat16`:
-what queries, keys and values have, under autocast too.
+that of queries, keys and values, under autocast too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 
 from .config import MPTConfig
 
-# In the order in which they are proposed.
+# In the order in which an error proposes them.
 BACKENDS = ("torch", "triton", "flash")
 # The first of these that can serve is what `auto` takes: the fastest.
 _PREFERENCE = {"cuda": ("triton", "flash", "torch")}
@@ -35,12 +35,12 @@ def choose_backend(config: MPTConfig, device_type: str, dtype: str) -> tuple[str
     Raises:
         ValueError: The backend that is asked for cannot serve.
     """
-    wanted = config.attn_config.attn_impl
-    if wanted != "auto":
-        reason = why_not(wanted, config, device_type, dtype)
+    name: str = config.attn_config.attn_impl
+    if name != "auto":
+        reason = why_not(name, config, device_type, dtype)
         if reason is None:
-            return wanted, "asked for"
-        raise ValueError(refusal(wanted, reason, config, device_type, dtype))
+            return name, "asked for"
+        raise ValueError(refusal(name, reason, config, device_type, dtype))
     refused: list[str] = []
     for name in _PREFERENCE.get(device_type, ("torch",)):
         reason = why_not(name, config, device_type, dtype)
@@ -51,7 +51,7 @@ def choose_backend(config: MPTConfig, device_type: str, dtype: str) -> tuple[str
 
 
 def refusal(name: str, reason: str, config: MPTConfig, device_type: str, dtype: str) -> str:
-    """What is said of a backend that is asked for and can't serve: the key, the reason and what to use."""
+    """The error for a backend that is asked for and can't serve: the key, the reason and what to use."""
     able = [other for other in BACKENDS if why_not(other, config, device_type, dtype) is None]
     return (
         f"attn_config.attn_impl: {name} can't be used: {reason}. "
@@ -104,7 +104,7 @@ def _why_never_flash(config: MPTConfig, dtype: str) -> str | None:
     if attn.prefix_lm:
         return "it has no prefix-LM"
     if attn.attn_logit_softcapping is not None and attn.attn_pdrop > 0:
-        return "it has no dropout (attn_pdrop) beside attn_logit_softcapping"
+        return "it has no dropout (attn_pdrop) together with attn_logit_softcapping"
     return None
 
 

@@ -1,8 +1,8 @@
 """How many parameters, FLOPs and activations a network has, from its config alone.
 
-Words: parameters are counted once when shared (tied embeddings). FLOPs are floating-point operations, a
-multiply-add is two; training is forward plus backward, which costs twice the forward. Recomputation by
-activation checkpointing is not counted: it is work, not progress.
+Words: shared parameters (tied embeddings) are counted once. FLOPs are floating-point operations, a
+multiply-add is two; training is forward plus backward, which costs twice the forward. What activation
+checkpointing computes again is not counted: it is work, not progress.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ def block_activations(config: MPTConfig) -> int:
 
 
 def attention_activations(config: MPTConfig) -> int:
-    """Of these, what the attention keeps beside its input."""
+    """Of these, what the attention keeps besides its input."""
     heads = config.n_heads * config.d_head
     qkv = heads + 2 * config.kv_heads * config.d_head
     attn = config.attn_config
-    copies_of_qkv = 1 + (attn.clip_qkv is not None) + (attn.qk_ln or attn.qk_gn) + attn.rope
-    return copies_of_qkv * qkv + heads
+    versions_of_qkv = 1 + (attn.clip_qkv is not None) + (attn.qk_ln or attn.qk_gn) + attn.rope
+    return versions_of_qkv * qkv + heads
 
 
 def ffn_activations(config: MPTConfig) -> int:
-    """Of these, what the feed-forward network keeps beside its input."""
+    """Of these, what the feed-forward network keeps besides its input."""
     return (4 if config.ffn_config.ffn_type == "mptglu" else 2) * config.d_ffn
 
 

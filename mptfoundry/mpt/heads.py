@@ -42,10 +42,7 @@ class _HeadNetwork(nn.Module):
 
     Args:
         config: The architecture.
-        device: Where the weights lie. On ``meta`` nothing is allocated.
-        seed: Draw the weights from this seed. Without it torch's own random state gives one, as for every
-            module of PyTorch's.
-        empty: Draw nothing: the weights hold whatever was in memory, until some are loaded.
+        device, seed, empty: As for MPT.
     """
 
     def __init__(
@@ -153,11 +150,11 @@ class TokenClassifier(_HeadNetwork):
         Args:
             input_ids: (batch, seq) int64.
             attention_mask: (batch, seq) bool or integers, 0 where padded, left or right.
-            labels: (batch, seq) int64, each token's own; -100 where not learned.
+            labels: (batch, seq) int64, each token's own; -100 for tokens that are not in the loss.
             max_documents: 1 where padding stands at the end of rows.
 
         Returns:
-            Logits (batch, seq, num_labels), and with labels the mean loss over learned tokens.
+            Logits (batch, seq, num_labels), and with labels the mean over the tokens in the loss.
         """
         hidden = F.dropout(
             self._trunk(input_ids, attention_mask, max_documents),
@@ -190,13 +187,14 @@ class SpanFinder(_HeadNetwork):
         Args:
             input_ids: (batch, seq) int64, questions with their texts.
             attention_mask: (batch, seq) bool or integers, 0 where padded, left or right.
-            start_positions: (batch,) int64, each answer's first token; one outside of the row is not learned.
+            start_positions: (batch,) int64, each answer's first token; one outside of the row is not in the
+                loss.
             end_positions: (batch,) int64, its last token, likewise.
             max_documents: 1 where padding stands at the end of rows.
 
         Returns:
-            Logits (batch, seq, 2) of first and last, the lowest number there is where padded; and with
-            positions the mean of both losses, each over the rows that are learned.
+            Logits (batch, seq, 2) of first and last, the lowest number of the dtype for padding; and with
+            positions the mean of both losses, each over the rows in the loss.
         """
         logits = self._head(self._trunk(input_ids, attention_mask, max_documents))  # (batch, seq, 2)
         if attention_mask is not None:

@@ -1,6 +1,6 @@
 """An MPT as transformers' classes, for the models that its own MPT classes can't express.
 
-An exported folder holds this file beside the network's others, and its config.json names the two classes
+An exported folder holds this file next to the network's others, and its config.json names the two classes
 here; torch and transformers, 4.51 or later, are all that has to be installed. transformers copies the files
 that this one imports and no others, so each that the network consists of is named here.
 
@@ -140,7 +140,7 @@ class CheckpointedBlock(Block):
 
 
 def _moved(context: AttentionContext, device: torch.device) -> AttentionContext:
-    """A context for the blocks on another device; what was made for the first is made anew there."""
+    """A context for the blocks on another device, which makes everything that layers share again there."""
 
     def to(value: torch.Tensor | None) -> torch.Tensor | None:
         return None if value is None else value.to(device)
@@ -232,14 +232,14 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             inputs_embeds: (batch, seq, d_model), in place of ``input_ids``.
             sequence_id: (batch, seq), changes where a new document begins; documents don't see one another.
             prefix_mask: (batch, seq), tokens that see one another in both directions; for prefix_lm.
-            labels: (batch, seq) int64, aligned with ``input_ids``; -100 where not learned. In training
-                there are no logits beside the loss.
+            labels: (batch, seq) int64, aligned with ``input_ids``; -100 for tokens that are not in the loss.
+                In training there is only the loss, without logits.
             past_key_values, cache: A cache of transformers' that holds the tokens before these.
             use_cache: Return a cache. Default: as the config says, but not in training nor of documents.
             output_attentions: Return each layer's attention weights, (batch, n_heads, seq, keys).
             output_hidden_states: Return what goes into each block, and the last norm's output.
             return_dict: False for a tuple.
-            logits_to_keep: Logits of so many last tokens alone, or of the tokens at these places; 0: of all.
+            logits_to_keep: Logits of so many last tokens, or of the tokens at these positions; 0: of all.
             num_items_in_batch: What the sum of the losses is divided by, such as the labels of all the passes
                 whose gradients are added up. Default: the labels of this pass.
 

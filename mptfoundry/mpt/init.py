@@ -1,8 +1,8 @@
 """How a new network's weights are drawn: eight schemes, each weight from its name alone.
 
-Every parameter has random numbers of its own, given by the seed and its name, in blocks of rows. So a
-network is the same whatever the order, the device or the sharding in which it is initialised, and a shard
-draws only its own rows.
+Every parameter has its own random numbers, which follow from the seed and its name, in blocks of rows. So a
+network is the same for every order, device and sharding in which it is initialised, and a shard draws only
+its own rows.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def materialise(
 ) -> None:
     """Give a network made on ``meta`` storage on `device` (the CPU if None), and draw its weights.
 
-    Without a `seed`, torch's own random state gives one. Nothing is drawn where `empty` is asked for, and
-    nothing happens at all where `device` is ``meta`` too.
+    Without a `seed`, torch's random state gives one. With `empty` nothing is drawn; with ``meta`` as `device`
+    nothing happens.
     """
     device = torch.device(device or "cpu")
     if device.type == "meta":
@@ -78,7 +78,7 @@ def draw_numbers(
     seed: int,
     rows: tuple[int, int] | None = None,
 ) -> torch.Tensor:
-    """Draw from a distribution what belongs to `name`; arguments and result are those of `draw`."""
+    """Draw the values of parameter `name` from a distribution; arguments and result are those of `draw`."""
     first, last = rows or (0, shape[0])
     kind, numbers = distribution
     if kind == "constant":
@@ -102,7 +102,7 @@ def draw_numbers(
 
 
 def _distribution(name: str, shape: tuple[int, ...], config: MPTConfig) -> Distribution:
-    """What a parameter is drawn from."""
+    """The distribution of a parameter's first values."""
     module, leaf = name.split(".")[-2:]
     init = config.init_config
     is_embedding = module in ("wte", "wpe")
@@ -122,7 +122,7 @@ def _distribution(name: str, shape: tuple[int, ...], config: MPTConfig) -> Distr
     if is_embedding and init.emb_init_uniform_lim is not None:
         limit = init.emb_init_uniform_lim
         return "uniform", limit if isinstance(limit, tuple) else (-limit, limit)
-    # Queries, keys and values of each head are drawn as the matrices of their own that they are.
+    # In Wqkv, the queries, keys and values of each head count as matrices of their own.
     std = _standard_deviation(shape[1], config.d_head if module == "Wqkv" else shape[0], config)
     if module in ("out_proj", "down_proj"):
         std /= _residual_divisor(config)
@@ -150,7 +150,7 @@ def _standard_deviation(inputs: int, outputs: int, config: MPTConfig) -> float:
 
 
 def _residual_divisor(config: MPTConfig) -> float:
-    """By what the matrices that write into the residual stream are smaller."""
+    """The divisor of the standard deviation of matrices that write into the residual stream."""
     if config.init_config.name == "neox_init_":
         return config.n_layers / math.sqrt(10)
     divisor = config.init_config.init_div_is_residual

@@ -1,4 +1,4 @@
-"""A matrix times the rows of a batch, also where the rows are as few as a batch that generates has.
+"""A linear layer that is also fast for the few rows of a batch in generation.
 
 Letters of the shapes: rows = batch * seq.
 """
@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# So many rows a CPU multiplies faster from the other side: it goes through the matrix once, whose rows are
-# the long ones. `python scripts/bench_generate.py` shows what it brings.
+# For so many rows a CPU multiplies faster as (W @ x.T).T: it reads the matrix once, row by row.
+# `python scripts/bench_generate.py` measures the gain.
 _ROWS = range(8, 33)
 
 

@@ -1,7 +1,7 @@
 """The last matrix and the cross entropy in one, a few tokens at a time.
 
-Logits of all tokens never exist together. Where gradients are wanted, those of a chunk are computed as soon
-as its logits are there, and the logits are dropped: backward only scales what forward has summed.
+The logits of all tokens never exist together. If gradients are needed, forward computes those of a chunk
+right after its logits and drops the logits: backward only scales what forward has summed.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from .norm import compute_dtype
 
 IGNORED = -100
 
-# Logits of a chunk. Fewer would add up the weight's gradient more often, more would only take memory.
+# Logits of a chunk. With fewer, the weight's gradient is summed more often; more only take memory.
 _CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
 
 def linear_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, softcap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Cross entropy of ``softmax(hidden @ weight.T)``, under autocast in its dtype, summed in float32.
+    """Cross entropy of ``softmax(hidden @ weight.T)``, in the dtype of autocast, summed in float32.
 
     Differentiable once, in ``hidden`` and ``weight``.
 
     Args:
         hidden: (tokens, d_model).
         weight: (vocab, d_model).
-        targets: (tokens,) int64; -100 where nothing is learned.
+        targets: (tokens,) int64; -100 for tokens that are not in the loss.
         softcap: Logits become ``softcap * tanh(logit / softcap)``.
 
     Returns:
-        The mean over the learned tokens, 0 if there are none, a float32 scalar; and each token's loss,
-        (tokens,) float32, 0 where not learned, which carries no gradient; and where no gradient is wanted
-        whether the target has the highest logit, (tokens,) bool.
+        The mean over the tokens in the loss, a float32 scalar, 0 if there are none; each token's loss,
+        (tokens,) float32, without gradient, 0 for those that are not in the loss; and, unless a gradient is
+        needed, whether the target has the highest logit, (tokens,) bool.
     """
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     total, losses, correct = _LinearCrossEntropy.apply(hidden, weight, targets, softcap, wants_grad)
@@ -65,9 +65,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = weight.to(dtype)
             if wants_grad:
-                wanted = ctx.needs_input_grad[:2]
-                correct = None
-                losses, ctx.grads = _losses_and_grads(hidden, matrix, targets, softcap, wanted)
+                correct, needs_grad = None, ctx.needs_input_grad[:2]
+                losses, ctx.grads = _losses_and_grads(hidden, matrix, targets, softcap, needs_grad)
                 ctx.dtypes = hidden.dtype, weight.dtype
             else:
                 losses, correct = _losses(hidden, matrix, targets, softcap)
@@ -91,10 +90,10 @@ def _losses(
     """Each token's loss, (tokens,) float32, and whether its target has the highest logit, (tokens,) bool."""
     step = _tokens_of_chunk(matrix)
     losses, correct = [], []
-    for some, wanted in zip(hidden.split(step), targets.split(step), strict=True):
-        logits = _logits(some, matrix, softcap)
-        losses.append(F.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="none"))
-        correct.append(logits.argmax(-1) == wanted)
+    for part, target in zip(hidden.split(step), targets.split(step), strict=True):
+        logits = _logits(part, matrix, softcap)
+        losses.append(F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="none"))
+        correct.append(logits.argmax(-1) == target)
     return torch.cat(losses).float(), torch.cat(correct)
 
 
@@ -103,39 +102,39 @@ def _losses_and_grads(
     matrix: torch.Tensor,
     targets: torch.Tensor,
     softcap: float | None,
-    wanted: tuple[bool, bool],
+    needs_grad: tuple[bool, bool],
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
     """Each token's loss, (tokens,) float32, and the gradients of their sum.
 
     Returns:
-        The losses; the gradients of ``hidden`` and of ``matrix``, the latter float32 or wider, each None
-        unless ``wanted``.
+        The losses; the gradients of ``hidden`` and of ``matrix``, the latter float32 or wider; None for
+        one that ``needs_grad`` excludes.
     """
     wide = torch.promote_types(matrix.dtype, torch.float32)
     step = _tokens_of_chunk(matrix)
     losses = torch.zeros(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-    hidden_grad = torch.empty_like(hidden) if wanted[0] else None
-    matrix_grad = torch.zeros_like(matrix, dtype=wide) if wanted[1] else None
+    hidden_grad = torch.empty_like(hidden) if needs_grad[0] else None
+    matrix_grad = torch.zeros_like(matrix, dtype=wide) if needs_grad[1] else None
     for start in range(0, hidden.shape[0], step):
         part = slice(start, start + step)
-        some = hidden[part].to(matrix.dtype)
-        learned = (targets[part] != IGNORED)[:, None]
+        chunk = hidden[part].to(matrix.dtype)
+        in_loss = (targets[part] != IGNORED)[:, None]
         target = targets[part].clamp(min=0)[:, None]
-        logits = _logits(some, matrix, softcap)  # (tokens of the chunk, vocab)
-        steepness = None if softcap is None else 1 - (logits / softcap).square()
+        logits = _logits(chunk, matrix, softcap)  # (tokens of the chunk, vocab)
+        tanh_grad = None if softcap is None else 1 - (logits / softcap).square()
         log_probabilities = torch.log_softmax(logits, -1, out=logits)
-        losses[part] = (-log_probabilities.gather(1, target) * learned)[:, 0]
+        losses[part] = (-log_probabilities.gather(1, target) * in_loss)[:, 0]
         grad = log_probabilities.exp_()
         grad.scatter_add_(1, target, grad.new_full((1, 1), -1).expand_as(target))
-        if steepness is not None:
-            grad *= steepness
+        if tanh_grad is not None:
+            grad *= tanh_grad
         grad = grad.to(matrix.dtype)
         if hidden_grad is not None:
-            hidden_grad[part] = (grad @ matrix) * learned
+            hidden_grad[part] = (grad @ matrix) * in_loss
         if matrix_grad is not None and matrix_grad.dtype == grad.dtype:
-            matrix_grad.addmm_(grad.T, some * learned)
+            matrix_grad.addmm_(grad.T, chunk * in_loss)
         elif matrix_grad is not None:
-            matrix_grad += grad.T @ (some * learned)
+            matrix_grad += grad.T @ (chunk * in_loss)
     return losses, (hidden_grad, matrix_grad)
 
 

@@ -29,15 +29,15 @@ from .position import (
 
 
 class MPTOutput(NamedTuple):
-    """What a pass gives; what was not asked for is None.
+    """The outputs of a forward pass; None for those that were not asked for.
 
-    A tuple, since FSDP looks for tensors in tuples: it gathers weights again where their gradients begin.
+    It is a tuple because FSDP looks for tensors in tuples, to gather weights again where backward begins.
 
     Attributes:
-        loss: Mean cross entropy over the learned tokens, a float32 scalar.
-        token_loss: (batch, seq) float32; entry t is the loss of predicting the label at t + 1, 0 where that
-            is not learned and at the end of a row.
-        token_correct: (batch, seq) bool; whether the label at t + 1 is the likeliest token.
+        loss: Mean cross entropy over the tokens in the loss, a float32 scalar.
+        token_loss: (batch, seq) float32; entry t is the loss of predicting the label at t + 1; 0 where that
+            is not in the loss, and at the end of a row.
+        token_correct: (batch, seq) bool; whether the label at t + 1 is the most likely token.
         logits: (batch, seq, vocab), or (batch, 1, vocab) of the last token.
     """
 
@@ -132,7 +132,7 @@ class Transformer(nn.Module):
         if prefix is not None and not self.config.attn_config.prefix_lm:
             raise ValueError("prefix_mask: this model is not a prefix-LM. Set attn_config.prefix_lm: true.")
         if self.config.has_learned_positions and past + seq > limit:
-            raise ValueError(f"input_ids: {past + seq} tokens, but the model has learned {limit} positions.")
+            raise ValueError(f"input_ids: {past + seq} tokens, but the model has {limit} learned positions.")
         x = input_ids if input_ids.is_floating_point() else self.wte(input_ids)  # (batch, seq, d_model)
         rotary = None
         if self.config.has_learned_positions or self.config.attn_config.rope:
@@ -173,10 +173,10 @@ class MPT(nn.Module):
 
     Args:
         config: The architecture.
-        device: Where the weights lie. On ``meta`` nothing is allocated.
-        seed: Draw the weights from this seed. Without it torch's own random state gives one, as for every
-            module of PyTorch's.
-        empty: Draw nothing: the weights hold whatever was in memory, until some are loaded.
+        device: The device of the weights. On ``meta`` nothing is allocated.
+        seed: Draw the weights from this seed. Default: a seed from torch's random state, as for PyTorch's own
+            modules.
+        empty: Allocate the weights and draw nothing, for a network whose weights are loaded.
     """
 
     def __init__(
@@ -210,20 +210,20 @@ class MPT(nn.Module):
 
         Args:
             input_ids: (batch, seq) int64.
-            attention_mask: (batch, seq) bool, or integers; False where padded, left or right. With a cache
-                also (batch, keys), of which the last ``seq`` columns count.
+            attention_mask: (batch, seq) bool, or integers; False for padding, left or right. With a cache
+                it may be (batch, keys); its last ``seq`` columns count.
             sequence_id: (batch, seq) int64, changes where a new document begins; documents don't see one
                 another.
             prefix_mask: (batch, seq) bool, tokens that see one another in both directions; for prefix_lm.
-            labels: (batch, seq) int64, aligned with ``input_ids``; -100 where not learned.
-            cache: Tokens before these; these are appended to it.
+            labels: (batch, seq) int64, aligned with ``input_ids``; -100 for tokens that are not in the loss.
+            cache: Keys and values of the tokens before these, which are appended to it.
             last_only: Logits of the last token alone.
-            max_documents: No row holds more documents, and padding stands at the end of rows. It changes no
-                result; a backend that has to know needs not ask the device.
+            max_documents: The most documents in a row, where padding stands at the end of rows. It changes no
+                result; it saves a backend that needs the number from asking the device.
 
         Returns:
-            With ``labels`` the loss, and outside training what it is for each token (``token_correct`` only
-            where no gradient is wanted); otherwise logits.
+            With ``labels`` the loss, and outside training the loss of each token (``token_correct`` only
+            if no gradient is needed); otherwise logits.
 
         Raises:
             ValueError: The arguments don't fit together or the model.
@@ -267,11 +267,11 @@ class MPT(nn.Module):
         return MPTOutput(loss=loss, token_loss=token_loss.view_as(labels), token_correct=correct)
 
     def _check(self, seq: int, cache: KVCache | None, max_documents: int | None) -> None:
-        """Refuse what the network would get wrong."""
+        """Raise ValueError for arguments that don't fit the cache."""
         if cache is None:
             return
         keys = cache.length + seq
         if max_documents is not None:
-            raise ValueError("max_documents: it tells of whole rows and can't be given with a cache.")
+            raise ValueError("max_documents: it is a number for whole rows and can't be given with a cache.")
         if keys > cache.max_len:
             raise ValueError(f"cache: {keys} tokens don't fit into its {cache.max_len}.")

@@ -13,7 +13,7 @@ from .config import MPTConfig
 
 
 class Norm(nn.Module):
-    """The norm of ``config.norm_type`` over the last dimension; at first it scales by one and adds nothing.
+    """The norm of ``config.norm_type`` over the last dimension, with a trainable scale.
 
     Layer norm (https://arxiv.org/abs/1607.06450), or RMS norm (https://arxiv.org/abs/1910.07467), which
     does not centre and has no bias.

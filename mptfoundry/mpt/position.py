@@ -1,4 +1,4 @@
-"""Where tokens stand and what they may see: documents, positions, ALiBi slopes, rotary tables.
+"""The positions of tokens and what they may see: documents, ALiBi slopes, rotary tables.
 
 A *document* is a run of tokens in a row that see one another: a packed row holds several, a padded row
 one and its padding, which is number -1. What every layer needs of this is computed once for a forward
@@ -35,7 +35,7 @@ class Cache(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class AttentionContext:
-    """What a backend needs beside queries, keys and values; the same for all layers.
+    """What a backend needs besides queries, keys and values; the same for all layers.
 
     A key is visible to a query if it is not later (or both are in the prefix), lies in the same document
     and is at most ``window`` tokens away. A visible key's score is
@@ -43,16 +43,16 @@ class AttentionContext:
 
     Attributes:
         scale: Factor on the products of queries and keys.
-        slopes: (n_heads,) float32, how steeply ALiBi falls in each head; None without ALiBi.
+        slopes: (n_heads,) float32, the slope of ALiBi in each head; None without ALiBi.
         documents: (batch, keys) int64, the number of each key's document; None where a row is one document.
-        prefix: (batch, keys) bool, the keys that see one another in both directions; None without.
-        window: How many tokens back a token sees beside itself; None for all.
+        prefix: (batch, keys) bool, the keys that see one another in both directions; None without a prefix.
+        window: How many tokens before itself a token sees; None for all.
         softcap: Scores become ``softcap * tanh(score / softcap)``; None for none.
-        dropout: Probability with which an attention weight is dropped; 0 outside training.
-        rotary: Cosines and sines, each (batch or 1, seq, 1, head_dim) float32; None without.
-        cache: Keys and values of the tokens before, to which attention appends; None without.
-        max_documents: No row holds more documents, and padding stands at the end of rows; None where that
-            is not known without looking.
+        dropout: Dropout probability of the attention weights; 0 outside training.
+        rotary: Cosines and sines, each (batch or 1, seq, 1, head_dim) float32; None without rotary positions.
+        cache: Keys and values of the tokens before, to which attention appends; None without a cache.
+        max_documents: The most documents in a row, where padding stands at the end of rows; None if that
+            is not known without asking the device.
         skips: Keys that ALiBi pushes below rounding need not be computed; changes no result.
     """
 
@@ -70,7 +70,7 @@ class AttentionContext:
     _made: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """What ``make`` returns, made at the first asking in this forward pass and kept for all layers."""
+        """The result of ``make``, called once in a forward pass and kept for all layers."""
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
@@ -87,10 +87,10 @@ def number_documents(
         cache: What the tokens are appended to, if anything.
 
     Returns:
-        (batch, seq) int64: 0, 1, ... along the row and -1 for padding; None if mask and id are.
+        (batch, seq) int64: 0, 1, ... along the row and -1 for padding; None if both arguments are.
 
     Raises:
-        ValueError: There are several documents and a cache, which knows of one.
+        ValueError: There are several documents and a cache, which holds one.
     """
     if sequence_id is not None:
         if cache is not None:
@@ -154,7 +154,7 @@ def rotary_tables(
         length: Tokens of the longest row, cache included.
 
     Returns:
-        Two tensors (batch or 1, seq, 1, head_dim) float32; the halves of head_dim are equal.
+        Two tensors (batch or 1, seq, 1, head_dim) float32; the two halves of head_dim are equal.
     """
     theta, width = config.attn_config.rope_theta, config.d_head
     scaling = config.attn_config.rope_hf_config

@@ -31,13 +31,12 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from mptfoundry.architecture.trainable import ADAPTER
+from mptfoundry.checkpoints.checkpoint import newest_first
 from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
-from mptfoundry.checkpoints.names import checkpoints_in, why_not_whole
 from mptfoundry.checkpoints.sharded import METADATA
 from mptfoundry.checkpoints.training_state import set_epoch_by_time
 from mptfoundry.errors import CheckpointError, first_line
 from mptfoundry.files import Upload, point, remove, whole_or_absent
-from mptfoundry.places import progress_of
 from mptfoundry.ranks import decided_by_rank_0
 from mptfoundry.run.changes import RUN, RunNotes
 from mptfoundry.run.metrics_file import NAME as METRICS
@@ -219,13 +218,12 @@ class WholeCheckpoints(CheckpointSaver):
                 f"save_folder: {link} is a folder, and the run makes a link there. Move it away."
             )
         folder, batch = self._run_folder, int(state.timestamp.batch)
-        for found in checkpoints_in(folder) if folder.is_dir() and not self.overwrite else ():
-            progress = progress_of(found)
-            if progress and progress[1] > batch and why_not_whole(found) is None:
+        for checkpoint in () if self.overwrite else newest_first(folder):
+            if checkpoint.batch > batch and checkpoint.problem() is None:
                 raise CheckpointError(
-                    f"save_folder: {found} is further than this start, batch {batch}, and would be replaced. "
-                    "Set autoresume: true to go on from it, save_overwrite: true to replace it, or use "
-                    "another run_name."
+                    f"save_folder: {checkpoint.path} is further than this start, batch {batch}, and would be "
+                    "replaced. Set autoresume: true to continue from it, save_overwrite: true to replace "
+                    "it, or use another run_name."
                 )
 
     def _refuse_what_does_not_fit(self, content: Any, state: State) -> None:
@@ -382,7 +380,6 @@ def _copied(content: Any, live: set[int]) -> Any:
 
 def _delete_older(folder: Path, batch: int, *, keep: int) -> None:
     """Delete what lies more than `keep` checkpoints back, of those up to `batch`."""
-    named = [(found, progress_of(found)) for found in checkpoints_in(folder)]
-    older = [found for found, progress in named if progress and progress[1] <= batch]
-    for found in older[keep:]:
-        remove(found)
+    older = [checkpoint for checkpoint in newest_first(folder) if 0 <= checkpoint.batch <= batch]
+    for checkpoint in older[keep:]:
+        remove(checkpoint.path)

@@ -16,8 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from mptfoundry.checkpoints.sharded import read_value
-from mptfoundry.checkpoints.torch_files import load_plain
+from mptfoundry.checkpoints.checkpoint import checkpoint_at
 from mptfoundry.config.load import load_train_config, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import CheckpointError, ConfigError, first_line
@@ -67,11 +66,7 @@ def read_notes(checkpoint: Path) -> RunNotes | None:
     Raises:
         CheckpointError: It is damaged, or loading it would run code.
     """
-    if checkpoint.is_dir():
-        text = read_value(checkpoint, RUN)
-    else:
-        content = load_plain(checkpoint)
-        text = content.get(RUN) if isinstance(content, dict) else None
+    text = checkpoint_at(checkpoint).value(RUN)
     if text is None:
         return None
     try:

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mptfoundry.checkpoints.names import checkpoints_in
+from mptfoundry.checkpoints.checkpoint import newest_first
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import DataError, first_line
 from mptfoundry.files import writing_into
@@ -171,13 +171,13 @@ def _evaluations(evaluations: Sequence[Row]) -> list[str]:
 
 def _places(folder: Path) -> dict[str, str]:
     """What of a run is there, and where."""
-    checkpoints = checkpoints_in(folder)
+    checkpoints = newest_first(folder)
     places = {
         "the resolved configuration": folder / "config.yaml",
         "every batch and evaluation": folder / NAME,
         "the picture": folder / PICTURE,
         "the tokenizer": folder / "tokenizer",
-        **({"the last checkpoint": checkpoints[0]} if checkpoints else {}),
+        **({"the last checkpoint": checkpoints[0].path} if checkpoints else {}),
     }
     return {what: str(path.resolve()) for what, path in places.items() if path.exists()}
 

@@ -23,15 +23,8 @@ from mptfoundry.architecture.of_run import RUN_CONFIG as CONFIG
 from mptfoundry.architecture.of_run import config_of_run, read_run
 from mptfoundry.architecture.trainable import names_in
 from mptfoundry.checkpoints.adapters import lora_of
-from mptfoundry.checkpoints.checksums import parts_of, why_damaged
-from mptfoundry.checkpoints.names import (
-    checkpoints_in,
-    find_checkpoint,
-    is_unfinished,
-    why_not_whole,
-)
+from mptfoundry.checkpoints.checkpoint import checkpoint_at, find_checkpoint, newest_first
 from mptfoundry.checkpoints.staging import remote_checkpoints, staged
-from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.files import Upload, remove_unfinished, writing_into
@@ -172,8 +165,7 @@ def refuse_another_model(config: TrainConfig, folder: Path) -> None:
     Before anything is written: the folder's `config.yaml` belongs to those checkpoints.
     """
     # Damage is judged later, where it is said how a run gets past it.
-    found = checkpoints_in(folder) if folder.is_dir() else []
-    whole = next((path for path in found if why_not_whole(path) is None), None)
+    whole = next((each.path for each in newest_first(folder) if each.problem() is None), None)
     if whole is None:
         return
     notes = None
@@ -282,17 +274,21 @@ def _named_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Pa
     """The checkpoint that `load_path` names."""
     assert config.load_path is not None
     path = config.load_path.format(rank=0, run_name=config.run_name)
-    if is_url(path):
-        found: Path | None = find_checkpoint(_fetched(path, folder, stack))
-    else:
-        if not Path(path).exists():
-            raise CheckpointError(f"load_path: {path} is missing. Name a checkpoint, or remove the key.")
-        found = decided_by_rank_0(lambda: find_checkpoint(path))
-    assert found is not None
+    local = _fetched(path, folder, stack) if is_url(path) else Path(path)
+    if not local.exists():
+        raise CheckpointError(f"load_path: {path} is missing. Name a checkpoint, or remove the key.")
+    if (local / "config.json").is_file():
+        raise CheckpointError(
+            f"load_path: {path} is a Hugging Face folder, which holds weights and no training state. Name it "
+            "in model.pretrained_model_name_or_path instead."
+        )
+    checkpoint = find_checkpoint(local) if is_url(path) else decided_by_rank_0(lambda: find_checkpoint(local))
+    assert checkpoint is not None
+    found = checkpoint.path
     _refuse_one_file(found, config, "load_path")
     if reason := _damage(found):
         raise CheckpointError(f"load_path: {found}: {reason}. Name another checkpoint.")
-    if dist.get_global_rank() == 0 and not parts_of(found):
+    if dist.get_global_rank() == 0 and not checkpoint.parts():
         print(
             f"note: load_path: {found} has no checksums and is read unverified.", file=sys.stderr, flush=True
         )
@@ -311,11 +307,11 @@ def _refuse_one_file(checkpoint: Path, config: TrainConfig, key: str) -> None:
 def _finished_ones(folder: Path) -> list[Path]:
     """The checkpoints of a folder, newest first; unfinished ones are named and left out."""
     finished = []
-    for path in checkpoints_in(folder) if folder.is_dir() else ():
-        if is_unfinished(path):
-            print(f"{path}: {why_not_whole(path)}; passed over", flush=True)
+    for checkpoint in newest_first(folder):
+        if reason := checkpoint.unfinished():
+            print(f"{checkpoint.path}: {reason}; passed over", flush=True)
         else:
-            finished.append(path)
+            finished.append(checkpoint.path)
     return finished
 
 
@@ -337,11 +333,9 @@ def _is_sound(checkpoint: Path, config: TrainConfig, shown_as: str | None = None
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with the bytes of a checkpoint; each rank looks at its share of them."""
     try:
-        reason = why_not_whole(checkpoint)
-        parts = parts_of(checkpoint) if reason is None else []
-        reason = reason or why_damaged(checkpoint, parts[dist.get_global_rank() :: dist.get_world_size()])
-        if reason is None and checkpoint.is_file():
-            load_plain(checkpoint)  # which reads the outline alone, as torch does
+        found = checkpoint_at(checkpoint)
+        parts = [] if (reason := found.problem()) else found.parts()
+        reason = reason or found.damage(parts[dist.get_global_rank() :: dist.get_world_size()])
     except FileNotFoundError:
         reason = "not seen by all nodes; save_folder has to lie on a disk that they share, or be a URL"
     except CheckpointError as error:

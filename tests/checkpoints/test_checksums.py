@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, parts_of, why_damaged, write_checksums
-from mptfoundry.checkpoints.names import why_not_whole
+from mptfoundry.checkpoints.checkpoint import checkpoint_at
+from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
 from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.errors import CheckpointError
 
@@ -20,15 +20,15 @@ def file(tmp_path: Path) -> Path:
 
 def test_no_flipped_bit_of_a_file_changes_what_is_read_unnoticed(file: Path) -> None:
     """Each byte in turn: what isn't noticed is filling, or a field that nobody reads."""
-    content, parts = file.read_bytes(), parts_of(file)
+    content, checkpoint = file.read_bytes(), checkpoint_at(file)
     expected = load_plain(file)["state"]["model"]
     noticed = 0
     for place in range(0, len(content), 3):
         file.write_bytes(content[:place] + bytes([content[place] ^ 8]) + content[place + 1 :])
-        if why_not_whole(file) is not None or why_damaged(file, parts_of(file)) is not None:
-            noticed += 1
-            continue
         try:
+            if checkpoint.problem() or checkpoint.damage(checkpoint.parts()):
+                noticed += 1
+                continue
             found = load_plain(file)["state"]["model"]
         except CheckpointError:
             noticed += 1
@@ -36,29 +36,31 @@ def test_no_flipped_bit_of_a_file_changes_what_is_read_unnoticed(file: Path) -> 
         assert all(torch.equal(found[name], value) for name, value in expected.items())
     assert noticed > len(content) / 10
     file.write_bytes(content)
-    assert why_damaged(file, parts) is None
+    assert checkpoint.damage(checkpoint.parts()) is None
 
 
 def test_a_folder_names_the_file_that_changed(tmp_path: Path) -> None:
     for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
         (tmp_path / name).write_bytes(name.encode() * 1000)
     write_checksums(tmp_path, checksums_of(sorted(tmp_path.iterdir())))
-    parts = parts_of(tmp_path)
-    assert parts == [".metadata", "__0_0.distcp", "__1_0.distcp"] and why_damaged(tmp_path, parts) is None
+    checkpoint = checkpoint_at(tmp_path)
+    parts = checkpoint.parts()
+    assert parts == [".metadata", "__0_0.distcp", "__1_0.distcp"] and checkpoint.damage(parts) is None
     (tmp_path / "__1_0.distcp").write_bytes(b"__1_1.distcp" * 1000)
     crc = zlib.crc32(b"__1_1.distcp" * 1000)
-    assert why_damaged(tmp_path, parts) == (
+    assert checkpoint.damage(parts) == (
         f"damaged, __1_0.distcp holds other bytes than were written (its CRC-32 is {crc:08x})"
     )
-    assert why_damaged(tmp_path, parts[:2]) is None
+    assert checkpoint.damage(parts[:2]) is None
 
 
 def test_checksums_that_lead_elsewhere_are_refused(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("x")
     folder = tmp_path / "ep0-ba1"
     folder.mkdir()
+    checkpoint = checkpoint_at(folder)
     write_checksums(folder, {"../secret": {"bytes": 1, "crc32": "0"}})
-    assert "refused, since it names '../secret'" in str(why_damaged(folder, parts_of(folder)))
+    assert "refused, since it names '../secret'" in str(checkpoint.damage(checkpoint.parts()))
     (folder / CHECKSUMS).write_text("[]")
     with pytest.raises(CheckpointError, match="not a dictionary"):
-        parts_of(folder)
+        checkpoint.parts()

@@ -55,7 +55,7 @@ def test_an_index_cannot_reach_out_of_its_folder(tmp_path: Path, name: str) -> N
     folder.mkdir()
     save_file({"transformer.a": VALUES}, tmp_path / "secret.safetensors")
     write_index(folder, {"transformer.a": name})
-    with pytest.raises(CheckpointError, match=r"refused, since it names|is no file of weights"):
+    with pytest.raises(CheckpointError, match=r"refused, since it names|is not a file of weights"):
         FolderWeights(folder)
 
 

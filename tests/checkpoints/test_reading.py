@@ -139,7 +139,7 @@ def test_llm_foundrys_checkpoint_brings_its_config_along(tmp_path: Path) -> None
 
 def test_a_checkpoint_without_any_config_says_so(tmp_path: Path) -> None:
     torch.save({"state": {"model": {"model.a": torch.ones(2)}}}, tmp_path / "ep0-ba1-rank0.pt")
-    with pytest.raises(CheckpointError, match=r"no config.yaml beside it, so its architecture isn't known"):
+    with pytest.raises(CheckpointError, match=r"no config.yaml next to it, so its architecture isn't known"):
         open_model(tmp_path)
 
 

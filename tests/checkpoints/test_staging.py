@@ -129,7 +129,7 @@ def test_a_disk_that_is_too_small_is_found_out_before_anything_is_fetched(
     shutil.copytree(write_run(), store.folder / "run")
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2000, 1000, 1000))
-    with pytest.raises(CheckpointError, match=r"is staged beside it and takes [\d,]+ bytes, 1,000 are free"):
+    with pytest.raises(CheckpointError, match=r"is staged next to it and takes [\d,]+ bytes, 1,000 are free"):
         export("folder://bucket/run", tmp_path / "out", progress=False)
     assert store.fetched == []
 

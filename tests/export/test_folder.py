@@ -263,6 +263,6 @@ def test_a_checkpoint_without_tokenizer_asks_for_one(
 ) -> None:
     run = write_run()
     (run / "tokenizer").unlink()
-    with pytest.raises(CheckpointError, match=r"no tokenizer beside it. Name one: tokenizer=FOLDER"):
+    with pytest.raises(CheckpointError, match=r"no tokenizer next to it. Name one: tokenizer=FOLDER"):
         export(run, tmp_path / "out", progress=False)
     export(run, tmp_path / "out", tokenizer=str(tokenizer_folder), progress=False)

@@ -8,14 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributed import checkpoint as dcp
 
+from mptfoundry.checkpoints.checksums import CHECKSUMS
 from mptfoundry.checkpoints.reading import load_network, open_model
 from mptfoundry.cli import main
 from mptfoundry.errors import CheckpointError, ConfigError
-from mptfoundry.export.importing import CHECKPOINT, import_model
+from mptfoundry.export.importing import import_model
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 
@@ -207,7 +208,7 @@ SOURCES: list[Source] = [
 
 
 @pytest.mark.parametrize("make", SOURCES, ids=lambda make: make.__name__)
-def test_every_kind_of_source_becomes_a_run_with_the_same_logits(
+def test_every_kind_of_source_becomes_a_folder_with_the_same_logits(
     make: Source, network: MPT, tmp_path: Path, tokenizer_folder: Path
 ) -> None:
     source = make(tmp_path / "source", network.state_dict(), tokenizer_folder)
@@ -215,7 +216,7 @@ def test_every_kind_of_source_becomes_a_run_with_the_same_logits(
     assert replace(summary.config, init_config=MODEL.init_config) == MODEL
     assert_same(tmp_path / "run", network)
     names = {path.name for path in (tmp_path / "run").iterdir()}
-    assert names == {CHECKPOINT, "config.yaml", "tokenizer"}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", CHECKSUMS, "README.md", "hf.py"}
 
 
 @pytest.mark.parametrize("make", [llm_foundrys_checkpoint, llm_foundrys_sharded_checkpoint])
@@ -228,11 +229,13 @@ def test_llm_foundrys_checkpoints_bring_their_tokenizer_and_leave_their_optimize
     _, tokenizer = load_network(tmp_path / "run")
     text = "for key in naïve table: 言葉"
     assert tokenizer(text)["input_ids"] == tiny_tokenizer(text)["input_ids"]
-    state = torch.load(tmp_path / "run" / CHECKPOINT, weights_only=True)
-    assert list(state) == ["state"] and "optimizers" not in state["state"]
+    with safe_open(tmp_path / "run" / "model.safetensors", framework="pt") as file:
+        assert set(file.keys()) == set(network.state_dict())
 
 
-def test_what_stock_transformers_saved_becomes_a_run(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_what_stock_transformers_saved_stays_a_folder_for_stock_transformers(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
     from transformers import AutoTokenizer, MptConfig, MptForCausalLM
 
     config = MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=384, max_seq_len=64)
@@ -243,6 +246,26 @@ def test_what_stock_transformers_saved_becomes_a_run(tmp_path: Path, tokenizer_f
     network, tokenizer = load_network(tmp_path / "run")
     ids = tokenizer("def read(path):", return_tensors="pt")["input_ids"]
     torch.testing.assert_close(network(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-5)
+    again = MptForCausalLM.from_pretrained(tmp_path / "run").eval()
+    assert again.dtype is torch.float32 and torch.equal(again(ids).logits, theirs(ids).logits)
+
+
+@pytest.mark.parametrize("switches", [{"attn_config": {"attn_pdrop": 0.1}}, {"resid_pdrop": 0.1}])
+def test_dropout_is_kept_for_the_run_that_starts_from_the_folder(
+    tmp_path: Path, switches: dict[str, Any]
+) -> None:
+    from transformers import MptConfig, MptForCausalLM
+
+    config = MptConfig(d_model=32, n_heads=4, n_layers=2, vocab_size=384, max_seq_len=64)
+    MptForCausalLM(config).save_pretrained(tmp_path / "theirs")
+    summary = import_model(
+        str(tmp_path / "theirs"), tmp_path / "run", config_overrides=switches, progress=False
+    )
+    found = open_model(tmp_path / "run").config
+    assert (found.attn_config.attn_pdrop, found.resid_pdrop) in ((0.1, 0), (0, 0.1))
+    is_native = "resid_pdrop" in switches
+    assert ("Format: native" in str(summary)) is is_native
+    assert ("can't hold attn_config.attn_pdrop: 0.1" in str(summary)) is not is_native
 
 
 def test_a_model_that_ends_in_a_head_keeps_it(tmp_path: Path) -> None:
@@ -284,12 +307,12 @@ def test_the_command_imports_and_what_it_wrote_is_generated_from_and_exported(
     assert "is there already. Name another place, or set overwrite=true." in capsys.readouterr().err
 
 
-def test_the_run_says_where_it_came_from(source: Path, tmp_path: Path) -> None:
+def test_the_card_tells_where_the_model_came_from(source: Path, tmp_path: Path) -> None:
     summary = import_model(str(source), tmp_path / "run", progress=False)
     assert "tokenizer: there is none; evaluation and generation need one" in str(summary)
-    run = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
-    assert run["metadata"] == {"imported_from": {"source": str(source)}}
-    assert run["model"]["attn_config"]["alibi_bias_max"] == 16
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "\nImported from source. It came without a tokenizer: use the one it was trained with.\n" in card
+    assert str(tmp_path) not in card
 
 
 def test_switches_are_changed_and_rows_padded_or_cut_only_when_asked(

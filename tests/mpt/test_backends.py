@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from importlib import metadata
@@ -77,7 +78,7 @@ def test_what_is_asked_for_is_taken_or_refused_with_what_can_serve() -> None:
             "flash",
             config(attn_logit_softcapping=5.0, attn_pdrop=0.1),
             "float16",
-            "it has no dropout (attn_pdrop) beside attn_logit_softcapping",
+            "it has no dropout (attn_pdrop) together with attn_logit_softcapping",
         ),
         ("flash", config(attn_logit_softcapping=5.0, sliding_window_size=4), "float16", None),
         ("triton", config(head_dim=8), "bfloat16", "head_dim is 8, its kernels are for 16 to 256"),
@@ -123,10 +124,19 @@ def test_flash_attn_is_found_by_its_release(
 
     monkeypatch.setattr(metadata, "version", version)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    found = backends._flash_is_missing()
+    found = why_no_flash_on_a_gpu()
     assert found == reason if reason is None else str(found).startswith(reason)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert "is not installed" in (backends._flash_is_missing() or "")
+    assert "is not installed" in (why_no_flash_on_a_gpu() or "")
+
+
+def why_no_flash_on_a_gpu() -> str | None:
+    """What a fresh interpreter's backends.py says, which looks for packages when it is imported."""
+    spec = importlib.util.spec_from_file_location("mptfoundry.mpt.fresh_backends", backends.__file__)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.why_not_here("flash", "cuda", "bfloat16")
 
 
 def test_the_choice_needs_the_standard_library_alone() -> None:

@@ -405,7 +405,7 @@ def test_more_tokens_than_in_training_where_positions_allow_it(tmp_path: Path) -
 
 def test_learned_positions_end_where_they_end(tmp_path: Path) -> None:
     _, model = pair("learned positions")
-    with pytest.raises(ValueError, match=r"input_ids: 65 tokens, but the model has learned 64 positions"):
+    with pytest.raises(ValueError, match=r"input_ids: 65 tokens, but the model has 64 learned positions"):
         model.generate(tokens(1, 60), max_new_tokens=10, do_sample=False)
     model.save_pretrained(tmp_path)
     with pytest.raises(RuntimeError, match=r"size"):
@@ -451,15 +451,35 @@ def test_init_device_is_where_a_loaded_model_lies(tmp_path: Path) -> None:
         MPTFoundryForCausalLM.from_pretrained(tmp_path, init_device="nowhere")
 
 
+class KeepsContext(nn.Module):
+    """Stands for an attention; keeps the contexts that it is called with."""
+
+    def __init__(self, contexts: list[AttentionContext]) -> None:
+        super().__init__()
+        self.contexts = contexts
+
+    def forward(self, x: torch.Tensor, context: AttentionContext) -> torch.Tensor:
+        self.contexts.append(context)
+        return x
+
+
 def test_a_context_moves_with_its_blocks() -> None:
     ones = torch.ones(2, 3)
     context = AttentionContext(scale=1, slopes=ones, documents=ones, prefix=ones, rotary=(ones, ones))
     context.once("backend", lambda: "chosen")
     context.once("segments", lambda: ones)
-    moved = hf._moved(context, torch.device("meta"))
+    context.once("device", lambda: torch.device("cpu"))
+    block = pair("mpt")[1].transformer.blocks[0]
+    contexts: list[AttentionContext] = []
+    block.attn, block.norm_1, block.norm_2, block.ffn = KeepsContext(contexts), *(nn.Identity(),) * 3
+    for _ in range(2):
+        block(torch.ones(2, 3, 8, device="meta"), context)
+    moved, again = contexts
+    assert again is moved
     tensors = [moved.slopes, moved.documents, moved.prefix, *moved.rotary]
     assert all(tensor.is_meta for tensor in tensors) and len(tensors) == 5
-    assert moved._made == {"device": torch.device("meta"), "backend": "chosen"}
+    assert moved.once("backend", lambda: "another") == "chosen"
+    assert moved.once("segments", lambda: "made again") == "made again"
     assert not context.slopes.is_meta
     kinds = AttentionContext.__annotations__
     holding_tensors = {name for name, kind in kinds.items() if "Tensor" in kind}

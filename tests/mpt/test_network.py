@@ -322,7 +322,7 @@ def test_low_precision_norms_compute_in_the_dtype_of_autocast() -> None:
 def test_alibi_reaches_beyond_the_trained_length_and_learned_positions_do_not() -> None:
     ids = tokens(1, 80)
     assert MPT(ARCHITECTURES["mpt"], seed=1)(ids).logits.isfinite().all()
-    with pytest.raises(ValueError, match="80 tokens, but the model has learned 64 positions"):
+    with pytest.raises(ValueError, match="80 tokens, but the model has 64 learned positions"):
         MPT(ARCHITECTURES["learned positions"], seed=1)(ids)
 
 

@@ -18,7 +18,7 @@ from composer.core import Callback, State
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from mptfoundry.checkpoints.names import find_checkpoint
+from mptfoundry.checkpoints.checkpoint import find_checkpoint
 from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.errors import CheckpointError
 from mptfoundry.run import atomic_checkpoints as whole_checkpoints
@@ -122,7 +122,7 @@ def test_a_folder_is_taken_as_it_is_written(make_trainer: MakeTrainer, tmp_path:
     fit(make_trainer(max_duration="1ba", callbacks=[saver(tmp_path / name, num_checkpoints_to_keep=1)]))
     assert names(tmp_path) == {name}
     assert names(tmp_path / name) == {"ep0-ba1-rank0.pt", "latest-rank0.pt"}
-    assert find_checkpoint(tmp_path / name) == tmp_path / name / "ep0-ba1-rank0.pt"
+    assert find_checkpoint(tmp_path / name).path == tmp_path / name / "ep0-ba1-rank0.pt"
 
 
 def test_both_ways_to_write_give_the_same_checkpoint(make_trainer: MakeTrainer, tmp_path: Path) -> None:
