@@ -20,7 +20,7 @@ from mptfoundry.config.engine.schema import (
     subject,
     walk_keys,
 )
-from mptfoundry.config.engine.signatures import Catalogue, arguments_of, describe_annotation, sentence_of
+from mptfoundry.config.engine.signatures import Catalogue, described, sentence_of
 from mptfoundry.config.legacy import REFUSED
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
@@ -152,7 +152,8 @@ def _foreign(wanted: tuple[str, ...]) -> str | None:
             continue
         where = catalogue.known[names[0]]
         try:
-            arguments = [a for a in arguments_of(where) if len(names) == 1 or a.name == names[1]]
+            cls = described(names[0], where)
+            arguments = [each for each in fields(cls) if len(names) == 1 or each.name == names[1]]
             sentence = sentence_of(where) if len(names) == 1 else ""
         except LookupError as error:
             raise ConfigError(f"{section}.{names[0]}: can't be explained: {error}.") from None
@@ -160,8 +161,8 @@ def _foreign(wanted: tuple[str, ...]) -> str | None:
             continue
         lines = [f"{section}.{names[0]}", *_wrapped(sentence), f"    {where.replace(':', '.')}"]
         for argument in arguments:
-            default = f"default {argument.default}" if argument.default is not None else "has to be given"
-            lines.append(f"    {argument.name}: {describe_annotation(argument.annotation)}; {default}")
+            default = "has to be given" if argument.default is MISSING else f"default {argument.default}"
+            lines.append(f"    {argument.name}: {describe(field_types(cls)[argument.name])}; {default}")
         return "\n".join(lines)
     return None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from mptfoundry.config.engine.document import UNRESOLVED, Document, KeyPath, Origin, dotted, parse_key
+from mptfoundry.config.engine.nested import leaves, mapped
 from mptfoundry.config.engine.secrets import REDACTED, FromEnvironment, may_be_read
 from mptfoundry.errors import ConfigError, first_line
 
@@ -278,8 +279,8 @@ def _apply_word(config: DictConfig, word: str, document: Document) -> None:
         if old is None or old.written is not None:
             document.origins[path[:length]] = origin
     document.origins[path] = origin
-    for below, leaf in _leaves(value, path):
-        if below != path:
+    for below, leaf in leaves(value, path):
+        if below != path and leaf not in (None, {}, []):
             document.origins[below] = Origin(origin.place, origin.line, str(leaf), is_word=True)
 
 
@@ -291,17 +292,6 @@ def _open_blank_sections(config: DictConfig, path: KeyPath) -> None:
         if node[key] is None:
             node[key] = {}
         node = node[key]
-
-
-def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, (*path, str(key)))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _leaves(item, (*path, index))
-    elif value is not None:
-        yield path, value
 
 
 def _resolve(node: Any, raw: Any, path: KeyPath, document: Document) -> Any:
@@ -316,6 +306,10 @@ def _resolve_child(node: Any, key: Any, raw: Any, path: KeyPath, document: Docum
         return _resolve(node[key], raw, path, document)
     if not isinstance(raw, str) or ("${" not in raw and raw != "???"):
         return raw
+    return _interpolated(node, key, raw, path, document)
+
+
+def _interpolated(node: Any, key: Any, raw: str, path: KeyPath, document: Document) -> Any:
     old = document.origin(path)
     document.references.update(re.findall(r"\$\{\s*([\w.\[\]]+)\s*\}", raw))
     _environment.was_read = False
@@ -325,7 +319,14 @@ def _resolve_child(node: Any, key: Any, raw: Any, path: KeyPath, document: Docum
         document.report(path, _unresolved(raw, error, document))
         return UNRESOLVED
     if _environment.was_read and not OmegaConf.is_config(value):
-        value = _from_environment(value, _environment.expression(node, key))
+        expression = _environment.expression(node, key)
+        # Of a section or a list that the environment gave no text is written.
+        value = mapped(
+            value,
+            lambda leaf, at: (
+                FromEnvironment(leaf, REDACTED if at else expression) if isinstance(leaf, str) else leaf
+            ),
+        )
     document.origins[path] = Origin(old.place, old.line, None, raw, old.is_word)
     if not OmegaConf.is_config(value):
         return value
@@ -333,15 +334,6 @@ def _resolve_child(node: Any, key: Any, raw: Any, path: KeyPath, document: Docum
         document.report(path, f"{raw} refers to a section that it stands in.")
         return UNRESOLVED
     return _resolve(value, OmegaConf.to_container(value, resolve=False), path, document)
-
-
-def _from_environment(value: Any, expression: str) -> Any:
-    """Text that the environment gave; of a section or a list that it gave no text is written."""
-    if isinstance(value, dict):
-        return {str(key): _from_environment(item, REDACTED) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_from_environment(item, REDACTED) for item in value]
-    return FromEnvironment(value, expression) if isinstance(value, str) else value
 
 
 def _unresolved(raw: str, error: Exception, document: Document) -> str:

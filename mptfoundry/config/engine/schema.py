@@ -137,6 +137,8 @@ def _describe_member(member: Any) -> str:
         return f"a list, each {describe(arguments[0])}"
     if kind is tuple:
         return f"a list of {len(arguments)} entries, each {describe(arguments[0])}"
+    if kind is list:
+        return "a list"
     if kind is dict or member is dict:
         return "a section of names"
     return str(member)
