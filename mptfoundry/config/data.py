@@ -195,7 +195,7 @@ class TextDatasetConfig:
 
     @property
     def separates_documents(self) -> bool:
-        """Whether batches tell the documents of a packed row apart."""
+        """Whether a token separates the documents of a packed row."""
         return self.eos_token_id is not None or self.bos_token_id is not None
 
     @property
@@ -382,9 +382,9 @@ class FinetuningDatasetConfig:
         """How much of each stream is read, and what the numbers are; None: all of everything, once."""
         streams = (self.streams or {}).values()
         for name in AMOUNTS:
-            given = [getattr(stream, name) for stream in streams]
-            if any(amount is not None for amount in given):
-                return name, [1.0 if amount is None else float(amount) for amount in given]
+            amounts = [getattr(stream, name) for stream in streams]
+            if any(amount is not None for amount in amounts):
+                return name, [1.0 if amount is None else float(amount) for amount in amounts]
         return "proportion", None
 
 

@@ -93,7 +93,7 @@ def _plain(value: Any, path: tuple[Any, ...] = ()) -> Any:
 
 
 def _refuse_another_kind(document: Document) -> None:
-    """Raises ConfigError for a file that describes no training, in one sentence, before keys are judged."""
+    """Raise ConfigError for a file that describes no training run, before its keys are checked."""
     tree = document.tree
     for key, text in OTHER_KINDS.items():
         if key in tree and "model" not in tree and "train_loader" not in tree:
@@ -119,7 +119,7 @@ def _effects(config: TrainConfig) -> list[str]:
     notes = []
     if not config.model.attn_config.attn_uses_sequence_id and config.train_loader.dataset.separates_documents:
         notes.append(
-            "train_loader.dataset: documents are told apart, but model.attn_config.attn_uses_sequence_id is "
+            "train_loader.dataset: documents are separated, but model.attn_config.attn_uses_sequence_id is "
             "false: tokens of a packed row see the documents before theirs."
         )
     for key in () if config.eval_loaders else ("eval_interval", "eval_first", "eval_subset_num_batches"):

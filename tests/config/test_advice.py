@@ -124,7 +124,7 @@ CASES = [
     ),
     (
         [f"{DATA}.eos_token_id=0", f"{DATA}.bos_token_id=0"],
-        "told apart by one",
+        "One of them separates documents",
         [f"{DATA}.bos_token_id=null"],
     ),
     ([f"{DATA}.eos_token_id=9999999"], "is not one of the", [f"{DATA}.eos_token_id=0"]),
@@ -166,7 +166,7 @@ CASES = [
         "or all-linear alone",
         ["model.peft_config.target_modules=[all-linear]"],
     ),
-    (["allow_changes=[lr]"], "is no key of a run", ["allow_changes=[optimizer.lr]"]),
+    (["allow_changes=[lr]"], "is not a key of a run", ["allow_changes=[optimizer.lr]"]),
     (["mystery=1"], "`mptfoundry explain` lists all keys", ["~mystery"]),
 ]
 

@@ -137,7 +137,7 @@ def test_a_cache_may_lie_elsewhere(path: Path) -> None:
 
 
 def test_leave_names_keys_that_exist(path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"allow_changes.*batchsize is no key of a run"):
+    with pytest.raises(ConfigError, match=r"allow_changes.*batchsize is not a key of a run"):
         load(path, "allow_changes=[batchsize]")
 
 

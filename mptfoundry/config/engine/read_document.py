@@ -37,7 +37,7 @@ def read_document(
     interpolations may refer to even where nobody wrote them.
 
     Raises:
-        ConfigError: The file can't be read, is no YAML, or has a key twice; a word can't be understood.
+        ConfigError: The file can't be read, is not YAML, or has a key twice; a word is not `key=value`.
     """
     document = Document("command line" if path is None else str(path))
     config = _read_file(Path(path), document) if path is not None else OmegaConf.create({})
@@ -56,7 +56,7 @@ def read_document(
 
 
 class _Environment:
-    """`${oc.env:NAME}`, and whether it gave a value lately; with `quotes` it gives its own expression."""
+    """`${oc.env:NAME}`, and whether the last lookup gave a value; with `quotes` it gives its expression."""
 
     def __init__(self) -> None:
         self.was_read = False
@@ -170,7 +170,7 @@ def _unreadable(path: Path, error: yaml.MarkedYAMLError) -> str:
 
 
 class _Lines:
-    """Notes the line of every value of a YAML file, and keys that are given twice."""
+    """Records the line of every value of a YAML file, and keys that are given twice."""
 
     def __init__(self, file: Path, document: Document) -> None:
         self.file = file
@@ -246,7 +246,7 @@ def _place_of(error: Exception, path: Path, document: Document) -> str:
 
 
 def _apply_word(config: DictConfig, word: str, document: Document) -> None:
-    """Merge one `key=value` word; a value that is no YAML is taken as text."""
+    """Merge one `key=value` word; a value that is not YAML is text."""
     key, equals, text = word.partition("=")
     origin = Origin(f"command line: {word}", 1_000_000 + len(document.origins), text, is_word=True)
     if not equals or not _KEY.fullmatch(key):
@@ -331,7 +331,7 @@ def _interpolated(node: Any, key: Any, raw: str, path: KeyPath, document: Docume
     if not OmegaConf.is_config(value):
         return value
     if len(path) > DEEPEST:
-        document.report(path, f"{raw} refers to a section that it stands in.")
+        document.report(path, f"{raw} refers to a section that contains it.")
         return UNRESOLVED
     return _resolve(value, OmegaConf.to_container(value, resolve=False), path, document)
 
@@ -339,11 +339,11 @@ def _interpolated(node: Any, key: Any, raw: str, path: KeyPath, document: Docume
 def _unresolved(raw: str, error: Exception, document: Document) -> str:
     if raw == "???":
         return "has to be given, for example on the command line."
-    wanted = re.search(r"\$\{([\w.\[\]]+)\}", raw)
-    if "Interpolation key" in str(error) and wanted:
+    reference = re.search(r"\$\{([\w.\[\]]+)\}", raw)
+    if "Interpolation key" in str(error) and reference:
         known = [dotted(path) for path in document.origins]
-        near = difflib.get_close_matches(wanted[1], known, 1)
+        near = difflib.get_close_matches(reference[1], known, 1)
         hint = f" Did you mean ${{{near[0]}}}?" if near else ""
-        return f"{raw} refers to a key that is not there.{hint}"
+        return f"{raw} refers to a key that does not exist.{hint}"
     reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", first_line(error))
     return f"{raw} can't be resolved: {reason}."

@@ -56,7 +56,7 @@ def default_of(field: Field[Any]) -> Any:
 @cache
 def meanings(cls: Any) -> dict[str, str]:
     """What each field means, from the `Attributes:` sections of the class and of its bases."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         lines = inspect.cleandoc(base.__doc__ or "").split("\n")
         if "Attributes:" not in lines:
@@ -66,12 +66,12 @@ def meanings(cls: Any) -> dict[str, str]:
             start = re.fullmatch(r"    (\w+): (.+)", line)
             if start:
                 name = start[1]
-                found[name] = start[2]
+                texts[name] = start[2]
             elif line.startswith("     ") and name:
-                found[name] += " " + line.strip()
+                texts[name] += " " + line.strip()
             else:
                 name = ""
-    return found
+    return texts
 
 
 def subject(cls: type) -> str:

@@ -171,10 +171,10 @@ def _constructor_arguments(node: ast.ClassDef) -> list[tuple[str, ast.expr | Non
     """Name, annotation and default of each argument."""
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            given = item.args
-            positional = given.args[1:]
-            defaults = [*([None] * (len(positional) - len(given.defaults))), *given.defaults]
-            pairs = zip([*positional, *given.kwonlyargs], [*defaults, *given.kw_defaults], strict=True)
+            arguments, positional = item.args, item.args.args[1:]
+            required = [None] * (len(positional) - len(arguments.defaults))
+            defaults = [*required, *arguments.defaults, *arguments.kw_defaults]
+            pairs = zip([*positional, *arguments.kwonlyargs], defaults, strict=True)
             return [(each.arg, each.annotation, default) for each, default in pairs]
     return []
 

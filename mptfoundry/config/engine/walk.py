@@ -278,7 +278,7 @@ class _Walk:
         """Report words such as `callbacks.x=null` for a name that nothing has."""
         for name, item in value.items():
             if item is None and (*path, name) in self.document.absent and name not in names:
-                text = f"there is nothing of this name to leave out.{did_you_mean(name, names)}"
+                text = f"nothing has this name, so it can't be left out.{did_you_mean(name, names)}"
                 self.document.report((*path, name), text)
 
     def text(self, value: Any, path: KeyPath) -> str:
