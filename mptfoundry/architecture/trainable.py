@@ -51,7 +51,8 @@ class LoRAConfig:
     use_rslora: bool = False
     bias: Literal["none"] = "none"
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""

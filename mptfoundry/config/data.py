@@ -52,7 +52,8 @@ class _AnyLoaderConfig:
     drop_last: bool | None = None
     num_workers: int | Literal["auto"] = "auto"
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -155,7 +156,8 @@ class TextDatasetConfig:
     eos_token_id: int | None = None
     bos_token_id: int | None = None
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -244,7 +246,8 @@ class LabelledDatasetConfig:
     epoch_size: ClassVar[None] = None
     separates_documents: ClassVar[bool] = False
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -334,7 +337,8 @@ class FinetuningDatasetConfig:
     epoch_size: ClassVar[None] = None
     separates_documents: ClassVar[bool] = False
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""

@@ -50,7 +50,9 @@ def translate(document: Document) -> list[str]:
             if document.has(loader + _path(key)):
                 _drop(document, loader + _path(key), entry, notes)
     _unmasked_packing(document, notes)
-    _top_level_variables(document, notes)
+    known = field_types(TrainConfig)
+    if unknown := [k for k in document.tree if k not in known and ("TrainConfig", k) not in REFUSED]:
+        _top_level_variables(document, unknown, notes)
     return notes
 
 
@@ -141,12 +143,11 @@ _TRANSLATIONS: dict[str, Callable[[Document, list[str]], None]] = {
 }
 
 
-def _top_level_variables(document: Document, notes: list[str]) -> None:
+def _top_level_variables(document: Document, keys: list[str], notes: list[str]) -> None:
     """Names at the top that only interpolations refer to, as before there was `variables`."""
-    known = field_types(TrainConfig)
     older = {"data_local", "data_remote", "global_seed", "tokenizer_name", "model_name", "max_split_size"}
     referred = {reference.split(".")[0].split("[")[0] for reference in document.references}
-    for key in [k for k in document.tree if k not in known and ("TrainConfig", k) not in REFUSED]:
+    for key in keys:
         if key not in older | referred:
             continue
         origin = document.origin((key,))

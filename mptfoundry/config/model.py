@@ -75,6 +75,8 @@ class ModelConfig(MPTConfig):
         yield self._adapters()
 
     def _checkpointed_parts(self) -> Iterator[Problem]:
+        if self.activation_checkpointing_target is None:
+            return
         try:
             recomputed_parts(self.activation_checkpointing_target, self.n_layers)
         except ValueError as error:
@@ -164,7 +166,8 @@ class TokenizerConfig:
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""

@@ -32,7 +32,8 @@ class ParamGroupConfig:
     betas: tuple[float, float] | None = None
     eps: float | None = None
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -60,7 +61,8 @@ class _AnyOptimizerConfig:
     disable_grad: tuple[str, ...] = ()
     param_groups: tuple[ParamGroupConfig, ...] = ()
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -133,7 +135,8 @@ class _AnyScheduleConfig:
     t_max: Duration = "1dur"
     scale_warmup: Literal[False] = False
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""

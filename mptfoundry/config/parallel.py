@@ -86,7 +86,8 @@ class FSDPConfig:
     te_shard_fp8_weight: Literal[False] = False
     verbose: bool = False
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -169,7 +170,8 @@ class CompileConfig:
     dynamic: bool | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""

@@ -56,8 +56,7 @@ def between_sections(run: TrainConfig) -> Rules:
     for rule_of_a_run in (
         *(_batch_splits, _model_length_given_twice, _tokenizer_length_given_twice, label_problems),
         *(_no_text_from_heads, _sampling, _patterns),
-        *(_base_of_adapters, _start_of_adapters, _place_of_base, _quantized_base, _whole_exports),
-        *(_schedule_ends, _decay_fits),
+        *(_adapters, _schedule_ends, _decay_fits),
         *(_one_source_of_weights, _run_name, _names_that_a_start_finds, _link_name),
         *(_folder_to_resume_from, _whole_checkpoints_to_resume_from),
         *(_target_without_checkpointing, _meta_on_rank_0, _offload_with_compile),
@@ -162,10 +161,11 @@ def _no_text_from_heads(run: TrainConfig) -> Iterator[Problem]:
 
 def _sampling(run: TrainConfig) -> Iterator[Problem]:
     """The callback that generates takes the sampling of `generate`, with its rules."""
-    values = run.callbacks.get("generate_callback", {})
-    names = {field.name: field.default for field in fields(Sampling)}
-    for name, text in broken_rules(Sampling, names | {key: values[key] for key in values if key in names}):
-        yield f"callbacks.generate_callback.{name}", text
+    if "generate_callback" in run.callbacks:
+        names = {field.name: field.default for field in fields(Sampling)}
+        values = {k: v for k, v in run.callbacks["generate_callback"].items() if k in names}
+        for name, text in broken_rules(Sampling, names | values):
+            yield f"callbacks.generate_callback.{name}", text
 
 
 def _preprocessing(run: TrainConfig, key: str) -> Iterator[Problem]:
@@ -190,54 +190,48 @@ def _patterns(run: TrainConfig) -> Iterator[Problem]:
         yield f"optimizer.{key}", text
 
 
-def _base_of_adapters(run: TrainConfig) -> Iterator[Problem]:
+def _adapters(run: TrainConfig) -> Iterator[Problem]:
     """Adapters train on top of a base model, which a resumed run reads from the same place."""
-    if run.model.peft_config is not None and not run.model.takes_weights and not run.load_path:
+    if run.model.peft_config is not None:
+        yield from _base_of_adapters(run)
+        yield from _around_adapters(run)
+
+
+def _base_of_adapters(run: TrainConfig) -> Iterator[Problem]:
+    path = run.load_path
+    if not run.model.takes_weights and not path:
         yield (
             "model.peft_config",
             "trains on top of the weights of a base model. Name it in model.pretrained_model_name_or_path, "
             "or in load_path with load_weights_only: true.",
         )
-
-
-def _start_of_adapters(run: TrainConfig) -> Iterator[Problem]:
-    if run.model.peft_config is not None and run.load_path and not run.load_weights_only:
+    if path and is_url(path):
+        yield "load_path", f"{path} is the adapters' base, and is read from this machine. Name a local path."
+    if path and not run.load_weights_only:
         yield (
             "load_path",
-            f"{run.load_path} is the adapters' base, of which only the weights are taken. Set "
-            "load_weights_only: true.",
+            f"{path} is the adapters' base, of which only the weights are taken. Set load_weights_only: "
+            "true.",
         )
 
 
-def _place_of_base(run: TrainConfig) -> Iterator[Problem]:
-    if run.model.peft_config is not None and run.load_path and is_url(run.load_path):
-        yield (
-            "load_path",
-            f"{run.load_path} is the adapters' base, and is read from this machine. Name a local path.",
-        )
-
-
-def _quantized_base(run: TrainConfig) -> Iterator[Problem]:
-    model, fsdp = run.model, run.fsdp_config
-    if model.peft_config is None or fsdp is None:
-        return
-    for key, value, why in (
-        ("use_orig_params", False, "trainable and frozen parameters would be one"),
-        ("activation_checkpointing_reentrant", True, "no gradient would reach the adapters"),
-    ):
-        if getattr(fsdp, key) is value:
-            yield f"fsdp_config.{key}", f"{str(value).lower()}: with model.peft_config {why}. Remove it."
-    if model.bits:
-        text = "is for whole copies: it can't be sharded. Remove fsdp_config."
-        yield f"model.load_in_{model.bits}bit", text
-
-
-def _whole_exports(run: TrainConfig) -> Iterator[Problem]:
-    if "hf_checkpointer" in run.callbacks and run.model.peft_config is not None:
+def _around_adapters(run: TrainConfig) -> Iterator[Problem]:
+    """What adapters can't be combined with."""
+    if "hf_checkpointer" in run.callbacks:
         yield (
             "callbacks.hf_checkpointer",
             "exports whole models, and this one has adapters. Remove it; `mptfoundry export` takes a run.",
         )
+    fsdp = run.fsdp_config
+    for key, value, why in (
+        ("use_orig_params", False, "trainable and frozen parameters would be one"),
+        ("activation_checkpointing_reentrant", True, "no gradient would reach the adapters"),
+    ):
+        if fsdp is not None and getattr(fsdp, key) is value:
+            yield f"fsdp_config.{key}", f"{str(value).lower()}: with model.peft_config {why}. Remove it."
+    if fsdp is not None and run.model.bits:
+        text = "is for whole copies: it can't be sharded. Remove fsdp_config."
+        yield f"model.load_in_{run.model.bits}bit", text
 
 
 def _schedule_ends(run: TrainConfig) -> Iterator[Problem]:

@@ -160,7 +160,8 @@ class TrainConfig:
     allow_code: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold, also between sections."""

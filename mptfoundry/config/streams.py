@@ -45,7 +45,8 @@ class StreamConfig:
     validate_hash: str | None = None
     keep_zip: bool | None = None
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -97,7 +98,8 @@ class RecordsConfig:
 
     streams: ClassVar[None] = None
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""

@@ -64,7 +64,8 @@ class PrepareConfig:
     compression: str | None = None
     progress: bool = True
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -102,7 +103,8 @@ class PreviewConfig:
     picture: str | None = None
     allow_code: bool = False
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -152,7 +154,8 @@ class EvalConfig:
     allow_code: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -202,7 +205,8 @@ class ExportConfig:
     verify: bool = True
     overwrite: bool = False
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -271,7 +275,8 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 17
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""

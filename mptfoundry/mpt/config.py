@@ -47,7 +47,8 @@ class RotaryScalingConfig:
     type: Literal["no_scaling", "linear", "dynamic"] = "no_scaling"
     factor: float = 1.0
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -122,7 +123,8 @@ class AttnConfig:
     kv_n_heads: int | None = None
     prefix_lm: bool = False
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -159,7 +161,8 @@ class ActivationConfig:
     name: Literal["gelu", "quick_gelu", "relu", "silu"] = "gelu"
     approximate: Literal["none", "tanh"] = "none"
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -184,7 +187,8 @@ class FFNConfig:
     ffn_hidden_size: int | None = None
     ffn_act_fn: ActivationConfig = field(default_factory=ActivationConfig)
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -228,7 +232,8 @@ class InitConfig:
     init_std: float | None = None
     init_gain: float = 0.0
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""
@@ -294,7 +299,8 @@ class MPTConfig:
     tie_word_embeddings: bool = True
     final_logit_softcapping: float | None = None
 
-    __post_init__ = refuse_problems
+    def __post_init__(self) -> None:
+        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold."""

@@ -30,7 +30,7 @@ class _View:
         self._values = dict(values)
         self._asked: set[str] = set()
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> type:  # `super()` and `isinstance` take a view for the section
         return self._cls
 
