@@ -430,7 +430,10 @@ def at_least(section: Any, **least: float) -> Rules:
 
 def only_one(section: Any, text: str, *names: str) -> Iterator[Problem]:
     """The problem of several fields of which a section has at most one."""
-    given = tuple(name for name in names if getattr(section, name) not in (None, False, {}))
+    values = {name: getattr(section, name) for name in names}
+    given = tuple(
+        n for n, value in values.items() if value is not None and value is not False and value != {}
+    )
     if len(given) > 1:
         yield given, text
 

@@ -26,7 +26,7 @@ CASES = [
     (["model.d_model=258"], "Use a multiple of 8, or set head_dim", ["model.d_model=264"]),
     (["model.d_model=258"], "set head_dim", ["model.head_dim=64"]),
     (["model.d_model=0"], "Use 1 or more", ["model.d_model=8"]),
-    (["model.expansion_ratio=0.3"], "no whole number", ["model.expansion_ratio=0.5"]),
+    (["model.expansion_ratio=0.3"], "not a whole number", ["model.expansion_ratio=0.5"]),
     (["model.attn_config.rope=true"], "A model has one of them", ["model.attn_config.alibi=false"]),
     (
         ["model.attn_config.attn_type=grouped_query_attention"],
