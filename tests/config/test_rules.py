@@ -110,7 +110,7 @@ def test_a_save_folder_makes_a_run_resume(load: Callable[..., object]) -> None:
         (["save_interval: 0ba"], "save_interval: 0ba is not longer than 0. Use more than 0."),
         (
             ["callbacks: {generate_callback: {prompts: [a], top_p: 0}}"],
-            "callbacks.generate_callback.top_p: 0. Use a number above 0 and up to 1.",
+            "callbacks.generate_callback.top_p: 0.0. Use a number above 0 and up to 1.",
         ),
         (["run_name: ''"], "run_name: is empty. Name the run's folder."),
         (["save_folder: x/{foo}"], "save_folder: {foo} is not filled in here. Allowed: {run_name}."),

@@ -201,7 +201,7 @@ def test_a_data_set_has_one_kind_of_source() -> None:
 def test_a_stream_has_one_kind_of_share() -> None:
     with pytest.raises(ValueError, match="proportion and choose are both given"):
         StreamConfig(local="x", proportion=1, choose=2)
-    with pytest.raises(ValueError, match="repeat: -1 is negative"):
+    with pytest.raises(ValueError, match="repeat: -1 is too small"):
         StreamConfig(local="x", repeat=-1)
 
 

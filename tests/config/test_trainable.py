@@ -65,7 +65,7 @@ def test_adapters_that_can_not_be_are_refused(problems: Problems, word: str, sai
     assert problems(words=(*LORA[1:], word)) == (f"command line: {word}: {said}",)
 
 
-def test_adapters_need_a_base_of_which_weights_alone_are_taken(problems: Problems) -> None:
+def test_adapters_need_a_base_of_which_only_the_weights_are_taken(problems: Problems) -> None:
     (text,) = problems(words=LORA[:1])
     assert "model.peft_config: trains on top of the weights of a base model. Name it in" in text
     (text,) = problems(words=LORA[:2])
@@ -80,10 +80,10 @@ def test_what_would_leave_adapters_without_gradients_is_refused(problems: Proble
     (text,) = problems(words=(*LORA, "fsdp_config.activation_checkpointing_reentrant=true"))
     assert "with model.peft_config no gradient would reach the adapters. Remove it." in text
     (text,) = problems(words=(*LORA, "fsdp_config.use_orig_params=false"))
-    assert "with model.peft_config learned and frozen parameters would be one. Remove it." in text
+    assert "with model.peft_config trainable and frozen parameters would be one. Remove it." in text
 
 
-def test_few_bits_are_for_whole_copies_beside_adapters(problems: Problems, load: Load) -> None:
+def test_few_bits_are_for_whole_copies_with_adapters(problems: Problems, load: Load) -> None:
     (text,) = problems(words=("model.load_in_4bit=true",))
     assert text.endswith("model.load_in_4bit=true: can't be trained. Add adapters: peft_config.")
     (text,) = problems(words=(*LORA, "model.load_in_8bit=true", "model.load_in_4bit=true"))
