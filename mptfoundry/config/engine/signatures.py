@@ -201,14 +201,28 @@ def _type_of(annotation: ast.expr | None) -> Any:
     """The type of an annotation, without what a configuration can't give."""
     if annotation is None:
         return Any
-    if isinstance(annotation, ast.BinOp):
-        return _type_of(annotation.left) | _type_of(annotation.right)
-    name = ast.unparse(annotation.value if isinstance(annotation, ast.Subscript) else annotation)
-    name = name.rpartition(".")[2]
+    name = _name(annotation)
+    if isinstance(annotation, ast.BinOp) or name in ("Optional", "Union"):
+        types = [_type_of(each) for each in _alternatives(annotation) if _name(each) != "Callable"]
+        if set(types) <= {type(None)}:
+            return Literal[None]
+        # Text takes numbers, too, as they are written.
+        return reduce(or_, sorted(types, key=lambda type_: type_ not in (int, float, bool)))
     if isinstance(annotation, ast.Subscript) and name in ("list", "List", "Sequence"):
         return list[_type_of(annotation.slice)]  # type: ignore[misc]
-    if isinstance(annotation, ast.Subscript) and name in ("Optional", "Union"):
-        inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
-        types = [_type_of(each) for each in inner if not ast.unparse(each).startswith("Callable")]
-        return reduce(or_, types + [type(None)] * (name == "Optional"))
     return _PLAIN.get(name, Any if name == "Any" else _in_words(name, Any))
+
+
+def _alternatives(annotation: ast.expr) -> list[ast.expr]:
+    if isinstance(annotation, ast.BinOp):
+        return _alternatives(annotation.left) + _alternatives(annotation.right)
+    if isinstance(annotation, ast.Subscript) and _name(annotation) in ("Optional", "Union"):
+        inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        none: list[ast.expr] = [ast.Constant(None)] if _name(annotation) == "Optional" else []
+        return [*(each for item in inner for each in _alternatives(item)), *none]
+    return [annotation]
+
+
+def _name(annotation: ast.expr) -> str:
+    node = annotation.value if isinstance(annotation, ast.Subscript) else annotation
+    return ast.unparse(node).rpartition(".")[2]

@@ -123,6 +123,8 @@ def annotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str]
         ("Optional[str]", None, True),
         ("str", None, False),
         ("Union[int, str, Time]", "3ba", True),
+        ("Union[str, int, Time]", 3, True),
+        ("str | int | None", 3, True),
         ("Optional[Union[str, Callable[[Any], Any]]]", [3], False),
         ("list[str]", ["a"], True),
         ("list[str]", "a", False),
@@ -148,6 +150,7 @@ def test_plain_annotations_are_checked_and_others_left_alone(
     [
         ("Optional[Union[str, Callable[[Any], Any]]]", "text or null"),
         ("Union[int, str, Time]", "a whole number, text or a duration"),
+        ("Optional[Callable[[Any], str]]", "null"),
     ],
 )
 def test_annotations_are_described_in_words(
