@@ -18,7 +18,6 @@ from mptfoundry.places import is_url, why_no_start_finds, why_not_a_path, why_no
 from mptfoundry.ranks import world_size
 
 if TYPE_CHECKING:
-    from mptfoundry.config.data import LoaderConfig
     from mptfoundry.config.run import TrainConfig
 
 _PACKED = re.compile(r"\.(tar|tgz|tar\.\w+|pt\.(bz2|gz|lz4|lzma|lzo|xz|zst))$")
@@ -90,7 +89,7 @@ def split_problem(batch: int, devices: int) -> str | None:
     return f"{batch} does not split over {devices} devices. Use a multiple of {devices}: {use}."
 
 
-def _loaders(run: TrainConfig, key: str) -> Iterator[tuple[str, LoaderConfig]]:
+def _loaders(run: TrainConfig, key: str) -> Iterator[tuple[str, Any]]:
     """The loaders of `train_loader` or `eval_loader`, each with its key."""
     loaders = getattr(run, key)
     if isinstance(loaders, tuple):
