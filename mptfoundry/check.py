@@ -1,9 +1,8 @@
-"""`mptfoundry check`: judges a configuration, and looks at what it names as far as that lies on this machine.
+"""`mptfoundry check`: check a configuration, and what it names as far as that is on this machine.
 
-What disagrees with itself or with what lies here is an error. What only this machine lacks (a GPU, a package,
-a folder) is a line that begins with `here:`; another machine may have it, and `train` refuses it. Files are
-looked at in milliseconds: indexes of shards and `tokenizer.json`, no sample and no record. torch is not
-imported.
+What contradicts itself or the files on this machine is an error. What only this machine lacks (a GPU, a
+package, a folder) is a line that begins with `here:`; another machine may have it, and `train` refuses it.
+Only indexes of shards and `tokenizer.json` are read, no samples and no records. torch is not imported.
 """
 
 from __future__ import annotations
@@ -39,10 +38,10 @@ SHOWN_FILES = 2
 
 @dataclass
 class Look:
-    """What was found on this machine.
+    """What is on this machine.
 
     Attributes:
-        problems: Errors: what disagrees with the configuration, each with its key.
+        problems: Errors: what contradicts the configuration, each with its key.
         lacking: What `train` needs and this machine lacks, each with its key.
         notes: What else is good to know about this machine.
         streams: What is known of the data, by loader and stream.
@@ -58,7 +57,7 @@ def check(config: TrainConfig) -> str:
     """What `mptfoundry check` prints: the run in a table, and a line for all that this machine lacks.
 
     Raises:
-        ConfigError, DataError: What the configuration says does not agree with what lies on this machine.
+        ConfigError, DataError: The configuration contradicts what is on this machine.
     """
     look = look_here(config)
     _raise(look.problems)
@@ -80,7 +79,7 @@ def refuse_here(config: TrainConfig) -> None:
     """What `train` asks before its imports, which take longer.
 
     Raises:
-        ConfigError, DataError: The configuration disagrees with this machine, or asks for what it lacks.
+        ConfigError, DataError: The configuration contradicts this machine, or asks for what it lacks.
     """
     look, device = look_here(config), detect_device()
     lacking = resolve_auto(config, device).lacking
@@ -93,7 +92,7 @@ def refuse_here(config: TrainConfig) -> None:
 
 
 def look_here(config: TrainConfig) -> Look:
-    """What lies on this machine of what a configuration names."""
+    """What a configuration names, as far as it is on this machine."""
     look = Look()
     tokenizer = _look_at_tokenizer(config, look)
     loaders = [("train", "train_loader", config.train_loader)]
@@ -104,9 +103,9 @@ def look_here(config: TrainConfig) -> Look:
             try:
                 if isinstance(stream, StreamConfig):
                     split = stream.split or loader.dataset.split
-                    found = _look_at_shards(config, stream, split, place, tokenizer, look)
+                    known = _look_at_shards(config, stream, split, place, tokenizer, look)
                 else:
-                    found = _look_at_records(stream, place)
+                    known = _look_at_records(stream, place)
             except MissingError as error:
                 look.lacking.append(str(error))
             except MPTFoundryError as error:
@@ -114,8 +113,8 @@ def look_here(config: TrainConfig) -> Look:
             except (OSError, RuntimeError) as error:  # a name that no file can have, a home that is not known
                 look.problems.append(DataError(f"{place}: can't be read: {_reason(error)}."))
             else:
-                if found is not None:
-                    look.streams[loader_name, name] = found
+                if known is not None:
+                    look.streams[loader_name, name] = known
     for path in config.code_paths:
         if not Path(path).is_file():
             look.lacking.append(f"code_paths: {path} is missing. Name a Python file.")
@@ -128,17 +127,17 @@ def planned_device(config: TrainConfig, device: Device) -> tuple[Device, str | N
     them as many of them as come nearest, and the problem."""
     problem = None
     for count in (device.count, *range(device.count - 1, 0, -1), *range(device.count + 1, MOST_DEVICES)):
-        there = replace(device, count=count, per_node=min(count, device.per_node))
+        planned = replace(device, count=count, per_node=min(count, device.per_node))
         try:
-            device_batch(config, there)
+            device_batch(config, planned)
             if config.fsdp_config is not None:
-                copies_and_shards(config.fsdp_config, devices=count, per_node=there.per_node)
+                copies_and_shards(config.fsdp_config, devices=count, per_node=planned.per_node)
         except ConfigError as error:
             if "WORLD_SIZE" in os.environ:
                 raise
             problem = problem or str(error)
         else:
-            return there, problem and f"{problem.rstrip('.')}. Planned with {count}."
+            return planned, problem and f"{problem.rstrip('.')}. Planned with {count}."
     raise ConfigError(problem or "global_train_batch_size: does not split.")
 
 
@@ -235,9 +234,9 @@ def _look_at_shards(
 def _look_at_records(stream: RecordsConfig, where: str) -> Stream | None:
     """The files that a stream of records reads, if they lie here."""
     keys = ("hf_name", "hf_kwargs", "remote", "local", "split")
-    found = look_at_records(Source(where, **{key: getattr(stream, key) for key in keys}))
-    if found is None:
+    records = look_at_records(Source(where, **{key: getattr(stream, key) for key in keys}))
+    if records is None:
         return None
-    files, samples = found
+    files, samples = records
     more = f" and {len(files) - SHOWN_FILES:,} more files" if len(files) > SHOWN_FILES else ""
     return Stream(", ".join(files[:SHOWN_FILES]) + more, samples)

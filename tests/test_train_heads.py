@@ -213,13 +213,13 @@ def test_a_checkpoint_of_the_same_head_is_loaded_whole(run: Run, folder: Path) -
     [
         (
             ["train_loader={name: text, dataset: {local: x}}"],
-            "train_loader.name: text: .* learns from labels",
+            "train_loader.name: text: .* trains on labels",
         ),
         (
             ["model={name: mpt_causal_lm}"],
             "train_loader.name: labelled: model.name: mpt_causal_lm has no head",
         ),
-        (["callbacks.generate_callback.prompts=[a]"], "generate_callback: .* makes no text"),
+        (["callbacks.generate_callback.prompts=[a]"], "generate_callback: .* generates no text"),
         (["model.num_labels=3"], "model.id2label: has the numbers 0, 1. Name each from 0 to 2"),
         (["model.problem_typ=regression"], "problem_typ.*: unknown key. Did you mean problem_type"),
         (["model.problem_type=ranking"], "'ranking' is not allowed here. Expected regression, single_label"),

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from mptfoundry.architecture.dialects import config_from_dict, config_of_folder
+from mptfoundry.config.engine import nested
 from mptfoundry.errors import CheckpointError
 from mptfoundry.mpt.config import MPTConfig, from_values
 
@@ -126,14 +127,8 @@ def differing(
 
 def leaves(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     """Nested values by their paths; lists are tuples."""
-    found: dict[tuple[str, ...], Any] = {}
-    for key, value in values.items():
-        here = (*path, key)
-        if isinstance(value, Mapping):
-            found |= leaves(value, here)
-        else:
-            found[here] = tuple(value) if isinstance(value, list) else value
-    return found
+    pairs = ((at, value) for at, value in nested.leaves(values, path, lists=False) if value != {})
+    return {at: tuple(value) if isinstance(value, list) else value for at, value in pairs}
 
 
 def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mptfoundry.config.engine.schema import did_you_mean
-from mptfoundry.mpt.config import MPTConfig
+from mptfoundry.mpt.config import MPTConfig, Problem, Rules, at_least, refuse_problems
 from mptfoundry.mpt.flops import parameter_shapes
 
 ALL_LINEAR = "all-linear"
@@ -52,14 +52,26 @@ class LoRAConfig:
     bias: Literal["none"] = "none"
 
     def __post_init__(self) -> None:
-        if self.r < 1:
-            raise ValueError(f"r: {self.r} is no rank. Use 1 or more.")
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from at_least(self, r=1)
+        yield self._alpha()
+        yield self._dropout()
+        yield self._has_targets()
+
+    def _alpha(self) -> Iterator[Problem]:
         if self.lora_alpha <= 0:
-            raise ValueError(f"lora_alpha: {self.lora_alpha} is not positive. Use r, or twice as much.")
+            yield "lora_alpha", f"{self.lora_alpha} is not positive. Use r, or twice as much."
+
+    def _dropout(self) -> Iterator[Problem]:
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout: {self.lora_dropout} is not a share from 0 to below 1.")
+            yield "lora_dropout", f"{self.lora_dropout} is not a probability from 0 to below 1."
+
+    def _has_targets(self) -> Iterator[Problem]:
         if not self.target_modules:
-            raise ValueError(f"target_modules: is empty. Name a matrix, or {ALL_LINEAR}.")
+            yield "target_modules", f"is empty. Name a matrix, or {ALL_LINEAR}."
 
     @property
     def scaling(self) -> float:

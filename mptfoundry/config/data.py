@@ -11,20 +11,26 @@ from mptfoundry.config.engine.forms import (
     SampleCount,
     TargetPrompts,
     TokenType,
-    check_at_least,
-    check_at_most,
-    check_not_empty,
     parse_bytes,
     parse_count,
+)
+from mptfoundry.config.engine.rules import (
+    Problem,
+    Rules,
+    at_least,
+    at_most,
+    not_empty,
+    only_one,
+    refuse_problems,
 )
 from mptfoundry.config.streams import (
     AMOUNTS,
     Amount,
     RecordsConfig,
     StreamConfig,
-    check_records,
-    check_shares,
-    check_uniform,
+    one_amount_for_all,
+    records_rules,
+    shares,
 )
 
 
@@ -47,9 +53,16 @@ class _AnyLoaderConfig:
     num_workers: int | Literal["auto"] = "auto"
 
     def __post_init__(self) -> None:
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield self._workers()
+        yield from at_most(self, num_workers=10_000)
+
+    def _workers(self) -> Iterator[Problem]:
         if self.num_workers != "auto" and self.num_workers < 0:
-            raise ValueError(f"num_workers: {self.num_workers} is negative. Use 0 or more, or auto.")
-        check_at_most(self, num_workers=10_000)
+            yield "num_workers", f"{self.num_workers} is negative. Use 0 or more, or auto."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +81,10 @@ class _StreamingLoaderConfig(_AnyLoaderConfig):
     persistent_workers: bool = True
     timeout: float = 0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_at_least(self, prefetch_factor=1, timeout=0)
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from super().rules()
+        yield from at_least(self, prefetch_factor=1, timeout=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,31 +157,47 @@ class TextDatasetConfig:
     bos_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        if self.streams is not None:
-            if self.remote is not None or self.local is not None:
-                raise ValueError("streams and remote or local are both given. Use one of them.")
-            if not self.streams:
-                raise ValueError("streams: is empty. Name at least one source of data.")
-            check_shares(self.streams)
-        elif self.remote is None and self.local is None:
-            raise ValueError("neither streams nor remote nor local is given. Say where the shards lie.")
-        check_not_empty(self, "remote", "local")
-        if self.eos_token_id is not None and self.bos_token_id is not None:
-            raise ValueError("eos_token_id and bos_token_id are both given. Documents are told apart by one.")
-        check_at_least(self, shuffle_block_size=1, num_canonical_nodes=1, predownload=1, download_retry=0)
-        check_at_least(self, download_timeout=1, sampling_granularity=1)
-        for name, size, parse in (
-            ("epoch_size", self.epoch_size, parse_count),
-            ("cache_limit", self.cache_limit, parse_bytes),
-        ):
-            if size is not None and parse(size) < 1:
-                raise ValueError(f"{name}: {size} is too small. Use 1 or more.")
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield self._sources()
+        yield shares(self)
+        yield from not_empty(self, "remote", "local")
+        yield only_one(
+            self, "are both given. One of them separates documents.", "eos_token_id", "bos_token_id"
+        )
+        yield from at_least(self, shuffle_block_size=1, num_canonical_nodes=1, predownload=1)
+        yield from at_least(self, download_retry=0, download_timeout=1, sampling_granularity=1)
+        yield self._some_samples()
+        yield self._some_cache()
+        yield self._verification()
+
+    def _sources(self) -> Iterator[Problem]:
+        for name in ("remote", "local"):
+            if self.streams is not None and getattr(self, name) is not None:
+                yield ("streams", name), "are both given. Use one of them."
+                return
+        if self.streams is not None and not self.streams:
+            yield "streams", "is empty. Name at least one source of data."
+        if self.streams is None and self.remote is None and self.local is None:
+            yield "", "neither streams nor remote nor local is given. Say where the shards lie."
+
+    def _some_samples(self) -> Iterator[Problem]:
+        if self.epoch_size is not None and parse_count(self.epoch_size) < 1:
+            yield "epoch_size", f"{self.epoch_size} is too small. Use 1 or more."
+
+    def _some_cache(self) -> Iterator[Problem]:
+        if self.cache_limit is not None and parse_bytes(self.cache_limit) < 1:
+            yield "cache_limit", f"{self.cache_limit} is too small. Use 1 or more."
+
+    def _verification(self) -> Iterator[Problem]:
         if self.verify == "off" and self.validate_hash is not None:
-            raise ValueError("validate_hash: is compared by no one with verify: off. Remove one of them.")
+            yield "validate_hash", "has no effect with verify: off. Remove one of them."
 
     @property
     def separates_documents(self) -> bool:
-        """Whether batches tell the documents of a packed row apart."""
+        """Whether a token separates the documents of a packed row."""
         return self.eos_token_id is not None or self.bos_token_id is not None
 
     @property
@@ -217,9 +247,17 @@ class LabelledDatasetConfig:
     separates_documents: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_not_empty(self, "hf_name", "local")
-        if (self.hf_name is None) == (self.local is None):
-            raise ValueError("hf_name or local says where the examples lie. Give one of them.")
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from not_empty(self, "hf_name", "local")
+        yield only_one(self, "are both given. Give the one that has the examples.", "hf_name", "local")
+        yield self._some_source()
+
+    def _some_source(self) -> Iterator[Problem]:
+        if self.hf_name is None and self.local is None:
+            yield "", "neither hf_name nor local is given. Say where the examples lie."
 
     @property
     def sources(self) -> dict[str, RecordsConfig]:
@@ -300,23 +338,33 @@ class FinetuningDatasetConfig:
     separates_documents: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.streams is None:
-            check_records(self)
-        elif self.hf_name is not None or self.local is not None or self.remote is not None:
-            raise ValueError("streams and hf_name, local or remote are both given. Use one of them.")
-        elif not self.streams:
-            raise ValueError("streams: is empty. Name at least one source of records.")
-        else:
-            check_shares(self.streams)
-            check_uniform(self.streams)
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield self._sources()
+        yield from records_rules(self)
+        yield shares(self)
+        yield one_amount_for_all(self)
+        yield self._packing()
+        yield from at_least(self, max_bad_records=0)
+        yield self._share_dropped()
+
+    def _sources(self) -> Iterator[Problem]:
+        for name in ("hf_name", "local", "remote"):
+            if self.streams is not None and getattr(self, name) is not None:
+                yield ("streams", name), "are both given. Use one of them."
+                return
+        if self.streams is not None and not self.streams:
+            yield "streams", "is empty. Name at least one source of records."
+
+    def _packing(self) -> Iterator[Problem]:
         if self.packing_ratio != "auto" and self.packing_ratio is not None and self.packing_ratio < 1:
-            raise ValueError(
-                f"packing_ratio: {self.packing_ratio} is less than one example in a row. Use auto."
-            )
-        if self.max_bad_records < 0:
-            raise ValueError(f"max_bad_records: {self.max_bad_records} is negative. Use 0 or more.")
+            yield "packing_ratio", f"{self.packing_ratio} is less than one example in a row. Use auto."
+
+    def _share_dropped(self) -> Iterator[Problem]:
         if not 0 <= self.max_dropped <= 1:
-            raise ValueError(f"max_dropped: {self.max_dropped} is not a share from 0 to 1.")
+            yield "max_dropped", f"{self.max_dropped} is not a share from 0 to 1."
 
     @property
     def sources(self) -> dict[str, RecordsConfig]:
@@ -338,9 +386,9 @@ class FinetuningDatasetConfig:
         """How much of each stream is read, and what the numbers are; None: all of everything, once."""
         streams = (self.streams or {}).values()
         for name in AMOUNTS:
-            given = [getattr(stream, name) for stream in streams]
-            if any(amount is not None for amount in given):
-                return name, [1.0 if amount is None else float(amount) for amount in given]
+            amounts = [getattr(stream, name) for stream in streams]
+            if any(amount is not None for amount in amounts):
+                return name, [1.0 if amount is None else float(amount) for amount in amounts]
         return "proportion", None
 
 
@@ -365,8 +413,9 @@ def loaders_by_label(
     return {loader.label or "eval": loader for loader in loaders}
 
 
-def label_problems(given: LoaderConfig | tuple[LoaderConfig, ...] | None) -> Iterator[tuple[str, str]]:
-    """What is wrong with the labels of several evaluation loaders, as (key, text)."""
+def label_problems(section: Any) -> Iterator[Problem]:
+    """Each of several evaluation loaders has a label of its own."""
+    given = section.eval_loader
     seen: set[str] = set()
     for index, loader in enumerate(given if isinstance(given, tuple) and len(given) > 1 else ()):
         key = f"eval_loader[{index}].label"
@@ -376,3 +425,9 @@ def label_problems(given: LoaderConfig | tuple[LoaderConfig, ...] | None) -> Ite
             yield key, f"'{loader.label}' is another loader's. Use a label of its own."
         else:
             seen.add(loader.label)
+
+
+def some_batches(section: Any, name: str) -> Iterator[Problem]:
+    """A number of batches is not 0."""
+    if getattr(section, name) == 0:
+        yield name, "0 batches leave nothing to do. Use -1 for all of them."

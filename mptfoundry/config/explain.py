@@ -20,7 +20,7 @@ from mptfoundry.config.engine.schema import (
     subject,
     walk_keys,
 )
-from mptfoundry.config.engine.signatures import Catalogue, arguments_of, describe_annotation, sentence_of
+from mptfoundry.config.engine.signatures import Catalogue, described, sentence_of
 from mptfoundry.config.legacy import REFUSED
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
@@ -40,14 +40,14 @@ def explain(key: str | None = None) -> str:
     """
     if not key:
         return _overview()
-    wanted = tuple(str(part) for part in parse_key(key) if not isinstance(part, int))
+    asked = tuple(str(part) for part in parse_key(key) if not isinstance(part, int))
     known = dict.fromkeys(walk_keys(TrainConfig))
-    exact = [entry for entry in known if _matches(entry[0], wanted)]
-    ending = [entry for entry in known if _ends_with(entry[0], wanted)]
-    found = exact or ending
-    if found:
-        return "\n\n".join(_entry(path, cls, name) for path, cls, name in _one_each(found))
-    if text := _foreign(wanted) or _refused(wanted):
+    exact = [entry for entry in known if _matches(entry[0], asked)]
+    ending = [entry for entry in known if _ends_with(entry[0], asked)]
+    entries = exact or ending
+    if entries:
+        return "\n\n".join(_entry(path, cls, name) for path, cls, name in _one_each(entries))
+    if text := _foreign(asked) or _refused(asked):
         return text
     hint = _nearest(key, [path for path, _, _ in known if not path.startswith("eval_loader[N]")])
     raise ConfigError(f"{key}: there is no such key.{hint} `mptfoundry explain` lists all sections.")
@@ -78,21 +78,21 @@ def _nearest(key: str, paths: list[str]) -> str:
     return f" Did you mean {' or '.join(near)}?" if near else ""
 
 
-def _matches(path: str, wanted: tuple[str, ...]) -> bool:
+def _matches(path: str, asked: tuple[str, ...]) -> bool:
     parts = path.replace("[N]", "").split(".")
-    return len(parts) == len(wanted) and all(p in ("*", w) for p, w in zip(parts, wanted, strict=True))
+    return len(parts) == len(asked) and all(p in ("*", w) for p, w in zip(parts, asked, strict=True))
 
 
-def _ends_with(path: str, wanted: tuple[str, ...]) -> bool:
-    return tuple(path.replace("[N]", "").split(".")[-len(wanted) :]) == wanted
+def _ends_with(path: str, asked: tuple[str, ...]) -> bool:
+    return tuple(path.replace("[N]", "").split(".")[-len(asked) :]) == asked
 
 
-def _one_each(found: list[tuple[str, type, str]]) -> Iterator[tuple[str, type, str]]:
+def _one_each(entries: list[tuple[str, type, str]]) -> Iterator[tuple[str, type, str]]:
     """One entry for each thing said: the evaluation loader repeats what the training loader says, and models
     that differ in their head what all of them have.
     """
     seen = set()
-    for path, cls, name in found:
+    for path, cls, name in entries:
         owner = next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", ()))
         if (owner, name) not in seen:
             seen.add((owner, name))
@@ -143,16 +143,17 @@ def _catalogue(annotation: Any) -> Catalogue | None:
     return next((a for a in getattr(annotation, "__metadata__", ()) if isinstance(a, Catalogue)), None)
 
 
-def _foreign(wanted: tuple[str, ...]) -> str | None:
+def _foreign(asked: tuple[str, ...]) -> str | None:
     """`callbacks.speed_monitor`, or `callbacks.speed_monitor.window_size`, from the class's signature."""
     for section, annotation in field_types(TrainConfig).items():
         catalogue = _catalogue(annotation)
-        names = wanted[1:] if wanted[:1] == (section,) else wanted
+        names = asked[1:] if asked[:1] == (section,) else asked
         if catalogue is None or not names or names[0] not in catalogue.known:
             continue
         where = catalogue.known[names[0]]
         try:
-            arguments = [a for a in arguments_of(where) if len(names) == 1 or a.name == names[1]]
+            cls = described(names[0], where)
+            arguments = [each for each in fields(cls) if len(names) == 1 or each.name == names[1]]
             sentence = sentence_of(where) if len(names) == 1 else ""
         except LookupError as error:
             raise ConfigError(f"{section}.{names[0]}: can't be explained: {error}.") from None
@@ -160,22 +161,22 @@ def _foreign(wanted: tuple[str, ...]) -> str | None:
             continue
         lines = [f"{section}.{names[0]}", *_wrapped(sentence), f"    {where.replace(':', '.')}"]
         for argument in arguments:
-            default = f"default {argument.default}" if argument.default is not None else "has to be given"
-            lines.append(f"    {argument.name}: {describe_annotation(argument.annotation)}; {default}")
+            default = "has to be given" if argument.default is MISSING else f"default {argument.default}"
+            lines.append(f"    {argument.name}: {describe(field_types(cls)[argument.name])}; {default}")
         return "\n".join(lines)
     return None
 
 
-def _refused(wanted: tuple[str, ...]) -> str | None:
+def _refused(asked: tuple[str, ...]) -> str | None:
     """What llm-foundry knows and what is not supported here, with the reason."""
     tables = {name: why for (_, name), why in REFUSED.items()}
     for section, annotation in field_types(TrainConfig).items():
         catalogue = _catalogue(annotation)
-        if catalogue is not None and wanted[:-1] in ((), (section,)):
+        if catalogue is not None and asked[:-1] in ((), (section,)):
             tables |= catalogue.refused
-    if wanted[-1] not in tables:
+    if asked[-1] not in tables:
         return None
-    return "\n".join([".".join(wanted), *_wrapped(f"is not supported: {tables[wanted[-1]]}")])
+    return "\n".join([".".join(asked), *_wrapped(f"is not supported: {tables[asked[-1]]}")])
 
 
 def _overview() -> str:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 
 from mptfoundry.config.engine.document import Document
+from mptfoundry.config.engine.nested import mapped
 from mptfoundry.config.engine.read_document import read_document
 from mptfoundry.config.engine.schema import default_of
 from mptfoundry.config.engine.secrets import REDACTED, FromEnvironment, redacted, redactions
@@ -65,39 +66,34 @@ def to_yaml(config: Any) -> str:
 
     Fields that are None by default and permissions of the command line are left out, and secrets replaced.
     """
-    return OmegaConf.to_yaml(OmegaConf.create(redacted(_plain(config))))
+    return OmegaConf.to_yaml(OmegaConf.create(redacted(mapped(config, _plain))))
 
 
 def refuse_redacted(config: Any) -> None:
     """Raise ConfigError where a run would be started with what stands for a secret in a saved config."""
     problems = [
-        f"{'.'.join(path)}: {REDACTED} stands for a secret, which is not saved with a run. Give it on the "
-        "command line, or name the file that the run was first started with."
-        for path in redactions(_plain(config))
+        f"{'.'.join(map(str, path))}: {REDACTED} stands for a secret, which is not saved with a run. Give it "
+        "on the command line, or name the file that the run was first started with."
+        for path in redactions(mapped(config, _plain))
     ]
     if problems:
         raise ConfigError(problems)
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, path: tuple[Any, ...] = ()) -> Any:
+    """Sections as dicts, without what is None by default, and text as OmegaConf reads it back."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {
-            f.name: _plain(getattr(value, f.name))
-            for f in fields(value)
-            if f.name != "allow_code" and not (getattr(value, f.name) is None and default_of(f) is None)
-        }
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        items = {f.name: getattr(value, f.name) for f in fields(value) if f.name != "allow_code"}
+        optional = {f.name for f in fields(value) if default_of(f) is None}
+        return mapped({n: v for n, v in items.items() if v is not None or n not in optional}, _plain)
     if isinstance(value, str) and not isinstance(value, FromEnvironment):
-        # Written so that OmegaConf reads `${` as text and halves the backslashes before it.
+        # OmegaConf takes an escaped `${` for text, and halves the backslashes before it.
         return re.sub(r"(\\*)\$\{", r"\1\1\\${", value)
     return value
 
 
 def _refuse_another_kind(document: Document) -> None:
-    """Raises ConfigError for a file that describes no training, in one sentence, before keys are judged."""
+    """Raise ConfigError for a file that describes no training run, before its keys are checked."""
     tree = document.tree
     for key, text in OTHER_KINDS.items():
         if key in tree and "model" not in tree and "train_loader" not in tree:
@@ -123,7 +119,7 @@ def _effects(config: TrainConfig) -> list[str]:
     notes = []
     if not config.model.attn_config.attn_uses_sequence_id and config.train_loader.dataset.separates_documents:
         notes.append(
-            "train_loader.dataset: documents are told apart, but model.attn_config.attn_uses_sequence_id is "
+            "train_loader.dataset: documents are separated, but model.attn_config.attn_uses_sequence_id is "
             "false: tokens of a packed row see the documents before theirs."
         )
     for key in () if config.eval_loaders else ("eval_interval", "eval_first", "eval_subset_num_batches"):
@@ -131,8 +127,8 @@ def _effects(config: TrainConfig) -> list[str]:
             notes.append(f"{key}: has no effect without eval_loader.")
     if config.load_path is None and (config.load_weights_only or config.load_ignore_keys):
         notes.append("load_weights_only and load_ignore_keys have no effect without load_path.")
-    warmup = tokens_of(config.scheduler.t_warmup, vars(config))
-    whole = tokens_of(config.max_duration, vars(config))
+    warmup = tokens_of(config.scheduler.t_warmup, config)
+    whole = tokens_of(config.max_duration, config)
     if warmup is not None and whole is not None and warmup > whole:
         notes.append(
             f"scheduler.t_warmup: {config.scheduler.t_warmup} is longer than the run, max_duration: "

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from mptfoundry.architecture.trainable import LoRAConfig
-from mptfoundry.config.engine.forms import check_not_empty
+from mptfoundry.config.engine.rules import Problem, Rules, not_empty, only_one, refuse_problems
 from mptfoundry.config.parallel import Target, recomputed_parts
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import (
@@ -59,26 +60,47 @@ class ModelConfig(MPTConfig):
     activation_checkpointing_target: Target | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        refuse_problems(self)
         # Older configs say true next to alibi, which has no effect; a resolved config says what is computed.
-        check_not_empty(self, "pretrained_model_name_or_path")
         object.__setattr__(self, "learned_pos_emb", self.has_learned_positions)
-        recomputed_parts(self.activation_checkpointing_target, self.n_layers)
-        if self.pretrained_model_name_or_path is None:
-            for key in ("revision", "pretrained", "config_overrides"):
-                if getattr(self, key):
-                    raise ValueError(f"{key}: has no effect without pretrained_model_name_or_path.")
-        if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError("load_in_8bit and load_in_4bit are both given. Use one of them.")
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from super().rules()
+        yield from not_empty(self, "pretrained_model_name_or_path")
+        yield self._checkpointed_parts()
+        yield from map(self._needs_a_model, ("revision", "pretrained", "config_overrides"))
+        yield only_one(self, "are both given. Use one of them.", "load_in_8bit", "load_in_4bit")
+        yield self._quantized()
+        yield self._adapters()
+
+    def _checkpointed_parts(self) -> Iterator[Problem]:
+        if self.activation_checkpointing_target is None:
+            return
+        try:
+            recomputed_parts(self.activation_checkpointing_target, self.n_layers)
+        except ValueError as error:
+            key, _, text = str(error).partition(": ")
+            yield key, text
+
+    def _needs_a_model(self, name: str) -> Iterator[Problem]:
+        if getattr(self, name) and self.pretrained_model_name_or_path is None:
+            yield name, "has no effect without pretrained_model_name_or_path."
+
+    def _quantized(self) -> Iterator[Problem]:
         if self.bits and self.peft_config is None:
-            raise ValueError(f"load_in_{self.bits}bit: can't be learned. Add adapters: peft_config.")
-        if self.peft_config is not None:
-            if isinstance(self, HeadConfig):
-                raise ValueError(f"peft_config: is for language models alone, and not for {self.name}.")
-            try:
-                self.peft_config.targets(self)
-            except ValueError as error:
-                raise ValueError(f"peft_config.{error}") from error
+            yield f"load_in_{self.bits}bit", "can't be trained. Add adapters: peft_config."
+
+    def _adapters(self) -> Iterator[Problem]:
+        if self.peft_config is None:
+            return
+        if isinstance(self, HeadConfig):
+            yield "peft_config", f"is for language models alone, and not for {self.name}."
+            return
+        try:
+            self.peft_config.targets(self)
+        except ValueError as error:
+            yield "peft_config.target_modules", str(error).removeprefix("target_modules: ")
 
     @property
     def bits(self) -> Literal[8, 4] | None:
@@ -145,4 +167,8 @@ class TokenizerConfig:
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_not_empty(self, "name")
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from not_empty(self, "name")

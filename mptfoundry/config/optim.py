@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal
 
 from mptfoundry.config.engine.durations import Duration, parse_duration
-from mptfoundry.config.engine.forms import check_at_least, check_at_most
+from mptfoundry.config.engine.rules import Problem, Rules, at_least, at_most, refuse_problems
 
 # Weights leave every number format long before it.
 LARGEST_RATE = 1000.0
@@ -32,7 +33,12 @@ class ParamGroupConfig:
     eps: float | None = None
 
     def __post_init__(self) -> None:
-        _check_rates(self)
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from _rates(self)
+        yield _eps(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +62,11 @@ class _AnyOptimizerConfig:
     param_groups: tuple[ParamGroupConfig, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_rates(self)
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from _rates(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +83,15 @@ class DecoupledLionWConfig(_AnyOptimizerConfig):
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from super().rules()
+        yield self._no_eps()
+
+    def _no_eps(self) -> Iterator[Problem]:
         for index, group in enumerate(self.param_groups):
             if group.eps is not None:
-                raise ValueError(f"param_groups[{index}].eps: decoupled_lionw has none. Remove it.")
+                yield f"param_groups[{index}].eps", "decoupled_lionw has none. Remove it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +109,11 @@ class DecoupledAdamWConfig(_AnyOptimizerConfig):
     weight_decay: float = 1e-5
     eps: float = 1e-8
     amsgrad: bool = False
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from super().rules()
+        yield _eps(self)
 
 
 OptimizerConfig = DecoupledLionWConfig | DecoupledAdamWConfig
@@ -117,9 +136,13 @@ class _AnyScheduleConfig:
     scale_warmup: Literal[False] = False
 
     def __post_init__(self) -> None:
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
         alphas = [each.name for each in fields(self) if each.name.startswith("alpha")]
-        check_at_least(self, **dict.fromkeys(alphas, 0))
-        check_at_most(self, **dict.fromkeys(alphas, LARGEST_RATE))
+        yield from at_least(self, **dict.fromkeys(alphas, 0))
+        yield from at_most(self, **dict.fromkeys(alphas, LARGEST_RATE))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,17 +202,23 @@ class InvSqrtWithWarmupConfig(_AnyScheduleConfig):
     alpha_f_decay: float = 0.0
     alpha_f_cooldown: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("t_warmup", "t_scale", "t_cooldown"):
-            if parse_duration(getattr(self, name))[1] == "dur":
-                raise ValueError(
-                    f"{name}: {getattr(self, name)} is a share of the run. Use batches or tokens."
-                )
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from super().rules()
+        yield from map(self._no_fraction, ("t_warmup", "t_scale", "t_cooldown"))
+        yield self._decays()
+
+    def _no_fraction(self, name: str) -> Iterator[Problem]:
+        length = getattr(self, name)
+        if parse_duration(length)[1] == "dur":
+            yield name, f"{length} is a fraction of the run. Use batches or tokens."
+
+    def _decays(self) -> Iterator[Problem]:
         if self.alpha_f_decay < self.alpha_f_cooldown:
-            raise ValueError(
-                f"alpha_f_cooldown: {self.alpha_f_cooldown} is above alpha_f_decay: {self.alpha_f_decay}. "
-                "The learning rate has to fall."
+            yield (
+                "alpha_f_cooldown",
+                f"{self.alpha_f_cooldown} is above alpha_f_decay: {self.alpha_f_decay}. The learning rate "
+                "has to fall.",
             )
 
 
@@ -218,14 +247,26 @@ SchedulerConfig = (
 )
 
 
-def _check_rates(given: ParamGroupConfig | _AnyOptimizerConfig) -> None:
-    check_at_most(given, lr=LARGEST_RATE, weight_decay=LARGEST_RATE, eps=LARGEST_RATE)
-    if given.lr is not None and given.lr < 0:
-        raise ValueError(f"lr: {given.lr} is negative. Use a positive number, such as 1e-4.")
-    if not all(0 <= beta < 1 for beta in given.betas or ()):
-        raise ValueError(f"betas: {list(given.betas or ())}. Use two numbers of 0 or more and less than 1.")
-    if given.weight_decay is not None and given.weight_decay < 0:
-        raise ValueError(f"weight_decay: {given.weight_decay} is negative. Use 0 or more.")
-    eps = getattr(given, "eps", None)
-    if eps is not None and eps <= 0:
-        raise ValueError(f"eps: {eps} is not positive. Use a small positive number, such as 1e-8.")
+def _rates(section: ParamGroupConfig | _AnyOptimizerConfig) -> Rules:
+    """What holds for the settings of all parameters and of a group of them."""
+    yield from at_most(section, lr=LARGEST_RATE, weight_decay=LARGEST_RATE)
+    yield _no_negative_rate(section)
+    yield _betas(section)
+    yield from at_least(section, weight_decay=0)
+
+
+def _no_negative_rate(section: ParamGroupConfig | _AnyOptimizerConfig) -> Iterator[Problem]:
+    if section.lr is not None and section.lr < 0:
+        yield "lr", f"{section.lr} is negative. Use a positive number, such as 1e-4."
+
+
+def _betas(section: ParamGroupConfig | _AnyOptimizerConfig) -> Iterator[Problem]:
+    if not all(0 <= beta < 1 for beta in section.betas or ()):
+        yield "betas", f"{list(section.betas or ())}. Use two numbers of 0 or more and less than 1."
+
+
+def _eps(section: ParamGroupConfig | DecoupledAdamWConfig) -> Iterator[Problem]:
+    if section.eps is not None and section.eps <= 0:
+        yield "eps", f"{section.eps} is not positive. Use a small positive number, such as 1e-8."
+    if section.eps is not None and section.eps > LARGEST_RATE:
+        yield "eps", f"{section.eps} is too large. Use {LARGEST_RATE:g} or less."

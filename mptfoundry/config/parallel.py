@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mptfoundry.config.engine.forms import check_at_least
+from mptfoundry.config.engine.rules import Problem, Rules, at_least, only_one, refuse_problems
 from mptfoundry.config.engine.schema import show
 from mptfoundry.errors import ConfigError
 
@@ -87,50 +87,64 @@ class FSDPConfig:
     verbose: bool = False
 
     def __post_init__(self) -> None:
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield self._one_strategy()
+        yield self._groups_that_reshard()
+        yield self._version_2()
+        yield self._whole_checkpoints()
+        yield self._no_shards_to_save()
+        yield self._no_shards_to_cut()
+        for name in ("mixed_precision", "load_monolith_rank0_only", "forward_prefetch", "backward_prefetch"):
+            yield self._only_for_shards(name)
+        yield from at_least(self, forward_prefetch_limit=1, backward_prefetch_limit=1)
+        yield self._prefetch()
+
+    def _one_strategy(self) -> Iterator[Problem]:
         reshard, strategy = self.reshard_after_forward, self.sharding_strategy
         if reshard is not None and strategy is not None and reshard != (strategy in RESHARDING):
-            raise ValueError(
-                f"reshard_after_forward: {show(reshard)} is not what sharding_strategy: {strategy} means. "
-                "Give one of them."
+            yield (
+                "reshard_after_forward",
+                f"{show(reshard)} is not what sharding_strategy: {strategy} means. Give one of them.",
             )
-        if self.version == 1 and reshard is not None and not isinstance(reshard, bool):
-            raise ValueError(f"reshard_after_forward: {reshard}. A number is only in version 2.")
-        if self.version == 2 and needs_version_1(self):
-            name, value = next(iter(needs_version_1(self).items()))
-            raise ValueError(
-                f"{name}: {show(value)} is not in version 2. Remove it, or set version: auto or 1."
-            )
-        if self.load_monolith_rank0_only and self.state_dict_type != "full":
-            raise ValueError(
-                "load_monolith_rank0_only: true reads whole checkpoints. Set state_dict_type: full."
-            )
-        if strategy == "NO_SHARD":
-            self._check_whole_copies()
-        check_at_least(self, forward_prefetch_limit=1, backward_prefetch_limit=1)
-        if self.forward_prefetch_limit is not None and not self.forward_prefetch:
-            raise ValueError("forward_prefetch_limit: has no effect without forward_prefetch: true.")
 
-    def _check_whole_copies(self) -> None:
-        """Raises ValueError where nothing is sharded and something is said of shards."""
-        if self.state_dict_type == "sharded":
-            raise ValueError("state_dict_type: sharded: NO_SHARD has no shards to save. Set it to full.")
-        if self.data_parallel_shard_degree not in (None, 1, -1):
-            raise ValueError(
-                f"data_parallel_shard_degree: {self.data_parallel_shard_degree}: NO_SHARD cuts nothing. "
-                "Remove one of them."
+    def _groups_that_reshard(self) -> Iterator[Problem]:
+        reshard = self.reshard_after_forward
+        if self.version == 1 and reshard is not None and not isinstance(reshard, bool):
+            yield "reshard_after_forward", f"{reshard}. A number is only in version 2."
+
+    def _version_2(self) -> Iterator[Problem]:
+        for name, value in needs_version_1(self).items() if self.version == 2 else ():
+            yield name, f"{show(value)} is not in version 2. Remove it, or set version: auto or 1."
+
+    def _whole_checkpoints(self) -> Iterator[Problem]:
+        if self.load_monolith_rank0_only and self.state_dict_type != "full":
+            yield (
+                "load_monolith_rank0_only",
+                "true reads whole checkpoints. Set state_dict_type: full.",
             )
-        if self.version != 1 and not needs_version_1(self):
-            of_shards = {
-                "mixed_precision": self.mixed_precision == "PURE",
-                "load_monolith_rank0_only": self.load_monolith_rank0_only,
-                "forward_prefetch": bool(self.forward_prefetch),
-                "backward_prefetch": self.backward_prefetch is not None,
-            }
-            for name in (name for name, given in of_shards.items() if given):
-                raise ValueError(
-                    f"{name}: {show(getattr(self, name))}: whole copies (DDP) don't have it. Remove it, or "
-                    "set version: 1."
-                )
+
+    def _no_shards_to_save(self) -> Iterator[Problem]:
+        if self.sharding_strategy == "NO_SHARD" and self.state_dict_type == "sharded":
+            yield "state_dict_type", "sharded: NO_SHARD has no shards to save. Set it to full."
+
+    def _no_shards_to_cut(self) -> Iterator[Problem]:
+        degree = self.data_parallel_shard_degree
+        if self.sharding_strategy == "NO_SHARD" and degree not in (None, 1, -1):
+            yield "data_parallel_shard_degree", f"{degree}: NO_SHARD cuts nothing. Remove one of them."
+
+    def _only_for_shards(self, name: str) -> Iterator[Problem]:
+        value = getattr(self, name)
+        is_ddp = self.sharding_strategy == "NO_SHARD" and self.version != 1 and not needs_version_1(self)
+        if is_ddp and value not in (None, False, "DEFAULT", "FULL"):
+            text = "whole copies (DDP) don't have it. Remove it, or set version: 1."
+            yield name, f"{show(value)}: {text}"
+
+    def _prefetch(self) -> Iterator[Problem]:
+        if self.forward_prefetch_limit is not None and not self.forward_prefetch:
+            yield "forward_prefetch_limit", "has no effect without forward_prefetch: true."
 
     @property
     def saves_activations(self) -> bool:
@@ -157,8 +171,11 @@ class CompileConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.mode is not None and self.options:
-            raise ValueError("mode and options are both given. torch.compile takes one of them.")
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield only_one(self, "are both given. torch.compile takes one of them.", "mode", "options")
 
 
 def needs_version_1(config: FSDPConfig) -> dict[str, Any]:

@@ -31,29 +31,32 @@ def fill_architecture(document: Document) -> list[str]:
     Returns:
         Notes for the user: what was taken for what.
     """
-    name, overrides = document.get(_NAME), document.get(_OVERRIDES)
-    if not isinstance(name, str):
-        return []
+    name = document.get(_NAME)
+    return _fill(name, document) if isinstance(name, str) else []
+
+
+def _fill(name: str, document: Document) -> list[str]:
     notes: list[str] = []
-    there = _look_at(name, document, notes)
-    _rename(name, document, notes if there is not None else [])
+    overrides = document.get(_OVERRIDES)
+    named = _look_at(name, document, notes)
+    _rename(name, document, notes if named is not None else [])
     written = leaves(overrides) if isinstance(overrides, dict) else {}
-    if there is None:
+    if named is None:
         for path, value in written.items():
             document.put(("model", *_ALIASES.get(path, path)), value, document.origin(_OVERRIDES + path))
         return notes
     changes = {_ALIASES.get(path, path): value for path, value in written.items()}
-    for path, expected, given in differing(there, document.tree["model"], changes):
+    for path, expected, value in differing(named, document.tree["model"], changes):
         document.report(
             ("model", *path),
-            f"{show(given)} is not what {name} says, {show(expected)}. Remove it, or change it with "
+            f"{show(value)} is not what {name} says, {show(expected)}. Remove it, or change it with "
             f"config_overrides.{dotted(path)}.",
         )
         document.put(("model", *path), expected, document.origin(("model", *path)))
-    _check_length(there, name, document, changes, notes)
+    _check_length(named, name, document, changes, notes)
     for path, value in written.items():
         document.put(("model", *_ALIASES.get(path, path)), value, document.origin(_OVERRIDES + path))
-    for path, value in leaves(there.to_dict()).items():
+    for path, value in leaves(named.to_dict()).items():
         is_own = any(path[: len(own)] == own for own in OWN)
         if path not in changes and path != _LENGTH and not is_own and not document.has(("model", *path)):
             value = list(value) if isinstance(value, tuple) else value
@@ -65,7 +68,7 @@ def _look_at(name: str, document: Document, notes: list[str]) -> MPTConfig | Non
     """The architecture of the model; None if it can't be read, which is a problem, or need not be.
 
     A section that says all of it, as a run's own `config.yaml` does, stands for a model on the hub or one
-    that is no longer there: a run that is resumed needs it no more. So does one that says its sizes, where
+    that is no longer there: a resumed run no longer needs it. So does one that says its sizes, where
     the model can't be reached. Whoever reads the weights compares it.
     """
     try:
@@ -105,22 +108,24 @@ def _rename(name: str, document: Document, notes: list[str]) -> None:
 
 
 def _check_length(
-    there: MPTConfig, name: str, document: Document, changes: dict[tuple[str, ...], Any], notes: list[str]
+    named: MPTConfig, name: str, document: Document, changes: dict[tuple[str, ...], Any], notes: list[str]
 ) -> None:
-    """The run's length may be another where positions allow it; learned positions end where they end."""
-    wanted = changes.get(_LENGTH, document.get(_LENGTH))
-    if not isinstance(wanted, int) or wanted == there.max_seq_len:
+    """The run's length may be another where positions allow it; learned positions have a last one."""
+    length = changes.get(_LENGTH, document.get(_LENGTH))
+    if not isinstance(length, int) or length == named.max_seq_len:
         return
     place: KeyPath = _OVERRIDES + _LENGTH if _LENGTH in changes else _LENGTH
-    text = f"{wanted} is not the length of {name}, {there.max_seq_len}"
-    if takes_any_length(there):
-        if wanted > there.max_seq_len:
-            text = f"{name} was made for {there.max_seq_len} tokens, this run has {wanted}."
+    text = f"{length} is not the length of {name}, {named.max_seq_len}"
+    if takes_any_length(named):
+        if length > named.max_seq_len:
+            text = f"{name} was made for {named.max_seq_len} tokens, this run has {length}."
             notes.append(f"{document.origin(place).place}: max_seq_len: {text}")
-    elif there.has_learned_positions:
-        document.report(place, f"{text}, whose positions are learned one by one. Use {there.max_seq_len}.")
+    elif named.has_learned_positions:
+        document.report(
+            place, f"{text}, which has a learned embedding for each position. Use {named.max_seq_len}."
+        )
     elif _LENGTH not in changes:
-        text += f", on which its rotary positions depend. Use {there.max_seq_len}, or say so with "
+        text += f", on which its rotary positions depend. Use {named.max_seq_len}, or say so with "
         document.report(place, f"{text}model.config_overrides.max_seq_len.")
 
 

@@ -1,38 +1,25 @@
-"""What has to hold between the sections of a training run.
-
-Each rule looks at the fields that it needs and is left out where one of them is missing, so that one wrong
-field does not hide what is wrong elsewhere.
-"""
+"""The rules between the sections of a training run."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields
 from string import Formatter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mptfoundry.architecture.trainable import pattern_problems
-from mptfoundry.config.data import label_problems
+from mptfoundry.config.data import label_problems, some_batches
 from mptfoundry.config.engine.durations import parse_duration
+from mptfoundry.config.engine.rules import Problem, Rules, at_least, at_most, broken_rules
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.places import is_url, why_no_start_finds, why_not_a_path, why_not_a_run_name
 from mptfoundry.ranks import world_size
 
-Problem = tuple[str, str]
-_AT_MOST = {
-    "max_seq_len": 1_000_000_000,
-    "seed": 2**32 - 1,
-    "global_train_batch_size": 1_000_000_000,
-    "device_train_microbatch_size": 1_000_000_000,
-    "device_eval_batch_size": 1_000_000_000,
-    "train_subset_num_batches": 10**15,
-    "eval_subset_num_batches": 10**15,
-    "save_num_checkpoints_to_keep": 10**9,
-    "max_split_size_mb": 10**9,
-    "dist_timeout": 10**8,
-}
+if TYPE_CHECKING:
+    from mptfoundry.config.run import TrainConfig
+
 _PACKED = re.compile(r"\.(tar|tgz|tar\.\w+|pt\.(bz2|gz|lz4|lzma|lzo|xz|zst))$")
 # What is filled in for `{...}`: in names of checkpoints what Composer knows.
 _IN_NAMES = (
@@ -48,62 +35,48 @@ _FILLED_IN = {
 }
 
 
-def between_sections(values: Mapping[str, Any]) -> Iterator[Problem]:
-    """All problems, as (dotted key, text)."""
-    yield from _sizes(values)
-    yield from _batches(values)
-    yield from _said_twice(values)
-    yield from label_problems(values.get("eval_loader"))
-    yield from _documents(values)
-    yield from _heads(values)
-    yield from _sampling(values)
-    yield from _preprocessing(values)
-    yield from _patterns(values)
-    yield from _adapters(values)
-    yield from _schedule(values)
-    yield from _checkpoints(values)
-    yield from _sharding(values)
-    if values.get("code_paths") and "allow_code" in values and not values["allow_code"]:
-        yield "code_paths", "names code, which runs only with allow_code=true on the command line."
+def between_sections(run: TrainConfig) -> Rules:
+    """All rules of a run: those of single values, then those between sections."""
+    yield from at_least(run, max_seq_len=1, seed=0, max_split_size_mb=1, dist_timeout=1)
+    yield from at_least(run, global_train_batch_size=1, device_train_microbatch_size=1)
+    yield from at_least(run, device_eval_batch_size=1, save_num_checkpoints_to_keep=-1)
+    yield from at_least(run, train_subset_num_batches=-1, eval_subset_num_batches=-1)
+    yield from at_most(run, max_seq_len=10**9, seed=2**32 - 1, max_split_size_mb=10**9, dist_timeout=10**8)
+    yield from at_most(run, global_train_batch_size=10**9, device_train_microbatch_size=10**9)
+    yield from at_most(run, device_eval_batch_size=10**9, save_num_checkpoints_to_keep=10**9)
+    yield from at_most(run, train_subset_num_batches=10**15, eval_subset_num_batches=10**15)
+    yield from (some_batches(run, key) for key in ("train_subset_num_batches", "eval_subset_num_batches"))
+    yield from (_some_time(run, key) for key in ("max_duration", "save_interval"))
+    for key in ("train_loader", "eval_loader"):
+        for rule in (_length_given_twice, _seed_given_twice, _documents, _heads, _preprocessing):
+            yield rule(run, key)
+    for key in _FILLED_IN:
+        yield _file_name(run, key)
+    for rule_of_a_run in (
+        *(_batch_splits, _model_length_given_twice, _tokenizer_length_given_twice, label_problems),
+        *(_no_text_from_heads, _sampling, _patterns),
+        *(_adapters, _schedule_ends, _decay_fits),
+        *(_one_source_of_weights, _run_name, _names_that_a_start_finds, _link_name),
+        *(_folder_to_resume_from, _whole_checkpoints_to_resume_from),
+        *(_target_without_checkpointing, _meta_on_rank_0, _offload_with_compile),
+        *(_code, _allowed_changes),
+    ):
+        yield rule_of_a_run(run)
 
 
-def _sizes(values: Mapping[str, Any]) -> Iterator[Problem]:
-    at_least = {
-        "max_seq_len": 1,
-        "seed": 0,
-        "global_train_batch_size": 1,
-        "device_train_microbatch_size": 1,
-        "device_eval_batch_size": 1,
-        "train_subset_num_batches": -1,
-        "eval_subset_num_batches": -1,
-        "save_num_checkpoints_to_keep": -1,
-        "max_split_size_mb": 1,
-        "dist_timeout": 1,
-    }
-    for key, least in at_least.items():
-        value = values.get(key)
-        if isinstance(value, (int, float)) and value < least:
-            yield key, f"{value} is too small. Use {least} or more."
-    for key, most in _AT_MOST.items():
-        value = values.get(key)
-        if isinstance(value, (int, float)) and value > most:
-            yield key, f"{value} is too large. Use {most} or less."
-    for key in ("train_subset_num_batches", "eval_subset_num_batches"):
-        if values.get(key) == 0:
-            yield key, "0 batches leave nothing to do. Use -1 for all of them."
-    for key in ("max_duration", "save_interval"):
-        if key in values and parse_duration(values[key])[0] == 0:
-            yield key, f"{values[key]} is not longer than 0. Use more than 0."
-    if "max_duration" in values and parse_duration(values["max_duration"])[1] == "dur":
+def _some_time(run: TrainConfig, key: str) -> Iterator[Problem]:
+    number, unit = parse_duration(getattr(run, key))
+    if number == 0:
+        yield key, f"{getattr(run, key)} is not longer than 0. Use more than 0."
+    if key == "max_duration" and unit == "dur":
         yield (
-            "max_duration",
+            key,
             "can't be given in dur, which is a fraction of max_duration. Use batches, tokens or epochs.",
         )
 
 
-def _batches(values: Mapping[str, Any]) -> Iterator[Problem]:
-    batch = values.get("global_train_batch_size", 0)
-    if batch > 0 and (problem := split_problem(batch, world_size())):
+def _batch_splits(run: TrainConfig) -> Iterator[Problem]:
+    if problem := split_problem(run.global_train_batch_size, world_size()):
         yield "global_train_batch_size", problem
 
 
@@ -116,216 +89,206 @@ def split_problem(batch: int, devices: int) -> str | None:
     return f"{batch} does not split over {devices} devices. Use a multiple of {devices}: {use}."
 
 
-def _loaders(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    if "train_loader" in values:
-        yield "train_loader", values["train_loader"]
-    loaders = values.get("eval_loader")
+def _loaders(run: TrainConfig, key: str) -> Iterator[tuple[str, Any]]:
+    """The loaders of `train_loader` or `eval_loader`, each with its key."""
+    loaders = getattr(run, key)
     if isinstance(loaders, tuple):
         for index, loader in enumerate(loaders):
-            yield f"eval_loader[{index}]", loader
+            yield f"{key}[{index}]", loader
     elif loaders is not None:
-        yield "eval_loader", loaders
+        yield key, loaders
 
 
-def _said_twice(values: Mapping[str, Any]) -> Iterator[Problem]:
-    length, seed = values.get("max_seq_len"), values.get("seed")
-    said: list[tuple[str, Any, str, Any]] = []
-    if "model" in values:
-        said.append(("model.max_seq_len", values["model"].max_seq_len, "max_seq_len", length))
-    if "tokenizer" in values:
-        given = values["tokenizer"].kwargs.get("model_max_length")
-        said.append(("tokenizer.kwargs.model_max_length", given, "max_seq_len", length))
-    for key, loader in _loaders(values):
-        said.append((f"{key}.dataset.max_seq_len", loader.dataset.max_seq_len, "max_seq_len", length))
-        said.append((f"{key}.dataset.shuffle_seed", loader.dataset.shuffle_seed, "seed", seed))
-    for key, value, top_key, top in said:
-        if value is not None and top is not None and value != top:
-            yield key, f"{value} is not the {top_key} of the run, {top}. Remove it, or make them equal."
+def _given_twice(key: str, value: Any, of_run: str, expected: Any) -> Iterator[Problem]:
+    if value is not None and value != expected:
+        yield key, f"{value} is not the {of_run} of the run, {expected}. Remove it, or make them equal."
 
 
-def _documents(values: Mapping[str, Any]) -> Iterator[Problem]:
-    if "model" not in values:
-        return
-    ids = values["model"].vocab_size
-    for key, loader in _loaders(values):
+def _model_length_given_twice(run: TrainConfig) -> Iterator[Problem]:
+    yield from _given_twice("model.max_seq_len", run.model.max_seq_len, "max_seq_len", run.max_seq_len)
+
+
+def _tokenizer_length_given_twice(run: TrainConfig) -> Iterator[Problem]:
+    length = run.tokenizer.kwargs.get("model_max_length")
+    yield from _given_twice("tokenizer.kwargs.model_max_length", length, "max_seq_len", run.max_seq_len)
+
+
+def _length_given_twice(run: TrainConfig, key: str) -> Iterator[Problem]:
+    for path, loader in _loaders(run, key):
+        length = loader.dataset.max_seq_len
+        yield from _given_twice(f"{path}.dataset.max_seq_len", length, "max_seq_len", run.max_seq_len)
+
+
+def _seed_given_twice(run: TrainConfig, key: str) -> Iterator[Problem]:
+    for path, loader in _loaders(run, key):
+        yield from _given_twice(f"{path}.dataset.shuffle_seed", loader.dataset.shuffle_seed, "seed", run.seed)
+
+
+def _documents(run: TrainConfig, key: str) -> Iterator[Problem]:
+    """The tokens that separate documents exist, and are given where attention needs them."""
+    for path, loader in _loaders(run, key):
         if loader.name != "text":
             continue
+        ids = run.model.vocab_size
         for name in ("eos_token_id", "bos_token_id"):
             token_id = getattr(loader.dataset, name)
             if token_id is not None and not 0 <= token_id < ids:
-                yield f"{key}.dataset.{name}", f"{token_id} is not one of the {ids} ids that the model has."
-        if values["model"].attn_config.attn_uses_sequence_id and not loader.dataset.separates_documents:
+                yield f"{path}.dataset.{name}", f"{token_id} is not one of the {ids} ids that the model has."
+        if run.model.attn_config.attn_uses_sequence_id and not loader.dataset.separates_documents:
             yield (
-                f"{key}.dataset",
-                "model.attn_config.attn_uses_sequence_id needs eos_token_id or bos_token_id here, "
-                "to tell documents apart.",
+                f"{path}.dataset",
+                "model.attn_config.attn_uses_sequence_id needs eos_token_id or bos_token_id here, to "
+                "separate documents.",
             )
 
 
-def _heads(values: Mapping[str, Any]) -> Iterator[Problem]:
-    """A head learns from labelled examples and makes no text; a language model is the other way round."""
-    if "model" not in values:
-        return
-    has_head, name = isinstance(values["model"], HeadConfig), values["model"].name
-    for key, loader in _loaders(values):
+def _heads(run: TrainConfig, key: str) -> Iterator[Problem]:
+    """A head trains on labelled examples, a language model on all others."""
+    has_head, name = isinstance(run.model, HeadConfig), run.model.name
+    for path, loader in _loaders(run, key):
         if has_head and loader.name != "labelled":
-            yield f"{key}.name", f"{loader.name}: model.name: {name} learns from labels. Use labelled."
+            yield f"{path}.name", f"{loader.name}: model.name: {name} trains on labels. Use labelled."
         elif not has_head and loader.name == "labelled":
-            yield f"{key}.name", f"labelled: model.name: {name} has no head that learns labels. Use text."
-    if has_head and "generate_callback" in values.get("callbacks", {}):
-        yield "callbacks.generate_callback", f"model.name: {name} makes no text. Remove it."
+            yield f"{path}.name", f"labelled: model.name: {name} has no head that predicts labels. Use text."
 
 
-def _sampling(values: Mapping[str, Any]) -> Iterator[Problem]:
-    given = values.get("callbacks", {}).get("generate_callback", {})
-    try:
-        Sampling(**{field.name: given[field.name] for field in fields(Sampling) if field.name in given})
-    except ValueError as error:
-        name, _, text = str(error).partition(": ")
-        yield f"callbacks.generate_callback.{name}", text
+def _no_text_from_heads(run: TrainConfig) -> Iterator[Problem]:
+    if "generate_callback" in run.callbacks and isinstance(run.model, HeadConfig):
+        text = f"model.name: {run.model.name} generates no text. Remove it."
+        yield "callbacks.generate_callback", text
 
 
-def _preprocessing(values: Mapping[str, Any]) -> Iterator[Problem]:
-    if values.get("allow_code", True):
-        return
-    for key, loader in _loaders(values):
+def _sampling(run: TrainConfig) -> Iterator[Problem]:
+    """The callback that generates takes the sampling of `generate`, with its rules."""
+    if "generate_callback" in run.callbacks:
+        names = {field.name: field.default for field in fields(Sampling)}
+        values = {k: v for k, v in run.callbacks["generate_callback"].items() if k in names}
+        for name, text in broken_rules(Sampling, names | values):
+            yield f"callbacks.generate_callback.{name}", text
+
+
+def _preprocessing(run: TrainConfig, key: str) -> Iterator[Problem]:
+    """Code that a file names runs only with the user's permission."""
+    for path, loader in _loaders(run, key):
         for name, source in loader.dataset.sources.items() if loader.name == "finetuning" else ():
-            if isinstance(source.preprocessing_fn, str):
-                own = loader.dataset.preprocessing_fn is not None or loader.dataset.streams is None
-                place = f"{key}.dataset" if own else f"{key}.dataset.streams.{name}"
-                text = "names code, which runs only with allow_code=true on the command line."
-                yield f"{place}.preprocessing_fn", text
-                if own:
-                    break
+            if not isinstance(source.preprocessing_fn, str) or run.allow_code:
+                continue
+            is_shared = loader.dataset.preprocessing_fn is not None or loader.dataset.streams is None
+            place = f"{path}.dataset" if is_shared else f"{path}.dataset.streams.{name}"
+            text = "names code, which runs only with allow_code=true on the command line."
+            yield f"{place}.preprocessing_fn", text
+            if is_shared:
+                break
 
 
-def _patterns(values: Mapping[str, Any]) -> Iterator[Problem]:
-    """Every pattern names parameters of the model, and something is left to learn."""
-    model, optimizer = values.get("model"), values.get("optimizer")
-    if model is None or optimizer is None:
-        return
+def _patterns(run: TrainConfig) -> Iterator[Problem]:
+    """Every pattern names parameters of the model, and some parameter stays trainable."""
+    model, optimizer = run.model, run.optimizer
     groups = [group.param_str_match for group in optimizer.param_groups]
     for key, text in pattern_problems(model.network(), model.peft_config, optimizer.disable_grad, groups):
         yield f"optimizer.{key}", text
 
 
-def _adapters(values: Mapping[str, Any]) -> Iterator[Problem]:
-    """Adapters stand beside the weights of a base model, which a resumed run reads from the same place."""
-    model, path, fsdp = values.get("model"), values.get("load_path"), values.get("fsdp_config")
-    if model is None or model.peft_config is None:
-        return
-    if not model.takes_weights and not path:
+def _adapters(run: TrainConfig) -> Iterator[Problem]:
+    """Adapters train on top of a base model, which a resumed run reads from the same place."""
+    if run.model.peft_config is not None:
+        yield from _base_of_adapters(run)
+        yield from _around_adapters(run)
+
+
+def _base_of_adapters(run: TrainConfig) -> Iterator[Problem]:
+    path = run.load_path
+    if not run.model.takes_weights and not path:
         yield (
             "model.peft_config",
-            "learns beside the weights of a base model. Name it in model.pretrained_model_name_or_path, or "
-            "in load_path with load_weights_only: true.",
-        )
-    if path and not values.get("load_weights_only", True):
-        yield (
-            "load_path",
-            f"{path} is the adapters' base, of which weights alone are taken. Set load_weights_only: true.",
+            "trains on top of the weights of a base model. Name it in model.pretrained_model_name_or_path, "
+            "or in load_path with load_weights_only: true.",
         )
     if path and is_url(path):
         yield "load_path", f"{path} is the adapters' base, and is read from this machine. Name a local path."
-    for key, value, why in (
-        ("use_orig_params", False, "learned and frozen parameters would be one"),
-        ("activation_checkpointing_reentrant", True, "no gradient would reach the adapters"),
-    ):
-        if fsdp is not None and getattr(fsdp, key) is value:
-            yield f"fsdp_config.{key}", f"{str(value).lower()}: with model.peft_config {why}. Remove it."
-    if fsdp is not None and model.bits:
+    if path and not run.load_weights_only:
         yield (
-            f"model.load_in_{model.bits}bit",
-            "is for whole copies: it can't be sharded. Remove fsdp_config.",
+            "load_path",
+            f"{path} is the adapters' base, of which only the weights are taken. Set load_weights_only: "
+            "true.",
         )
-    if "hf_checkpointer" in values.get("callbacks", {}):
+
+
+def _around_adapters(run: TrainConfig) -> Iterator[Problem]:
+    """What adapters can't be combined with."""
+    if "hf_checkpointer" in run.callbacks:
         yield (
             "callbacks.hf_checkpointer",
             "exports whole models, and this one has adapters. Remove it; `mptfoundry export` takes a run.",
         )
+    fsdp = run.fsdp_config
+    for key, value, why in (
+        ("use_orig_params", False, "trainable and frozen parameters would be one"),
+        ("activation_checkpointing_reentrant", True, "no gradient would reach the adapters"),
+    ):
+        if fsdp is not None and getattr(fsdp, key) is value:
+            yield f"fsdp_config.{key}", f"{str(value).lower()}: with model.peft_config {why}. Remove it."
+    if fsdp is not None and run.model.bits:
+        text = "is for whole copies: it can't be sharded. Remove fsdp_config."
+        yield f"model.load_in_{run.model.bits}bit", text
 
 
-def _schedule(values: Mapping[str, Any]) -> Iterator[Problem]:
-    """The fall at the end has to lie inside the run, and after the rise; a rise may be cut off by the end."""
-    scheduler, total = values.get("scheduler"), values.get("max_duration")
-    if scheduler is None or total is None:
-        return
-    end, whole = tokens_of(scheduler.t_max, values), tokens_of(total, values)
+def _schedule_ends(run: TrainConfig) -> Iterator[Problem]:
+    end, whole = tokens_of(run.scheduler.t_max, run), tokens_of(run.max_duration, run)
     if end is not None and whole is not None and end < whole:
-        text = f"{scheduler.t_max} is shorter than max_duration: {total}. Use 1dur, the whole run."
-        yield "scheduler.t_max", text
-    fall = "t_decay" if hasattr(scheduler, "t_decay") else "t_cooldown"
-    length = tokens_of(getattr(scheduler, fall, 0), values)
+        text = f"is shorter than max_duration: {run.max_duration}. Use 1dur, the whole run."
+        yield "scheduler.t_max", f"{run.scheduler.t_max} {text}"
+
+
+def _decay_fits(run: TrainConfig) -> Iterator[Problem]:
+    """Decay must fit inside the run and start after warmup; the end of the run may cut off a warmup."""
+    scheduler, whole = run.scheduler, tokens_of(run.max_duration, run)
+    key = "t_decay" if hasattr(scheduler, "t_decay") else "t_cooldown"
+    decay = getattr(scheduler, key, 0)
+    length, warmup = tokens_of(decay, run), tokens_of(scheduler.t_warmup, run)
     if whole is None or length is None:
         return
-    said = f"{getattr(scheduler, fall, 0)} is longer than the run, max_duration: {total}. Use less."
+    text = f"{decay} is longer than the run, max_duration: {run.max_duration}. Use less."
     if length > whole:
-        yield f"scheduler.{fall}", said
-    rise = tokens_of(scheduler.t_warmup, values)
-    if fall == "t_decay" and rise is not None and length <= whole < length + rise:
-        text = f"together with t_warmup: {scheduler.t_warmup}, {said}"
-        yield "scheduler.t_decay", text
+        yield f"scheduler.{key}", text
+    elif key == "t_decay" and warmup is not None and whole < length + warmup:
+        yield "scheduler.t_decay", f"together with t_warmup: {scheduler.t_warmup}, {text}"
 
 
-def tokens_of(duration: int | str, values: Mapping[str, Any]) -> float | None:
+def tokens_of(duration: int | str, run: TrainConfig) -> float | None:
     """A duration of a run in tokens; None where that depends on the size of the data."""
     number, unit = parse_duration(duration)
     if number == 0:
         return 0
     if unit == "dur":
-        total = values.get("max_duration", 1)
-        whole = None if parse_duration(total)[1] == "dur" else tokens_of(total, values)
+        is_known = parse_duration(run.max_duration)[1] != "dur"
+        whole = tokens_of(run.max_duration, run) if is_known else None
         return None if whole is None else number * whole
-    length, batch = values.get("max_seq_len", 0), values.get("global_train_batch_size", 0)
-    if length < 1 or batch < 1:
-        return None
-    size = {"tok": 1, "sp": length, "ba": length * batch}.get(unit)
+    length = run.max_seq_len
+    size = {"tok": 1, "sp": length, "ba": length * run.global_train_batch_size}.get(unit)
     return None if size is None else number * size
 
 
-def _checkpoints(values: Mapping[str, Any]) -> Iterator[Problem]:
-    if values.get("load_path") and "model" in values and values["model"].takes_weights:
+def _one_source_of_weights(run: TrainConfig) -> Iterator[Problem]:
+    if run.load_path and run.model.takes_weights:
         yield (
             "load_path",
             "and model.pretrained_model_name_or_path both say where the weights come from. Remove one; with "
             "model.pretrained: false the latter gives the architecture alone.",
         )
-    for key in ("save_filename", "load_path"):
-        if (name := values.get(key)) and _PACKED.search(name):
-            yield key, f"{name} is no plain file. Archives and compressed checkpoints are not read: use .pt."
-    for key, known in _FILLED_IN.items():
-        if problem := _placeholder_problem(values.get(key) or "", known):
-            yield key, problem
-    for key in ("save_filename", "save_latest_filename"):
-        if "/" in (values.get(key) or ""):
-            yield key, f"{values[key]} names a folder, too. Say that in save_folder."
-    yield from _names(values)
-    if values.get("autoresume"):
-        if "save_folder" in values and values["save_folder"] is None:
-            yield "autoresume", "needs save_folder, where the checkpoint to resume from lies."
-        if values.get("save_weights_only"):
-            yield "autoresume", "needs whole checkpoints. Set save_weights_only: false."
 
 
-def _names(values: Mapping[str, Any]) -> Iterator[Problem]:
-    """What files and folders can be called, and what a later start finds."""
-    if "run_name" in values and (problem := why_not_a_run_name(values["run_name"])):
-        yield "run_name", problem
-    for key in ("save_folder", "load_path", "save_filename", "save_latest_filename"):
-        if problem := why_not_a_path(values.get(key) or ""):
-            yield key, problem
-    folder, name = values.get("save_folder"), values.get("save_filename", "ep{epoch}-ba{batch}.pt")
-    if problem := why_no_start_finds(name, in_a_store=folder is not None and is_url(folder)):
-        yield "save_filename", problem
-    elif values.get("save_num_checkpoints_to_keep", -1) > 0 and why_no_start_finds(name, in_a_store=True):
-        yield (
-            "save_num_checkpoints_to_keep",
-            f"save_filename: {name} does not tell which checkpoint is the oldest. Use -1, or "
-            "ep{epoch}-ba{batch}-rank{rank}.pt.",
-        )
-    latest = values.get("save_latest_filename") or "latest-rank{rank}.pt"
-    if latest.replace("{rank}", "0") == name.replace("{rank}", "0"):
-        yield "save_filename", f"{name} is the name of the link to the newest checkpoint. Use another."
+def _file_name(run: TrainConfig, key: str) -> Iterator[Problem]:
+    """What files and folders can be called."""
+    name = getattr(run, key) or ""
+    if key in ("save_filename", "load_path") and _PACKED.search(name):
+        yield key, f"{name} is not a plain file. Archives and compressed checkpoints are not read: use .pt."
+    if problem := _placeholder_problem(name, _FILLED_IN[key]):
+        yield key, problem
+    if key in ("save_filename", "save_latest_filename") and "/" in name:
+        yield key, f"{name} names a folder, too. Say that in save_folder."
+    if problem := why_not_a_path(name):
+        yield key, problem
 
 
 def _placeholder_problem(text: str, known: tuple[str, ...]) -> str | None:
@@ -339,22 +302,70 @@ def _placeholder_problem(text: str, known: tuple[str, ...]) -> str | None:
     return None if unknown is None else f"{{{unknown}}} is not filled in here. Allowed: {allowed}."
 
 
-def _sharding(values: Mapping[str, Any]) -> Iterator[Problem]:
-    if "model" not in values or "fsdp_config" not in values:
-        return
-    model, fsdp = values["model"], values["fsdp_config"]
-    saves = fsdp is not None and fsdp.saves_activations
-    if model.activation_checkpointing_target is not None and not saves:
+def _run_name(run: TrainConfig) -> Iterator[Problem]:
+    if problem := why_not_a_run_name(run.run_name):
+        yield "run_name", problem
+
+
+def _names_that_a_start_finds(run: TrainConfig) -> Iterator[Problem]:
+    name, in_a_store = run.save_filename, run.save_folder is not None and is_url(run.save_folder)
+    if problem := why_no_start_finds(name, in_a_store=in_a_store):
+        yield "save_filename", problem
+    elif run.save_num_checkpoints_to_keep > 0 and why_no_start_finds(name, in_a_store=True):
+        yield (
+            "save_num_checkpoints_to_keep",
+            f"save_filename: {name} does not tell which checkpoint is the oldest. Use -1, or "
+            "ep{epoch}-ba{batch}-rank{rank}.pt.",
+        )
+
+
+def _link_name(run: TrainConfig) -> Iterator[Problem]:
+    name, latest = run.save_filename, run.save_latest_filename or "latest-rank{rank}.pt"
+    if latest.replace("{rank}", "0") == name.replace("{rank}", "0"):
+        yield "save_filename", f"{name} is the name of the link to the newest checkpoint. Use another."
+
+
+def _folder_to_resume_from(run: TrainConfig) -> Iterator[Problem]:
+    if run.autoresume and run.save_folder is None:
+        yield "autoresume", "needs save_folder, which holds the checkpoint to resume from."
+
+
+def _whole_checkpoints_to_resume_from(run: TrainConfig) -> Iterator[Problem]:
+    if run.autoresume and run.save_weights_only:
+        yield "autoresume", "needs whole checkpoints. Set save_weights_only: false."
+
+
+def _target_without_checkpointing(run: TrainConfig) -> Iterator[Problem]:
+    saves = run.fsdp_config is not None and run.fsdp_config.saves_activations
+    if run.model.activation_checkpointing_target is not None and not saves:
         yield (
             "model.activation_checkpointing_target",
             "has no effect without fsdp_config.activation_checkpointing or activation_cpu_offload. Set one.",
         )
-    if fsdp is None:
-        return
-    if model.init_device == "meta" and fsdp.load_monolith_rank0_only:
+
+
+def _meta_on_rank_0(run: TrainConfig) -> Iterator[Problem]:
+    fsdp = run.fsdp_config
+    if fsdp is not None and fsdp.load_monolith_rank0_only and run.model.init_device == "meta":
         yield (
             "model.init_device",
             "meta: fsdp_config.load_monolith_rank0_only loads into a whole model on rank 0. Use mixed.",
         )
-    if fsdp.activation_cpu_offload and values.get("compile_config") is not None:
-        yield "fsdp_config.activation_cpu_offload", "true does not go together with compile_config."
+
+
+def _offload_with_compile(run: TrainConfig) -> Iterator[Problem]:
+    fsdp = run.fsdp_config
+    if fsdp is not None and fsdp.activation_cpu_offload and run.compile_config is not None:
+        yield "fsdp_config.activation_cpu_offload", "true can't be combined with compile_config."
+
+
+def _code(run: TrainConfig) -> Iterator[Problem]:
+    if run.code_paths and not run.allow_code:
+        yield "code_paths", "names code, which runs only with allow_code=true on the command line."
+
+
+def _allowed_changes(run: TrainConfig) -> Iterator[Problem]:
+    known = {field.name for field in fields(run)}
+    for key in run.allow_changes:
+        if key.split(".")[0] not in known:
+            yield "allow_changes", f"{key} is not a key of a run. Use the keys that the refusal names."

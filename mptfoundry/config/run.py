@@ -7,14 +7,14 @@ set only here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from mptfoundry.architecture.trainable import Learned, count_learned
 from mptfoundry.config.data import LoaderConfig, loaders_by_label
 from mptfoundry.config.engine.durations import Duration, parse_duration
 from mptfoundry.config.engine.forms import parse_count
+from mptfoundry.config.engine.rules import Rules, refuse_problems
 from mptfoundry.config.engine.signatures import (
     ALGORITHMS,
     CALLBACKS,
@@ -161,18 +161,11 @@ class TrainConfig:
     variables: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        problems = [f"{key}: {text}" for key, text in self.rules(vars(self))]
-        if problems:
-            raise ValueError("\n".join(problems))
+        refuse_problems(self)
 
-    @staticmethod
-    def rules(values: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-        """The problems between sections, as (dotted key, text); fields that `values` lacks are not judged."""
-        yield from between_sections(values)
-        known = {field.name for field in fields(TrainConfig)}
-        for key in values.get("allow_changes", ()):
-            if key.split(".")[0] not in known:
-                yield "allow_changes", f"{key} is no key of a run. Use the keys that the refusal names."
+    def rules(self) -> Rules:
+        """What has to hold, also between sections."""
+        return between_sections(self)
 
     @property
     def eval_loaders(self) -> dict[str, LoaderConfig]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
-from mptfoundry.config.engine.forms import check_at_least, check_not_empty
+from mptfoundry.config.engine.rules import Problem, Rules, at_least, not_empty, only_one, refuse_problems
 from mptfoundry.places import is_url
 
 Amount = Literal["proportion", "repeat", "choose"]
@@ -46,12 +46,19 @@ class StreamConfig:
     keep_zip: bool | None = None
 
     def __post_init__(self) -> None:
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield self._some_source()
+        yield from not_empty(self, "remote", "local")
+        yield _whole_url(self)
+        yield from at_least(self, download_retry=0, download_timeout=1)
+        yield from _amount_rules(self)
+
+    def _some_source(self) -> Iterator[Problem]:
         if self.remote is None and self.local is None:
-            raise ValueError("neither remote nor local is given. A stream needs the folder of its shards.")
-        check_not_empty(self, "remote", "local")
-        check_remote(self.remote)
-        check_at_least(self, download_retry=0, download_timeout=1)
-        _check_amounts(self)
+            yield "", "neither remote nor local is given. A stream needs the folder of its shards."
 
     @property
     def place(self) -> str | None:
@@ -89,9 +96,15 @@ class RecordsConfig:
     repeat: float | None = None
     choose: int | None = None
 
+    streams: ClassVar[None] = None
+
     def __post_init__(self) -> None:
-        check_records(self)
-        _check_amounts(self)
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from records_rules(self)
+        yield from _amount_rules(self)
 
     @property
     def place(self) -> str | None:
@@ -99,62 +112,77 @@ class RecordsConfig:
         return self.remote or self.hf_name or self.local
 
 
-def check_remote(remote: str | None) -> None:
-    """Raises ValueError for a URL whose end would be lost where shards are downloaded."""
+def records_rules(section: Any) -> Rules:
+    """What holds for the keys that say where records lie and how they are read."""
+    yield from not_empty(section, "hf_name", "local", "remote")
+    yield _records_place(section)
+    yield _whole_url(section)
+    yield _hub_arguments(section)
+    yield _columns(section)
+
+
+def _records_place(section: Any) -> Iterator[Problem]:
+    if section.streams is not None:
+        return
+    places = [name for name in ("hf_name", "local", "remote") if getattr(section, name) is not None]
+    if not places:
+        yield "", "neither hf_name nor local nor remote is given. Say where the records lie."
+    elif "hf_name" in places and len(places) > 1:
+        yield ("hf_name", places[1]), "are both given. Use one of them."
+
+
+def _whole_url(section: Any) -> Iterator[Problem]:
+    """The end of some URLs would be lost where shards are downloaded."""
+    remote = section.remote
     if remote is not None and is_url(remote) and (letter := next((c for c in "#?" if c in remote), None)):
-        raise ValueError(
-            f"remote: {remote} holds {letter}, and StreamingDataset reads a URL only up to there. Rename "
-            "the folder."
+        yield (
+            "remote",
+            f"{remote} holds {letter}, and StreamingDataset reads a URL only up to there. Rename the folder.",
         )
 
 
-def check_records(given: Any) -> None:
-    """Raises ValueError unless it is said once where records lie, and rightly how they are read."""
-    check_not_empty(given, "hf_name", "local", "remote")
-    places = [name for name in ("hf_name", "local", "remote") if getattr(given, name) is not None]
-    if not places:
-        raise ValueError("neither hf_name nor local nor remote is given. Say where the records lie.")
-    if "hf_name" in places and len(places) > 1:
-        raise ValueError(f"hf_name and {places[1]} are both given. Use one of them.")
-    check_remote(given.remote)
-    if given.hf_kwargs and given.hf_name is None:
-        raise ValueError("hf_kwargs: belongs to hf_name, which is not given. Remove it.")
-    if "trust_remote_code" in given.hf_kwargs:
-        raise ValueError("hf_kwargs.trust_remote_code: no code of a data set is run. Remove it.")
-    columns = given.preprocessing_fn
+def _hub_arguments(section: Any) -> Iterator[Problem]:
+    if section.hf_kwargs and section.hf_name is None and section.streams is None:
+        yield "hf_kwargs", "belongs to hf_name, which is not given. Remove it."
+    elif "trust_remote_code" in section.hf_kwargs and section.streams is None:
+        yield "hf_kwargs.trust_remote_code", "no code of a data set is run. Remove it."
+
+
+def _columns(section: Any) -> Iterator[Problem]:
+    columns = section.preprocessing_fn
+    if section.streams is not None:
+        return
     if isinstance(columns, dict) and columns.keys() != {"prompt", "response"}:
-        raise ValueError("preprocessing_fn: columns are named as {prompt: ..., response: ...}.")
+        yield "preprocessing_fn", "columns are named as {prompt: ..., response: ...}."
     if isinstance(columns, str) and not re.fullmatch(r"[\w.]+:\w+", columns):
-        raise ValueError(f"preprocessing_fn: {columns!r} is not module:function.")
+        yield "preprocessing_fn", f"{columns!r} is not module:function."
 
 
-def _check_amounts(stream: StreamConfig | RecordsConfig) -> None:
-    shares = [n for n in AMOUNTS if getattr(stream, n) is not None]
-    if len(shares) > 1:
-        raise ValueError(f"{' and '.join(shares)} are both given. Use one of them.")
-    for name in shares:
-        if getattr(stream, name) < 0:
-            raise ValueError(f"{name}: {getattr(stream, name)} is negative. Use 0 or more.")
+def _amount_rules(section: StreamConfig | RecordsConfig) -> Rules:
+    """A stream has at most one of them."""
+    yield from at_least(section, proportion=0, repeat=0, choose=0)
+    yield only_one(section, "are both given. Use one of them.", *AMOUNTS)
 
 
-def check_shares(streams: Mapping[str, StreamConfig | RecordsConfig]) -> None:
-    """Raises ValueError unless all streams of a mix have a share, or none."""
+def shares(section: Any) -> Iterator[Problem]:
+    """All streams of a mix have a share, or none."""
+    streams = section.streams or {}
     weighted = {name for name, s in streams.items() if s.proportion is not None}
     if weighted and weighted != set(streams):
         missing = ", ".join(name for name in streams if name not in weighted)
-        raise ValueError(
-            f"streams: {missing} lacks the proportion that {min(weighted)} has. Give it to all or none."
-        )
-    if weighted and not sum(s.proportion or 0 for s in streams.values()):
-        raise ValueError("streams: all proportions are 0. At least one has to be positive.")
+        text = f"{missing} lacks the proportion that {min(weighted)} has. Give it to all or none."
+        yield "streams", text
+    elif weighted and not sum(s.proportion or 0 for s in streams.values()):
+        yield "streams", "all proportions are 0. At least one has to be positive."
 
 
-def check_uniform(streams: Mapping[str, RecordsConfig]) -> None:
-    """Raises ValueError unless one way says how much of each stream is read; without `repeat`, once."""
+def one_amount_for_all(section: Any) -> Iterator[Problem]:
+    """One key says for all streams how much of each is read; without `repeat`, each is read once."""
+    streams = section.streams or {}
     ways = {way: [name for name, s in streams.items() if getattr(s, way) is not None] for way in AMOUNTS}
     used = [way for way in AMOUNTS if ways[way]]
     if len(used) > 1:
-        raise ValueError(f"streams: {' and '.join(used)} are both given. Use one of them for all streams.")
-    if ways["choose"] and len(ways["choose"]) < len(streams):
+        yield "streams", f"{' and '.join(used)} are both given. Use one of them for all streams."
+    elif ways["choose"] and len(ways["choose"]) < len(streams):
         missing = ", ".join(name for name in streams if name not in ways["choose"])
-        raise ValueError(f"streams: {missing} lacks the choose that others have. Give it to all or none.")
+        yield "streams", f"{missing} lacks the choose that others have. Give it to all or none."

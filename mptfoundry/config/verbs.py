@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mptfoundry.config.data import LoaderConfig, label_problems, loaders_by_label
-from mptfoundry.config.engine.forms import check_at_least
+from mptfoundry.config.data import LoaderConfig, label_problems, loaders_by_label, some_batches
+from mptfoundry.config.engine.rules import Problem, Rules, at_least, refuse_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,10 +65,16 @@ class PrepareConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield self._local_workers()
+        yield from at_least(self, workers=1)
+
+    def _local_workers(self) -> Iterator[Problem]:
         if self.engine == "spark" and self.workers != "auto":
-            raise ValueError("workers: belongs to this machine, and engine: spark has its own. Remove it.")
-        if self.workers != "auto":
-            check_at_least(self, workers=1)
+            yield "workers", "belongs to this machine, and engine: spark has its own. Remove it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +104,16 @@ class PreviewConfig:
     allow_code: bool = False
 
     def __post_init__(self) -> None:
-        check_at_least(self, samples=0)
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from at_least(self, samples=0)
+        yield self._format()
+
+    def _format(self) -> Iterator[Problem]:
         if self.picture is not None and not self.picture.endswith((".png", ".pdf", ".svg")):
-            raise ValueError(f"picture: {self.picture} is no picture. Use a name that ends in .png.")
+            yield "picture", f"{self.picture} is not a picture. Use a name that ends in .png."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,15 +155,14 @@ class EvalConfig:
     variables: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        check_at_least(self, max_seq_len=1, eval_subset_num_batches=-1, seed=0, dist_timeout=1)
-        if self.eval_subset_num_batches == 0:
-            raise ValueError(
-                "eval_subset_num_batches: 0 batches leave nothing to do. Use -1 for all of them."
-            )
-        if self.device_eval_batch_size != "auto":
-            check_at_least(self, device_eval_batch_size=1)
-        for key, text in label_problems(self.eval_loader):
-            raise ValueError(f"{key}: {text}")
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from at_least(self, max_seq_len=1, eval_subset_num_batches=-1, seed=0, dist_timeout=1)
+        yield from at_least(self, device_eval_batch_size=1)
+        yield some_batches(self, "eval_subset_num_batches")
+        yield label_problems(self)
 
     @property
     def eval_loaders(self) -> dict[str, LoaderConfig]:
@@ -193,10 +206,15 @@ class ExportConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.adapter == "separate":
-            for name in ("format", "shard_bytes", "license"):
-                if getattr(self, name) != getattr(ExportConfig, name):
-                    raise ValueError(f"{name}: has no effect with adapter: separate. Remove it.")
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from map(self._of_merged_weights, ("format", "shard_bytes", "license"))
+
+    def _of_merged_weights(self, name: str) -> Iterator[Problem]:
+        if getattr(self, name) != getattr(ExportConfig, name) and self.adapter == "separate":
+            yield name, "has no effect with adapter: separate. Remove it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,12 +276,21 @@ class Sampling:
     seed: int = 17
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature: {self.temperature} is negative. Use 0 or more.")
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from at_least(self, temperature=0)
+        yield self._probability()
+        yield self._most_likely()
+
+    def _probability(self) -> Iterator[Problem]:
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p: {self.top_p}. Use a number above 0 and up to 1.")
+            yield "top_p", f"{self.top_p}. Use a number above 0 and up to 1."
+
+    def _most_likely(self) -> Iterator[Problem]:
         if self.top_k < 0:
-            raise ValueError(f"top_k: {self.top_k} is negative. Use 0 for all, or more.")
+            yield "top_k", f"{self.top_k} is negative. Use 0 for all, or more."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,12 +319,15 @@ class TextConfig(Sampling):
     attn_impl: Literal["auto", "torch", "flash", "triton"] = "auto"
     verify: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from super().rules()
+        yield self._no_empty_stop()
+        yield from at_least(self, max_new_tokens=1)
+
+    def _no_empty_stop(self) -> Iterator[Problem]:
         if "" in self.stop:
-            raise ValueError("stop: an empty text would end each continuation at once. Remove it.")
-        if self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: {self.max_new_tokens} is not positive. Use 1 or more.")
+            yield "stop", "an empty text would end each continuation at once. Remove it."
 
 
 @dataclass(frozen=True, kw_only=True)

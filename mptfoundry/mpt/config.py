@@ -9,11 +9,29 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
+# What is wrong: the key, or all keys of which it is true, or "" for the section as a whole; and a text.
+Problem = tuple[str | tuple[str, ...], str]
+# A section's rules in order. Each yields its problems, and asks for its fields only then.
+Rules = Iterator[Iterable[Problem]]
+
+
+def refuse_problems(section: Any) -> None:
+    """Raise ValueError for the first broken rule of a section; every section's `__post_init__`."""
+    for problems in section.rules():
+        for key, text in problems:
+            raise ValueError(in_words(key, text))
+
+
+def in_words(key: str | tuple[str, ...], text: str) -> str:
+    """A problem as one sentence."""
+    if isinstance(key, tuple):
+        return f"{' and '.join(key)} {text}"
+    return f"{key}: {text}" if key else text
 
 
 @dataclass(frozen=True)
@@ -30,8 +48,11 @@ class RotaryScalingConfig:
     factor: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise ValueError(f"factor: {self.factor} is below 1. Use 1 or more.")
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from at_least(self, factor=1)
 
 
 @dataclass(frozen=True)
@@ -103,22 +124,29 @@ class AttnConfig:
     prefix_lm: bool = False
 
     def __post_init__(self) -> None:
-        check_probabilities(self, "attn_pdrop")
-        check_positive(self, _OR_NONE, "clip_qkv", "softmax_scale", "attn_logit_softcapping")
-        check_positive(self, _WHOLE, "alibi_bias_max", "kv_n_heads")
-        check_positive(self, _POSITIVE, "rope_theta")
-        if self.alibi and self.rope:
-            raise ValueError("alibi and rope are both true. A model has one of them.")
-        if self.qk_ln and self.qk_gn:
-            raise ValueError("qk_ln and qk_gn are both true. A model has one of them.")
-        if self.attn_type == "grouped_query_attention" and self.kv_n_heads is None:
-            raise ValueError("attn_type: grouped_query_attention needs kv_n_heads.")
-        if self.attn_type != "grouped_query_attention" and self.kv_n_heads is not None:
-            raise ValueError(f"kv_n_heads: only grouped_query_attention takes it, not {self.attn_type}.")
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from probabilities(self, "attn_pdrop")
+        yield from positive(self, _OR_NONE, "clip_qkv", "softmax_scale", "attn_logit_softcapping")
+        yield from positive(self, _WHOLE, "alibi_bias_max", "kv_n_heads")
+        yield from positive(self, _POSITIVE, "rope_theta")
+        yield only_one(self, "are both true. A model has one of them.", "alibi", "rope")
+        yield only_one(self, "are both true. A model has one of them.", "qk_ln", "qk_gn")
+        yield self._grouped_heads()
+        yield self._window()
+
+    def _grouped_heads(self) -> Iterator[Problem]:
+        is_grouped = self.attn_type == "grouped_query_attention"
+        if is_grouped and self.kv_n_heads is None:
+            yield "attn_type", "grouped_query_attention needs kv_n_heads."
+        if not is_grouped and self.kv_n_heads is not None:
+            yield "kv_n_heads", f"only grouped_query_attention takes it, not {self.attn_type}."
+
+    def _window(self) -> Iterator[Problem]:
         if self.sliding_window_size < -1:
-            raise ValueError(
-                f"sliding_window_size: {self.sliding_window_size}. Use -1 for none, or 0 and more."
-            )
+            yield "sliding_window_size", f"{self.sliding_window_size}. Use -1 for none, or 0 and more."
 
 
 @dataclass(frozen=True)
@@ -134,8 +162,15 @@ class ActivationConfig:
     approximate: Literal["none", "tanh"] = "none"
 
     def __post_init__(self) -> None:
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield self._approximation()
+
+    def _approximation(self) -> Iterator[Problem]:
         if self.approximate != "none" and self.name != "gelu":
-            raise ValueError(f"approximate: only gelu takes it, not {self.name}. Remove it.")
+            yield "approximate", f"only gelu takes it, not {self.name}. Remove it."
 
 
 @dataclass(frozen=True)
@@ -153,7 +188,11 @@ class FFNConfig:
     ffn_act_fn: ActivationConfig = field(default_factory=ActivationConfig)
 
     def __post_init__(self) -> None:
-        check_positive(self, _WHOLE, "ffn_hidden_size")
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from positive(self, _WHOLE, "ffn_hidden_size")
 
 
 InitName = Literal[
@@ -194,10 +233,16 @@ class InitConfig:
     init_gain: float = 0.0
 
     def __post_init__(self) -> None:
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield self._baseline()
+        yield only_one(self, "are both given. Use one of them.", "emb_init_std", "emb_init_uniform_lim")
+
+    def _baseline(self) -> Iterator[Problem]:
         if self.name == "baseline_" and self.init_std is None:
-            raise ValueError("name: baseline_ needs init_std.")
-        if self.emb_init_std is not None and self.emb_init_uniform_lim is not None:
-            raise ValueError("emb_init_std and emb_init_uniform_lim are both given. Use one of them.")
+            yield "name", "baseline_ needs init_std."
 
 
 @dataclass(frozen=True)
@@ -255,28 +300,47 @@ class MPTConfig:
     final_logit_softcapping: float | None = None
 
     def __post_init__(self) -> None:
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
         sizes = ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size", "head_dim")
-        check_positive(self, _WHOLE, *sizes)
-        check_positive(self, _POSITIVE, "expansion_ratio", "norm_eps")
-        check_positive(self, _OR_NONE, "final_logit_softcapping")
-        check_probabilities(self, "resid_pdrop", "emb_pdrop")
+        yield from positive(self, _WHOLE, *sizes)
+        yield from positive(self, _POSITIVE, "expansion_ratio", "norm_eps")
+        yield from positive(self, _OR_NONE, "final_logit_softcapping")
+        yield from probabilities(self, "resid_pdrop", "emb_pdrop")
+        yield self._heads()
+        yield self._kv_heads()
+        yield self._hidden_size()
+        yield self._rotary_pairs()
+        yield self._embedding_fraction()
+
+    def _heads(self) -> Iterator[Problem]:
         if self.head_dim is None and self.d_model % self.n_heads:
-            raise ValueError(
-                f"d_model: {self.d_model} does not split over {self.n_heads} heads. Use a multiple of "
-                f"{self.n_heads}, or set head_dim."
+            yield (
+                "d_model",
+                f"{self.d_model} does not split over {self.n_heads} heads. Use a multiple of "
+                f"{self.n_heads}, or set head_dim.",
             )
+
+    def _kv_heads(self) -> Iterator[Problem]:
         if self.n_heads % self.kv_heads:
-            raise ValueError(
-                f"attn_config.kv_n_heads: {self.kv_heads} does not divide n_heads: {self.n_heads}."
-            )
+            yield "attn_config.kv_n_heads", f"{self.kv_heads} does not divide n_heads: {self.n_heads}."
+
+    def _hidden_size(self) -> Iterator[Problem]:
         if self.ffn_config.ffn_hidden_size is None and self.d_model * self.expansion_ratio % 1:
-            raise ValueError(
-                f"expansion_ratio: {self.expansion_ratio} times d_model {self.d_model} is no whole number."
+            yield (
+                "expansion_ratio",
+                f"{self.expansion_ratio} times d_model {self.d_model} is not a whole number.",
             )
+
+    def _rotary_pairs(self) -> Iterator[Problem]:
         if self.attn_config.rope and self.d_head % 2:
-            raise ValueError(f"head_dim: {self.d_head} is odd; rotary positions turn pairs of features.")
+            yield "head_dim", f"{self.d_head} is odd; rotary positions turn pairs of features."
+
+    def _embedding_fraction(self) -> Iterator[Problem]:
         if not 0 < self.embedding_fraction <= 1:
-            raise ValueError(f"embedding_fraction: {self.embedding_fraction}. Use a number in (0, 1].")
+            yield "embedding_fraction", f"{self.embedding_fraction}. Use a number in (0, 1]."
 
     @property
     def d_head(self) -> int:
@@ -353,22 +417,49 @@ _WHOLE, _POSITIVE = "Use 1 or more.", "Use a positive number."
 _OR_NONE = "Use a positive number, or null for none."
 
 
-def check_positive(config: Any, advice: str, *names: str) -> None:
-    """Raise ValueError for a field that is zero or less; None is no number."""
-    for name in names:
-        value = getattr(config, name)
+def at_least(section: Any, **least: float) -> Rules:
+    """A rule for each field: a number is not smaller; None and words such as `auto` are no numbers."""
+
+    def rule(name: str) -> Iterator[Problem]:
+        value = getattr(section, name)
+        if isinstance(value, (int, float)) and value < least[name]:
+            yield name, f"{value} is too small. Use {least[name]} or more."
+
+    return map(rule, least)
+
+
+def only_one(section: Any, text: str, *names: str) -> Iterator[Problem]:
+    """The problem of several fields of which a section has at most one."""
+    values = {name: getattr(section, name) for name in names}
+    given = tuple(
+        n for n, value in values.items() if value is not None and value is not False and value != {}
+    )
+    if len(given) > 1:
+        yield given, text
+
+
+def positive(section: Any, advice: str, *names: str) -> Rules:
+    """A rule for each field: a number is above 0, and not larger than in any model."""
+
+    def rule(name: str) -> Iterator[Problem]:
+        value = getattr(section, name)
         if value is not None and value <= 0:
-            raise ValueError(f"{name}: {value} is not positive. {advice}")
-        if value is not None and value > _LARGEST.get(name, value):
-            raise ValueError(f"{name}: {value} is too large. Use {_LARGEST[name]} or less.")
+            yield name, f"{value} is not positive. {advice}"
+        elif value is not None and value > _LARGEST.get(name, value):
+            yield name, f"{value} is too large. Use {_LARGEST[name]} or less."
+
+    return map(rule, names)
 
 
-def check_probabilities(config: Any, *names: str) -> None:
-    """Raise ValueError for a field that is no probability below 1."""
-    for name in names:
-        value = getattr(config, name)
+def probabilities(section: Any, *names: str) -> Rules:
+    """A rule for each field: it is a probability below 1."""
+
+    def rule(name: str) -> Iterator[Problem]:
+        value = getattr(section, name)
         if not 0 <= value < 1:
-            raise ValueError(f"{name}: {value} is not a probability. Use 0 or more and less than 1.")
+            yield name, f"{value} is not a probability. Use 0 or more and less than 1."
+
+    return map(rule, names)
 
 
 def from_values(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:

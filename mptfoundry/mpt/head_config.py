@@ -6,10 +6,11 @@ config.py this imports the standard library alone and raises ValueError for what
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from .config import MPTConfig, check_positive, check_probabilities
+from .config import MPTConfig, Problem, Rules, positive, probabilities
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
@@ -49,21 +50,26 @@ class _LabelsConfig(HeadConfig):
     num_labels: int = 2
     id2label: dict[str, str] | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_positive(self, "Use 1 or more.", "num_labels")
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from super().rules()
+        yield from positive(self, "Use 1 or more.", "num_labels")
+        yield self._names_of_labels()
+
+    def _names_of_labels(self) -> Iterator[Problem]:
         given = self.id2label
         if given is not None and set(given) != {str(number) for number in range(self.num_labels)}:
-            raise ValueError(
-                f"id2label: has the numbers {', '.join(given)}. Name each from 0 to {self.num_labels - 1}, "
-                f"since num_labels is {self.num_labels}."
+            yield (
+                "id2label",
+                f"has the numbers {', '.join(given)}. Name each from 0 to {self.num_labels - 1}, "
+                f"since num_labels is {self.num_labels}.",
             )
-        if given is not None and len(set(given.values())) < len(given):
-            raise ValueError("id2label: two labels have the same name. Give each a name of its own.")
+        elif given is not None and len(set(given.values())) < len(given):
+            yield "id2label", "two labels have the same name. Give each a name of its own."
 
-    def _check_that_there_is_a_choice(self) -> None:
+    def _several_labels(self) -> Iterator[Problem]:
         if self.num_labels < 2:
-            raise ValueError("num_labels: one label leaves nothing to choose. Use 2 or more.")
+            yield "num_labels", "one label leaves nothing to choose. Use 2 or more."
 
     @property
     def outputs(self) -> int:
@@ -104,10 +110,14 @@ class SequenceClassifierConfig(_LabelsConfig):
     name: Literal["mpt_sequence_classification"] = "mpt_sequence_classification"
     problem_type: ProblemType | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from super().rules()
+        yield self._several_labels()
+
+    def _several_labels(self) -> Iterator[Problem]:
         if self.problem == "single_label_classification":
-            self._check_that_there_is_a_choice()
+            yield from super()._several_labels()
 
     @property
     def problem(self) -> ProblemType:
@@ -137,10 +147,11 @@ class TokenClassifierConfig(_LabelsConfig):
     name: Literal["mpt_token_classification"] = "mpt_token_classification"
     classifier_dropout: float = 0.1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_that_there_is_a_choice()
-        check_probabilities(self, "classifier_dropout")
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield from super().rules()
+        yield self._several_labels()
+        yield from probabilities(self, "classifier_dropout")
 
     def head_keys(self) -> dict[str, Any]:
         """What the head adds to transformers' `config.json`."""

@@ -17,24 +17,85 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mptfoundry.checkpoints.checkpoint import checkpoint_at
+from mptfoundry.config.engine.nested import leaves
 from mptfoundry.config.load import load_train_config, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import CheckpointError, ConfigError, first_line
 
 # The key of a checkpoint under which its notes of the run lie.
 RUN = "run"
-# With another one of these the run is another run ...
-_MAKES_THE_RUN = re.compile(
-    r"(seed|max_seq_len|global_train_batch_size|accumulate_train_batch_on_tokens|train_subset_num_batches|"
-    r"model|tokenizer|optimizer|train_loader\.name|train_loader\.drop_last|train_loader\.dataset)(\..*)?"
-)
-# ... but for those of them that tell how a thing is computed or fetched, and not what it is.
-_MAKES_NO_DIFFERENCE = re.compile(
-    r"model\.(loss_fn|init_device|pretrained\w*|revision|config_overrides|activation_checkpointing_target|"
-    r"attn_config\.(attn_impl|alibi_skips))(\..*)?|"
-    r"train_loader\.dataset(\.streams\.[^.]+)?\.(predownload|cache_limit|download_retry|download_timeout|"
-    r"validate_hash|verify|keep_zip|cache_folder|safe_load|max_bad_records)"
-)
+# With another value of one of these keys the run is another run; `*` is the name of a stream.
+MAKES_THE_RUN: dict[str, str] = {
+    "": (
+        "seed max_seq_len global_train_batch_size accumulate_train_batch_on_tokens train_subset_num_batches"
+    ),
+    "model": (
+        "d_model n_heads n_layers head_dim expansion_ratio max_seq_len vocab_size resid_pdrop "
+        "emb_pdrop learned_pos_emb logit_scale no_bias attention_bias embedding_fraction norm_type "
+        "norm_eps tie_word_embeddings final_logit_softcapping name load_in_8bit load_in_4bit "
+        "num_labels id2label problem_type classifier_dropout"
+    ),
+    "model.attn_config": (
+        "attn_type attn_pdrop qk_ln qk_gn fused_qkv clip_qkv softmax_scale attn_uses_sequence_id "
+        "sliding_window_size attn_logit_softcapping alibi alibi_bias_max rope rope_theta rope_impl "
+        "kv_n_heads prefix_lm"
+    ),
+    "model.attn_config.rope_dail_config": "type pos_idx_in_fp32 xpos_scale_base",
+    "model.attn_config.rope_hf_config": "type factor",
+    "model.ffn_config": "ffn_type ffn_hidden_size",
+    "model.ffn_config.ffn_act_fn": "name approximate",
+    "model.init_config": (
+        "name fan_mode init_nonlinearity init_div_is_residual emb_init_std emb_init_uniform_lim "
+        "init_std init_gain"
+    ),
+    "model.peft_config": "peft_type task_type r lora_alpha lora_dropout target_modules use_rslora bias",
+    "tokenizer": "name kwargs",
+    "train_loader": "name drop_last",
+    "train_loader.dataset.streams.*": (
+        "remote local split proportion repeat choose hf_name hf_kwargs preprocessing_fn"
+    ),
+    "train_loader.dataset": (
+        "remote local split max_seq_len shuffle shuffle_seed shuffle_algo shuffle_block_size "
+        "num_canonical_nodes epoch_size partition_algo sampling_method sampling_granularity "
+        "batching_method replication allow_unsafe_types token_encoding_type special_tokens "
+        "eos_token_id bos_token_id hf_name fields hf_kwargs preprocessing_fn decoder_only_format "
+        "target_prompts target_responses packing_ratio allow_pad_trimming max_dropped"
+    ),
+    "optimizer": "name lr betas weight_decay disable_grad param_groups eps amsgrad",
+}
+# All others: lengths, places, hardware, what is reported, and how a thing is computed or fetched. A section
+# that stands here as a whole covers all keys in it.
+MAY_CHANGE: dict[str, str] = {
+    "": (
+        "run_name algorithms max_duration device_train_microbatch_size device_eval_batch_size "
+        "spin_dataloaders eval_interval eval_first eval_subset_num_batches precision "
+        "max_split_size_mb expandable_segments cuda_load_lazy dist_timeout save_folder save_interval "
+        "save_num_checkpoints_to_keep save_overwrite save_weights_only save_filename "
+        "save_latest_filename save_ignore_keys save_async autoresume resume_past_damage allow_changes "
+        "load_path load_weights_only load_strict_model_weights load_ignore_keys callbacks loggers "
+        "progress_bar log_to_console console_log_interval log_config python_log_level metadata "
+        "code_paths allow_code variables eval_loader scheduler fsdp_config compile_config"
+    ),
+    "model.attn_config": "attn_impl alibi_skips",
+    "model": (
+        "loss_fn init_device pretrained_model_name_or_path revision pretrained config_overrides "
+        "activation_checkpointing_target"
+    ),
+    "train_loader.dataset.streams.*": "download_retry download_timeout validate_hash keep_zip",
+    "train_loader.dataset": (
+        "predownload cache_limit download_retry download_timeout verify validate_hash keep_zip "
+        "safe_load max_bad_records cache_folder"
+    ),
+    "train_loader": "label num_workers pin_memory prefetch_factor persistent_workers timeout",
+}
+
+
+def listed_keys(table: Mapping[str, str]) -> set[str]:
+    """The dotted keys of one of these tables."""
+    return {f"{section}.{name}".lstrip(".") for section, names in table.items() for name in names.split()}
+
+
+_MAKES, _FREE = listed_keys(MAKES_THE_RUN), listed_keys(MAY_CHANGE)
 # The first and the last key of what a run saves, whichever version has saved it.
 _ENDS_OF_A_RUNS = ("run_name", "variables")
 # What decides which examples share a row, and which rows an epoch has.
@@ -129,7 +190,7 @@ def changes_since(path: Path, config: TrainConfig) -> list[Change]:
     except ConfigError:
         there = path.read_text()
     here = to_yaml(config)
-    before, after = (dict(_leaves(OmegaConf.to_container(OmegaConf.create(text)))) for text in (there, here))
+    before, after = _values(there), _values(here)
     keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     opened = {parent for key in keys for parent in _parents(key)}
     return [Change(key, before.get(key), after.get(key)) for key in keys if key not in opened]
@@ -178,7 +239,14 @@ def makes_the_run(key: str, config: TrainConfig) -> bool:
     """Whether a run goes on as another one when a key has another value."""
     if _LOCAL.fullmatch(key) and _is_a_cache(key, config):
         return False
-    return bool(_MAKES_THE_RUN.fullmatch(key)) and not _MAKES_NO_DIFFERENCE.fullmatch(key)
+    place = re.sub(r"(\.streams\.)[^.]+", r"\1*", key)
+    while place:
+        if place in _MAKES or place in MAKES_THE_RUN:  # a section: the key is one of an older version
+            return True
+        if place in _FREE:
+            return False
+        place = place.rpartition(".")[0]
+    return False
 
 
 def is_allowed(change: Change, config: TrainConfig) -> bool:
@@ -199,12 +267,14 @@ def _is_a_cache(key: str, config: TrainConfig) -> bool:
     return getattr(value, "remote", None) is not None
 
 
-def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, item in value.items():
-            yield from _leaves(item, f"{path}.{key}" if path else str(key))
-    elif path.split(".")[0] not in ("allow_changes", "variables"):
-        yield path, value
+def _values(text: str) -> dict[str, Any]:
+    """The values of a saved config by their keys, without those that change nothing by themselves."""
+    pairs = leaves(OmegaConf.to_container(OmegaConf.create(text)), lists=False)
+    return {
+        ".".join(map(str, path)): value
+        for path, value in pairs
+        if path and path[0] not in ("allow_changes", "variables")
+    }
 
 
 def _parents(key: str) -> Iterator[str]:

@@ -26,7 +26,7 @@ CASES = [
     (["model.d_model=258"], "Use a multiple of 8, or set head_dim", ["model.d_model=264"]),
     (["model.d_model=258"], "set head_dim", ["model.head_dim=64"]),
     (["model.d_model=0"], "Use 1 or more", ["model.d_model=8"]),
-    (["model.expansion_ratio=0.3"], "no whole number", ["model.expansion_ratio=0.5"]),
+    (["model.expansion_ratio=0.3"], "not a whole number", ["model.expansion_ratio=0.5"]),
     (["model.attn_config.rope=true"], "A model has one of them", ["model.attn_config.alibi=false"]),
     (
         ["model.attn_config.attn_type=grouped_query_attention"],
@@ -124,7 +124,7 @@ CASES = [
     ),
     (
         [f"{DATA}.eos_token_id=0", f"{DATA}.bos_token_id=0"],
-        "told apart by one",
+        "One of them separates documents",
         [f"{DATA}.bos_token_id=null"],
     ),
     ([f"{DATA}.eos_token_id=9999999"], "is not one of the", [f"{DATA}.eos_token_id=0"]),
@@ -166,7 +166,7 @@ CASES = [
         "or all-linear alone",
         ["model.peft_config.target_modules=[all-linear]"],
     ),
-    (["allow_changes=[lr]"], "is no key of a run", ["allow_changes=[optimizer.lr]"]),
+    (["allow_changes=[lr]"], "is not a key of a run", ["allow_changes=[optimizer.lr]"]),
     (["mystery=1"], "`mptfoundry explain` lists all keys", ["~mystery"]),
 ]
 

@@ -136,7 +136,7 @@ def test_verbs_report_all_problems_of_their_words() -> None:
         (EvalConfig, "eval_loader=[{dataset: {local: a}}, {dataset: {local: b}}]", "label: is missing."),
         (PrepareConfig, "workers=0", "0 is too small. Use 1 or more."),
         (PreviewConfig, "samples=-1", "-1 is too small. Use 0 or more."),
-        (PreviewConfig, "picture=mix.foo", "mix.foo is no picture. Use a name that ends in .png."),
+        (PreviewConfig, "picture=mix.foo", "mix.foo is not a picture. Use a name that ends in .png."),
     ],
 )
 def test_what_a_verb_cannot_do_is_refused(schema: type, word: str, said: str) -> None:

@@ -129,8 +129,8 @@ def test_with_alibi_a_run_may_be_longer_than_its_model(run: Callable[..., str]) 
 def test_learned_positions_end_where_they_end(run: Callable[..., str]) -> None:
     (said,) = problems_of(run(attn_config={"alibi": False}), ["max_seq_len=256"])
     assert said == (
-        "command line: max_seq_len=256: 256 is not the length of there, 128, whose positions are learned one "
-        "by one. Use 128."
+        "command line: max_seq_len=256: 256 is not the length of there, 128, which has a "
+        "learned embedding for each position. Use 128."
     )
     assert load_train_config("run.yaml")[0].model.has_learned_positions
 

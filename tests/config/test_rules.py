@@ -55,7 +55,7 @@ def test_one_evaluation_loader_is_called_eval(load: Callable[..., object]) -> No
     assert load().eval_loaders == {}
 
 
-def test_attention_by_document_needs_a_way_to_tell_documents_apart(
+def test_attention_by_document_needs_a_token_that_separates_documents(
     problems: Problems, load: Callable[..., object]
 ) -> None:
     word = "model.attn_config.attn_uses_sequence_id=true"
@@ -66,15 +66,13 @@ def test_attention_by_document_needs_a_way_to_tell_documents_apart(
     load(words=(word, "train_loader.dataset.eos_token_id=0"))
 
 
-def test_documents_told_apart_for_nothing_are_noted(write: Callable[..., str]) -> None:
+def test_documents_separated_for_nothing_are_noted(write: Callable[..., str]) -> None:
     _, notes = load_train_config(write(), ["train_loader.dataset.eos_token_id=0"])
     assert "tokens of a packed row see the documents before theirs" in notes[0]
 
 
 @pytest.mark.parametrize("t_decay", ["95ba", "0.95dur", "97280tok"])
-def test_rise_and_fall_of_the_learning_rate_have_to_fit_into_the_run(
-    problems: Problems, t_decay: str
-) -> None:
+def test_warmup_and_decay_have_to_fit_into_the_run(problems: Problems, t_decay: str) -> None:
     text = SMALL.replace("cosine_with_warmup", "warmup_stable_decay")
     said = problems(f"variables: {{t: {t_decay}}}", text=text, words=(f"scheduler.t_decay={t_decay}",))
     assert said == (
@@ -102,7 +100,7 @@ def test_a_save_folder_makes_a_run_resume(load: Callable[..., object]) -> None:
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (["autoresume: true"], "autoresume: needs save_folder, where the checkpoint to resume from lies."),
+        (["autoresume: true"], "autoresume: needs save_folder, which holds the checkpoint to resume from."),
         (
             ["autoresume: true", "save_folder: x", "save_weights_only: true"],
             "autoresume: needs whole checkpoints. Set save_weights_only: false.",
@@ -112,7 +110,7 @@ def test_a_save_folder_makes_a_run_resume(load: Callable[..., object]) -> None:
         (["save_interval: 0ba"], "save_interval: 0ba is not longer than 0. Use more than 0."),
         (
             ["callbacks: {generate_callback: {prompts: [a], top_p: 0}}"],
-            "callbacks.generate_callback.top_p: 0. Use a number above 0 and up to 1.",
+            "callbacks.generate_callback.top_p: 0.0. Use a number above 0 and up to 1.",
         ),
         (["run_name: ''"], "run_name: is empty. Name the run's folder."),
         (["save_folder: x/{foo}"], "save_folder: {foo} is not filled in here. Allowed: {run_name}."),
@@ -165,11 +163,11 @@ def test_batches_are_counted_where_they_do_not_depend_on_the_data(
         (
             ("fsdp_config.activation_cpu_offload=true", "compile_config.dynamic=false"),
             "activation_cpu_offload=true",
-            "does not go together with compile_config",
+            "can't be combined with compile_config",
         ),
     ],
 )
-def test_what_sharding_and_recomputation_cannot_combine_is_refused(
+def test_what_sharding_and_activation_checkpointing_cannot_combine_is_refused(
     problems: Problems, words: tuple[str, ...], key: str, said: str
 ) -> None:
     (problem,) = problems(words=words)

@@ -191,9 +191,9 @@ def test_a_data_set_has_one_kind_of_source() -> None:
         TextDatasetConfig()
     with pytest.raises(ValueError, match="Use one of them"):
         TextDatasetConfig(local="x", streams={"a": StreamConfig(local="y")})
-    with pytest.raises(ValueError, match="told apart by one"):
+    with pytest.raises(ValueError, match="One of them separates documents"):
         TextDatasetConfig(local="x", eos_token_id=0, bos_token_id=1)
-    with pytest.raises(ValueError, match="validate_hash: is compared by no one with verify: off"):
+    with pytest.raises(ValueError, match="validate_hash: has no effect with verify: off"):
         TextDatasetConfig(local="x", verify="off", validate_hash="sha1")
     assert [*TextDatasetConfig(local="x", split="train").sources] == ["train"]
 
@@ -201,7 +201,7 @@ def test_a_data_set_has_one_kind_of_source() -> None:
 def test_a_stream_has_one_kind_of_share() -> None:
     with pytest.raises(ValueError, match="proportion and choose are both given"):
         StreamConfig(local="x", proportion=1, choose=2)
-    with pytest.raises(ValueError, match="repeat: -1 is negative"):
+    with pytest.raises(ValueError, match="repeat: -1 is too small"):
         StreamConfig(local="x", repeat=-1)
 
 
@@ -254,12 +254,12 @@ def test_a_loader_that_can_not_read_ahead_is_refused() -> None:
             TextLoaderConfig(dataset=TextDatasetConfig(local="x"), **{option: -1})  # type: ignore[arg-type]
 
 
-def test_every_form_of_the_fall_that_a_config_takes_is_one_of_the_schedules() -> None:
+def test_every_form_of_decay_that_a_config_takes_is_one_of_the_schedules() -> None:
     assert set(get_args(field_types(WarmupStableDecayConfig)["decay"])) == DECAYS.keys()
 
 
-def test_the_inverse_square_root_is_not_counted_in_shares_of_the_run() -> None:
-    with pytest.raises(ValueError, match=r"t_scale: 0\.1dur is a share of the run"):
+def test_the_inverse_square_root_is_not_counted_in_fractions_of_the_run() -> None:
+    with pytest.raises(ValueError, match=r"t_scale: 0\.1dur is a fraction of the run"):
         InvSqrtWithWarmupConfig(t_warmup="1ba", t_scale="0.1dur", t_cooldown="1ba")
 
 

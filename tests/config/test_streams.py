@@ -26,10 +26,10 @@ Problems = Callable[..., tuple[str, ...]]
             "columns are named as {prompt: ..., response: ...}",
         ),
         ({"local": "a", "preprocessing_fn": "mine"}, "preprocessing_fn: 'mine' is not module:function"),
-        ({"local": "a", "streams": {"b": RecordsConfig(local="b")}}, "streams and hf_name, local or remote"),
+        ({"local": "a", "streams": {"b": RecordsConfig(local="b")}}, "streams and local are both given"),
         ({"streams": {}}, "streams: is empty"),
         ({"local": "a", "packing_ratio": 0.5}, "packing_ratio: 0.5 is less than"),
-        ({"local": "a", "max_bad_records": -1}, "max_bad_records: -1 is negative"),
+        ({"local": "a", "max_bad_records": -1}, "max_bad_records: -1 is too small"),
         ({"local": "a", "max_dropped": 1.5}, "max_dropped: 1.5 is not a share"),
     ],
 )

@@ -49,9 +49,9 @@ def test_the_scale_is_by_the_rank_or_by_its_root() -> None:
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("model.peft_config.r=0", "0 is no rank. Use 1 or more."),
+        ("model.peft_config.r=0", "0 is too small. Use 1 or more."),
         ("model.peft_config.lora_alpha=0", "0.0 is not positive. Use r, or twice as much."),
-        ("model.peft_config.lora_dropout=1", "1.0 is not a share from 0 to below 1."),
+        ("model.peft_config.lora_dropout=1", "1.0 is not a probability from 0 to below 1."),
         ("model.peft_config.target_modules=[]", "is empty. Name a matrix, or all-linear."),
         (
             "model.peft_config.target_modules=wqkv",
@@ -65,12 +65,12 @@ def test_adapters_that_can_not_be_are_refused(problems: Problems, word: str, sai
     assert problems(words=(*LORA[1:], word)) == (f"command line: {word}: {said}",)
 
 
-def test_adapters_need_a_base_of_which_weights_alone_are_taken(problems: Problems) -> None:
+def test_adapters_need_a_base_of_which_only_the_weights_are_taken(problems: Problems) -> None:
     (text,) = problems(words=LORA[:1])
-    assert "model.peft_config: learns beside the weights of a base model. Name it in" in text
+    assert "model.peft_config: trains on top of the weights of a base model. Name it in" in text
     (text,) = problems(words=LORA[:2])
     assert text.endswith(
-        "is the adapters' base, of which weights alone are taken. Set load_weights_only: true."
+        "is the adapters' base, of which only the weights are taken. Set load_weights_only: true."
     )
     (text,) = problems(words=(LORA[0], "load_path=s3://a/b", "load_weights_only=true"))
     assert text.endswith("is the adapters' base, and is read from this machine. Name a local path.")
@@ -80,12 +80,12 @@ def test_what_would_leave_adapters_without_gradients_is_refused(problems: Proble
     (text,) = problems(words=(*LORA, "fsdp_config.activation_checkpointing_reentrant=true"))
     assert "with model.peft_config no gradient would reach the adapters. Remove it." in text
     (text,) = problems(words=(*LORA, "fsdp_config.use_orig_params=false"))
-    assert "with model.peft_config learned and frozen parameters would be one. Remove it." in text
+    assert "with model.peft_config trainable and frozen parameters would be one. Remove it." in text
 
 
-def test_few_bits_are_for_whole_copies_beside_adapters(problems: Problems, load: Load) -> None:
+def test_few_bits_are_for_whole_copies_with_adapters(problems: Problems, load: Load) -> None:
     (text,) = problems(words=("model.load_in_4bit=true",))
-    assert text.endswith("model.load_in_4bit=true: can't be learned. Add adapters: peft_config.")
+    assert text.endswith("model.load_in_4bit=true: can't be trained. Add adapters: peft_config.")
     (text,) = problems(words=(*LORA, "model.load_in_8bit=true", "model.load_in_4bit=true"))
     assert "load_in_8bit and load_in_4bit are both given. Use one of them." in text
     (text,) = problems(words=(*LORA, "model.load_in_8bit=true", "fsdp_config.version=2"))

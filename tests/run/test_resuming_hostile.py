@@ -106,10 +106,10 @@ def a_tar(file: Path) -> None:
 def test_an_archive_is_refused_by_its_name(tiny_runs: Path, tmp_path: Path, name: str) -> None:
     a_tar(tmp_path / name)
     with pytest.raises(
-        ConfigError, match=r"is no plain file. Archives and compressed checkpoints are not read"
+        ConfigError, match=r"is not a plain file. Archives and compressed checkpoints are not read"
     ):
         run(tiny_runs, "tar", f"load_path={tmp_path / name}")
-    with pytest.raises(ConfigError, match=r"save_filename.* is no plain file"):
+    with pytest.raises(ConfigError, match=r"save_filename.* is not a plain file"):
         run(tiny_runs, "tar", f"save_filename={name}")
 
 

@@ -23,7 +23,7 @@ _SHOWN = 120
 
 
 def _shown(origin: Origin, text: str) -> str:
-    """The text of a problem, with long values cut and without letters that a terminal would obey."""
+    """The text of a problem, with long values cut and without control characters."""
     is_long = len(origin.place) > _SHOWN and origin.is_word
     place, said = ("", text) if is_long or not text.startswith(origin.place) else (origin.place, text)
     said = _LONG.sub(lambda match: f"{match[0][:_SHOWN]}...", said.removeprefix(place))
@@ -67,11 +67,11 @@ class Document:
     Attributes:
         name: The file as the user named it, or `command line`.
         tree: The values: nested dicts and lists.
-        origins: Where values come from; a path that is not there comes from where its parent does.
+        origins: Where values come from; a path that nobody gave has its parent's origin.
         problems: Where and what.
-        absent: What words take out although it is not there.
+        absent: What words remove although nobody gave it.
         references: The keys that interpolations and YAML aliases refer to.
-        notes: What the user should know of how the file was read.
+        notes: What the user should know about how the file was read.
     """
 
     name: str
@@ -131,7 +131,7 @@ class Document:
 
     def put(self, path: KeyPath, value: Any, origin: Origin) -> None:
         """Set the value at `path`, which comes from `origin`; sections on the way that are missing or blank
-        are made, and where one is no section nothing is set.
+        are made; nothing is set below a value that is not a section.
         """
         for length in range(1, len(path)):
             if self.get(path[:length]) is None:

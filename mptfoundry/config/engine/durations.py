@@ -18,7 +18,7 @@ UNITS = {
     "tok": "tokens",
     "iter": "iterations",
     "sec": "seconds",
-    "dur": "shares of the run",
+    "dur": "fractions of the run",
 }
 EXAMPLES = "a duration, such as 1000ba (batches), 2ep (epochs), 1000000tok (tokens) or 0.1dur (of the run)"
 _FORM = re.compile(r"\s*(\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*([a-z]+)\s*")
@@ -30,7 +30,7 @@ def parse_duration(value: int | str) -> tuple[float, str]:
     The number is an int except for `dur`.
 
     Raises:
-        ValueError: The text is no duration; the message says what is allowed.
+        ValueError: The text is not a duration; the message says what is allowed.
     """
     if isinstance(value, int):
         if value < 0:
@@ -40,7 +40,7 @@ def parse_duration(value: int | str) -> tuple[float, str]:
         return value, "ep"
     match = _FORM.fullmatch(value.lower())
     if match is None or match[2] not in UNITS:
-        raise ValueError(f"'{value}' is no duration. Expected {EXAMPLES}.")
+        raise ValueError(f"'{value}' is not a duration. Expected {EXAMPLES}.")
     number = float(match[1].replace("_", ""))
     if number > LARGEST:
         raise ValueError(f"'{value}' is too large. Use {LARGEST} or less.")
@@ -49,7 +49,7 @@ def parse_duration(value: int | str) -> tuple[float, str]:
             raise ValueError(f"'{value}' is more than the whole run, which is 1dur.")
         return number, "dur"
     if number % 1:
-        raise ValueError(f"'{value}' is no whole number of {UNITS[match[2]]}.")
+        raise ValueError(f"'{value}' is not a whole number of {UNITS[match[2]]}.")
     return int(number), match[2]
 
 

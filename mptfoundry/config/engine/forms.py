@@ -32,7 +32,7 @@ def parse_bytes(value: int | str) -> int:
     """Bytes from a number with a unit of 1024, such as `100gb`.
 
     Raises:
-        ValueError: The text is no size.
+        ValueError: The text is not a size.
     """
     units = {"": 1, "b": 1} | {f"{letter}b": 1024**i for i, letter in enumerate("kmgtp", 1)}
     return _scaled(value, units, "a size, such as 1000000 or 100gb")
@@ -42,7 +42,7 @@ def parse_count(value: int | str) -> int:
     """A number from its short form with k, M, B or T, such as `64M`.
 
     Raises:
-        ValueError: The text is no number.
+        ValueError: The text is not a number.
     """
     units = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
     return _scaled(value, units, "a number, such as 10000 or 64M")
@@ -58,32 +58,8 @@ def _scaled(value: int | str, units: dict[str, int], words: str) -> int:
     return int(number)
 
 
-def check_at_least(section: Any, **least: float) -> None:
-    """Raises ValueError where a field of a section is given and smaller than its least value."""
-    for name, smallest in least.items():
-        value = getattr(section, name)
-        if value is not None and value < smallest:
-            raise ValueError(f"{name}: {value} is too small. Use {smallest} or more.")
-
-
-def check_at_most(section: Any, **most: float) -> None:
-    """Raises ValueError where a field of a section is given and larger than its largest value."""
-    for name, largest in most.items():
-        value = getattr(section, name, None)
-        if isinstance(value, (int, float)) and value > largest:
-            raise ValueError(f"{name}: {value} is too large. Use {largest:g} or less.")
-
-
-def check_not_empty(section: Any, *names: str) -> None:
-    """Raises ValueError where a field of a section that names something is given and blank."""
-    for name in names:
-        value = getattr(section, name, None)
-        if isinstance(value, str) and not value.strip():
-            raise ValueError(f"{name}: is empty. Give a name, or remove it.")
-
-
 def check_targets(value: str) -> None:
-    """Raises ValueError unless `value` says which prompts are learned."""
+    """Raises ValueError unless `value` says which prompts are trained on."""
     if not re.fullmatch(r"none|all|length>=[1-9]\d*", value):
         raise ValueError(
             f"{value!r} is not allowed here. Expected none, all, or length>=N, such as length>=512."

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from mptfoundry.config.engine.document import UNRESOLVED, Document, KeyPath, Origin, dotted, parse_key
+from mptfoundry.config.engine.nested import leaves, mapped
 from mptfoundry.config.engine.secrets import REDACTED, FromEnvironment, may_be_read
 from mptfoundry.errors import ConfigError, first_line
 
@@ -36,7 +37,7 @@ def read_document(
     interpolations may refer to even where nobody wrote them.
 
     Raises:
-        ConfigError: The file can't be read, is no YAML, or has a key twice; a word can't be understood.
+        ConfigError: The file can't be read, is not YAML, or has a key twice; a word is not `key=value`.
     """
     document = Document("command line" if path is None else str(path))
     config = _read_file(Path(path), document) if path is not None else OmegaConf.create({})
@@ -55,7 +56,7 @@ def read_document(
 
 
 class _Environment:
-    """`${oc.env:NAME}`, and whether it gave a value lately; with `quotes` it gives its own expression."""
+    """`${oc.env:NAME}`, and whether the last lookup gave a value; with `quotes` it gives its expression."""
 
     def __init__(self) -> None:
         self.was_read = False
@@ -169,7 +170,7 @@ def _unreadable(path: Path, error: yaml.MarkedYAMLError) -> str:
 
 
 class _Lines:
-    """Notes the line of every value of a YAML file, and keys that are given twice."""
+    """Records the line of every value of a YAML file, and keys that are given twice."""
 
     def __init__(self, file: Path, document: Document) -> None:
         self.file = file
@@ -245,7 +246,7 @@ def _place_of(error: Exception, path: Path, document: Document) -> str:
 
 
 def _apply_word(config: DictConfig, word: str, document: Document) -> None:
-    """Merge one `key=value` word; a value that is no YAML is taken as text."""
+    """Merge one `key=value` word; a value that is not YAML is text."""
     key, equals, text = word.partition("=")
     origin = Origin(f"command line: {word}", 1_000_000 + len(document.origins), text, is_word=True)
     if not equals or not _KEY.fullmatch(key):
@@ -278,8 +279,8 @@ def _apply_word(config: DictConfig, word: str, document: Document) -> None:
         if old is None or old.written is not None:
             document.origins[path[:length]] = origin
     document.origins[path] = origin
-    for below, leaf in _leaves(value, path):
-        if below != path:
+    for below, leaf in leaves(value, path):
+        if below != path and leaf not in (None, {}, []):
             document.origins[below] = Origin(origin.place, origin.line, str(leaf), is_word=True)
 
 
@@ -291,17 +292,6 @@ def _open_blank_sections(config: DictConfig, path: KeyPath) -> None:
         if node[key] is None:
             node[key] = {}
         node = node[key]
-
-
-def _leaves(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _leaves(item, (*path, str(key)))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            yield from _leaves(item, (*path, index))
-    elif value is not None:
-        yield path, value
 
 
 def _resolve(node: Any, raw: Any, path: KeyPath, document: Document) -> Any:
@@ -316,6 +306,10 @@ def _resolve_child(node: Any, key: Any, raw: Any, path: KeyPath, document: Docum
         return _resolve(node[key], raw, path, document)
     if not isinstance(raw, str) or ("${" not in raw and raw != "???"):
         return raw
+    return _interpolated(node, key, raw, path, document)
+
+
+def _interpolated(node: Any, key: Any, raw: str, path: KeyPath, document: Document) -> Any:
     old = document.origin(path)
     document.references.update(re.findall(r"\$\{\s*([\w.\[\]]+)\s*\}", raw))
     _environment.was_read = False
@@ -325,33 +319,31 @@ def _resolve_child(node: Any, key: Any, raw: Any, path: KeyPath, document: Docum
         document.report(path, _unresolved(raw, error, document))
         return UNRESOLVED
     if _environment.was_read and not OmegaConf.is_config(value):
-        value = _from_environment(value, _environment.expression(node, key))
+        expression = _environment.expression(node, key)
+        # Of a section or a list that the environment gave no text is written.
+        value = mapped(
+            value,
+            lambda leaf, at: (
+                FromEnvironment(leaf, REDACTED if at else expression) if isinstance(leaf, str) else leaf
+            ),
+        )
     document.origins[path] = Origin(old.place, old.line, None, raw, old.is_word)
     if not OmegaConf.is_config(value):
         return value
     if len(path) > DEEPEST:
-        document.report(path, f"{raw} refers to a section that it stands in.")
+        document.report(path, f"{raw} refers to a section that contains it.")
         return UNRESOLVED
     return _resolve(value, OmegaConf.to_container(value, resolve=False), path, document)
-
-
-def _from_environment(value: Any, expression: str) -> Any:
-    """Text that the environment gave; of a section or a list that it gave no text is written."""
-    if isinstance(value, dict):
-        return {str(key): _from_environment(item, REDACTED) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_from_environment(item, REDACTED) for item in value]
-    return FromEnvironment(value, expression) if isinstance(value, str) else value
 
 
 def _unresolved(raw: str, error: Exception, document: Document) -> str:
     if raw == "???":
         return "has to be given, for example on the command line."
-    wanted = re.search(r"\$\{([\w.\[\]]+)\}", raw)
-    if "Interpolation key" in str(error) and wanted:
+    reference = re.search(r"\$\{([\w.\[\]]+)\}", raw)
+    if "Interpolation key" in str(error) and reference:
         known = [dotted(path) for path in document.origins]
-        near = difflib.get_close_matches(wanted[1], known, 1)
+        near = difflib.get_close_matches(reference[1], known, 1)
         hint = f" Did you mean ${{{near[0]}}}?" if near else ""
-        return f"{raw} refers to a key that is not there.{hint}"
+        return f"{raw} refers to a key that does not exist.{hint}"
     reason = re.sub(r"^\w+ raised while resolving interpolation: ", "", first_line(error))
     return f"{raw} can't be resolved: {reason}."

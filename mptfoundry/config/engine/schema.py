@@ -56,7 +56,7 @@ def default_of(field: Field[Any]) -> Any:
 @cache
 def meanings(cls: Any) -> dict[str, str]:
     """What each field means, from the `Attributes:` sections of the class and of its bases."""
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         lines = inspect.cleandoc(base.__doc__ or "").split("\n")
         if "Attributes:" not in lines:
@@ -66,12 +66,12 @@ def meanings(cls: Any) -> dict[str, str]:
             start = re.fullmatch(r"    (\w+): (.+)", line)
             if start:
                 name = start[1]
-                found[name] = start[2]
+                texts[name] = start[2]
             elif line.startswith("     ") and name:
-                found[name] += " " + line.strip()
+                texts[name] += " " + line.strip()
             else:
                 name = ""
-    return found
+    return texts
 
 
 def subject(cls: type) -> str:
@@ -137,6 +137,8 @@ def _describe_member(member: Any) -> str:
         return f"a list, each {describe(arguments[0])}"
     if kind is tuple:
         return f"a list of {len(arguments)} entries, each {describe(arguments[0])}"
+    if kind is list:
+        return "a list"
     if kind is dict or member is dict:
         return "a section of names"
     return str(member)

@@ -9,8 +9,10 @@ decide which variables of the environment no file may read.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from functools import cache
 from typing import Any
+
+from mptfoundry.config.engine.nested import leaves, mapped
 
 REDACTED = "<redacted>"
 
@@ -64,6 +66,7 @@ class FromEnvironment(str):
         return FromEnvironment, (str(self), self.expression)
 
 
+@cache
 def names_a_secret(name: str) -> bool:
     """Whether a key or a variable of this name holds a secret."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|[^A-Za-z0-9]+", " ", name).lower().strip()
@@ -77,24 +80,17 @@ def may_be_read(name: str, value: str) -> bool:
     return (name in _FOLDERS or not names_a_secret(name)) and _without_secrets(value) == value
 
 
-def redacted(value: Any, key: str = "") -> Any:
-    """The same plain value, its secrets replaced by `<redacted>`, or by the expression that gave them.
+def redacted(value: Any) -> Any:
+    """The same plain value, its secrets replaced by `<redacted>`, or by the expression that gave them."""
+    return mapped(value, _redacted_leaf)
 
-    Args:
-        value: Dicts, lists and plain values.
-        key: The last key on the way to it, or one above that is a secret's.
-    """
-    if isinstance(value, dict):
-        return {
-            name: redacted(item, key if names_a_secret(key) else str(name)) for name, item in value.items()
-        }
-    if isinstance(value, list):
-        return [redacted(item, key) for item in value]
+
+def _redacted_leaf(value: Any, path: tuple[Any, ...]) -> Any:
     if isinstance(value, FromEnvironment):
         return value.expression
     if isinstance(value, bool) or not isinstance(value, (str, int, float)) or value == "":
         return value
-    if names_a_secret(key):
+    if any(names_a_secret(key) for key in path if isinstance(key, str)):
         return REDACTED
     return _without_secrets(value) if isinstance(value, str) else value
 
@@ -105,13 +101,6 @@ def _without_secrets(text: str) -> str:
     return _FORMS.sub(REDACTED, _PRIVATE_KEY.sub(REDACTED, text))
 
 
-def redactions(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def redactions(value: Any) -> list[tuple[Any, ...]]:
     """Where a configuration holds what stands for a secret, as the keys on the way."""
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from redactions(item, (*path, str(name)))
-    elif isinstance(value, list):
-        for number, item in enumerate(value):
-            yield from redactions(item, (*path, str(number)))
-    elif isinstance(value, str) and REDACTED in value:
-        yield path
+    return [path for path, leaf in leaves(value) if isinstance(leaf, str) and REDACTED in leaf]

@@ -1,21 +1,22 @@
-"""Other people's classes that a configuration names: where they live, and which arguments they take.
+"""Other people's classes that a configuration names, described as dataclasses like our own sections.
 
-Signatures are read from the sources of the installed packages; nothing is imported. Types are checked as far
-as their annotations are plain (`int`, `Optional[str]`, `list[str]`, ...); anything else is left to the class.
+Signatures are read from the sources of the installed packages; nothing is imported. Types are known as far as
+their annotations are plain (`int`, `Optional[str]`, `list[str]`, ...); any other argument takes anything.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass, field, make_dataclass
+from functools import cache, reduce
 from importlib.util import find_spec
+from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from mptfoundry.config.engine.schema import did_you_mean, show
+from mptfoundry.config.engine.forms import Form
 
 CALLBACKS: dict[str, str] = {
     "activation_monitor": "composer.callbacks.activation_monitor:ActivationMonitor",
@@ -80,47 +81,55 @@ GIVEN: dict[str, tuple[str, ...]] = {
     "mptfoundry.callbacks.hf_export:HFExport": ("write", "run_folder", "names"),
     "mptfoundry.callbacks.tensorboard:TensorBoardFile": ("run_folder",),
 }
-# Arguments that the builder takes beside the class's own, by class, with their annotations.
-EXTRA: dict[str, dict[str, str]] = {
+# Arguments that the builder takes next to the class's own, by class, with their types; none is required.
+EXTRA: dict[str, dict[str, type]] = {
     "mptfoundry.callbacks.samples:Generate": {
-        "max_new_tokens": "int",
-        "temperature": "float",
-        "top_k": "int",
-        "top_p": "float",
-        "seed": "int",
+        "max_new_tokens": int,
+        "temperature": float,
+        "top_k": int,
+        "top_p": float,
+        "seed": int,
     },
 }
-CHOICES: dict[tuple[str, str], tuple[str, ...]] = {
-    ("gradient_clipping", "clipping_type"): ("norm", "value"),
-    ("hf_checkpointer", "precision"): ("float32", "float16", "bfloat16"),
+# Types that say more than their annotations, by class.
+NARROWED: dict[str, dict[str, Any]] = {
+    ALGORITHMS["gradient_clipping"]: {"clipping_type": Literal["norm", "value"]},
+    CALLBACKS["hf_checkpointer"]: {"precision": Literal["float32", "float16", "bfloat16"]},
 }
 
 
-@dataclass(frozen=True)
-class Argument:
-    """One argument of a constructor.
+@dataclass(frozen=True, eq=False)
+class Catalogue:
+    """A section that names such classes, such as `callbacks`.
 
     Attributes:
-        name: The argument.
-        annotation: Its type, as written in the source.
-        default: Its default, as written; None if it has to be given.
+        words: What it holds, in words.
+        known: Where each class lives, by the name in the configuration.
+        refused: Names that llm-foundry knows and that are not supported here, and why.
     """
 
-    name: str
-    annotation: str
-    default: str | None
+    words: str
+    known: Mapping[str, str]
+    refused: Mapping[str, str] = field(default_factory=dict)
 
 
 @cache
-def arguments_of(where: str) -> tuple[Argument, ...]:
-    """The arguments that `module:Class` takes from a configuration, read from its source.
+def described(name: str, where: str) -> type:
+    """A dataclass called `name` with the arguments that `module:Class` takes from a configuration.
+
+    A field's default is the text of the argument's default in the source.
 
     Raises:
         LookupError: The package is not installed, or has no such class.
     """
-    found = _constructor_arguments(_class_of(where))
-    extra = [Argument(key, words, "None") for key, words in EXTRA.get(where, {}).items()]
-    return tuple(a for a in found + extra if a.name not in GIVEN.get(where, ()))
+    arguments = []
+    for argument, annotation, default in _constructor_arguments(_class_of(where)):
+        if argument not in GIVEN.get(where, ()):
+            type_ = NARROWED.get(where, {}).get(argument) or _type_of(annotation)
+            with_default = () if default is None else (field(default=ast.unparse(default)),)
+            arguments.append((argument, type_, *with_default))
+    arguments += [(key, type_, field(default="None")) for key, type_ in EXTRA.get(where, {}).items()]
+    return make_dataclass(name, arguments, kw_only=True)
 
 
 @cache
@@ -158,151 +167,62 @@ def _source_of(module: str) -> Path:
     return file
 
 
-def _constructor_arguments(node: ast.ClassDef) -> list[Argument]:
+def _constructor_arguments(node: ast.ClassDef) -> list[tuple[str, ast.expr | None, ast.expr | None]]:
+    """Name, annotation and default of each argument."""
     for item in node.body:
         if isinstance(item, ast.FunctionDef) and item.name == "__init__":
-            positional = item.args.args[1:]
-            defaults = [None] * (len(positional) - len(item.args.defaults)) + list(item.args.defaults)
-            pairs = [*zip(positional, defaults, strict=True)]
-            pairs += zip(item.args.kwonlyargs, item.args.kw_defaults, strict=True)
-            return [
-                Argument(
-                    argument.arg,
-                    ast.unparse(argument.annotation) if argument.annotation else "Any",
-                    ast.unparse(default) if default is not None else None,
-                )
-                for argument, default in pairs
-            ]
+            arguments, positional = item.args, item.args.args[1:]
+            required = [None] * (len(positional) - len(arguments.defaults))
+            defaults = [*required, *arguments.defaults, *arguments.kw_defaults]
+            pairs = zip([*positional, *arguments.kwonlyargs], defaults, strict=True)
+            return [(each.arg, each.annotation, default) for each, default in pairs]
     return []
 
 
-@dataclass(frozen=True, eq=False)
-class Catalogue:
-    """A section that names such classes, such as `callbacks`.
-
-    Attributes:
-        words: What it holds, in words.
-        known: Where each class lives, by the name in the configuration.
-        refused: Names that llm-foundry knows and that are not supported here, and why.
-    """
-
-    words: str
-    known: Mapping[str, str]
-    refused: Mapping[str, str] = field(default_factory=dict)
-
-    def problems(self, value: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], str]]:
-        """What is wrong with the section: the path below it, and the text."""
-        for name, kwargs in value.items():
-            if name in self.refused:
-                yield (name,), f"is not supported: {self.refused[name]}"
-            elif name not in self.known:
-                allowed = ", ".join(sorted(self.known))
-                yield (name,), f"is not known.{did_you_mean(name, self.known)} Allowed: {allowed}."
-            elif not isinstance(kwargs, dict):
-                text = "has no value" if kwargs is None else f"{show(kwargs)} is not allowed here"
-                yield (name,), f"{text}. Expected its arguments as a section; {{}} for none."
-            else:
-                yield from _argument_problems(name, self.known[name], kwargs)
+def _in_words(words: str, type_: Any) -> Any:
+    """A type that errors describe by other words."""
+    return Annotated[type_, Form(words, lambda value: None)]
 
 
-def _argument_problems(
-    name: str, where: str, kwargs: Mapping[str, Any]
-) -> Iterator[tuple[tuple[str, ...], str]]:
-    try:
-        arguments = {argument.name: argument for argument in arguments_of(where)}
-    except LookupError as error:
-        yield (name,), f"can't be checked: {error}."
-        return
-    for key, value in kwargs.items():
-        if key not in arguments:
-            allowed = ", ".join(arguments) or "no arguments"
-            yield (name, key), f"unknown key.{did_you_mean(key, arguments)} {name} takes {allowed}."
-        elif (choices := CHOICES.get((name, key))) and value not in choices:
-            near = did_you_mean(value, choices)
-            yield (name, key), f"{show(value)} is not allowed here.{near} Expected {' or '.join(choices)}."
-        elif not fits(ast.parse(arguments[key].annotation, mode="eval").body, value):
-            words = describe_annotation(arguments[key].annotation)
-            yield (name, key), f"{show(value)} is not allowed here. Expected {words}."
-    for argument in arguments.values():
-        if argument.default is None and argument.name not in kwargs:
-            words = describe_annotation(argument.annotation)
-            yield (name, argument.name), f"is missing. Expected {words}."
-
-
-_PLAIN: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-    "list": (list,),
-    "List": (list,),
-    "Sequence": (list,),
-    "tuple": (list,),
-    "Tuple": (list,),
-    "dict": (dict,),
-    "Dict": (dict,),
-    "Time": (str, int),
-    "Path": (str,),
-    "None": (type(None),),
+_PLAIN: dict[str, Any] = {
+    "int": int,
+    "float": float,
+    "bool": bool,
+    "str": str,
+    "Path": str,
+    "None": type(None),
+    **dict.fromkeys(("list", "List", "Sequence", "tuple", "Tuple"), list[Any]),
+    **dict.fromkeys(("dict", "Dict"), dict[str, Any]),
+    "Time": _in_words("a duration", int | str),
 }
 
 
-def fits(annotation: ast.expr, value: Any) -> bool:
-    """Whether a plain value can be what an annotation says; True where that can't be told."""
+def _type_of(annotation: ast.expr | None) -> Any:
+    """The type of an annotation, without what a configuration can't give."""
+    if annotation is None:
+        return Any
+    name = _name(annotation)
+    if isinstance(annotation, ast.BinOp) or name in ("Optional", "Union"):
+        types = [_type_of(each) for each in _alternatives(annotation) if _name(each) != "Callable"]
+        if set(types) <= {type(None)}:
+            return Literal[None]
+        # Text takes numbers, too, as they are written.
+        return reduce(or_, sorted(types, key=lambda type_: type_ not in (int, float, bool)))
+    if isinstance(annotation, ast.Subscript) and name in ("list", "List", "Sequence"):
+        return list[_type_of(annotation.slice)]  # type: ignore[misc]
+    return _PLAIN.get(name, Any if name == "Any" else _in_words(name, Any))
+
+
+def _alternatives(annotation: ast.expr) -> list[ast.expr]:
     if isinstance(annotation, ast.BinOp):
-        return fits(annotation.left, value) or fits(annotation.right, value)
-    if isinstance(annotation, ast.Constant):
-        return value is None if annotation.value is None else True
-    if isinstance(annotation, ast.Subscript):
-        name = _name(annotation.value)
-        inner = annotation.slice
-        if name == "Optional":
-            return value is None or fits(inner, value)
-        if name == "Union" and isinstance(inner, ast.Tuple):
-            return any(fits(item, value) for item in inner.elts if _name(item) != "Callable")
-        if name == "Callable":
-            return False
-        if name in ("list", "List", "Sequence") and isinstance(value, list):
-            return all(fits(inner, item) for item in value)
-        return _is_plain(name, value)
-    return _is_plain(_name(annotation), value)
+        return _alternatives(annotation.left) + _alternatives(annotation.right)
+    if isinstance(annotation, ast.Subscript) and _name(annotation) in ("Optional", "Union"):
+        inner = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        none: list[ast.expr] = [ast.Constant(None)] if _name(annotation) == "Optional" else []
+        return [*(each for item in inner for each in _alternatives(item)), *none]
+    return [annotation]
 
 
-def _name(node: ast.expr) -> str:
-    if isinstance(node, ast.Subscript):
-        node = node.value
+def _name(annotation: ast.expr) -> str:
+    node = annotation.value if isinstance(annotation, ast.Subscript) else annotation
     return ast.unparse(node).rpartition(".")[2]
-
-
-def _is_plain(name: str, value: Any) -> bool:
-    if name not in _PLAIN:
-        return True
-    if isinstance(value, bool) and name in ("int", "float", "Time"):
-        return False
-    return isinstance(value, _PLAIN[name])
-
-
-def describe_annotation(annotation: str) -> str:
-    """An annotation in words, without what a configuration can't say."""
-    words = {"int": "a whole number", "float": "a number", "str": "text", "bool": "true or false"}
-    words |= {"Time": "a duration", "None": "null", "Path": "text"}
-    words |= dict.fromkeys(("list", "List", "Sequence", "tuple", "Tuple"), "a list")
-    words |= dict.fromkeys(("dict", "Dict"), "a section of names")
-    said: list[str] = []
-
-    def collect(node: ast.expr) -> None:
-        name = _name(node)
-        if isinstance(node, ast.BinOp):
-            collect(node.left)
-            collect(node.right)
-        elif isinstance(node, ast.Subscript) and name in ("Optional", "Union"):
-            for item in node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]:
-                collect(item)
-            if name == "Optional":
-                said.append("null")
-        elif name != "Callable":
-            said.append(words.get(name, name))
-
-    collect(ast.parse(annotation, mode="eval").body)
-    unique = list(dict.fromkeys(said))
-    return unique[0] if len(unique) == 1 else ", ".join(unique[:-1]) + " or " + unique[-1]

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 from mptfoundry.config.engine.document import UNRESOLVED, Document, KeyPath, parse_key
 from mptfoundry.config.engine.forms import Form
+from mptfoundry.config.engine.nested import leaves
+from mptfoundry.config.engine.rules import broken_rules, in_words
 from mptfoundry.config.engine.schema import (
     choice,
     default_of,
@@ -31,7 +32,7 @@ from mptfoundry.config.engine.schema import (
     walk_keys,
 )
 from mptfoundry.config.engine.secrets import FromEnvironment
-from mptfoundry.config.engine.signatures import Catalogue
+from mptfoundry.config.engine.signatures import Catalogue, described
 
 INVALID: Any = object()
 Refused = Mapping[tuple[str, str], str]
@@ -47,8 +48,7 @@ def build(schema: type[T], document: Document, refused: Refused | None = None) -
     """Build `schema` from the document.
 
     Args:
-        schema: The dataclass. One with a static method `rules(values)` gets its valid fields before it is
-            built, and yields the problems between them as (dotted key, text).
+        schema: The dataclass.
         document: What was written.
         refused: What is known but not supported, and why: (class name, key), (top section, its `name`) or
             (key, value).
@@ -96,7 +96,7 @@ class _Walk:
         raise _MismatchError
 
     def chosen(self, classes: tuple[type, ...], value: dict[str, Any], path: KeyPath) -> Any:
-        """The section of the class that `name` chooses; a misspelled name still has its keys checked.
+        """The section of the class that `name` chooses.
 
         Without a name it is the one class whose `name` has a default, if there is one.
         """
@@ -107,26 +107,26 @@ class _Walk:
             return self.section(usual[0], value, path)
         if isinstance(name, str) and name in by_name:
             return self.section(by_name[name], value, path)
-        if name is UNRESOLVED:
-            return INVALID
-        if "name" in value and not isinstance(name, str):
-            expected = f"Expected {' or '.join(by_name)}."
-            text = "has no value" if name is None else f"{show(name)} is not allowed here"
-            self.document.report((*path, "name"), f"{text}. {expected}")
-            return INVALID
-        allowed = f"Allowed: {', '.join(by_name)}."
+        if name is not UNRESOLVED:
+            self.unknown_name(by_name, value, path)
+        return INVALID
+
+    def unknown_name(self, by_name: dict[str, type], value: dict[str, Any], path: KeyPath) -> None:
+        """Report a `name` that chooses no class; the keys of a misspelled one are checked, too."""
+        name, allowed = value.get("name"), f"Allowed: {', '.join(by_name)}."
         reason = self.refused.get((str(path[0]), str(name)))
         if "name" not in value:
             self.document.report(path, f"name is missing. {allowed}")
+        elif not isinstance(name, str):
+            text = "has no value" if name is None else f"{show(name)} is not allowed here"
+            self.document.report((*path, "name"), f"{text}. Expected {' or '.join(by_name)}.")
         elif reason:
             self.document.report((*path, "name"), f"{show(name)} is not supported: {reason}")
         else:
-            self.document.report(
-                (*path, "name"), f"{show(name)} is not known.{did_you_mean(name, by_name)} {allowed}"
-            )
-            for near in difflib.get_close_matches(str(name), by_name, 1):
+            text = f"{show(name)} is not known.{did_you_mean(name, by_name)} {allowed}"
+            self.document.report((*path, "name"), text)
+            for near in difflib.get_close_matches(name, by_name, 1):
                 self.section(by_name[near], {**value, "name": near}, path)
-        return INVALID
 
     def section(self, cls: type, value: dict[str, Any], path: KeyPath) -> Any:
         """A dataclass from its section, or INVALID."""
@@ -144,53 +144,33 @@ class _Walk:
                     valid[field.name] = result
             elif default_of(field) is MISSING:
                 invalid.add(field.name)
-                text = (
-                    f"is missing. Expected {describe(types[field.name])}. {meanings(cls).get(field.name, '')}"
-                )
-                self.document.report((*path, field.name), text.rstrip())
-        return self.construct(cls, valid, invalid, path)
-
-    def construct(self, cls: type, valid: dict[str, Any], invalid: set[str], path: KeyPath) -> Any:
-        """Build the class, or find what its rules say about the valid fields.
-
-        A class raises at its first broken rule. To find the others, the field that broke it is set back to
-        its default and the class is built again; rules that speak of such fields no longer count.
-        """
-        if hasattr(cls, "rules"):
-            defaults = {f.name: default_of(f) for f in fields(cls) if f.name not in invalid}
-            problems = list(cls.rules({**defaults, **valid}))
-            for key, text in problems:
-                self.document.report((*path, *parse_key(key)), text)
-            return INVALID if problems or invalid else cls(**valid)
-        has_default = {f.name: default_of(f) is not MISSING for f in fields(cls)}
-        suspects, given = set(invalid), dict(valid)
-        while all(has_default[name] for name in invalid):
+                self.missing_key(cls, (*path, field.name))
+        why = ""
+        if not invalid:
             try:
-                built = cls(**given)
+                return cls(**valid)
             except ValueError as error:
-                spoken_of = _fields_in(str(error), has_default)
-                if not suspects.intersection(spoken_of):
-                    self.broken_rule(str(error), spoken_of, path)
-                culprit = next((name for name in spoken_of if name in given and has_default[name]), None)
-                if culprit is None:
-                    return INVALID
-                suspects.add(culprit)
-                del given[culprit]
-            else:
-                return INVALID if suspects else built
+                why = str(error)
+        defaults = {f.name: default_of(f) for f in fields(cls) if f.name not in invalid}
+        if not self.broken_rules(cls, defaults | valid, path) and why:
+            self.document.report(path, why)  # of a class without rules
         return INVALID
 
-    def broken_rule(self, text: str, spoken_of: list[str], path: KeyPath) -> None:
-        """Report the ValueError of a class; one that begins with `key: ` belongs to that key."""
-        written = [name for name in spoken_of if self.document.get((*path, name)) is not None]
-        start = re.match(r"([A-Za-z_][\w.\[\]]*): ", text)
-        if start and spoken_of and parse_key(start[1])[0] == spoken_of[0]:
-            key = (*path, *parse_key(start[1]))
-            text = text[start.end() :]
-        else:
-            key = path
-        is_written = self.document.get(key) is not None and key != path
-        self.document.report(key, text, at=None if is_written or not written else (*path, written[0]))
+    def missing_key(self, cls: type, path: KeyPath) -> None:
+        """Report a key that has to be given."""
+        key = str(path[-1])
+        text = f"is missing. Expected {describe(field_types(cls)[key])}. {meanings(cls).get(key, '')}"
+        self.document.report(path, text.rstrip())
+
+    def broken_rules(self, cls: type, valid: dict[str, Any], path: KeyPath) -> bool:
+        """Report all rules that the valid fields break; whether there are any."""
+        problems = list(broken_rules(cls, valid))
+        for key, text in problems:
+            if isinstance(key, tuple):
+                self.document.report(path, in_words(key, text), at=(*path, key[0]))
+            else:
+                self.document.report((*path, *parse_key(key)), text)
+        return bool(problems)
 
     def member(self, member: Any, value: Any, path: KeyPath) -> Any:
         """The value as one member of a union takes it; raises _MismatchError if it doesn't."""
@@ -211,12 +191,14 @@ class _Walk:
             raise _MismatchError
         if kind is tuple:
             return self.sequence(arguments, value, path)
+        if kind is list:
+            return self.items(arguments[0], value, path)
         if kind is dict or member is dict:
             return self.mapping(arguments[1] if arguments else Any, value, path)
         if member is str:
             return self.text(value, path)
         if member is Any:
-            return INVALID if _has_unresolved(value) else value
+            return INVALID if any(leaf is UNRESOLVED for _, leaf in leaves(value)) else value
         return _number(member, value)
 
     def annotated(self, plain: Any, form: Form | Catalogue, value: Any, path: KeyPath) -> Any:
@@ -231,23 +213,36 @@ class _Walk:
             return INVALID
         return result
 
-    def foreign(self, form: Catalogue, value: Any, path: KeyPath) -> Any:
+    def foreign(self, catalogue: Catalogue, value: Any, path: KeyPath) -> Any:
         """A section of other people's classes by name; one given as null on the command line is left out."""
         if not isinstance(value, (dict, type(None))):
             raise _MismatchError
-        given = value or {}
-        self.nothing_to_leave_out(given, path, form.known)
+        self.nothing_to_leave_out(value or {}, path, catalogue.known)
         kept = {
-            name: kwargs
-            for name, kwargs in given.items()
+            name: self.arguments(catalogue, name, kwargs, (*path, name))
+            for name, kwargs in (value or {}).items()
             if kwargs is not None or not self.document.origin((*path, name)).is_word
         }
-        if _has_unresolved(kept):
-            return INVALID
-        problems = list(form.problems(kept))
-        for below, text in problems:
-            self.document.report((*path, *below), text)
-        return INVALID if problems else kept
+        return INVALID if any(kwargs is INVALID for kwargs in kept.values()) else kept
+
+    def arguments(self, catalogue: Catalogue, name: str, value: Any, path: KeyPath) -> Any:
+        """The arguments of one of them, as a dict with the keys that are given, or INVALID."""
+        if name in catalogue.known and isinstance(value, dict):
+            try:
+                section = self.section(described(name, catalogue.known[name]), value, path)
+            except LookupError as error:
+                self.document.report(path, f"can't be checked: {error}.")
+                return INVALID
+            return section if section is INVALID else {k: v for k, v in vars(section).items() if k in value}
+        if name in catalogue.refused:
+            self.document.report(path, f"is not supported: {catalogue.refused[name]}")
+        elif name not in catalogue.known:
+            allowed = f"Allowed: {', '.join(sorted(catalogue.known))}."
+            self.document.report(path, f"is not known.{did_you_mean(name, catalogue.known)} {allowed}")
+        elif value is not UNRESOLVED:
+            text = "has no value" if value is None else f"{show(value)} is not allowed here"
+            self.document.report(path, f"{text}. Expected its arguments as a section; {{}} for none.")
+        return INVALID
 
     def sequence(self, arguments: tuple[Any, ...], value: Any, path: KeyPath) -> Any:
         """A tuple from a list; one text alone is a list of one."""
@@ -255,13 +250,17 @@ class _Walk:
             return ()
         if arguments[0] is str and not isinstance(value, (list, type(None))):
             value = [self.text(value, path)]
+        if isinstance(value, list) and arguments[-1] is not Ellipsis and len(value) != len(arguments):
+            raise _MismatchError
+        items = self.items(arguments[0], value, path)
+        return INVALID if items is INVALID else tuple(items)
+
+    def items(self, annotation: Any, value: Any, path: KeyPath) -> Any:
+        """A list, each item of one type."""
         if not isinstance(value, list):
             raise _MismatchError
-        is_open = arguments[-1] is Ellipsis
-        if not is_open and len(value) != len(arguments):
-            raise _MismatchError
-        items = [self.value(arguments[0], item, (*path, index)) for index, item in enumerate(value)]
-        return INVALID if any(item is INVALID for item in items) else tuple(items)
+        items = [self.value(annotation, item, (*path, index)) for index, item in enumerate(value)]
+        return INVALID if any(item is INVALID for item in items) else items
 
     def mapping(self, annotation: Any, value: Any, path: KeyPath) -> Any:
         """A dict with names that the user chooses; a section given as null is left out."""
@@ -279,7 +278,7 @@ class _Walk:
         """Report words such as `callbacks.x=null` for a name that nothing has."""
         for name, item in value.items():
             if item is None and (*path, name) in self.document.absent and name not in names:
-                text = f"there is nothing of this name to leave out.{did_you_mean(name, names)}"
+                text = f"nothing has this name, so it can't be left out.{did_you_mean(name, names)}"
                 self.document.report((*path, name), text)
 
     def text(self, value: Any, path: KeyPath) -> str:
@@ -323,6 +322,8 @@ class _Walk:
             return f"is not supported: {self.refused[cls.__name__, key]}"
         names = list(field_types(cls))
         near = did_you_mean(key, names)
+        if cls.__module__ == "types":  # made from a signature
+            return f"unknown key.{near} {cls.__name__} takes {', '.join(names) or 'no arguments'}."
         if near:
             return f"unknown key.{near}"
         elsewhere = [path for path, _, name in walk_keys(self.root) if name == key]
@@ -337,19 +338,6 @@ class _Walk:
 
 def _has_usual_name(cls: type) -> bool:
     return all(default_of(field) is not MISSING for field in fields(cls) if field.name == "name")
-
-
-def _fields_in(text: str, names: Mapping[str, bool]) -> list[str]:
-    """The fields that a text speaks of, in its order."""
-    return [word for word in dict.fromkeys(re.findall(r"[A-Za-z_]\w*", text)) if word in names]
-
-
-def _has_unresolved(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(_has_unresolved(item) for item in value.values())
-    if isinstance(value, list):
-        return any(_has_unresolved(item) for item in value)
-    return value is UNRESOLVED
 
 
 def _number(member: Any, value: Any) -> Any:

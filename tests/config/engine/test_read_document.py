@@ -152,7 +152,7 @@ def test_a_wrong_interpolated_value_names_its_line_and_the_expression(
 def test_an_interpolation_of_nothing_gets_the_nearest_key(problems: Callable[..., tuple[str, ...]]) -> None:
     said = problems("variables: {length: 4}", "seed: ${variables.lenght}")
     assert said == (
-        "run.yaml:26: seed: ${variables.lenght} refers to a key that is not there. "
+        "run.yaml:26: seed: ${variables.lenght} refers to a key that does not exist. "
         "Did you mean ${variables.length}?",
     )
 

@@ -1,25 +1,28 @@
 from __future__ import annotations
 
-import ast
 import importlib
 import inspect
 from collections.abc import Callable
+from dataclasses import MISSING, fields
+from pathlib import Path
 
 import pytest
 
+from mptfoundry.config.engine.document import Document
+from mptfoundry.config.engine.schema import describe, field_types
 from mptfoundry.config.engine.signatures import (
     ALGORITHMS,
     CALLBACKS,
-    CHOICES,
     GIVEN,
     LOGGERS,
+    NARROWED,
     REFUSED_ALGORITHMS,
     REFUSED_CALLBACKS,
     REFUSED_LOGGERS,
-    arguments_of,
-    describe_annotation,
-    fits,
+    described,
 )
+from mptfoundry.config.engine.walk import build
+from mptfoundry.errors import ConfigError
 
 Problems = Callable[..., tuple[str, ...]]
 
@@ -29,7 +32,7 @@ def test_signatures_read_from_sources_are_those_of_the_classes(where: str) -> No
     module, _, name = where.partition(":")
     theirs = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
     plain = [p for p in theirs if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    read = {argument.name: argument.default is None for argument in arguments_of(where)}
+    read = {argument.name: argument.default is MISSING for argument in fields(described(name, where))}
     given = GIVEN.get(where, ())
     assert {p.name: p.default is p.empty for p in plain if p.name not in given}.items() <= read.items()
 
@@ -40,9 +43,9 @@ def test_no_name_is_both_known_and_refused() -> None:
     assert not ALGORITHMS.keys() & REFUSED_ALGORITHMS.keys()
 
 
-def test_choices_speak_of_arguments_that_exist() -> None:
-    for name, key in CHOICES:
-        assert key in {argument.name for argument in arguments_of({**ALGORITHMS, **CALLBACKS}[name])}
+def test_narrower_types_are_of_arguments_that_exist() -> None:
+    for where, types in NARROWED.items():
+        assert types.keys() <= {argument.name for argument in fields(described("name", where))}
 
 
 @pytest.mark.parametrize(
@@ -94,6 +97,22 @@ def test_what_composers_classes_do_not_take_is_refused(problems: Problems, line:
     assert found[0].startswith(f"run.yaml:25: {said}")
 
 
+@pytest.fixture
+def annotated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], type]:
+    """The description of a class in a package on disk whose one argument has this annotation."""
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "__init__.py").touch()
+
+    def describe_class(annotation: str) -> type:
+        text = f"class Thing:\n    def __init__(self, value: {annotation}): ...\n"
+        (tmp_path / "elsewhere" / "things.py").write_text(text)
+        described.cache_clear()
+        return described("thing", "elsewhere.things:Thing")
+
+    return describe_class
+
+
 @pytest.mark.parametrize(
     ("annotation", "value", "taken"),
     [
@@ -104,20 +123,37 @@ def test_what_composers_classes_do_not_take_is_refused(problems: Problems, line:
         ("Optional[str]", None, True),
         ("str", None, False),
         ("Union[int, str, Time]", "3ba", True),
-        ("Optional[Union[str, Callable[[Any], Any]]]", 3, False),
+        ("Union[str, int, Time]", 3, True),
+        ("str | int | None", 3, True),
+        ("Optional[Union[str, Callable[[Any], Any]]]", [3], False),
         ("list[str]", ["a"], True),
-        ("list[str]", [1], False),
+        ("list[str]", "a", False),
+        ("list[str]", [None], False),
         ("str | None", None, True),
         ("dict[str, Any]", {}, True),
-        ("SomethingElse", object(), True),
+        ("SomethingElse", [1], True),
     ],
 )
 def test_plain_annotations_are_checked_and_others_left_alone(
-    annotation: str, value: object, taken: bool
+    annotated: Callable[[str], type], annotation: str, value: object, taken: bool
 ) -> None:
-    assert fits(ast.parse(annotation, mode="eval").body, value) is taken
+    schema, document = annotated(annotation), Document("x", {"value": value})
+    if taken:
+        assert build(schema, document).value == value  # type: ignore[attr-defined]
+    else:
+        with pytest.raises(ConfigError, match=r"is not allowed here|has no value"):
+            build(schema, document)
 
 
-def test_annotations_are_said_in_words() -> None:
-    assert describe_annotation("Optional[Union[str, Callable[[Any], Any]]]") == "text or null"
-    assert describe_annotation("Union[int, str, Time]") == "a whole number, text or a duration"
+@pytest.mark.parametrize(
+    ("annotation", "words"),
+    [
+        ("Optional[Union[str, Callable[[Any], Any]]]", "text or null"),
+        ("Union[int, str, Time]", "a whole number, text or a duration"),
+        ("Optional[Callable[[Any], str]]", "null"),
+    ],
+)
+def test_annotations_are_described_in_words(
+    annotated: Callable[[str], type], annotation: str, words: str
+) -> None:
+    assert describe(field_types(annotated(annotation))["value"]) == words

@@ -210,7 +210,7 @@ def test_streams_can_be_taken_out_by_null(load: Callable[..., object]) -> None:
 
 def test_a_stream_that_is_not_there_cannot_be_taken_out(problems: Problems) -> None:
     word = "train_loader.dataset.streams.codes=null"
-    said = f"command line: {word}: there is nothing of this name to leave out. Did you mean code?"
+    said = f"command line: {word}: nothing has this name, so it can't be left out. Did you mean code?"
     assert problems(words=(word,)) == (said,)
 
 

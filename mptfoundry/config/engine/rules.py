@@ -1,0 +1,84 @@
+"""The rules of a section: plain generators that yield a key below the section and a text.
+
+A section's `rules` yields one generator for each rule. One pass finds all problems: the rules run over a view
+of the section, and a rule that asks for a field which is missing or wrong ends there.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+from mptfoundry.config.engine.schema import field_types
+from mptfoundry.mpt.config import Problem, Rules, at_least, in_words, only_one, refuse_problems
+
+__all__ = ["Problem", "Rules", "at_least", "at_most", "broken_rules", "in_words", "not_empty", "only_one"]
+__all__ += ["refuse_problems"]
+
+
+class _NoValueError(Exception):
+    """A rule asked for a field that is missing or wrong."""
+
+
+class _View:
+    """A section before it is built: its valid fields, and the properties and methods of its class."""
+
+    def __init__(self, cls: type, values: Mapping[str, Any]) -> None:
+        self._cls = cls
+        self._values = dict(values)
+        self._asked: set[str] = set()
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:  # `super()` and `isinstance` take a view for the section
+        return self._cls
+
+    def __getattr__(self, name: str) -> Any:
+        if name in field_types(self._cls):
+            self._asked.add(name)
+            if name not in self._values:
+                raise _NoValueError
+            return self._values[name]
+        attribute = inspect.getattr_static(self._cls, name)
+        return attribute.__get__(self, self._cls) if hasattr(attribute, "__get__") else attribute
+
+
+def broken_rules(cls: Any, values: Mapping[str, Any]) -> Iterator[Problem]:
+    """All problems of a section whose valid fields are `values`.
+
+    A field that breaks a rule of its own, one that asks for no other field, counts as wrong from there on.
+    """
+    if not hasattr(cls, "rules"):
+        return
+    view = _View(cls, values)
+    for rule in cls.rules(view):
+        view._asked.clear()
+        problems: list[Problem] = []
+        with suppress(_NoValueError):
+            problems += rule
+        if problems and len(view._asked) == 1:
+            view._values.pop(*view._asked)
+        yield from problems
+
+
+def at_most(section: Any, **most: float) -> Rules:
+    """A rule for each field: a number is not larger; None and words such as `auto` are no numbers."""
+
+    def rule(name: str) -> Iterator[Problem]:
+        value, largest = getattr(section, name), most[name]
+        if isinstance(value, (int, float)) and value > largest:
+            yield name, f"{value} is too large. Use {int(largest) if largest % 1 == 0 else largest} or less."
+
+    return map(rule, most)
+
+
+def not_empty(section: Any, *names: str) -> Rules:
+    """A rule for each field: a text that names something is not blank."""
+
+    def rule(name: str) -> Iterator[Problem]:
+        value = getattr(section, name)
+        if isinstance(value, str) and not value.strip():
+            yield name, "is empty. Give a name, or remove it."
+
+    return map(rule, names)
