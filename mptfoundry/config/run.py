@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from mptfoundry.architecture.trainable import Learned, count_learned
@@ -194,7 +195,7 @@ class TrainConfig:
         is_sharded = self.fsdp_config is not None and self.fsdp_config.state_dict_type == "sharded"
         return "latest-sharded-rank{rank}" if is_sharded else "latest-rank{rank}.pt"
 
-    @property
+    @cached_property
     def learned(self) -> Learned:
         """How many of the model's parameters are trainable."""
         return count_learned(self.model.network(), self.model.peft_config, self.optimizer.disable_grad)
