@@ -135,7 +135,10 @@ def compare_weights(checkpoint: Path, stored: Shapes, model: Shapes, *, strict: 
             why or [f"{name} is {stored[name]} there and {model[name]} here" for name in reshaped[:1]] or said
         )
         advice = "Make them equal"
-        advice += "" if reshaped else ", or set load_strict_model_weights: false to take what both have"
+        if not reshaped:
+            advice += (
+                ", or take what both have with load_strict_model_weights: false, load_weights_only: true"
+            )
         raise CheckpointError(f"{checkpoint}: does not fit this run: {'; '.join(why)}. {advice}.")
     return f"{checkpoint}: {'; '.join(said)}" if said else None
 

@@ -8,6 +8,7 @@ set only here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 from mptfoundry.architecture.trainable import Learned, count_learned
@@ -187,7 +188,7 @@ class TrainConfig:
         is_sharded = self.fsdp_config is not None and self.fsdp_config.state_dict_type == "sharded"
         return "latest-sharded-rank{rank}" if is_sharded else "latest-rank{rank}.pt"
 
-    @property
+    @cached_property
     def learned(self) -> Learned:
         """How many of the model's parameters are trainable."""
         return count_learned(self.model.network(), self.model.peft_config, self.optimizer.disable_grad)

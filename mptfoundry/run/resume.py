@@ -97,7 +97,10 @@ class Resume(Callback):
             raise
         except _MISFIT as error:
             reason = (str(error).strip() or type(error).__name__).replace("\n", " ")
-            raise CheckpointError(f"{self.checkpoint}: does not fit this run ({reason[:500]}).") from error
+            said = f"{self.checkpoint}: does not fit this run ({reason[:500]})."
+            if not (self.strict or self.weights_only):
+                said += " An optimizer is loaded whole: set load_weights_only: true for the weights alone."
+            raise CheckpointError(said) from error
         state.run_name = run_name
         dataset: Any = getattr(state.train_dataloader, "dataset", None)
         if hasattr(dataset, "resume"):  # one whose place is what Composer's time says

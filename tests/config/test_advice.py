@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from mptfoundry.check import check
-from mptfoundry.config.load import load_train_config
+from mptfoundry.config.load import load_train_config, parse_words
+from mptfoundry.config.verbs import (
+    ChatConfig,
+    EvalConfig,
+    ExportConfig,
+    GenerateConfig,
+    PrepareConfig,
+    PreviewConfig,
+)
 from mptfoundry.errors import ConfigError
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 
@@ -20,6 +28,8 @@ CODE = f"{DATA}.streams.code"
 FLASH = "model.attn_config.attn_impl=flash"
 ONE = f"{DATA}.streams=null"
 LION = "optimizer.name=decoupled_lionw"
+TWO_EVALUATIONS = "eval_loader=[{{label: a, dataset: {{local: x}}}}, {{label: {}, dataset: {{local: y}}}}]"
+TUNED = [ONE, "train_loader.name=finetuning", f"{DATA}.local=x.jsonl"]
 
 # What breaks the config, what the error advises, and that advice as words; `~KEY` takes a word back.
 CASES = [
@@ -170,8 +180,160 @@ CASES = [
     (["mystery=1"], "`mptfoundry explain` lists all keys", ["~mystery"]),
 ]
 
+MORE = [
+    # Sizes and the network.
+    (["seed=99999999999"], "too large", ["seed=4294967295"]),
+    (["dist_timeout=0"], "Use 1 or more", ["dist_timeout=1"]),
+    (["train_subset_num_batches=0"], "Use -1 for all of them", ["train_subset_num_batches=-1"]),
+    (["device_eval_batch_size=0"], "Use 1 or more", ["device_eval_batch_size=1"]),
+    (["save_interval=0ba"], "Use more than 0", ["save_interval=1ba"]),
+    (["model.n_layers=1000000000"], "Use 10000 or less", ["model.n_layers=100"]),
+    (["model.logit_scale=[1]"], "Expected", ["model.logit_scale=1"]),
+    (["model.resid_pdrop=2"], "Use 0 or more and less than 1", ["model.resid_pdrop=0"]),
+    (
+        ["model.ffn_config={ffn_type: mptmlp, ffn_act_fn: {name: relu, approximate: tanh}}"],
+        "Remove it",
+        ["~model"],
+    ),
+    (
+        ["model.init_config={emb_init_std: 1, emb_init_uniform_lim: 1}"],
+        "Use one of them",
+        ["model.init_config.emb_init_std=null"],
+    ),
+    (
+        ["model.attn_config={alibi: false, rope: true, rope_hf_config: {type: linear, factor: 0.5}}"],
+        "Use 1 or more",
+        ["model.attn_config.rope_hf_config.factor=1"],
+    ),
+    (["model.attn_config.kv_dim=1"], "Remove it", ["~model"]),
+    # The optimizer and the schedule.
+    (["optimizer.weight_decay=-1"], "Use 0 or more", ["optimizer.weight_decay=0"]),
+    (["optimizer={name: decoupled_adamw, lr: 1, eps: 0}"], "such as 1e-8", ["optimizer.eps=1e-8"]),
+    (["optimizer.name=adalr_lion"], "use decoupled_lionw", [LION]),
+    (["optimizer.name=decoupled_lion"], "Did you mean decoupled_lionw?", [LION]),
+    (
+        ["scheduler={name: linear_decay_with_warmup, t_warmup: 200ba, t_max: 100ba}"],
+        "Use 1dur",
+        ["scheduler.t_max=1dur"],
+    ),
+    # The data.
+    (["train_loader.num_workers=-1"], "Use 0 or more, or auto", ["train_loader.num_workers=0"]),
+    (["train_loader.num_workers=-1"], "Use 0 or more, or auto", ["train_loader.num_workers=auto"]),
+    (["train_loader.sampler=x"], "Remove it", ["~train_loader"]),
+    (["train_loader.batch_size=1"], "Remove it", ["~train_loader"]),
+    ([f"{DATA}.mlm_probability=0.5"], "Remove it", ["~train_loader"]),
+    ([f"{DATA}.predownload=-1"], "Use", [f"{DATA}.predownload=8"]),
+    ([f"{CODE}.proportion=-1"], "Use 0 or more", [f"{CODE}.proportion=0"]),
+    (
+        [f"{CODE}.proportion=null"],
+        "Give it to all or none",
+        [f"{CODE}.proportion=0.6"],
+    ),
+    ([f"{DATA}.max_seq_len=100"], "Remove it, or make them equal", [f"{DATA}.max_seq_len=256"]),
+    (
+        [TWO_EVALUATIONS.format("a")],
+        "Use a label of its own",
+        [TWO_EVALUATIONS.format("b")],
+    ),
+    ([*TUNED, f"{DATA}.packing_ratio=0.5"], "Use auto", [f"{DATA}.packing_ratio=auto"]),
+    ([*TUNED, f"{DATA}.max_bad_records=-1"], "Use 0 or more", [f"{DATA}.max_bad_records=0"]),
+    (
+        [*TUNED, f"{DATA}.pad_to_longest=true"],
+        "use allow_pad_trimming",
+        ["~train_loader.dataset", f"{DATA}.allow_pad_trimming=true"],
+    ),
+    ([*TUNED, f"{DATA}.hf_name=x"], "Use one of them", [f"{DATA}.hf_name=null"]),
+    ([*TUNED, f"{DATA}.hf_kwargs={{name: x}}"], "Remove it", ["~train_loader.dataset"]),
+    (
+        [ONE, f"{DATA}.split=null", f"{DATA}.local=x.jsonl", "train_loader.name=labelled"],
+        "Use text",
+        ["train_loader.name=text"],
+    ),
+    # Checkpoints, devices and the rest.
+    (["run_name=../x"], "Use", ["run_name=x"]),
+    (["save_filename='model.pt'"], "Use", ["save_filename='ep{epoch}-ba{batch}-rank{rank}.pt'"]),
+    (["save_filename='x{epoch'"], "brace", ["save_filename='ep{epoch}-ba{batch}-rank{rank}.pt'"]),
+    (
+        ["save_filename='ep{epoch}-ba{batch}.pt'", "save_latest_filename='ep{epoch}-ba{batch}.pt'"],
+        "Use another",
+        ["save_latest_filename=latest.pt"],
+    ),
+    (
+        ["fsdp_config={sharding_strategy: FULL_SHARD, reshard_after_forward: false}"],
+        "Give one of them",
+        ["fsdp_config.reshard_after_forward=null"],
+    ),
+    (
+        ["fsdp_config={sharding_strategy: NO_SHARD, data_parallel_shard_degree: 2}"],
+        "Remove one of them",
+        ["fsdp_config.data_parallel_shard_degree=null"],
+    ),
+    (
+        ["fsdp_config={forward_prefetch: true, forward_prefetch_limit: 0}"],
+        "Use 1 or more",
+        ["fsdp_config.forward_prefetch_limit=1"],
+    ),
+    (["fsdp_config.min_params=1"], "Remove it", ["~fsdp"]),
+    (
+        ["model.activation_checkpointing_target=everything", "fsdp_config={activation_checkpointing: true}"],
+        "Use",
+        ["model.activation_checkpointing_target=block"],
+    ),
+    (["profiler={}"], "Remove it", ["~profiler"]),
+    (["models=[]"], "Remove it", ["~models"]),
+    (
+        ["model.peft_config={r: 0}", "load_path=x", "load_weights_only=true"],
+        "Use 1 or more",
+        ["model.peft_config.r=1"],
+    ),
+    (
+        ["model.peft_config={lora_alpha: 0}", "load_path=x", "load_weights_only=true"],
+        "Use r, or twice as much",
+        ["model.peft_config.lora_alpha=16"],
+    ),
+    (
+        ["model.peft_config={target_modules: []}", "load_path=x", "load_weights_only=true"],
+        "all-linear",
+        ["model.peft_config.target_modules=[all-linear]"],
+    ),
+    (["model.peft_config={r: 4}", "load_path=x"], "Set load_weights_only: true", ["load_weights_only=true"]),
+    (["seed='5'"], "Write it without quotes", ["seed=5"]),
+    (["run_name=[a]"], "Put it in quotes", ["run_name='a'"]),
+    (["precision=amp_bf61"], "Did you mean amp_bf16?", ["precision=fp32"]),
+    (
+        ["callbacks.speed_monitors={}"],
+        "Did you mean speed_monitor?",
+        ["~callbacks", "callbacks.speed_monitor={}"],
+    ),
+]
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{' '.join(c[0])} -> {c[1]}")
+# The same for the options of the other verbs.
+OF_VERBS: list[tuple[type, list[str], str, list[str]]] = [
+    (PrepareConfig, ["engine=spark", "workers=2"], "Remove it", ["~workers"]),
+    (PrepareConfig, ["workers=0"], "Use 1 or more", ["workers=1"]),
+    (PreviewConfig, ["samples=-1"], "Use 0 or more", ["samples=0"]),
+    (PreviewConfig, ["picture=mix.doc"], "ends in .png", ["picture=mix.png"]),
+    (EvalConfig, ["eval_subset_num_batches=0"], "Use -1 for all of them", ["eval_subset_num_batches=-1"]),
+    (ExportConfig, ["adapter=separate", "format=native"], "Remove it", ["~format"]),
+    (GenerateConfig, ["temperature=-1"], "Use 0 or more", ["temperature=0"]),
+    (GenerateConfig, ["top_p=0"], "up to 1", ["top_p=1"]),
+    (GenerateConfig, ["top_k=-1"], "Use 0 for all", ["top_k=0"]),
+    (GenerateConfig, ["stop=['']"], "Remove it", ["~stop"]),
+    (GenerateConfig, ["max_new_tokens=0"], "Use 1 or more", ["max_new_tokens=1"]),
+    (GenerateConfig, ["system=x"], "use chat", ["~system"]),
+    (ChatConfig, ["prompts=x"], "Remove it", ["~prompts"]),
+]
+NEEDED: dict[type, list[str]] = {
+    PrepareConfig: ["inputs=a", "out=b", "tokenizer=c", "max_seq_len=8"],
+    PreviewConfig: ["data=a"],
+    EvalConfig: ["model=a", "eval_loader={name: text, dataset: {local: x}}"],
+    ExportConfig: ["model=a", "out=b"],
+    GenerateConfig: ["model=a"],
+    ChatConfig: ["model=a"],
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, *MORE], ids=lambda c: f"{' '.join(c[0])} -> {c[1]}")
 def test_the_advice_of_an_error_is_accepted(case: tuple[list[str], str, list[str]]) -> None:
     broken, said, advised = case
     with pytest.raises(ConfigError) as refused:
@@ -180,6 +342,16 @@ def test_the_advice_of_an_error_is_accepted(case: tuple[list[str], str, list[str
     taken_back = tuple(word[1:] for word in advised if word.startswith(REMOVED))
     kept = [word for word in broken if not taken_back or not word.startswith(taken_back)]
     judge([*kept, *(word for word in advised if not word.startswith(REMOVED))])
+
+
+@pytest.mark.parametrize("case", OF_VERBS, ids=lambda c: f"{c[0].__name__} {' '.join(c[1])} -> {c[2]}")
+def test_the_advice_of_a_verbs_error_is_accepted(case: tuple[type, list[str], str, list[str]]) -> None:
+    schema, broken, said, advised = case
+    with pytest.raises(ConfigError) as refused:
+        parse_words([*NEEDED[schema], *broken], schema)
+    assert said in str(refused.value)
+    kept = [word for word in broken if f"{REMOVED}{word.partition('=')[0]}" not in advised]
+    parse_words([*NEEDED[schema], *kept, *(word for word in advised if not word.startswith(REMOVED))], schema)
 
 
 def judge(words: list[str]) -> None:

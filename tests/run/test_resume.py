@@ -78,7 +78,7 @@ def other(make_trainer: MakeTrainer, tmp_path: Path) -> Callable[..., Path]:
     [
         (
             {"n_layers": 2},
-            "model.n_layers is 2 there and 1 here. Make them equal, or set load_strict_model_w",
+            "model.n_layers is 2 there and 1 here. Make them equal, or take what both have with load_strict",
         ),
         ({"vocab_size": 40}, "model.vocab_size is 40 there and 32 here. Make them equal."),
         ({"d_model": 32}, "model.d_model is 32 there and 16 here. Make them equal."),
@@ -107,6 +107,25 @@ def test_without_strictness_it_is_said_what_is_new_and_what_is_left_over(
     assert not torch.equal(found["model.transformer.wte.weight"], moved)
     stored = content["state"]["model"]
     assert all(torch.equal(value, stored[name]) for name, value in found.items() if name in stored)
+
+
+def test_without_strictness_an_optimizer_of_other_weights_is_told_to_be_left_out(
+    make_trainer: MakeTrainer, tmp_path: Path
+) -> None:
+    trainer = make_trainer(
+        "1ba", save_folder=str(tmp_path), save_interval="1ba", save_filename="all.pt", save_overwrite=True
+    )
+    trainer.fit()
+    trainer.close()
+    content = load_plain(tmp_path / "all.pt", mapped=False)
+    name = "model.transformer.norm_f.weight"
+    del content["state"]["model"][name]
+    for optimizer in content["state"]["optimizers"].values():
+        del optimizer["state"][name]
+    torch.save(content, tmp_path / "some.pt")
+    with pytest.raises(CheckpointError, match="set load_weights_only: true for the weights alone"):
+        make_trainer(callbacks=[Resume(tmp_path / "some.pt", strict=False)])
+    make_trainer(callbacks=[Resume(tmp_path / "some.pt", strict=False, weights_only=True)])
 
 
 def test_weights_of_which_nothing_fits_are_an_error_without_strictness_too(

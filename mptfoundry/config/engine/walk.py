@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
-from mptfoundry.config.engine.document import UNRESOLVED, Document, KeyPath, parse_key
+from mptfoundry.config.engine.document import UNRESOLVED, Document, KeyPath, Origin, parse_key
 from mptfoundry.config.engine.forms import Form
 from mptfoundry.config.engine.nested import leaves
 from mptfoundry.config.engine.rules import broken_rules, in_words
@@ -284,6 +284,8 @@ class _Walk:
     def text(self, value: Any, path: KeyPath) -> str:
         """A text. A number is taken as it was written; so is a word of the command line, unless quoted."""
         origin = self.document.origin(path)
+        if _is_a_list_or_mapping(value, origin):
+            raise _MismatchError
         if origin.is_word and origin.written and origin.expression is None and value is not None:
             is_quoted = isinstance(value, str) and origin.written[0] in "\"'"
             return value if is_quoted else origin.written
@@ -313,6 +315,8 @@ class _Walk:
                 hint = f" Write ${{oc.decode:{origin.expression}}}."
             elif not source and _fits_unquoted(annotation, value):
                 hint = " Write it without quotes."
+        if str in members(annotation) and _is_a_list_or_mapping(value, origin):
+            hint = " Put it in quotes if it is text."
         return f"{show(value)}{source} is not allowed here.{hint} {expected}"
 
     def unknown_key(self, cls: type, path: KeyPath) -> str:
@@ -357,6 +361,15 @@ def _number(member: Any, value: Any) -> Any:
     if member is int and math.isfinite(value) and value == int(value):
         return int(value)
     raise _MismatchError
+
+
+def _is_a_list_or_mapping(value: Any, origin: Origin) -> bool:
+    """Whether a word is written as one, such as `[a]` or `{a: b}`; `{a}` and `note: b` may be text."""
+    if not origin.is_word or (origin.written or "")[:1] not in ("[", "{"):
+        return False
+    return isinstance(value, list) or (
+        isinstance(value, dict) and any(item is not None for item in value.values())
+    )
 
 
 def _fits_unquoted(annotation: Any, value: str) -> bool:

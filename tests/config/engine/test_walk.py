@@ -233,7 +233,26 @@ def test_callbacks_can_be_taken_out_by_null_on_the_command_line_only(
         ("prompts=yes", "yes"),
         ("prompts='quoted: 1'", "quoted: 1"),
         ("prompts=[unclosed", "[unclosed"),
+        ("prompts={name}", "{name}"),
+        ("prompts='[1, 2]'", "[1, 2]"),
     ],
 )
 def test_text_on_the_command_line_is_taken_as_it_was_typed(word: str, text: str) -> None:
     assert parse_words(["model=runs/a", word], GenerateConfig).prompts == (text,)
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("tokenizer.name=[x]", "['x']"),
+        ("run_name=[]", "[]"),
+        ("save_folder={a: b}", "a section"),
+        ("train_loader.dataset.streams.code.local=[x]", "['x']"),
+    ],
+)
+def test_a_list_or_a_mapping_on_the_command_line_is_not_a_text(
+    problems: Problems, word: str, shown: str
+) -> None:
+    said = f"command line: {word}: {shown} is not allowed here. Put it in quotes if it is text. Expected text"
+    (problem,) = problems(words=(word,))
+    assert problem.startswith(said)
