@@ -14,7 +14,7 @@ import time
 from collections import deque
 
 import torch
-from composer.core import Callback, State, TimeUnit
+from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
 from composer.utils import dist
 
@@ -55,9 +55,11 @@ class Throughput(Callback):
         self._fetched_at = 0.0
         self._started_at = 0.0
         self._trained_seconds = 0.0
+        self._end: Time | None = None
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        """The batch's time begins."""
+        """The batch's time begins. Note the run's length, which a request to stop changes."""
+        self._end = state.max_duration  # type: ignore[assignment]
         self._fetched_at = time.perf_counter()
         self._tokens, self._rows = int(state.timestamp.token), int(state.timestamp.sample)
         if not self._batches:
@@ -99,7 +101,7 @@ class Throughput(Callback):
 
     def _eta_seconds(self, state: State) -> float | None:
         """What is left, at the window's pace, evaluations and checkpoints as often as up to now."""
-        batches = remaining_batches(state)
+        batches = remaining_batches(state, self._end)
         if batches is None:
             return None
         pace = sum(spent for spent, _ in self._window) / len(self._window)
@@ -107,9 +109,9 @@ class Throughput(Callback):
         return batches * pace * max(1.0, elapsed / self._trained_seconds)
 
 
-def remaining_batches(state: State) -> float | None:
-    """Batches until `max_duration`, by what a batch has been so far; None if nothing tells."""
-    end, now = state.max_duration, state.timestamp
+def remaining_batches(state: State, end: Time | None) -> float | None:
+    """Batches until `end`, by what a batch has been so far; None if nothing tells."""
+    now = state.timestamp
     if end is None or not now.batch.value:
         return None
     if end.unit == TimeUnit.EPOCH:

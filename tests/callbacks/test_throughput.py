@@ -53,6 +53,26 @@ def test_checkpoints_slow_down_the_eta_and_not_the_tokens_per_second(
     assert rows[-1]["eta_seconds"] == 0
 
 
+class Stop(Callback):
+    """Ends the training as a request to stop does."""
+
+    def batch_end(self, state: State, logger: object) -> None:
+        if state.timestamp.batch == 3:
+            state.stop_training()
+
+
+def test_the_eta_of_a_run_that_is_stopped_is_that_of_its_end(
+    make_trainer: Callable[..., Trainer], config: MPTConfig, tmp_path: Path
+) -> None:
+    trainer = make_trainer(
+        loggers=[MetricsFile(tmp_path)], callbacks=[Stop(), Throughput(config)], max_duration="6ba"
+    )
+    trainer.fit()
+    trainer.close()
+    last = list(read_rows(tmp_path / "metrics.jsonl"))[-1]
+    assert last["batch"] == 3 and last["eta_seconds"] > 0
+
+
 def test_mfu_is_flops_over_the_peak(
     make_trainer: Callable[..., Trainer], config: MPTConfig, tmp_path: Path
 ) -> None:
