@@ -91,14 +91,15 @@ def _train(words: list[str]) -> None:
     for number in heeded():
         signal.signal(number, _stop_while_starting)
     config = _load_config(words)
+    plan = None
     if os.environ.get("LOCAL_RANK", "0") == "0":
         from mptfoundry.check import refuse_here
 
-        refuse_here(config)
+        plan = refuse_here(config)
     with ending_at_once(heeded(), STOPPED_WHILE_STARTING if rank() == 0 else "", RunStopped.exit_code):
         from mptfoundry.train import train
 
-    train(config)
+    train(config, plan)
 
 
 def _stop_while_starting(number: int, frame: Any) -> None:

@@ -31,7 +31,7 @@ from mptfoundry.loaders import build_evaluators
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.sharding import start_on_the_cpu
 from mptfoundry.plan.devices import Device, detect_device
-from mptfoundry.plan.resolve import COMPUTE_DTYPE, choose_precision, choose_workers, precision_problem
+from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision, choose_workers, precision_problem
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 EVAL_BATCH_SIZE = 8

@@ -95,8 +95,11 @@ OTHER_KINDS = {
 
 # (class, key), (top section, its name) or (key, value) -> why.
 REFUSED: dict[tuple[str, str], str] = {
-    ("TrainConfig", "tp_config"): "Composer's tensor parallelism fails with version 2 of FSDP and is untried "
-    "here with version 1. fsdp_config shards a model over devices; remove this.",
+    (
+        "TrainConfig",
+        "tp_config",
+    ): "Composer's tensor parallelism fails with FSDP2. fsdp_config shards a model "
+    "over devices; remove this.",
     ("TrainConfig", "profiler"): "runs are not traced. Remove it.",
     ("TrainConfig", "icl_tasks"): _TASKS,
     ("TrainConfig", "eval_gauntlet"): _TASKS,

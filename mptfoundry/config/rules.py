@@ -227,16 +227,10 @@ def _adapters(values: Mapping[str, Any]) -> Iterator[Problem]:
         )
     if path and is_url(path):
         yield "load_path", f"{path} is the adapters' base, and is read from this machine. Name a local path."
-    for key, value, why in (
-        ("use_orig_params", False, "learned and frozen parameters would be one"),
-        ("activation_checkpointing_reentrant", True, "no gradient would reach the adapters"),
-    ):
-        if fsdp is not None and getattr(fsdp, key) is value:
-            yield f"fsdp_config.{key}", f"{str(value).lower()}: with model.peft_config {why}. Remove it."
     if fsdp is not None and model.bits:
         yield (
             f"model.load_in_{model.bits}bit",
-            "is for whole copies: it can't be sharded. Remove fsdp_config.",
+            "is for whole models: a quantized base can't be sharded. Remove fsdp_config.",
         )
     if "hf_checkpointer" in values.get("callbacks", {}):
         yield (

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Annotated, Any, Literal
 
-from mptfoundry.architecture.trainable import Learned, count_learned
 from mptfoundry.config.data import LoaderConfig, loaders_by_label
 from mptfoundry.config.engine.durations import Duration, parse_duration
 from mptfoundry.config.engine.forms import parse_count
@@ -193,11 +192,6 @@ class TrainConfig:
             return self.save_latest_filename
         is_sharded = self.fsdp_config is not None and self.fsdp_config.state_dict_type == "sharded"
         return "latest-sharded-rank{rank}" if is_sharded else "latest-rank{rank}.pt"
-
-    @property
-    def learned(self) -> Learned:
-        """How many of the model's parameters are trainable."""
-        return count_learned(self.model.network(), self.model.peft_config, self.optimizer.disable_grad)
 
     def batches(self) -> int | None:
         """Steps of the run; None where they depend on the size of the data."""

@@ -47,7 +47,7 @@ _MOMENTS = {"DecoupledLionW": 1, "DecoupledAdamW": 2}
 _MARGIN_BYTES = 1 << 20
 
 
-class WholeCheckpoints(CheckpointSaver):
+class AtomicCheckpoints(CheckpointSaver):
     """Composer's saver, with another way to write.
 
     Args:

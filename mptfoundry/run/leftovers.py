@@ -52,6 +52,8 @@ def find_leftovers() -> list[Leftover]:
     if not (PROCESSES / "self" / "fd").is_dir():
         return []
     candidates = sorted({*_in_shared_memory(), *_in_temporary_folder()})
+    if not candidates:
+        return []
     # Looked at last: what came into use meanwhile is then seen in use.
     used = _used_files()
     living = {_number(Path(path).name) for path in used if Path(path).parent == SHARED_MEMORY} - {None}
@@ -78,11 +80,11 @@ def remove_leftovers(found: Iterable[Leftover]) -> list[Leftover]:
 
 
 def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
-    """Remove leftovers before a run opens its data; to be closed when that is done.
+    """Remove leftovers before a run opens its data; close the result when that is done.
 
     The ranks of a run look for a free number one after the other, and have to find the same. So nothing is
-    removed while another run on this machine starts, and what is returned keeps others from it. Called on one
-    rank of a machine, before the ranks meet.
+    removed while another run on this machine starts, and the result keeps others from removing. Every rank
+    calls this before the ranks meet; the first one of a machine does the work.
 
     Args:
         seconds: How long to wait for another process that removes leftovers.
@@ -91,6 +93,9 @@ def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
         TrainingError: It does not end.
     """
     starts = contextlib.ExitStack()
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        mark_logs()
+        return starts
     with contextlib.suppress(OSError):
         place = Path(tempfile.gettempdir()) / f"mptfoundry-{os.getuid()}.lock"
         file = starts.enter_context(os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)))

@@ -24,7 +24,6 @@ from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import glob_filter
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mptfoundry.architecture.trainable import ADAPTER
 from mptfoundry.checkpoints.training_state import (
@@ -39,7 +38,7 @@ from mptfoundry.checkpoints.training_state import (
 from mptfoundry.errors import CheckpointError, MPTFoundryError
 from mptfoundry.ranks import decided_by_rank_0
 
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+_WRAPPERS = re.compile(r"(_orig_mod|module)\.")
 _MISFIT = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError, AssertionError)
 # What an optimizer's group holds of the run's progress, and not of its config.
 _PROGRESS = ("params", "lr")
@@ -130,13 +129,11 @@ class Resume(Callback):
         names = [(_WRAPPERS.sub("", name), value) for name, value in state.model.named_parameters()]
         # Adapters are saved without their base.
         names = [each for each in names if ADAPTER in each[0]] or names
-        # FSDP 1 keeps a share of each parameter under its name, flat.
-        is_whole = not any(isinstance(module, FullyShardedDataParallel) for module in state.model.modules())
         stored = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
         if self.checkpoint.is_dir():
             ignored = set(stored_weights(self.checkpoint)) - set(weights) if self.ignore_keys else set()
             stored = {n: s for n, s in stored_weights(self.checkpoint).items() if n not in ignored}
-        model = {name: tuple(value.shape) if is_whole else stored.get(name, ()) for name, value in names}
+        model = {name: tuple(value.shape) for name, value in names}
         buffers = {_WRAPPERS.sub("", name) for name, _ in state.model.named_buffers()}
         stored = {name: shape for name, shape in stored.items() if name not in buffers}
         if said := compare_weights(self.checkpoint, stored, model, strict=self.strict):

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from mptfoundry.errors import TrainingError
 from mptfoundry.ranks import RankWatch
-from mptfoundry.run.loss_spikes import LossSpikes
 from mptfoundry.run.signals import StopSignals
 
 LAUNCHER_SECONDS = 30.0
@@ -56,7 +55,7 @@ class StepGuard(Callback):
         self.is_stopping = self.owes_evaluation = False
         self.signals = signals
         self._watch = watch
-        self._spikes = LossSpikes()
+        self._spikes: Any = None
         self._clipping: Any = None
         self._losses: list[Tensor] = []
         self._recent: deque[float] = deque(maxlen=SHOWN_LOSSES)
@@ -67,7 +66,7 @@ class StepGuard(Callback):
 
     def init(self, state: State, logger: Logger) -> None:
         """Find who judges losses, who measures the gradient's norm, and who saves."""
-        self._spikes = next(c for c in state.callbacks if isinstance(c, LossSpikes))
+        self._spikes = next(c for c in state.callbacks if hasattr(c, "judge"))
         self._clipping = next(a for a in state.algorithms if hasattr(a, "grad_norm"))
         self._saver = next((c for c in state.callbacks if hasattr(c, "save_seconds")), None)
         self._watch.batch = lambda: state.timestamp.batch.value

@@ -9,9 +9,9 @@ from composer import Trainer
 from composer.core import Callback, Precision, State
 from composer.loggers import InMemoryLogger, Logger
 
+from mptfoundry.callbacks.loss_spikes import LossSpikes
 from mptfoundry.errors import TrainingError
 from mptfoundry.ranks import RankWatch
-from mptfoundry.run.loss_spikes import LossSpikes
 from mptfoundry.run.signals import StopSignals
 from mptfoundry.run.step_guard import EvaluationLeft, StepGuard
 
