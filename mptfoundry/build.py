@@ -1,7 +1,6 @@
-"""Config -> objects: one function a section, over plain tables of names.
+"""Config and plan -> objects: one function for each section, over plain tables of names.
 
-The rooms below know nothing of configs nor of one another; here they meet. A user's `code_paths` may put
-other classes into the tables.
+A user's `code_paths` may put other classes into the tables.
 """
 
 from __future__ import annotations
@@ -171,7 +170,7 @@ def build_model(
         new, unused = ((f"{head}.",), ("lm_head.",)) if head else ((), ())
         weights = StartingWeights(source, network, seed=config.seed, new=new, unused=unused, progress=speaks)
         if weights.drawn and speaks:
-            print(f"weights: new are {', '.join(weights.drawn)}", flush=True)
+            print(f"weights: drawn are {', '.join(weights.drawn)}", flush=True)
         if not on_meta:
             weights.fill(network)
     if (bits := config.model.bits) is not None:

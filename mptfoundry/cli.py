@@ -303,7 +303,7 @@ VERBS = {
     ),
     "preview": Verb(
         _preview,
-        "show samples of a data set as text, and what is learned of them",
+        "show samples of a data set as text, and which tokens count in the loss",
         "SHARDS_OR_CONFIG [key=value ...]",
         "mptfoundry preview shards samples=5",
         "PreviewConfig",
@@ -414,7 +414,7 @@ def _options(words: list[str], schema: str, *names: str, rest: str | None = None
     if left and rest:
         named.append(f"{rest}={json.dumps(left)}")
     elif left:
-        raise ConfigError(f"{left[0]}: is no key=value. Put = between a key and its value.")
+        raise ConfigError(f"{left[0]}: is not key=value. Put = between a key and its value.")
     return parse_words([*named, *(word for word in words if KEY.match(word))], getattr(verbs, schema))
 
 

@@ -1,7 +1,7 @@
 """Hugging Face folders of the model while it trains.
 
 At an interval the weights are copied to the memory of rank 0's host, one by one; a thread there writes the
-folder from them, loads it back and compares it, while the training goes on.
+folder from them, loads it back and compares it, while training continues.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class HFExport(Callback):
 
     Args:
         write: Called on rank 0 in a thread of its own.
-        run_folder: The run's, whose report is drawn anew for each export.
+        run_folder: The run's, whose report is drawn again for each export.
         names: Of the weights that an export has.
         save_folder: Folder, or URL of an object store; `{run_name}` is filled in.
         save_interval: How often, such as `1000ba` or `1ep`.

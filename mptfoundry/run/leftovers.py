@@ -1,9 +1,9 @@
-"""What dead runs left in shared memory and in the temporary folder, and its removal.
+"""Remove what dead runs left in shared memory and in the temporary folder.
 
-A process that is killed cannot tidy up. Its blocks of shared memory stay, and so do the locks that streaming
-leaves even otherwise; streaming counts past each, so that every start takes a little longer. What is here
-belongs to nobody: no process has it mapped or open. The blocks and locks of one data set, `000017_*`, stay or
-go together. Only what belongs to this user is looked at.
+A process that is killed cannot clean up. Its blocks of shared memory stay, and so do the locks that streaming
+always leaves; streaming skips the number of each, so every start takes a little longer. A leftover is a file
+that no process has mapped or open. The blocks and locks of one data set, `000017_*`, stay or go together.
+Only files of this user are looked at.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ def _inode(path: Path) -> str:
 def _used_files() -> set[str]:
     """Every file that a process has open or mapped, of the processes that this user may look at.
 
-    Whoever makes a semaphore maps it under another name, which is then gone: its number tells."""
+    A process that makes a semaphore maps it under another name, which is then removed: the inode tells."""
     used = set()
     for process in PROCESSES.glob("[0-9]*"):
         with contextlib.suppress(OSError):

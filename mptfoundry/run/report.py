@@ -1,7 +1,7 @@
-"""What came of a run, in one picture and one page: `report.png` and `report.md` in the run's folder.
+"""A run's report in one picture and one page: `report.png` and `report.md` in its folder.
 
-Both come from `metrics.jsonl` alone, so they can be made at any time: at the end, while the run goes on, or
-for one that crashed.
+Both come from `metrics.jsonl` alone, so they can be made at any time: at the end, while the run trains, or
+after a crash.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = No
 
 
 def report_if_possible(run_folder: str | Path, *, facts: Mapping[str, str] | None = None) -> str:
-    """Write the report, or say why there is none: nothing that trains ends for it."""
+    """Write the report, or say why there is none. An error here never ends a training."""
     try:
         return f"report: {write_report(run_folder, facts=facts)}"
     except Exception as error:  # also of the library that draws
@@ -170,7 +170,7 @@ def _evaluations(evaluations: Sequence[Row]) -> list[str]:
 
 
 def _places(folder: Path) -> dict[str, str]:
-    """What of a run is there, and where."""
+    """Which files of a run exist, and where."""
     checkpoints = checkpoints_in(folder)
     places = {
         "the resolved configuration": folder / "config.yaml",

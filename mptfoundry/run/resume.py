@@ -1,12 +1,12 @@
-"""A run goes on from a checkpoint as if it had never stopped: its state, its place in the data, and the
-random numbers after it.
+"""A run continues from a checkpoint as if it had never stopped: its state, its position in the data, and its
+random numbers.
 
 Composer would load with `torch.load(weights_only=False)` and evaluate text that it finds there; here the
 state comes from our own reader, and no algorithm is taken from the checkpoint. Composer also restores the
 random state only where an epoch begins, or while it skips the batches that have been seen. StreamingDataset
 resumes by itself, so there is nothing to skip, and dropout would differ from the first batch on. Here it is
-restored where training really goes on: right before the first batch's forward, or, if the checkpoint lies at
-an epoch's very end, at that end.
+restored where training really continues: right before the first batch's forward, or, if the checkpoint lies
+at an epoch's very end, at that end.
 
 In the same way Composer counts the batches of an epoch (`train_subset_num_batches`) from where the loader
 begins, and StreamingDataset the epochs from the one that it began; both are set to what Composer's time says.
@@ -212,11 +212,11 @@ def _hyperparameters(state: State) -> list[dict[str, Any]]:
 
 
 def _set_hyperparameters(state: State, configured: list[dict[str, Any]]) -> None:
-    """Let the optimizer go on with other hyperparameters; its moments and the schedule's place stay."""
+    """Continue with other hyperparameters of the optimizer; moments and the schedule's position stay."""
     groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
-    for group, wanted in zip(groups, configured, strict=True):
+    for group, options in zip(groups, configured, strict=True):
         before = group.get("initial_lr")
-        group.update(wanted)
+        group.update(options)
         if before:
             group["lr"] *= group["initial_lr"] / before
     for scheduler in state.schedulers:

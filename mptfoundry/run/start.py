@@ -1,8 +1,8 @@
-"""Where a training run starts: from a checkpoint of its own, from one that the config names, or from nothing.
+"""Where a training run starts: from its own checkpoint, from one that the config names, or from nothing.
 
-This is decided before anything is built, by looking at what lies in the run's folder and, where `save_folder`
-is a URL, in the store. No link is believed. Rank 0 decides, and all ranks go on from the same checkpoint or
-end with the same error.
+This is decided before anything is built, from the files in the run's folder and, where `save_folder` is a
+URL, in the store; links are ignored. Rank 0 decides, and all ranks start from the same checkpoint or end with
+the same error.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ class Start:
 
     Attributes:
         checkpoint: A local file or folder of shards; None: nothing.
-        is_own: It is the run's own, which continues as it was; otherwise `load_path` names it.
-        is_fetched: It comes from the run's store, and is removed when all of it has been loaded.
-        notes: What a checkpoint of its own remembers of the run; None: an older version wrote it.
+        is_own: It is the run's own, and the run continues; otherwise `load_path` names it.
+        is_fetched: It comes from the run's store, and is removed once it has been loaded.
+        notes: What the run's own checkpoint notes of the run; None: an older version wrote it.
     """
 
     checkpoint: Path | None = None
@@ -182,7 +182,7 @@ def _say_changes(changes: Sequence[Change], config: TrainConfig, place: Path, wh
 
 
 def uploader_of(config: TrainConfig, patience: Patience = IN_BACKGROUND) -> Upload | None:
-    """What keeps a run's files in the store of a remote `save_folder`; None for a local one."""
+    """Uploads a run's files to the store of a remote `save_folder`; None for a local one."""
     if config.save_folder is None or not is_url(config.save_folder):
         return None
     return uploader(_url(config), patience)
@@ -267,7 +267,8 @@ def _finished_ones(checkpoints: Sequence[Path]) -> list[Path]:
 
 
 def _is_sound(checkpoint: Path, config: TrainConfig, shown_as: str | None = None) -> bool:
-    """Whether a checkpoint has the bytes that were written; if not that is an error, unless it may be."""
+    """Whether a checkpoint has the bytes that were written. If not, that is an error, unless
+    `resume_past_damage` allows to pass it over."""
     reason = _damage(checkpoint)
     if reason is None:
         return True

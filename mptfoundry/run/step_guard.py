@@ -1,4 +1,4 @@
-"""What all ranks decide together at each step, before the weights change: stop, skip it, or refuse it.
+"""What all ranks decide together at each step, before the weights change: take it, skip it, stop or fail.
 
 Each rank contributes three numbers, whether it was asked to stop, whether its loss is not finite, and its
 loss; they are added up over the ranks in one small collective, after that of the gradients, and read together
@@ -30,7 +30,7 @@ SHOWN_LOSSES, SHOWN_SAMPLES = 8, 16
 
 
 class EvaluationLeft(Exception):
-    """An evaluation was left since the run was asked to stop; raised on all ranks at the same batch."""
+    """An evaluation was broken off since the run was asked to stop; on all ranks at the same batch."""
 
 
 class StepGuard(Callback):
@@ -41,9 +41,9 @@ class StepGuard(Callback):
         watch: Is told how far this rank has come.
 
     Attributes:
-        is_stopping: All ranks have agreed to stop at the end of this batch.
+        is_stopping: All ranks stop at the end of this batch.
         owes_evaluation: An evaluation that was due where the run stopped was not made. This is saved with
-            the checkpoint, and the evaluation made when the run goes on.
+            the checkpoint, and the evaluation made when the run continues.
 
     Raises:
         TrainingError: At a step whose loss or gradient is not finite, or whose loss is out of bounds. On all
@@ -125,11 +125,11 @@ class StepGuard(Callback):
             raise EvaluationLeft
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know."""
+        """Whether an evaluation is still to be made."""
         return {"owes_evaluation": self.owes_evaluation}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Know it."""
+        """Take it from a checkpoint."""
         self.owes_evaluation = state["owes_evaluation"]
 
     def _stop(self, state: State) -> None:
@@ -144,8 +144,8 @@ class StepGuard(Callback):
         batch = state.timestamp.batch.value + 1
         if verdict.stops:
             raise TrainingError(
-                f"batch {batch}: {verdict.text}. Its step was not taken. Go on from a checkpoint before the "
-                "rise, with a lower optimizer.lr or with callbacks.kill_loss_spike.skip_batch: true."
+                f"batch {batch}: {verdict.text}. Its step was not taken. Continue from a checkpoint before "
+                "the rise, with a lower optimizer.lr or with callbacks.kill_loss_spike.skip_batch: true."
             )
         logger.log_metrics({"loss_spike": loss})
         if dist.get_global_rank() == 0:
@@ -171,7 +171,7 @@ class StepGuard(Callback):
         before = ", ".join(f"{loss:.4g}" for loss in self._recent) or "none"
         return (
             f"batch {state.timestamp.batch.value + 1}: {what}. The weights are as they were before it, and "
-            f"nothing was saved. Losses before: {before}. Go on from the newest checkpoint with a lower "
+            f"nothing was saved. Losses before: {before}. Continue from the newest checkpoint with a lower "
             "optimizer.lr, with algorithms.gradient_clipping, or look at these samples."
         )
 
@@ -185,7 +185,7 @@ class StepGuard(Callback):
         if dist.get_global_rank() == 0:
             print(
                 f"note: a stop takes a step, {step:.0f} s, and a save, {save:.0f} s. The "
-                f"launcher kills {LAUNCHER_SECONDS:g} s after SIGTERM, and the run goes on from an older "
+                f"launcher kills {LAUNCHER_SECONDS:g} s after SIGTERM, and the run continues from an older "
                 "checkpoint. Start the ranks without it, with a longer grace, or save more often.",
                 flush=True,
             )
