@@ -45,6 +45,7 @@ from mptfoundry.run.metrics_file import NAME as METRICS
 # Moments of the optimizers that a config names; before the first step they are not there to be counted.
 _MOMENTS = {"DecoupledLionW": 1, "DecoupledAdamW": 2}
 _MARGIN_BYTES = 1 << 20
+_SHARDED_NAME = "ep{epoch}-ba{batch}"
 
 
 class AtomicCheckpoints(CheckpointSaver):
@@ -158,7 +159,8 @@ class AtomicCheckpoints(CheckpointSaver):
         if self.notes is not None:
             content[RUN] = self.notes.to_text()
         self._refuse_what_does_not_fit(content, state)
-        target = Path(self._name(state, is_sharded=is_sharded))
+        name = f"{self.folder}/{_SHARDED_NAME}" if is_sharded else f"{self.folder}/{self.filename.filename}"
+        target = Path(format_name_with_dist_and_time(name, state.run_name, state.timestamp))
         self.all_saved_checkpoints_to_timestamp[str(target)] = state.timestamp
         self.saved_checkpoints.append(str(target))
         if is_sharded or dist.get_global_rank() == 0:
@@ -192,13 +194,6 @@ class AtomicCheckpoints(CheckpointSaver):
             except CheckpointError as error:
                 print(f"{error} The run continues; the file comes with the next checkpoint.", flush=True)
 
-    def _name(self, state: State, *, is_sharded: bool) -> str:
-        if not is_sharded:
-            return self.filename.format(state)
-        assert state.fsdp_config is not None and state.fsdp_config.sharded_ckpt_prefix_dir is not None
-        prefix = f"{self.folder}/{state.fsdp_config.sharded_ckpt_prefix_dir}"
-        return format_name_with_dist_and_time(prefix, state.run_name, state.timestamp)
-
     def _tidy(self, state: State, target: Path) -> Callable[[], None]:
         """What to do in the folder once a checkpoint exists: the link, and older checkpoints."""
         link = Path(self.latest_filename.format(state)) if self.latest_filename else None
@@ -219,11 +214,11 @@ class AtomicCheckpoints(CheckpointSaver):
                 f"save_folder: {link} is a folder, and the run makes a link there. Move it away."
             )
         folder, batch = self._run_folder, int(state.timestamp.batch)
-        for found in checkpoints_in(folder) if folder.is_dir() and not self.overwrite else ():
-            progress = progress_of(found)
-            if progress and progress[1] > batch and why_not_whole(found) is None:
+        for path in checkpoints_in(folder) if folder.is_dir() and not self.overwrite else ():
+            progress = progress_of(path)
+            if progress and progress[1] > batch and why_not_whole(path) is None:
                 raise CheckpointError(
-                    f"save_folder: {found} is further than this start, batch {batch}, and would be replaced. "
+                    f"save_folder: {path} is further than this start, batch {batch}, and would be replaced. "
                     "Set autoresume: true to continue from it, save_overwrite: true to replace it, or use "
                     "another run_name."
                 )
@@ -301,9 +296,9 @@ class _Save:
             self.content, storage_writer=writer, planner=planner, process_group=self.group, no_dist=alone
         )
         own = checksums_of(sorted(folder.glob(f"__{dist.get_global_rank()}_*.distcp")))
-        found = self._gathered(own)
+        gathered = self._gathered(own)
         if dist.get_global_rank() == 0:
-            every = {name: each for part in found for name, each in part.items()}
+            every = {name: each for part in gathered for name, each in part.items()}
             write_checksums(folder, {**every, **checksums_of([folder / METADATA])})
         return list(own)
 
@@ -320,9 +315,9 @@ class _Save:
         """The values of all ranks, which wait here for one another."""
         if self.group is None:
             return [own]
-        found: list[Any] = [None] * dist.get_world_size()
-        torch.distributed.all_gather_object(found, own, group=self.group)
-        return found
+        gathered: list[Any] = [None] * dist.get_world_size()
+        torch.distributed.all_gather_object(gathered, own, group=self.group)
+        return gathered
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -382,7 +377,7 @@ def _copied(content: Any, live: set[int]) -> Any:
 
 def _delete_older(folder: Path, batch: int, *, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints of those up to `batch`."""
-    named = [(found, progress_of(found)) for found in checkpoints_in(folder)]
-    older = [found for found, progress in named if progress and progress[1] <= batch]
-    for found in older[keep:]:
-        remove(found)
+    named = [(path, progress_of(path)) for path in checkpoints_in(folder)]
+    older = [path for path, progress in named if progress and progress[1] <= batch]
+    for path in older[keep:]:
+        remove(path)
