@@ -251,7 +251,8 @@ class Run:
         config, who = self._config, self.guard.signals.requested or "a signal to another rank"
         stopped = f"{who}: {config.run_name} stopped after batch {batch}"
         if config.save_folder is None:
-            return f"{stopped}. Nothing is kept, since save_folder is null: the next start begins at batch 0."
+            none = "Nothing is kept of it, since save_folder is null: the next start begins at batch 0."
+            return f"{stopped}. {none}"
         kept = f"{stopped}; its checkpoint is in {config.save_folder.format(run_name=config.run_name)}"
         if config.resumes:
             return f"{kept}. The same command continues."
