@@ -36,7 +36,7 @@ from mptfoundry.checkpoints.training_state import (
     stored_weights,
 )
 from mptfoundry.errors import CheckpointError, MPTFoundryError
-from mptfoundry.ranks import decided_by_rank_0
+from mptfoundry.ranks import decided_by_rank_0, say
 
 _WRAPPERS = re.compile(r"(_orig_mod|module)\.")
 _MISFIT = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError, AssertionError)
@@ -197,12 +197,11 @@ class Resume(Callback):
 def _say_if_repeated(state: dict[str, Any]) -> None:
     """Say that an older version continued this run from the end of an epoch with a past one's samples."""
     repeated = repeated_epoch(state)
-    if repeated is not None and dist.get_global_rank() == 0:
-        here, there = (number + 1 for number in repeated)
-        print(
-            f"note: epoch {here} reads the samples of epoch {there} again, since an older version of "
-            f"mptfoundry continued this run. From epoch {here + 1} on each epoch reads its own.",
-            flush=True,
+    if repeated is not None:
+        epoch, past = (number + 1 for number in repeated)
+        say(
+            f"note: epoch {epoch} reads the samples of epoch {past} again, since an older version of "
+            f"mptfoundry continued this run. From epoch {epoch + 1} on each epoch reads its own."
         )
 
 

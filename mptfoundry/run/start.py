@@ -35,7 +35,7 @@ from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import CheckpointError
 from mptfoundry.files import Upload, remove_unfinished, writing_into
 from mptfoundry.places import is_url, progress_of
-from mptfoundry.ranks import decided_by_rank_0, once_per_node
+from mptfoundry.ranks import decided_by_rank_0, once_per_node, say
 from mptfoundry.run.changes import (
     Change,
     RunNotes,
@@ -277,8 +277,7 @@ def _is_sound(checkpoint: Path, config: TrainConfig, shown_as: str | None = None
             f"{shown_as or checkpoint}: {reason}. Restore it, remove it, or set resume_past_damage=true to "
             "continue from the one before it."
         )
-    if dist.get_global_rank() == 0:
-        print(f"{shown_as or checkpoint}: {reason}; passed over, as resume_past_damage says", flush=True)
+    say(f"{shown_as or checkpoint}: {reason}; passed over, as resume_past_damage says")
     return False
 
 

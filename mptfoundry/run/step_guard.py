@@ -22,7 +22,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from mptfoundry.errors import TrainingError
-from mptfoundry.ranks import RankWatch
+from mptfoundry.ranks import RankWatch, say
 from mptfoundry.run.signals import StopSignals
 
 LAUNCHER_SECONDS = 30.0
@@ -148,11 +148,7 @@ class StepGuard(Callback):
                 "the rise, with a lower optimizer.lr or with callbacks.kill_loss_spike.skip_batch: true."
             )
         logger.log_metrics({"loss_spike": loss})
-        if dist.get_global_rank() == 0:
-            print(
-                f"batch {batch}: {verdict.text}{'; its step is left out' if verdict.skips else ''}",
-                flush=True,
-            )
+        say(f"batch {batch}: {verdict.text}{'; its step is left out' if verdict.skips else ''}")
         if verdict.skips:
             for parameter in state.model.parameters():
                 parameter.grad = None
@@ -182,13 +178,11 @@ class StepGuard(Callback):
         if step + save <= LAUNCHER_SECONDS:
             return
         self._has_warned = True
-        if dist.get_global_rank() == 0:
-            print(
-                f"note: a stop takes a step, {step:.0f} s, and a save, {save:.0f} s. The "
-                f"launcher kills {LAUNCHER_SECONDS:g} s after SIGTERM, and the run continues from an older "
-                "checkpoint. Start the ranks without it, with a longer grace, or save more often.",
-                flush=True,
-            )
+        say(
+            f"note: a stop takes a step, {step:.0f} s, and a save, {save:.0f} s. The launcher kills "
+            f"{LAUNCHER_SECONDS:g} s after SIGTERM, and the run continues from an older checkpoint. Start the "
+            "ranks without it, with a longer grace, or save more often."
+        )
 
 
 def _samples(ids: list[int]) -> str:
