@@ -180,8 +180,8 @@ class StepGuard(Callback):
         self._has_warned = True
         say(
             f"note: a stop takes a step, {step:.0f} s, and a save, {save:.0f} s. The launcher kills "
-            f"{LAUNCHER_SECONDS:g} s after SIGTERM, and the run continues from an older checkpoint. Start the "
-            "ranks without it, with a longer grace, or save more often."
+            f"{LAUNCHER_SECONDS:g} s after SIGTERM, and the run continues from an older checkpoint. Start "
+            "the ranks without it, with a longer grace, or save more often."
         )
 
 
