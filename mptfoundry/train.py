@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from composer import Trainer
+from torch.distributed.fsdp import FSDPModule
 
 from mptfoundry import build, loaders
 from mptfoundry.callbacks.console import ConsoleLine
@@ -104,7 +105,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     if source is not None and config.model.peft_config is not None:
         buffers = trainer.state.model.named_buffers()
         check_base(source, next(value for name, value in buffers if name.endswith(FINGERPRINT)))
-    if plan.sharding is not None and config.fsdp_config is not None:
+    if config.fsdp_config is not None and isinstance(model.model, FSDPModule):
         forward, backward = config.fsdp_config.prefetched_blocks
         prefetch(model.model, forward=forward, backward=backward)
         if plan.device.kind == "cpu":
