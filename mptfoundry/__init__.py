@@ -22,7 +22,7 @@ _PUBLIC = {
     "load_config": "mptfoundry.config.load:load_train_config",
     "load_model": "mptfoundry.checkpoints.reading:load_network",
     "prepare_text": "mptfoundry.data.prepare.prepare:prepare",
-    "summary_table": "mptfoundry.plan.plan",
+    "summary_table": "mptfoundry.plan.table",
     "train_model": "mptfoundry.train:train",
     "train_tokenizer": "mptfoundry.tokenizer:train_bpe",
 }

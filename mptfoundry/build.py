@@ -1,7 +1,6 @@
-"""Config -> objects: one function a section, over plain tables of names.
+"""Config and plan -> objects: one function for each section, over plain tables of names.
 
-The rooms below know nothing of configs nor of one another; here they meet. A user's `code_paths` may put
-other classes into the tables.
+A user's `code_paths` may put other classes into the tables.
 """
 
 from __future__ import annotations
@@ -20,8 +19,7 @@ from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler, DecoupledAdamW
 from composer.utils import dist
-from composer.utils.parallelism import FSDP2Config, FSDPConfig
-from torch.distributed.fsdp import FSDPModule
+from composer.utils.parallelism import FSDP2Config
 
 from mptfoundry.architecture.hub import locate
 from mptfoundry.architecture.of_run import differing, leaves
@@ -31,19 +29,19 @@ from mptfoundry.checkpoints.source import ModelSource, expected_shapes, with_row
 from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.config.engine import signatures
 from mptfoundry.config.model import ModelConfig
-from mptfoundry.config.parallel import prefetched_blocks, recomputed_parts
+from mptfoundry.config.parallel import recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.export.folder import export_weights
 from mptfoundry.generation import generate_text
-from mptfoundry.models.activation_checkpointing import Recomputation, recompute
+from mptfoundry.models.activation_checkpointing import checkpoint_activations
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.heads import ComposerHead
 from mptfoundry.models.lora import add_adapters
 from mptfoundry.models.quantized import quantize_blocks
-from mptfoundry.models.sharding import HybridConfig, prefetch, start_on_the_cpu
+from mptfoundry.models.sharding import HybridConfig, start_on_the_cpu
 from mptfoundry.mpt.head_config import HeadConfig, trunk_of
 from mptfoundry.mpt.heads import make_network
 from mptfoundry.mpt.network import MPT
@@ -52,8 +50,7 @@ from mptfoundry.optim.clipping import GradientClipping
 from mptfoundry.optim.groups import parameter_groups
 from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.optim.schedules import BatchSize, Schedule
-from mptfoundry.plan.devices import Device
-from mptfoundry.plan.resolve import COMPUTE_DTYPE, Resolved, fsdp_on
+from mptfoundry.plan.plan import COMPUTE_DTYPE, Plan
 from mptfoundry.tokenizer import count_ids, load_tokenizer, token_byte_lengths, vocabulary_problem
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -147,7 +144,7 @@ def _check_trunk(source: ModelSource, model: ModelConfig, name: str) -> None:
 
 
 def build_model(
-    config: TrainConfig, resolved: Resolved, tokenizer: Any, source: ModelSource | None = None
+    config: TrainConfig, plan: Plan, tokenizer: Any, source: ModelSource | None = None
 ) -> ComposerMPT:
     """The network as Composer trains and evaluates it; with FSDP and `meta`, not yet in memory.
 
@@ -155,13 +152,14 @@ def build_model(
     """
     network_config = config.model.network()
     # With `mixed` Composer sends the weights of the first rank of all to the others.
-    on_meta = resolved.init_device == "meta" or (
-        resolved.init_device == "mixed" and dist.get_global_rank() != 0
-    )
+    on_meta = plan.init_device == "meta" or (plan.init_device == "mixed" and dist.get_global_rank() != 0)
     network: Any = make_network(
         network_config, device="meta" if on_meta else "cpu", seed=config.seed, empty=source is not None
     )
-    recompute_activations(config, network)
+    if (fsdp := config.fsdp_config) is not None and fsdp.saves_activations:
+        parts = recomputed_parts(config.model.activation_checkpointing_target, network_config.n_layers)
+        recompute, offload = fsdp.activation_checkpointing, fsdp.activation_cpu_offload
+        checkpoint_activations(network, parts, recompute=recompute, offload=offload)
     if config.compile_config is not None:
         options = {key: value for key, value in asdict(config.compile_config).items() if value}
         for block in network.transformer.blocks:
@@ -172,19 +170,18 @@ def build_model(
         new, unused = ((f"{head}.",), ("lm_head.",)) if head else ((), ())
         weights = StartingWeights(source, network, seed=config.seed, new=new, unused=unused, progress=speaks)
         if weights.drawn and speaks:
-            print(f"weights: new are {', '.join(weights.drawn)}", flush=True)
+            print(f"weights: drawn are {', '.join(weights.drawn)}", flush=True)
         if not on_meta:
             weights.fill(network)
     if (bits := config.model.bits) is not None:
-        quantize_blocks(network, bits, getattr(torch, COMPUTE_DTYPE[resolved.precision]))
+        quantize_blocks(network, bits, getattr(torch, COMPUTE_DTYPE[plan.precision]))
     if source is not None and (lora := config.model.peft_config) is not None:
         options, targets = asdict(lora), lora.targets(network_config)
         add_adapters(network, options, targets=targets, fingerprint=fingerprint(source), seed=config.seed)
     if on_meta and not torch.cuda.is_available():
         start_on_the_cpu(network)
-    model = compose(
-        network, tokenizer, seed=config.seed, extra_flops_per_token=config.learned.extra_flops_per_token
-    )
+    extra_flops = plan.trainable.extra_flops_per_token
+    model = compose(network, tokenizer, seed=config.seed, extra_flops_per_token=extra_flops)
     if weights is not None:
         model.start_from(weights)
     return model
@@ -257,35 +254,21 @@ def build_loggers(config: TrainConfig, run_folder: Path) -> list[LoggerDestinati
     return [_make(LOGGERS, name, kwargs) for name, kwargs in given.items()]
 
 
-def recompute_activations(config: TrainConfig, network: Any) -> None:
-    """Have the network keep fewer activations, where the config asks for it."""
-    fsdp, model = config.fsdp_config, config.model
-    if fsdp is None or not fsdp.saves_activations:
-        return
-    how = Recomputation(
-        computes_anew=fsdp.activation_checkpointing,
-        offloads=fsdp.activation_cpu_offload,
-        reentrant=bool(fsdp.activation_checkpointing_reentrant),
-    )
-    recompute(network, recomputed_parts(model.activation_checkpointing_target, model.n_layers), how)
-
-
-def build_parallelism(config: TrainConfig, device: Device) -> dict[str, Any] | None:
-    """Composer's parallelism: one of its two FSDP configs, or None where each device holds a whole copy."""
-    if config.fsdp_config is None:
+def build_parallelism(config: TrainConfig, plan: Plan) -> dict[str, Any] | None:
+    """Composer's configuration of FSDP2, or None where every device holds all weights (DDP)."""
+    sharding, fsdp = plan.sharding, config.fsdp_config
+    if sharding is None or fsdp is None:
         return None
-    version, options, _ = fsdp_on(config.fsdp_config, device)
-    if version is None:
-        return None
-    kind = FSDPConfig if version == 1 else HybridConfig if "copies" in options else FSDP2Config
-    return {"fsdp": kind(**options)}
-
-
-def prefetch_weights(config: TrainConfig, model: ComposerMPT) -> None:
-    """Have FSDP2 gather as many blocks ahead as the config says; `model` has been sharded."""
-    if config.fsdp_config is not None and isinstance(model.model, FSDPModule):
-        forward, backward = prefetched_blocks(config.fsdp_config)
-        prefetch(model.model, forward=forward, backward=backward)
+    options: dict[str, Any] = {
+        "reshard_after_forward": sharding.reshard_after_forward,
+        "state_dict_type": fsdp.state_dict_type,
+        "load_monolith_rank0_only": fsdp.load_monolith_rank0_only,
+        "mixed_precision": fsdp.mixed_precision,
+        "verbose": fsdp.verbose,
+    }
+    if sharding.replicas == 1:
+        return {"fsdp": FSDP2Config(**options)}
+    return {"fsdp": HybridConfig(replicas=sharding.replicas, shards=sharding.shards, **options)}
 
 
 def _generate_text(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mptfoundry.config.data import LoaderConfig
-from mptfoundry.config.parallel import copies_and_shards
+from mptfoundry.config.parallel import replicas_and_shards
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.streams import RecordsConfig, StreamConfig
 from mptfoundry.data.records.sources import Source, look_at_records
@@ -21,8 +21,8 @@ from mptfoundry.data.text.streams import length_problem, tokenizer_problem
 from mptfoundry.errors import ConfigError, DataError, MissingError, MPTFoundryError, first_line
 from mptfoundry.places import path_of
 from mptfoundry.plan.devices import GIB, Device, detect_device, launcher_device
-from mptfoundry.plan.plan import Stream, make_plan, place_of, summary_table
-from mptfoundry.plan.resolve import device_batch, resolve_auto
+from mptfoundry.plan.plan import Plan, device_batch, make_plan
+from mptfoundry.plan.table import Stream, describe_plan, place_of
 from mptfoundry.tokenizer import (
     TokenizerFiles,
     find_tokenizer,
@@ -64,7 +64,7 @@ def check(config: TrainConfig) -> str:
     device, problem = planned_device(config, launcher_device())
     plan = make_plan(config, device)
     lacking = [problem] if problem else []
-    lacking += [f"{key}: {text}" for key, text in plan.resolved.lacking.items()]
+    lacking += [f"{key}: {text}" for key, text in plan.missing.items()]
     lines = [f"here: {text.rstrip('.')}; {REFUSED}" for text in lacking + look.lacking]
     if device.memory is not None and plan.memory.total > device.memory:
         look.notes.append(
@@ -72,23 +72,26 @@ def check(config: TrainConfig) -> str:
             f"{device.memory / GIB:.1f} GiB; more devices with fsdp_config hold it in parts"
         )
     lines += [f"here: {text}" for text in look.notes]
-    return "\n".join([summary_table(config, device, look.streams), *lines])
+    return "\n".join([describe_plan(config, plan, look.streams), *lines])
 
 
-def refuse_here(config: TrainConfig) -> None:
+def refuse_here(config: TrainConfig) -> Plan:
     """What `train` asks before its imports, which take longer.
+
+    Returns:
+        The run's plan on this machine.
 
     Raises:
         ConfigError, DataError: The configuration contradicts this machine, or asks for what it lacks.
     """
-    look, device = look_here(config), detect_device()
-    lacking = resolve_auto(config, device).lacking
-    problems = [*look.problems, *(ConfigError(f"{key}: {text}") for key, text in lacking.items())]
+    look, plan = look_here(config), make_plan(config, detect_device())
+    problems = [*look.problems, *(ConfigError(f"{key}: {text}") for key, text in plan.missing.items())]
     try:
         _raise([*problems, *map(DataError, look.lacking)])
     except MPTFoundryError as error:
         error.of_this_machine = True
         raise
+    return plan
 
 
 def look_here(config: TrainConfig) -> Look:
@@ -131,7 +134,7 @@ def planned_device(config: TrainConfig, device: Device) -> tuple[Device, str | N
         try:
             device_batch(config, planned)
             if config.fsdp_config is not None:
-                copies_and_shards(config.fsdp_config, devices=count, per_node=planned.per_node)
+                replicas_and_shards(config.fsdp_config, devices=count, per_node=planned.per_node)
         except ConfigError as error:
             if "WORLD_SIZE" in os.environ:
                 raise

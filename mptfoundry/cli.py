@@ -91,14 +91,15 @@ def _train(words: list[str]) -> None:
     for number in heeded():
         signal.signal(number, _stop_while_starting)
     config = _load_config(words)
+    plan = None
     if os.environ.get("LOCAL_RANK", "0") == "0":
         from mptfoundry.check import refuse_here
 
-        refuse_here(config)
+        plan = refuse_here(config)
     with ending_at_once(heeded(), STOPPED_WHILE_STARTING if rank() == 0 else "", RunStopped.exit_code):
         from mptfoundry.train import train
 
-    train(config)
+    train(config, plan)
 
 
 def _stop_while_starting(number: int, frame: Any) -> None:
@@ -302,7 +303,7 @@ VERBS = {
     ),
     "preview": Verb(
         _preview,
-        "show samples of a data set as text, and what is learned of them",
+        "show samples of a data set as text, and which tokens count in the loss",
         "SHARDS_OR_CONFIG [key=value ...]",
         "mptfoundry preview shards samples=5",
         "PreviewConfig",
@@ -413,7 +414,7 @@ def _options(words: list[str], schema: str, *names: str, rest: str | None = None
     if left and rest:
         named.append(f"{rest}={json.dumps(left)}")
     elif left:
-        raise ConfigError(f"{left[0]}: is no key=value. Put = between a key and its value.")
+        raise ConfigError(f"{left[0]}: is not key=value. Put = between a key and its value.")
     return parse_words([*named, *(word for word in words if KEY.match(word))], getattr(verbs, schema))
 
 

@@ -24,7 +24,7 @@ from mptfoundry import __version__
 from mptfoundry.mpt.backends import choose_backend, why_not
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.plan.devices import GIB, Device, launcher_device, visible_gpus
-from mptfoundry.plan.resolve import COMPUTE_DTYPE, choose_precision
+from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision
 from mptfoundry.run.leftovers import find_leftovers, remove_leftovers
 
 # Name on PyPI, and what it is good for where a run can do without it.
@@ -187,7 +187,6 @@ def _traps(device: Device) -> list[str]:
     lines = []
     if device.kind == "cpu":
         lines.append("precision: auto is fp32 here; Composer refuses amp_bf16 on a CPU.")
-        lines.append("fsdp_config: only version 2 shards over CPU processes; version 1 needs CUDA.")
     elif "+cpu" in torch:
         lines.append(f"torch {torch} is built without CUDA: it will not use the GPU.")
     if _numbers(torch) >= (2, 7, 1):

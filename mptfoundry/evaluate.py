@@ -31,11 +31,11 @@ from mptfoundry.loaders import build_evaluators
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.sharding import start_on_the_cpu
 from mptfoundry.plan.devices import Device, detect_device
-from mptfoundry.plan.resolve import COMPUTE_DTYPE, choose_precision, choose_workers, precision_problem
+from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision, choose_workers, precision_problem
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 EVAL_BATCH_SIZE = 8
-# Said by Composer of what is meant so: a last batch is smaller than the others; nothing is optimized here.
+# Composer warns of these, and they are meant: a last batch is smaller than the others; there is no optimizer.
 EXPECTED_WARNINGS = ("Cannot split (tensor|list) of length", "No optimizer was specified")
 
 Results = dict[str, dict[str, float]]

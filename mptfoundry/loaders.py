@@ -27,8 +27,7 @@ from mptfoundry.data.text.text import build_text_loader
 from mptfoundry.errors import ConfigError
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import HeadConfig, SequenceClassifierConfig, TokenClassifierConfig
-from mptfoundry.plan.devices import Device
-from mptfoundry.plan.resolve import Resolved
+from mptfoundry.plan.plan import Plan
 from mptfoundry.run.changes import allows_other_rows
 from mptfoundry.tokenizer import AS_TEXT
 
@@ -165,15 +164,15 @@ LOADERS: dict[str, Callable[[Any, LoaderContext], DataSpec]] = {
 }
 
 
-def build_train_loader(config: TrainConfig, resolved: Resolved, device: Device, tokenizer: Any) -> DataSpec:
+def build_train_loader(config: TrainConfig, plan: Plan, tokenizer: Any) -> DataSpec:
     """The training batches of this rank."""
     context = LoaderContext(
         model=config.model,
         tokenizer=tokenizer,
         max_seq_len=config.max_seq_len,
-        device_batch_size=config.global_train_batch_size // device.count,
+        device_batch_size=plan.device_train_batch_size,
         seed=config.seed,
-        num_workers=resolved.num_workers["train"],
+        num_workers=plan.num_workers["train"],
         is_training=True,
         where="train_loader",
         allow_code=config.allow_code,

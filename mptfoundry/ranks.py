@@ -53,6 +53,12 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def say(text: str) -> None:
+    """Print on rank 0 alone."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
 def decided_by_rank_0(decide: Callable[[], T]) -> T | None:
     """What rank 0 decides, which all ranks are told, in a collective; its error is raised on all of them."""
     from composer.utils import dist

@@ -16,7 +16,7 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from mptfoundry.config.parallel import recomputed_parts
-from mptfoundry.models.activation_checkpointing import Recomputation, recompute
+from mptfoundry.models.activation_checkpointing import checkpoint_activations
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 
@@ -29,15 +29,16 @@ CONFIG = MPTConfig(
     no_bias=True,
     attn_config=AttnConfig(alibi=True),
 )
-CASES: dict[str, tuple[Any, Recomputation] | None] = {
+# What is checkpointed, and whether that is offloaded.
+CASES: dict[str, tuple[Any, bool] | None] = {
     "everything kept": None,
-    "norm": ("norm", Recomputation()),
-    "attention": ("attention", Recomputation()),
-    "mlp": ("mlp", Recomputation()),
-    "attention and mlp": (("attention", "mlp"), Recomputation()),
-    "block: every-2": ({"block": "every-2"}, Recomputation()),
-    "block": ("block", Recomputation()),
-    "block, offloaded": ("block", Recomputation(offloads=True)),
+    "norm": ("norm", False),
+    "attention": ("attention", False),
+    "mlp": ("mlp", False),
+    "attention and mlp": (("attention", "mlp"), False),
+    "block: every-2": ({"block": "every-2"}, False),
+    "block": ("block", False),
+    "block, offloaded": ("block", True),
 }
 
 
@@ -48,7 +49,8 @@ def main(words: list[str]) -> None:
     for name, case in CASES.items():
         models[name] = MPT(CONFIG, seed=0).train()
         if case is not None:
-            recompute(models[name], recomputed_parts(case[0], CONFIG.n_layers), case[1])
+            parts = recomputed_parts(case[0], CONFIG.n_layers)
+            checkpoint_activations(models[name], parts, offload=case[1])
         kept[name] = bytes_kept(models[name], ids)
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(steps):

@@ -28,7 +28,7 @@ from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from mptfoundry.optim.lion import DecoupledLionW
-from mptfoundry.run.atomic_checkpoints import WholeCheckpoints
+from mptfoundry.run.atomic_checkpoints import AtomicCheckpoints
 
 DEFAULTS = {"d_model": 768, "layers": 8, "batches": 4, "runs": 3}
 ROWS, LENGTH, VOCAB_SIZE = 4, 256, 8192
@@ -94,8 +94,8 @@ def main(words: list[str]) -> None:
     network = MPT(config, seed=1)
     kinds = {
         "Composer's": lambda folder: CheckpointSaver(folder, save_interval="2ba", remote_file_name=None),
-        "ours, waiting": lambda folder: WholeCheckpoints(folder, save_interval="2ba", in_background=False),
-        "ours, in the background": lambda folder: WholeCheckpoints(folder, save_interval="2ba"),
+        "ours, waiting": lambda folder: AtomicCheckpoints(folder, save_interval="2ba", in_background=False),
+        "ours, in the background": lambda folder: AtomicCheckpoints(folder, save_interval="2ba"),
     }
     held: dict[str, list[float]] = {kind: [] for kind in kinds}
     slower: dict[str, list[float]] = {kind: [] for kind in kinds}

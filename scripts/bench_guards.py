@@ -25,12 +25,12 @@ from composer.loggers import Logger
 from composer.utils import dist
 
 from mptfoundry import build, loaders
+from mptfoundry.callbacks.loss_spikes import LossSpikes
 from mptfoundry.config.load import load_train_config
 from mptfoundry.data.prepare.prepare import prepare
 from mptfoundry.plan.devices import detect_device
-from mptfoundry.plan.resolve import resolve_auto
+from mptfoundry.plan.plan import make_plan
 from mptfoundry.ranks import RankWatch
-from mptfoundry.run.loss_spikes import LossSpikes
 from mptfoundry.run.signals import StopSignals
 from mptfoundry.run.step_guard import StepGuard
 from mptfoundry.tokenizer import train_bpe
@@ -110,12 +110,12 @@ def make_data(folder: Path) -> None:
 
 def trainer_of(config: Any, device: Any, guards: list[Callback]) -> Trainer:
     """A training as `train` builds it, with these guards and no others."""
-    resolved = resolve_auto(config, device)
+    plan = make_plan(config, device)
     tokenizer = build.build_tokenizer(config)
-    model = build.build_model(config, resolved, tokenizer)
+    model = build.build_model(config, plan, tokenizer)
     return Trainer(
         model=model,
-        train_dataloader=loaders.build_train_loader(config, resolved, device, tokenizer),
+        train_dataloader=loaders.build_train_loader(config, plan, tokenizer),
         optimizers=build.build_optimizer(config, model),
         schedulers=build.build_scheduler(config),
         algorithms=build.build_algorithms(config),
@@ -123,7 +123,7 @@ def trainer_of(config: Any, device: Any, guards: list[Callback]) -> Trainer:
         device=device.kind,
         seed=config.seed,
         max_duration=config.max_duration,
-        device_train_microbatch_size=resolved.device_train_microbatch_size,
+        device_train_microbatch_size=plan.device_train_microbatch_size,
         progress_bar=False,
         log_to_console=False,
     )

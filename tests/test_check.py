@@ -180,10 +180,6 @@ def test_a_plan_is_made_in_the_dtype_that_is_asked_for(tiny: Load) -> None:
             ["model.attn_config.attn_impl=triton", "model.head_dim=16"],
             "model.attn_config.attn_impl: triton can't be used",
         ),
-        (
-            ["fsdp_config.cpu_offload=true"],
-            "fsdp_config.version: 1, which fsdp_config.cpu_offload: true asks",
-        ),
         (["loggers.mlflow={}"], "loggers.mlflow: needs the package mlflow: pip install mlflow"),
         (["loggers.cometml={}"], "loggers.cometml: needs the package comet_ml: pip install comet_ml"),
         (["loggers.wandb={}"], "loggers.wandb: needs the package wandb: pip install 'wandb<0.28'"),

@@ -66,7 +66,7 @@ def test_check_prints_the_run(capsys: Capture) -> None:
             2,
             "prompts=[a]: is not supported: a chat asks for each line itself.",
         ),
-        (["export", "nowhere", "out", "more"], 2, "more: is no key=value"),
+        (["export", "nowhere", "out", "more"], 2, "more: is not key=value"),
         (["export", "nowhere", "out"], 1, "nowhere: no such file or folder"),
         (
             ["export", "a", "b", "adapter=separate", "license=mit"],

@@ -138,7 +138,9 @@ def test_llm_foundrys_finetuning_files_train(
     assert len(losses) == 2 and all(0 < loss < 10 for loss in losses)
     page = (tmp_path / "run" / "report.md").read_text()
     assert f"| base | {tmp_path / 'base'} |" in page and "| samples | 8 |" in page
-    assert re.search(rf"\| data \| train: {data}, 24 examples of \d+ tokens, \d+ of them learned \|", page)
+    assert re.search(
+        rf"\| data \| train: {data}, 24 examples of \d+ tokens, \d+ of them in the loss \|", page
+    )
     rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
     learned = sum(len(tiny_tokenizer(row["response"])["input_ids"]) + 1 for row in rows)
     assert [each["eval"]["tokens"] for each in evaluations] == [learned, learned]

@@ -180,7 +180,7 @@ def test_a_base_model_loads_into_each_head(
     expected = weights(base / "ep0-ba10-rank0.pt")
     new = [weight for weight in found if weight not in expected]
     assert all(torch.equal(found[weight], tensor) for weight, tensor in expected.items())
-    assert f"weights: new are {', '.join(weight.removeprefix('model.') for weight in new)}\n" in (
+    assert f"weights: drawn are {', '.join(weight.removeprefix('model.') for weight in new)}\n" in (
         capsys.readouterr().out
     )
     assert new and all(weight.endswith(("weight", "bias")) for weight in new)

@@ -39,18 +39,15 @@ class ConsoleLine(RowLogger):
         super().batch_start(state, logger)
         self._end = state.max_duration  # type: ignore[assignment]
 
-    def write_batch(self, row: Row, state: State) -> None:
-        """Print the row if its time has come."""
-        self._row = row
-        self._progress = progress(state, self._end)
-        if self._is_due(state, Event.BATCH_END) or self._printed_batch < 0:
-            self._print_batch()
-
-    def write_evaluation(self, row: Row, state: State) -> None:
-        """Print the evaluation."""
-        for label, metrics in row["eval"].items():
+    def write(self, row: Row, state: State) -> None:
+        """Print an evaluation, and a batch if it is due."""
+        for label, metrics in row.get("eval", {}).items():
             values = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
             self._print(f"eval {label}: {values}")
+        if "eval" not in row:
+            self._row, self._progress = row, progress(state, self._end)
+            if self._is_due(state, Event.BATCH_END) or self._printed_batch < 0:
+                self._print_batch()
 
     def epoch_end(self, state: State, logger: Logger) -> None:
         """Print the last batch's row where the interval counts epochs, and at the end of training."""

@@ -1,7 +1,7 @@
 """Hugging Face folders of the model while it trains.
 
 At an interval the weights are copied to the memory of rank 0's host, one by one; a thread there writes the
-folder from them, loads it back and compares it, while the training goes on.
+folder from them, loads it back and compares it, while training continues.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import torch
 from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import create_interval_scheduler, dist, format_name_with_dist_and_time
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from mptfoundry.checkpoints.checkpoint import newest_first
@@ -37,7 +35,7 @@ Write = Callable[[dict[str, torch.Tensor], str, Path], Any]
 
 _FOLDER = "huggingface"
 _MARK = re.compile(r"\.(?P<name>.+)\.(?P<checkpoint>ep\d+-ba(?P<batch>\d+))\.export")
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+_WRAPPERS = re.compile(r"(_orig_mod|module)\.")
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +52,7 @@ class HFExport(Callback):
 
     Args:
         write: Called on rank 0 in a thread of its own.
-        run_folder: The run's, whose report is drawn anew for each export.
+        run_folder: The run's, whose report is drawn again for each export.
         names: Of the weights that an export has.
         save_folder: Folder, or URL of an object store; `{run_name}` is filled in.
         save_interval: How often, such as `1000ba` or `1ep`.
@@ -243,7 +241,7 @@ def gather_weights(network: torch.nn.Module, dtype: torch.dtype) -> Iterator[tup
 
     Every rank has to take part, since those that are sharded are put together by all.
     """
-    with torch.no_grad(), _whole(network):
+    with torch.no_grad():
         for name, parameter in network.named_parameters():
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
             if dist.get_global_rank() == 0:
@@ -265,15 +263,6 @@ def _say(text: str) -> None:
 def _network(state: State) -> torch.nn.Module:
     model: Any = state.model.module if state.is_model_ddp else state.model
     return model.model
-
-
-def _whole(network: torch.nn.Module) -> AbstractContextManager[None]:
-    """FSDP1 puts its parameters together by itself, those of one block after the other."""
-    if not any(isinstance(module, FullyShardedDataParallel) for module in network.modules()):
-        return nullcontext()
-    return FullyShardedDataParallel.summon_full_params(
-        network, writeback=False, rank0_only=True, offload_to_cpu=True
-    )
 
 
 def _any_rank(value: bool, state: State) -> bool:

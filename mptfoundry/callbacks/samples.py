@@ -1,4 +1,4 @@
-"""Texts that the model writes while it learns, from prompts of the user's choosing."""
+"""Texts that the model generates during training, from the user's prompts."""
 
 from __future__ import annotations
 

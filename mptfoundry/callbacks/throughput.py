@@ -36,7 +36,7 @@ class Throughput(Callback):
     Args:
         config: The network.
         peak_flops: Dense bf16 FLOP/s of one device; None if it isn't known, as on a CPU.
-        extra_flops_per_token: Beside those of learning all of the network; negative where some is frozen.
+        extra_flops_per_token: On top of those of training the whole network; negative where some is frozen.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ def remaining_batches(state: State, end: Time | None) -> float | None:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has held: on its GPU if it has one, else in the machine."""
+    """The most memory that this process has used: on its GPU if it has one, else in the machine."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -14,45 +14,71 @@ from mptfoundry.errors import ConfigError
 # Strategies that free the gathered weights after forward, and those with several replicas.
 RESHARDING = ("FULL_SHARD", "HYBRID_SHARD")
 HYBRID = ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
-KEEPING = ("SHARD_GRAD_OP", "_HYBRID_SHARD_ZERO2")
+# What these keys of PyTorch's first FSDP may say here: what FSDP2 always does. Then what helps instead.
+_ALWAYS: dict[str, tuple[Any, str]] = {
+    "activation_checkpointing_reentrant": (
+        False,
+        "Activations are recomputed without reentering autograd, with the same numbers. Remove it.",
+    ),
+    "backward_prefetch": (
+        "BACKWARD_PRE",
+        "FSDP2 gathers the next block's weights before this block's gradients: BACKWARD_PRE. Remove it.",
+    ),
+    "cpu_offload": (
+        False,
+        "These save memory, too: more shards, LoRA (model.peft_config), on a quantized base "
+        "(model.load_in_8bit), or fsdp_config.activation_cpu_offload.",
+    ),
+    "auto_wrap": (True, "FSDP2 shards block by block. Remove it."),
+    "keep_low_precision_grads": (
+        False,
+        "More shards and LoRA (model.peft_config) save memory, too. Remove it.",
+    ),
+    "sharded_ckpt_prefix_dir": (
+        "ep{epoch}-ba{batch}",
+        "A start finds sharded checkpoints by their name, ep{epoch}-ba{batch}. Remove it.",
+    ),
+}
+# These make no difference, whatever they say.
+WITHOUT_EFFECT = ("sync_module_states", "limit_all_gathers", "use_orig_params")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FSDPConfig:
-    """Shard weights, gradients and optimizer state over all devices (https://arxiv.org/abs/2304.11277).
+    """Shard weights, gradients and optimizer state over all devices, with PyTorch's FSDP2
+    (https://arxiv.org/abs/2304.11277).
 
-    Some keys exist in only one version of FSDP; their default is that version's own.
+    Keys of PyTorch's first FSDP are accepted where FSDP2 does the same, and refused elsewhere.
 
     Attributes:
-        version: PyTorch's first or second FSDP. `auto` is 2, or 1 if a given key needs it.
+        version: Accepted for older configs: it is always FSDP2.
         sharding_strategy: What is sharded: everything (`FULL_SHARD`), everything except the weights between
             forward and backward (`SHARD_GRAD_OP`), everything within each replica, by default a node
-            (`HYBRID_SHARD`, `_HYBRID_SHARD_ZERO2`), or nothing (`NO_SHARD`: DDP, or version 1's own).
-        reshard_after_forward: Free the gathered weights between forward and backward. Version 2; in version 1
-            `sharding_strategy` decides.
+            (`HYBRID_SHARD`, `_HYBRID_SHARD_ZERO2`), or nothing (`NO_SHARD`: DDP).
+        reshard_after_forward: Free the gathered weights between forward and backward; a number: keep them in
+            groups of so many devices. Default: as `sharding_strategy` says.
         mixed_precision: `DEFAULT` computes in the low precision and sums gradients in float32, `PURE` does
             both in the low precision, `FULL` neither.
         activation_checkpointing: Recompute activations in backward instead of keeping them: those of each
             block, or of `model.activation_checkpointing_target`.
-        activation_checkpointing_reentrant: Recompute in PyTorch's older, reentrant way. Version 1.
+        activation_checkpointing_reentrant: Only `false`.
         activation_cpu_offload: Keep the activations of the same blocks or parts in the CPU's memory; with
             `activation_checkpointing`, their inputs.
         state_dict_type: `full`: a checkpoint is one file; `sharded`: a folder with one shard per rank.
         load_monolith_rank0_only: Read a whole checkpoint only on rank 0 and send it to the other ranks.
-        sync_module_states: Send rank 0's weights to all ranks at the start. Version 1.
-        limit_all_gathers: Delay gathers that would not fit into memory. Version 1.
-        backward_prefetch: When backward gathers the next weights: before this block's gradients, after them,
-            or not ahead of time. Version 2 has only the first.
+        sync_module_states: No effect: every rank starts from the same weights.
+        limit_all_gathers: No effect: FSDP2 needs no such limit.
+        backward_prefetch: Only `BACKWARD_PRE`: gather the next weights before this block's gradients.
         backward_prefetch_limit: How many blocks ahead to gather in backward.
         forward_prefetch: Gather the next blocks' weights before forward reaches them.
         forward_prefetch_limit: How many blocks ahead to gather in forward.
-        cpu_offload: Keep the shards in the CPU's memory. Version 1.
-        auto_wrap: Shard block by block, as the model defines. Version 1; version 2 always does.
-        use_orig_params: Keep the parameters' own shapes. Version 1; version 2 always does.
-        keep_low_precision_grads: Keep gradients in the low precision. Version 1.
+        cpu_offload: Only `false`.
+        auto_wrap: Only `true`.
+        use_orig_params: No effect: parameters always keep their own shapes.
+        keep_low_precision_grads: Only `false`.
         data_parallel_shard_degree: Shards per replica; -1: the number of devices divided by the replicas.
-        data_parallel_replicate_degree: Replicas, each a whole copy of the weights.
-        sharded_ckpt_prefix_dir: Folder of a sharded checkpoint. Version 1; in version 2 its name is fixed.
+        data_parallel_replicate_degree: Replicas, each with all weights.
+        sharded_ckpt_prefix_dir: Only `ep{epoch}-ba{batch}`.
         te_checkpoint_wrapper: Only `false`: Transformer Engine isn't supported.
         te_shard_fp8_weight: Only `false`: Transformer Engine isn't supported.
         verbose: Print how the model was wrapped.
@@ -92,8 +118,8 @@ class FSDPConfig:
     def rules(self) -> Rules:
         """What has to hold."""
         yield self._one_strategy()
-        yield self._groups_that_reshard()
-        yield self._version_2()
+        for name in _ALWAYS:
+            yield self._always(name)
         yield self._whole_checkpoints()
         yield self._no_shards_to_save()
         yield self._no_shards_to_cut()
@@ -110,14 +136,10 @@ class FSDPConfig:
                 f"{show(reshard)} is not what sharding_strategy: {strategy} means. Give one of them.",
             )
 
-    def _groups_that_reshard(self) -> Iterator[Problem]:
-        reshard = self.reshard_after_forward
-        if self.version == 1 and reshard is not None and not isinstance(reshard, bool):
-            yield "reshard_after_forward", f"{reshard}. A number is only in version 2."
-
-    def _version_2(self) -> Iterator[Problem]:
-        for name, value in needs_version_1(self).items() if self.version == 2 else ():
-            yield name, f"{show(value)} is not in version 2. Remove it, or set version: auto or 1."
+    def _always(self, name: str) -> Iterator[Problem]:
+        value, (always, instead) = getattr(self, name), _ALWAYS[name]
+        if value is not None and value != always:
+            yield name, f"{show(value)} is only in PyTorch's first FSDP, and this is FSDP2. {instead}"
 
     def _whole_checkpoints(self) -> Iterator[Problem]:
         if self.load_monolith_rank0_only and self.state_dict_type != "full":
@@ -137,10 +159,8 @@ class FSDPConfig:
 
     def _only_for_shards(self, name: str) -> Iterator[Problem]:
         value = getattr(self, name)
-        is_ddp = self.sharding_strategy == "NO_SHARD" and self.version != 1 and not needs_version_1(self)
-        if is_ddp and value not in (None, False, "DEFAULT", "FULL"):
-            text = "whole copies (DDP) don't have it. Remove it, or set version: 1."
-            yield name, f"{show(value)}: {text}"
+        if self.sharding_strategy == "NO_SHARD" and value not in (None, False, "DEFAULT", "FULL"):
+            yield name, f"{show(value)} is for shards, and NO_SHARD has replicas alone (DDP). Remove it."
 
     def _prefetch(self) -> Iterator[Problem]:
         if self.forward_prefetch_limit is not None and not self.forward_prefetch:
@@ -150,6 +170,20 @@ class FSDPConfig:
     def saves_activations(self) -> bool:
         """Whether blocks keep less for backward on the device than they compute."""
         return self.activation_checkpointing or self.activation_cpu_offload
+
+    @property
+    def reshards(self) -> bool | int:
+        """`reshard_after_forward`, or what `sharding_strategy` says of it."""
+        if self.reshard_after_forward is not None:
+            return self.reshard_after_forward
+        return self.sharding_strategy is None or self.sharding_strategy in RESHARDING
+
+    @property
+    def prefetched_blocks(self) -> tuple[int, int]:
+        """How many blocks ahead to gather in forward and in backward; 0 leaves it to FSDP2."""
+        forward = (self.forward_prefetch_limit or 1) if self.forward_prefetch else 0
+        backward = self.backward_prefetch_limit or (1 if self.backward_prefetch else 0)
+        return forward, backward
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,41 +212,26 @@ class CompileConfig:
         yield only_one(self, "are both given. torch.compile takes one of them.", "mode", "options")
 
 
-def needs_version_1(config: FSDPConfig) -> dict[str, Any]:
-    """The keys that were given a value that only PyTorch's first FSDP has."""
-    in_both: dict[str, tuple[Any, ...]] = {
-        "activation_checkpointing_reentrant": (False,),
-        "backward_prefetch": ("BACKWARD_PRE",),
-        "cpu_offload": (False,),
-        "auto_wrap": (True,),
-        "use_orig_params": (True,),
-        "keep_low_precision_grads": (False,),
-        "sharded_ckpt_prefix_dir": ("ep{epoch}-ba{batch}",),
-    }
-    given = {name: getattr(config, name) for name in in_both}
-    return {name: value for name, value in given.items() if value is not None and value not in in_both[name]}
-
-
-def copies_and_shards(config: FSDPConfig, *, devices: int, per_node: int) -> tuple[int, int]:
-    """How often the weights exist over all devices, and into how many parts each copy is cut.
+def replicas_and_shards(config: FSDPConfig, *, devices: int, per_node: int) -> tuple[int, int]:
+    """How often the weights exist over all devices, and into how many shards each replica is cut.
 
     Raises:
-        ConfigError: That is not what the devices make.
+        ConfigError: Replicas times shards are not the devices.
     """
     if config.sharding_strategy == "NO_SHARD":
         return devices, 1
-    copies, shards = config.data_parallel_replicate_degree, config.data_parallel_shard_degree
-    if copies in (None, -1) and shards in (None, -1):
+    replicas, shards = config.data_parallel_replicate_degree, config.data_parallel_shard_degree
+    if replicas in (None, -1) and shards in (None, -1):
         hybrid = config.sharding_strategy in HYBRID and devices % per_node == 0
-        copies = devices // per_node if hybrid else 1
-    if copies is None or copies == -1:
+        replicas = devices // per_node if hybrid else 1
+    if replicas is None or replicas == -1:
         assert shards is not None
-        copies = devices // shards if shards > 0 else 0
+        replicas = devices // shards if shards > 0 else 0
     if shards is None or shards == -1:
-        shards = devices // copies if copies > 0 else 0
-    if copies < 1 or shards < 1 or copies * shards != devices:
+        shards = devices // replicas if replicas > 0 else 0
+    if replicas < 1 or shards < 1 or replicas * shards != devices:
         raise ConfigError(
-            f"fsdp_config.data_parallel_replicate_degree: {copies} copies of {shards} shards are not the "
+            f"fsdp_config.data_parallel_replicate_degree: {replicas} replicas of {shards} shards are not the "
             f"{devices} devices of this run. Give one of data_parallel_replicate_degree and "
             f"data_parallel_shard_degree, a divisor of {devices}."
         )
@@ -220,82 +239,7 @@ def copies_and_shards(config: FSDPConfig, *, devices: int, per_node: int) -> tup
         raise ConfigError(
             "fsdp_config.data_parallel_shard_degree: 1 shards nothing. Set sharding_strategy: NO_SHARD."
         )
-    return copies, shards
-
-
-def prefetched_blocks(config: FSDPConfig) -> tuple[int, int]:
-    """How many blocks ahead version 2 is told to gather in forward and in backward; 0: as it does itself."""
-    forward = (config.forward_prefetch_limit or 1) if config.forward_prefetch else 0
-    backward = config.backward_prefetch_limit or (1 if config.backward_prefetch else 0)
-    return forward, backward
-
-
-def resolve_fsdp(
-    config: FSDPConfig, *, devices: int = 1, per_node: int = 1
-) -> tuple[Literal[1, 2] | None, dict[str, Any], list[str]]:
-    """Choose the version of FSDP and say the configuration in its words.
-
-    Args:
-        config: What was asked for.
-        devices: Devices of the run.
-        per_node: Devices of it on one machine.
-
-    Returns:
-        The version, or None for whole copies (DDP); the keyword arguments of Composer's `FSDPConfig` (1) or
-        `FSDP2Config` (2), the latter with `copies` and `shards` where there are several copies; and notes on
-        what decided and what has no effect.
-
-    Raises:
-        ConfigError: Copies and shards are not what the devices make.
-    """
-    reasons = [f"fsdp_config.{name}: {show(value)}" for name, value in needs_version_1(config).items()]
-    version = config.version
-    notes = []
-    if version == "auto":
-        version = 1 if reasons else 2
-        notes += [f"version 1, for {', '.join(reasons)}"] if reasons else []
-    copies, shards = copies_and_shards(config, devices=devices, per_node=per_node)
-    if version == 1:
-        return 1, _version_1(config, copies, shards), notes
-    if config.limit_all_gathers is not None or config.sync_module_states is not None:
-        notes.append(
-            "limit_all_gathers and sync_module_states have no effect: version 2 always does as they ask"
-        )
-    if config.sharding_strategy == "NO_SHARD":
-        return None, {}, [*notes, "NO_SHARD: every device holds a whole copy (DDP)"]
-    if copies > 1:
-        notes.append(f"{copies} copies, each of {shards} shards")
-    return 2, _version_2(config, copies, shards), notes
-
-
-def _shared(config: FSDPConfig) -> dict[str, Any]:
-    names = ("state_dict_type", "load_monolith_rank0_only", "mixed_precision", "verbose")
-    return {name: getattr(config, name) for name in names}
-
-
-def _version_1(config: FSDPConfig, copies: int, shards: int) -> dict[str, Any]:
-    strategy: str | None = config.sharding_strategy
-    if strategy != "NO_SHARD":
-        keeps = strategy in KEEPING or config.reshard_after_forward is False
-        names = ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2") if copies > 1 else ("FULL_SHARD", "SHARD_GRAD_OP")
-        strategy = names[keeps]
-    own = (
-        *("sync_module_states", "limit_all_gathers", "backward_prefetch", "backward_prefetch_limit"),
-        *("forward_prefetch", "forward_prefetch_limit", "cpu_offload", "auto_wrap", "use_orig_params"),
-        *("keep_low_precision_grads", "sharded_ckpt_prefix_dir"),
-    )
-    given = {name: getattr(config, name) for name in own if getattr(config, name) is not None}
-    if copies > 1 and strategy != "NO_SHARD":
-        given |= {"data_parallel_replicate_degree": copies, "data_parallel_shard_degree": shards}
-    return {**_shared(config), **given, "sharding_strategy": strategy}
-
-
-def _version_2(config: FSDPConfig, copies: int, shards: int) -> dict[str, Any]:
-    reshard = config.reshard_after_forward
-    if reshard is None:
-        reshard = config.sharding_strategy not in KEEPING
-    hybrid = {"copies": copies, "shards": shards} if copies > 1 else {}
-    return {**_shared(config), **hybrid, "reshard_after_forward": reshard}
+    return replicas, shards
 
 
 BlockChoice = int | tuple[int | str, ...] | str

@@ -221,15 +221,8 @@ def _around_adapters(run: TrainConfig) -> Iterator[Problem]:
             "callbacks.hf_checkpointer",
             "exports whole models, and this one has adapters. Remove it; `mptfoundry export` takes a run.",
         )
-    fsdp = run.fsdp_config
-    for key, value, why in (
-        ("use_orig_params", False, "trainable and frozen parameters would be one"),
-        ("activation_checkpointing_reentrant", True, "no gradient would reach the adapters"),
-    ):
-        if fsdp is not None and getattr(fsdp, key) is value:
-            yield f"fsdp_config.{key}", f"{str(value).lower()}: with model.peft_config {why}. Remove it."
-    if fsdp is not None and run.model.bits:
-        text = "is for whole copies: it can't be sharded. Remove fsdp_config."
+    if run.fsdp_config is not None and run.model.bits:
+        text = "is for whole models: a quantized base can't be sharded. Remove fsdp_config."
         yield f"model.load_in_{run.model.bits}bit", text
 
 

@@ -8,10 +8,8 @@ set only here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Annotated, Any, Literal
 
-from mptfoundry.architecture.trainable import Learned, count_learned
 from mptfoundry.config.data import LoaderConfig, loaders_by_label
 from mptfoundry.config.engine.durations import Duration, parse_duration
 from mptfoundry.config.engine.forms import parse_count
@@ -187,11 +185,6 @@ class TrainConfig:
             return self.save_latest_filename
         is_sharded = self.fsdp_config is not None and self.fsdp_config.state_dict_type == "sharded"
         return "latest-sharded-rank{rank}" if is_sharded else "latest-rank{rank}.pt"
-
-    @cached_property
-    def learned(self) -> Learned:
-        """How many of the model's parameters are trainable."""
-        return count_learned(self.model.network(), self.model.peft_config, self.optimizer.disable_grad)
 
     def batches(self) -> int | None:
         """Steps of the run; None where they depend on the size of the data."""

@@ -1,15 +1,14 @@
-"""Less memory for activations: parts of blocks that are computed anew in backward, or kept by the CPU.
+"""Activation checkpointing: parts of blocks are recomputed in backward, or their activations kept by the CPU.
 
-It works on the network itself, before any sharding, so that it is the same under both versions of FSDP, with
-whole copies and on one device. What FSDP does around a block's forward stays outside: weights are gathered
-once for computing anew and for backward.
+It works on the network itself, before any sharding, so it is the same with FSDP, with DDP and on one device.
+What FSDP does around a block's forward stays outside: weights are gathered once for recomputation and
+backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -22,55 +21,44 @@ from torch.utils.checkpoint import checkpoint
 MODULES = {"block": ("",), "attention": ("attn",), "mlp": ("ffn",), "norm": ("norm_1", "norm_2")}
 
 
-@dataclass(frozen=True)
-class Recomputation:
-    """How a module's activations are kept.
-
-    Attributes:
-        computes_anew: Keep the inputs alone, and run forward again in backward, with the same dropout.
-        offloads: Keep what is kept in the CPU's memory, weights excepted.
-        reentrant: Compute anew in PyTorch's older way.
-    """
-
-    computes_anew: bool = True
-    offloads: bool = False
-    reentrant: bool = False
-
-
-def recompute(network: Any, parts: Mapping[str, Iterable[int]], how: Recomputation) -> None:
+def checkpoint_activations(
+    network: Any, parts: Mapping[str, Iterable[int]], *, recompute: bool = True, offload: bool = False
+) -> None:
     """Change how parts of `network.transformer.blocks` keep their activations; the numbers stay the same.
 
     Args:
         network: The network; its parameters may still be on the meta device.
         parts: `block`, `attention`, `mlp`, `norm` -> numbers of blocks.
-        how: How they are to be kept.
+        recompute: Keep only the inputs, and run forward again in backward, with the same dropout.
+        offload: Keep what is kept in the CPU's memory, weights excepted.
     """
     for part, blocks in parts.items():
         for number in blocks:
             for name in MODULES[part]:
                 module = network.transformer.blocks[number].get_submodule(name)
-                module.recomputation = how
-                module.__class__ = _recomputed(module.__class__)
+                module.recomputes, module.offloads = recompute, offload
+                module.__class__ = _checkpointed(module.__class__)
 
 
-class Recomputed(nn.Module):
-    """Put before a module's own class: its forward, with less kept for backward."""
+class Checkpointed(nn.Module):
+    """Comes before a module's own class: its forward, with less kept for backward."""
 
-    recomputation: Recomputation
+    recomputes: bool
+    offloads: bool
 
     def forward(self, *args: Any) -> Any:
-        """What the module's own class gives."""
-        how, forward = self.recomputation, super().forward
-        with _offloading(self) if how.offloads else nullcontext():
-            if how.computes_anew:
-                return checkpoint(forward, *args, use_reentrant=how.reentrant)
+        """What the module's own class returns."""
+        forward = super().forward
+        with _offloading(self) if self.offloads else nullcontext():
+            if self.recomputes:
+                return checkpoint(forward, *args, use_reentrant=False)
             return forward(*args)
 
 
 @cache
-def _recomputed(cls: type[nn.Module]) -> type[nn.Module]:
+def _checkpointed(cls: type[nn.Module]) -> type[nn.Module]:
     # As FSDP2 does it: names, state and `isinstance` stay as they are, and a copy is a copy.
-    return type(f"Recomputed{cls.__name__}", (Recomputed, cls), {})
+    return type(f"Checkpointed{cls.__name__}", (Checkpointed, cls), {})
 
 
 def _offloading(module: nn.Module) -> saved_tensors_hooks:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
-from mptfoundry.models.lora import FirstValue, beside, is_adapter, keep_adapters_alone
+from mptfoundry.models.lora import FirstValue, is_adapter, keep_adapters_alone, with_adapters
 from mptfoundry.mpt.flops import flops_per_token
 from mptfoundry.mpt.init import draw
 from mptfoundry.mpt.network import MPT, MPTOutput
@@ -31,14 +31,14 @@ class ComposerMPT(ComposerModel):
     `model.transformer...`.
 
     Attributes:
-        inputs: What of a batch the network takes by name, beside `input_ids`.
+        inputs: What the network takes of a batch by name, besides `input_ids`.
 
     Args:
         network: The network; its parameters may still be on the meta device.
         eval_metrics: Metrics of evaluation by name; each is updated with (batch, the network's output).
         tokenizer: Kept for those who look for it here, such as Composer's text callbacks.
         seed: For weights that are still on the meta device, drawn once FSDP has placed them.
-        extra_flops_per_token: Beside those of learning all of the network; negative where some is frozen.
+        extra_flops_per_token: On top of those of training the whole network; negative where some is frozen.
     """
 
     inputs: tuple[str, ...] = ("attention_mask", "sequence_id", "prefix_mask", "max_documents", "labels")
@@ -69,7 +69,7 @@ class ComposerMPT(ComposerModel):
     def start_from(self, first_value: FirstValue) -> None:
         """Take weights that are still on the meta device from `first_value`, once FSDP has placed them."""
         names = {module: name for name, module in self.model.named_modules()}
-        first_value = beside(first_value, self._seed)
+        first_value = with_adapters(first_value, self._seed)
 
         def set_weights(module: nn.Module) -> None:
             _initialize(module, names[module], first_value)

@@ -1,8 +1,8 @@
-"""Adapters in a network, put there by peft: what they begin with, and what a checkpoint keeps.
+"""peft's adapters in a network: their first values, and what a checkpoint keeps of them.
 
-peft takes the place of a matrix by a module that holds it as `base_layer` beside `lora_A` and `lora_B`. The
-network stays what it was around them: FSDP wraps its blocks, and nothing else knows. A checkpoint has the
-adapters alone, and a fingerprint of the base whose weights a resumed run reads anew.
+peft replaces a matrix by a module that holds it as `base_layer` next to `lora_A` and `lora_B`. The rest of
+the network stays as it was: FSDP wraps its blocks as before. A checkpoint has the adapters alone, and a
+fingerprint of the base, whose weights a resumed run reads again.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mptfoundry.mpt.init import draw_numbers
 
 
 class FirstValue(Protocol):
-    """Gives what a parameter begins with, all of it or the rows from the first to before the last."""
+    """Gives a parameter's first value, whole or the rows from the first to before the last."""
 
     def __call__(self, name: str, shape: tuple[int, ...], rows: tuple[int, int] | None = None, /) -> Tensor:
         """On the CPU, in any number format."""
@@ -35,7 +35,7 @@ def add_adapters(
     fingerprint: Tensor,
     seed: int,
 ) -> None:
-    """Put adapters into a network, in place; nothing but they is learned from now on.
+    """Put adapters into a network, in place; from then on only they are trainable.
 
     Args:
         network: Its parameters may be on the meta device, and so are the adapters then.
@@ -74,13 +74,13 @@ def is_adapter(name: str) -> bool:
 
 
 def draw_adapter(name: str, shape: tuple[int, ...], seed: int, rows: tuple[int, int] | None = None) -> Tensor:
-    """What an adapter begins with in peft: `lora_A` (r, in) uniform up to 1 / sqrt(in), `lora_B` zero."""
+    """An adapter's first value in peft: `lora_A` (r, in) uniform up to 1 / sqrt(in), `lora_B` zero."""
     bound = 0.0 if ".lora_B." in name else 1 / math.sqrt(shape[1])
     return draw_numbers(("uniform", (-bound, bound)), name, shape, seed, rows)
 
 
-def beside(first_value: FirstValue, seed: int) -> FirstValue:
-    """First values of a network with adapters, of which `first_value` knows the base alone."""
+def with_adapters(first_value: FirstValue, seed: int) -> FirstValue:
+    """First values of a network with adapters; `first_value` gives those of the base."""
 
     def value(name: str, shape: tuple[int, ...], rows: tuple[int, int] | None = None) -> Tensor:
         if is_adapter(name):
@@ -91,14 +91,14 @@ def beside(first_value: FirstValue, seed: int) -> FirstValue:
 
 
 def keep_adapters_alone(model: nn.Module) -> None:
-    """Leave the base out of the state dicts of a model that holds such a network, and don't miss it there."""
+    """Leave the base out of the state dicts of a model with adapters, both in saving and in loading."""
 
     def leave_out(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in [name for name in state if name.startswith(prefix) and not _is_kept(name)]:
             del state[name]
 
-    def not_missed(module: nn.Module, found: Any) -> None:
-        found.missing_keys[:] = [name for name in found.missing_keys if _is_kept(name)]
+    def not_missed(module: nn.Module, keys: Any) -> None:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if _is_kept(name)]
 
     model.register_state_dict_post_hook(leave_out)
     model.register_load_state_dict_post_hook(not_missed)

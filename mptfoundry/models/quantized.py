@@ -1,6 +1,6 @@
-"""A network whose blocks' matrices are kept in 8 or 4 bits by bitsandbytes, for adapters to stand beside.
+"""A base of adapters whose blocks' matrices bitsandbytes keeps in 8 or 4 bits.
 
-They are quantized from the weights as these are read, and are only multiplied with: nothing learns them.
+They are quantized from the weights as these are read, and are not trainable.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _quantized(linear: nn.Linear, bits: Literal[8, 4], dtype: torch.dtype, kinds
         made = kinds.Linear4bit(
             linear.in_features, linear.out_features, bias=bias, compute_dtype=dtype, quant_type="nf4"
         )
-        # On some CPUs an evaluation would round the weights' scales for good, and training go on with those.
+        # On some CPUs an evaluation would round the weights' scales, and training would keep those.
         made.support_avx512bf16_for_cpu = False
         made.weight = kinds.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
     else:

@@ -1,7 +1,7 @@
-"""What FSDP2 can and Composer doesn't ask of it: copies of shards, explicit prefetch, and starting on a CPU.
+"""What FSDP2 can do and Composer doesn't ask of it: hybrid sharding, explicit prefetch, starting on a CPU.
 
-Ranks stand in a mesh of (copies, shards): each row of it holds the weights once, cut into shards. One copy is
-full sharding; with more, gradients are summed up within a row and then averaged over the rows.
+Ranks form a mesh of (replicas, shards): each row of it holds the weights once, cut into shards. One replica
+is full sharding; with more, gradients are summed within a row and then averaged over the rows.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from torch.distributed.fsdp import FSDPModule
 
 
 class HybridConfig(FSDP2Config):
-    """FSDP2 in several copies; Composer makes the mesh of what the two properties say.
+    """FSDP2 with several replicas; Composer makes the mesh from the two properties.
 
     Args:
-        copies: How often the weights exist.
-        shards: Into how many parts each copy is cut; `copies * shards` is the number of ranks.
+        replicas: How often the weights exist.
+        shards: Into how many shards each replica is cut; `replicas * shards` is the number of ranks.
         options: As for `FSDP2Config`.
     """
 
-    def __init__(self, *, copies: int, shards: int, **options: Any) -> None:
+    def __init__(self, *, replicas: int, shards: int, **options: Any) -> None:
         super().__init__(**options)
-        self._copies, self._shards = copies, shards
+        self._replicas, self._shards = replicas, shards
 
     @property
     def data_parallel_replicate_degree(self) -> int:
         """How often the weights exist."""
-        return self._copies
+        return self._replicas
 
     @property
     def data_parallel_shard_degree(self) -> int:
-        """Into how many parts each copy is cut."""
+        """Into how many shards each replica is cut."""
         return self._shards
 
 
@@ -58,7 +58,7 @@ def prefetch(network: Any, *, forward: int, backward: int) -> None:
 
 
 def start_on_the_cpu(network: nn.Module) -> None:
-    """Have shards of what is on the meta device get their memory here, where Composer asks for a GPU's."""
+    """Allocate shards of parameters on the meta device on the CPU, where Composer asks for a GPU."""
     for module in network.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             module.to_empty = partial(_to_empty_on_the_cpu, module)  # type: ignore[method-assign]

@@ -16,7 +16,6 @@ from composer.algorithms.gradient_clipping.gradient_clipping import apply_gradie
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
 from mptfoundry.errors import ConfigError
@@ -68,26 +67,16 @@ class GradientClipping(Algorithm):
     def _clip(self, state: State) -> None:
         threshold = self.clipping_threshold
         by_norm = threshold if self.clipping_type == "norm" else None
-        roots = [
-            module
-            for module in state.model.modules()
-            if isinstance(module, FullyShardedDataParallel) and module.check_is_root()
-        ]
-        if roots:
-            limit = float("inf") if by_norm is None else by_norm
-            norms = torch.stack([root.clip_grad_norm_(limit).float() for root in roots])
-            self.grad_norm = torch.linalg.vector_norm(norms)
-        else:
-            gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-            self.grad_norm = global_norm(gradients)
-            if by_norm is not None:
-                scale_to_norm(gradients, self.grad_norm, by_norm)
+        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
+        self.grad_norm = global_norm(gradients)
+        if by_norm is not None:
+            scale_to_norm(gradients, self.grad_norm, by_norm)
         if threshold is None or self.clipping_type == "norm":
             return
         if self.clipping_type == "value":
             clamp(state.model.parameters(), threshold)
         else:
-            apply_gradient_clipping(state.model, "adaptive", threshold, fsdp_enabled=bool(roots))
+            apply_gradient_clipping(state.model, "adaptive", threshold, fsdp_enabled=False)
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -1,6 +1,6 @@
-"""Which parameters are learned, and with which options: groups by name pattern.
+"""Which parameters are trainable, and with which options: groups by name pattern.
 
-A pattern is a regular expression that is searched in the parameter's name, such as
+A pattern is a regular expression to search for in a parameter's name, such as
 `transformer.blocks.0.attn.Wqkv.weight`: `^transformer\\.wte` is the embedding, `norm` every norm.
 """
 
@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from mptfoundry.architecture.trainable import pattern_problem
 from mptfoundry.errors import ConfigError
 
 
@@ -20,47 +19,39 @@ def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     *,
     param_groups: Sequence[Mapping[str, Any]] = (),
-    disable_grad: str | Sequence[str] = (),
+    disable_grad: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Freeze what `disable_grad` names, and sort the rest into an optimizer's groups.
+
+    The config has checked that every pattern matches a parameter, and that some stay trainable.
 
     Args:
         named_parameters: Names and parameters, as from `module.named_parameters()`.
         param_groups: One mapping for each group: `param_str_match`, its pattern, and the options of its own
             (`lr`, `weight_decay`, ...). A parameter goes into the first group that matches it.
-        disable_grad: One pattern or several; parameters that match get `requires_grad = False` and no group.
+        disable_grad: Patterns; parameters that match get `requires_grad = False` and no group.
 
     Returns:
         The groups: first the parameters that no pattern matches, if any, with the optimizer's own options,
         then one for each of `param_groups`, in their order.
 
     Raises:
-        ConfigError: A pattern is no regular expression or matches nothing, or nothing is left to learn.
+        ConfigError: A pattern matches only parameters that are frozen or in a group above.
     """
-    named = dict(named_parameters)
-    patterns = [disable_grad] if isinstance(disable_grad, str) else list(disable_grad)
-    asked = [("disable_grad", pattern) for pattern in patterns]
-    asked += [
-        (f"param_groups[{i}].param_str_match", g["param_str_match"]) for i, g in enumerate(param_groups)
-    ]
-    names = list(named)
-    problems = [(key, text) for key, pattern in asked if (text := pattern_problem(pattern, names))]
-    if problems:
-        raise ConfigError([f"optimizer.{key}: {text}" for key, text in problems])
-    for name, parameter in named.items():
-        if any(re.search(pattern, name) for pattern in patterns):
+    trainable = {}
+    for name, parameter in named_parameters:
+        if any(re.search(pattern, name) for pattern in disable_grad):
             parameter.requires_grad_(False)
-    learned = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
-    if not learned:
-        raise ConfigError("optimizer.disable_grad: every parameter is frozen. Leave one or more to learn.")
+        if parameter.requires_grad:
+            trainable[name] = parameter
     groups = []
     for i, group in enumerate(param_groups):
-        names = [name for name in learned if re.search(group["param_str_match"], name)]
+        names = [name for name in trainable if re.search(group["param_str_match"], name)]
         if not names:
             raise ConfigError(
                 f"optimizer.param_groups[{i}].param_str_match: {group['param_str_match']} matches only "
                 "parameters that are frozen or in a group above. Move the group up, or take it out."
             )
         options = {key: value for key, value in group.items() if key != "param_str_match"}
-        groups.append({"params": [learned.pop(name) for name in names], **options})
-    return [{"params": list(learned.values())}, *groups] if learned else groups
+        groups.append({"params": [trainable.pop(name) for name in names], **options})
+    return [{"params": list(trainable.values())}, *groups] if trainable else groups

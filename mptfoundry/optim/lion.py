@@ -47,7 +47,7 @@ def lion_step(
         grad: Their gradient, of the same shape.
         exp_avg: The momentum `m`, of the same shape; zeros before the first step.
         lr: The learning rate of this step.
-        initial_lr: The learning rate at the schedule's height, `lr_0`.
+        initial_lr: The learning rate at the top of the schedule, `lr_0`.
         weight_decay: Share of every weight that is taken in a step at full learning rate.
         betas: How much of the momentum is kept: for the direction, and in the momentum itself.
 
@@ -67,7 +67,7 @@ class DecoupledLionW(torch.optim.Optimizer):
 
     Args:
         params: Parameters, or groups of them with options of their own.
-        lr: The learning rate at the schedule's height. LION needs a tenth to a third of Adam's.
+        lr: The learning rate at the top of the schedule. LION needs a tenth to a third of Adam's.
         betas: How much of the momentum is kept: for the direction, and in the momentum itself.
         weight_decay: Share of every weight that is taken in a step at full learning rate.
 
@@ -88,7 +88,7 @@ class DecoupledLionW(torch.optim.Optimizer):
         """Add parameters that share options; what the group leaves out is the optimizer's default."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        # Sharding makes groups anew in the middle of a schedule, where `lr` may be 0; `initial_lr` never is.
+        # Sharding makes groups again in the middle of a schedule, where `lr` may be 0; `initial_lr` never is.
         if group.setdefault("initial_lr", group["lr"]) <= 0:
             raise ConfigError(f"optimizer.lr: {group['initial_lr']} is not positive. Use a number above 0.")
         if not all(0 <= beta <= 1 for beta in group["betas"]):

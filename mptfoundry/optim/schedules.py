@@ -5,8 +5,8 @@ written as Composer writes it: `100ba` (batches), `1000000tok` (tokens), `4096sp
 `0.01dur` (a share of `max_duration`); a bare integer counts epochs. Different units may meet in one schedule:
 batches become samples or tokens by the sizes of a batch.
 
-Every schedule warms up in a line from 0, `alpha(t) = t / t_warmup` for `t < t_warmup`; the equations below
-say what follows. The factors are those of Composer's and llm-foundry's schedulers of these names. Composer
+Every schedule warms up linearly from 0, `alpha(t) = t / t_warmup` for `t < t_warmup`; the equations below say
+what follows. The factors are those of Composer's and llm-foundry's schedulers of these names. Composer
 moves the schedule on before its clock, so a step has the factor of the time at which the step before it
 began, and a run that warms up has a learning rate of 0 in its first two steps.
 """
@@ -48,9 +48,9 @@ class Schedule:
 
     Attributes:
         times: The schedule's times by name, as written; `t_max` and `t_warmup` always among them.
-        alpha: The equation after the warm-up, called with `t` and all `times`, in one unit.
+        alpha: The equation after the warmup, called with `t` and all `times`, in one unit.
         batch: Needed only where the units of `times` and of `max_duration` differ.
-        height: Where the warm-up ends.
+        height: The factor at the end of the warmup.
     """
 
     times: Mapping[str, str | int]
@@ -92,7 +92,7 @@ class Schedule:
                 "run."
             )
         end = f"t_max: {t_max}, where max_duration is {max_duration}"
-        # A warm-up may be cut short by the end: whoever tries out the first batches of a recipe wants that.
+        # The end may cut the warmup short: whoever tries the first batches of a recipe wants that.
         for name in ("t_decay", "t_cooldown"):
             if spans.get(name, 0) > spans["t_max"]:
                 raise ConfigError(
@@ -115,7 +115,7 @@ def constant_with_warmup(
     t_max: str | int = "1dur",
     batch: BatchSize | None = None,
 ) -> Schedule:
-    """`alpha(t) = alpha`, and the warm-up goes there."""
+    """`alpha(t) = alpha`, and the warmup ends there."""
     return Schedule({"t_warmup": t_warmup, "t_max": t_max}, lambda t, **_: alpha, batch, height=alpha)
 
 
@@ -142,7 +142,7 @@ def linear_decay_with_warmup(
     batch: BatchSize | None = None,
 ) -> Schedule:
     """`alpha(t) = alpha_i + (alpha_f - alpha_i) * tau`, with `tau = (t - t_warmup) / (t_max - t_warmup)`, at
-    most 1. The warm-up goes to `alpha_i`.
+    most 1. The warmup ends at `alpha_i`.
     """
 
     def alpha(t: float, *, t_warmup: float, t_max: float) -> float:
@@ -161,27 +161,22 @@ def inv_sqrt_with_warmup(
     alpha_f_cooldown: float = 0.0,
     batch: BatchSize | None = None,
 ) -> Schedule:
-    """Inverse square root, then a line down: made for runs whose end is moved later, as in llm-foundry.
+    """Inverse square root, then a linear cooldown: for runs whose end is moved later, as in llm-foundry.
 
-    With `t_c = max(t_warmup, t_max - t_cooldown)`, where the line begins:
+    With `t_c = max(t_warmup, t_max - t_cooldown)`, where the cooldown begins:
 
         alpha(t) = alpha_f_decay + (1 - alpha_f_decay) / sqrt((t - t_warmup + t_scale) / t_scale)  if t < t_c
         alpha(t) = alpha(t_c) + (alpha_f_cooldown - alpha(t_c)) * min(1, (t - t_c) / t_cooldown)   after
     """
-    if alpha_f_decay < alpha_f_cooldown:
-        raise ConfigError(
-            f"scheduler.alpha_f_decay: {alpha_f_decay} is less than alpha_f_cooldown: {alpha_f_cooldown}. "
-            "The learning rate would rise again at the end; use alpha_f_decay >= alpha_f_cooldown."
-        )
 
     def alpha(t: float, *, t_warmup: float, t_scale: float, t_cooldown: float, t_max: float) -> float:
-        t_line = max(t_warmup, t_max - t_cooldown)
+        t_begin = max(t_warmup, t_max - t_cooldown)
         decayed = alpha_f_decay + (1 - alpha_f_decay) / math.sqrt(
-            (min(t, t_line) - t_warmup + t_scale) / t_scale
+            (min(t, t_begin) - t_warmup + t_scale) / t_scale
         )
-        if t < t_line or t_cooldown == 0:
+        if t < t_begin or t_cooldown == 0:
             return decayed
-        return decayed + (alpha_f_cooldown - decayed) * _share(t - t_line, t_cooldown)
+        return decayed + (alpha_f_cooldown - decayed) * _share(t - t_begin, t_cooldown)
 
     times = {"t_warmup": t_warmup, "t_scale": t_scale, "t_cooldown": t_cooldown, "t_max": t_max}
     return Schedule(times, alpha, batch)
@@ -196,18 +191,18 @@ def warmup_stable_decay(
     decay: Literal["linear", "cosine", "sqrt"] = "linear",
     batch: BatchSize | None = None,
 ) -> Schedule:
-    """Full height until `t_max - t_decay`, then down to `alpha_f` (https://arxiv.org/abs/2404.06395):
+    """1 until `t_max - t_decay`, then decay to `alpha_f` (https://arxiv.org/abs/2404.06395):
 
         alpha(t) = 1 - (1 - alpha_f) * f(tau),  tau = (t - (t_max - t_decay)) / t_decay, from 0 to 1
 
     with `f(tau) = tau` (`linear`), `(1 - cos(pi * tau)) / 2` (`cosine`) or `sqrt(tau)` (`sqrt`,
     https://arxiv.org/abs/2405.18392).
     """
-    fall = DECAYS[decay]
+    shape = DECAYS[decay]
 
     def alpha(t: float, *, t_warmup: float, t_decay: float, t_max: float) -> float:
         tau = max(0.0, _share(t - (t_max - t_decay), t_decay))
-        return 1 - (1 - alpha_f) * fall(tau)
+        return 1 - (1 - alpha_f) * shape(tau)
 
     return Schedule({"t_warmup": t_warmup, "t_decay": t_decay, "t_max": t_max}, alpha, batch)
 

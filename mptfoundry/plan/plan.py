@@ -1,72 +1,82 @@
-"""A run in numbers and in words, from its config alone: what `mptfoundry check` prints.
+"""The plan of a run: every `auto` of its config decided for some devices, and its numbers.
 
-Parameters, FLOPs, tokens and batches are exact; memory and time are estimates and are called so. Nothing is
-built, and torch is not imported.
+A plan is made once, at the start of `check` and of a run, and handed down. Parameters, FLOPs, tokens and
+batches are exact; memory and time are estimates. Nothing is built, and torch is not imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import isqrt
+from typing import Any
 
-from mptfoundry.architecture.trainable import Learned
-from mptfoundry.config.data import LoaderConfig
-from mptfoundry.config.engine.durations import UNITS, parse_duration
-from mptfoundry.config.engine.forms import parse_count
-from mptfoundry.config.engine.secrets import redacted
+from mptfoundry.architecture.trainable import Learned, count_learned
+from mptfoundry.config.rules import split_problem
 from mptfoundry.config.run import TrainConfig
+from mptfoundry.errors import ConfigError
+from mptfoundry.mpt.backends import choose_backend, refusal, why_never, why_not
 from mptfoundry.mpt.flops import count_parameters, flops_per_token
-from mptfoundry.places import is_url
-from mptfoundry.plan.devices import GIB, Device, launcher_device
-from mptfoundry.plan.resolve import Memory, Resolved, device_batch, estimate_memory, resolve_auto
+from mptfoundry.mpt.head_config import HeadConfig
+from mptfoundry.plan.devices import GIB, Device
+from mptfoundry.plan.fsdp import Sharding, plan_sharding
+from mptfoundry.plan.memory import Memory, estimate_memory
+from mptfoundry.plan.packages import missing_packages
 
-# Only for the line on time, which says that it is assumed.
-ASSUMED_MFU = 0.4
-
-
-@dataclass(frozen=True)
-class Stream:
-    """What is known of a source of data before it is read.
-
-    Attributes:
-        place: Where it lies.
-        samples: Samples in it, where that is known.
-    """
-
-    place: str
-    samples: int | None = None
-
-
-# By loader (`train`, or an evaluation's label) and by stream.
-Streams = Mapping[tuple[str, str], Stream]
+# What each precision computes in, as torch calls it.
+COMPUTE_DTYPE = {"fp32": "float32", "amp_bf16": "bfloat16", "amp_fp16": "float16"}
+# The share of a device's memory to plan with: allocators leave gaps, and a CPU machine has other work.
+USABLE = {"gpu": 0.85, "cpu": 0.6}
+MOST_WORKERS = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run in numbers.
+    """A run on its devices. Values that the config gives stand as they are.
 
     Attributes:
         device: What it computes on.
-        resolved: What every `auto` means there.
+        precision: `precision`.
+        attn_impl: `model.attn_config.attn_impl`.
+        loss_fn: `model.loss_fn`.
+        sharding: How `fsdp_config` spreads the weights; None where every device holds all of them.
+        init_device: `model.init_device`.
+        device_train_batch_size: Sequences of one step on one device.
+        device_train_microbatch_size: Sequences that a device trains at once.
+        device_eval_batch_size: Sequences that a device evaluates at once.
+        num_workers: Reading processes for each device, by loader: `train`, and each evaluation label.
         parameters: Of the model.
-        learned: How many of them, and of adapters beside them, the run changes.
+        trainable: How many of them, and of adapters, the optimizer changes.
         flops_per_token: Of training, in the convention in which MFU is published.
         causal_flops_per_token: The same with only the attention that a causal model needs.
         tokens_per_batch: Of one step, over all devices.
         batches: Steps of the run; None where they depend on the size of the data or on time.
         memory: Of one device, estimated.
+        reasons: Why, by the key's path: one entry for each key that was `auto`, one for all `num_workers`.
+        missing: What the config asks for and this machine lacks, a GPU or a package, by the key's path, with
+            what to do. `check` plans such a run all the same, and `train` refuses to start it.
     """
 
     device: Device
-    resolved: Resolved
+    precision: str
+    attn_impl: str
+    loss_fn: str
+    sharding: Sharding | None
+    init_device: str
+    device_train_batch_size: int
+    device_train_microbatch_size: int
+    device_eval_batch_size: int
+    num_workers: dict[str, int]
     parameters: int
-    learned: Learned
+    trainable: Learned
     flops_per_token: int
     causal_flops_per_token: int
     tokens_per_batch: int
     batches: int | None
     memory: Memory
+    reasons: dict[str, str]
+    missing: dict[str, str]
 
     @property
     def tokens(self) -> int | None:
@@ -79,8 +89,8 @@ class Plan:
         return None if self.tokens is None else self.tokens * self.flops_per_token
 
     def seconds(self, mfu: float) -> float | None:
-        """How long the run takes where it reaches `mfu`, a share of the device's dense bf16 peak; None where
-        its length or that peak is unknown.
+        """How long the run takes at an MFU, a share of the device's dense bf16 peak; None where its length or
+        that peak is unknown.
         """
         if self.flops is None or self.device.peak_flops is None:
             return None
@@ -88,253 +98,159 @@ class Plan:
 
 
 def make_plan(config: TrainConfig, device: Device) -> Plan:
-    """The run that `config` describes on `device`, in numbers.
+    """The plan of `config` on `device`.
+
+    A config always gives the same plan on the same kind of machine, so that a run that is started again
+    computes the same numbers.
 
     Raises:
-        ConfigError: The batch does not split over the devices, or options exclude one another there.
+        ConfigError: The batch does not split over the devices, the attention backend can never serve this
+            model, or options exclude one another.
     """
-    resolved = resolve_auto(config, device)
-    flops = partial(flops_per_token, config.model, config.max_seq_len)
+    model, reasons, missing = config.model, {}, dict(missing_packages(config, device.torch_type))
+
+    def decide(key: str, value: Any, choice: Callable[[], tuple[Any, str]]) -> Any:
+        if value == "auto":
+            value, reasons[key] = choice()
+        return value
+
+    sharding, why = plan_sharding(config.fsdp_config, device)
+    if why:
+        reasons["fsdp_config"] = why
+    trainable = count_learned(model.network(), model.peft_config, config.optimizer.disable_grad)
+    share = device_batch(config, device)
+    precision = decide("precision", config.precision, lambda: choose_precision(device))
+    if problem := precision_problem(precision, device):
+        missing["precision"] = problem
+    memory = partial(estimate_memory, config, device, precision, sharding, trainable)
+    microbatch = decide(
+        "device_train_microbatch_size",
+        config.device_train_microbatch_size,
+        lambda: largest_microbatch(share, device, memory),
+    )
+    microbatch = min(microbatch, share)
+    attention, loss_fn = model.attn_config.attn_impl, getattr(model, "loss_fn", "auto")
+    dtype = COMPUTE_DTYPE[precision]
+    if attention != "auto" and (problem := _attention_problem(config, device, dtype)):
+        missing["model.attn_config.attn_impl"] = problem
+    loaders = {"train": config.train_loader, **config.eval_loaders}
+    flops = partial(flops_per_token, model, config.max_seq_len)
     return Plan(
         device=device,
-        resolved=resolved,
-        parameters=count_parameters(config.model),
-        learned=config.learned,
-        flops_per_token=flops(causal=False) + config.learned.extra_flops_per_token,
-        causal_flops_per_token=flops(causal=True) + config.learned.extra_flops_per_token,
+        precision=precision,
+        attn_impl=decide(
+            "model.attn_config.attn_impl", attention, lambda: choose_backend(model, device.torch_type, dtype)
+        ),
+        loss_fn="torch" if isinstance(model, HeadConfig) else decide("model.loss_fn", loss_fn, _choose_loss),
+        sharding=sharding,
+        init_device=_init_device(config, sharding, decide),
+        device_train_batch_size=share,
+        device_train_microbatch_size=microbatch,
+        device_eval_batch_size=decide(
+            "device_eval_batch_size", config.device_eval_batch_size, lambda: (microbatch, "as in training")
+        ),
+        num_workers={
+            name: decide("num_workers", loader.num_workers, lambda: choose_workers(device))
+            for name, loader in loaders.items()
+        },
+        parameters=count_parameters(model),
+        trainable=trainable,
+        flops_per_token=flops(causal=False) + trainable.extra_flops_per_token,
+        causal_flops_per_token=flops(causal=True) + trainable.extra_flops_per_token,
         tokens_per_batch=config.global_train_batch_size * config.max_seq_len,
         batches=config.batches(),
-        memory=estimate_memory(config, device, resolved.device_train_microbatch_size, resolved.precision),
+        memory=memory(microbatch),
+        reasons=reasons,
+        missing=missing,
     )
 
 
-def summary_table(config: TrainConfig, device: Device | None = None, streams: Streams | None = None) -> str:
-    """What `mptfoundry check` prints: the run in a short table.
+def refuse_missing(plan: Plan) -> None:
+    """Raises ConfigError where the config asks for what this machine lacks."""
+    if plan.missing:
+        raise ConfigError([f"{key}: {text}" for key, text in plan.missing.items()])
 
-    Args:
-        config: The run.
-        device: What it computes on. Default: what the `composer` launcher would give it here.
-        streams: What is known of the data.
+
+def device_batch(config: TrainConfig, device: Device) -> int:
+    """Sequences of one step on one device.
 
     Raises:
-        ConfigError: The batch does not split over the devices, or options exclude one another there.
+        ConfigError: The global batch does not split over the devices.
     """
-    device = device or launcher_device()
-    plan = make_plan(config, device)
-    streams = streams or {}
-    epochs = epochs_of_streams(config, streams)
-    rows = [
-        ("model", _model_in_words(config, plan)),
-        *_learned_in_words(config, plan.learned),
-        ("FLOPs", f"{plan.flops_per_token:.4g} per token, {plan.causal_flops_per_token:.4g} if causal"),
-        ("batch", _batch_in_words(config, plan)),
-        ("duration", _duration_in_words(config, plan, streams)),
-        ("learning rate", _learning_rate_in_words(config)),
-        *_data_in_words("train on", "train", config.train_loader, streams, epochs),
-        *(
-            row
-            for label, loader in config.eval_loaders.items()
-            for row in _data_in_words(f"eval {label}", label, loader, streams, {})
-        ),
-        *_tokenizer_in_words(config),
-        ("run folder", _run_folder_in_words(config)),
-        ("device", f"{device.count} x {device.name} ({device.found})"),
-        *zip(("memory", ""), _memory_in_words(plan), strict=True),
-        ("time", _time_in_words(plan)),
-    ]
-    width = max(len(name) for name, _ in rows) + 2
-    lines = [config.run_name, *(f"  {name:{width}}{text}".rstrip() for name, text in rows)]
-    return "\n".join([*lines, "  auto, here", *_auto_in_words(plan.resolved)])
+    batch = config.global_train_batch_size
+    if problem := split_problem(batch, device.count):
+        raise ConfigError(f"global_train_batch_size: {problem}")
+    return batch // device.count
 
 
-def _model_in_words(config: TrainConfig, plan: Plan) -> str:
-    model, attn = config.model, config.model.attn_config
-    positions = "ALiBi" if attn.alibi else "rotary" if attn.rope else "learned"
-    if not (attn.alibi or attn.rope or model.learned_pos_emb):
-        positions = "no"
-    heads = f"{model.n_heads} heads" + (f" ({model.kv_heads} for keys)" * (model.kv_heads < model.n_heads))
-    biases = "no biases" if model.no_bias else "biases"
-    return (
-        f"{plan.parameters:,} parameters: {model.n_layers} layers, width {model.d_model}, {heads}, "
-        f"{positions} positions, {biases}, vocabulary {model.vocab_size}"
+def choose_precision(device: Device) -> tuple[str, str]:
+    """What `precision: auto` means, and why."""
+    if device.kind == "cpu":
+        return "fp32", "a CPU computes in float32; Composer refuses amp_bf16 there"
+    if device.has_bf16:
+        return "amp_bf16", "this GPU multiplies in bfloat16 at full speed"
+    return "fp32", "this GPU has no bfloat16 units"
+
+
+def precision_problem(precision: str, device: Device) -> str | None:
+    """Why a device can't compute in a precision, and what to do; None if it can."""
+    if device.kind == "cpu" and precision != "fp32":
+        return f"{precision} needs a GPU. A CPU computes in float32: use auto or fp32."
+    return None
+
+
+def choose_workers(device: Device) -> tuple[int, str]:
+    """What `num_workers: auto` means, and why."""
+    if device.kind == "cpu":
+        return 0, "the processor that would read ahead is the one that computes"
+    workers = min(MOST_WORKERS, max(1, device.cores - 1))
+    return workers, f"{device.cores} CPU cores for each GPU; samples of tokens need few readers"
+
+
+def largest_microbatch(share: int, device: Device, memory: Callable[[int], Memory]) -> tuple[int, str]:
+    """The largest divisor of a device's batch, `share`, whose estimated memory fits, and why."""
+    if device.memory is None:
+        return 1, "the device's memory is not known"
+    room = int(USABLE[device.kind] * device.memory)
+    small = [size for size in range(1, isqrt(share) + 1) if share % size == 0]
+    for size in sorted({*small, *(share // size for size in small)}, reverse=True):
+        need = memory(size).total
+        if need <= room:
+            fits = f"about {need / GIB:.1f} GiB of {device.memory / GIB:.1f} GiB"
+            return size, f"the largest divisor of {share} that fits: {fits}"
+    return 1, (
+        f"estimated {need / GIB:.1f} GiB, where {room / GIB:.1f} GiB of {device.memory / GIB:.1f} GiB can be "
+        "planned with"
     )
 
 
-def _learned_in_words(config: TrainConfig, learned: Learned) -> list[tuple[str, str]]:
-    """Only where something is frozen."""
-    if not learned.frozen:
-        return []
-    share = learned.learned / (learned.learned + learned.frozen)
-    text = f"{learned.learned:,} parameters, {share:.2%}"
-    if (lora := config.model.peft_config) is not None:
-        text += f": LoRA of rank {lora.r} on {', '.join(lora.targets(config.model))}"
-    if config.optimizer.disable_grad:
-        text += f"; frozen: {', '.join(config.optimizer.disable_grad)}"
-    return [("learned", text)]
+def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str | None:
+    """Why the backend that the config names can't serve this model here, and what to do; None if it can.
+
+    Raises:
+        ConfigError: It can't serve this model on any machine.
+    """
+    model, name = config.model, config.model.attn_config.attn_impl
+    # `precision: auto` is bfloat16 on the machines that a backend for GPUs is meant for.
+    anywhere = "bfloat16" if config.precision == "auto" else dtype
+    if never := why_never(name, model, anywhere):
+        raise ConfigError(f"model.{refusal(name, never, model, device.torch_type, dtype)}")
+    if reason := why_not(name, model, device.torch_type, dtype):
+        return refusal(name, reason, model, device.torch_type, dtype).partition(": ")[2]
+    return None
 
 
-def _batch_in_words(config: TrainConfig, plan: Plan) -> str:
-    share = device_batch(config, plan.device)
-    return (
-        f"{config.global_train_batch_size} sequences of {config.max_seq_len}: {plan.tokens_per_batch:,} "
-        f"tokens; {share} for each device, {plan.resolved.device_train_microbatch_size} at once"
-    )
+def _choose_loss() -> tuple[str, str]:
+    return "torch_crossentropy", "exact, in chunks of tokens: the full logits never exist"
 
 
-def _duration_in_words(config: TrainConfig, plan: Plan, streams: Streams) -> str:
-    if plan.batches is None or plan.tokens is None or plan.flops is None:
-        number, unit = parse_duration(config.max_duration)
-        epoch = _samples_of_an_epoch(config, streams)
-        if unit == "ep" and epoch is not None:
-            batches = int(number) * int(epoch // config.global_train_batch_size)
-            return f"{number:g} epochs, about {batches:,} batches, {batches * plan.tokens_per_batch:,} tokens"
-        return f"{number:g} {UNITS[unit]}; how many batches depends on the size of the data"
-    return f"{plan.batches:,} batches, {plan.tokens:,} tokens, {plan.flops:.4g} FLOPs"
-
-
-def _learning_rate_in_words(config: TrainConfig) -> str:
-    optimizer, schedule = config.optimizer, config.scheduler
-    top = f"{optimizer.name}: up to {optimizer.lr:g} over {schedule.t_warmup}, "
-    end = "the end" if schedule.t_max == "1dur" else str(schedule.t_max)
-    if schedule.name == "constant_with_warmup":
-        return f"{top}then {optimizer.lr * schedule.alpha:g}"
-    if schedule.name == "inv_sqrt_with_warmup":
-        return (
-            f"{top}falling as 1 / sqrt(time) on the scale of {schedule.t_scale}, in the last "
-            f"{schedule.t_cooldown} to {optimizer.lr * schedule.alpha_f_cooldown:g} at {end}"
+def _init_device(config: TrainConfig, sharding: Sharding | None, decide: Callable[..., Any]) -> str:
+    """Where weights are made. They are the same everywhere, so `cpu` may take the place of `meta`."""
+    key, value = "model.init_device", config.model.init_device
+    if sharding is None or config.fsdp_config is None:
+        return decide(
+            key, "auto" if value != "cpu" else value, lambda: ("cpu", "every device holds all weights")
         )
-    last = f"{optimizer.lr * schedule.alpha_f:g} at {end}"
-    if schedule.name == "warmup_stable_decay":
-        return f"{top}level, in the last {schedule.t_decay} falling ({schedule.decay}) to {last}"
-    return f"{top}then along {'a cosine' if schedule.name == 'cosine_with_warmup' else 'a line'} to {last}"
-
-
-def epochs_of_streams(config: TrainConfig, streams: Streams) -> dict[str, float]:
-    """How often the run reads each stream of its training data on average, as far as its size is known."""
-    sources, batches = config.train_loader.dataset.sources, config.batches()
-    weights: dict[str, float | None] = {name: stream.proportion for name, stream in sources.items()}
-    if None in weights.values():
-        weights = _drawn_in_an_epoch(config, streams)
-    number, unit = parse_duration(config.max_duration)
-    epoch, whole = _samples_of_an_epoch(config, streams), _sum(weights)
-    run = batches * config.global_train_batch_size if batches is not None else None
-    if batches is None and unit == "ep" and epoch is not None:
-        run = int(number) * int(epoch)
-    found = {}
-    for name, weight in weights.items():
-        samples = _samples_of(name, streams)
-        if run and whole and samples and weight is not None:
-            found[name] = run * weight / whole / samples
-    return found
-
-
-def _drawn_in_an_epoch(config: TrainConfig, streams: Streams) -> dict[str, float | None]:
-    """Samples that an epoch of its own length draws of each stream; None where that is not known."""
-    drawn: dict[str, float | None] = {}
-    for name, stream in config.train_loader.dataset.sources.items():
-        samples = _samples_of(name, streams)
-        repeated = None if samples is None else samples * (1 if stream.repeat is None else stream.repeat)
-        drawn[name] = repeated if stream.choose is None else stream.choose
-    return drawn
-
-
-def _samples_of_an_epoch(config: TrainConfig, streams: Streams) -> float | None:
-    if config.train_loader.dataset.epoch_size is not None:
-        return parse_count(config.train_loader.dataset.epoch_size)
-    return _sum(_drawn_in_an_epoch(config, streams))
-
-
-def _samples_of(name: str, streams: Streams) -> int | None:
-    stream = streams.get(("train", name))
-    return None if stream is None else stream.samples
-
-
-def _sum(numbers: Mapping[str, float | None]) -> float | None:
-    """None where one of the numbers is not known."""
-    known = [number for number in numbers.values() if number is not None]
-    return sum(known) if len(known) == len(numbers) else None
-
-
-def _data_in_words(
-    name: str, loader_name: str, loader: LoaderConfig, streams: Streams, epochs: Mapping[str, float]
-) -> list[tuple[str, str]]:
-    """One row for each stream: its share, its name, where it lies, and what is known of its size."""
-    sources = loader.dataset.sources
-    total = sum(stream.proportion or 0 for stream in sources.values())
-    width = max(map(len, sources))
-    rows: list[tuple[str, str]] = []
-    for stream_name, stream in sources.items():
-        share = f"{stream.proportion / total:7.2%}" if stream.proportion is not None and total else "    all"
-        if stream.repeat is not None:
-            share = f"{stream.repeat:5g} x"
-        if stream.choose is not None:
-            share = f"{stream.choose:7,}"
-        split = stream.split or loader.dataset.split
-        place = place_of(stream.place, split)
-        known = streams.get((loader_name, stream_name), Stream(place))
-        text = f"{share}  {stream_name:{width}}  {known.place}"
-        if known.samples is not None:
-            text += f": {known.samples:,} samples"
-        if stream_name in epochs:
-            times = f"{epochs[stream_name]:.3g}"
-            text += f", read {times} time{'s' * (times != '1')}"
-        rows.append((name if not rows else "", text))
-    return rows
-
-
-def place_of(place: str | None, split: str | None) -> str:
-    """Where a stream lies, for people."""
-    return "/".join(filter(None, [redacted(place), split]))
-
-
-def _tokenizer_in_words(config: TrainConfig) -> list[tuple[str, str]]:
-    """Which special tokens the tokenizer adds to a text by itself, where it lies on this machine."""
-    from mptfoundry.tokenizer import adds_in_words, borders_of_folder
-
-    borders = borders_of_folder(config.tokenizer.name, config.tokenizer.kwargs)
-    return [] if borders is None else [("tokenizer", f"{config.tokenizer.name} {adds_in_words(borders)}")]
-
-
-def _run_folder_in_words(config: TrainConfig) -> str:
-    folder = (config.save_folder or "").replace("{run_name}", config.run_name)
-    if is_url(folder):
-        return f"runs/{config.run_name}, checkpoints in {folder}"
-    return folder or f"runs/{config.run_name}; no checkpoints, since save_folder is not given"
-
-
-def _memory_in_words(plan: Plan) -> tuple[str, str]:
-    parts = {name: size for name, size in vars(plan.memory).items() if size >= GIB / 100}
-    of = f" of {plan.device.memory / GIB:.1f}" if plan.device.memory else ""
-    total = f"estimated {plan.memory.total / GIB:.1f}{of} GiB for each device, of these:"
-    return total, ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
-
-
-def _time_in_words(plan: Plan) -> str:
-    seconds = plan.seconds(ASSUMED_MFU)
-    if seconds is None:
-        return "not known before it is measured"
-    days = seconds / 86400
-    span = f"{days:.1f} days" if days >= 2 else f"{seconds / 3600:.1f} hours"
-    return (
-        f"{span}, {days * 24 * plan.device.count:,.0f} device hours, if the MFU is {ASSUMED_MFU:.0%} "
-        "(assumed, not measured)"
-    )
-
-
-def _auto_in_words(resolved: Resolved) -> list[str]:
-    values = {
-        "precision": resolved.precision,
-        "device_train_microbatch_size": resolved.device_train_microbatch_size,
-        "device_eval_batch_size": resolved.device_eval_batch_size,
-        "model.attn_config.attn_impl": resolved.attn_impl,
-        "model.loss_fn": resolved.loss_fn,
-        "model.init_device": resolved.init_device,
-        "fsdp_config.version": resolved.fsdp_version,
-        "num_workers": ", ".join(sorted({str(number) for number in resolved.num_workers.values()})),
-    }
-    width = max(map(len, values))
-    return [
-        f"    {key:{width}} = {value!s:18} {resolved.reasons[key]}"
-        for key, value in values.items()
-        if key in resolved.reasons
-    ]
+    if config.fsdp_config.load_monolith_rank0_only:
+        return decide(key, value, lambda: ("mixed", "rank 0 loads the whole model"))
+    return decide(key, value, lambda: ("meta", "with FSDP each device draws only its own shards"))

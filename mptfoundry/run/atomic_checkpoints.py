@@ -1,9 +1,9 @@
-"""Checkpoints that are whole or absent, written while training goes on.
+"""Atomic checkpoints: whole or absent, and written while training continues.
 
-A save copies the state into the host's memory, which training waits for, and writes it in a thread, which it
-doesn't. The files come under a temporary name, are flushed to the disk and then renamed: a checkpoint that
-can be seen is complete. Older ones are deleted after that, never before. `latest-...` is replaced in one
-step; it is for people, and nothing here believes it.
+A save copies the state into the host's memory, for which training waits, and a thread writes it to the disk,
+for which it doesn't. Files get a temporary name, are flushed to the disk and then renamed, so a checkpoint
+that exists is complete. Older ones are deleted after that, never before. `latest-...` is replaced in one
+step; it is for people, and no code here reads it.
 
 Words: the *content* is the state of a run as Composer gives it; a *whole* checkpoint is one file that rank 0
 writes, a *sharded* one a folder with a file of each rank.
@@ -44,10 +44,11 @@ from mptfoundry.run.metrics_file import NAME as METRICS
 # Moments of the optimizers that a config names; before the first step they are not there to be counted.
 _MOMENTS = {"DecoupledLionW": 1, "DecoupledAdamW": 2}
 _MARGIN_BYTES = 1 << 20
+_SHARDED_NAME = "ep{epoch}-ba{batch}"
 
 
-class WholeCheckpoints(CheckpointSaver):
-    """Composer's saver, with another way to write.
+class AtomicCheckpoints(CheckpointSaver):
+    """Composer's saver, with another way to write checkpoints.
 
     Args:
         folder: A local folder.
@@ -55,14 +56,14 @@ class WholeCheckpoints(CheckpointSaver):
             comes last.
         upload_small: The same for small files next to checkpoints; one that it can't upload is owed, and
             comes with the next checkpoint.
-        describe: Called on rank 0 before each checkpoint is written, so that what lies next to it fits it;
-            gives the files that are new.
-        in_background: Write while training goes on; otherwise training waits.
+        describe: Called on rank 0 before each checkpoint is written, so that the files next to it fit it;
+            returns the files that are new.
+        in_background: Write while training continues; otherwise training waits.
         notes: What each checkpoint remembers of its run.
         options: Arguments of Composer's CheckpointSaver.
 
     Attributes:
-        save_seconds: What the last checkpoint took until it was there, in seconds.
+        save_seconds: Seconds from the call of the last save until its checkpoint existed.
 
     Raises:
         CheckpointError: When the trainer is built or at a save: it would not fit on the disk. At the batch
@@ -96,7 +97,7 @@ class WholeCheckpoints(CheckpointSaver):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
         self._writing: Future[None] | None = None
         self.save_seconds = 0.0
-        # Ranks that write together talk in a group of their own, beside what training says meanwhile.
+        # Ranks that write together have their own group, apart from training's collectives.
         self._group: Any = None
 
     def after_load(self, state: State, logger: Logger) -> None:
@@ -106,10 +107,10 @@ class WholeCheckpoints(CheckpointSaver):
         decided_by_rank_0(lambda: self._refuse_what_is_there(state))
         moments = 0 if self.weights_only else sum(_MOMENTS.get(type(o).__name__, 0) for o in state.optimizers)
         parameters = dict(state.model.named_parameters())
-        learned = [each for each in parameters.values() if each.requires_grad]
-        # Adapters are saved without the base that they stand beside.
-        kept = learned if any(ADAPTER in name for name in parameters) else list(parameters.values())
-        self._refuse_what_does_not_fit(kept + moments * learned, state)
+        trainable = [each for each in parameters.values() if each.requires_grad]
+        # Adapters are saved without their base.
+        kept = trainable if any(ADAPTER in name for name in parameters) else list(parameters.values())
+        self._refuse_what_does_not_fit(kept + moments * trainable, state)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Note where the run starts."""
@@ -119,7 +120,7 @@ class WholeCheckpoints(CheckpointSaver):
             self._group = torch.distributed.new_group(backend="gloo")
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """End the run if the checkpoint that was being written could not be."""
+        """End the run if the last checkpoint could not be written."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
@@ -128,16 +129,16 @@ class WholeCheckpoints(CheckpointSaver):
         self.wait()
 
     def close(self, state: State, logger: Logger) -> None:
-        """The same, however the run ends."""
+        """The same, also where the run ends with an error."""
         if self._pool is not None:
             self._pool.shutdown()
         self.wait()
 
     def post_close(self) -> None:
-        """Nothing of Composer's is open."""
+        """Composer's own saver would close what it never opened."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing: what has been saved is seen in the folder."""
+        """Empty: the folder tells what has been saved."""
         return {}
 
     def wait(self) -> None:
@@ -157,7 +158,8 @@ class WholeCheckpoints(CheckpointSaver):
         if self.notes is not None:
             content[RUN] = self.notes.to_text()
         self._refuse_what_does_not_fit(content, state)
-        target = Path(self._name(state, is_sharded=is_sharded))
+        name = f"{self.folder}/{_SHARDED_NAME}" if is_sharded else f"{self.folder}/{self.filename.filename}"
+        target = Path(format_name_with_dist_and_time(name, state.run_name, state.timestamp))
         self.all_saved_checkpoints_to_timestamp[str(target)] = state.timestamp
         self.saved_checkpoints.append(str(target))
         if is_sharded or dist.get_global_rank() == 0:
@@ -180,7 +182,7 @@ class WholeCheckpoints(CheckpointSaver):
         logger.log_metrics({"checkpoint/held_seconds": time.monotonic() - called_at})
 
     def _upload_what_is_owed(self) -> None:
-        """Upload small files; one that can't be is no reason to end a run."""
+        """Upload small files. A failure is printed, and does not end the run."""
         if self.upload_small is None or dist.get_global_rank() != 0:
             return
         for file in sorted(self._owed):
@@ -191,15 +193,8 @@ class WholeCheckpoints(CheckpointSaver):
             except CheckpointError as error:
                 print(f"{error} The run continues; the file comes with the next checkpoint.", flush=True)
 
-    def _name(self, state: State, *, is_sharded: bool) -> str:
-        if not is_sharded:
-            return self.filename.format(state)
-        assert state.fsdp_config is not None and state.fsdp_config.sharded_ckpt_prefix_dir is not None
-        prefix = f"{self.folder}/{state.fsdp_config.sharded_ckpt_prefix_dir}"
-        return format_name_with_dist_and_time(prefix, state.run_name, state.timestamp)
-
     def _tidy(self, state: State, target: Path) -> Callable[[], None]:
-        """What is left to do in a folder when a checkpoint is there."""
+        """What to do in the folder once a checkpoint exists: the link, and older checkpoints."""
         link = Path(self.latest_filename.format(state)) if self.latest_filename else None
         batch, keep = int(state.timestamp.batch), self.num_checkpoints_to_keep
 
@@ -246,7 +241,7 @@ class WholeCheckpoints(CheckpointSaver):
 
 @dataclass
 class _Save:
-    """One checkpoint on its way to the disk, and to where it is uploaded; `tidy` is called at the end."""
+    """One checkpoint on its way to the disk and to a store; `tidy` is called at the end."""
 
     content: dict[str, Any]
     target: Path
@@ -299,9 +294,9 @@ class _Save:
             self.content, storage_writer=writer, planner=planner, process_group=self.group, no_dist=alone
         )
         own = checksums_of(sorted(folder.glob(f"__{dist.get_global_rank()}_*.distcp")))
-        found = self._gathered(own)
+        gathered = self._gathered(own)
         if dist.get_global_rank() == 0:
-            every = {name: each for part in found for name, each in part.items()}
+            every = {name: each for part in gathered for name, each in part.items()}
             write_checksums(folder, {**every, **checksums_of([folder / METADATA])})
         return list(own)
 
@@ -315,12 +310,12 @@ class _Save:
             self.upload(self.target / name, f"{self.target.name}/{name}")
 
     def _gathered(self, own: Any) -> list[Any]:
-        """What each rank gives; nobody goes on before all have."""
+        """The values of all ranks, which wait here for one another."""
         if self.group is None:
             return [own]
-        found: list[Any] = [None] * dist.get_world_size()
-        torch.distributed.all_gather_object(found, own, group=self.group)
-        return found
+        gathered: list[Any] = [None] * dist.get_world_size()
+        torch.distributed.all_gather_object(gathered, own, group=self.group)
+        return gathered
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -356,7 +351,7 @@ def _tensors(content: Any) -> list[Tensor]:
 
 
 def _live(state: State) -> set[int]:
-    """Where the memory begins that training goes on to change."""
+    """Addresses of the memory that training keeps changing."""
     tensors = [*state.model.parameters(), *state.model.buffers()]
     tensors += [t for o in state.optimizers for t in _tensors(list(o.state.values()))]
     return {_address(tensor.detach()) for tensor in tensors}

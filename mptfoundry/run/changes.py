@@ -1,8 +1,9 @@
-"""What changed in a run's config, and in what it reads, between its checkpoint and this start, and what of it
-is refused.
+"""What changed in a run's config and in its data between its checkpoint and this start, and which changes are
+refused.
 
-Some keys make the run: with others of them it would go on as another one, and nothing in its curves would say
-so. They may change only where `allow_changes` names them. All else may change freely, and is shown.
+Some keys make the run: with other values it would continue as a different run, and nothing in its curves
+would show that. They may change only where `allow_changes` names them. All other keys may change, and are
+shown.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ class Change:
 
 @dataclass(frozen=True)
 class ChangedInput(Change):
-    """A stream or the tokenizer whose content is another one under the same key; values are fingerprints."""
+    """A stream or the tokenizer with other content under the same key; values are fingerprints."""
 
     def __str__(self) -> str:
         return f"{self.key}: has other content than before ({self.before[:8]} -> {self.after[:8]})"
@@ -185,7 +186,7 @@ def changes_since(path: Path, config: TrainConfig) -> list[Change]:
     """
     saved_config(path)
     try:
-        # What was written by an older version lacks what is new since; a default is no change.
+        # A file of an older version lacks keys that are new since; their defaults are not changes.
         there = to_yaml(load_train_config(path, ["allow_code=true"])[0])
     except ConfigError:
         there = path.read_text()
@@ -230,13 +231,13 @@ def refuse_changes(changes: Sequence[Change], config: TrainConfig, place: Path) 
     lines = [change.refusal(place) for change in refused]
     raise ConfigError(
         "\n".join(lines)
-        + f"\nThe run would go on as another one. Restore {'it' if len(refused) == 1 else 'them'}, "
+        + f"\nThe run would continue as a different one. Restore {'it' if len(refused) == 1 else 'them'}, "
         f"use another run_name, or set allow_changes=[{keys}]."
     )
 
 
 def makes_the_run(key: str, config: TrainConfig) -> bool:
-    """Whether a run goes on as another one when a key has another value."""
+    """Whether a run with another value of a key is a different run."""
     if _LOCAL.fullmatch(key) and _is_a_cache(key, config):
         return False
     place = re.sub(r"(\.streams\.)[^.]+", r"\1*", key)

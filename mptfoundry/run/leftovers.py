@@ -1,9 +1,9 @@
-"""What dead runs left in shared memory and in the temporary folder, and its removal.
+"""Remove what dead runs left in shared memory and in the temporary folder.
 
-A process that is killed cannot tidy up. Its blocks of shared memory stay, and so do the locks that streaming
-leaves even otherwise; streaming counts past each, so that every start takes a little longer. What is here
-belongs to nobody: no process has it mapped or open. The blocks and locks of one data set, `000017_*`, stay or
-go together. Only what belongs to this user is looked at.
+A process that is killed cannot clean up. Its blocks of shared memory stay, and so do the locks that streaming
+always leaves; streaming skips the number of each, so every start takes a little longer. A leftover is a file
+that no process has mapped or open. The blocks and locks of one data set, `000017_*`, stay or go together.
+Only files of this user are looked at.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def find_leftovers() -> list[Leftover]:
     if not (PROCESSES / "self" / "fd").is_dir():
         return []
     candidates = sorted({*_in_shared_memory(), *_in_temporary_folder()})
+    if not candidates:
+        return []
     # Looked at last: what came into use meanwhile is then seen in use.
     used = _used_files()
     living = {_number(Path(path).name) for path in used if Path(path).parent == SHARED_MEMORY} - {None}
@@ -78,11 +80,11 @@ def remove_leftovers(found: Iterable[Leftover]) -> list[Leftover]:
 
 
 def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
-    """Remove leftovers before a run opens its data; to be closed when that is done.
+    """Remove leftovers before a run opens its data; close the result when that is done.
 
     The ranks of a run look for a free number one after the other, and have to find the same. So nothing is
-    removed while another run on this machine starts, and what is returned keeps others from it. Called on one
-    rank of a machine, before the ranks meet.
+    removed while another run on this machine starts, and the result keeps others from removing. Every rank
+    calls this before the ranks meet; the first one of a machine does the work.
 
     Args:
         seconds: How long to wait for another process that removes leftovers.
@@ -91,6 +93,9 @@ def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
         TrainingError: It does not end.
     """
     starts = contextlib.ExitStack()
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        mark_logs()
+        return starts
     with contextlib.suppress(OSError):
         place = Path(tempfile.gettempdir()) / f"mptfoundry-{os.getuid()}.lock"
         file = starts.enter_context(os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)))
@@ -206,7 +211,7 @@ def _inode(path: Path) -> str:
 def _used_files() -> set[str]:
     """Every file that a process has open or mapped, of the processes that this user may look at.
 
-    Whoever makes a semaphore maps it under another name, which is then gone: its number tells."""
+    A process that makes a semaphore maps it under another name, which is then removed: the inode tells."""
     used = set()
     for process in PROCESSES.glob("[0-9]*"):
         with contextlib.suppress(OSError):

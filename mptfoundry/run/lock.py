@@ -1,9 +1,9 @@
-"""One run in one folder: while it goes on, another that would write there is refused.
+"""One run in one folder: while a run trains, another that would write into its folder is refused.
 
-The lock is the system's, on a file `.lock` in the folder, which is there while a run is. It ends with the
-process that holds it, however that ends. It reaches over machines where the file system does that (NFS 4,
-Lustre mounted with `flock`). Where the file system has no locks this is said, and only runs of the same
-machine are told apart.
+The lock is the system's, on the file `.lock` in the folder, which exists while a run holds it. It ends with
+the process that holds it, however that ends. It reaches over machines where the file system does that (NFS 4,
+Lustre mounted with `flock`). Where the file system has no locks, a warning says so, and only runs of the
+same machine exclude each other.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import json
 import logging
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
-from mptfoundry.errors import CheckpointError, RunStopped
+from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
 from mptfoundry.files import is_alive, writing_into
+from mptfoundry.ranks import decided_by_rank_0
 
 NAME = ".lock"
 _TAKEN = (errno.EACCES, errno.EAGAIN)
@@ -27,11 +29,41 @@ _TAKEN = (errno.EACCES, errno.EAGAIN)
 log = logging.getLogger(__name__)
 
 
-class RunLock:
-    """The lock of a run's folder, as a context; the folder is made if it isn't there.
+# Names of what a run writes.
+_FILES, _FOLDERS = (NAME, "config.yaml", "metrics.jsonl", "report.png", "report.md"), ("tokenizer",)
 
-    A start that ends before `begin` leaves what it found. After an error in training a checkpoint may still
-    be on its way to the disk: then the lock ends with the process.
+
+@contextlib.contextmanager
+def lock_run_folder(folder: Path) -> Iterator[RunLock]:
+    """Lock the run's folder for this run alone, on rank 0; all ranks enter this together.
+
+    Raises:
+        CheckpointError: Another run holds it.
+        ConfigError: It can't be written to, or something else lies where the run writes.
+    """
+    lock = RunLock(folder)
+    with contextlib.ExitStack() as stack:
+        decided_by_rank_0(lambda: stack.enter_context(lock) and None)
+        decided_by_rank_0(lambda: _refuse_other_kinds(folder))
+        yield lock
+
+
+def _refuse_other_kinds(folder: Path) -> None:
+    """Raise ConfigError where a folder lies in place of a file that the run writes, or a file of a folder."""
+    for name in (*_FILES, *_FOLDERS):
+        path, is_file = folder / name, name in _FILES
+        if path.is_dir() if is_file else path.is_file():
+            found, written = ("folder", "file") if is_file else ("file", "folder")
+            raise ConfigError(
+                f"save_folder: {path} is a {found}, and the run writes a {written} there. Move it away."
+            )
+
+
+class RunLock:
+    """The lock of a run's folder, as a context in one process; the folder is made if it doesn't exist.
+
+    A start that ends before `begin` leaves the folder as it was. After an error in training a checkpoint may
+    still be on its way to the disk: then the lock ends with the process.
 
     Raises:
         CheckpointError: Another process holds it, which is named.
@@ -57,15 +89,15 @@ class RunLock:
             atexit.register(self._release)
 
     def begin(self) -> None:
-        """From now on the folder is this run's, and stays."""
+        """From now on the run writes into the folder, which stays."""
         self._has_begun = True
 
     def is_lost(self) -> bool:
-        """Whether somebody has removed the lock, or the folder, meanwhile."""
+        """Whether the lock, or the folder, was removed meanwhile."""
         return not _is_at(self._file, self.folder / NAME)
 
     def take_again(self) -> None:
-        """Hold the lock of a folder that was removed and is made again.
+        """Make a folder that was removed again, and lock it.
 
         Raises:
             CheckpointError: Another run has taken the place.

@@ -50,7 +50,7 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 
 def cut_rows(path: str | Path, *, last_batch: int) -> None:
-    """Drop the rows past `last_batch`, and lines that are none; from the start (0) all rows are dropped.
+    """Drop the rows past `last_batch` and damaged lines; with 0, the start of a run, all rows are dropped.
 
     The file is replaced as a whole, so a kill leaves either the old one or the new one.
     """

@@ -1,13 +1,13 @@
 """The run's own record, `metrics.jsonl`: one JSON object a line for each batch and each evaluation.
 
-It is always on, needs no service, and is written line by line, so it can be followed while the run goes on
-and is whole up to the last batch when the run is killed. A resumed run goes on in the same file: what lies
-past its checkpoint is cut, since those batches come again.
+It is always on, needs no service, and is written line by line, so it can be followed while the run trains and
+is whole up to the last batch when the run is killed. A resumed run continues in the same file: rows past its
+checkpoint are cut, since those batches come again.
 
-Everything that the trainer and its callbacks log comes to a logger piece by piece; a `RowLogger` puts it
-together. A row is a dict. A batch's row has
+The trainer and its callbacks log one value at a time; a `RowLogger` puts rows together. A row is a dict. A
+batch's row has
 
-    batch, tokens, samples   how many have been learned from, over all devices, this batch included
+    batch, tokens, samples   how many were trained on, over all devices, this batch included
     seconds                  spent on them, restarts included, evaluations not
     loss                     mean over the batch's loss-generating tokens, before the step
     lr                       the learning rate of the step: the first group's
@@ -50,12 +50,8 @@ class RowLogger(LoggerDestination):
         self._lr: float | None = None
 
     @abstractmethod
-    def write_batch(self, row: Row, state: State) -> None:
-        """Take the row of a batch."""
-
-    @abstractmethod
-    def write_evaluation(self, row: Row, state: State) -> None:
-        """Take the row of an evaluation."""
+    def write(self, row: Row, state: State) -> None:
+        """Take a row, of a batch or with `eval` of an evaluation."""
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Keep what was logged until the row is whole; the last value of a name counts."""
@@ -74,21 +70,17 @@ class RowLogger(LoggerDestination):
         row = {**_progress(state), "loss": loss, "lr": self._lr, **measured, **self._logged}
         self._logged = {}
         if dist.get_global_rank() == 0:
-            self.write_batch(row, state)
+            self.write(row, state)
 
     def eval_end(self, state: State, logger: Logger) -> None:
         """Hand out the evaluation's row."""
         prefix = f"metrics/{state.dataloader_label}/"
-        found = {
-            name.removeprefix(prefix): value
-            for name, value in self._logged.items()
-            if name.startswith(prefix)
-        }
-        self._logged = {name: value for name, value in self._logged.items() if not name.startswith(prefix)}
-        row = {**_progress(state), "eval": {str(state.dataloader_label): found}}
+        names = [name for name in self._logged if name.startswith(prefix)]
+        metrics = {name.removeprefix(prefix): self._logged.pop(name) for name in names}
+        row = {**_progress(state), "eval": {str(state.dataloader_label): metrics}}
         del row["samples"]
         if dist.get_global_rank() == 0:
-            self.write_evaluation(row, state)
+            self.write(row, state)
 
 
 def plain(value: Any) -> Any:
@@ -155,12 +147,8 @@ class MetricsFile(RowLogger):
             self._last_batch = None
             self._file = self.path.open("a", encoding="utf-8")
 
-    def write_batch(self, row: Row, state: State) -> None:
-        """Append a batch's row."""
-        self._append(row)
-
-    def write_evaluation(self, row: Row, state: State) -> None:
-        """Append an evaluation's row."""
+    def write(self, row: Row, state: State) -> None:
+        """Append the row."""
         self._append(row)
 
     def log_table(

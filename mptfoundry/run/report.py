@@ -1,7 +1,7 @@
-"""What came of a run, in one picture and one page: `report.png` and `report.md` in the run's folder.
+"""A run's report in one picture and one page: `report.png` and `report.md` in its folder.
 
-Both come from `metrics.jsonl` alone, so they can be made at any time: at the end, while the run goes on, or
-for one that crashed.
+Both come from `metrics.jsonl` alone, so they can be made at any time: at the end, while the run trains, or
+after a crash.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = No
 
 
 def report_if_possible(run_folder: str | Path, *, facts: Mapping[str, str] | None = None) -> str:
-    """Write the report, or say why there is none: nothing that trains ends for it."""
+    """Write the report, or say why there is none. An error here never ends a training."""
     try:
         return f"report: {write_report(run_folder, facts=facts)}"
     except Exception as error:  # also of the library that draws
@@ -245,6 +245,6 @@ def _stream(named: tuple[str, Any], store: Any) -> str:
         if (value := getattr(source, key, None)) is not None:
             words.append(f"{key} {value:g}")
     if store is not None:
-        tokens, learned = int(store.lengths.sum()), int(store.learned.sum())
-        words.append(f"{len(store):,} examples of {tokens:,} tokens, {learned:,} of them learned")
+        tokens, in_loss = int(store.lengths.sum()), int(store.learned.sum())
+        words.append(f"{len(store):,} examples of {tokens:,} tokens, {in_loss:,} of them in the loss")
     return f"{name}: {', '.join(words)}"

@@ -1,12 +1,12 @@
-"""A run goes on from a checkpoint as if it had never stopped: its state, its place in the data, and the
-random numbers after it.
+"""A run continues from a checkpoint as if it had never stopped: its state, its position in the data, and its
+random numbers.
 
 Composer would load with `torch.load(weights_only=False)` and evaluate text that it finds there; here the
 state comes from our own reader, and no algorithm is taken from the checkpoint. Composer also restores the
 random state only where an epoch begins, or while it skips the batches that have been seen. StreamingDataset
 resumes by itself, so there is nothing to skip, and dropout would differ from the first batch on. Here it is
-restored where training really goes on: right before the first batch's forward, or, if the checkpoint lies at
-an epoch's very end, at that end.
+restored where training really continues: right before the first batch's forward, or, if the checkpoint lies
+at an epoch's very end, at that end.
 
 In the same way Composer counts the batches of an epoch (`train_subset_num_batches`) from where the loader
 begins, and StreamingDataset the epochs from the one that it began; both are set to what Composer's time says.
@@ -24,7 +24,6 @@ from composer.loggers import Logger
 from composer.utils import dist, reproducibility
 from composer.utils.checkpoint import glob_filter
 from torch import Tensor
-from torch.distributed.fsdp import FullyShardedDataParallel
 
 from mptfoundry.architecture.trainable import ADAPTER
 from mptfoundry.checkpoints.training_state import (
@@ -37,9 +36,9 @@ from mptfoundry.checkpoints.training_state import (
     stored_weights,
 )
 from mptfoundry.errors import CheckpointError, MPTFoundryError
-from mptfoundry.ranks import decided_by_rank_0
+from mptfoundry.ranks import decided_by_rank_0, say
 
-_WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod|module)\.")
+_WRAPPERS = re.compile(r"(_orig_mod|module)\.")
 _MISFIT = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError, AssertionError)
 # What an optimizer's group holds of the run's progress, and not of its config.
 _PROGRESS = ("params", "lr")
@@ -133,13 +132,11 @@ class Resume(Callback):
         names = [(_WRAPPERS.sub("", name), value) for name, value in state.model.named_parameters()]
         # Adapters are saved without their base.
         names = [each for each in names if ADAPTER in each[0]] or names
-        # FSDP 1 keeps a share of each parameter under its name, flat.
-        is_whole = not any(isinstance(module, FullyShardedDataParallel) for module in state.model.modules())
         stored = {name: tuple(value.shape) for name, value in weights.items() if isinstance(value, Tensor)}
         if self.checkpoint.is_dir():
             ignored = set(stored_weights(self.checkpoint)) - set(weights) if self.ignore_keys else set()
             stored = {n: s for n, s in stored_weights(self.checkpoint).items() if n not in ignored}
-        model = {name: tuple(value.shape) if is_whole else stored.get(name, ()) for name, value in names}
+        model = {name: tuple(value.shape) for name, value in names}
         buffers = {_WRAPPERS.sub("", name) for name, _ in state.model.named_buffers()}
         stored = {name: shape for name, shape in stored.items() if name not in buffers}
         if said := compare_weights(self.checkpoint, stored, model, strict=self.strict):
@@ -203,12 +200,11 @@ class Resume(Callback):
 def _say_if_repeated(state: dict[str, Any]) -> None:
     """Say that an older version continued this run from the end of an epoch with a past one's samples."""
     repeated = repeated_epoch(state)
-    if repeated is not None and dist.get_global_rank() == 0:
-        here, there = (number + 1 for number in repeated)
-        print(
-            f"note: epoch {here} reads the samples of epoch {there} again, since an older version of "
-            f"mptfoundry continued this run. From epoch {here + 1} on each epoch reads its own.",
-            flush=True,
+    if repeated is not None:
+        epoch, past = (number + 1 for number in repeated)
+        say(
+            f"note: epoch {epoch} reads the samples of epoch {past} again, since an older version of "
+            f"mptfoundry continued this run. From epoch {epoch + 1} on each epoch reads its own."
         )
 
 
@@ -218,11 +214,11 @@ def _hyperparameters(state: State) -> list[dict[str, Any]]:
 
 
 def _set_hyperparameters(state: State, configured: list[dict[str, Any]]) -> None:
-    """Let the optimizer go on with other hyperparameters; its moments and the schedule's place stay."""
+    """Continue with other hyperparameters of the optimizer; moments and the schedule's position stay."""
     groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
-    for group, wanted in zip(groups, configured, strict=True):
+    for group, options in zip(groups, configured, strict=True):
         before = group.get("initial_lr")
-        group.update(wanted)
+        group.update(options)
         if before:
             group["lr"] *= group["initial_lr"] / before
     for scheduler in state.schedulers:

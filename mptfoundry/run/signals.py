@@ -1,12 +1,12 @@
 """Signals that ask a run to stop, which it answers at the end of a batch.
 
 These are SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is closed) and SIGUSR1 (which Slurm's `--signal`
-usually names). Other signals that end a process by default end the run, and are named. A closed terminal
-takes the output away: the run falls silent, and still saves.
+usually names). Other signals that end a process by default end the run, and are named. With a closed
+terminal the run prints nothing more, and still saves.
 
 Python runs a signal's handler in the main thread, and only between two of its instructions: not while that
-thread waits in a collective for a rank that is gone. So a thread of its own takes note of signals here, and
-can end the process whatever the main thread is doing. Before training begins there is nothing to save, and a
+thread waits in a collective for a rank that is gone. So a separate thread receives signals here, and can
+end the process whatever the main thread is doing. Before training begins there is nothing to save, and a
 signal ends the process at once; while libraries are imported it does so without an exception, which in the
 middle of their C++ would be an abort.
 
@@ -87,9 +87,9 @@ class StopSignals:
 
     @contextmanager
     def answered_by_training(self) -> Iterator[None]:
-        """While this lasts, a request is kept for whoever looks at `requested`.
+        """Within this context a request only sets `requested`, which training reads.
 
-        Where it ends with an error, that is what is reported, whatever signals come.
+        An error within it is what the run reports, also if signals arrive.
         """
         self._is_training = True
         try:
@@ -204,7 +204,7 @@ def ending_at_once(numbers: Sequence[signal.Signals], said: str, exit_code: int)
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """While this lasts, output that nobody can take any more is left out, and is no error."""
+    """Within this context, output to a terminal or pipe that is closed is dropped, not an error."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)  # type: ignore[assignment]
     try:
@@ -247,7 +247,7 @@ def _print(text: str) -> None:
 
 
 def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
-    """A handler has to be there for the thread to learn of a signal."""
+    """The thread is told of a signal only if it has a handler."""
 
 
 def _obey_the_parent_alone() -> None:
@@ -259,7 +259,7 @@ def _obey_the_parent_alone() -> None:
         signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGTERM, *DEADLY):
         signal.signal(number, signal.SIG_DFL)
-    # Blocked, since only who waits for a signal learns who has sent it.
+    # Blocked, since only sigwaitinfo tells who has sent a signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_wait_for_the_parents, args=(os.getppid(),), daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""What all ranks decide together at each step, before the weights change: stop, skip it, or refuse it.
+"""What all ranks decide together at each step, before the weights change: take it, skip it, stop or fail.
 
 Each rank contributes three numbers, whether it was asked to stop, whether its loss is not finite, and its
 loss; they are added up over the ranks in one small collective, after that of the gradients, and read together
@@ -22,8 +22,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from mptfoundry.errors import TrainingError
-from mptfoundry.ranks import RankWatch
-from mptfoundry.run.loss_spikes import LossSpikes
+from mptfoundry.ranks import RankWatch, say
 from mptfoundry.run.signals import StopSignals
 
 LAUNCHER_SECONDS = 30.0
@@ -31,7 +30,7 @@ SHOWN_LOSSES, SHOWN_SAMPLES = 8, 16
 
 
 class EvaluationLeft(Exception):
-    """An evaluation was left since the run was asked to stop; raised on all ranks at the same batch."""
+    """An evaluation was broken off since the run was asked to stop; on all ranks at the same batch."""
 
 
 class StepGuard(Callback):
@@ -42,9 +41,9 @@ class StepGuard(Callback):
         watch: Is told how far this rank has come.
 
     Attributes:
-        is_stopping: All ranks have agreed to stop at the end of this batch.
+        is_stopping: All ranks stop at the end of this batch.
         owes_evaluation: An evaluation that was due where the run stopped was not made. This is saved with
-            the checkpoint, and the evaluation made when the run goes on.
+            the checkpoint, and the evaluation made when the run continues.
 
     Raises:
         TrainingError: At a step whose loss or gradient is not finite, or whose loss is out of bounds. On all
@@ -56,7 +55,7 @@ class StepGuard(Callback):
         self.is_stopping = self.owes_evaluation = False
         self.signals = signals
         self._watch = watch
-        self._spikes = LossSpikes()
+        self._spikes: Any = None
         self._clipping: Any = None
         self._losses: list[Tensor] = []
         self._recent: deque[float] = deque(maxlen=SHOWN_LOSSES)
@@ -67,7 +66,7 @@ class StepGuard(Callback):
 
     def init(self, state: State, logger: Logger) -> None:
         """Find who judges losses, who measures the gradient's norm, and who saves."""
-        self._spikes = next(c for c in state.callbacks if isinstance(c, LossSpikes))
+        self._spikes = next(c for c in state.callbacks if hasattr(c, "judge"))
         self._clipping = next(a for a in state.algorithms if hasattr(a, "grad_norm"))
         self._saver = next((c for c in state.callbacks if hasattr(c, "save_seconds")), None)
         self._watch.batch = lambda: state.timestamp.batch.value
@@ -126,11 +125,11 @@ class StepGuard(Callback):
             raise EvaluationLeft
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run has to know."""
+        """Whether an evaluation is still to be made."""
         return {"owes_evaluation": self.owes_evaluation}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Know it."""
+        """Take it from a checkpoint."""
         self.owes_evaluation = state["owes_evaluation"]
 
     def _stop(self, state: State) -> None:
@@ -145,15 +144,11 @@ class StepGuard(Callback):
         batch = state.timestamp.batch.value + 1
         if verdict.stops:
             raise TrainingError(
-                f"batch {batch}: {verdict.text}. Its step was not taken. Go on from a checkpoint before the "
-                "rise, with a lower optimizer.lr or with callbacks.kill_loss_spike.skip_batch: true."
+                f"batch {batch}: {verdict.text}. Its step was not taken. Continue from a checkpoint before "
+                "the rise, with a lower optimizer.lr or with callbacks.kill_loss_spike.skip_batch: true."
             )
         logger.log_metrics({"loss_spike": loss})
-        if dist.get_global_rank() == 0:
-            print(
-                f"batch {batch}: {verdict.text}{'; its step is left out' if verdict.skips else ''}",
-                flush=True,
-            )
+        say(f"batch {batch}: {verdict.text}{'; its step is left out' if verdict.skips else ''}")
         if verdict.skips:
             for parameter in state.model.parameters():
                 parameter.grad = None
@@ -172,7 +167,7 @@ class StepGuard(Callback):
         before = ", ".join(f"{loss:.4g}" for loss in self._recent) or "none"
         return (
             f"batch {state.timestamp.batch.value + 1}: {what}. The weights are as they were before it, and "
-            f"nothing was saved. Losses before: {before}. Go on from the newest checkpoint with a lower "
+            f"nothing was saved. Losses before: {before}. Continue from the newest checkpoint with a lower "
             "optimizer.lr, with algorithms.gradient_clipping, or look at these samples."
         )
 
@@ -183,13 +178,11 @@ class StepGuard(Callback):
         if step + save <= LAUNCHER_SECONDS:
             return
         self._has_warned = True
-        if dist.get_global_rank() == 0:
-            print(
-                f"note: a stop takes a step, {step:.0f} s, and a save, {save:.0f} s. The "
-                f"launcher kills {LAUNCHER_SECONDS:g} s after SIGTERM, and the run goes on from an older "
-                "checkpoint. Start the ranks without it, with a longer grace, or save more often.",
-                flush=True,
-            )
+        say(
+            f"note: a stop takes a step, {step:.0f} s, and a save, {save:.0f} s. The launcher kills "
+            f"{LAUNCHER_SECONDS:g} s after SIGTERM, and the run continues from an older checkpoint. Start "
+            "the ranks without it, with a longer grace, or save more often."
+        )
 
 
 def _samples(ids: list[int]) -> str:

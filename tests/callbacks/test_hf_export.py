@@ -19,7 +19,7 @@ from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.errors import ConfigError
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.network import MPT
-from mptfoundry.run.atomic_checkpoints import WholeCheckpoints
+from mptfoundry.run.atomic_checkpoints import AtomicCheckpoints
 from mptfoundry.run.metrics_file import MetricsFile
 from mptfoundry.run.resume import Resume
 from tests.ranks import run_on_ranks
@@ -147,7 +147,7 @@ def interrupted(make_trainer: MakeTrainer, make_export: Callable[..., HFExport],
         (out.parent / ".ba2.elsewhere.7.part").mkdir(parents=True)
         raise InterruptedError
 
-    saver = WholeCheckpoints(tmp_path, save_interval="2ba", in_background=False)
+    saver = AtomicCheckpoints(tmp_path, save_interval="2ba", in_background=False)
     with pytest.raises(InterruptedError):
         fit(make_trainer, make_export(fail, save_folder=str(tmp_path)), saver)
     assert (tmp_path / "huggingface").is_dir()

@@ -92,8 +92,12 @@ CASES = [
         ["save_filename='b{batch}.pt'", "save_num_checkpoints_to_keep=-1"],
     ),
     (["save_folder='x/{epoch}'"], "Allowed: {run_name}", ["save_folder='x/{run_name}'"]),
-    (["fsdp_config={version: 2, cpu_offload: true}"], "set version: auto or 1", ["fsdp_config.version=auto"]),
-    (["fsdp_config={version: 2, cpu_offload: true}"], "set version: auto or 1", ["fsdp_config.version=1"]),
+    (["fsdp_config={auto_wrap: false}"], "Remove it", ["fsdp_config.auto_wrap=null"]),
+    (
+        ["fsdp_config={cpu_offload: true}"],
+        "or fsdp_config.activation_cpu_offload",
+        ["fsdp_config={activation_cpu_offload: true, cpu_offload: null}"],
+    ),
     (
         ["fsdp_config={load_monolith_rank0_only: true, state_dict_type: sharded}"],
         "Set state_dict_type: full",
@@ -106,8 +110,8 @@ CASES = [
     ),
     (
         ["fsdp_config={sharding_strategy: NO_SHARD, mixed_precision: PURE}"],
-        "or set version: 1",
-        ["fsdp_config.version=1"],
+        "Remove it",
+        ["fsdp_config.mixed_precision=DEFAULT"],
     ),
     (
         ["fsdp_config={forward_prefetch_limit: 2}"],

@@ -19,7 +19,7 @@ from mptfoundry.config.optim import (
     ParamGroupConfig,
     WarmupStableDecayConfig,
 )
-from mptfoundry.config.parallel import CompileConfig, FSDPConfig, prefetched_blocks, resolve_fsdp
+from mptfoundry.config.parallel import CompileConfig, FSDPConfig, replicas_and_shards
 from mptfoundry.errors import ConfigError
 from mptfoundry.optim.schedules import DECAYS
 
@@ -66,104 +66,103 @@ def test_fsdp_has_the_keys_of_both_of_composers_classes_but_for_objects() -> Non
     assert set(field_types(FSDPConfig)) == (named - objects) | {"version"}
 
 
-def test_both_versions_of_fsdp_get_only_their_own_keys() -> None:
-    source = _source("composer", "utils", "parallelism.py")
-    _, first, _ = resolve_fsdp(FSDPConfig(version=1))
-    _, second, _ = resolve_fsdp(FSDPConfig(version=2))
-    assert set(first) <= _attributes(source, "FSDPConfig")
-    assert set(second) <= _attributes(source, "FSDP2Config")
+def test_what_only_the_first_fsdp_can_do_is_refused_by_name_with_what_helps() -> None:
+    for keys, help_ in (
+        (
+            {"cpu_offload": True},
+            r"cpu_offload: true is only in PyTorch's first FSDP.* LoRA \(model.peft_config\)",
+        ),
+        ({"activation_checkpointing_reentrant": True}, "with the same numbers. Remove it"),
+        ({"backward_prefetch": "BACKWARD_POST"}, "BACKWARD_PRE. Remove it"),
+        ({"auto_wrap": False}, "block by block"),
+        ({"keep_low_precision_grads": True}, "More shards"),
+        ({"sharded_ckpt_prefix_dir": "mine"}, "by their name"),
+    ):
+        for version in ("auto", 1, 2):
+            with pytest.raises(ValueError, match=help_):
+                FSDPConfig(version=version, **keys)  # type: ignore[arg-type]
 
 
-def test_fsdp_is_the_second_unless_a_key_needs_the_first() -> None:
-    plain = FSDPConfig(
-        limit_all_gathers=True, activation_checkpointing_reentrant=False, sync_module_states=True
+def test_keys_of_the_first_fsdp_that_say_what_fsdp2_does_are_accepted() -> None:
+    FSDPConfig(
+        version=1,
+        limit_all_gathers=True,
+        activation_checkpointing_reentrant=False,
+        sync_module_states=True,
+        use_orig_params=False,
+        auto_wrap=True,
+        backward_prefetch="BACKWARD_PRE",
+        cpu_offload=False,
+        keep_low_precision_grads=False,
+        verbose=True,
     )
-    version, options, notes = resolve_fsdp(plain)
-    assert (version, options["reshard_after_forward"]) == (2, True)
-    assert "have no effect" in notes[0]
-    offloaded = FSDPConfig(cpu_offload=True)
-    version, options, notes = resolve_fsdp(offloaded)
-    assert (version, options["cpu_offload"]) == (1, True)
-    assert notes == ["version 1, for fsdp_config.cpu_offload: true"]
 
 
 def test_sharding_strategy_and_reshard_after_forward_say_the_same() -> None:
-    kept = resolve_fsdp(FSDPConfig(sharding_strategy="SHARD_GRAD_OP"))
-    assert kept[1]["reshard_after_forward"] is False
-    first = FSDPConfig(version=1, reshard_after_forward=False)
-    assert resolve_fsdp(first)[1]["sharding_strategy"] == "SHARD_GRAD_OP"
+    assert FSDPConfig(sharding_strategy="SHARD_GRAD_OP").reshards is False
+    assert FSDPConfig(sharding_strategy="_HYBRID_SHARD_ZERO2").reshards is False
+    assert FSDPConfig(sharding_strategy="HYBRID_SHARD").reshards is FSDPConfig().reshards is True
+    assert FSDPConfig(reshard_after_forward=4).reshards == 4
     with pytest.raises(ValueError, match="Give one of them"):
         FSDPConfig(sharding_strategy="FULL_SHARD", reshard_after_forward=False)
 
 
-def resolved(devices: int = 8, per_node: int = 4, **keys: Any) -> tuple[int | None, dict[str, Any]]:
-    return resolve_fsdp(FSDPConfig(**keys), devices=devices, per_node=per_node)[:2]
+def mesh(devices: int = 8, per_node: int = 4, **keys: Any) -> tuple[int, int]:
+    return replicas_and_shards(FSDPConfig(**keys), devices=devices, per_node=per_node)
 
 
 @pytest.mark.parametrize(
-    ("keys", "copies", "shards"),
+    ("keys", "replicas", "shards"),
     [
+        ({}, 1, 8),
         ({"sharding_strategy": "HYBRID_SHARD"}, 2, 4),
         ({"sharding_strategy": "HYBRID_SHARD", "data_parallel_replicate_degree": 4}, 4, 2),
         ({"data_parallel_shard_degree": 2}, 4, 2),
         ({"data_parallel_shard_degree": -1, "data_parallel_replicate_degree": 2}, 2, 4),
+        ({"sharding_strategy": "NO_SHARD"}, 8, 1),
     ],
 )
-def test_a_hybrid_has_copies_of_shards_by_default_one_a_node(
-    keys: dict[str, Any], copies: int, shards: int
+def test_a_hybrid_has_replicas_of_shards_by_default_one_a_node(
+    keys: dict[str, Any], replicas: int, shards: int
 ) -> None:
-    version, options = resolved(**keys)
-    assert (version, options["copies"], options["shards"]) == (2, copies, shards)
-    _, first = resolved(version=1, **keys)
-    assert first["sharding_strategy"] == "HYBRID_SHARD"
-    assert first["data_parallel_replicate_degree"] == copies
-    assert first["data_parallel_shard_degree"] == shards
+    assert mesh(**keys) == (replicas, shards)
 
 
 def test_a_hybrid_on_one_node_is_fully_sharded() -> None:
-    assert "copies" not in resolved(devices=4, sharding_strategy="HYBRID_SHARD")[1]
-    first = resolved(devices=4, version=1, sharding_strategy="_HYBRID_SHARD_ZERO2")[1]
-    assert first["sharding_strategy"] == "SHARD_GRAD_OP"
+    assert mesh(devices=4, sharding_strategy="HYBRID_SHARD") == (1, 4)
 
 
 @pytest.mark.parametrize("keys", [{"data_parallel_shard_degree": 3}, {"data_parallel_replicate_degree": 16}])
-def test_copies_and_shards_have_to_make_the_devices(keys: dict[str, Any]) -> None:
+def test_replicas_and_shards_have_to_make_the_devices(keys: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="are not the 8 devices of this run"):
-        resolved(**keys)
+        mesh(**keys)
     with pytest.raises(ConfigError, match="shards nothing"):
-        resolved(data_parallel_shard_degree=1)
+        mesh(data_parallel_shard_degree=1)
 
 
-def test_no_shard_is_whole_copies_unless_the_first_version_is_asked_for() -> None:
-    assert resolved(sharding_strategy="NO_SHARD") == (None, {})
-    version, options = resolved(sharding_strategy="NO_SHARD", version=1)
-    assert (version, options["sharding_strategy"]) == (1, "NO_SHARD")
-    for keys, said in (
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
         ({"state_dict_type": "sharded"}, "no shards to save"),
-        ({"mixed_precision": "PURE"}, r"whole copies \(DDP\) don't have it"),
-        ({"forward_prefetch": True}, "whole copies"),
+        ({"mixed_precision": "PURE"}, r"is for shards, and NO_SHARD has replicas alone \(DDP\)"),
+        ({"forward_prefetch": True}, "is for shards"),
         ({"data_parallel_shard_degree": 4}, "cuts nothing"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            FSDPConfig(sharding_strategy="NO_SHARD", **keys)
+    ],
+)
+def test_no_shard_has_no_words_about_shards(keys: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        FSDPConfig(sharding_strategy="NO_SHARD", **keys)
 
 
-def test_prefetch_is_said_to_both_versions() -> None:
+def test_prefetch_counts_blocks() -> None:
     keys: dict[str, Any] = {"forward_prefetch": True, "forward_prefetch_limit": 2}
-    assert resolved(**keys, backward_prefetch="BACKWARD_PRE")[0] == 2
-    assert resolved(**keys, backward_prefetch="BACKWARD_POST")[0] == 1
-    assert prefetched_blocks(FSDPConfig(**keys, backward_prefetch_limit=3)) == (2, 3)
-    assert prefetched_blocks(FSDPConfig(forward_prefetch=True, backward_prefetch="BACKWARD_PRE")) == (1, 1)
-    assert prefetched_blocks(FSDPConfig()) == (0, 0)
+    assert FSDPConfig(**keys, backward_prefetch_limit=3).prefetched_blocks == (2, 3)
+    assert FSDPConfig(forward_prefetch=True, backward_prefetch="BACKWARD_PRE").prefetched_blocks == (1, 1)
+    assert FSDPConfig().prefetched_blocks == (0, 0)
     with pytest.raises(ValueError, match="no effect without forward_prefetch"):
         FSDPConfig(forward_prefetch_limit=2)
     with pytest.raises(ValueError, match="backward_prefetch_limit: 0 is too small"):
         FSDPConfig(backward_prefetch_limit=0)
-
-
-def test_what_a_version_cannot_do_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="cpu_offload: true is not in version 2"):
-        FSDPConfig(version=2, cpu_offload=True)
 
 
 @pytest.mark.parametrize(

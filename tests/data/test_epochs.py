@@ -19,7 +19,7 @@ from mptfoundry.data.examples.labelled import build_labelled_loader
 from mptfoundry.data.records.sources import Source
 from mptfoundry.data.text.text import build_text_loader
 from mptfoundry.errors import DataError
-from mptfoundry.run.atomic_checkpoints import WholeCheckpoints
+from mptfoundry.run.atomic_checkpoints import AtomicCheckpoints
 from mptfoundry.run.resume import Resume
 
 BATCH, ROWS = 4, {"a": 24, "b": 12}
@@ -123,7 +123,7 @@ def run(
         subset = options.get("train_subset_num_batches", -1)
         callbacks.append(Resume(start, subset_num_batches=subset))
     if folder is not None:
-        callbacks.append(WholeCheckpoints(folder, save_interval=save_interval, in_background=False))
+        callbacks.append(AtomicCheckpoints(folder, save_interval=save_interval, in_background=False))
     trainer = Trainer(
         model=model,
         train_dataloader=spec,

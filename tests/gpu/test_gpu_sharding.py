@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mptfoundry.config.load import load_train_config
-from mptfoundry.models.activation_checkpointing import Recomputation, recompute
+from mptfoundry.models.activation_checkpointing import checkpoint_activations
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from mptfoundry.train import train
@@ -20,12 +20,9 @@ pytestmark = pytest.mark.skipif(
 PLAIN = ("model.resid_pdrop=0", "model.d_model=64", "precision=fp32", "max_duration=4ba")
 RECOMPUTED = "activation_checkpointing: true, activation_cpu_offload: true"
 SHARDED = {
-    "version 1": "{version: 1, activation_checkpointing: true}",
-    "version 1, gathered ahead": f"{{version: 1, forward_prefetch: true, {RECOMPUTED}}}",
-    "version 2": "{version: 2}",
-    "version 2, gathered ahead": "{version: 2, forward_prefetch: true, backward_prefetch_limit: 2, "
-    f"{RECOMPUTED}}}",
-    "version 2, kept after forward": "{sharding_strategy: SHARD_GRAD_OP, state_dict_type: sharded}",
+    "plain": "{activation_checkpointing: true}",
+    "gathered ahead": f"{{forward_prefetch: true, backward_prefetch_limit: 2, {RECOMPUTED}}}",
+    "kept after forward": "{sharding_strategy: SHARD_GRAD_OP, state_dict_type: sharded}",
 }
 
 
@@ -43,17 +40,15 @@ def test_a_sharded_run_has_the_losses_of_a_plain_one(
     assert losses(tmp_path / "sharded") == pytest.approx(plain, rel=1e-5)
 
 
-def test_mixed_precision_trains_through_both_versions(tiny_run: Path, tmp_path: Path) -> None:
-    for version in (1, 2):
-        for mixed in ("DEFAULT", "PURE", "FULL"):
-            name = f"{mixed}-{version}"
-            words = [f"fsdp_config={{version: {version}, mixed_precision: {mixed}}}", f"run_name={name}"]
-            train(load_train_config(tiny_run, [*PLAIN, *words, "precision=amp_bf16"])[0])
-            found = losses(tmp_path / name)
-            assert found[-1] < found[0]
+@pytest.mark.parametrize("mixed", ["DEFAULT", "PURE", "FULL"])
+def test_mixed_precision_trains(mixed: str, tiny_run: Path, tmp_path: Path) -> None:
+    words = [f"fsdp_config={{mixed_precision: {mixed}}}", f"run_name={mixed}"]
+    train(load_train_config(tiny_run, [*PLAIN, *words, "precision=amp_bf16"])[0])
+    found = losses(tmp_path / mixed)
+    assert found[-1] < found[0]
 
 
-def peak(parts: str | None, how: Recomputation) -> tuple[int, torch.Tensor]:
+def peak(parts: str | None, offload: bool = False) -> tuple[int, torch.Tensor]:
     """The most bytes of a step, and a gradient."""
     config = MPTConfig(
         d_model=512,
@@ -67,7 +62,7 @@ def peak(parts: str | None, how: Recomputation) -> tuple[int, torch.Tensor]:
     )
     network = MPT(config, seed=0).cuda().train()
     if parts:
-        recompute(network, {parts: range(8)}, how)
+        checkpoint_activations(network, {parts: range(8)}, offload=offload)
     ids = torch.randint(1024, (4, 2048), generator=torch.Generator().manual_seed(0)).cuda()
     torch.manual_seed(1)
     torch.cuda.reset_peak_memory_stats()
@@ -78,10 +73,10 @@ def peak(parts: str | None, how: Recomputation) -> tuple[int, torch.Tensor]:
 
 
 def test_recomputing_and_offloading_take_less_memory_and_give_the_same_gradient() -> None:
-    everything, gradient = peak(None, Recomputation())
-    attention, _ = peak("attention", Recomputation())
-    blocks, again = peak("block", Recomputation())
-    offloaded, once_more = peak("block", Recomputation(offloads=True))
+    everything, gradient = peak(None)
+    attention, _ = peak("attention")
+    blocks, again = peak("block")
+    offloaded, once_more = peak("block", offload=True)
     assert everything > attention > blocks > offloaded
     for found in (again, once_more):
         torch.testing.assert_close(found, gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())

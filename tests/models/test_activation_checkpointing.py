@@ -1,4 +1,4 @@
-"""Activations that are computed anew, or kept by the CPU: the same numbers in less memory."""
+"""Activations that are recomputed, or kept by the CPU: the same numbers in less memory."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from mptfoundry.models.activation_checkpointing import Recomputation, recompute
+from mptfoundry.models.activation_checkpointing import checkpoint_activations
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 
-WAYS = {
-    "anew": Recomputation(),
-    "anew, the older way": Recomputation(reentrant=True),
-    "anew, inputs offloaded": Recomputation(offloads=True),
-    "offloaded": Recomputation(computes_anew=False, offloads=True),
+WAYS: dict[str, dict[str, bool]] = {
+    "recomputed": {},
+    "recomputed, inputs offloaded": {"offload": True},
+    "offloaded": {"recompute": False, "offload": True},
 }
 PARTS: dict[str, dict[str, Iterable[int]]] = {
     "all blocks": {"block": range(4)},
@@ -66,17 +65,17 @@ def test_loss_and_gradients_with_dropout_are_bitwise_the_same(parts: str, how: s
     model = network(alibi=True)
     loss, gradients, _ = step(model)
     model.zero_grad()
-    recompute(model, PARTS[parts], WAYS[how])
+    checkpoint_activations(model, PARTS[parts], **WAYS[how])
     again, found, _ = step(model)
     assert again == loss and found.keys() == gradients.keys()
     assert all(torch.equal(found[name], gradients[name]) for name in gradients)
 
 
 @pytest.mark.parametrize("attention", [{"rope": True}, {"alibi": True, "qk_ln": True}], ids=str)
-def test_positions_and_norms_of_queries_and_keys_are_computed_anew_too(attention: dict[str, bool]) -> None:
+def test_positions_and_norms_of_queries_and_keys_are_recomputed_too(attention: dict[str, bool]) -> None:
     _, gradients, _ = step(network(**attention))
     model = network(**attention)
-    recompute(model, {"block": range(4)}, Recomputation())
+    checkpoint_activations(model, {"block": range(4)})
     _, found, _ = step(model)
     assert all(torch.equal(found[name], gradients[name]) for name in gradients)
 
@@ -84,22 +83,25 @@ def test_positions_and_norms_of_queries_and_keys_are_computed_anew_too(attention
 def test_less_is_kept_the_more_is_recomputed_or_offloaded() -> None:
     def kept(parts: str, how: str) -> int:
         model = network(alibi=True)
-        recompute(model, PARTS[parts], WAYS[how])
+        checkpoint_activations(model, PARTS[parts], **WAYS[how])
         return step(model)[2]
 
     everything = step(network(alibi=True))[2]
     inputs = 4 * 2 * 64 * 32 * 4  # blocks, batch, seq, d_model, bytes
-    assert everything > kept("every second block", "anew") > kept("all blocks", "anew")
-    assert everything > kept("attention", "anew") > kept("all blocks", "anew")
-    assert everything > kept("mlp", "anew") > kept("all blocks", "anew")
-    assert kept("all blocks", "anew") - kept("all blocks", "anew, inputs offloaded") >= inputs * 3 // 4
-    assert kept("all blocks", "offloaded") == kept("all blocks", "anew, inputs offloaded")
+    assert everything > kept("every second block", "recomputed") > kept("all blocks", "recomputed")
+    assert everything > kept("attention", "recomputed") > kept("all blocks", "recomputed")
+    assert everything > kept("mlp", "recomputed") > kept("all blocks", "recomputed")
+    assert (
+        kept("all blocks", "recomputed") - kept("all blocks", "recomputed, inputs offloaded")
+        >= inputs * 3 // 4
+    )
+    assert kept("all blocks", "offloaded") == kept("all blocks", "recomputed, inputs offloaded")
 
 
 def test_names_of_weights_stay_and_a_copy_has_weights_of_its_own() -> None:
     model = network(alibi=True)
     names = list(model.state_dict())
-    recompute(model, {"block": (0,), "mlp": (1,)}, Recomputation())
+    checkpoint_activations(model, {"block": (0,), "mlp": (1,)})
     assert list(model.state_dict()) == names
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -110,7 +112,7 @@ def test_names_of_weights_stay_and_a_copy_has_weights_of_its_own() -> None:
 
 def test_nothing_is_computed_twice_without_gradients() -> None:
     model = network(alibi=True)
-    recompute(model, {"block": range(4)}, Recomputation())
+    checkpoint_activations(model, {"block": range(4)})
     calls: list[int] = []
     for block in model.transformer.blocks:
         block.norm_1.register_forward_hook(lambda *_: calls.append(1))

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mptfoundry.evals.token_loss import token_loss_metrics
-from mptfoundry.models.activation_checkpointing import Recomputation, recompute
+from mptfoundry.models.activation_checkpointing import checkpoint_activations
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.flops import flops_per_token
@@ -69,7 +69,7 @@ def test_flops_are_those_of_the_batchs_length() -> None:
 
 def test_blocks_are_what_is_wrapped_recomputed_or_not() -> None:
     network = MPT(CONFIG, device="meta")
-    recompute(network, {"block": [0]}, Recomputation())
+    checkpoint_activations(network, {"block": [0]})
     ComposerMPT(network)
     wrapped = [name for name, module in network.named_modules() if network.fsdp_wrap_fn(module)]
     assert wrapped == ["transformer.blocks.0", "transformer.blocks.1"]
@@ -100,7 +100,7 @@ from composer.loggers import InMemoryLogger
 from composer.utils import FSDP2Config, dist
 from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader
-from mptfoundry.models.gloo_average import AverageGradients
+from mptfoundry.models.gloo_average import average_gradients
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
@@ -158,10 +158,10 @@ def train(parallelism):
         device_train_microbatch_size=2,
         device="cpu",
         loggers=[logger],
-        callbacks=[AverageGradients()],
         parallelism_config=parallelism,
         progress_bar=False,
     )
+    average_gradients(trainer.state.model)
     trainer.fit()
     scores = [f"metrics/held_out/{name}" for name in ("LanguageCrossEntropy", "tokens")]
     wanted = ("loss/train/total", "grad_norm", *scores)

@@ -133,7 +133,7 @@ from composer import Trainer
 from composer.core import Evaluator
 from composer.loggers import InMemoryLogger
 from composer.utils import FSDP2Config, dist
-from mptfoundry.models.gloo_average import AverageGradients
+from mptfoundry.models.gloo_average import average_gradients
 from mptfoundry.data.records.sources import Source
 from mptfoundry.data.examples.labelled import build_labelled_loader
 from mptfoundry.models.heads import ComposerHead
@@ -169,8 +169,9 @@ def train(task, parallelism=None):
         optimizers=DecoupledLionW(model.parameters(), lr=1e-3),
         max_duration="4ba", eval_interval="4ba", device="cpu", progress_bar=False,
         device_train_microbatch_size=8 if ranks == 1 else 3, accumulate_train_batch_on_tokens=True,
-        loggers=[logger], callbacks=[AverageGradients()], parallelism_config=parallelism,
+        loggers=[logger], parallelism_config=parallelism,
     )
+    average_gradients(trainer.state.model)
     trainer.fit()
     wanted = ("loss/train/total", "metrics/held_out")
     data = {name: values for name, values in logger.data.items() if name.startswith(wanted)}

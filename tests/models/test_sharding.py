@@ -54,6 +54,6 @@ def test_what_was_not_asked_for_is_left_to_fsdp(sharded: MPT) -> None:
 
 
 def test_a_hybrid_says_its_mesh_to_composer() -> None:
-    config = HybridConfig(copies=2, shards=4, reshard_after_forward=False)
+    config = HybridConfig(replicas=2, shards=4, reshard_after_forward=False)
     assert (config.data_parallel_replicate_degree, config.data_parallel_shard_degree) == (2, 4)
     assert config.reshard_after_forward is False

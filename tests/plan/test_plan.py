@@ -1,17 +1,23 @@
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
 from mptfoundry.config.load import load_train_config
 from mptfoundry.config.run import TrainConfig
+from mptfoundry.errors import ConfigError
+from mptfoundry.mpt import backends
 from mptfoundry.plan.devices import GIB, Device
-from mptfoundry.plan.plan import make_plan, summary_table
+from mptfoundry.plan.plan import USABLE, Plan, device_batch, make_plan, refuse_missing
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CPU = Device("cpu", "CPU", memory=16 * GIB, found="no GPU found")
+LAPTOP_GPU = Device("gpu", "NVIDIA T4", memory=16 * GIB)
+
+
+def gpus(count: int = 1, gib: int = 80) -> Device:
+    return Device("gpu", "GPU", count, min(count, 8), gib * GIB, has_bf16=True, cores=8)
 
 
 def a100s(count: int) -> Device:
@@ -20,6 +26,10 @@ def a100s(count: int) -> Device:
 
 def load(name: str, *words: str) -> TrainConfig:
     return load_train_config(CONFIGS / f"{name}.yaml", words)[0]
+
+
+def plan_of(name: str, device: Device, *words: str) -> Plan:
+    return make_plan(load(name, *words), device)
 
 
 def test_mpt_7b_is_planned_as_it_was_published() -> None:
@@ -58,66 +68,154 @@ def test_epochs_of_a_given_size_have_a_known_length() -> None:
         assert make_plan(config, CPU).batches == 2 * 62
 
 
-def test_the_table_says_what_the_run_is() -> None:
-    table = summary_table(load("mpt-7b"), a100s(440))
-    assert "6,649,286,656 parameters" in table and "ALiBi" in table
-    assert "1760 sequences of 2048: 3,604,480 tokens" in table
-    assert "decoupled_lionw: up to 3e-05 over 2000ba, then along a cosine to 3e-06 at the end" in table
-    assert re.search(r"33\.00%  mc4 +s3://my-bucket/mpt-7b-data/mc4/train", table)
-    assert re.search(r"run folder +runs/mpt-7b\n", table)
-    assert re.search(r"precision += amp_bf16", table)
-    assert "assumed, not measured" in table
+def test_a_cpu_computes_in_fp32_without_readers() -> None:
+    plan = make_plan(load("mpt-tiny"), CPU)
+    assert plan.precision == "fp32"
+    assert plan.sharding is None and plan.init_device == "cpu"
+    assert plan.device_train_microbatch_size == plan.device_eval_batch_size == 16
+    assert plan.num_workers == {"train": 0, "code": 0, "docstrings": 0, "documentation": 0}
 
 
-def test_the_table_of_a_run_counted_in_epochs_says_what_is_missing() -> None:
-    table = summary_table(load("mpt-tiny", "max_duration=3ep"), CPU)
-    assert "3 epochs; how many batches depends on the size of the data" in table
-    assert "not known before it is measured" in table
+def test_a_gpu_computes_in_bf16_and_shards() -> None:
+    plan = make_plan(load("mpt-7b"), gpus(440, 40))
+    assert plan.precision == "amp_bf16"
+    assert str(plan.sharding) == "440 shards" and plan.init_device == "meta"
+    assert plan.num_workers["train"] > 0
 
 
-def test_what_is_given_is_not_listed_as_auto() -> None:
-    table = summary_table(load("mpt-tiny", "precision=fp32", "device_train_microbatch_size=4"), CPU)
-    auto = table.split("auto, here\n")[1]
-    assert "precision" not in auto and "device_train_microbatch_size" not in auto
-    assert "attn_impl" in auto
+def test_a_gpu_without_bf16_computes_in_fp32() -> None:
+    assert make_plan(load("mpt-tiny"), LAPTOP_GPU).precision == "fp32"
 
 
-@pytest.mark.parametrize(
-    ("schedule", "words"),
-    [
-        ("{name: constant_with_warmup, t_warmup: 5ba}", "up to 0.001 over 5ba, then 0.001"),
-        (
-            "{name: linear_decay_with_warmup, t_warmup: 5ba, alpha_f: 0.1}",
-            "then along a line to 0.0001 at the end",
-        ),
-        (
-            "{name: warmup_stable_decay, t_warmup: 5ba, t_decay: 20ba}",
-            "level, in the last 20ba falling (linear) to 0 at the end",
-        ),
-        (
-            "{name: inv_sqrt_with_warmup, t_warmup: 5ba, t_scale: 9ba, t_cooldown: 7ba}",
-            "falling as 1 / sqrt(time) on the scale of 9ba, in the last 7ba to 0 at the end",
-        ),
-    ],
-)
-def test_every_schedule_is_told_in_words(schedule: str, words: str, tmp_path: Path) -> None:
-    text = (CONFIGS / "mpt-tiny.yaml").read_text()
-    section = re.compile(r"^scheduler:\n(?:  .*\n)+", re.MULTILINE)
-    (tmp_path / "run.yaml").write_text(section.sub(f"scheduler: {schedule}\n", text))
-    assert words in summary_table(load_train_config(tmp_path / "run.yaml")[0], CPU)
+def test_every_auto_has_its_reason_and_what_was_given_has_none() -> None:
+    auto = make_plan(load("mpt-7b"), gpus(8))
+    assert set(auto.reasons) == {
+        "precision",
+        "device_train_microbatch_size",
+        "device_eval_batch_size",
+        "model.attn_config.attn_impl",
+        "model.loss_fn",
+        "model.init_device",
+        "fsdp_config",
+        "num_workers",
+    }
+    words = ["precision=amp_fp16", "device_train_microbatch_size=4"]
+    given = make_plan(load("mpt-7b", *words, "train_loader.num_workers=7"), gpus(8))
+    assert (given.precision, given.device_train_microbatch_size) == ("amp_fp16", 4)
+    assert given.num_workers["train"] == 7
+    assert not {"precision", "device_train_microbatch_size"} & set(given.reasons)
 
 
-def test_a_remote_save_folder_is_named_beside_the_local_one() -> None:
-    table = summary_table(load("mpt-tiny", "save_folder=s3://bucket/{run_name}"), CPU)
-    assert "runs/mpt-tiny, checkpoints in s3://bucket/mpt-tiny" in table
+@pytest.fixture
+def all_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The packages of all backends are here."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backends, "_HAS_TRITON", True)
+    monkeypatch.setattr(backends, "_FLASH_IS_MISSING", None)
 
 
-def test_a_tokenizer_on_this_machine_is_looked_at(adding_tokenizers: dict[str, str]) -> None:
-    for adds, text in {
-        "nothing": "adds no special tokens by itself",
-        "bos": "adds <s> before each text by itself",
-        "both": "adds <s> before and </s> after each text by itself",
-    }.items():
-        table = summary_table(load("mpt-tiny", f"tokenizer.name={adding_tokenizers[adds]}"), CPU)
-        assert re.search(rf"^  tokenizer +{adding_tokenizers[adds]} {text}$", table, re.M)
-    assert "by itself" not in summary_table(load("mpt-tiny", "tokenizer.name=not/here"), CPU)
+@pytest.mark.usefixtures("all_backends")
+def test_the_attention_backend_is_the_networks_own_choice() -> None:
+    key = "model.attn_config.attn_impl"
+    on_cpu, on_gpu = make_plan(load("mpt-tiny"), CPU), make_plan(load("mpt-tiny"), gpus())
+    assert (on_cpu.attn_impl, on_gpu.attn_impl) == ("torch", "triton")
+    assert on_gpu.reasons[key] == "serves this model in bfloat16 on cuda"
+    given = make_plan(load("mpt-tiny", f"{key}=flash", "precision=amp_fp16"), gpus())
+    assert given.attn_impl == "flash" and key not in given.reasons
+
+
+@pytest.mark.usefixtures("all_backends")
+def test_a_backend_that_cannot_serve_is_refused_before_anything_is_built() -> None:
+    flash = "model.attn_config.attn_impl=flash"
+    on_cpu = make_plan(load("mpt-tiny", flash), CPU)
+    assert on_cpu.attn_impl == "flash"
+    with pytest.raises(ConfigError) as error:
+        refuse_missing(on_cpu)
+    assert str(error.value) == (
+        "model.attn_config.attn_impl: flash can't be used: it needs a GPU. "
+        "Use auto or torch; all give the same mathematics."
+    )
+    with pytest.raises(ConfigError, match=r"not in float32\. Use auto or torch or triton;"):
+        refuse_missing(make_plan(load("mpt-tiny", flash), LAPTOP_GPU))
+
+
+def test_the_same_config_always_resolves_to_the_same_values() -> None:
+    config = load("mpt-125m")
+    assert make_plan(config, CPU) == make_plan(config, CPU)
+
+
+def test_a_batch_that_does_not_split_is_refused_with_its_neighbours() -> None:
+    config = load("mpt-7b", "global_train_batch_size=250")
+    with pytest.raises(ConfigError) as error:
+        device_batch(config, gpus(8))
+    assert str(error.value) == (
+        "global_train_batch_size: 250 does not split over 8 devices. Use a multiple of 8: 248 or 256."
+    )
+
+
+def test_a_batch_smaller_than_the_devices_is_told_the_smallest() -> None:
+    with pytest.raises(ConfigError, match=r"Use a multiple of 64: 64\."):
+        device_batch(load("mpt-7b", "global_train_batch_size=8"), gpus(64))
+
+
+def test_a_microbatch_is_never_more_than_a_device_has() -> None:
+    config = load("mpt-125m", "global_train_batch_size=4", "device_train_microbatch_size=16")
+    assert make_plan(config, CPU).device_train_microbatch_size == 4
+
+
+@pytest.mark.parametrize("gib", [8, 16, 40, 80])
+def test_the_microbatch_is_the_largest_divisor_that_fits(gib: int) -> None:
+    device = Device("gpu", "GPU", memory=gib * GIB, has_bf16=True)
+    words, room = "global_train_batch_size=96", USABLE["gpu"] * gib * GIB
+    plan = plan_of("mpt-125m", device, words)
+    size = plan.device_train_microbatch_size
+    larger = [n for n in range(size + 1, 97) if 96 % n == 0]
+    assert 96 % size == 0 and plan.memory.total <= room
+    for n in larger[:1]:
+        assert plan_of("mpt-125m", device, words, f"device_train_microbatch_size={n}").memory.total > room
+
+
+def test_what_cannot_fit_says_so_rather_than_pretend() -> None:
+    plan = plan_of("mpt-7b", CPU)
+    assert plan.device_train_microbatch_size == 1
+    assert plan.reasons["device_train_microbatch_size"].endswith(
+        "where 9.6 GiB of 16.0 GiB can be planned with"
+    )
+
+
+def test_unknown_memory_is_no_ground_to_guess() -> None:
+    plan = plan_of("mpt-125m", Device("gpu", "GPU", memory=None))
+    assert plan.device_train_microbatch_size == 1
+    assert plan.reasons["device_train_microbatch_size"] == "the device's memory is not known"
+
+
+def test_what_fsdp_config_says_in_older_words_is_told() -> None:
+    older = (
+        "fsdp_config.version=1",
+        "fsdp_config.limit_all_gathers=true",
+        "fsdp_config.use_orig_params=false",
+    )
+    plan, words = plan_of("mpt-7b", gpus(8)), plan_of("mpt-7b", gpus(8), *older)
+    assert words.sharding == plan.sharding
+    assert words.reasons["fsdp_config"] == (
+        "FSDP2; version: 1 means FSDP2 here, too; no effect: limit_all_gathers, use_orig_params"
+    )
+    strategy = ("fsdp_config.sharding_strategy=_HYBRID_SHARD_ZERO2", "global_train_batch_size=64")
+    hybrid = plan_of("mpt-7b", gpus(64), *strategy).sharding
+    assert hybrid is not None and hybrid.reshard_after_forward is False
+    assert str(hybrid) == "8 replicas of 8 shards"
+
+
+def test_where_weights_are_made_follows_from_the_sharding() -> None:
+    device = gpus(8)
+
+    def made(*words: str) -> str:
+        return make_plan(load("mpt-7b", *words), device).init_device
+
+    assert made() == "meta"
+    assert made("fsdp_config.sharding_strategy=NO_SHARD", "fsdp_config.state_dict_type=full") == "cpu"
+    rank_0 = ["fsdp_config.load_monolith_rank0_only=true", "fsdp_config.state_dict_type=full"]
+    assert made(*rank_0) == "mixed"
+    assert made("model.init_device=mixed") == "mixed"
+    with pytest.raises(ConfigError, match=r"model.init_device.*Use mixed"):
+        made("model.init_device=meta", *rank_0)

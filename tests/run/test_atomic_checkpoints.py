@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from mptfoundry.checkpoints.checkpoint import find_checkpoint
 from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.errors import CheckpointError
-from mptfoundry.run import atomic_checkpoints as whole_checkpoints
-from mptfoundry.run.atomic_checkpoints import WholeCheckpoints
+from mptfoundry.run import atomic_checkpoints
+from mptfoundry.run.atomic_checkpoints import AtomicCheckpoints
 from mptfoundry.run.metrics_file import MetricsFile
 from tests.conftest import losses
 
@@ -57,8 +57,8 @@ class Note(Callback):
         self.weights.append({name: value.clone() for name, value in state.model.state_dict().items()})
 
 
-def saver(folder: Path, **options: Any) -> WholeCheckpoints:
-    return WholeCheckpoints(folder, save_interval=options.pop("save_interval", "2ba"), **options)
+def saver(folder: Path, **options: Any) -> AtomicCheckpoints:
+    return AtomicCheckpoints(folder, save_interval=options.pop("save_interval", "2ba"), **options)
 
 
 def fit(trainer: Trainer) -> None:
@@ -110,7 +110,7 @@ def test_a_copy_of_shards_shares_no_memory_with_them() -> None:
     live = distribute_tensor(torch.arange(6.0), init_device_mesh("cpu", (1,)), [Shard(0)])
     fresh = torch.ones(3)
     content = {"a": live, "b": [fresh], "c": 1}
-    copy = whole_checkpoints._copied(content, {whole_checkpoints._address(live)})
+    copy = atomic_checkpoints._copied(content, {atomic_checkpoints._address(live)})
     live.to_local().zero_()
     assert isinstance(copy["a"], DTensor) and copy["a"].placements == live.placements
     assert torch.equal(copy["a"].to_local(), torch.arange(6.0))
@@ -201,9 +201,9 @@ def test_older_checkpoints_go_when_the_new_one_is_there_also_those_of_earlier_st
     fit(make_trainer(max_duration="2ba", callbacks=[saver(tmp_path, save_interval="1ba")]))
     assert names(tmp_path) == {"ep0-ba1-rank0.pt", "ep0-ba2-rank0.pt", "latest-rank0.pt"}
     seen: list[set[str]] = []
-    delete = whole_checkpoints._delete_older
+    delete = atomic_checkpoints._delete_older
     monkeypatch.setattr(
-        whole_checkpoints, "_delete_older", lambda *a, **k: (seen.append(names(tmp_path)), delete(*a, **k))
+        atomic_checkpoints, "_delete_older", lambda *a, **k: (seen.append(names(tmp_path)), delete(*a, **k))
     )
     options = {"num_checkpoints_to_keep": 2, "overwrite": True}
     fit(make_trainer(max_duration="4ba", callbacks=[saver(tmp_path, save_interval="3ba", **options)]))

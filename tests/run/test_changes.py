@@ -118,7 +118,7 @@ def test_what_leaves_the_run_itself_may_change_freely(path: Path, word: str) -> 
 )
 def test_what_makes_another_run_needs_leave(path: Path, word: str) -> None:
     said, key = refusal(path, word), word.split("=")[0]
-    assert "The run would go on as another one." in said
+    assert "The run would continue as a different one." in said
     assert key in said and said.endswith("].")
     allowed(path, word, f"allow_changes=[{key}]")
     allowed(path, word, f"allow_changes=[{key.split('.')[0]}]")

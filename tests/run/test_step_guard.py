@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -9,9 +10,9 @@ from composer import Trainer
 from composer.core import Callback, Precision, State
 from composer.loggers import InMemoryLogger, Logger
 
+from mptfoundry.callbacks.loss_spikes import LossSpikes
 from mptfoundry.errors import TrainingError
 from mptfoundry.ranks import RankWatch
-from mptfoundry.run.loss_spikes import LossSpikes
 from mptfoundry.run.signals import StopSignals
 from mptfoundry.run.step_guard import EvaluationLeft, StepGuard
 
@@ -178,4 +179,5 @@ def test_a_stop_that_takes_longer_than_the_launcher_waits_is_said_once(
     monkeypatch.setattr("mptfoundry.run.step_guard.LAUNCHER_SECONDS", 0.0)
     trainer, _ = guarded(make_trainer)
     trainer.fit()
-    assert capsys.readouterr().out.count("note: a stop takes a step, 0 s, and a save, 0 s.") == 1
+    said = re.findall(r"note: a stop takes a step, \d+ s, and a save, \d+ s\.", capsys.readouterr().out)
+    assert len(said) == 1

@@ -99,7 +99,7 @@ def test_a_signal_is_a_checkpoint_at_the_end_of_the_batch_and_the_same_command_g
     assert time.monotonic() - sent_at < 30
     last = losses_by_batch(tmp_path / "stopped")[-1][0]
     assert last in (4, 5, 6) and (tmp_path / "stopped" / f"ep0-ba{last}-rank0.pt").is_file()
-    assert f"stopped after batch {last}" in run.printed and "The same command goes on." in run.printed
+    assert f"stopped after batch {last}" in run.printed and "The same command continues." in run.printed
     again = launch(
         tiny_run, "run_name=stopped", f"train_loader.num_workers={workers}", ranks=ranks, launcher=True
     )

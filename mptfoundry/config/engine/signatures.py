@@ -23,7 +23,7 @@ CALLBACKS: dict[str, str] = {
     "early_stopper": "composer.callbacks.early_stopper:EarlyStopper",
     "generate_callback": "mptfoundry.callbacks.samples:Generate",
     "hf_checkpointer": "mptfoundry.callbacks.hf_export:HFExport",
-    "kill_loss_spike": "mptfoundry.run.loss_spikes:LossSpikes",
+    "kill_loss_spike": "mptfoundry.callbacks.loss_spikes:LossSpikes",
     "lr_monitor": "composer.callbacks.lr_monitor:LRMonitor",
     "memory_monitor": "composer.callbacks.memory_monitor:MemoryMonitor",
     "memory_snapshot": "composer.callbacks.memory_snapshot:MemorySnapshot",

@@ -10,7 +10,7 @@ from mptfoundry.architecture.of_run import config_of_run, read_run
 from mptfoundry.config.engine.secrets import redacted
 from mptfoundry.config.load import load_train_config, refuse_redacted, to_yaml
 from mptfoundry.errors import ConfigError
-from mptfoundry.plan.plan import summary_table
+from mptfoundry.plan.table import summary_table
 
 CONFIG = Path(__file__).parents[3] / "configs" / "mpt-tiny.yaml"
 WORDS = [

@@ -22,7 +22,7 @@ from mptfoundry.data.examples.store import ExampleStore, write_examples
 from mptfoundry.errors import DataError
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.models.causal_lm import ComposerMPT
-from mptfoundry.models.gloo_average import AverageGradients
+from mptfoundry.models.gloo_average import average_gradients
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from mptfoundry.run.metrics_file import MetricsFile, read_rows
@@ -113,13 +113,13 @@ def train(
         accumulate_train_batch_on_tokens=True,
         callbacks=[
             seen,
-            AverageGradients(),
             Throughput(CONFIG),
             *([Resume(Path(load_path))] if load_path else []),
         ],
         progress_bar=False,
         **options,
     )
+    average_gradients(trainer.state.model)
     trainer.fit()
     trainer.close()
     return seen, trainer

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
+from mptfoundry.callbacks.loss_spikes import LossSpikes
 from mptfoundry.errors import ConfigError
-from mptfoundry.run.loss_spikes import LossSpikes
 
 
 def filled(**options: object) -> LossSpikes:

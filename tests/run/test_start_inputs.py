@@ -12,7 +12,7 @@ import torch
 
 from mptfoundry.config.load import load_train_config, to_yaml
 from mptfoundry.errors import ConfigError
-from mptfoundry.run.resuming import found_start
+from mptfoundry.run.start import resolve_start
 from mptfoundry.train import train
 from tests.conftest import losses, tiny_run_in
 
@@ -69,7 +69,7 @@ def start(config: Path, *words: str) -> None:
 
 
 def look_for_start(config: Path, *words: str) -> None:
-    with found_start(load_train_config(config, [*RUN, *words])[0]) as found:
+    with resolve_start(load_train_config(config, [*RUN, *words])[0]) as found:
         assert found.is_own
 
 

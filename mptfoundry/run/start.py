@@ -1,8 +1,8 @@
-"""Where a training run starts: from a checkpoint of its own, from one that the config names, or from nothing.
+"""Where a training run starts: from its own checkpoint, from one that the config names, or from nothing.
 
-This is decided before anything is built, by looking at what lies in the run's folder and, where `save_folder`
-is a URL, in the store. No link is believed. Rank 0 decides, and all ranks go on from the same checkpoint or
-end with the same error.
+This is decided before anything is built, from the files in the run's folder and, where `save_folder` is a
+URL, in the store; links are ignored. Rank 0 decides, and all ranks start from the same checkpoint or end with
+the same error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from composer.utils import dist
 
@@ -23,13 +22,13 @@ from mptfoundry.architecture.of_run import RUN_CONFIG as CONFIG
 from mptfoundry.architecture.of_run import config_of_run, read_run
 from mptfoundry.architecture.trainable import names_in
 from mptfoundry.checkpoints.adapters import lora_of
-from mptfoundry.checkpoints.checkpoint import checkpoint_at, find_checkpoint, newest_first
+from mptfoundry.checkpoints.checkpoint import Checkpoint, checkpoint_at, find_checkpoint, newest_first
 from mptfoundry.checkpoints.staging import remote_checkpoints, staged
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.errors import CheckpointError, ConfigError
+from mptfoundry.errors import CheckpointError
 from mptfoundry.files import Upload, remove_unfinished, writing_into
 from mptfoundry.places import is_url, progress_of
-from mptfoundry.ranks import decided_by_rank_0, once_per_node
+from mptfoundry.ranks import decided_by_rank_0, once_per_node, say
 from mptfoundry.run.changes import (
     Change,
     RunNotes,
@@ -40,9 +39,7 @@ from mptfoundry.run.changes import (
     refuse_changes,
     saved_config,
 )
-from mptfoundry.run.lock import RunLock
 from mptfoundry.run.metrics_file import NAME as METRICS
-from mptfoundry.run.report import PAGE, PICTURE
 from mptfoundry.stores import IN_BACKGROUND, Patience, uploader
 
 log = logging.getLogger(__name__)
@@ -54,9 +51,9 @@ class Start:
 
     Attributes:
         checkpoint: A local file or folder of shards; None: nothing.
-        is_own: It is the run's own, which continues as it was; otherwise `load_path` names it.
-        is_fetched: It comes from the run's store, and is removed when all of it has been loaded.
-        notes: What a checkpoint of its own remembers of the run; None: an older version wrote it.
+        is_own: It is the run's own, and the run continues; otherwise `load_path` names it.
+        is_fetched: It comes from the run's store, and is removed once it has been loaded.
+        notes: What the run's own checkpoint notes of the run; None: an older version wrote it.
     """
 
     checkpoint: Path | None = None
@@ -72,86 +69,25 @@ def run_folder(config: TrainConfig) -> Path:
     return Path("runs") / config.run_name
 
 
-class HeldFolder:
-    """The run's folder, held for this run alone; as a context, on all ranks.
-
-    Until `begin` nothing in it changes: what refuses a start comes before.
-
-    Raises:
-        CheckpointError: Another run holds it.
-        ConfigError: It can't be written to.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = RunLock(path)
-        self._stack = ExitStack()
-
-    def __enter__(self) -> HeldFolder:
-        with ExitStack() as stack:
-            decided_by_rank_0(lambda: stack.enter_context(self._lock) and None)
-            decided_by_rank_0(lambda: refuse_other_kinds(self.path))
-            dist.barrier()
-            self._stack = stack.pop_all()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._stack.__exit__(*error)
-
-    def begin(self, start: Start) -> None:
-        """The first writes of a start that nothing refuses any more.
-
-        What a dead run left unfinished goes, and what lay next to a checkpoint in a store comes.
-        """
-        if dist.get_global_rank() == 0:
-            self._lock.begin()
-        if dist.get_local_rank() == 0:
-            _remove_unfinished(self.path, but=start.checkpoint)
-        decided_by_rank_0(lambda: _take_small_files(start, self.path))
-
-    def is_there_again(self) -> bool:
-        """Whether the folder was removed while the run trained, and is made again; on rank 0.
-
-        Raises:
-            CheckpointError: Another run has taken its place.
-        """
-        if not self._lock.is_lost():
-            return False
-        self._lock.take_again()
-        return True
-
-
-def refuse_other_kinds(folder: Path) -> None:
-    """Raise ConfigError where something else lies where the run writes a file or a folder of that name."""
-    for name in (".lock", "config.yaml", METRICS, PICTURE, PAGE):
-        if (folder / name).is_dir():
-            raise ConfigError(
-                f"save_folder: {folder / name} is a folder, and the run writes a file there. Move it away."
-            )
-    if (folder / "tokenizer").is_file():
-        raise ConfigError(
-            f"save_folder: {folder / 'tokenizer'} is a file, and the run writes a folder there. Move it away."
-        )
-
-
 @contextmanager
-def found_start(config: TrainConfig) -> Iterator[Start]:
-    """What the run starts from; what has to be fetched is there for as long as the block goes on.
+def resolve_start(config: TrainConfig) -> Iterator[Start]:
+    """Where the run starts; a checkpoint that has to be fetched is there until the block ends.
 
     Raises:
-        CheckpointError: The newest checkpoint is damaged, or there is none where `load_path` says.
+        CheckpointError: The newest checkpoint is damaged or another model's, or there is none where
+            `load_path` says.
         ConfigError: The config has changed in what makes the run.
     """
     folder = run_folder(config)
-    decided_by_rank_0(lambda: refuse_another_model(config, folder))
+    local = decided_by_rank_0(lambda: newest_first(folder)) or []
+    if local:
+        decided_by_rank_0(lambda: refuse_another_model(config, folder, local))
+    own = None
     with ExitStack() as stack:
-        own = _own_checkpoint(config, folder, stack) if config.resumes and config.save_folder else None
-        if own is not None and own.checkpoint is not None:
-            # What was fetched has its config next to it.
-            checkpoint, written = own.checkpoint, own.checkpoint.parent if own.is_fetched else folder
-            notes = decided_by_rank_0(lambda: read_notes(checkpoint))
-            decided_by_rank_0(lambda: say_config_changes(config, written, notes))
-            yield replace(own, notes=notes)
+        if config.resumes and config.save_folder is not None and (local or is_url(config.save_folder)):
+            own = _own_checkpoint(config, folder, local, stack)
+        if own is not None:
+            yield own
         elif config.load_path is not None:
             yield Start(_named_checkpoint(config, folder, stack))
         else:
@@ -159,13 +95,13 @@ def found_start(config: TrainConfig) -> Iterator[Start]:
         dist.barrier()
 
 
-def refuse_another_model(config: TrainConfig, folder: Path) -> None:
+def refuse_another_model(config: TrainConfig, folder: Path, checkpoints: Sequence[Checkpoint]) -> None:
     """Raises CheckpointError where the run's folder holds checkpoints that `config.model` can't continue.
 
     Before anything is written: the folder's `config.yaml` belongs to those checkpoints.
     """
-    # Damage is judged later, where it is said how a run gets past it.
-    whole = next((each.path for each in newest_first(folder) if each.problem() is None), None)
+    # Damage is judged later, with the advice how a run gets past it.
+    whole = next((each.path for each in checkpoints if each.problem() is None), None)
     if whole is None:
         return
     notes = None
@@ -175,11 +111,11 @@ def refuse_another_model(config: TrainConfig, folder: Path) -> None:
         if place is None:
             return
         saved_config(place / CONFIG)
-        there = names_in(config_of_run(place), lora_of(read_run(place)))
+        saved = names_in(config_of_run(place), lora_of(read_run(place)))
     here = names_in(config.model.network(), config.model.peft_config)
-    for name in [*here, *there]:
-        if there.get(name) != here.get(name):
-            sizes = [str(shapes[name]) if name in shapes else "missing" for shapes in (there, here)]
+    for name in [*here, *saved]:
+        if saved.get(name) != here.get(name):
+            sizes = [str(shapes[name]) if name in shapes else "missing" for shapes in (saved, here)]
             raise CheckpointError(
                 f"save_folder: {folder} holds checkpoints of another model: {name} is {sizes[0]} there and "
                 f"{sizes[1]} in this config. Use another run_name or save_folder."
@@ -214,20 +150,19 @@ def say_config_changes(config: TrainConfig, folder: Path, notes: RunNotes | None
             _say_changes(changes_since(place / CONFIG, config), config, folder, "config")
 
 
-def say_changed_inputs(config: TrainConfig, start: Start, fingerprints: Mapping[str, str]) -> None:
+def say_changed_inputs(config: TrainConfig, notes: RunNotes, fingerprints: Mapping[str, str]) -> None:
     """Print which streams have other content than when the checkpoint was written, if that may change.
 
     Args:
         config: The run's.
-        start: What the run starts from.
+        notes: What the checkpoint remembers of the run.
         fingerprints: What this start reads, as `RunNotes` has it.
 
     Raises:
         ConfigError: A training stream or the tokenizer has changed, and `allow_changes` does not name it.
     """
-    if start.is_own and start.notes is not None:
-        changes = changed_inputs(start.notes.fingerprints, fingerprints)
-        _say_changes(changes, config, run_folder(config), "data and tokenizer")
+    changes = changed_inputs(notes.fingerprints, fingerprints)
+    _say_changes(changes, config, run_folder(config), "data and tokenizer")
 
 
 def _say_changes(changes: Sequence[Change], config: TrainConfig, place: Path, what: str) -> None:
@@ -240,31 +175,46 @@ def _say_changes(changes: Sequence[Change], config: TrainConfig, place: Path, wh
 
 
 def uploader_of(config: TrainConfig, patience: Patience = IN_BACKGROUND) -> Upload | None:
-    """What keeps a run's files in the store of a remote `save_folder`; None for a local one."""
+    """Uploads a run's files to the store of a remote `save_folder`; None for a local one."""
     if config.save_folder is None or not is_url(config.save_folder):
         return None
     return uploader(_url(config), patience)
 
 
-def _own_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Start | None:
-    """The newest whole checkpoint of the run, here or in its store."""
-    here = decided_by_rank_0(lambda: _finished_ones(folder)) or []
+def _own_checkpoint(
+    config: TrainConfig, folder: Path, local: Sequence[Checkpoint], stack: ExitStack
+) -> Start | None:
+    """The newest whole checkpoint of the run, from this machine or its store, with what it remembers."""
+    own = _newest_sound(config, folder, local, stack)
+    if own is None or own.checkpoint is None:
+        return None
+    # A checkpoint that was fetched has its config next to it.
+    checkpoint, written = own.checkpoint, own.checkpoint.parent if own.is_fetched else folder
+    notes = decided_by_rank_0(lambda: read_notes(checkpoint))
+    decided_by_rank_0(lambda: say_config_changes(config, written, notes))
+    return replace(own, notes=notes)
+
+
+def _newest_sound(
+    config: TrainConfig, folder: Path, checkpoints: Sequence[Checkpoint], stack: ExitStack
+) -> Start | None:
+    local = decided_by_rank_0(lambda: _finished_ones(checkpoints)) or []
     url = _url(config)
-    there = decided_by_rank_0(lambda: remote_checkpoints(url)) or [] if is_url(url) else []
-    newest_here = max((_batch(path) for path in here), default=-1)
-    for name in there:
-        if _batch(Path(name)) <= newest_here:
+    remote = decided_by_rank_0(lambda: remote_checkpoints(url)) or [] if is_url(url) else []
+    newest_local = max((_batch(path) for path in local), default=-1)
+    for name in remote:
+        if _batch(Path(name)) <= newest_local:
             break
         fetched = _fetched(f"{url}/{name}", folder, stack)
         if _is_sound(fetched, config, shown_as=f"{url}/{name}"):
             return Start(fetched, is_own=True, is_fetched=True)
-    for path in here:
+    for path in local:
         _refuse_one_file(path, config, "save_folder")
         if _is_sound(path, config):
             return Start(path, is_own=True)
-    if here or there:
+    if local or remote:
         raise CheckpointError(
-            f"save_folder: none of the {len({*there, *(path.name for path in here)})} checkpoints in {url} "
+            f"save_folder: none of the {len({*remote, *(path.name for path in local)})} checkpoints in {url} "
             "is whole. Restore one, or use another run_name."
         )
     return None
@@ -304,10 +254,10 @@ def _refuse_one_file(checkpoint: Path, config: TrainConfig, key: str) -> None:
         )
 
 
-def _finished_ones(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, newest first; unfinished ones are named and left out."""
+def _finished_ones(checkpoints: Sequence[Checkpoint]) -> list[Path]:
+    """Those that are finished; the others are named."""
     finished = []
-    for checkpoint in newest_first(folder):
+    for checkpoint in checkpoints:
         if reason := checkpoint.unfinished():
             print(f"{checkpoint.path}: {reason}; passed over", flush=True)
         else:
@@ -316,7 +266,8 @@ def _finished_ones(folder: Path) -> list[Path]:
 
 
 def _is_sound(checkpoint: Path, config: TrainConfig, shown_as: str | None = None) -> bool:
-    """Whether a checkpoint has the bytes that were written; if not that is an error, unless it may be."""
+    """Whether a checkpoint has the bytes that were written. If not, that is an error, unless
+    `resume_past_damage` allows to pass it over."""
     reason = _damage(checkpoint)
     if reason is None:
         return True
@@ -325,8 +276,7 @@ def _is_sound(checkpoint: Path, config: TrainConfig, shown_as: str | None = None
             f"{shown_as or checkpoint}: {reason}. Restore it, remove it, or set resume_past_damage=true to "
             "continue from the one before it."
         )
-    if dist.get_global_rank() == 0:
-        print(f"{shown_as or checkpoint}: {reason}; passed over, as resume_past_damage says", flush=True)
+    say(f"{shown_as or checkpoint}: {reason}; passed over, as resume_past_damage says")
     return False
 
 
@@ -348,28 +298,27 @@ def _fetched(url: str, folder: Path, stack: ExitStack) -> Path:
 
     def fetch() -> str:
         first = dist.get_global_rank() == 0
-        _remove_unfinished(folder)  # which takes space on the disk
+        remove_unfinished_files(folder)  # which takes space on the disk
         return str(stack.enter_context(staged(url, folder / "fetched", None, progress=first)))
 
     return Path(once_per_node(fetch, what=f"fetching {url}"))
 
 
-def _remove_unfinished(folder: Path, but: Path | None = None) -> None:
-    """Remove what was begun in a folder and never got its name, except for what `but` lies in."""
+def remove_unfinished_files(folder: Path, but: Path | None = None) -> None:
+    """Remove what a killed run began in a folder and did not finish, except for what `but` lies in."""
     for entry in remove_unfinished(folder, but=but) if folder.is_dir() else ():
         print(f"removed: {entry}, which a run that was killed had not finished", flush=True)
 
 
-def _take_small_files(start: Start, folder: Path) -> None:
-    """Have what lay next to a checkpoint in the store: metrics are continued, and uploaded again."""
-    if not start.is_fetched or start.checkpoint is None:
-        return
+def take_small_files(start: Start, folder: Path) -> None:
+    """Copy what lay next to a fetched checkpoint in the store: metrics are continued, and uploaded again."""
+    assert start.checkpoint is not None
     with writing_into(folder):
         for name in (CONFIG, METRICS):
-            if (found := start.checkpoint.parent / name).is_file():
-                shutil.copyfile(found, folder / name)
-        if (found := start.checkpoint.parent / "tokenizer").is_dir():
-            shutil.copytree(found, folder / "tokenizer", dirs_exist_ok=True)
+            if (fetched := start.checkpoint.parent / name).is_file():
+                shutil.copyfile(fetched, folder / name)
+        if (fetched := start.checkpoint.parent / "tokenizer").is_dir():
+            shutil.copytree(fetched, folder / "tokenizer", dirs_exist_ok=True)
 
 
 def _url(config: TrainConfig) -> str:

@@ -12,7 +12,8 @@ import pytest
 
 from mptfoundry.config.load import load_train_config
 from mptfoundry.errors import CheckpointError, ConfigError
-from mptfoundry.run.resuming import uploader_of
+from mptfoundry.run import lifecycle
+from mptfoundry.run.start import uploader_of
 from mptfoundry.stores import Patience
 from mptfoundry.train import train
 from tests.conftest import TINY_RUN, losses
@@ -159,7 +160,7 @@ def test_a_hiccup_of_the_store_ends_no_run_and_leaves_nothing_out(
     run: Callable[..., Path], bucket: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     short = Patience(seconds=30, first_pause=0.05, longest_pause=0.2)
-    monkeypatch.setattr("mptfoundry.train.uploader_of", lambda config, _=None: uploader_of(config, short))
+    monkeypatch.setattr(lifecycle, "uploader_of", lambda config, _=None: uploader_of(config, short))
     hiccups = Hiccups(monkeypatch, r"metrics\.jsonl$|ep0-ba3|ep0-ba6", 6)
     folder = run(6)
     assert hiccups.left == 0 and len(losses(folder)) == 6

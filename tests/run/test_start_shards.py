@@ -17,8 +17,8 @@ import torch
 from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
 from mptfoundry.config.load import load_train_config
 from mptfoundry.errors import CheckpointError, ConfigError
-from mptfoundry.run import atomic_checkpoints as whole_checkpoints
-from mptfoundry.run.resuming import found_start
+from mptfoundry.run import atomic_checkpoints
+from mptfoundry.run.start import resolve_start
 from mptfoundry.train import train
 from tests.conftest import RunsCode, losses
 
@@ -46,7 +46,7 @@ def stopped(whole: Path, request: pytest.FixtureRequest) -> Path:
 
 def start_of(tiny_runs: Path, folder: Path, *words: str) -> Path | None:
     given, _ = load_train_config(tiny_runs, [*WORDS, f"run_name={folder.name}", *words])
-    with found_start(given) as start:
+    with resolve_start(given) as start:
         return start.checkpoint
 
 
@@ -71,7 +71,7 @@ def test_from_an_older_checkpoint_at_the_end_of_an_epoch_the_next_one_is_read(
     words = ["train_loader.dataset.epoch_size=16", "max_duration=2ep", "save_interval=1ep"]
     words += ["scheduler={name: constant_with_warmup, t_warmup: 1ba}"]
     run(tiny_runs, "epochs", *words)
-    monkeypatch.setattr(whole_checkpoints, "set_epoch_by_time", lambda state: None)
+    monkeypatch.setattr(atomic_checkpoints, "set_epoch_by_time", lambda state: None)
     run(tiny_runs, "epochs-older", *words, "max_duration=1ep")
     monkeypatch.undo()
     run(tiny_runs, "epochs-older", *words)

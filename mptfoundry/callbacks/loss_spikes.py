@@ -1,8 +1,8 @@
-"""Losses that leave what the batches before them had, as llm-foundry's `kill_loss_spike` finds them.
+"""Losses far above those of the batches before, found as llm-foundry's `kill_loss_spike` finds them.
 
 An *outlier* is a loss of at least `outlier_multiplier` times the mean of the last `window_size`; a *spike* is
-more than `patience` of them in a row. The window is saved with a checkpoint, so that a resumed run judges as
-one that was never stopped.
+more than `patience` of them in a row. The window is saved with a checkpoint, so a resumed run judges like one
+that was never stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mptfoundry.errors import ConfigError
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to be said of a batch's loss, and done about it, before the weights change."""
+    """What to print about a batch's loss, and what to do before the weights change."""
 
     text: str
     stops: bool = False
@@ -31,7 +31,7 @@ class LossSpikes(Callback):
 
     Args:
         log_only: Say it and train on; otherwise a spike, or a loss that stays high, ends the run.
-        patience: Outliers in a row that are no spike yet.
+        patience: Outliers in a row that are not yet a spike.
         outlier_multiplier: How many times the mean of the window is out of bounds.
         window_size: Batches of the window.
         loss_cap: A loss above it in half of the window's batches, past the first two windows, stays high.
@@ -68,7 +68,7 @@ class LossSpikes(Callback):
         self._is_high = False
 
     def judge(self, loss: float) -> Verdict | None:
-        """Take the loss of the next batch; None where nothing is to be said of it."""
+        """Judge the loss of the next batch; None where it is inconspicuous."""
         self._batches += 1
         size = self._window.maxlen or 0
         mean = fmean(self._window) if len(self._window) == size else None
@@ -99,6 +99,6 @@ class LossSpikes(Callback):
         return {"window": list(self._window), "in_a_row": self._in_a_row, "batches": self._batches}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with a checkpoint's window."""
+        """Continue with a checkpoint's window."""
         self._window.extend(state["window"])
         self._in_a_row, self._batches = state["in_a_row"], state["batches"]

@@ -17,7 +17,7 @@ import torch
 from mptfoundry.config.load import load_train_config
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.run.metrics_file import read_rows
-from mptfoundry.run.resuming import found_start
+from mptfoundry.run.start import resolve_start
 from mptfoundry.train import train
 from tests.conftest import losses
 
@@ -59,7 +59,7 @@ def weights(folder: Path, batch: int = 9) -> dict[str, torch.Tensor]:
 def start_of(tiny_runs: Path, folder: Path, *words: str) -> Path | None:
     """What the run in `folder` would go on from."""
     given, _ = load_train_config(tiny_runs, [*QUIET, f"run_name={folder.name}", *words])
-    with found_start(given) as start:
+    with resolve_start(given) as start:
         assert start.is_own or start.checkpoint is None
         return start.checkpoint
 

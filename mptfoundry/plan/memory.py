@@ -1,0 +1,129 @@
+"""How much memory a step takes on one device: an estimate from the config alone, in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from mptfoundry.architecture.trainable import Learned, matrix_parameters
+from mptfoundry.config.model import AnyModelConfig
+from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.mpt.flops import (
+    attention_activations,
+    block_activations,
+    block_parameters,
+    count_parameters,
+    ffn_activations,
+)
+from mptfoundry.plan.devices import GIB, Device
+from mptfoundry.plan.fsdp import Sharding
+
+FP32 = 4
+STATE_BYTES = {"decoupled_lionw": FP32, "decoupled_adamw": 2 * FP32}  # of the optimizer, for one parameter
+LOSS_CHUNK_LOGITS = {"gpu": 2**27, "cpu": 2**24}
+# What the driver, the libraries and the process itself take.
+OVERHEAD = {"gpu": 2 * GIB, "cpu": GIB}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated bytes of one device at the peak of a step.
+
+    Attributes:
+        weights: The float32 weights, or this device's shard.
+        gradients: Their gradients.
+        optimizer: The optimizer's state.
+        gathered: Low-precision and gathered weights and gradients, for computing and communication.
+        activations: What forward keeps for backward.
+        logits: One chunk of logits and its gradient, and the gradient of the last matrix.
+        overhead: Everything else.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    gathered: int
+    activations: int
+    logits: int
+    overhead: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(vars(self).values())
+
+
+def estimate_memory(
+    config: TrainConfig,
+    device: Device,
+    precision: str,
+    sharding: Sharding | None,
+    trainable: Learned,
+    microbatch: int,
+) -> Memory:
+    """Bytes of one device at the peak of a step that computes `microbatch` sequences at once.
+
+    Activations are counted from what each block keeps for backward (`block_activations`). With activation
+    checkpointing a block keeps only its input, and one block at a time is recomputed.
+    """
+    model, number = config.model, FP32 if precision == "fp32" else 2
+    parameters, block = count_parameters(model) + trainable.adapters, block_parameters(model)
+    shards = 1 if sharding is None else sharding.shards
+    if sharding is None or shards == 1:
+        # autocast's low-precision weights, and the buckets in which DDP sends gradients
+        gathered = parameters * number if number < FP32 else 0
+        gathered += trainable.learned * FP32 if device.count > 1 else 0
+    else:
+        # weights and gradients of what is never resharded in a step, of one block, and of the next
+        working = min(parameters, parameters - model.n_layers * block + 2 * block)
+        weights = parameters if sharding.reshard_after_forward is False else working
+        gathered = number * (working * trainable.learned // parameters + weights)
+    tokens = microbatch * config.max_seq_len
+    block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
+    kept = model.n_layers * block_keeps
+    if config.fsdp_config is not None and config.fsdp_config.saves_activations:
+        kept -= _saved_activations(model, config.fsdp_config, block_keeps)
+    chunk = min(tokens * model.vocab_size, LOSS_CHUNK_LOGITS[device.kind])
+    quantized = matrix_parameters(model) if model.bits else 0
+    return Memory(
+        weights=(parameters * FP32 - quantized * FP32 + quantized * (model.bits or 0) // 8) // shards,
+        gradients=trainable.learned * FP32 // shards,
+        optimizer=trainable.learned * STATE_BYTES[config.optimizer.name] // shards,
+        gathered=gathered,
+        activations=tokens * kept * number,
+        logits=chunk * (FP32 + 2 * number)
+        + (model.vocab_size * model.d_model * FP32 if trainable.learns_output else 0),
+        overhead=OVERHEAD[device.kind],
+    )
+
+
+def _saved_activations(model: AnyModelConfig, fsdp: FSDPConfig, block_keeps: int) -> int:
+    """Numbers for each token that activation checkpointing and offloading keep off the device.
+
+    What is recomputed is there again, one part at a time.
+    """
+    # What a part keeps, and its input, which it still keeps where it is not offloaded.
+    sizes = {
+        "block": (block_keeps, model.d_model),
+        "attention": (attention_activations(model), 0),
+        "mlp": (ffn_activations(model), 0),
+        "norm": (0, 0),
+    }
+    parts = recomputed_parts(model.activation_checkpointing_target, model.n_layers)
+    saved, largest = 0, 0
+    for part, blocks in parts.items():
+        size, rest = sizes[part]
+        saved += len(blocks) * (size - (0 if fsdp.activation_cpu_offload else rest))
+        largest = max(largest, size)
+    return saved - largest
+
+
+def _adapter_activations(model: AnyModelConfig) -> int:
+    """Numbers for each token that one block's adapters keep: what lies between their two matrices, and with
+    dropout their inputs.
+    """
+    lora = model.peft_config
+    assert lora is not None
+    shapes = lora.adapter_shapes(replace(model.network(), n_layers=1))
+    inputs = [shape[1] for name, shape in shapes.items() if ".lora_A." in name]
+    return lora.r * len(inputs) + (sum(inputs) if lora.lora_dropout else 0)

@@ -1,0 +1,267 @@
+"""A plan in words: what `mptfoundry check` and the start of a run print."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mptfoundry.architecture.trainable import Learned
+from mptfoundry.config.data import LoaderConfig
+from mptfoundry.config.engine.durations import UNITS, parse_duration
+from mptfoundry.config.engine.forms import parse_count
+from mptfoundry.config.engine.secrets import redacted
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.places import is_url
+from mptfoundry.plan.devices import GIB, Device, launcher_device
+from mptfoundry.plan.plan import Plan, make_plan
+
+# Only for the line on time, which says that it is assumed.
+ASSUMED_MFU = 0.4
+
+
+@dataclass(frozen=True)
+class Stream:
+    """What is known of a source of data before it is read.
+
+    Attributes:
+        place: Where it lies.
+        samples: Samples in it, where that is known.
+    """
+
+    place: str
+    samples: int | None = None
+
+
+# By loader (`train`, or an evaluation's label) and by stream.
+Streams = Mapping[tuple[str, str], Stream]
+
+
+def summary_table(config: TrainConfig, device: Device | None = None, streams: Streams | None = None) -> str:
+    """The plan of a run in a short table.
+
+    Args:
+        config: The run.
+        device: What it computes on. Default: what the `composer` launcher would give it here.
+        streams: What is known of the data.
+
+    Raises:
+        ConfigError: The batch does not split over the devices, or options exclude one another there.
+    """
+    return describe_plan(config, make_plan(config, device or launcher_device()), streams)
+
+
+def describe_plan(config: TrainConfig, plan: Plan, streams: Streams | None = None) -> str:
+    """The plan of `config` in a short table, with what is known of the data."""
+    streams = streams or {}
+    epochs = epochs_of_streams(config, streams) if streams else {}
+    rows = [
+        ("model", _model_in_words(config, plan)),
+        *([("trainable", _trainable_in_words(config, plan.trainable))] if plan.trainable.frozen else []),
+        ("FLOPs", f"{plan.flops_per_token:.4g} per token, {plan.causal_flops_per_token:.4g} if causal"),
+        ("batch", _batch_in_words(config, plan)),
+        ("duration", _duration_in_words(config, plan, streams)),
+        ("learning rate", _learning_rate_in_words(config)),
+        *_data_in_words("train on", "train", config.train_loader, streams, epochs),
+        *(
+            row
+            for label, loader in config.eval_loaders.items()
+            for row in _data_in_words(f"eval {label}", label, loader, streams, {})
+        ),
+        *_tokenizer_in_words(config),
+        ("run folder", _run_folder_in_words(config)),
+        ("device", f"{plan.device.count} x {plan.device.name} ({plan.device.found})"),
+        *zip(("memory", ""), _memory_in_words(plan), strict=True),
+        ("time", _time_in_words(plan)),
+    ]
+    width = max(len(name) for name, _ in rows) + 2
+    lines = [config.run_name, *(f"  {name:{width}}{text}".rstrip() for name, text in rows)]
+    return "\n".join([*lines, "  auto, here", *_auto_in_words(plan)])
+
+
+def _model_in_words(config: TrainConfig, plan: Plan) -> str:
+    model, attn = config.model, config.model.attn_config
+    positions = "ALiBi" if attn.alibi else "rotary" if attn.rope else "learned"
+    if not (attn.alibi or attn.rope or model.learned_pos_emb):
+        positions = "no"
+    heads = f"{model.n_heads} heads" + (f" ({model.kv_heads} for keys)" * (model.kv_heads < model.n_heads))
+    biases = "no biases" if model.no_bias else "biases"
+    return (
+        f"{plan.parameters:,} parameters: {model.n_layers} layers, width {model.d_model}, {heads}, "
+        f"{positions} positions, {biases}, vocabulary {model.vocab_size}"
+    )
+
+
+def _trainable_in_words(config: TrainConfig, trainable: Learned) -> str:
+    share = trainable.learned / (trainable.learned + trainable.frozen)
+    text = f"{trainable.learned:,} parameters, {share:.2%}"
+    if (lora := config.model.peft_config) is not None:
+        text += f": LoRA of rank {lora.r} on {', '.join(lora.targets(config.model))}"
+    if config.optimizer.disable_grad:
+        text += f"; frozen: {', '.join(config.optimizer.disable_grad)}"
+    return text
+
+
+def _batch_in_words(config: TrainConfig, plan: Plan) -> str:
+    return (
+        f"{config.global_train_batch_size} sequences of {config.max_seq_len}: {plan.tokens_per_batch:,} "
+        f"tokens; {plan.device_train_batch_size} for each device, {plan.device_train_microbatch_size} at once"
+    )
+
+
+def _duration_in_words(config: TrainConfig, plan: Plan, streams: Streams) -> str:
+    if plan.batches is None or plan.tokens is None or plan.flops is None:
+        number, unit = parse_duration(config.max_duration)
+        epoch = _samples_of_an_epoch(config, streams)
+        if unit == "ep" and epoch is not None:
+            batches = int(number) * int(epoch // config.global_train_batch_size)
+            return f"{number:g} epochs, about {batches:,} batches, {batches * plan.tokens_per_batch:,} tokens"
+        return f"{number:g} {UNITS[unit]}; how many batches depends on the size of the data"
+    return f"{plan.batches:,} batches, {plan.tokens:,} tokens, {plan.flops:.4g} FLOPs"
+
+
+def _learning_rate_in_words(config: TrainConfig) -> str:
+    optimizer, schedule = config.optimizer, config.scheduler
+    top = f"{optimizer.name}: up to {optimizer.lr:g} over {schedule.t_warmup}, "
+    end = "the end" if schedule.t_max == "1dur" else str(schedule.t_max)
+    if schedule.name == "constant_with_warmup":
+        return f"{top}then {optimizer.lr * schedule.alpha:g}"
+    if schedule.name == "inv_sqrt_with_warmup":
+        return (
+            f"{top}falling as 1 / sqrt(time) on the scale of {schedule.t_scale}, in the last "
+            f"{schedule.t_cooldown} to {optimizer.lr * schedule.alpha_f_cooldown:g} at {end}"
+        )
+    last = f"{optimizer.lr * schedule.alpha_f:g} at {end}"
+    if schedule.name == "warmup_stable_decay":
+        return f"{top}level, in the last {schedule.t_decay} falling ({schedule.decay}) to {last}"
+    return f"{top}then along {'a cosine' if schedule.name == 'cosine_with_warmup' else 'a line'} to {last}"
+
+
+def epochs_of_streams(config: TrainConfig, streams: Streams) -> dict[str, float]:
+    """How often the run reads each stream of its training data on average, as far as its size is known."""
+    sources, batches = config.train_loader.dataset.sources, config.batches()
+    weights: dict[str, float | None] = {name: stream.proportion for name, stream in sources.items()}
+    if None in weights.values():
+        weights = _drawn_in_an_epoch(config, streams)
+    number, unit = parse_duration(config.max_duration)
+    epoch, whole = _samples_of_an_epoch(config, streams), _sum(weights)
+    run = batches * config.global_train_batch_size if batches is not None else None
+    if batches is None and unit == "ep" and epoch is not None:
+        run = int(number) * int(epoch)
+    found = {}
+    for name, weight in weights.items():
+        samples = _samples_of(name, streams)
+        if run and whole and samples and weight is not None:
+            found[name] = run * weight / whole / samples
+    return found
+
+
+def _drawn_in_an_epoch(config: TrainConfig, streams: Streams) -> dict[str, float | None]:
+    """Samples that an epoch of its own length draws of each stream; None where that is not known."""
+    drawn: dict[str, float | None] = {}
+    for name, stream in config.train_loader.dataset.sources.items():
+        samples = _samples_of(name, streams)
+        repeated = None if samples is None else samples * (1 if stream.repeat is None else stream.repeat)
+        drawn[name] = repeated if stream.choose is None else stream.choose
+    return drawn
+
+
+def _samples_of_an_epoch(config: TrainConfig, streams: Streams) -> float | None:
+    if config.train_loader.dataset.epoch_size is not None:
+        return parse_count(config.train_loader.dataset.epoch_size)
+    return _sum(_drawn_in_an_epoch(config, streams))
+
+
+def _samples_of(name: str, streams: Streams) -> int | None:
+    stream = streams.get(("train", name))
+    return None if stream is None else stream.samples
+
+
+def _sum(numbers: Mapping[str, float | None]) -> float | None:
+    """None where one of the numbers is not known."""
+    known = [number for number in numbers.values() if number is not None]
+    return sum(known) if len(known) == len(numbers) else None
+
+
+def _data_in_words(
+    name: str, loader_name: str, loader: LoaderConfig, streams: Streams, epochs: Mapping[str, float]
+) -> list[tuple[str, str]]:
+    """One row for each stream: its share, its name, where it lies, and what is known of its size."""
+    sources = loader.dataset.sources
+    total = sum(stream.proportion or 0 for stream in sources.values())
+    width = max(map(len, sources))
+    rows: list[tuple[str, str]] = []
+    for stream_name, stream in sources.items():
+        share = f"{stream.proportion / total:7.2%}" if stream.proportion is not None and total else "    all"
+        if stream.repeat is not None:
+            share = f"{stream.repeat:5g} x"
+        if stream.choose is not None:
+            share = f"{stream.choose:7,}"
+        split = stream.split or loader.dataset.split
+        place = place_of(stream.place, split)
+        known = streams.get((loader_name, stream_name), Stream(place))
+        text = f"{share}  {stream_name:{width}}  {known.place}"
+        if known.samples is not None:
+            text += f": {known.samples:,} samples"
+        if stream_name in epochs:
+            times = f"{epochs[stream_name]:.3g}"
+            text += f", read {times} time{'s' * (times != '1')}"
+        rows.append((name if not rows else "", text))
+    return rows
+
+
+def place_of(place: str | None, split: str | None) -> str:
+    """Where a stream lies, for people."""
+    return "/".join(filter(None, [redacted(place), split]))
+
+
+def _tokenizer_in_words(config: TrainConfig) -> list[tuple[str, str]]:
+    """Which special tokens the tokenizer adds to a text by itself, where it lies on this machine."""
+    from mptfoundry.tokenizer import adds_in_words, borders_of_folder
+
+    borders = borders_of_folder(config.tokenizer.name, config.tokenizer.kwargs)
+    return [] if borders is None else [("tokenizer", f"{config.tokenizer.name} {adds_in_words(borders)}")]
+
+
+def _run_folder_in_words(config: TrainConfig) -> str:
+    folder = (config.save_folder or "").replace("{run_name}", config.run_name)
+    if is_url(folder):
+        return f"runs/{config.run_name}, checkpoints in {folder}"
+    return folder or f"runs/{config.run_name}; no checkpoints, since save_folder is not given"
+
+
+def _memory_in_words(plan: Plan) -> tuple[str, str]:
+    parts = {name: size for name, size in vars(plan.memory).items() if size >= GIB / 100}
+    of = f" of {plan.device.memory / GIB:.1f}" if plan.device.memory else ""
+    total = f"estimated {plan.memory.total / GIB:.1f}{of} GiB for each device, of these:"
+    return total, ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+
+
+def _time_in_words(plan: Plan) -> str:
+    seconds = plan.seconds(ASSUMED_MFU)
+    if seconds is None:
+        return "not known before it is measured"
+    days = seconds / 86400
+    span = f"{days:.1f} days" if days >= 2 else f"{seconds / 3600:.1f} hours"
+    return (
+        f"{span}, {days * 24 * plan.device.count:,.0f} device hours, if the MFU is {ASSUMED_MFU:.0%} "
+        "(assumed, not measured)"
+    )
+
+
+def _auto_in_words(plan: Plan) -> list[str]:
+    values = {
+        "precision": plan.precision,
+        "device_train_microbatch_size": plan.device_train_microbatch_size,
+        "device_eval_batch_size": plan.device_eval_batch_size,
+        "model.attn_config.attn_impl": plan.attn_impl,
+        "model.loss_fn": plan.loss_fn,
+        "model.init_device": plan.init_device,
+        "fsdp_config": plan.sharding or f"{plan.device.count} replicas",
+        "num_workers": ", ".join(sorted({str(number) for number in plan.num_workers.values()})),
+    }
+    width = max(map(len, values))
+    return [
+        f"    {key:{width}} = {value!s:18} {plan.reasons[key]}"
+        for key, value in values.items()
+        if key in plan.reasons
+    ]

@@ -1,0 +1,309 @@
+"""One start of a run, from its first check to its report: everything that guards it, behind one door.
+
+    with guarded(config, device) as run:
+        trainer = ...  # built from run.start, run.guard, run.checkpointing(...) and run.metrics
+        run.fit(trainer)
+        run.report(trainer)
+
+Until `fit`, nothing in the run's folder changes: a start that is refused leaves no traces.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from composer import Trainer
+from composer.core import Callback, Event, Time
+from composer.utils import dist
+
+from mptfoundry.architecture.of_run import RUN_CONFIG as CONFIG
+from mptfoundry.config.load import refuse_redacted, to_yaml
+from mptfoundry.config.run import TrainConfig
+from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
+from mptfoundry.files import whole_or_absent, writing_into
+from mptfoundry.plan.devices import Device
+from mptfoundry.ranks import RankWatch, decided_by_rank_0, rank, say
+from mptfoundry.run.atomic_checkpoints import AtomicCheckpoints
+from mptfoundry.run.changes import RunNotes
+from mptfoundry.run.leftovers import clean_start
+from mptfoundry.run.lock import RunLock, lock_run_folder
+from mptfoundry.run.metrics_file import NAME as METRICS
+from mptfoundry.run.metrics_file import MetricsFile
+from mptfoundry.run.report import PAGE, PICTURE, facts_of, report_if_possible
+from mptfoundry.run.resume import Resume
+from mptfoundry.run.signals import StopSignals
+from mptfoundry.run.start import (
+    Start,
+    remove_unfinished_files,
+    resolve_start,
+    run_folder,
+    say_changed_inputs,
+    take_small_files,
+    uploader_of,
+)
+from mptfoundry.run.step_guard import EvaluationLeft, StepGuard
+from mptfoundry.stores import AT_START, ONCE
+
+# Composer warns of these, and they are meant: the last batch of an evaluation is smaller than the others,
+# `eval_subset_num_batches` is a limit that a short evaluation does not reach, PyTorch uses its own deprecated
+# class, and the callback that loads the state has none of its own.
+EXPECTED_WARNINGS = (
+    "Cannot split (tensor|list) of length",
+    "DataloaderNumBatchesWarning",
+    "TypedStorage is deprecated",
+    "Resume is not in the state_dict",
+)
+
+
+@contextmanager
+def guarded(config: TrainConfig, device: Device) -> Iterator[Run]:
+    """Guard a start of the run of `config`: signals are answered, all ranks have met and are watched, the
+    run's folder is locked, and it is known where the run starts.
+
+    Raises:
+        ConfigError: The config has changed in what makes the run, or its folder can't be written to.
+        CheckpointError: Another process trains this run, or the newest checkpoint is damaged.
+        TrainingError: A rank is silent.
+    """
+    refuse_redacted(config)
+    watch = RankWatch(config.dist_timeout)
+    signals = StopSignals(speaks=rank() == 0, failure=watch.failure)
+    with signals, clean_start() as starting:
+        set_up_process(config, device)
+        with watch, watch.explained(), lock_run_folder(run_folder(config)) as lock, ExitStack() as until_fit:
+            until_fit.callback(starting.close)
+            start = until_fit.enter_context(resolve_start(config))
+            yield Run(config, start, lock, StepGuard(signals, watch), until_fit)
+
+
+class Run:
+    """A guarded start.
+
+    Attributes:
+        folder: The run's folder.
+        start: What the run starts from.
+        guard: Guards each step.
+        metrics: Writes `metrics.jsonl`.
+    """
+
+    def __init__(
+        self, config: TrainConfig, start: Start, lock: RunLock, guard: StepGuard, until_fit: ExitStack
+    ) -> None:
+        self.folder, self.start, self.guard = lock.folder, start, guard
+        self.metrics = MetricsFile(lock.folder)
+        self._config, self._yaml = config, to_yaml(config)
+        self._lock, self._until_fit = lock, until_fit
+        self._inputs: dict[str, str] = {}
+        self._tokenizer: Any = None
+
+    def compare_inputs(self, fingerprints: Mapping[str, str]) -> None:
+        """Compare what this start reads with what the run has read before, and note it for checkpoints.
+
+        Args:
+            fingerprints: The content of streams, or of the tokenizer, by their keys in the config.
+
+        Raises:
+            ConfigError: A training stream or the tokenizer has changed, and `allow_changes` does not name it.
+        """
+        self._inputs |= fingerprints
+        if (notes := self.start.notes) is not None:
+            decided_by_rank_0(lambda: say_changed_inputs(self._config, notes, fingerprints))
+
+    def checkpointing(self, tokenizer: Any, *, has_weights: bool) -> Iterator[Callback]:
+        """What loads the checkpoint that the run starts from, and what saves those to come.
+
+        Args:
+            tokenizer: The run's, to keep next to its checkpoints.
+            has_weights: The model has its weights already: only a checkpoint of the run's own is loaded.
+        """
+        config, start, self._tokenizer = self._config, self.start, tokenizer
+        if start.checkpoint is not None and (start.is_own or not has_weights):
+            # The config's keys of loading are meant for the checkpoint that `load_path` names.
+            yield Resume(
+                start.checkpoint,
+                weights_only=config.load_weights_only and not start.is_own,
+                strict=config.load_strict_model_weights,
+                ignore_keys=None if start.is_own else config.load_ignore_keys,
+                keep_optimizer=start.is_own,
+                subset_num_batches=config.train_subset_num_batches,
+            )
+        if config.save_folder is not None:
+            yield AtomicCheckpoints(
+                self.folder,
+                upload=uploader_of(config),
+                upload_small=uploader_of(config, ONCE),
+                describe=self._describe,
+                in_background=config.save_async,
+                notes=RunNotes(self._yaml, self._inputs),
+                filename=config.save_filename,
+                latest_filename=config.latest_filename,
+                save_interval=config.save_interval,
+                # Later checkpoints than a start of the run's own were damaged, and passed over on request.
+                overwrite=config.save_overwrite or start.is_own,
+                num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
+                weights_only=config.save_weights_only,
+                ignore_keys=config.save_ignore_keys and list(config.save_ignore_keys),
+            )
+
+    def fit(self, trainer: Trainer) -> None:
+        """Train to the run's end, and close the trainer.
+
+        Raises:
+            ConfigError: Nothing is left to train of the checkpoint that `load_path` names.
+            TrainingError: The numbers are not finite, or a rank is silent.
+            RunStopped: The run was asked to stop. Everything is saved.
+        """
+        self._begin(trainer)
+        if is_finished(trainer) and not self.guard.owes_evaluation:
+            done = trainer.state.timestamp.batch.value
+            say(f"{self._config.run_name} is finished: {done} batches are done.")
+        else:
+            self._train(trainer)
+        trainer.close()
+
+    def report(self, trainer: Trainer) -> None:
+        """Draw the run's report and upload it with the metrics. An error in that is printed, and no more."""
+        if rank() != 0:
+            return
+        facts = facts_of(self._config, getattr(trainer.state.train_dataloader, "dataset", None))
+        print(report_if_possible(self.folder, facts=facts), flush=True)
+        try:
+            if (upload := uploader_of(self._config, AT_START)) is not None:
+                for name in (METRICS, PICTURE, PAGE):
+                    if (self.folder / name).is_file():
+                        upload(self.folder / name, name)
+        except CheckpointError as error:  # the training is done, and saved
+            print(error, flush=True)
+
+    def _begin(self, trainer: Trainer) -> None:
+        """Nothing can refuse the start any more: write its first files, and let others start."""
+        start = self.start
+        if start.checkpoint is not None and not start.is_own and is_finished(trainer):
+            raise ConfigError(
+                f"load_path: {start.checkpoint} is from batch {trainer.state.timestamp.batch.value}, and "
+                f"max_duration is {self._config.max_duration}: nothing is left to train. Use a longer "
+                "max_duration to continue it, or load_weights_only=true to begin a run with its weights."
+            )
+        decided_by_rank_0(self._begin_in_store)
+        if dist.get_local_rank() == 0:
+            remove_unfinished_files(self.folder, but=start.checkpoint)
+        decided_by_rank_0(self._write_first_files)
+        self._until_fit.close()
+
+    def _begin_in_store(self) -> None:
+        """Upload a new run's first files, which shows that the store can be written to."""
+        if not self.start.is_own and (upload := uploader_of(self._config, AT_START)) is not None:
+            with TemporaryDirectory() as temporary:
+                for file in self._write_run_files(Path(temporary)):
+                    upload(file, str(file.relative_to(temporary)))
+        self._lock.begin()
+
+    def _write_first_files(self) -> None:
+        """Write what the run's folder holds from the first batch on.
+
+        `config.yaml` describes the newest checkpoint: where a run continues, the new one comes with the next.
+        """
+        start, file = self.start, self.folder / CONFIG
+        if start.is_fetched:
+            take_small_files(start, self.folder)
+        self.metrics.begin()
+        if not start.is_own:
+            self._write_run_files(self.folder)
+            return
+        with writing_into(self.folder):
+            if not (self.folder / "tokenizer").is_dir():
+                self._tokenizer.save_pretrained(self.folder / "tokenizer")
+            if start.notes is not None and not _holds(file, start.notes.config):
+                print(
+                    f"{file} is not the checkpoint's; it is written again as the checkpoint has it",
+                    flush=True,
+                )
+                _write_config(start.notes.config, file)
+            elif not file.is_file():
+                _write_config(self._yaml, file)
+
+    def _train(self, trainer: Trainer) -> None:
+        config, guard, state = self._config, self.guard, trainer.state
+        with guard.signals.answered_by_training():
+            try:
+                if guard.owes_evaluation or (config.eval_first and state.timestamp.batch == 0):
+                    trainer.eval()
+                    guard.owes_evaluation = False
+                if not is_finished(trainer):
+                    trainer.fit()
+            except EvaluationLeft:
+                # The evaluation comes before the place where Composer saves.
+                state.set_dataloader(state.train_dataloader, "train")
+                state.stop_training()
+                trainer.engine.run_event(Event.BATCH_CHECKPOINT)
+            if not guard.is_stopping:
+                return
+            trainer.close()
+        raise RunStopped(self._how_it_continues(state.timestamp.batch.value))
+
+    def _how_it_continues(self, batch: int) -> str:
+        config, who = self._config, self.guard.signals.requested or "a signal to another rank"
+        stopped = f"{who}: {config.run_name} stopped after batch {batch}"
+        if config.save_folder is None:
+            none = "Nothing is kept of it, since save_folder is null: the next start begins at batch 0."
+            return f"{stopped}. {none}"
+        kept = f"{stopped}; its checkpoint is in {config.save_folder.format(run_name=config.run_name)}"
+        if config.resumes:
+            return f"{kept}. The same command continues."
+        return f"{kept}. autoresume is off: name the checkpoint in load_path to continue."
+
+    def _describe(self) -> list[Path]:
+        """Have the run's folder describe the run as it trains now, before a checkpoint is written.
+
+        Returns:
+            The files that are new.
+        """
+        if self._lock.is_lost():
+            self._lock.take_again()
+            say(f"save_folder: {self.folder} was removed while the run trains; it is made again")
+        return [] if _holds(self.folder / CONFIG, self._yaml) else self._write_run_files(self.folder)
+
+    def _write_run_files(self, folder: Path) -> list[Path]:
+        """Write the resolved config and the tokenizer, which make the folder's checkpoints usable."""
+        with writing_into(folder):
+            _write_config(self._yaml, folder / CONFIG)
+            self._tokenizer.save_pretrained(folder / "tokenizer")
+            return [folder / CONFIG, *(folder / "tokenizer").iterdir()]
+
+
+def is_finished(trainer: Trainer) -> bool:
+    """Whether the run has reached its `max_duration`."""
+    end = trainer.state.max_duration
+    assert isinstance(end, Time)
+    return trainer.state.timestamp.get(end.unit) >= end
+
+
+def set_up_process(config: TrainConfig, device: Device) -> None:
+    """Make the settings that must stand before the first tensor, and let all ranks meet."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for expected in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=expected)
+    if device.kind == "gpu":
+        allocator = [f"expandable_segments:{config.expandable_segments}"]
+        if config.max_split_size_mb is not None:
+            allocator.append(f"max_split_size_mb:{config.max_split_size_mb}")
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ",".join(allocator))
+        os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY" if config.cuda_load_lazy else "EAGER")
+    if dist.get_world_size() > 1:
+        dist.initialize_dist(device.kind, timeout=config.dist_timeout)
+
+
+def _write_config(text: str, file: Path) -> None:
+    """Write a run's `config.yaml`, whole or not at all."""
+    with whole_or_absent(file, overwrite=True) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
+
+
+def _holds(file: Path, text: str) -> bool:
+    return file.is_file() and file.read_bytes() == text.encode()
