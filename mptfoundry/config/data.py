@@ -376,3 +376,11 @@ def label_problems(given: LoaderConfig | tuple[LoaderConfig, ...] | None) -> Ite
             yield key, f"'{loader.label}' is another loader's. Use a label of its own."
         else:
             seen.add(loader.label)
+
+
+def sources_by_key(loader: LoaderConfig, where: str) -> dict[str, Any]:
+    """The sources of a loader by their keys in the config: `train_loader.dataset.streams.code`."""
+    dataset = loader.dataset
+    if getattr(dataset, "streams", None) is None:
+        return {f"{where}.dataset": source for source in dataset.sources.values()}
+    return {f"{where}.dataset.streams.{name}": source for name, source in dataset.sources.items()}

@@ -160,18 +160,6 @@ def count_samples(batch: Mapping[str, Any]) -> int:
     return int(batch["input_ids"].shape[0])
 
 
-def worker_options(
-    num_workers: int, prefetch_factor: int, persistent_workers: bool, timeout: float
-) -> dict[str, Any]:
-    """Arguments of PyTorch's DataLoader, which takes those of workers only where there are some."""
-    return {
-        "num_workers": num_workers,
-        "prefetch_factor": prefetch_factor if num_workers else None,
-        "persistent_workers": persistent_workers and num_workers > 0,
-        "timeout": timeout if num_workers else 0,
-    }
-
-
 def filler_id(tokenizer: Any) -> int:
     """The id that fills short rows (padding, or else EOS, or else 0); it is masked by place, not by value."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

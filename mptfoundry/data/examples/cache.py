@@ -24,14 +24,17 @@ from typing import Any
 
 from tqdm import tqdm
 
+from mptfoundry.config.data import FinetuningDatasetConfig
+from mptfoundry.config.streams import RecordsConfig
 from mptfoundry.data.examples.store import ExampleStore, ExampleWriter, why_damaged, write_examples
 from mptfoundry.data.examples.turns import Counts, ExampleMaker, ExamplePlan, Targets, UnitExamples, source_of
 from mptfoundry.data.jobs import in_processes
+from mptfoundry.data.loading import LoaderContext
 from mptfoundry.data.records.inputs import Inventory
 from mptfoundry.data.records.records import UNIT_BYTES, UNIT_ROWS, plan_units
-from mptfoundry.data.records.sources import Source, digest_of, find_records
+from mptfoundry.data.records.sources import content_digest, find_records
 from mptfoundry.data.shards.index import narrowest_dtype
-from mptfoundry.errors import DataError
+from mptfoundry.errors import ConfigError, DataError
 from mptfoundry.tokenizer import AS_TEXT, backend_parts, count_ids, fingerprint, own_borders
 
 VERSION = 3
@@ -46,12 +49,11 @@ def cache_folder(given: str | None) -> Path:
 
 
 def prepare_examples(
-    source: Source,
-    tokenizer: Any,
+    where: str,
+    source: RecordsConfig,
+    dataset: FinetuningDatasetConfig,
+    context: LoaderContext,
     *,
-    max_seq_len: int,
-    targets: Targets,
-    cache: Path,
     workers: int | None = None,
     say: Callable[[str], None] = print,
     progress: bool = True,
@@ -59,59 +61,69 @@ def prepare_examples(
     """The folder of a source's example store, which is made if it is not there or damaged.
 
     Args:
-        source: Where the records lie.
-        tokenizer: transformers' fast tokenizer.
-        max_seq_len: The most tokens of an example.
-        targets: What is learned.
-        cache: Folder of all stores.
+        where: The source's key in the config.
+        source: Where the records are.
+        dataset: Its data set: which tokens are in the loss, and where the cache is.
+        context: Of the run; its tokenizer and `max_seq_len` are used.
         workers: Processes. Default: one for each processor, or none for little data.
         say: Is told what happens.
         progress: Show a progress bar.
 
     Raises:
+        ConfigError: A function of the user's makes the records, and the command line did not allow code.
         DataError: The records can't be found, or the cache can't be written to.
     """
-    inventory = find_records(source, cache)
+    if isinstance(source.preprocessing_fn, str) and not context.allow_code:
+        raise ConfigError(
+            f"{where}.preprocessing_fn: {source.preprocessing_fn} is code. Run it with allow_code=true on "
+            "the command line."
+        )
+    cache, tokenizer = cache_folder(dataset.cache_folder), context.tokenizer
+    inventory = find_records(source, where, cache)
     vocab_size = count_ids(tokenizer)
-    settings = {
-        "version": [VERSION, UNIT_BYTES, UNIT_ROWS, UNITS_OF_A_PART],
-        "inputs": digest_of(inventory),
-        "tokenizer": [fingerprint(tokenizer), backend_parts(tokenizer)["post_processor"]],
-        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, *own_borders(tokenizer).after],
-        "chat_template": tokenizer.chat_template,
-        "max_seq_len": max_seq_len,
-        "targets": asdict(targets),
-        "preprocessing": _identity_of(source.preprocessing, say),
-        "token_encoding_type": source.token_encoding_type,
-    }
-    if source.as_text:
-        settings["special_tokens"] = AS_TEXT
-    folder = cache / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-    title = (
-        f"{source.where}: checking examples" if progress and inventory.size >= SMALLEST_PARALLEL_BYTES else ""
-    )
-    if why_damaged(folder, title=title) is None:
-        return folder
     plan = ExamplePlan(
         tokenizer,
-        max_seq_len,
-        targets,
-        source.preprocessing,
+        context.max_seq_len,
+        Targets(dataset.target_prompts, dataset.target_responses),
+        source.preprocessing_fn,
         narrowest_dtype(vocab_size),
         inventory.datasets,
-        source.token_encoding_type,
-        source.as_text,
+        dataset.token_encoding_type,
+        as_text=dataset.special_tokens == AS_TEXT,
     )
+    folder = cache / _identity(plan, content_digest(inventory, cache), say)
+    title = f"{where}: checking examples" if progress and inventory.size >= SMALLEST_PARALLEL_BYTES else ""
+    if why_damaged(folder, title=title) is None:
+        return folder
     try:
         with _held(folder, say) as parts:
             problem = why_damaged(folder)
             if problem is not None:
                 if folder.exists():
-                    say(f"{source.where}: the examples are made again: {folder} {problem}")
-                _make(folder, parts, inventory, plan, vocab_size, workers, progress, source.where)
+                    say(f"{where}: the examples are made again: {folder} {problem}")
+                _make(folder, parts, inventory, plan, vocab_size, workers, progress, where)
     except OSError as error:
         raise DataError(f"{folder}: it can't be written ({error.strerror or error}).") from error
     return folder
+
+
+def _identity(plan: ExamplePlan, inputs: str, say: Callable[[str], None]) -> str:
+    """A hash of everything that the examples depend on."""
+    tokenizer = plan.tokenizer
+    settings = {
+        "version": [VERSION, UNIT_BYTES, UNIT_ROWS, UNITS_OF_A_PART],
+        "inputs": inputs,
+        "tokenizer": [fingerprint(tokenizer), backend_parts(tokenizer)["post_processor"]],
+        "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, *own_borders(tokenizer).after],
+        "chat_template": tokenizer.chat_template,
+        "max_seq_len": plan.max_seq_len,
+        "targets": asdict(plan.targets),
+        "preprocessing": _identity_of(plan.preprocessing, say),
+        "token_encoding_type": plan.token_encoding_type,
+    }
+    if plan.as_text:
+        settings["special_tokens"] = AS_TEXT
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
 @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,22 +17,30 @@ from typing import Any
 import numpy as np
 import torch
 from composer.core import DataSpec
-from composer.utils import dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from mptfoundry.config.data import LabelledLoaderConfig, sources_by_key
 from mptfoundry.data.collate import NOT_LEARNED, count_samples, filler_id
+from mptfoundry.data.examples.cache import cache_folder
 from mptfoundry.data.examples.labelled_records import (
     Checked,
     Record,
-    Task,
     check_answer,
     check_text,
     check_words,
     read_records,
 )
+from mptfoundry.data.loading import LoaderContext, loader_options
 from mptfoundry.data.records.records import counted
-from mptfoundry.data.records.sources import Source
-from mptfoundry.errors import DataError
+from mptfoundry.data.records.sources import find_records
+from mptfoundry.errors import ConfigError, DataError
+from mptfoundry.mpt.head_config import (
+    HeadConfig,
+    SequenceClassifierConfig,
+    SpanFinderConfig,
+    TokenClassifierConfig,
+)
+from mptfoundry.ranks import rank, world_size
 
 ROWS_AT_ONCE = 1000
 # A place that no row has: an answer there isn't learned.
@@ -42,80 +49,51 @@ OUTSIDE = 2**31
 log = logging.getLogger(__name__)
 
 
-def build_labelled_loader(
-    *,
-    source: Source,
-    fields: Mapping[str, str] | None = None,
-    task: Task,
-    labels: Mapping[str, int] | None = None,
-    problem: str = "single_label_classification",
-    tokenizer: Any,
-    max_seq_len: int,
-    device_batch_size: int,
-    shuffle: bool = False,
-    seed: int = 9176,
-    drop_last: bool = True,
-    num_workers: int = 0,
-    is_training: bool = True,
-    where: str = "train_loader",
-) -> DataSpec:
-    """Build the loader of a data set.
+def build_labelled_loader(loader: LabelledLoaderConfig, context: LoaderContext) -> DataSpec:
+    """Build the loader of a data set of labelled examples, for the model's head.
 
-    Args:
-        source: Files, a folder or a data set.
-        fields: Names of a record's fields -> their names in the data, where they differ.
-        task: What a record holds.
-        labels: The labels' numbers by name; for spans none.
-        problem: For `sequence`: transformers' `problem_type`.
-        tokenizer: transformers' fast tokenizer; two texts are joined as it joins pairs.
-        max_seq_len: Tokens of an example; longer ones are cut at their end, which is said once.
-        device_batch_size: Rows in a batch of one device.
-        shuffle: Shuffle anew in each epoch, from `seed`: the same order whatever the number of devices.
-        drop_last: Leave out a last batch that is not full.
-        num_workers: Processes that collate; 0 does it in the training process.
-        is_training: Epochs differ, and examples in which nothing to learn is left are left out. An evaluation
-            keeps them, and always reads the samples of the first epoch, in their order.
-        where: What the user calls this loader, for errors.
-
-    Returns:
-        Composer's DataSpec.
+    Two texts are joined as the tokenizer joins pairs. Examples longer than `max_seq_len` are cut at their
+    end. In training, examples that lost all they were to teach are left out; an evaluation keeps them.
 
     Raises:
+        ConfigError: The model has no head.
         DataError: Files are missing or damaged, a record doesn't hold what it should, or there are too few.
     """
-    records = read_records(source, fields or {})
-    encoded = [
-        *encode(records, tokenizer, max_seq_len, task=task, labels=labels or {}, problem=problem),
-    ]
-    examples = [example for example, _ in encoded if not is_training or _is_learned(example)]
-    _say_what_was_cut(sum(is_cut for _, is_cut in encoded), len(encoded) - len(examples), max_seq_len, where)
+    head, dataset, where = context.model, loader.dataset, context.where
+    if not isinstance(head, HeadConfig):
+        raise ConfigError(f"{where}.name: labelled: the model has no head for labels. Use text.")
+    ((key, source),) = sources_by_key(loader, where).items()
+    records = read_records(find_records(source, key, cache_folder(None)), dataset.fields)
+    encoded = [*encode(records, context.tokenizer, context.max_seq_len, head)]
+    examples = [example for example, _ in encoded if not context.is_training or _is_trained(example)]
+    left_out = len(encoded) - len(examples)
+    _say_what_was_cut(sum(is_cut for _, is_cut in encoded), left_out, context.max_seq_len, where)
+    options = loader_options(loader, context)
     sampler = PlacedSampler(
         range(len(examples)),  # type: ignore[arg-type]
-        varies=is_training,
-        num_replicas=dist.get_world_size(),
-        rank=dist.get_global_rank(),
-        shuffle=shuffle,
-        seed=seed,
-        drop_last=drop_last,
+        varies=context.is_training,
+        num_replicas=world_size(),
+        rank=rank(),
+        shuffle=context.shuffles(loader),
+        seed=context.seed,
+        drop_last=options["drop_last"],
     )
-    if not examples or (drop_last and len(sampler) < device_batch_size):
+    if not examples or (options["drop_last"] and len(sampler) < context.device_batch_size):
         raise DataError(
-            f"{where}: {counted(len(examples), 'example')} can't fill one batch of {device_batch_size} on "
-            "each device. "
-            f"Use a smaller batch, more examples, or drop_last: false."
+            f"{where}: {counted(len(examples), 'example')} can't fill one batch of "
+            f"{context.device_batch_size} on each device. Use a smaller batch, more examples, or "
+            "drop_last: false."
         )
-    loader: DataLoader[Any] = DataLoader(
-        LabelledDataset(examples, sampler, source.where),
-        batch_size=device_batch_size,
-        sampler=sampler,
-        collate_fn=LabelledCollator(filler_id(tokenizer)),
-        drop_last=drop_last,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-        # Its own generator: making an iterator must not advance the random state that dropout uses.
-        generator=torch.Generator().manual_seed(seed),
+    return DataSpec(
+        DataLoader(
+            LabelledDataset(examples, sampler, key),
+            sampler=sampler,
+            collate_fn=LabelledCollator(filler_id(context.tokenizer)),
+            **options,
+        ),
+        get_num_samples_in_batch=count_samples,
+        get_num_tokens_in_batch=count_tokens,
     )
-    return DataSpec(loader, get_num_samples_in_batch=count_samples, get_num_tokens_in_batch=count_tokens)
 
 
 class PlacedSampler(DistributedSampler):
@@ -227,15 +205,15 @@ def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
 
 
 def encode(
-    records: Iterator[Record],
-    tokenizer: Any,
-    max_seq_len: int,
-    *,
-    task: Task,
-    labels: Mapping[str, int],
-    problem: str,
+    records: Iterator[Record], tokenizer: Any, max_seq_len: int, head: HeadConfig
 ) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Check and tokenize records; arguments are those of `build_labelled_loader`.
+    """Check and tokenize records for a model's head.
+
+    Args:
+        records: As the head needs them.
+        tokenizer: transformers' fast tokenizer.
+        max_seq_len: The most tokens of an example.
+        head: Its config.
 
     Yields:
         An example, and whether it was cut.
@@ -244,43 +222,48 @@ def encode(
         DataError: A record does not hold what it should.
     """
     while chunk := list(islice(records, ROWS_AT_ONCE)):
-        if task == "sequence":
-            checked = [check_text(record, labels, problem) for record in chunk]
-        elif task == "token":
-            checked = [check_words(record, labels) for record in chunk]
-        else:
-            checked = [check_answer(record) for record in chunk]
-        encodings = _tokenize(chunk, checked, tokenizer, max_seq_len, task)
-        for record, (_, context, wanted), encoding in zip(chunk, checked, encodings, strict=True):
+        checked = [_checked(record, head) for record in chunk]
+        encodings = _tokenize(
+            chunk, checked, tokenizer, max_seq_len, is_span=isinstance(head, SpanFinderConfig)
+        )
+        for record, (_, context, answer), encoding in zip(chunk, checked, encodings, strict=True):
             if not encoding.ids:
                 raise DataError(f"{record.where()}: the tokenizer makes no token of its text.")
             example: dict[str, Any] = {"input_ids": np.asarray(encoding.ids, np.int64)}
-            if task == "sequence":
-                kind = np.int64 if problem == "single_label_classification" else np.float32
-                example["labels"] = np.asarray(wanted, kind)
-            elif task == "token":
-                example["labels"] = _labels_of_tokens(encoding, wanted, record)
+            if isinstance(head, SequenceClassifierConfig):
+                kind = np.int64 if head.problem == "single_label_classification" else np.float32
+                example["labels"] = np.asarray(answer, kind)
+            elif isinstance(head, TokenClassifierConfig):
+                example["labels"] = _labels_of_tokens(encoding, answer, record)
             else:
-                example |= _span_of_tokens(encoding, *wanted) | {"context": context, "answers": wanted[1]}
+                example |= _span_of_tokens(encoding, *answer) | {"context": context, "answers": answer[1]}
             yield example, bool(encoding.overflowing)
 
 
+def _checked(record: Record, head: HeadConfig) -> Checked:
+    if isinstance(head, SequenceClassifierConfig):
+        return check_text(record, head.label2id, head.problem)
+    if isinstance(head, TokenClassifierConfig):
+        return check_words(record, head.label2id)
+    return check_answer(record)
+
+
 def _tokenize(
-    records: Sequence[Record], checked: Sequence[Checked], tokenizer: Any, max_seq_len: int, task: Task
+    records: Sequence[Record], checked: Sequence[Checked], tokenizer: Any, max_seq_len: int, *, is_span: bool
 ) -> list[Any]:
     """An Encoding of the tokenizers library for each record."""
     firsts, seconds = [entry.first for entry in checked], [entry.second for entry in checked]
     for record, second in zip(records, seconds, strict=True):
         if (second is None) != (seconds[0] is None):
             raise record.error("text_pair", "some records have it and others don't. Give it to all or none")
-    if task == "span":
+    if is_span:
         for record, ids in zip(records, tokenizer(firsts)["input_ids"], strict=True):
             if len(ids) >= max_seq_len:
                 raise record.error("question", f"has {len(ids)} tokens of {max_seq_len}: no room for more")
     return tokenizer(
         firsts,
         None if seconds[0] is None else seconds,
-        truncation="only_second" if task == "span" else True,
+        truncation="only_second" if is_span else True,
         max_length=max_seq_len,
         return_offsets_mapping=True,
     ).encodings
@@ -314,7 +297,7 @@ def _span_of_tokens(encoding: Any, begin: int, answers: Sequence[str]) -> dict[s
     return {"start_positions": np.int64(first), "end_positions": np.int64(last), "offsets": offsets}
 
 
-def _is_learned(example: Mapping[str, Any]) -> bool:
+def _is_trained(example: Mapping[str, Any]) -> bool:
     if "start_positions" in example:
         return example["start_positions"] != OUTSIDE
     labels = example["labels"]
@@ -323,7 +306,7 @@ def _is_learned(example: Mapping[str, Any]) -> bool:
 
 def _say_what_was_cut(cut: int, left_out: int, max_seq_len: int, where: str) -> None:
     """One line, on the first rank."""
-    if not (cut or left_out) or os.environ.get("RANK", "0") != "0":
+    if not (cut or left_out) or rank() != 0:
         return
     lost = f"; {left_out} of which nothing to learn was left were left out" * bool(left_out)
     text = "%s: %s examples are longer than max_seq_len: %s and were cut at their end%s."

@@ -14,17 +14,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from mptfoundry.data.collate import NOT_LEARNED
+from mptfoundry.data.records.inputs import Inventory
 from mptfoundry.data.records.records import BadInput, names_of, plan_units, read_rows, shown, text_of
-from mptfoundry.data.records.sources import Source, find_records
 from mptfoundry.errors import DataError
-
-Task = Literal["sequence", "token", "span"]
 
 LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
@@ -86,17 +83,16 @@ class Checked(NamedTuple):
     wanted: Any
 
 
-def read_records(source: Source, names: Mapping[str, str]) -> Iterator[Record]:
-    """Read the records of a source, in order.
+def read_records(inventory: Inventory, names: Mapping[str, str]) -> Iterator[Record]:
+    """Read all records, in order.
 
     Args:
-        source: Files, a folder or a data set.
+        inventory: The files or data set that hold them.
         names: As in Record.
 
     Raises:
         DataError: Nothing is there, or it can't be read.
     """
-    inventory = find_records(source, Path())
     for unit in plan_units(inventory.inputs, inventory.datasets, cut_texts=False):
         for row in (row for part in unit.parts for row in read_rows(part, inventory.datasets)):
             if isinstance(row, BadInput):

@@ -15,9 +15,9 @@ import torch
 from pyarrow import parquet
 
 from mptfoundry.data.collate import NOT_LEARNED
-from mptfoundry.data.examples.labelled import OUTSIDE, build_labelled_loader
-from mptfoundry.data.records.sources import Source
+from mptfoundry.data.examples.labelled import OUTSIDE
 from mptfoundry.errors import DataError
+from tests.loaders import labelled_loader
 
 LABELS = {"no": 0, "maybe": 1, "yes": 2}
 TEXTS = [{"text": f"def f{'x' * n}(self): return {n}", "label": [*LABELS][n % 3]} for n in range(11)]
@@ -38,14 +38,8 @@ def build(tmp_path: Path, tiny_tokenizer: Any) -> Build:
 
     def make(records: list[dict[str, Any]], task: str = "sequence", **options: Any) -> Any:
         (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        place = Source(
-            "train_loader.dataset",
-            local=options.pop("local", str(tmp_path / "train.jsonl")),
-            split=options.pop("split", None),
-        )
-        given = {"source": place, "labels": LABELS, "tokenizer": tiny_tokenizer, "max_seq_len": 64}
-        given |= {"device_batch_size": 4, "drop_last": False, **options}
-        return build_labelled_loader(task=task, **given)  # type: ignore[arg-type]
+        given = {"local": str(tmp_path / "train.jsonl"), "labels": LABELS, "tokenizer": tiny_tokenizer}
+        return labelled_loader(task, **{**given, "drop_last": False, **options})
 
     return make
 

@@ -19,7 +19,6 @@ from composer.utils.parallelism import FSDP2Config
 from torch.distributed.tensor import DTensor
 
 from mptfoundry.callbacks.throughput import Throughput
-from mptfoundry.data.examples.rows import build_row_loader
 from mptfoundry.data.examples.store import ExampleStore, write_examples
 from mptfoundry.errors import DataError
 from mptfoundry.evals.token_loss import token_loss_metrics
@@ -30,6 +29,7 @@ from mptfoundry.mpt.network import MPT
 from mptfoundry.run.metrics_file import MetricsFile, read_rows
 from mptfoundry.run.resume import Resume
 from tests.conftest import ROOT
+from tests.loaders import row_loader
 from tests.mpt.reference import assert_as_exact
 
 CONFIG = MPTConfig(
@@ -64,16 +64,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ExampleStore:
 
 def loader(stores: list[ExampleStore], batch: int = 4, **options: Any) -> Any:
     """Global batches of `batch` packed rows."""
-    defaults: dict[str, Any] = {
-        "max_seq_len": 64,
-        "packing_ratio": "auto",
-        "pad_token_id": 0,
-        "device_batch_size": batch // dist.get_world_size(),
-        "shuffle": True,
-        "seed": 5,
-        "drop_last": False,
-    }
-    return build_row_loader(stores, **{**defaults, **options})
+    defaults = {"device_batch_size": batch // dist.get_world_size(), "shuffle": True, "seed": 5}
+    return row_loader(stores, **{**defaults, "drop_last": False, **options})
 
 
 class Seen(Callback):
@@ -186,7 +178,7 @@ def test_a_resumed_run_goes_on_with_the_same_rows_and_the_same_numbers(
 
 
 def test_the_share_of_padding_is_logged_for_each_batch(store: ExampleStore, tmp_path: Path) -> None:
-    spec = loader([store], packing_ratio=None, trims_padding=True, shuffle=False)
+    spec = loader([store], packing_ratio=None, allow_pad_trimming=True, shuffle=False)
     train(spec, "2ba", loggers=[MetricsFile(tmp_path)])
     lengths = store.lengths[:8].reshape(2, 4)
     rows = list(read_rows(tmp_path / "metrics.jsonl"))

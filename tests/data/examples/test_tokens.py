@@ -9,28 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mptfoundry.config.data import FinetuningDatasetConfig
 from mptfoundry.data.examples.cache import prepare_examples
 from mptfoundry.data.examples.store import ExampleStore
-from mptfoundry.data.examples.turns import Targets
-from mptfoundry.data.records.sources import Source
+from tests.loaders import context_of
 
 PROMPT, RESPONSE = [5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22, 23, 24, 0]
 
 
-def examples(source: Source, tokenizer: Any, cache: Path, **options: Any) -> ExampleStore:
-    given: dict[str, Any] = {
-        "max_seq_len": 64,
-        "targets": Targets(),
-        "workers": 1,
-        "progress": False,
-        **options,
-    }
-    return ExampleStore(prepare_examples(source, tokenizer, cache=cache, **given))
+def examples(place: Path, tokenizer: Any, **options: Any) -> ExampleStore:
+    context = context_of(tokenizer, max_seq_len=options.pop("max_seq_len", 64))
+    cache = str(place.parent / "cache")
+    dataset = FinetuningDatasetConfig(local=str(place), cache_folder=cache, **options)
+    (source,) = dataset.sources.values()
+    return ExampleStore(prepare_examples("x", source, dataset, context, workers=1, progress=False))
 
 
 def of_records(records: list[Any], folder: Path, tokenizer: Any, **options: Any) -> ExampleStore:
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return examples(Source("x", local=str(folder / "records.jsonl")), tokenizer, folder / "cache", **options)
+    return examples(folder / "records.jsonl", tokenizer, **options)
 
 
 def of_shards(
@@ -41,7 +38,7 @@ def of_shards(
     with MDSWriter(out=str(folder / "mds"), columns=columns) as out:
         for sample in samples:
             out.write(sample)
-    return examples(Source("x", local=str(folder / "mds"), **options), tokenizer, folder / "cache")
+    return examples(folder / "mds", tokenizer, **options)
 
 
 def rows(store: ExampleStore) -> list[tuple[list[int], list[int]]]:

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mptfoundry.config.data import TextDatasetConfig, TextLoaderConfig
+from mptfoundry.config.streams import StreamConfig
 from mptfoundry.data.shards.index import read_index
 from mptfoundry.data.views.mix import describe_mix, draw_mix, mix_table
 from mptfoundry.errors import DataError
@@ -13,10 +15,10 @@ from mptfoundry.errors import DataError
 
 def mix(prepared: Path, first: dict[str, Any], second: dict[str, Any], **options: Any) -> list[Any]:
     streams = {
-        "code": {"local": str(prepared), "split": "train", **first},
-        "rest": {"local": str(prepared), "split": "val", **second},
+        "code": StreamConfig(local=str(prepared), split="train", **first),
+        "rest": StreamConfig(local=str(prepared), split="val", **second),
     }
-    return describe_mix(streams, max_seq_len=64, **options)
+    return describe_mix(TextLoaderConfig(dataset=TextDatasetConfig(streams=streams)), 64, **options)
 
 
 def test_shares_and_epochs_follow_the_proportions(prepared: Path) -> None:
