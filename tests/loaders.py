@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,6 +80,7 @@ def labelled_loader(task: str = "sequence", **options: Any) -> Any:
     """The loader of labelled examples."""
     options.setdefault("model", head_of(task, options.pop("labels", None), options.pop("problem", None)))
     context, loader, dataset = _split(options)
+    dataset.setdefault("cache_folder", str(Path(dataset["local"]).parent / ".cache"))
     config = LabelledDatasetConfig(**dataset)
     return build_labelled_loader(LabelledLoaderConfig(name="labelled", dataset=config, **loader), context)
 

@@ -204,6 +204,7 @@ class LabelledDatasetConfig:
             `max_seq_len`.
         shuffle: Read the examples in random order. Default: true in training, false in evaluation.
         shuffle_seed: Seed of that order. Default, and has to equal: the run's `seed`.
+        cache_folder: Folder of tokenized examples. Default: `~/.cache/mptfoundry/examples`.
     """
 
     hf_name: str | None = None
@@ -213,6 +214,7 @@ class LabelledDatasetConfig:
     max_seq_len: int | None = None
     shuffle: bool | None = None
     shuffle_seed: int | None = None
+    cache_folder: str | None = None
     epoch_size: ClassVar[None] = None
     separates_documents: ClassVar[bool] = False
 

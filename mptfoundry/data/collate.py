@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-NOT_LEARNED = -100
+from mptfoundry.data.shards.token_ids import NOT_IN_LOSS
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TextCollator:
             is_text[row, :length] = True
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(input_ids),
-            "labels": torch.from_numpy(np.where(is_text, input_ids, NOT_LEARNED)),
+            "labels": torch.from_numpy(np.where(is_text, input_ids, NOT_IN_LOSS)),
             "sample_id": torch.tensor([sample["sample_id"] for sample in samples], dtype=torch.int64),
         }
         if not is_text.all():
@@ -85,14 +85,14 @@ class RowCollator:
             min(self.max_seq_len, -(-max(1, *tokens) // 8) * 8) if self.trims_padding else self.max_seq_len
         )
         input_ids = np.full((len(rows), width), self.pad_token_id, np.int64)
-        labels = np.full((len(rows), width), NOT_LEARNED, np.int64)
+        labels = np.full((len(rows), width), NOT_IN_LOSS, np.int64)
         sequence_id = np.zeros((len(rows), width), np.int64)
         for place, row in enumerate(rows):
             ids, lengths = row["input_ids"], row["lengths"]
             input_ids[place, : len(ids)] = ids
-            labels[place, : len(ids)] = np.where(row["learned"], ids, NOT_LEARNED)
+            labels[place, : len(ids)] = np.where(row["learned"], ids, NOT_IN_LOSS)
             begins = lengths.cumsum()[:-1]
-            labels[place, 0] = labels[place, begins] = NOT_LEARNED
+            labels[place, 0] = labels[place, begins] = NOT_IN_LOSS
             sequence_id[place, begins] = 1
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(input_ids),
@@ -100,7 +100,7 @@ class RowCollator:
             "sample_id": torch.tensor([row["sample_id"] for row in rows], dtype=torch.int64),
             "max_documents": max(1, *(len(row["lengths"]) for row in rows)),
             "row_tokens": tokens,
-            "row_learned": np.count_nonzero(labels != NOT_LEARNED, axis=1).tolist(),
+            "row_learned": np.count_nonzero(labels != NOT_IN_LOSS, axis=1).tolist(),
         }
         if min(tokens) < width:
             real = np.maximum(tokens, 1)[:, None]
@@ -151,7 +151,7 @@ def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
     rows, seq = batch["input_ids"].shape
     if "attention_mask" not in batch:
         return {"total": rows * seq, "loss_generating": rows * (seq - 1)}
-    learned = int((batch["labels"][:, 1:] != NOT_LEARNED).sum())
+    learned = int((batch["labels"][:, 1:] != NOT_IN_LOSS).sum())
     return {"total": int(batch["attention_mask"].sum()), "loss_generating": learned}
 
 

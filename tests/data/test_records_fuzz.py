@@ -14,8 +14,7 @@ from mptfoundry.config.data import FinetuningDatasetConfig
 from mptfoundry.config.streams import RecordsConfig
 from mptfoundry.data.examples import turns
 from mptfoundry.data.examples.cache import prepare_examples
-from mptfoundry.data.examples.labelled import encode
-from mptfoundry.data.examples.labelled_records import read_records
+from mptfoundry.data.examples.labelled_records import LabelledMaker, LabelledPlan, pack, unpack
 from mptfoundry.data.examples.store import ExampleStore
 from mptfoundry.data.examples.turns import Counts, ExampleMaker, ExamplePlan, Targets, UnitExamples
 from mptfoundry.data.records.records import plan_units
@@ -135,9 +134,11 @@ def assert_labelled_holds(folder: Path, tokenizer: Any, seed: int, values: int, 
         for content in contents:
             path.write_bytes(content)
             try:
-                records = read_records(find_records(RecordsConfig(local=str(path)), "x", folder), {})
-                for _ in encode(records, tokenizer, 64, head_of(task, problem=problem)):
-                    pass
+                inputs = find_records(RecordsConfig(local=str(path)), "x", folder).inputs
+                make_labelled = LabelledMaker(LabelledPlan(tokenizer, 64, head_of(task, problem=problem), {}))
+                for unit in plan_units(inputs, [], cut_texts=False):
+                    for example in make_labelled(unit).examples:
+                        assert pack(unpack(example)) == example
             except DataError as error:
                 assert_is_told(str(error).removeprefix(f"{path}:"))
             except Exception as error:

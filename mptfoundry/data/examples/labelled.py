@@ -1,14 +1,13 @@
 """Batches of labelled examples: texts with labels, words with labels, questions with answers.
 
-Every record (see labelled_records.py) is checked and tokenized once, when the loader is built. It becomes an
-*example*: `input_ids` (tokens,) int64, and its part of the batch that `LabelledCollator` describes.
+Every record (see `labelled_records.py`) is checked and tokenized once, and kept on disk (see
+`labelled_store.py`). It becomes an *example*: `input_ids` (tokens,) int64, and its part of the batch that
+`LabelledCollator` describes.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -20,31 +19,14 @@ from composer.core import DataSpec
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from mptfoundry.config.data import LabelledLoaderConfig, sources_by_key
-from mptfoundry.data.collate import NOT_LEARNED, count_samples, filler_id
-from mptfoundry.data.examples.cache import cache_folder
-from mptfoundry.data.examples.labelled_records import (
-    Checked,
-    Record,
-    check_answer,
-    check_text,
-    check_words,
-    read_records,
-)
+from mptfoundry.data.collate import count_samples, filler_id
+from mptfoundry.data.examples.labelled_store import LabelledStore, prepare_labelled
 from mptfoundry.data.loading import LoaderContext, loader_options
 from mptfoundry.data.records.records import counted
-from mptfoundry.data.records.sources import find_records
+from mptfoundry.data.shards.token_ids import NOT_IN_LOSS
 from mptfoundry.errors import ConfigError, DataError
-from mptfoundry.mpt.head_config import (
-    HeadConfig,
-    SequenceClassifierConfig,
-    SpanFinderConfig,
-    TokenClassifierConfig,
-)
-from mptfoundry.ranks import rank, world_size
-
-ROWS_AT_ONCE = 1000
-# A place that no row has: an answer there isn't learned.
-OUTSIDE = 2**31
+from mptfoundry.mpt.head_config import HeadConfig
+from mptfoundry.ranks import once_per_node, rank, world_size
 
 log = logging.getLogger(__name__)
 
@@ -59,15 +41,11 @@ def build_labelled_loader(loader: LabelledLoaderConfig, context: LoaderContext) 
         ConfigError: The model has no head.
         DataError: Files are missing or damaged, a record doesn't hold what it should, or there are too few.
     """
-    head, dataset, where = context.model, loader.dataset, context.where
-    if not isinstance(head, HeadConfig):
+    where = context.where
+    if not isinstance(context.model, HeadConfig):
         raise ConfigError(f"{where}.name: labelled: the model has no head for labels. Use text.")
-    ((key, source),) = sources_by_key(loader, where).items()
-    records = read_records(find_records(source, key, cache_folder(None)), dataset.fields)
-    encoded = [*encode(records, context.tokenizer, context.max_seq_len, head)]
-    examples = [example for example, _ in encoded if not context.is_training or _is_trained(example)]
-    left_out = len(encoded) - len(examples)
-    _say_what_was_cut(sum(is_cut for _, is_cut in encoded), left_out, context.max_seq_len, where)
+    (key,) = sources_by_key(loader, where)
+    examples = load_labelled(key, loader, context)
     options = loader_options(loader, context)
     sampler = PlacedSampler(
         range(len(examples)),  # type: ignore[arg-type]
@@ -94,6 +72,28 @@ def build_labelled_loader(loader: LabelledLoaderConfig, context: LoaderContext) 
         get_num_samples_in_batch=count_samples,
         get_num_tokens_in_batch=count_tokens,
     )
+
+
+def load_labelled(key: str, loader: LabelledLoaderConfig, context: LoaderContext) -> LabelledStore:
+    """The examples of a data set, whose key is given; one process of each node prepares them if needed.
+
+    Raises:
+        DataError: Records are missing, damaged, or don't hold what they should.
+    """
+    speaks = rank() == 0
+
+    def say(text: str) -> None:
+        if speaks:
+            print(text, flush=True)
+
+    def prepare() -> str:
+        return str(prepare_labelled(key, loader.dataset, context, say=say, progress=speaks))
+
+    folder = once_per_node(prepare, what=f"{context.where}: preparing examples", say=say)
+    examples = LabelledStore(folder, trained_only=context.is_training)
+    if speaks:
+        _say_what_was_cut(examples.cut, examples.left_out, context.max_seq_len, context.where)
+    return examples
 
 
 class PlacedSampler(DistributedSampler):
@@ -125,7 +125,7 @@ class PlacedSampler(DistributedSampler):
 
 
 class LabelledDataset(Dataset):
-    """Examples in memory.
+    """Labelled examples, by number.
 
     Args:
         examples: All of them.
@@ -136,15 +136,10 @@ class LabelledDataset(Dataset):
         fingerprints: The examples' content, by their key in the config.
     """
 
-    def __init__(self, examples: Sequence[dict[str, Any]], sampler: PlacedSampler, where: str) -> None:
+    def __init__(self, examples: LabelledStore, sampler: PlacedSampler, where: str) -> None:
         self.examples = examples
         self._sampler = sampler
-        digest = hashlib.sha256()
-        for example in examples:
-            for name, value in example.items():
-                content = value.tobytes() if hasattr(value, "tobytes") else repr(value).encode()
-                digest.update(f"{name} {len(content)}\n".encode() + content)
-        self.fingerprints = {where: digest.hexdigest()}
+        self.fingerprints = {where: examples.fingerprint}
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -177,7 +172,7 @@ class LabelledCollator:
         """Make a batch of examples."""
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         seq = int(lengths.max())
-        fillers = {"input_ids": self.pad_token_id, "labels": NOT_LEARNED, "offsets": 0}
+        fillers = {"input_ids": self.pad_token_id, "labels": NOT_IN_LOSS, "offsets": 0}
         batch: dict[str, Any] = {}
         for name, first in examples[0].items():
             values = [example[name] for example in examples]
@@ -198,115 +193,14 @@ def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
     if labels is None:
         learned = int((batch["start_positions"] < ids.shape[1]).sum())
     elif labels.ndim == 2 and not labels.is_floating_point():
-        learned = int((labels != NOT_LEARNED).sum())
+        learned = int((labels != NOT_IN_LOSS).sum())
     else:
         learned = len(ids)
     return {"total": int(batch.get("attention_mask", torch.ones_like(ids)).sum()), "loss_generating": learned}
 
 
-def encode(
-    records: Iterator[Record], tokenizer: Any, max_seq_len: int, head: HeadConfig
-) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Check and tokenize records for a model's head.
-
-    Args:
-        records: As the head needs them.
-        tokenizer: transformers' fast tokenizer.
-        max_seq_len: The most tokens of an example.
-        head: Its config.
-
-    Yields:
-        An example, and whether it was cut.
-
-    Raises:
-        DataError: A record does not hold what it should.
-    """
-    while chunk := list(islice(records, ROWS_AT_ONCE)):
-        checked = [_checked(record, head) for record in chunk]
-        encodings = _tokenize(
-            chunk, checked, tokenizer, max_seq_len, is_span=isinstance(head, SpanFinderConfig)
-        )
-        for record, (_, context, answer), encoding in zip(chunk, checked, encodings, strict=True):
-            if not encoding.ids:
-                raise DataError(f"{record.where()}: the tokenizer makes no token of its text.")
-            example: dict[str, Any] = {"input_ids": np.asarray(encoding.ids, np.int64)}
-            if isinstance(head, SequenceClassifierConfig):
-                kind = np.int64 if head.problem == "single_label_classification" else np.float32
-                example["labels"] = np.asarray(answer, kind)
-            elif isinstance(head, TokenClassifierConfig):
-                example["labels"] = _labels_of_tokens(encoding, answer, record)
-            else:
-                example |= _span_of_tokens(encoding, *answer) | {"context": context, "answers": answer[1]}
-            yield example, bool(encoding.overflowing)
-
-
-def _checked(record: Record, head: HeadConfig) -> Checked:
-    if isinstance(head, SequenceClassifierConfig):
-        return check_text(record, head.label2id, head.problem)
-    if isinstance(head, TokenClassifierConfig):
-        return check_words(record, head.label2id)
-    return check_answer(record)
-
-
-def _tokenize(
-    records: Sequence[Record], checked: Sequence[Checked], tokenizer: Any, max_seq_len: int, *, is_span: bool
-) -> list[Any]:
-    """An Encoding of the tokenizers library for each record."""
-    firsts, seconds = [entry.first for entry in checked], [entry.second for entry in checked]
-    for record, second in zip(records, seconds, strict=True):
-        if (second is None) != (seconds[0] is None):
-            raise record.error("text_pair", "some records have it and others don't. Give it to all or none")
-    if is_span:
-        for record, ids in zip(records, tokenizer(firsts)["input_ids"], strict=True):
-            if len(ids) >= max_seq_len:
-                raise record.error("question", f"has {len(ids)} tokens of {max_seq_len}: no room for more")
-    return tokenizer(
-        firsts,
-        None if seconds[0] is None else seconds,
-        truncation="only_second" if is_span else True,
-        max_length=max_seq_len,
-        return_offsets_mapping=True,
-    ).encodings
-
-
-def _labels_of_tokens(
-    encoding: Any, words: tuple[Sequence[int], Sequence[int]], record: Record
-) -> np.ndarray:
-    """Each word's label at its first token, -100 at all others: (tokens,) int64."""
-    begins, numbers = words
-    labels = np.full(len(encoding.ids), NOT_LEARNED, np.int64)
-    last = -1
-    for token, (begin, end) in enumerate(encoding.offsets):
-        # By its last character, since a token may begin with the space before its word.
-        word = bisect_right(begins, end - 1) - 1
-        if begin < end and word > last:
-            if word > last + 1:
-                raise record.error("words", f"word {last + 1} has no token of its own")
-            labels[token], last = numbers[word], word
-    return labels
-
-
-def _span_of_tokens(encoding: Any, begin: int, answers: Sequence[str]) -> dict[str, Any]:
-    """The first answer's first and last token, or OUTSIDE where it was cut off; and where tokens stand."""
-    end = begin + len(answers[0].rstrip())
-    offsets = np.asarray(encoding.offsets, np.int64)
-    offsets[[part != 1 for part in encoding.sequence_ids]] = 0
-    tokens = np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end) & (offsets[:, 0] < offsets[:, 1]))
-    is_whole = len(tokens) > 0 and offsets[tokens[-1], 1] >= end
-    first, last = (tokens[0], tokens[-1]) if is_whole else (OUTSIDE, OUTSIDE)
-    return {"start_positions": np.int64(first), "end_positions": np.int64(last), "offsets": offsets}
-
-
-def _is_trained(example: Mapping[str, Any]) -> bool:
-    if "start_positions" in example:
-        return example["start_positions"] != OUTSIDE
-    labels = example["labels"]
-    return labels.dtype != np.int64 or bool((labels != NOT_LEARNED).any())
-
-
 def _say_what_was_cut(cut: int, left_out: int, max_seq_len: int, where: str) -> None:
-    """One line, on the first rank."""
-    if not (cut or left_out) or rank() != 0:
+    if not (cut or left_out):
         return
     lost = f"; {left_out} of which nothing to learn was left were left out" * bool(left_out)
     text = "%s: %s examples are longer than max_seq_len: %s and were cut at their end%s."

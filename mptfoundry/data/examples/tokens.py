@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mptfoundry.data.collate import NOT_LEARNED
 from mptfoundry.data.examples.chat import RecordError
 from mptfoundry.data.records.records import a_type, shown
-from mptfoundry.data.shards.token_ids import unpack_ids
+from mptfoundry.data.shards.token_ids import NOT_IN_LOSS, unpack_ids
 
 # What is looked at.
 COLUMNS = {"turns", "input_ids", "labels", "attention_mask"}
@@ -90,16 +89,16 @@ class TokenReader:
             kept = _kept(self._integers(record, "attention_mask", ""), len(ids))
         for place, (label, token_id) in enumerate(zip(labels, ids, strict=True)):
             is_padding = not kept.start <= place < kept.stop
-            if is_padding and label != NOT_LEARNED:
+            if is_padding and label != NOT_IN_LOSS:
                 reason = "is learned, though attention_mask is 0 there. Set it to -100"
                 raise RecordError(f"labels[{place}]", reason)
-            if label not in (NOT_LEARNED, token_id):
+            if label not in (NOT_IN_LOSS, token_id):
                 reason = f"{shown(label)} is neither -100 nor the id at its place, {shown(token_id)}"
                 raise RecordError(f"labels[{place}]", reason)
         own = self._ids(ids[kept], "input_ids", kept.start)
         if not own:
             raise RecordError("input_ids", "is empty")
-        return Masked(np.array(own, np.int64), np.array(labels[kept], np.int64) != NOT_LEARNED)
+        return Masked(np.array(own, np.int64), np.array(labels[kept], np.int64) != NOT_IN_LOSS)
 
     def _integers(self, record: Mapping[str, Any], field: str, place: str) -> list[int]:
         """What a list, an array or bytes hold."""
@@ -150,7 +149,7 @@ def _is_turns(value: Any) -> bool:
 
 
 def _is_loss_mask(ids: Sequence[int], labels: Sequence[int]) -> bool:
-    if NOT_LEARNED in labels:
+    if NOT_IN_LOSS in labels:
         return True
     if len(ids) != len(labels):
         return False

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from mptfoundry.config.data import FinetuningDatasetConfig
+from mptfoundry.data import jobs
 from mptfoundry.data.examples import cache as example_cache
 from mptfoundry.data.examples.cache import cache_folder, prepare_examples
 from mptfoundry.data.examples.store import ExampleStore
@@ -36,7 +37,8 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "UNIT_BYTES", 400)
-    monkeypatch.setattr(example_cache, "UNITS_OF_A_PART", 4)
+    monkeypatch.setattr(jobs, "SHORTEST_PERIOD_SECONDS", 1e-9)
+    monkeypatch.setattr(jobs, "MOST_TIME_SAVING", 1e9)
 
 
 def prepare(file: Path, tokenizer: Any, cache: Path, **changes: Any) -> Path:
@@ -126,8 +128,8 @@ def test_a_preparation_that_is_killed_goes_on_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         prepare(file, tiny_tokenizer, cache)
     (parts,) = cache.iterdir()
-    assert sorted(path.name for path in parts.iterdir()) == ["00000", "00001", "lock"]
-    resumed_at = units[8]
+    assert (parts / "state.json").is_file()
+    resumed_at = units[9]
     del units[:]
     units.extend([0] * 10)
     assert content(prepare(file, tiny_tokenizer, cache)) == whole
@@ -175,17 +177,28 @@ def test_damaged_examples_are_made_again_and_that_is_said(
     assert prepare(file, tiny_tokenizer, cache, say=said.append) == folder and len(said) == 1
 
 
-def test_a_damaged_part_of_a_preparation_is_not_taken_over(
-    file: Path, tmp_path: Path, tiny_tokenizer: Any, small_units: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["store/ids.bin", "store/rows.bin", "state.json"])
+def test_a_preparation_whose_files_are_damaged_begins_again(
+    file: Path,
+    tmp_path: Path,
+    tiny_tokenizer: Any,
+    small_units: None,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     whole = content(prepare(file, tiny_tokenizer, tmp_path / "whole"))
+
+    class Killed(ExampleMaker):
+        def __call__(self, unit: Any) -> Any:
+            if unit.parts[0].start > 2000:
+                raise KeyboardInterrupt
+            return super().__call__(unit)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(example_cache, "_append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(example_cache, "ExampleMaker", Killed)
         prepare(file, tiny_tokenizer, tmp_path / "cache")
     (parts,) = (tmp_path / "cache").iterdir()
-    kept = prepare(file, tiny_tokenizer, tmp_path / "other")
-    shutil.copytree(kept, parts / "00000")
-    zero(parts / "00000" / "ids.bin")
+    zero(parts / name)
     assert content(prepare(file, tiny_tokenizer, tmp_path / "cache")) == whole
 
 
@@ -193,7 +206,7 @@ def test_several_processes_make_the_same_examples(
     file: Path, tmp_path: Path, tiny_tokenizer: Any, small_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = content(prepare(file, tiny_tokenizer, tmp_path / "alone"))
-    monkeypatch.setattr(example_cache, "SMALLEST_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(jobs, "SMALLEST_PARALLEL_BYTES", 0)
     assert content(prepare(file, tiny_tokenizer, tmp_path / "both", workers=2)) == alone
     assert np.frombuffer(alone[1], bool).any()
 

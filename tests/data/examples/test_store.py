@@ -47,18 +47,6 @@ def test_ids_take_as_little_room_as_the_vocabulary_allows(
     assert store_in(tmp_path / "store", vocab_size).ids.nbytes == 6 * bytes_of_an_id
 
 
-def test_stores_can_be_joined(tmp_path: Path) -> None:
-    parts = [store_in(tmp_path / "a"), store_in(tmp_path / "b")]
-    with write_examples(tmp_path / "all", vocab_size=384) as writer:
-        for part in parts:
-            writer.add_store(part)
-        with pytest.raises(ValueError, match="ids of uint32"):
-            writer.add_store(store_in(tmp_path / "c", 70000))
-    store = ExampleStore(tmp_path / "all")
-    assert contents(store) == 2 * list(EXAMPLES)
-    assert store.learned.tolist() == [2, 0, 0, 2, 0, 0]
-
-
 def test_a_store_is_whole_or_absent(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), write_examples(tmp_path / "store", vocab_size=10) as writer:
         writer.add(np.array([1]), np.array([True]))
