@@ -4,7 +4,7 @@
         [runs=3]
 
 PATH is the Python of an environment with llm-foundry 0.22.0; without it only ours is measured. Lengths are
-drawn from a log-normal distribution, half of them below 150 tokens; half of each example is learned. Both
+drawn from a log-normal distribution, half of them below 150 tokens; half of each example is trained. Both
 sides make batches of `rows` rows of tokenized examples: ours with the whole loader, from planning and reading
 the disk to the batch; llm-foundry with its collator, the examples in memory, at the ratio that its own search
 for one without waste ends with. Of its time that of packing, after examples are padded and stacked, is
@@ -127,7 +127,7 @@ def draw_lengths(count: int, row_len: int) -> np.ndarray:
 
 
 def write_store(folder: Path, lengths: np.ndarray) -> ExampleStore:
-    """Examples of these lengths, the second half of each learned."""
+    """Examples of these lengths, the second half of each trained."""
     draw = np.random.default_rng(1)
     with write_examples(folder, vocab_size=VOCAB_SIZE) as writer:
         for length in lengths.tolist():

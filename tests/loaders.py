@@ -24,7 +24,7 @@ from mptfoundry.data.text.text import build_text_loader
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.head_config import SequenceClassifierConfig, SpanFinderConfig, TokenClassifierConfig
 
-SHAPE = {"d_model": 16, "n_heads": 2, "n_layers": 1}
+SHAPE: dict[str, Any] = {"d_model": 16, "n_heads": 2, "n_layers": 1}
 OF_THE_LOADER = (
     *("drop_last", "pin_memory", "prefetch_factor", "persistent_workers", "timeout"),
     "label",
@@ -38,7 +38,7 @@ def context_of(tokenizer: Any = None, **options: Any) -> LoaderContext:
         vocab_size=options.pop("vocab_size", 384),
         attn_config=AttnConfig(alibi=True, attn_uses_sequence_id=options.pop("sequence_ids", False)),
     )
-    defaults = {"max_seq_len": 64, "device_batch_size": 4, "seed": 9176, "num_workers": 0}
+    defaults: dict[str, Any] = {"max_seq_len": 64, "device_batch_size": 4, "seed": 9176, "num_workers": 0}
     defaults |= {"is_training": True, "where": "train_loader", "model": model}
     tokenizer = tokenizer or SimpleNamespace(pad_token_id=0, eos_token_id=0)
     return LoaderContext(tokenizer=tokenizer, **{**defaults, **options})
@@ -66,10 +66,10 @@ def finetuning_loader(**options: Any) -> Any:
 def row_loader(stores: Any, passes: list[float] | None = None, **options: Any) -> Any:
     """The loader of example stores; `passes`: how often an epoch reads each."""
     context, loader, dataset = _split({"packing_ratio": "auto", **options})
+    given: list[float] | list[None] = passes or [None] * len(stores)
     names = [f"train_loader.dataset.streams.{number}" for number in range(len(stores))]
     dataset["streams"] = {
-        name: RecordsConfig(local="unused", repeat=often)
-        for name, often in zip(names, passes or [None] * len(stores), strict=True)
+        name: RecordsConfig(local="unused", repeat=often) for name, often in zip(names, given, strict=True)
     }
     config = FinetuningDatasetConfig(**dataset)
     loader = FinetuningLoaderConfig(name="finetuning", dataset=config, **loader)  # type: ignore[assignment]

@@ -90,9 +90,12 @@ def prepare_examples(
     title = f"{where}: checking examples" if progress and inventory.size >= SMALLEST_PARALLEL_BYTES else ""
 
     def make(parts: Path) -> None:
-        job = Job(parts, where, inventory.size, ExampleSink(parts / "store", folder, vocab_size, where))
+        def begin() -> Job:
+            sink = ExampleSink(parts / "store", folder, vocab_size, where)
+            return Job(parts, where, inventory.size, sink)
+
         units = plan_units(inventory.inputs, plan.datasets, False)
-        make_cached(job, units, partial(ExampleMaker, plan), workers=workers, progress=progress)
+        make_cached(begin, units, partial(ExampleMaker, plan), workers=workers, progress=progress)
 
     return find_or_make(folder, where, partial(why_damaged, title=title), make, say)
 
@@ -158,16 +161,17 @@ def find_or_make(
 
 
 def make_cached(
-    job: Job, units: Iterable[Unit], make: Make, *, workers: int | None = None, progress: bool = True
+    begin: Callable[[], Job], units: Iterable[Unit], make: Make, *, workers: int | None, progress: bool
 ) -> None:
-    """Run a job of a cache, from its state if that is whole, else from the beginning."""
+    """Run the job that `begin` gives, from its state if that is whole, else from the beginning."""
+    job = begin()
     try:
         state = read_state(job.folder)
         if state is not None:
             job.restore(state)
     except (OSError, KeyError, TypeError, ValueError):
         log.warning("%s: what %s holds is damaged; it is made from the beginning.", job.title, job.folder)
-        job.sink.clear()
+        job = begin()
     run_job(job, units, make, workers=workers, progress=progress)
 
 
@@ -202,10 +206,6 @@ class ExampleSink:
         """Continue where the files were."""
         self.counts = Counts(**state["counts"])
         self.writer.files.restore(state["files"])
-
-    def clear(self) -> None:
-        """Begin again."""
-        self.__init__(self.writer.folder, self.folder, self.writer.vocab_size, self.where)  # type: ignore[misc]
 
     def finish(self) -> None:
         """Complete the store and put it in its place."""

@@ -80,9 +80,9 @@ def load_examples(loader: FinetuningLoaderConfig, context: LoaderContext) -> dic
 
 def describe(store: ExampleStore) -> str:
     """A store in one line."""
-    counts, tokens, learned = store.meta["counts"], int(store.lengths.sum()), int(store.learned.sum())
+    counts, tokens, trained = store.meta["counts"], int(store.lengths.sum()), int(store.trained.sum())
     parts = [counted(len(store), "example")]
-    parts += [f"{counted(tokens, 'token')}, {learned / max(tokens, 1):.0%} of them learned"]
+    parts += [f"{counted(tokens, 'token')}, {trained / max(tokens, 1):.0%} of them in the loss"]
     parts += [f"{counts['cut']:,} cut at max_seq_len"] * bool(counts["cut"])
     parts += [f"{counts['dropped']:,} dropped"] * bool(counts["dropped"])
     parts += [f"{counted(counts['bad'], 'bad record')} left out"] * bool(counts["bad"])
@@ -135,7 +135,7 @@ def why_not(store: ExampleStore, where: str, allowed: FinetuningDatasetConfig) -
     if share > allowed.max_dropped:
         return Refusal(
             f"{where}: {share:.1%} of the examples are dropped, {counts['dropped']:,} of "
-            f"{counts['records']:,}, since nothing to learn is left of them",
+            f"{counts['records']:,}, since none of their tokens in the loss is left",
             "\n".join(first_of(counts["drops"], counts["dropped"])),
             "Use a larger max_seq_len or shorter prompts, or allow it with dataset.max_dropped: "
             f"{min(1.0, share + 0.005):.2f}.",

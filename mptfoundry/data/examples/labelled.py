@@ -158,7 +158,7 @@ class LabelledCollator:
 
     A batch has `input_ids` (batch, seq) int64; `attention_mask` (batch, seq) bool and `max_documents`, 1, if
     something is padded; and by task `labels`, (batch,) int64 or float32, (batch, num_labels) float32, or
-    (batch, seq) int64, -100 where not learned; or `start_positions` and `end_positions` (batch,) int64,
+    (batch, seq) int64, -100 where not in the loss; or `start_positions` and `end_positions` (batch,) int64,
     `offsets` (batch, seq, 2) int64 (a token's characters in the context, 0 and 0 outside of it), `context`, a
     list of texts, and `answers`, a list of lists of texts.
 
@@ -187,22 +187,22 @@ class LabelledCollator:
 
 def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
     """Tokens in a batch, padding left out (`total`), and what its mean loss divides by (`loss_generating`):
-    learned tokens, learned answers, or rows.
+    tokens or answers in the loss, or rows.
     """
     ids, labels = batch["input_ids"], batch.get("labels")
     if labels is None:
-        learned = int((batch["start_positions"] < ids.shape[1]).sum())
+        trained = int((batch["start_positions"] < ids.shape[1]).sum())
     elif labels.ndim == 2 and not labels.is_floating_point():
-        learned = int((labels != NOT_IN_LOSS).sum())
+        trained = int((labels != NOT_IN_LOSS).sum())
     else:
-        learned = len(ids)
-    return {"total": int(batch.get("attention_mask", torch.ones_like(ids)).sum()), "loss_generating": learned}
+        trained = len(ids)
+    return {"total": int(batch.get("attention_mask", torch.ones_like(ids)).sum()), "loss_generating": trained}
 
 
 def _say_what_was_cut(cut: int, left_out: int, max_seq_len: int, where: str) -> None:
     if not (cut or left_out):
         return
-    lost = f"; {left_out} of which nothing to learn was left were left out" * bool(left_out)
+    lost = f"; {left_out} without a label left were left out" * bool(left_out)
     text = "%s: %s examples are longer than max_seq_len: %s and were cut at their end%s."
     log.warning(text, where, cut, max_seq_len, lost)
 

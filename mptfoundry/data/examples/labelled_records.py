@@ -3,7 +3,7 @@
 By task a record has the fields
 
     sequence   `text`, perhaps `text_pair`, `label`: a name or number, or numbers, or a list of names
-    token      `words`, `labels`: one name or number for each word, -100 where none is learned
+    token      `words`, `labels`: one name or number for each word, -100 where none is in the loss
     span       `question`, `context`, `answers`: {text: [...], answer_start: [...]}, as in SQuAD
 
 or other names for these, which the user gives. Errors name the place, such as `train.jsonl:3: label: ...`.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,9 +67,11 @@ def prepare_labelled(
     title = f"{where}: checking examples" if progress and inventory.size >= SMALLEST_PARALLEL_BYTES else ""
 
     def make(parts: Path) -> None:
-        job = Job(parts, where, inventory.size, LabelledSink(parts / "store", folder))
+        def begin() -> Job:
+            return Job(parts, where, inventory.size, LabelledSink(parts / "store", folder))
+
         units = plan_units(inventory.inputs, inventory.datasets, cut_texts=False)
-        make_cached(job, units, partial(LabelledMaker, plan), workers=workers, progress=progress)
+        make_cached(begin, units, partial(LabelledMaker, plan), workers=workers, progress=progress)
 
     return find_or_make(folder, where, partial(why_damaged, title=title), make, say)
 
@@ -118,10 +120,6 @@ class LabelledSink:
         """Continue where the files were."""
         self.files.restore(state["files"])
 
-    def clear(self) -> None:
-        """Begin again."""
-        self.files = AppendedFiles(self.work, (DATA, ROWS))
-
     def finish(self) -> None:
         """Complete the store and put it in its place."""
         self.files.close()
@@ -142,7 +140,7 @@ class LabelledSink:
             self.work.rename(path)
 
 
-class LabelledStore(Sequence[dict[str, Any]]):
+class LabelledStore:
     """The examples of a folder, read in place.
 
     Args:
@@ -170,7 +168,7 @@ class LabelledStore(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._numbers)
 
-    def __getitem__(self, index: Any) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         number = self._numbers[index]
         return unpack(self._data[self._bounds[number] : self._bounds[number + 1]].tobytes())
 

@@ -151,10 +151,10 @@ class RowDataset(Dataset):
         streams = np.searchsorted(self._firsts, members, side="right") - 1
         found = [self._read(stream, members[streams == stream]) for stream in sorted(set(streams.tolist()))]
         parts = found[0] if len(found) == 1 else map(np.concatenate, zip(*found or [NOTHING], strict=True))
-        return {**dict(zip(("input_ids", "learned", "lengths"), parts, strict=True)), "sample_id": number}
+        return {**dict(zip(("input_ids", "trained", "lengths"), parts, strict=True)), "sample_id": number}
 
     def _read(self, stream: int, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Examples of one store end to end: ids, learned and lengths."""
+        """Examples of one store end to end: ids, trained and lengths."""
         indices, store = members - self._firsts[stream], self.stores[stream]
         return *store.join(indices), store.lengths[indices]
 
@@ -189,9 +189,9 @@ def _check(stores: Iterable[ExampleStore], max_seq_len: int, where: str) -> None
                 f"{where}: {store.folder} has an example of {store.lengths.max()} tokens; max_seq_len is "
                 f"{max_seq_len}. Set max_seq_len: {store.lengths.max()}, or prepare the examples again."
             )
-        # A batch of which nothing is learned has no mean loss.
-        if not store.learned.all():
+        # A batch without a token in the loss has no mean loss.
+        if not store.trained.all():
             raise DataError(
-                f"{where}: nothing is learned of example {store.learned.argmin()} of {store.folder}. "
+                f"{where}: no token is in the loss of example {store.trained.argmin()} of {store.folder}. "
                 f"Leave such examples out."
             )

@@ -1,13 +1,13 @@
 """The example store: tokenized examples on disk, one after the other, read in place.
 
-An *example* is a row of ids and, for each, whether it is learned. A store is a folder:
+An *example* is a row of ids and, for each, whether it is in the loss. A store is a folder:
 
     ids.bin       all ids, in the narrowest unsigned integer that holds the vocabulary
-    marks.bin     a byte for each id: 1 where it is learned
+    marks.bin     a byte for each id: 1 where it is in the loss
     sizes.npy     (2, examples) int64: tokens of each example, and how many of them can be predicted
     store.json    the ids' type, sizes and hashes of the files, what the maker says, and a hash of all that
 
-What a model predicts is the next token, so an example's first token is never predicted, learned or not.
+What a model predicts is the next token, so an example's first token is never predicted, in the loss or not.
 """
 
 from __future__ import annotations
@@ -132,15 +132,15 @@ class ExampleWriter:
 
 
 class ExampleStore:
-    """The examples of a folder, read where they lie; `store[i]` is `(ids, learned)`.
+    """The examples of a folder, read where they lie; `store[i]` is `(ids, trained)`.
 
     Attributes:
         folder: Where it lies.
         meta: What its maker kept.
         lengths: (examples,) int64, the tokens of each.
-        learned: (examples,) int64, how many tokens of each are predicted and learned.
+        trained: (examples,) int64, how many tokens of each are predicted and in the loss.
         ids: (tokens,) unsigned, all examples one after the other.
-        marks: (tokens,) uint8, 1 where learned.
+        marks: (tokens,) uint8, 1 where in the loss.
         fingerprint: Of its examples, by the hashes of their files, which are not read for it.
 
     Raises:
@@ -151,7 +151,7 @@ class ExampleStore:
         self.folder = Path(folder)
         try:
             content = read_content(self.folder)
-            self.lengths, self.learned = np.load(self.folder / SIZES)
+            self.lengths, self.trained = np.load(self.folder / SIZES)
             self.bounds = np.concatenate([[0], np.cumsum(self.lengths)])
             self.ids = _map(self.folder / IDS, content["dtype"], int(self.bounds[-1]))
             self.marks = _map(self.folder / MARKS, "uint8", int(self.bounds[-1]))
@@ -166,13 +166,13 @@ class ExampleStore:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """An example: ids (tokens,) int64 and learned (tokens,) bool."""
+        """An example: ids (tokens,) int64 and trained (tokens,) bool."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.folder}: there is no example {index}")
         return self.join(np.array([index]))
 
     def join(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Some examples end to end: ids (tokens,) int64 and learned (tokens,) bool."""
+        """Some examples end to end: ids (tokens,) int64 and trained (tokens,) bool."""
         parts = list(map(slice, self.bounds[indices].tolist(), self.bounds[indices + 1].tolist()))
         ids = np.concatenate([self.ids[part] for part in parts])
         return ids.astype(np.int64), np.concatenate([self.marks[part] for part in parts]).view(bool)

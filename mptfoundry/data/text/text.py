@@ -125,7 +125,7 @@ class TextDataset(GuardedDataset):
     def _ids_of_text(self, text: str) -> np.ndarray:
         options = {"split_special_tokens": True} if self.as_text else {}
         ids = self.tokenizer(text, truncation=True, max_length=self.max_seq_len, **options)["input_ids"]
-        # A row of nothing but padding has no attention at all; one EOS has, and nothing to learn.
+        # A row of nothing but padding has no attention at all; one EOS has, and no token in the loss.
         return np.asarray(ids or [filler_id(self.tokenizer)], np.int64)
 
     def _place(self, sample_id: int) -> str:

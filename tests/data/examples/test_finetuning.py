@@ -36,11 +36,11 @@ def test_a_batch_holds_what_is_learned_and_nothing_of_the_padding(
 ) -> None:
     spec, tokenizer = load(tmp_path, tokenizer_folder, [GOOD, {"prompt": "ccc", "response": "dd"}])
     (batch,) = spec.dataloader
-    learned = batch["labels"] != -100
-    texts = [tokenizer.decode(row[marks]) for row, marks in zip(batch["labels"], learned, strict=True)]
+    trained = batch["labels"] != -100
+    texts = [tokenizer.decode(row[marks]) for row, marks in zip(batch["labels"], trained, strict=True)]
     assert texts == ["b<|endoftext|>", "dd<|endoftext|>"]
-    assert not (learned & ~batch["attention_mask"]).any()
-    assert spec.get_num_tokens_in_batch(batch, token_type="loss_generating") == int(learned.sum())
+    assert not (trained & ~batch["attention_mask"]).any()
+    assert spec.get_num_tokens_in_batch(batch, token_type="loss_generating") == int(trained.sum())
 
 
 def test_the_template_that_was_used_is_kept_with_the_tokenizer(
@@ -78,8 +78,10 @@ def test_many_dropped_examples_end_a_run_unless_allowed(tmp_path: Path, tokenize
     rows = [GOOD] * 3 + [LONG]
     with pytest.raises(DataError) as caught:
         load(tmp_path, tokenizer_folder, rows)
-    assert "25.0% of the examples are dropped, 1 of 4, since nothing to learn is left" in str(caught.value)
-    assert "0.jsonl:4: prompt: what is learned begins at token" in str(caught.value)
+    assert "25.0% of the examples are dropped, 1 of 4, since none of their tokens in the loss" in str(
+        caught.value
+    )
+    assert "0.jsonl:4: prompt: the first token in the loss is token" in str(caught.value)
     assert str(caught.value).endswith("or allow it with dataset.max_dropped: 0.26.")
     spec, _ = load(tmp_path, tokenizer_folder, rows, max_dropped=0.25)
     assert len(spec.dataloader.dataset) == 3

@@ -1,4 +1,4 @@
-"""Rows of examples in a real trainer: which come when, on one rank and on two, and what is learned."""
+"""Rows of examples in a real trainer: which come when, on one rank and on two, and what is trained."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ Gradients = dict[str, torch.Tensor]
 
 
 def write_store(folder: Path, seed: int = 0, count: int = EXAMPLES) -> ExampleStore:
-    """Examples of 2 to 40 tokens, about half of them learned, the first and the last among these."""
+    """Examples of 2 to 40 tokens, about half of them trained, the first and the last among these."""
     draw = np.random.default_rng(seed)
     with write_examples(folder, vocab_size=CONFIG.vocab_size) as writer:
         for tokens in draw.integers(2, 41, count):
-            learned = draw.random(tokens) < 0.5
-            learned[[0, -1]] = True
-            writer.add(draw.integers(0, CONFIG.vocab_size, tokens), learned)
+            trained = draw.random(tokens) < 0.5
+            trained[[0, -1]] = True
+            writer.add(draw.integers(0, CONFIG.vocab_size, tokens), trained)
     return ExampleStore(folder)
 
 
@@ -120,11 +120,11 @@ def train(
 
 
 def exact_gradients(store: ExampleStore, dtype: torch.dtype) -> Gradients:
-    """Of the mean loss over all learned tokens, example by example, each alone."""
+    """Of the mean loss over all trained tokens, example by example, each alone."""
     network = MPT(CONFIG, seed=1).to(dtype).eval()
-    for ids, learned in store:
-        labels = np.where(learned, ids, -100)[None]
-        share = int((labels[:, 1:] != -100).sum()) / int(store.learned.sum())
+    for ids, trained in store:
+        labels = np.where(trained, ids, -100)[None]
+        share = int((labels[:, 1:] != -100).sum()) / int(store.trained.sum())
         loss = network(torch.from_numpy(ids[None]), labels=torch.from_numpy(labels)).loss
         (loss * share).backward()
     return {f"model.{name}": parameter.grad for name, parameter in network.named_parameters()}  # type: ignore[misc]
@@ -255,7 +255,7 @@ def test_what_cannot_be_read_is_refused(store: ExampleStore, tmp_path: Path) -> 
     with write_examples(tmp_path / "store", vocab_size=9) as writer:
         for last in (True, False):
             writer.add(np.array([1, 2]), np.array([True, last]))
-    with pytest.raises(DataError, match="nothing is learned of example 1 of"):
+    with pytest.raises(DataError, match="no token is in the loss of example 1 of"):
         loader([ExampleStore(tmp_path / "store")])
 
 
@@ -288,7 +288,7 @@ def test_two_ranks_learn_and_evaluate_as_one_and_go_on_with_its_rows(tmp_path: P
     assert done.returncode == 0, done.stdout + done.stderr
     found = torch.load(tmp_path / "two.pt")
     assert found["rows"] == whole.rows[3:]
-    assert found["evaluation"]["tokens"] == store.learned.sum()
+    assert found["evaluation"]["tokens"] == store.trained.sum()
     plain, truth = (flat(exact_gradients(store, dtype)) for dtype in (torch.float32, torch.float64))
     assert len(found["gradients"]) == 5
     assert_as_exact([*found["gradients"].values()], [plain] * 5, [truth] * 5)
