@@ -43,8 +43,8 @@ def preview_examples(
     ]
     for number in sorted({round(at) for at in np.linspace(0, kept - 1, min(samples, kept))}):
         ids, marks = store[number]
-        tokens = f"{counted(len(ids), 'token')}, {store.trained[number]:,} in the loss"
-        head = f"example {number:,} of {kept:,}: {tokens}"
+        said = f"{counted(len(ids), 'token')}, {store.trained[number]:,} in the loss"
+        head = f"example {number:,} of {kept:,}: {said}"
         blocks.append(f"{head}\n{show_trained(ids, marks, tokenizer, color=color)}")
     if counts["chats"] and (note := split_marks(tokenizer)):
         blocks.append(note)
