@@ -155,7 +155,7 @@ def test_what_is_too_long_is_cut_and_said(build: Build, caplog: pytest.LogCaptur
     late = {**QUESTION, "answers": {"text": ["言葉"], "answer_start": [CONTEXT.index("言")]}}
     with caplog.at_level(logging.WARNING):
         spec = build([QUESTION, late], "span", max_seq_len=28)
-    assert "2 examples are longer than max_seq_len: 28 and were cut at their end; 1 of which" in caplog.text
+    assert "2 examples are longer than max_seq_len: 28 and were cut at their end; 1 without" in caplog.text
     (batch,) = batches(spec)
     assert batch["input_ids"].shape == (1, 28)
     (kept,) = batches(build([QUESTION, late], "span", max_seq_len=28, is_training=False))
