@@ -94,11 +94,13 @@ def test_streams_without_borders_of_documents_are_drawn_too(tmp_path: Path) -> N
 
     with MDSWriter(columns={"text": "str"}, out=str(tmp_path / "x")) as writer:
         writer.write({"text": "raw"})
-    rows = describe_mix({"raw": {"local": str(tmp_path / "x")}}, max_seq_len=64, eos_token_id=0)
+    streams = {"raw": StreamConfig(local=str(tmp_path / "x"))}
+    rows = describe_mix(TextLoaderConfig(dataset=TextDatasetConfig(streams=streams, eos_token_id=0)), 64)
     assert rows[0].document_lengths.size == 0 and "unknown" in mix_table(rows)
     draw_mix(rows, tmp_path / "mix.png")
 
 
 def test_a_stream_that_is_not_here_is_named(tmp_path: Path) -> None:
+    streams = {"far": StreamConfig(remote="s3://bucket/x", local=str(tmp_path / "no"))}
     with pytest.raises(DataError, match=r"streams.far: the folder .* is missing"):
-        describe_mix({"far": {"remote": "s3://bucket/x", "local": str(tmp_path / "no")}}, max_seq_len=64)
+        describe_mix(TextLoaderConfig(dataset=TextDatasetConfig(streams=streams)), 64)
