@@ -15,7 +15,7 @@ from mptfoundry.config.data import LoaderConfig
 from mptfoundry.config.parallel import replicas_and_shards
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.streams import RecordsConfig, StreamConfig
-from mptfoundry.data.records.sources import Source, look_at_records
+from mptfoundry.data.records.sources import look_at_records
 from mptfoundry.data.shards.index import find_split, read_index
 from mptfoundry.data.text.streams import length_problem, tokenizer_problem
 from mptfoundry.errors import ConfigError, DataError, MissingError, MPTFoundryError, first_line
@@ -236,8 +236,7 @@ def _look_at_shards(
 
 def _look_at_records(stream: RecordsConfig, where: str) -> Stream | None:
     """The files that a stream of records reads, if they lie here."""
-    keys = ("hf_name", "hf_kwargs", "remote", "local", "split")
-    records = look_at_records(Source(where, **{key: getattr(stream, key) for key in keys}))
+    records = look_at_records(stream, where)
     if records is None:
         return None
     files, samples = records

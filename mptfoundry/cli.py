@@ -126,10 +126,9 @@ def _eval(words: list[str]) -> None:
 def _prepare(words: list[str]) -> None:
     options = _options(words, "PrepareConfig", rest="inputs")
     with _importing():
-        from mptfoundry.data.prepare.prepare import prepare
+        from mptfoundry.data.prepare.prepare import prepare_shards
 
-    workers = None if options.workers == "auto" else options.workers
-    print(prepare(**{**vars(options), "workers": workers}))
+    print(prepare_shards(options))
 
 
 def _preview(words: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import re
@@ -280,3 +281,55 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{file}: not a dictionary.")
     return values
+
+
+class Held(Exception):
+    """Another process holds a lock; the text says which one."""
+
+
+@contextmanager
+def locked(path: Path, *, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
+    """Hold the lock of a file, which is made with its parents; it ends with this process, however that ends.
+
+    Whoever holds the lock may remove the file, or its folder: who waited for it makes a new file. The lock
+    reaches other machines where the file system does that (NFS 4, Lustre mounted with `flock`).
+
+    Args:
+        path: The file; it says which process holds it.
+        waiting: Is told who holds the lock, which is then waited for. Default: raise at once.
+
+    Raises:
+        Held: Another process holds the lock.
+        OSError: The file can't be made or locked.
+    """
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except FileNotFoundError:
+            continue  # its holder has just removed the folder
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                if waiting is None:
+                    raise Held(_holder_of(file)) from error
+                waiting(_holder_of(file))
+                fcntl.flock(file, fcntl.LOCK_EX)
+            # A lock on a file that its holder has removed keeps nobody out.
+            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+                os.ftruncate(file, 0)
+                os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
+                yield
+                return
+        finally:
+            os.close(file)
+
+
+def _holder_of(file: int) -> str:
+    """Who holds a lock, in words."""
+    try:
+        said = json.loads(os.pread(file, 1 << 12, 0))
+        return f"process {int(said['pid'])} on {said['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from mptfoundry.config.data import FinetuningLoaderConfig, TextLoaderConfig
@@ -72,15 +71,9 @@ def _preview_config(options: PreviewConfig, words: Sequence[str], color: bool) -
             f"{options.data}: train_loader.name: labelled is not shown. Name a config of text or finetuning."
         )
     dataset, batches = config.train_loader.dataset, config.batches()
-    streams = {name: asdict(stream) for name, stream in dataset.sources.items()}
     tokens_per_step = config.global_train_batch_size * config.max_seq_len
-    rows = describe_mix(
-        streams,
-        split=dataset.split,
-        max_seq_len=config.max_seq_len,
-        total_tokens=None if batches is None else batches * tokens_per_step,
-        eos_token_id=dataset.eos_token_id,
-    )
+    total_tokens = None if batches is None else batches * tokens_per_step
+    rows = describe_mix(config.train_loader, config.max_seq_len, total_tokens=total_tokens)
     parts = [mix_table(rows)]
     if options.picture:
         parts.append(f"picture: {draw_mix(rows, options.picture)}")
@@ -106,27 +99,34 @@ def _preview_finetuning(
     """Tokenizes what is not tokenized yet; the run finds it done."""
     from mptfoundry.data.examples.finetuning import load_examples, why_not
     from mptfoundry.data.examples.packing import plan_packing
+    from mptfoundry.data.loading import LoaderContext
     from mptfoundry.data.records.records import counted
     from mptfoundry.data.views.example_preview import preview_examples
-    from mptfoundry.loaders import finetuning_sources
     from mptfoundry.tokenizer import adds_in_words, load_tokenizer, own_borders, spelled
 
     dataset, length = loader.dataset, config.max_seq_len
     tokenizer = load_tokenizer(options.tokenizer or config.tokenizer.name, config.tokenizer.kwargs)
-    sources, targets, cache = finetuning_sources(loader, "train_loader", allow_code=config.allow_code)
-    stores = load_examples(
-        sources, tokenizer, max_seq_len=length, targets=targets, cache=cache, where="train_loader"
+    context = LoaderContext(
+        model=config.model,
+        tokenizer=tokenizer,
+        max_seq_len=length,
+        device_batch_size=config.global_train_batch_size,
+        seed=config.seed,
+        num_workers=0,
+        is_training=True,
+        where="train_loader",
+        allow_code=config.allow_code,
     )
+    stores = load_examples(loader, context)
     adds = adds_in_words(spelled(own_borders(tokenizer), tokenizer))
     parts = [f"the tokenizer {adds}; a conversation has the special tokens that its template writes"]
     reasons: list[str] = []
-    for (name, source), store in zip(sources.items(), stores, strict=True):
+    for name, (where, store) in zip(dataset.sources, stores.items(), strict=True):
         text = preview_examples(store, tokenizer, max_seq_len=length, samples=options.samples, color=color)
         packing = plan_packing(store.lengths, length, dataset.packing_ratio, (config.seed,))
         rows = f"{counted(packing.rows, 'row')}, {packing.ratio:.2f} examples in each"
         parts.append(f"{name}: {rows}, {packing.fill:.1%} of it filled\n{text}")
-        refusal = why_not(store, source.where, dataset.max_bad_records, dataset.max_dropped)
-        if refusal is not None:
+        if refusal := why_not(store, where, dataset):
             # The records themselves are named above.
             reasons.append(f"{refusal.reason}. {refusal.advice}")
     text = "\n\n".join(parts)

@@ -4,7 +4,7 @@
         [runs=3]
 
 PATH is the Python of an environment with llm-foundry 0.22.0; without it only ours is measured. Lengths are
-drawn from a log-normal distribution, half of them below 150 tokens; half of each example is learned. Both
+drawn from a log-normal distribution, half of them below 150 tokens; half of each example is trained. Both
 sides make batches of `rows` rows of tokenized examples: ours with the whole loader, from planning and reading
 the disk to the batch; llm-foundry with its collator, the examples in memory, at the ratio that its own search
 for one without waste ends with. Of its time that of packing, after examples are padded and stacked, is
@@ -20,14 +20,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
+from mptfoundry.config.data import FinetuningDatasetConfig, FinetuningLoaderConfig
 from mptfoundry.data.examples.packing import plan_packing
 from mptfoundry.data.examples.rows import build_row_loader
 from mptfoundry.data.examples.store import ExampleStore, write_examples
+from mptfoundry.data.loading import LoaderContext
+from mptfoundry.mpt.config import MPTConfig
 
 DEFAULTS = {"llmfoundry_python": "", "examples": "20000", "row_len": "2048", "rows": "16", "runs": "3"}
 VOCAB_SIZE = 50432
@@ -123,7 +127,7 @@ def draw_lengths(count: int, row_len: int) -> np.ndarray:
 
 
 def write_store(folder: Path, lengths: np.ndarray) -> ExampleStore:
-    """Examples of these lengths, the second half of each learned."""
+    """Examples of these lengths, the second half of each trained."""
     draw = np.random.default_rng(1)
     with write_examples(folder, vocab_size=VOCAB_SIZE) as writer:
         for length in lengths.tolist():
@@ -134,16 +138,19 @@ def write_store(folder: Path, lengths: np.ndarray) -> ExampleStore:
 def measure_ours(store: ExampleStore, row_len: int, rows: int) -> dict[str, float]:
     """Seconds from the store to the last batch."""
     started_at = time.process_time()
-    spec = build_row_loader(
-        [store],
+    dataset = FinetuningDatasetConfig(local="unused", packing_ratio="auto")
+    context = LoaderContext(
+        model=MPTConfig(vocab_size=VOCAB_SIZE),
+        tokenizer=SimpleNamespace(pad_token_id=0, eos_token_id=0),
         max_seq_len=row_len,
-        packing_ratio="auto",
-        pad_token_id=0,
         device_batch_size=rows,
-        shuffle=True,
         seed=0,
-        drop_last=False,
+        num_workers=0,
+        is_training=True,
+        where="train_loader",
     )
+    config = FinetuningLoaderConfig(name="finetuning", dataset=dataset, drop_last=False)
+    spec = build_row_loader({"train_loader.dataset": store}, config, context)
     loader: Any = spec.dataloader
     for _ in loader:
         pass

@@ -19,10 +19,13 @@ import numpy as np
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from mptfoundry.config.data import TextDatasetConfig, TextLoaderConfig
 from mptfoundry.config.load import load_train_config
+from mptfoundry.data.loading import LoaderContext
 from mptfoundry.data.shards.index import check_shard_files, read_index
 from mptfoundry.data.shards.writer import ShardWriter
 from mptfoundry.data.text.text import build_text_loader
+from mptfoundry.mpt.config import MPTConfig
 
 DEFAULTS = {"megabytes": "128", "max_seq_len": "2048", "runs": "3", "folder": ""}
 ROWS = 8
@@ -68,10 +71,18 @@ def _write(folder: Path, megabytes: int, length: int) -> None:
 
 def _read(folder: Path, length: int, verify: Any) -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"p": 0})), pad_token="p")
-    options: dict[str, Any] = {"tokenizer": tokenizer, "max_seq_len": length, "vocab_size": 50_432}
-    options |= {"device_batch_size": ROWS, "predownload": 2048}
-    loader = build_text_loader(local=str(folder), verify=verify, **options).dataloader
-    for _ in loader:  # type: ignore[union-attr]
+    dataset = TextDatasetConfig(local=str(folder), verify=verify, predownload=2048, shuffle=False)
+    context = LoaderContext(
+        model=MPTConfig(vocab_size=50_432),
+        tokenizer=tokenizer,
+        max_seq_len=length,
+        device_batch_size=ROWS,
+        seed=9176,
+        num_workers=0,
+        is_training=True,
+        where="train_loader",
+    )
+    for _ in build_text_loader(TextLoaderConfig(dataset=dataset), context).dataloader:  # type: ignore[union-attr]
         pass
 
 

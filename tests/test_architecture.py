@@ -15,11 +15,11 @@ PACKAGE = ROOT / "mptfoundry"
 # A room is a folder of the package, with the name of its parent before it, or a file at the top.
 FLOORS = [
     ["errors", "places", "mpt"],
-    ["files", "ranks", "config/engine", "data", "data/shards"],
+    ["files", "ranks", "config/engine", "data/shards"],
     ["stores", "architecture"],
-    ["config", "tokenizer", "data/records"],
-    ["plan", "checkpoints", "generation", "optim", "evals", "data/text", "data/prepare"],
-    ["models", "run", "data/examples"],
+    ["config", "tokenizer"],
+    ["plan", "checkpoints", "generation", "optim", "evals", "data", "data/records"],
+    ["models", "run", "data/text", "data/prepare", "data/examples"],
     ["export", "callbacks", "data/views", "check", "doctor"],
     ["build", "loaders"],
     ["train", "evaluate", "preview"],

@@ -134,7 +134,7 @@ def data_of_its_kind(recipe: TrainConfig, shards: Path, folder: Path) -> list[st
         return [
             f"{name}.dataset.{key}"
             for name in loaders
-            for key in (f"local={folder}/examples.jsonl", "split=null")
+            for key in (f"local={folder}/examples.jsonl", "split=null", f"cache_folder={folder}/cache")
         ]
     if recipe.train_loader.name == "finetuning":
         record = json.dumps({"prompt": "def", "response": " f(x):"}) + "\n"

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from mptfoundry.errors import CheckpointError
-from mptfoundry.files import remove_unfinished, whole_or_absent
+from mptfoundry.files import Held, locked, remove_unfinished, whole_or_absent
 
 
 def entries(folder: Path) -> list[str]:
@@ -165,3 +167,34 @@ def test_what_a_killed_process_of_the_same_number_left_is_in_nobodys_way(tmp_pat
         temporary.mkdir()
         (temporary / "new").touch()
     assert entries(tmp_path) == ["out"] and entries(tmp_path / "out") == ["new"]
+
+
+def test_a_lock_says_who_holds_it_and_is_waited_for_if_asked(tmp_path: Path) -> None:
+    path, said = tmp_path / "folder" / "lock", []
+
+    def waiting(holder: str) -> None:
+        said.append(holder)
+        first.close()
+
+    with ExitStack() as first:
+        first.enter_context(locked(path))
+        with pytest.raises(Held, match=f"^process {os.getpid()} on {socket.gethostname()}$"), locked(path):
+            pass
+        with locked(path, waiting=waiting), pytest.raises(Held), locked(path):
+            pass
+    assert said == [f"process {os.getpid()} on {socket.gethostname()}"]
+
+
+def test_a_lock_whose_file_its_holder_removes_is_taken_of_a_new_file(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "lock"
+
+    def waiting(_: str) -> None:
+        shutil.rmtree(path.parent)
+        first.close()
+
+    with ExitStack() as first:
+        first.enter_context(locked(path))
+        with locked(path, waiting=waiting):
+            assert path.is_file()
+            with pytest.raises(Held), locked(path):
+                pass

@@ -14,15 +14,16 @@ import pytest
 import yaml
 
 from mptfoundry.config.load import load_train_config
+from mptfoundry.config.streams import RecordsConfig
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.data.examples.chat import RecordError, turns_of
 from mptfoundry.data.records.inputs import find_inputs
 from mptfoundry.data.records.records import Row, plan_units, read_rows
-from mptfoundry.data.records.sources import Source, find_records
+from mptfoundry.data.records.sources import find_records
 from mptfoundry.data.shards.index import read_index
-from mptfoundry.data.text.text import build_text_loader
 from mptfoundry.errors import ConfigError, DataError, MPTFoundryError
 from mptfoundry.tokenizer import load_tokenizer
+from tests.loaders import text_loader
 
 PACKAGE = Path(__file__).parent.parent / "mptfoundry"
 FILES = sorted(PACKAGE.rglob("*.py"))
@@ -178,9 +179,9 @@ def test_pickled_columns_of_shards_are_refused_wherever_shards_are_read(
     with pytest.raises(DataError, match=said):
         read_index(tmp_path / "shards", "here")
     with pytest.raises(DataError, match=said):
-        find_records(Source("here", local=str(tmp_path / "shards")), tmp_path)
+        find_records(RecordsConfig(local=str(tmp_path / "shards")), "here", tmp_path)
     with pytest.raises(DataError, match=said):
-        build_text_loader(
+        text_loader(
             local=str(tmp_path / "shards"),
             tokenizer=tiny_tokenizer,
             max_seq_len=8,
@@ -208,11 +209,11 @@ def test_a_loading_script_of_a_data_set_is_not_run(
 
 def test_a_data_set_of_pickles_is_refused(tmp_path: Path, trace: Path) -> None:
     (tmp_path / "frame.pkl").write_bytes(pickle.dumps(RunsCode(trace)))
-    source = Source(
-        "here", hf_name="pandas", hf_kwargs={"data_files": str(tmp_path / "frame.pkl")}, split="train"
+    source = RecordsConfig(
+        hf_name="pandas", hf_kwargs={"data_files": str(tmp_path / "frame.pkl")}, split="train"
     )
     with pytest.raises(DataError, match="pandas reads pickles, which can run code"):
-        find_records(source, tmp_path)
+        find_records(source, "here", tmp_path)
     with pytest.raises(DataError, match="pandas reads pickles, which can run code"):
         find_inputs(["hf:pandas"], text_key="text")
     assert not trace.exists()
@@ -251,7 +252,7 @@ def test_what_a_cell_of_a_data_set_names_is_not_opened(tmp_path: Path) -> None:
     about = json.loads(info.read_text())
     about["features"]["picture"] = {"_type": "Image"}
     info.write_text(json.dumps(about))
-    found = find_records(Source("here", local=str(tmp_path / "saved")), tmp_path)
+    found = find_records(RecordsConfig(local=str(tmp_path / "saved")), "here", tmp_path)
     units = plan_units(found.inputs, found.datasets, False)
     rows = [row for unit in units for part in unit.parts for row in read_rows(part, found.datasets)]
     assert [row.values for row in rows if isinstance(row, Row)] == [{"prompt": "a", "picture": cell}]
@@ -366,6 +367,6 @@ def test_a_data_set_of_the_hub_is_asked_for_at_the_revision_that_is_named(
         return datasets.Dataset.from_list([{"prompt": "a", "response": "b"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    find_records(Source("here", hf_name=name, **given), tmp_path)
+    find_records(RecordsConfig(hf_name=name, **given), "here", tmp_path)
     assert asked.pop("revision", None) == revision
     assert asked == {"path": "team/books", "split": "train", "trust_remote_code": False}

@@ -14,7 +14,6 @@ from mptfoundry.cli import main
 from mptfoundry.config.load import load_train_config
 from mptfoundry.data.examples.chat import CHATML
 from mptfoundry.errors import ConfigError
-from mptfoundry.loaders import finetuning_sources
 from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.tokenizer import load_tokenizer
 from mptfoundry.train import train
@@ -233,9 +232,8 @@ def test_preview_of_records_that_are_all_bad_is_an_error_of_two_sentences(
 def test_the_type_of_ids_in_bytes_is_that_of_the_config(small: Callable[..., Path]) -> None:
     words = ["train_loader.dataset.token_encoding_type=int32"]
     for given, expected in ((words, "int32"), ([], "int64")):
-        loader = load_train_config(small([TALK]), given)[0].train_loader
-        (source,) = finetuning_sources(loader, "train_loader", allow_code=False)[0].values()  # type: ignore[arg-type]
-        assert source.token_encoding_type == expected
+        loader: Any = load_train_config(small([TALK]), given)[0].train_loader
+        assert loader.dataset.token_encoding_type == expected
     with pytest.raises(ConfigError, match=r"token_encoding_type.*float32"):
         load_train_config(small([TALK]), ["train_loader.dataset.token_encoding_type=float32"])
 

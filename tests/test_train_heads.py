@@ -31,8 +31,13 @@ max_seq_len: 96
 model: {{name: mpt_{task}, {labels} d_model: 32, n_heads: 4, n_layers: 2, vocab_size: 384, no_bias: true,
   resid_pdrop: 0.1, attn_config: {{alibi: true}}}}
 tokenizer: {{name: {folder}/tokenizer}}
-train_loader: {{name: labelled, dataset: {{local: {folder}/{data}, split: train}}}}
-eval_loader: {{name: labelled, label: held_out, dataset: {{local: {folder}/{data}, split: val}}}}
+train_loader:
+  name: labelled
+  dataset: {{local: {folder}/{data}, split: train, cache_folder: {folder}/.cache}}
+eval_loader:
+  name: labelled
+  label: held_out
+  dataset: {{local: {folder}/{data}, split: val, cache_folder: {folder}/.cache}}
 optimizer: {{name: decoupled_adamw, lr: 3e-3}}
 scheduler: {{name: constant_with_warmup, t_warmup: 2ba}}
 max_duration: {batches}ba
@@ -112,7 +117,7 @@ def test_evaluation_of_a_run_and_of_its_export_equals_that_in_the_loop(
     export(finished, tmp_path / "hf", dtype="fp32", progress=False)
     saved, _ = load_train_config(finished / "config.yaml")
     data = saved.eval_loaders["held_out"].dataset
-    loader = [f"eval_loader.dataset.{key}={getattr(data, key)}" for key in ("local", "split")]
+    loader = [f"eval_loader.dataset.{key}={getattr(data, key)}" for key in ("local", "split", "cache_folder")]
     loader += ["eval_loader.name=labelled", "eval_loader.label=held_out"]
     for words in ([f"model={finished}"], [f"model={tmp_path}/hf", *loader]):
         words += [f"device_eval_batch_size={7 if loader[0] in words else 64}", f"out={tmp_path}/eval.json"]

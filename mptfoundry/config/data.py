@@ -234,6 +234,7 @@ class LabelledDatasetConfig:
             `max_seq_len`.
         shuffle: Read the examples in random order. Default: true in training, false in evaluation.
         shuffle_seed: Seed of that order. Default, and has to equal: the run's `seed`.
+        cache_folder: Folder of tokenized examples. Default: `~/.cache/mptfoundry/examples`.
     """
 
     hf_name: str | None = None
@@ -243,6 +244,7 @@ class LabelledDatasetConfig:
     max_seq_len: int | None = None
     shuffle: bool | None = None
     shuffle_seed: int | None = None
+    cache_folder: str | None = None
     epoch_size: ClassVar[None] = None
     separates_documents: ClassVar[bool] = False
 
@@ -431,3 +433,11 @@ def some_batches(section: Any, name: str) -> Iterator[Problem]:
     """A number of batches is not 0."""
     if getattr(section, name) == 0:
         yield name, "0 batches leave nothing to do. Use -1 for all of them."
+
+
+def sources_by_key(loader: LoaderConfig, where: str) -> dict[str, Any]:
+    """The sources of a loader by their keys in the config: `train_loader.dataset.streams.code`."""
+    dataset = loader.dataset
+    if getattr(dataset, "streams", None) is None:
+        return {f"{where}.dataset": source for source in dataset.sources.values()}
+    return {f"{where}.dataset.streams.{name}": source for name, source in dataset.sources.items()}

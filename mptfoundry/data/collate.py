@@ -4,8 +4,8 @@ A sample is `{"input_ids": (tokens,) int64 array, "sample_id": int}` of at most 
 `input_ids` (batch, seq) int64; `labels` (batch, seq) int64, aligned with input_ids, -100 where padded;
 `sample_id` (batch,) int64; `attention_mask` (batch, seq) bool if something is padded, always at the end;
 `sequence_id` (batch, seq) int64 if documents must not see one another; with either of these the number
-`max_documents`: no row holds more. Rows of examples also bring `row_tokens` and `row_learned`, a list each:
-tokens of each row, and how many labels of it are learned once shifted by one.
+`max_documents`: no row holds more. Rows of examples also bring `row_tokens` and `row_trained`, a list each:
+tokens of each row, and how many labels of it are in the loss once shifted by one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-NOT_LEARNED = -100
+from mptfoundry.data.shards.token_ids import NOT_IN_LOSS
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class TextCollator:
             is_text[row, :length] = True
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(input_ids),
-            "labels": torch.from_numpy(np.where(is_text, input_ids, NOT_LEARNED)),
+            "labels": torch.from_numpy(np.where(is_text, input_ids, NOT_IN_LOSS)),
             "sample_id": torch.tensor([sample["sample_id"] for sample in samples], dtype=torch.int64),
         }
         if not is_text.all():
@@ -63,10 +63,10 @@ class TextCollator:
 class RowCollator:
     """Lay the examples of each row end to end; pad rows at the end.
 
-    A row is `{"input_ids": (tokens,) int64, "learned": (tokens,) bool, "lengths": (examples,) int64,
+    A row is `{"input_ids": (tokens,) int64, "trained": (tokens,) bool, "lengths": (examples,) int64,
     "sample_id": int}`, its examples end to end. Examples of a row do not see one another: they are told apart
-    by `sequence_id`, and no example's first token is learned from the one before. A row without examples,
-    which stands where a rank has none left, becomes a token of which nothing is learned, and counts as none.
+    by `sequence_id`, and no example's first token is predicted from the one before. A row without examples,
+    which stands where a rank has none left, becomes a token that is not in the loss, and counts as none.
 
     Attributes:
         max_seq_len: The most tokens of a row, and the length of all rows unless padding is trimmed.
@@ -85,14 +85,14 @@ class RowCollator:
             min(self.max_seq_len, -(-max(1, *tokens) // 8) * 8) if self.trims_padding else self.max_seq_len
         )
         input_ids = np.full((len(rows), width), self.pad_token_id, np.int64)
-        labels = np.full((len(rows), width), NOT_LEARNED, np.int64)
+        labels = np.full((len(rows), width), NOT_IN_LOSS, np.int64)
         sequence_id = np.zeros((len(rows), width), np.int64)
         for place, row in enumerate(rows):
             ids, lengths = row["input_ids"], row["lengths"]
             input_ids[place, : len(ids)] = ids
-            labels[place, : len(ids)] = np.where(row["learned"], ids, NOT_LEARNED)
+            labels[place, : len(ids)] = np.where(row["trained"], ids, NOT_IN_LOSS)
             begins = lengths.cumsum()[:-1]
-            labels[place, 0] = labels[place, begins] = NOT_LEARNED
+            labels[place, 0] = labels[place, begins] = NOT_IN_LOSS
             sequence_id[place, begins] = 1
         batch: dict[str, Any] = {
             "input_ids": torch.from_numpy(input_ids),
@@ -100,7 +100,7 @@ class RowCollator:
             "sample_id": torch.tensor([row["sample_id"] for row in rows], dtype=torch.int64),
             "max_documents": max(1, *(len(row["lengths"]) for row in rows)),
             "row_tokens": tokens,
-            "row_learned": np.count_nonzero(labels != NOT_LEARNED, axis=1).tolist(),
+            "row_trained": np.count_nonzero(labels != NOT_IN_LOSS, axis=1).tolist(),
         }
         if min(tokens) < width:
             real = np.maximum(tokens, 1)[:, None]
@@ -114,7 +114,7 @@ def count_row_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
     """Tokens in a batch of rows of examples, padding left out (`total`), and how many labels its mean loss
     divides by (`loss_generating`). Both are numbers of the host: no device is waited for.
     """
-    return {"total": sum(batch["row_tokens"]), "loss_generating": sum(batch["row_learned"])}
+    return {"total": sum(batch["row_tokens"]), "loss_generating": sum(batch["row_trained"])}
 
 
 def count_rows(batch: Mapping[str, Any]) -> int:
@@ -145,31 +145,19 @@ def sequence_ids(
 def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
     """Tokens in a batch, for Composer's clock (`total`) and its weights of microbatches (`loss_generating`).
 
-    `loss_generating` is the number of labels that are learned once shifted by one, which is what the mean
+    `loss_generating` is the number of labels in the loss once shifted by one, which is what the mean
     loss divides by. Without padding both follow from the shape, so that a GPU is not waited for.
     """
     rows, seq = batch["input_ids"].shape
     if "attention_mask" not in batch:
         return {"total": rows * seq, "loss_generating": rows * (seq - 1)}
-    learned = int((batch["labels"][:, 1:] != NOT_LEARNED).sum())
-    return {"total": int(batch["attention_mask"].sum()), "loss_generating": learned}
+    trained = int((batch["labels"][:, 1:] != NOT_IN_LOSS).sum())
+    return {"total": int(batch["attention_mask"].sum()), "loss_generating": trained}
 
 
 def count_samples(batch: Mapping[str, Any]) -> int:
     """Rows in a batch."""
     return int(batch["input_ids"].shape[0])
-
-
-def worker_options(
-    num_workers: int, prefetch_factor: int, persistent_workers: bool, timeout: float
-) -> dict[str, Any]:
-    """Arguments of PyTorch's DataLoader, which takes those of workers only where there are some."""
-    return {
-        "num_workers": num_workers,
-        "prefetch_factor": prefetch_factor if num_workers else None,
-        "persistent_workers": persistent_workers and num_workers > 0,
-        "timeout": timeout if num_workers else 0,
-    }
 
 
 def filler_id(tokenizer: Any) -> int:

@@ -245,6 +245,6 @@ def _stream(named: tuple[str, Any], store: Any) -> str:
         if (value := getattr(source, key, None)) is not None:
             words.append(f"{key} {value:g}")
     if store is not None:
-        tokens, in_loss = int(store.lengths.sum()), int(store.learned.sum())
+        tokens, in_loss = int(store.lengths.sum()), int(store.trained.sum())
         words.append(f"{len(store):,} examples of {tokens:,} tokens, {in_loss:,} of them in the loss")
     return f"{name}: {', '.join(words)}"

@@ -89,7 +89,7 @@ def test_composer_splits_a_batch_and_leaves_the_number_of_documents_alone() -> N
 def row(number: int, *examples: tuple[list[int], list[int]]) -> dict[str, Any]:
     return {
         "input_ids": np.array([token for ids, _ in examples for token in ids], np.int64),
-        "learned": np.array([one for _, learned in examples for one in learned], bool),
+        "trained": np.array([one for _, trained in examples for one in trained], bool),
         "lengths": np.array([len(ids) for ids, _ in examples], np.int64),
         "sample_id": number,
     }
@@ -104,7 +104,7 @@ def test_examples_of_a_row_lie_end_to_end_and_no_first_token_is_learned() -> Non
     assert batch["sequence_id"].tolist() == [[0, 0, 1, 1, 1, 1], [0] * 6]
     assert (batch["sample_id"].tolist(), batch["max_documents"]) == ([4, 2], 2)
     assert (count_row_tokens(batch), count_rows(batch)) == ({"total": 9, "loss_generating": 5}, 2)
-    assert rows[0]["learned"].tolist() == [True, True, True, False, True]
+    assert rows[0]["trained"].tolist() == [True, True, True, False, True]
 
 
 def test_full_rows_of_one_example_need_no_mask_and_count_what_is_learned() -> None:
@@ -132,10 +132,10 @@ def test_composer_splits_rows_and_their_counts_alike() -> None:
     pieces = default_split_batch(RowCollator(16)(rows), 2)
     assert [count_rows(piece) for piece in pieces] == [2, 2, 1]
     for piece in pieces:
-        learned = int((piece["labels"][:, 1:] != -100).sum())
+        trained = int((piece["labels"][:, 1:] != -100).sum())
         assert count_row_tokens(piece) == {
             "total": int(piece["attention_mask"].sum()),
-            "loss_generating": learned,
+            "loss_generating": trained,
         }
 
 

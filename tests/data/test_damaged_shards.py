@@ -12,10 +12,10 @@ import pytest
 from streaming import MDSWriter
 
 from mptfoundry.data.prepare.prepare import prepare
-from mptfoundry.data.text.text import build_text_loader
 from mptfoundry.data.views.shards_preview import preview
 from mptfoundry.errors import MPTFoundryError
 from tests.fuzz import damaged_bytes, odd_values
+from tests.loaders import text_loader
 
 SEQ, VOCAB, SHARD = 64, 320, "shard.00001.mds"
 
@@ -45,7 +45,7 @@ def undamaged(shards: Path, folder: Path, *, is_hashed: bool = True) -> Path:
 
 
 def read_by_training(folder: Path, tokenizer: Any) -> list[list[int]]:
-    spec = build_text_loader(
+    spec = text_loader(
         local=str(folder), tokenizer=tokenizer, max_seq_len=SEQ, vocab_size=VOCAB, device_batch_size=4
     )
     dataset: Any = spec.dataloader.dataset

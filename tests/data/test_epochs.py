@@ -15,12 +15,10 @@ from composer import ComposerModel, Trainer
 from composer.core import Callback, Evaluator, State
 from streaming import MDSWriter
 
-from mptfoundry.data.examples.labelled import build_labelled_loader
-from mptfoundry.data.records.sources import Source
-from mptfoundry.data.text.text import build_text_loader
 from mptfoundry.errors import DataError
 from mptfoundry.run.atomic_checkpoints import AtomicCheckpoints
 from mptfoundry.run.resume import Resume
+from tests.loaders import labelled_loader, text_loader
 
 BATCH, ROWS = 4, {"a": 24, "b": 12}
 
@@ -80,7 +78,7 @@ def loader(folder: Path, tokenizer: Any, is_training: bool = True, **options: An
                 for name, amount in zip(ROWS, amounts, strict=True)
             }
         }
-    return build_text_loader(
+    return text_loader(
         **where,
         tokenizer=tokenizer,
         max_seq_len=8,
@@ -96,10 +94,8 @@ def labelled(folder: Path, tokenizer: Any, is_training: bool = True, **options: 
     """24 texts of as many tokens, each with a label."""
     records = [json.dumps({"text": f"{chr(97 + number)} is", "label": number % 2}) for number in range(24)]
     (folder / "records.jsonl").write_text("\n".join(records))
-    return build_labelled_loader(
-        source=Source("train_loader.dataset", local=str(folder / "records.jsonl")),
-        task="sequence",
-        labels={"no": 0, "yes": 1},
+    return labelled_loader(
+        local=str(folder / "records.jsonl"),
         tokenizer=tokenizer,
         max_seq_len=8,
         shuffle=True,

@@ -10,17 +10,19 @@ from typing import Any
 
 import pytest
 
+from mptfoundry.config.data import FinetuningDatasetConfig
+from mptfoundry.config.streams import RecordsConfig
 from mptfoundry.data.examples import turns
 from mptfoundry.data.examples.cache import prepare_examples
-from mptfoundry.data.examples.labelled import encode
-from mptfoundry.data.examples.labelled_records import read_records
+from mptfoundry.data.examples.labelled_records import LabelledMaker, LabelledPlan, pack, unpack
 from mptfoundry.data.examples.store import ExampleStore
 from mptfoundry.data.examples.turns import Counts, ExampleMaker, ExamplePlan, Targets, UnitExamples
 from mptfoundry.data.records.records import plan_units
-from mptfoundry.data.records.sources import Source, find_records
+from mptfoundry.data.records.sources import find_records
 from mptfoundry.data.views.example_preview import preview_examples
 from mptfoundry.errors import DataError
 from tests.fuzz import damaged_bytes, odd_values
+from tests.loaders import context_of, head_of
 
 TALK = [{"role": "user", "content": "a é"}, {"role": "assistant", "content": "b"}]
 FINETUNING: list[dict[str, Any]] = [
@@ -99,9 +101,11 @@ def assert_finetuning_holds(
     path = folder / "records.jsonl"
     lines = list(variants(FINETUNING, seed, values))
     path.write_text("".join(f"{line}\n" for line in lines))
-    source = Source("train_loader.dataset", local=str(path))
-    how: dict[str, Any] = {"max_seq_len": 256, "targets": Targets(), "workers": 1, "progress": False}
-    store = ExampleStore(prepare_examples(source, tokenizer, cache=folder / "cache", **how))
+    source = RecordsConfig(local=str(path))
+    dataset = FinetuningDatasetConfig(local=str(path), cache_folder=str(folder / "cache"))
+    context = context_of(tokenizer, max_seq_len=256)
+    made = prepare_examples("train_loader.dataset", source, dataset, context, workers=1, progress=False)
+    store = ExampleStore(made)
     counts = Counts(**store.meta["counts"])
     assert_counted(store, counts, path)
     assert counts.records == len(lines) and preview_examples(store, tokenizer, max_seq_len=256).encode()
@@ -110,7 +114,9 @@ def assert_finetuning_holds(
     for said, data in damaged_bytes(whole, seed, files):
         path.write_bytes(data)
         try:
-            for unit in plan_units(find_records(source, folder).inputs, [], cut_texts=False):
+            for unit in plan_units(
+                find_records(source, "train_loader.dataset", folder).inputs, [], cut_texts=False
+            ):
                 made = make(unit)
                 assert_counted(made, made.counts, path)
         except DataError as error:
@@ -128,10 +134,11 @@ def assert_labelled_holds(folder: Path, tokenizer: Any, seed: int, values: int, 
         for content in contents:
             path.write_bytes(content)
             try:
-                records = read_records(Source("train_loader.dataset", local=str(path)), {})
-                labels = {"no": 0, "yes": 1}
-                for _ in encode(records, tokenizer, 64, task=task, labels=labels, problem=problem):  # type: ignore[arg-type]
-                    pass
+                inputs = find_records(RecordsConfig(local=str(path)), "x", folder).inputs
+                make_labelled = LabelledMaker(LabelledPlan(tokenizer, 64, head_of(task, problem=problem), {}))
+                for unit in plan_units(inputs, [], cut_texts=False):
+                    for example in make_labelled(unit).examples:
+                        assert pack(unpack(example)) == example
             except DataError as error:
                 assert_is_told(str(error).removeprefix(f"{path}:"))
             except Exception as error:

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.data.records.sources import Source, find_records
-from mptfoundry.data.text.text import build_text_loader
+from mptfoundry.config.streams import RecordsConfig
+from mptfoundry.data.records.sources import find_records
 from mptfoundry.errors import DataError
 from mptfoundry.stores import Patience
+from tests.loaders import text_loader
 
 moto = pytest.importorskip(
     "moto.server", reason="needs moto, which serves S3 here: pip install 'moto[server]'"
@@ -41,7 +42,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch, prepared: Path) -> Iterator[Any]:
 def read(tokenizer: Any, **options: Any) -> list[int]:
     settings = {"tokenizer": tokenizer, "max_seq_len": 64, "vocab_size": 320, "device_batch_size": 4}
     settings |= {"split": "train", "drop_last": False, "download_retry": 1}
-    loader: Any = build_text_loader(**{**settings, **options}).dataloader
+    loader: Any = text_loader(**{**settings, **options}).dataloader
     return [int(number) for batch in loader for number in batch["sample_id"]]
 
 
@@ -73,17 +74,17 @@ def test_a_shard_that_a_store_lacks_or_has_damaged_is_named(
 
 
 def test_records_are_fetched_from_a_store_and_checked(bucket: Any, tmp_path: Path) -> None:
-    source = Source("train_loader.dataset", remote="s3://data/text", local=str(tmp_path), split="train")
-    (found,) = find_records(source, tmp_path / "cache").inputs
+    source = RecordsConfig(remote="s3://data/text", local=str(tmp_path), split="train")
+    (found,) = find_records(source, "train_loader.dataset", tmp_path / "cache").inputs
     shard = Path(found.path) / "shard.00001.mds"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
-    find_records(source, tmp_path / "cache")
+    find_records(source, "train_loader.dataset", tmp_path / "cache")
     assert shard.read_bytes() == whole
     bucket.Object("text/train/shard.00001.mds").put(Body=whole[::-1])
     shard.unlink()
     with pytest.raises(DataError, match=r"shard\.00001\.mds is damaged: its xxh64"):
-        find_records(source, tmp_path / "cache")
+        find_records(source, "train_loader.dataset", tmp_path / "cache")
 
 
 def test_a_store_that_gives_no_right_is_not_one_that_lacks_a_shard(
@@ -129,6 +130,6 @@ def test_a_download_waits_for_a_store_that_is_busy(
         far = {"remote": "s3://data/text", "local": str(tmp_path / "cache")}
         assert read(tiny_tokenizer, **far) == read(tiny_tokenizer, local=str(prepared))
     else:
-        source = Source("train_loader.dataset", remote="s3://data/text", local=str(tmp_path), split="train")
-        assert len(find_records(source, tmp_path / "cache").inputs) == 1
+        source = RecordsConfig(remote="s3://data/text", local=str(tmp_path), split="train")
+        assert len(find_records(source, "train_loader.dataset", tmp_path / "cache").inputs) == 1
     assert capsys.readouterr().out.count("since 0 s (Connection reset by peer); tried again in 0 s") == 3

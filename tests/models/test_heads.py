@@ -134,8 +134,7 @@ from composer.core import Evaluator
 from composer.loggers import InMemoryLogger
 from composer.utils import FSDP2Config, dist
 from mptfoundry.models.gloo_average import average_gradients
-from mptfoundry.data.records.sources import Source
-from mptfoundry.data.examples.labelled import build_labelled_loader
+from tests.loaders import labelled_loader
 from mptfoundry.models.heads import ComposerHead
 from mptfoundry.mpt.config import AttnConfig
 from mptfoundry.mpt.head_config import SequenceClassifierConfig, SpanFinderConfig, TokenClassifierConfig
@@ -155,16 +154,14 @@ HEADS = {
 
 def train(task, parallelism=None):
     tokenizer, ranks = load_tokenizer(folder + "/tokenizer"), dist.get_world_size()
-    labels = getattr(HEADS[task], "label2id", None)
-    source = Source("loader", local=folder, split=task)
-    common = dict(source=source, task=task, labels=labels, tokenizer=tokenizer, max_seq_len=32)
+    common = dict(local=folder, split=task, model=HEADS[task], tokenizer=tokenizer, max_seq_len=32)
     logger = InMemoryLogger()
     model = ComposerHead(make_network(HEADS[task], seed=0), tokenizer=tokenizer)
     trainer = Trainer(
         model=model,
-        train_dataloader=build_labelled_loader(
+        train_dataloader=labelled_loader(
             **common, device_batch_size=8 // ranks, shuffle=True),
-        eval_dataloader=Evaluator(label="held_out", dataloader=build_labelled_loader(
+        eval_dataloader=Evaluator(label="held_out", dataloader=labelled_loader(
             **common, device_batch_size=3, drop_last=False, is_training=False)),
         optimizers=DecoupledLionW(model.parameters(), lr=1e-3),
         max_duration="4ba", eval_interval="4ba", device="cpu", progress_bar=False,

@@ -70,7 +70,9 @@ def test_a_bad_shard_ends_a_launched_run_with_its_name(
     if fault is lose:
         dataset = {"remote": str(many_shards), "local": str(tmp_path / "cache"), "split": "train"}
     set_up(tiny_run, loader, dataset | {"download_retry": 1})
-    run = launch(tiny_run, "run_name=bad", f"{loader}.num_workers={workers}", ranks=ranks, launcher=workers > 0)
+    run = launch(
+        tiny_run, "run_name=bad", f"{loader}.num_workers={workers}", ranks=ranks, launcher=workers > 0
+    )
     assert run.wait() == 1, run.printed
     assert run.printed.count(message) in range(1, 3 * ranks), run.printed
     assert "Traceback" not in run.printed and "error: " in run.printed, run.printed

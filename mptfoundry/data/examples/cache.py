@@ -7,36 +7,34 @@ While it is made, its finished parts lie next to it, so that a preparation that 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from mptfoundry.data.examples.store import ExampleStore, ExampleWriter, why_damaged, write_examples
+from mptfoundry.config.data import FinetuningDatasetConfig
+from mptfoundry.config.streams import RecordsConfig
+from mptfoundry.data.examples.store import ExampleWriter, why_damaged
 from mptfoundry.data.examples.turns import Counts, ExampleMaker, ExamplePlan, Targets, UnitExamples, source_of
-from mptfoundry.data.jobs import in_processes
-from mptfoundry.data.records.inputs import Inventory
-from mptfoundry.data.records.records import UNIT_BYTES, UNIT_ROWS, plan_units
-from mptfoundry.data.records.sources import Source, digest_of, find_records
+from mptfoundry.data.jobs import SMALLEST_PARALLEL_BYTES, Job, Make, read_state, run_job
+from mptfoundry.data.loading import LoaderContext
+from mptfoundry.data.records.records import UNIT_BYTES, UNIT_ROWS, Unit, plan_units
+from mptfoundry.data.records.sources import content_digest, find_records
 from mptfoundry.data.shards.index import narrowest_dtype
-from mptfoundry.errors import DataError
+from mptfoundry.errors import CheckpointError, ConfigError, DataError
+from mptfoundry.files import locked, whole_or_absent
 from mptfoundry.tokenizer import AS_TEXT, backend_parts, count_ids, fingerprint, own_borders
 
+log = logging.getLogger(__name__)
+
 VERSION = 3
-UNITS_OF_A_PART = 16
-SMALLEST_PARALLEL_BYTES = 1 << 23
 
 
 def cache_folder(given: str | None) -> Path:
@@ -46,12 +44,11 @@ def cache_folder(given: str | None) -> Path:
 
 
 def prepare_examples(
-    source: Source,
-    tokenizer: Any,
+    where: str,
+    source: RecordsConfig,
+    dataset: FinetuningDatasetConfig,
+    context: LoaderContext,
     *,
-    max_seq_len: int,
-    targets: Targets,
-    cache: Path,
     workers: int | None = None,
     say: Callable[[str], None] = print,
     progress: bool = True,
@@ -59,139 +56,163 @@ def prepare_examples(
     """The folder of a source's example store, which is made if it is not there or damaged.
 
     Args:
-        source: Where the records lie.
-        tokenizer: transformers' fast tokenizer.
-        max_seq_len: The most tokens of an example.
-        targets: What is learned.
-        cache: Folder of all stores.
+        where: The source's key in the config.
+        source: Where the records are.
+        dataset: Its data set: which tokens are in the loss, and where the cache is.
+        context: Of the run; its tokenizer and `max_seq_len` are used.
         workers: Processes. Default: one for each processor, or none for little data.
         say: Is told what happens.
         progress: Show a progress bar.
 
     Raises:
+        ConfigError: A function of the user's makes the records, and the command line did not allow code.
         DataError: The records can't be found, or the cache can't be written to.
     """
-    inventory = find_records(source, cache)
+    if isinstance(source.preprocessing_fn, str) and not context.allow_code:
+        raise ConfigError(
+            f"{where}.preprocessing_fn: {source.preprocessing_fn} is code. Run it with allow_code=true on "
+            "the command line."
+        )
+    cache, tokenizer = cache_folder(dataset.cache_folder), context.tokenizer
+    inventory = find_records(source, where, cache)
     vocab_size = count_ids(tokenizer)
+    plan = ExamplePlan(
+        tokenizer,
+        context.max_seq_len,
+        Targets(dataset.target_prompts, dataset.target_responses),
+        source.preprocessing_fn,
+        narrowest_dtype(vocab_size),
+        inventory.datasets,
+        dataset.token_encoding_type,
+        as_text=dataset.special_tokens == AS_TEXT,
+    )
+    folder = cache / _identity(plan, content_digest(inventory, cache), say)
+    title = f"{where}: checking examples" if progress and inventory.size >= SMALLEST_PARALLEL_BYTES else ""
+
+    def make(parts: Path) -> None:
+        def begin() -> Job:
+            sink = ExampleSink(parts / "store", folder, vocab_size, where)
+            return Job(parts, where, inventory.size, sink)
+
+        units = plan_units(inventory.inputs, plan.datasets, False)
+        make_cached(begin, units, partial(ExampleMaker, plan), workers=workers, progress=progress)
+
+    return find_or_make(folder, where, partial(why_damaged, title=title), make, say)
+
+
+def _identity(plan: ExamplePlan, inputs: str, say: Callable[[str], None]) -> str:
+    """A hash of everything that the examples depend on."""
+    tokenizer = plan.tokenizer
     settings = {
-        "version": [VERSION, UNIT_BYTES, UNIT_ROWS, UNITS_OF_A_PART],
-        "inputs": digest_of(inventory),
+        "version": [VERSION, UNIT_BYTES, UNIT_ROWS, 16],
+        "inputs": inputs,
         "tokenizer": [fingerprint(tokenizer), backend_parts(tokenizer)["post_processor"]],
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, *own_borders(tokenizer).after],
         "chat_template": tokenizer.chat_template,
-        "max_seq_len": max_seq_len,
-        "targets": asdict(targets),
-        "preprocessing": _identity_of(source.preprocessing, say),
-        "token_encoding_type": source.token_encoding_type,
+        "max_seq_len": plan.max_seq_len,
+        "targets": asdict(plan.targets),
+        "preprocessing": _identity_of(plan.preprocessing, say),
+        "token_encoding_type": plan.token_encoding_type,
     }
-    if source.as_text:
+    if plan.as_text:
         settings["special_tokens"] = AS_TEXT
-    folder = cache / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-    title = (
-        f"{source.where}: checking examples" if progress and inventory.size >= SMALLEST_PARALLEL_BYTES else ""
-    )
-    if why_damaged(folder, title=title) is None:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def find_or_make(
+    folder: Path,
+    where: str,
+    damage: Callable[[Path], str | None],
+    make: Callable[[Path], None],
+    say: Callable[[str], None],
+) -> Path:
+    """The folder of a cache, which is made unless it is there and whole; one process makes it at a time.
+
+    Args:
+        folder: Its name is a hash of all that it depends on.
+        where: The key in the config of what it holds, for messages.
+        damage: What is wrong with a folder; None if it is whole.
+        make: Makes it, by a job whose state lies in the folder that `make` is given.
+        say: Is told what happens.
+
+    Raises:
+        DataError: The cache can't be written to.
+    """
+    if damage(folder) is None:
         return folder
-    plan = ExamplePlan(
-        tokenizer,
-        max_seq_len,
-        targets,
-        source.preprocessing,
-        narrowest_dtype(vocab_size),
-        inventory.datasets,
-        source.token_encoding_type,
-        source.as_text,
-    )
+    parts = folder.with_name(f"{folder.name}.parts")
+
+    def waiting(holder: str) -> None:
+        say(f"{where}: {holder} is making {folder}; waiting for it")
+
     try:
-        with _held(folder, say) as parts:
-            problem = why_damaged(folder)
+        with locked(parts / "lock", waiting=waiting):
+            problem = damage(folder)
             if problem is not None:
                 if folder.exists():
-                    say(f"{source.where}: the examples are made again: {folder} {problem}")
-                _make(folder, parts, inventory, plan, vocab_size, workers, progress, source.where)
-    except OSError as error:
-        raise DataError(f"{folder}: it can't be written ({error.strerror or error}).") from error
+                    say(f"{where}: the examples are made again: {folder} {problem}")
+                make(parts)
+            shutil.rmtree(parts, ignore_errors=True)
+    except (OSError, CheckpointError) as error:
+        raise DataError(
+            f"{folder}: it can't be written ({getattr(error, 'strerror', None) or error})."
+        ) from error
     return folder
 
 
-@contextmanager
-def _held(folder: Path, say: Callable[[str], None]) -> Iterator[Path]:
-    """Hold the folder of a store's parts; another process that makes the same store is waited for."""
-    parts = folder.with_name(f"{folder.name}.parts")
-    parts.mkdir(parents=True, exist_ok=True)
-    with (parts / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            say(f"examples: another process is making {folder}; waiting for it")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield parts
-        shutil.rmtree(parts, ignore_errors=True)
-
-
-def _make(
-    folder: Path,
-    parts: Path,
-    inventory: Inventory,
-    plan: ExamplePlan,
-    vocab_size: int,
-    workers: int | None,
-    progress: bool,
-    where: str,
+def make_cached(
+    begin: Callable[[], Job], units: Iterable[Unit], make: Make, *, workers: int | None, progress: bool
 ) -> None:
-    """Tokenize what no part holds yet, then join the parts."""
-    done: list[Path] = []
-    while why_damaged(parts / f"{len(done):05}") is None:
-        done.append(parts / f"{len(done):05}")
-    units = islice(plan_units(inventory.inputs, plan.datasets, False), len(done) * UNITS_OF_A_PART, None)
-    if inventory.size < SMALLEST_PARALLEL_BYTES:
-        workers = 1
-    workers = workers or len(os.sched_getaffinity(0))
-    work: Iterator[UnitExamples] = (
-        map(ExampleMaker(plan), units)
-        if workers == 1
-        else in_processes(units, partial(ExampleMaker, plan), workers)
-    )
-    with tqdm(
-        total=inventory.size,
-        initial=sum(ExampleStore(path).meta["weight"] for path in done),
-        desc=where,
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-    ) as bar:
-        some: list[UnitExamples] = []
-        for result in work:
-            if len(some) == UNITS_OF_A_PART:
-                done.append(parts / f"{len(done):05}")
-                _write(done[-1], some, plan.dtype, vocab_size)
-                some = []
-            some.append(result)
-            bar.update(result.weight)
-        with write_examples(folder, vocab_size=vocab_size) as writer:
-            counts = Counts()
-            for path in done:
-                part = ExampleStore(path)
-                writer.add_store(part)
-                counts.add(Counts(**part.meta["counts"]))
-            counts.add(_append(writer, some, plan.dtype))
-            writer.meta = {"counts": asdict(counts), "made_of": where, "made_at": time.time()}
+    """Run the job that `begin` gives, from its state if that is whole, else from the beginning."""
+    job = begin()
+    try:
+        state = read_state(job.folder)
+        if state is not None:
+            job.restore(state)
+    except (OSError, KeyError, TypeError, ValueError):
+        log.warning("%s: what %s holds is damaged; it is made from the beginning.", job.title, job.folder)
+        job = begin()
+    run_job(job, units, make, workers=workers, progress=progress)
 
 
-def _write(folder: Path, results: list[UnitExamples], dtype: str, vocab_size: int) -> None:
-    with write_examples(folder, vocab_size=vocab_size) as writer:
-        counts = _append(writer, results, dtype)
-        writer.meta = {"counts": asdict(counts), "weight": sum(result.weight for result in results)}
+class ExampleSink:
+    """Appends the examples of units to a store.
 
+    Args:
+        work: Where the store is written.
+        folder: Where it goes when it is whole.
+        vocab_size: All ids are below it.
+        where: The source's key in the config.
+    """
 
-def _append(writer: ExampleWriter, results: list[UnitExamples], dtype: str) -> Counts:
-    counts = Counts()
-    for result in results:
-        for ids, learned in result.examples(dtype):
-            writer.add(ids, learned)
-        counts.add(result.counts)
-    return counts
+    def __init__(self, work: Path, folder: Path, vocab_size: int, where: str) -> None:
+        self.writer = ExampleWriter(work, vocab_size)
+        self.folder = folder
+        self.where = where
+        self.tokens = 0
+        self.counts = Counts()
+
+    def add(self, result: UnitExamples) -> None:
+        """Append a unit's examples."""
+        self.writer.add_many(result.ids, result.marks, result.lengths)
+        self.tokens += sum(result.lengths)
+        self.counts.add(result.counts)
+
+    def state(self, units: int) -> dict[str, Any]:
+        """The files' sizes, and what became of the records so far."""
+        return {"files": self.writer.files.state(), "counts": asdict(self.counts)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue where the files were."""
+        self.counts = Counts(**state["counts"])
+        self.writer.files.restore(state["files"])
+
+    def finish(self) -> None:
+        """Complete the store and put it in its place."""
+        self.writer.meta = {"counts": asdict(self.counts), "made_of": self.where, "made_at": time.time()}
+        self.writer.finish()
+        with whole_or_absent(self.folder, overwrite=True) as path:
+            self.writer.folder.rename(path)
 
 
 def _identity_of(preprocessing: Any, say: Callable[[str], None]) -> Any:

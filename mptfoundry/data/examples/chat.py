@@ -80,7 +80,7 @@ def turns_of(record: Any, tokenizer: Any, *, needs_all: bool = True) -> Turns:
         record: An object with one of the forms above; a column that is null counts as missing.
         tokenizer: transformers' tokenizer, for its chat template; ChatML if it has none.
         needs_all: Whether every turn has to be told apart. Otherwise all that comes before the last answer
-            may be one prompt, which is enough where only the last answer is learned.
+            may be one prompt, which is enough where only the last answer is in the loss.
 
     Raises:
         RecordError: The record is not of that form.

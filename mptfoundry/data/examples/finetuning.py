@@ -1,131 +1,88 @@
 """Examples for finetuning: records in, batches out.
 
-Each record becomes an example once (`example_cache.py`): its turns (`chat.py`), their ids and what of them is
-learned (`turns.py`). How examples share rows and in which order they come is told in `rows.py`.
+Each record becomes an example once (`cache.py`): its turns (`chat.py`), their ids and loss mask
+(`turns.py`). `rows.py` decides which examples share a row, and in which order rows come.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
 
 from composer.core import DataSpec
-from composer.utils import dist
 
-from mptfoundry.data.collate import filler_id
+from mptfoundry.config.data import FinetuningDatasetConfig, FinetuningLoaderConfig, sources_by_key
 from mptfoundry.data.examples.cache import prepare_examples
 from mptfoundry.data.examples.chat import CHATML
-from mptfoundry.data.examples.order import passes
 from mptfoundry.data.examples.rows import build_row_loader
 from mptfoundry.data.examples.store import ExampleStore
-from mptfoundry.data.examples.turns import Targets
+from mptfoundry.data.loading import LoaderContext
 from mptfoundry.data.records.records import counted, shown
-from mptfoundry.data.records.sources import Source
 from mptfoundry.errors import DataError
-from mptfoundry.ranks import once_per_node
+from mptfoundry.ranks import once_per_node, rank
 
 MOST_COLUMNS_NAMED = 20
 
 log = logging.getLogger(__name__)
 
 
-def build_finetuning_loader(
-    *,
-    sources: Mapping[str, Source],
-    amounts: Sequence[float] | None = None,
-    amounts_by: Literal["proportion", "repeat", "choose"] = "proportion",
-    tokenizer: Any,
-    max_seq_len: int,
-    targets: Targets,
-    cache: Path,
-    max_bad_records: int = 0,
-    max_dropped: float = 0.2,
-    where: str = "train_loader",
-    **rows: Any,
-) -> DataSpec:
+def build_finetuning_loader(loader: FinetuningLoaderConfig, context: LoaderContext) -> DataSpec:
     """Build the loader of a data set or mix.
 
-    Args:
-        sources: The streams by name.
-        amounts: How much of each an epoch reads; see `order.passes`. None: all of everything, once.
-        amounts_by: What the amounts are.
-        tokenizer: transformers' fast tokenizer. It gets the chat template that conversations were rendered
-            with, if it has none, so that the template is saved with it.
-        max_seq_len: Tokens of a row.
-        targets: What is learned.
-        cache: Folder of prepared examples.
-        max_bad_records: How many records of a stream may be left out since they are not what they should be.
-        max_dropped: The share of a stream's examples of which nothing to learn may be left.
-        where: What the user calls this loader, for errors.
-        rows: Further arguments of `build_row_loader`.
+    A tokenizer without a chat template gets the one that conversations were rendered with, so that it is
+    saved with the tokenizer.
 
     Raises:
+        ConfigError: A function of the user's makes records, and the command line did not allow code.
         DataError: Records are missing, or more of them are bad or dropped than allowed.
     """
-    stores = load_examples(
-        sources, tokenizer, max_seq_len=max_seq_len, targets=targets, cache=cache, where=where
-    )
-    for store, source in zip(stores, sources.values(), strict=True):
-        judge(store, source.where, max_bad_records, max_dropped)
-    if tokenizer.chat_template is None and any(store.meta["counts"]["chats"] for store in stores):
+    stores, tokenizer = load_examples(loader, context), context.tokenizer
+    for where, store in stores.items():
+        if refusal := why_not(store, where, loader.dataset):
+            raise DataError(str(refusal))
+    if tokenizer.chat_template is None and any(each.meta["counts"]["chats"] for each in stores.values()):
         tokenizer.chat_template = CHATML
-    often = None if amounts is None else passes([len(store) for store in stores], amounts, by=amounts_by)
-    return build_row_loader(
-        stores,
-        passes=often,
-        max_seq_len=max_seq_len,
-        pad_token_id=filler_id(tokenizer),
-        fingerprints={
-            source.where: store.fingerprint for source, store in zip(sources.values(), stores, strict=True)
-        },
-        where=where,
-        **rows,
-    )
+    return build_row_loader(stores, loader, context)
 
 
-def load_examples(
-    sources: Mapping[str, Source],
-    tokenizer: Any,
-    *,
-    max_seq_len: int,
-    targets: Targets,
-    cache: Path,
-    where: str,
-) -> list[ExampleStore]:
-    """The streams' examples. Where they are not prepared, one process of each node does it."""
-    speaks = dist.get_global_rank() == 0
+def load_examples(loader: FinetuningLoaderConfig, context: LoaderContext) -> dict[str, ExampleStore]:
+    """The examples of each source by its key in the config; one process of each node prepares them if needed.
+
+    Raises:
+        ConfigError: A function of the user's makes records, and the command line did not allow code.
+        DataError: Records are missing or can't be read.
+    """
+    sources = sources_by_key(loader, context.where)
+    speaks = rank() == 0
 
     def say(text: str) -> None:
         if speaks:
             print(text, flush=True)
 
     def prepare() -> list[str]:
-        options: dict[str, Any] = {"max_seq_len": max_seq_len, "targets": targets, "cache": cache, "say": say}
         return [
-            str(prepare_examples(source, tokenizer, progress=speaks, **options))
-            for source in sources.values()
+            str(prepare_examples(where, source, loader.dataset, context, say=say, progress=speaks))
+            for where, source in sources.items()
         ]
 
-    folders = once_per_node(prepare, what=f"{where}: preparing examples", say=say)
-    stores = [ExampleStore(folder) for folder in folders]
-    for store, source in zip(stores, sources.values(), strict=True):
-        say(f"{source.where}: {describe(store)}")
+    folders = once_per_node(prepare, what=f"{context.where}: preparing examples", say=say)
+    stores = {where: ExampleStore(folder) for where, folder in zip(sources, folders, strict=True)}
+    for where, store in stores.items():
+        say(f"{where}: {describe(store)}")
         if speaks and (names := columns_not_read(store)):
-            log.warning("%s: these columns of its records are not looked at: %s.", source.where, names)
+            log.warning("%s: these columns of its records are not looked at: %s.", where, names)
         if speaks and (doubles := store.meta["counts"]["doubles"]):
             first, held = store.meta["counts"]["choices"][0], counted(doubles, "record")
-            log.warning("%s: %s held two forms, of which one is read: %s", source.where, held, first)
+            log.warning("%s: %s held two forms, of which one is read: %s", where, held, first)
     return stores
 
 
 def describe(store: ExampleStore) -> str:
     """A store in one line."""
-    counts, tokens, learned = store.meta["counts"], int(store.lengths.sum()), int(store.learned.sum())
+    counts, tokens, trained = store.meta["counts"], int(store.lengths.sum()), int(store.trained.sum())
     parts = [counted(len(store), "example")]
-    parts += [f"{counted(tokens, 'token')}, {learned / max(tokens, 1):.0%} of them learned"]
+    parts += [f"{counted(tokens, 'token')}, {trained / max(tokens, 1):.0%} of them in the loss"]
     parts += [f"{counts['cut']:,} cut at max_seq_len"] * bool(counts["cut"])
     parts += [f"{counts['dropped']:,} dropped"] * bool(counts["dropped"])
     parts += [f"{counted(counts['bad'], 'bad record')} left out"] * bool(counts["bad"])
@@ -164,21 +121,21 @@ class Refusal:
         )
 
 
-def why_not(store: ExampleStore, where: str, max_bad_records: int, max_dropped: float) -> Refusal | None:
+def why_not(store: ExampleStore, where: str, allowed: FinetuningDatasetConfig) -> Refusal | None:
     """Why a run would not begin: more records were left out of a store than the user allows."""
     counts = store.meta["counts"]
     records = counted(counts["records"], "record")
-    if counts["bad"] > max_bad_records:
+    if counts["bad"] > allowed.max_bad_records:
         return Refusal(
             f"{where}: {counts['bad']:,} of {records} {'is' if counts['bad'] == 1 else 'are'} bad",
             "\n".join(first_of(counts["problems"], counts["bad"])),
             f"Fix them, or leave them out with dataset.max_bad_records: {counts['bad']}.",
         )
     share = counts["dropped"] / max(1, counts["records"])
-    if share > max_dropped:
+    if share > allowed.max_dropped:
         return Refusal(
             f"{where}: {share:.1%} of the examples are dropped, {counts['dropped']:,} of "
-            f"{counts['records']:,}, since nothing to learn is left of them",
+            f"{counts['records']:,}, since none of their tokens in the loss is left",
             "\n".join(first_of(counts["drops"], counts["dropped"])),
             "Use a larger max_seq_len or shorter prompts, or allow it with dataset.max_dropped: "
             f"{min(1.0, share + 0.005):.2f}.",
@@ -186,13 +143,6 @@ def why_not(store: ExampleStore, where: str, max_bad_records: int, max_dropped: 
     if not len(store):
         return Refusal(f"{where}: there are no examples", "", "Give records.")
     return None
-
-
-def judge(store: ExampleStore, where: str, max_bad_records: int, max_dropped: float) -> None:
-    """Raises DataError if more records were left out of a store than the user allows."""
-    refusal = why_not(store, where, max_bad_records, max_dropped)
-    if refusal is not None:
-        raise DataError(str(refusal))
 
 
 def first_of(lines: Sequence[str], count: int) -> list[str]:

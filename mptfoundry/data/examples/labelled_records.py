@@ -1,9 +1,9 @@
-"""Records of labelled data sets: read as those of finetuning are, and checked.
+"""Records of labelled data sets: read as those of finetuning are, checked and tokenized.
 
 By task a record has the fields
 
     sequence   `text`, perhaps `text_pair`, `label`: a name or number, or numbers, or a list of names
-    token      `words`, `labels`: one name or number for each word, -100 where none is learned
+    token      `words`, `labels`: one name or number for each word, -100 where none is in the loss
     span       `question`, `context`, `answers`: {text: [...], answer_start: [...]}, as in SQuAD
 
 or other names for these, which the user gives. Errors name the place, such as `train.jsonl:3: label: ...`.
@@ -12,20 +12,27 @@ or other names for these, which the user gives. Errors name the place, such as `
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from mptfoundry.data.collate import NOT_LEARNED
-from mptfoundry.data.records.records import BadInput, names_of, plan_units, read_rows, shown, text_of
-from mptfoundry.data.records.sources import Source, find_records
+from mptfoundry.data.records.records import BadInput, Unit, names_of, read_rows, shown, text_of
+from mptfoundry.data.shards.token_ids import NOT_IN_LOSS
 from mptfoundry.errors import DataError
+from mptfoundry.mpt.head_config import (
+    HeadConfig,
+    SequenceClassifierConfig,
+    SpanFinderConfig,
+    TokenClassifierConfig,
+)
 
-Task = Literal["sequence", "token", "span"]
-
+ROWS_AT_ONCE = 1000
+# A position that no row has: an answer there is not in the loss.
+OUTSIDE = 2**31
 LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 
@@ -86,24 +93,188 @@ class Checked(NamedTuple):
     wanted: Any
 
 
-def read_records(source: Source, names: Mapping[str, str]) -> Iterator[Record]:
-    """Read the records of a source, in order.
+@dataclass(frozen=True)
+class LabelledPlan:
+    """What makes examples of records; it is sent to each worker.
 
-    Args:
-        source: Files, a folder or a data set.
-        names: As in Record.
+    Attributes:
+        tokenizer: transformers' fast tokenizer; two texts are joined as it joins pairs.
+        max_seq_len: The most tokens of an example; longer ones are cut at their end.
+        head: The config of the model's head.
+        fields: Names of a record's fields -> their names in the data, where they differ.
+        datasets: Hugging Face data sets that parts refer to.
+    """
+
+    tokenizer: Any
+    max_seq_len: int
+    head: HeadConfig
+    fields: Mapping[str, str]
+    datasets: Sequence[Any] = ()
+
+
+@dataclass
+class UnitLabelled:
+    """A unit's examples as `pack` writes them, and of each whether it was cut, and any label is left."""
+
+    examples: list[bytes]
+    flags: list[tuple[bool, bool]]
+    tokens: int
+    weight: int
+
+
+class LabelledMaker:
+    """Makes the examples of units."""
+
+    def __init__(self, plan: LabelledPlan) -> None:
+        self.plan = plan
+
+    def __call__(self, unit: Unit) -> UnitLabelled:
+        """Read, check and tokenize all records of a unit.
+
+        Raises:
+            DataError: A record does not hold what it should.
+        """
+        made = UnitLabelled([], [], 0, unit.weight)
+        for example, is_cut in encode(read_records(unit, self.plan), self.plan):
+            made.examples.append(pack(example))
+            made.flags.append((is_cut, _is_trained(example)))
+            made.tokens += len(example["input_ids"])
+        return made
+
+
+def read_records(unit: Unit, plan: LabelledPlan) -> Iterator[Record]:
+    """Read the records of a unit, in order.
 
     Raises:
-        DataError: Nothing is there, or it can't be read.
+        DataError: One can't be read.
     """
-    inventory = find_records(source, Path())
-    for unit in plan_units(inventory.inputs, inventory.datasets, cut_texts=False):
-        for row in (row for part in unit.parts for row in read_rows(part, inventory.datasets)):
-            if isinstance(row, BadInput):
-                raise row
-            if not isinstance(row.values, dict):
-                raise DataError(f"{row.where()}: this is {_short(row.values)}, not an object with fields.")
-            yield Record(row.where, row.values, names)
+    for row in (row for part in unit.parts for row in read_rows(part, plan.datasets)):
+        if isinstance(row, BadInput):
+            raise row
+        if not isinstance(row.values, dict):
+            raise DataError(f"{row.where()}: this is {_short(row.values)}, not an object with fields.")
+        yield Record(row.where, row.values, plan.fields)
+
+
+def pack(example: Mapping[str, Any]) -> bytes:
+    """An example as bytes: a head in JSON, with all texts, then the content of the arrays."""
+    head: list[list[Any]] = []
+    arrays = []
+    for name, value in example.items():
+        if isinstance(value, (np.ndarray, np.generic)):
+            head.append([name, value.dtype.str, list(value.shape)])
+            arrays.append(value.tobytes())
+        else:
+            head.append([name, value])
+    text = json.dumps(head).encode()
+    return b"".join((len(text).to_bytes(4, "little"), text, *arrays))
+
+
+def unpack(data: bytes) -> dict[str, Any]:
+    """An example from its bytes."""
+    start = 4 + int.from_bytes(data[:4], "little")
+    example: dict[str, Any] = {}
+    for name, *value in json.loads(data[4:start]):
+        if len(value) == 1:
+            example[name] = value[0]
+            continue
+        dtype, shape = np.dtype(value[0]), tuple(value[1])
+        count = int(np.prod(shape, dtype=np.int64))
+        example[name] = np.frombuffer(data, dtype, count, start).reshape(shape)
+        start += count * dtype.itemsize
+    return example
+
+
+def encode(records: Iterator[Record], plan: LabelledPlan) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Check and tokenize records for a model's head.
+
+    Yields:
+        An example, and whether it was cut.
+
+    Raises:
+        DataError: A record does not hold what it should.
+    """
+    head = plan.head
+    while chunk := list(islice(records, ROWS_AT_ONCE)):
+        checked = [_checked(record, head) for record in chunk]
+        encodings = _tokenize(chunk, checked, plan)
+        for record, (_, context, answer), encoding in zip(chunk, checked, encodings, strict=True):
+            if not encoding.ids:
+                raise DataError(f"{record.where()}: the tokenizer makes no token of its text.")
+            example: dict[str, Any] = {"input_ids": np.asarray(encoding.ids, np.int64)}
+            if isinstance(head, SequenceClassifierConfig):
+                kind = np.int64 if head.problem == "single_label_classification" else np.float32
+                example["labels"] = np.asarray(answer, kind)
+            elif isinstance(head, TokenClassifierConfig):
+                example["labels"] = _labels_of_tokens(encoding, answer, record)
+            else:
+                example |= _span_of_tokens(encoding, *answer) | {"context": context, "answers": answer[1]}
+            yield example, bool(encoding.overflowing)
+
+
+def _checked(record: Record, head: HeadConfig) -> Checked:
+    if isinstance(head, SequenceClassifierConfig):
+        return check_text(record, head.label2id, head.problem)
+    if isinstance(head, TokenClassifierConfig):
+        return check_words(record, head.label2id)
+    return check_answer(record)
+
+
+def _tokenize(records: Sequence[Record], checked: Sequence[Checked], plan: LabelledPlan) -> list[Any]:
+    """An Encoding of the tokenizers library for each record."""
+    is_span = isinstance(plan.head, SpanFinderConfig)
+    firsts, seconds = [entry.first for entry in checked], [entry.second for entry in checked]
+    for record, second in zip(records, seconds, strict=True):
+        if (second is None) != (seconds[0] is None):
+            raise record.error("text_pair", "some records have it and others don't. Give it to all or none")
+    if is_span:
+        for record, ids in zip(records, plan.tokenizer(firsts)["input_ids"], strict=True):
+            if len(ids) >= plan.max_seq_len:
+                raise record.error(
+                    "question", f"has {len(ids)} tokens of {plan.max_seq_len}: no room for more"
+                )
+    return plan.tokenizer(
+        firsts,
+        None if seconds[0] is None else seconds,
+        truncation="only_second" if is_span else True,
+        max_length=plan.max_seq_len,
+        return_offsets_mapping=True,
+    ).encodings
+
+
+def _labels_of_tokens(
+    encoding: Any, words: tuple[Sequence[int], Sequence[int]], record: Record
+) -> np.ndarray:
+    """Each word's label at its first token, -100 at all others: (tokens,) int64."""
+    begins, numbers = words
+    labels = np.full(len(encoding.ids), NOT_IN_LOSS, np.int64)
+    last = -1
+    for token, (begin, end) in enumerate(encoding.offsets):
+        # By its last character, since a token may begin with the space before its word.
+        word = bisect_right(begins, end - 1) - 1
+        if begin < end and word > last:
+            if word > last + 1:
+                raise record.error("words", f"word {last + 1} has no token of its own")
+            labels[token], last = numbers[word], word
+    return labels
+
+
+def _span_of_tokens(encoding: Any, begin: int, answers: Sequence[str]) -> dict[str, Any]:
+    """The first answer's first and last token, or OUTSIDE where it was cut off; and where tokens stand."""
+    end = begin + len(answers[0].rstrip())
+    offsets = np.asarray(encoding.offsets, np.int64)
+    offsets[[part != 1 for part in encoding.sequence_ids]] = 0
+    tokens = np.flatnonzero((offsets[:, 1] > begin) & (offsets[:, 0] < end) & (offsets[:, 0] < offsets[:, 1]))
+    is_whole = len(tokens) > 0 and offsets[tokens[-1], 1] >= end
+    first, last = (tokens[0], tokens[-1]) if is_whole else (OUTSIDE, OUTSIDE)
+    return {"start_positions": np.int64(first), "end_positions": np.int64(last), "offsets": offsets}
+
+
+def _is_trained(example: Mapping[str, Any]) -> bool:
+    if "start_positions" in example:
+        return example["start_positions"] != OUTSIDE
+    labels = example["labels"]
+    return labels.dtype != np.int64 or bool((labels != NOT_IN_LOSS).any())
 
 
 def check_text(record: Record, labels: Mapping[str, int], problem: str) -> Checked:
@@ -134,7 +305,7 @@ def check_words(record: Record, labels: Mapping[str, int]) -> Checked:
     if len(words) != len(given):
         raise record.error("labels", f"there are {len(given)} for {len(words)} words")
     words = [record.checked_text(word, "words") for word in words]
-    numbers = [n if n == NOT_LEARNED else label_number(n, labels, record, "labels") for n in given]
+    numbers = [n if n == NOT_IN_LOSS else label_number(n, labels, record, "labels") for n in given]
     begins, text = [], ""
     for word in words:
         text += " " * bool(text)

@@ -6,7 +6,7 @@ rows whatever the number of ranks, and a run that is resumed goes on at any row 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -106,36 +106,28 @@ def passes(
     return [amount * whole / size for amount, size in zip(amounts, sizes, strict=True)]
 
 
-class Dealer(DistributedSampler):
-    """Deals the rows of an epoch to the ranks in turns; what a rank gets is `rows_of(epoch)[place]`.
+# An empty row, for a rank that has none left: its number, and no examples.
+EMPTY_ROW = (-1, np.empty(0, np.int64))
+
+
+class RowSampler(DistributedSampler):
+    """Gives each rank its rows of an epoch: rank r of n reads the rows r, r + n, r + 2n, ...
 
     Composer sets the epoch. A resumed run's first epoch begins where `resume` says.
 
     Args:
-        rows_of: The rows of an epoch, a sequence; each has `length` of them.
-        length: Rows of an epoch.
+        order: The rows of all epochs.
         rank: This process's number among `ranks`.
         ranks: How many processes there are.
-        drop_last: Every rank gets as many rows, and up to `ranks` - 1 rows are left out. Otherwise ranks
-            that would get one less get `filler`.
-        filler: What stands for no row.
+        drop_last: Every rank gets the same number of rows, and up to `ranks` - 1 rows are left out. Otherwise
+            ranks that would get one row less get an empty one.
     """
 
-    def __init__(
-        self,
-        rows_of: Callable[[int], Any],
-        length: int,
-        *,
-        rank: int,
-        ranks: int,
-        drop_last: bool,
-        filler: Any = None,
-    ) -> None:
-        super().__init__(range(length), num_replicas=ranks, rank=rank, shuffle=False, drop_last=drop_last)  # type: ignore[arg-type]
+    def __init__(self, order: RowOrder, *, rank: int, ranks: int, drop_last: bool) -> None:
+        super().__init__(range(len(order)), ranks, rank, shuffle=False, drop_last=drop_last)  # type: ignore[arg-type]
         # Composer takes what is more than the rows for repeated ones, which it would cut off an evaluation.
-        self.total_size = length
-        self.rows_of = rows_of
-        self.filler = filler
+        self.total_size = len(order)
+        self.order = order
         self._resumed = (-1, 0)
 
     def resume(self, epoch: int, place: int) -> None:
@@ -149,9 +141,8 @@ class Dealer(DistributedSampler):
     def __iter__(self) -> Iterator[Any]:
         epoch, place = self._resumed
         first = place if self.epoch == epoch else 0
-        rows = self.rows_of(self.epoch)
-        left = len(rows) - first
-        turns = left // self.num_replicas if self.drop_last else -(-left // self.num_replicas)
-        for turn in range(turns):
-            place = first + turn * self.num_replicas + self.rank
-            yield rows[place] if place < len(rows) else self.filler
+        rows = self.order.epoch(self.epoch)
+        left, ranks = len(rows) - first, self.num_replicas
+        for step in range(left // ranks if self.drop_last else -(-left // ranks)):
+            place = first + step * ranks + self.rank
+            yield rows[place] if place < len(rows) else EMPTY_ROW

@@ -1,33 +1,36 @@
 """The example store: tokenized examples on disk, one after the other, read in place.
 
-An *example* is a row of ids and, for each, whether it is learned. A store is a folder:
+An *example* is a row of ids and, for each, whether it is in the loss. A store is a folder:
 
     ids.bin       all ids, in the narrowest unsigned integer that holds the vocabulary
-    marks.bin     a byte for each id: 1 where it is learned
+    marks.bin     a byte for each id: 1 where it is in the loss
     sizes.npy     (2, examples) int64: tokens of each example, and how many of them can be predicted
     store.json    the ids' type, sizes and hashes of the files, what the maker says, and a hash of all that
 
-What a model predicts is the next token, so an example's first token is never predicted, learned or not.
+What a model predicts is the next token, so an example's first token is never predicted, in the loss or not.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import xxhash
 
+from mptfoundry.data.appended import AppendedFiles
 from mptfoundry.data.shards.index import narrowest_dtype
 from mptfoundry.data.shards.integrity import entry_of, fastest_hash, problem_of, problems_of
 from mptfoundry.errors import CheckpointError, DataError
 from mptfoundry.files import whole_or_absent
 
 IDS, MARKS, SIZES, STORE = "ids.bin", "marks.bin", "sizes.npy", "store.json"
+# The columns of SIZES, an example after the other, while a store is written.
+ROWS = "rows.bin"
 VERSION = 2
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
@@ -50,16 +53,9 @@ def write_examples(folder: str | Path, *, vocab_size: int) -> Iterator[ExampleWr
     """
     try:
         with whole_or_absent(folder, overwrite=True) as path:
-            path.mkdir()
-            with (path / IDS).open("wb", 1 << 20) as ids, (path / MARKS).open("wb", 1 << 20) as marks:
-                writer = ExampleWriter(ids, marks, vocab_size)
-                yield writer
-            np.save(path / SIZES, np.array([writer.lengths, writer.learned], np.int64))
-            files = [entry_of(path / name) for name in (IDS, MARKS, SIZES)]
-            content = {"dtype": writer.dtype.name, "files": files, "meta": dict(writer.meta)}
-            (path / STORE).write_text(
-                json.dumps({"version": VERSION, "hash": _hash(content), "content": content})
-            )
+            writer = ExampleWriter(path, vocab_size)
+            yield writer
+            writer.finish()
     except CheckpointError as error:
         raise DataError(str(error)) from error
 
@@ -72,7 +68,7 @@ def why_damaged(folder: Path, *, title: str = "") -> str | None:
         title: Before a progress bar over the bytes that are read; empty for none.
     """
     try:
-        entries = _read(folder)["files"]
+        entries = read_content(folder)["files"]
     except _DAMAGE as error:
         return f"can't be read ({error})"
 
@@ -86,54 +82,65 @@ def why_damaged(folder: Path, *, title: str = "") -> str | None:
 class ExampleWriter:
     """Appends examples to a store; see `write_examples`.
 
+    Args:
+        folder: Where the store's files are written; it is made.
+        vocab_size: All ids are below it.
+
     Attributes:
-        meta: What the maker wants to keep beside the examples, as JSON has it.
-        lengths: Tokens of each example so far.
-        learned: How many of them can be predicted and are learned.
+        meta: What the maker wants to keep next to the examples, as JSON has it.
+        dtype: Type of the ids on disk.
     """
 
-    def __init__(self, ids: BinaryIO, marks: BinaryIO, vocab_size: int) -> None:
-        self._ids, self._marks = ids, marks
+    def __init__(self, folder: Path, vocab_size: int) -> None:
+        self.folder = folder
         self.vocab_size = vocab_size
         self.dtype = np.dtype(narrowest_dtype(vocab_size))
         self.meta: Mapping[str, Any] = {}
-        self.lengths: list[int] = []
-        self.learned: list[int] = []
+        self.files = AppendedFiles(folder, (IDS, MARKS, ROWS))
 
-    def add(self, ids: np.ndarray, learned: np.ndarray) -> None:
-        """Append an example: `ids` (tokens,) integers, `learned` (tokens,) bool, at least one token."""
-        if ids.ndim != 1 or ids.shape != learned.shape or not ids.size:
+    def add(self, ids: np.ndarray, trained: np.ndarray) -> None:
+        """Append an example: `ids` (tokens,) integers, `trained` (tokens,) bool, at least one token."""
+        if ids.ndim != 1 or ids.shape != trained.shape or not ids.size:
             raise ValueError(
-                f"ids and learned have the shapes {ids.shape} and {learned.shape}. Give two rows."
+                f"ids and loss mask have the shapes {ids.shape} and {trained.shape}. Give two rows."
             )
         if ids.min() < 0 or ids.max() >= self.vocab_size:
             raise ValueError(f"an id is outside of 0 to {self.vocab_size - 1}.")
-        marks = learned.astype(np.uint8)
-        self._ids.write(ids.astype(self.dtype).tobytes())
-        self._marks.write(marks.tobytes())
-        self.lengths.append(ids.size)
-        self.learned.append(int(np.count_nonzero(marks[1:])))
+        self.add_many(ids.astype(self.dtype).tobytes(), trained.astype(np.uint8).tobytes(), [ids.size])
 
-    def add_store(self, store: ExampleStore) -> None:
-        """Append all examples of another store of the same vocabulary."""
-        if store.ids.dtype != self.dtype:
-            raise ValueError(f"{store.folder} has ids of {store.ids.dtype}, and this store of {self.dtype}.")
-        self._ids.write(store.ids.tobytes())
-        self._marks.write(store.marks.tobytes())
-        self.lengths += store.lengths.tolist()
-        self.learned += store.learned.tolist()
+    def add_many(self, ids: bytes, marks: bytes, lengths: Sequence[int]) -> None:
+        """Append examples end to end: ids of `dtype`, a byte for each, 1 if in the loss, and lengths."""
+        if not len(lengths):
+            return
+        starts = np.cumsum([0, *lengths[:-1]])
+        predicted = np.frombuffer(marks, np.uint8).copy()
+        predicted[starts] = 0
+        self.files.append(IDS, ids)
+        self.files.append(MARKS, marks)
+        rows = np.stack(
+            [np.asarray(lengths, np.int64), np.add.reduceat(predicted, starts, dtype=np.int64)], 1
+        )
+        self.files.append(ROWS, rows.tobytes())
+
+    def finish(self) -> None:
+        """Complete the store."""
+        self.files.close()
+        rows = self.folder / ROWS
+        np.save(self.folder / SIZES, np.fromfile(rows, np.int64).reshape(-1, 2).T)
+        rows.unlink()
+        seal(self.folder, (IDS, MARKS, SIZES), dtype=self.dtype.name, meta=dict(self.meta))
 
 
 class ExampleStore:
-    """The examples of a folder, read where they lie; `store[i]` is `(ids, learned)`.
+    """The examples of a folder, read where they lie; `store[i]` is `(ids, trained)`.
 
     Attributes:
         folder: Where it lies.
         meta: What its maker kept.
         lengths: (examples,) int64, the tokens of each.
-        learned: (examples,) int64, how many tokens of each are predicted and learned.
+        trained: (examples,) int64, how many tokens of each are predicted and in the loss.
         ids: (tokens,) unsigned, all examples one after the other.
-        marks: (tokens,) uint8, 1 where learned.
+        marks: (tokens,) uint8, 1 where in the loss.
         fingerprint: Of its examples, by the hashes of their files, which are not read for it.
 
     Raises:
@@ -143,8 +150,8 @@ class ExampleStore:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         try:
-            content = _read(self.folder)
-            self.lengths, self.learned = np.load(self.folder / SIZES)
+            content = read_content(self.folder)
+            self.lengths, self.trained = np.load(self.folder / SIZES)
             self.bounds = np.concatenate([[0], np.cumsum(self.lengths)])
             self.ids = _map(self.folder / IDS, content["dtype"], int(self.bounds[-1]))
             self.marks = _map(self.folder / MARKS, "uint8", int(self.bounds[-1]))
@@ -159,13 +166,13 @@ class ExampleStore:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """An example: ids (tokens,) int64 and learned (tokens,) bool."""
+        """An example: ids (tokens,) int64 and trained (tokens,) bool."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.folder}: there is no example {index}")
         return self.join(np.array([index]))
 
     def join(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Some examples end to end: ids (tokens,) int64 and learned (tokens,) bool."""
+        """Some examples end to end: ids (tokens,) int64 and trained (tokens,) bool."""
         parts = list(map(slice, self.bounds[indices].tolist(), self.bounds[indices + 1].tolist()))
         ids = np.concatenate([self.ids[part] for part in parts])
         return ids.astype(np.int64), np.concatenate([self.marks[part] for part in parts]).view(bool)
@@ -175,7 +182,14 @@ class ExampleStore:
         return ExampleStore, (self.folder,)
 
 
-def _read(folder: Path) -> dict[str, Any]:
+def seal(folder: Path, names: Sequence[str], **content: Any) -> None:
+    """Complete a store: write what it says of itself, with the sizes and hashes of its files."""
+    content["files"] = [entry_of(folder / name) for name in names]
+    text = json.dumps({"version": VERSION, "hash": _hash(content), "content": content})
+    (folder / STORE).write_text(text)
+
+
+def read_content(folder: Path) -> dict[str, Any]:
     """What a store says of itself. Raises one of `_DAMAGE` if that is not what was written."""
     found = json.loads((folder / STORE).read_text())
     if found["version"] != VERSION:

@@ -1,4 +1,4 @@
-"""Records that are tokenized already: their ids, and which of them are learned.
+"""Records that are tokenized already: their ids, and which of them are in the loss.
 
 A record's columns tell its form:
 
@@ -7,9 +7,9 @@ A record's columns tell its form:
     input_ids, labels                     one such turn, or one sequence with a loss mask
     input_ids, labels, attention_mask     one sequence with a loss mask, as transformers and axolotl have it
 
-In a sequence with a loss mask `labels` stand for the same tokens as `input_ids`: the id where it is learned,
--100 where it is not. Without `attention_mask` labels are a loss mask if one of them is -100, or if there are
-as many as `input_ids` and most of them are equal; llm-foundry's prompts and responses are neither.
+In a sequence with a loss mask `labels` stand for the same tokens as `input_ids`: the id where it is in the
+loss, -100 where it is not. Without `attention_mask` labels are a loss mask if one of them is -100, or if
+there are as many as `input_ids` and most of them are equal; llm-foundry's prompts and responses are neither.
 
 Ids are lists, arrays, or bytes that hold integers of `token_encoding_type`.
 """
@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mptfoundry.data.collate import NOT_LEARNED
 from mptfoundry.data.examples.chat import RecordError
 from mptfoundry.data.records.records import a_type, shown
-from mptfoundry.data.shards.token_ids import unpack_ids
+from mptfoundry.data.shards.token_ids import NOT_IN_LOSS, unpack_ids
 
 # What is looked at.
 COLUMNS = {"turns", "input_ids", "labels", "attention_mask"}
@@ -35,10 +34,10 @@ Ids = tuple[list[int], list[int]]
 
 
 class Masked(NamedTuple):
-    """One sequence: ids (tokens,) int64, and learned (tokens,) bool."""
+    """One sequence: ids (tokens,) int64, and trained (tokens,) bool."""
 
     ids: np.ndarray
-    learned: np.ndarray
+    trained: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -90,16 +89,16 @@ class TokenReader:
             kept = _kept(self._integers(record, "attention_mask", ""), len(ids))
         for place, (label, token_id) in enumerate(zip(labels, ids, strict=True)):
             is_padding = not kept.start <= place < kept.stop
-            if is_padding and label != NOT_LEARNED:
-                reason = "is learned, though attention_mask is 0 there. Set it to -100"
+            if is_padding and label != NOT_IN_LOSS:
+                reason = "is in the loss, though attention_mask is 0 there. Set it to -100"
                 raise RecordError(f"labels[{place}]", reason)
-            if label not in (NOT_LEARNED, token_id):
+            if label not in (NOT_IN_LOSS, token_id):
                 reason = f"{shown(label)} is neither -100 nor the id at its place, {shown(token_id)}"
                 raise RecordError(f"labels[{place}]", reason)
         own = self._ids(ids[kept], "input_ids", kept.start)
         if not own:
             raise RecordError("input_ids", "is empty")
-        return Masked(np.array(own, np.int64), np.array(labels[kept], np.int64) != NOT_LEARNED)
+        return Masked(np.array(own, np.int64), np.array(labels[kept], np.int64) != NOT_IN_LOSS)
 
     def _integers(self, record: Mapping[str, Any], field: str, place: str) -> list[int]:
         """What a list, an array or bytes hold."""
@@ -150,7 +149,7 @@ def _is_turns(value: Any) -> bool:
 
 
 def _is_loss_mask(ids: Sequence[int], labels: Sequence[int]) -> bool:
-    if NOT_LEARNED in labels:
+    if NOT_IN_LOSS in labels:
         return True
     if len(ids) != len(labels):
         return False

@@ -1,9 +1,9 @@
-"""From turns to an example: ids, and for each whether it is learned.
+"""From turns to an example: ids, and for each whether it is in the loss.
 
 The rules are those of llm-foundry 0.22, so that the same records give the same ids and labels: the two texts
 of a turn are tokenized apart; around a prompt with its response stand the special tokens that the tokenizer
 puts around a text by itself, in a conversation only those that the chat template writes; the last response
-ends with EOS, which is learned; what is too long is cut at its end.
+ends with EOS, which is in the loss; what is too long is cut at its end.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MOST_COLUMNS_KEPT = 100
 
 @dataclass(frozen=True)
 class Targets:
-    """What is learned.
+    """Which tokens are in the loss.
 
     Attributes:
         prompts: Of prompts: `none`, `all`, or those of `length>=N` tokens.
@@ -42,15 +42,15 @@ class Targets:
     prompts: str = "none"
     responses: str = "last"
 
-    def learns_prompt(self, tokens: int) -> bool:
-        """Whether a prompt of so many tokens is learned."""
+    def trains_on_prompt(self, tokens: int) -> bool:
+        """Whether a prompt of so many tokens is in the loss."""
         if self.prompts.startswith("length>="):
             return tokens >= int(self.prompts.removeprefix("length>="))
         return self.prompts == "all"
 
     @property
     def is_last_answer(self) -> bool:
-        """Whether nothing is learned but the last answer."""
+        """Whether only the last answer is in the loss."""
         return self.prompts == "none" and self.responses == "last"
 
 
@@ -61,7 +61,7 @@ class ExamplePlan:
     Attributes:
         tokenizer: transformers' fast tokenizer.
         max_seq_len: The most tokens of an example.
-        targets: What is learned.
+        targets: Which tokens are in the loss.
         preprocessing: A function `module:function` that makes a record of ours from one of the user's, or the
             columns of {prompt: ..., response: ...}.
         dtype: Unsigned integer type of the ids.
@@ -89,7 +89,7 @@ class Counts:
         records: All of them.
         bad: Those that are not what they should be.
         problems: The first of these, with their places.
-        dropped: Those of which nothing to learn is left within max_seq_len.
+        dropped: Those without a token in the loss within max_seq_len.
         drops: The first of these, with their places.
         cut: Those that lost their end, and are kept.
         chats: Those that a chat template rendered.
@@ -135,7 +135,7 @@ class UnitExamples:
     weight: int
 
     def examples(self, dtype: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Each example: ids (tokens,) and learned (tokens,) bool."""
+        """Each example: ids (tokens,) and trained (tokens,) bool."""
         borders = np.cumsum(self.lengths)[:-1]
         ids, marks = np.frombuffer(self.ids, dtype), np.frombuffer(self.marks, bool)
         yield from zip(np.split(ids, borders), np.split(marks, borders), strict=True) if self.lengths else ()
@@ -188,20 +188,20 @@ class ExampleMaker:
         tokenized = iter(tokenize(texts, tokenizer, as_text=self.plan.as_text))
         for row, said in good:
             if isinstance(said, Masked):
-                (ids, learned), is_whole, name = said, True, "labels"
+                (ids, trained), is_whole, name = said, True, "labels"
             else:
                 turns = next(tokenized) if isinstance(said, Turns) else said
-                ids, learned = stitch(turns, self.plan.targets, tokenizer.eos_token_id)
+                ids, trained = stitch(turns, self.plan.targets, tokenizer.eos_token_id)
                 is_whole = all(map(all, turns))
                 name = _field_of(said)
             # The first token is predicted from nothing.
-            if is_whole and learned[1:limit].any():
+            if is_whole and trained[1:limit].any():
                 counts.cut += len(ids) > limit
-                yield ids[:limit], learned[:limit]
+                yield ids[:limit], trained[:limit]
                 continue
             counts.dropped += 1
             if len(counts.drops) < MOST_PROBLEMS_KEPT:
-                reason = _why_dropped(learned, limit, is_masked=isinstance(said, Masked))
+                reason = _why_dropped(trained, limit, is_masked=isinstance(said, Masked))
                 _note(counts.drops, f"{row.where()}: {name}: {reason}.")
 
     def _read(self, row: Row, counts: Counts) -> Turns | list[Ids] | Masked:
@@ -257,17 +257,17 @@ def tokenize(records: Sequence[Turns], tokenizer: Any, *, as_text: bool = False)
 
 
 def stitch(turns: Sequence[Ids], targets: Targets, eos_token_id: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """An example: ids (tokens,) int64 and learned (tokens,) bool, of any length."""
+    """An example: ids (tokens,) int64 and trained (tokens,) bool, of any length."""
     ids: list[int] = []
-    learned: list[bool] = []
+    trained: list[bool] = []
     for number, (prompt, response) in enumerate(turns, 1):
         is_last = number == len(turns)
         if is_last and eos_token_id is not None and response[-1:] != [eos_token_id]:
             response = [*response, eos_token_id]
         ids += [*prompt, *response]
-        learned += [targets.learns_prompt(len(prompt))] * len(prompt)
-        learned += [is_last or targets.responses == "all"] * len(response)
-    return np.array(ids, np.int64), np.array(learned, bool)
+        trained += [targets.trains_on_prompt(len(prompt))] * len(prompt)
+        trained += [is_last or targets.responses == "all"] * len(response)
+    return np.array(ids, np.int64), np.array(trained, bool)
 
 
 def _as_one(prompt: list[int], response: list[int], own: Borders, bos_token_id: int | None) -> Ids:
@@ -306,12 +306,12 @@ def _field_of(said: Turns | list[Ids]) -> str:
     return "input_ids"
 
 
-def _why_dropped(learned: np.ndarray, limit: int, *, is_masked: bool) -> str:
-    if is_masked and not learned[1:].any():
-        return "none of them is learned"
-    if not learned.any() or learned.argmax() < limit:
+def _why_dropped(trained: np.ndarray, limit: int, *, is_masked: bool) -> str:
+    if is_masked and not trained[1:].any():
+        return "none of them is in the loss"
+    if not trained.any() or trained.argmax() < limit:
         return "a prompt or a response has no tokens"
-    return f"what is learned begins at token {learned.argmax():,}, past max_seq_len: {limit:,}"
+    return f"the first token in the loss is token {trained.argmax():,}, past max_seq_len: {limit:,}"
 
 
 def _note(notes: list[str], text: str) -> None:

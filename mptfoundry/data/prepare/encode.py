@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,12 @@ PIECE_CHARS = 1 << 20
 ASCII_END = 0x80
 PAGE = 0x400
 PROBE = "a\tb  c\r\n\n   d'll 12x3 <|endoftext|> é é٣²½\u00a0\u0085.!?x_y\x1c\x1d \n e 's"
+
+
+@lru_cache(1)
+def make_encoder(tokenizer_json: str, dtype: str, as_text: bool) -> TextEncoder:
+    """The encoder of a tokenizer, which is kept with the words it has seen; arguments are TextEncoder's."""
+    return TextEncoder(tokenizer_json, dtype, as_text=as_text)
 
 
 class TextEncoder:

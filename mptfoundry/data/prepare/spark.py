@@ -22,7 +22,7 @@ from typing import Any
 import tokenizers
 
 from mptfoundry import __version__
-from mptfoundry.data.prepare.work import EncodingPlan, UnitEncoder, UnitResult, make_encoder
+from mptfoundry.data.prepare.work import EncodingPlan, UnitEncoder, UnitResult
 from mptfoundry.data.records.records import Unit
 from mptfoundry.errors import DataError
 
@@ -127,7 +127,7 @@ def _encode_on_executor(shared: Any, unit: Unit) -> UnitResult | DataError:
             )
     if _encoder is None or _encoder.plan is not plan:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
-        _encoder = UnitEncoder(plan, make_encoder(plan))
+        _encoder = UnitEncoder(plan)
     try:
         return _encoder.encode(unit)
     except DataError as error:

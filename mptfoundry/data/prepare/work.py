@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from mptfoundry.data.jobs import MOST_PROBLEMS_KEPT, in_processes
-from mptfoundry.data.prepare.encode import TextEncoder
+from mptfoundry.data.jobs import MOST_PROBLEMS_KEPT
+from mptfoundry.data.prepare.encode import make_encoder
 from mptfoundry.data.records.records import Document, Skipped, Unit, read_part
 from mptfoundry.tokenizer import Borders
 
@@ -70,41 +69,17 @@ class UnitResult:
     weight: int = 0
 
 
-def encode_units(
-    units: Iterable[Unit], plan: EncodingPlan, workers: int, encoder: TextEncoder
-) -> Iterator[UnitResult]:
-    """Encode units one after the other (`workers` 1) or in worker processes; results in the units' order.
-
-    Args:
-        units: What to read.
-        plan: How to encode it.
-        workers: How many processes read and encode at a time.
-        encoder: The plan's, for one that works in this process.
-
-    Raises:
-        DataError: Something can't be read, or a worker died.
-    """
-    if workers == 1:
-        yield from map(UnitEncoder(plan, encoder).encode, units)
-    else:
-        yield from in_processes(units, partial(_encoder_of, plan), workers)
-
-
-def _encoder_of(plan: EncodingPlan) -> Callable[[Unit], UnitResult]:
-    return UnitEncoder(plan, make_encoder(plan)).encode
-
-
-def make_encoder(plan: EncodingPlan) -> TextEncoder:
-    """The plan's encoder."""
-    return TextEncoder(plan.tokenizer_json, plan.dtype, as_text=plan.as_text)
+def work_of(plan: EncodingPlan) -> Callable[[Unit], UnitResult]:
+    """What encodes units by a plan, in this process."""
+    return UnitEncoder(plan).encode
 
 
 class UnitEncoder:
     """Encodes units with one tokenizer; keeps the words that it has seen."""
 
-    def __init__(self, plan: EncodingPlan, encoder: TextEncoder) -> None:
+    def __init__(self, plan: EncodingPlan) -> None:
         self.plan = plan
-        self.encoder = encoder
+        self.encoder = make_encoder(plan.tokenizer_json, plan.dtype, plan.as_text)
         self.before, self.after = (np.array(ids, plan.dtype).tobytes() for ids in plan.borders)
 
     def encode(self, unit: Unit) -> UnitResult:

@@ -315,7 +315,7 @@ def _line_of(source: str | int, line_number: Callable[[], int]) -> str:
 
 
 def _numbered_lines(part: Part) -> Iterator[tuple[bytes, Callable[[], int]]]:
-    """Lines, and how to learn their numbers, counted from 1, which costs reading what lies before them."""
+    """Lines, and how to find out their numbers, counted from 1, which costs reading what lies before them."""
     if part.kind == "line_bytes":
         for number, line in enumerate(io.BytesIO(part.payload), part.start + 1):
             yield line, partial(int, number)

@@ -1,4 +1,4 @@
-"""Where the records of finetuning lie: files, folders and data sets, by the keys that a config has for them.
+"""Find records: files, folders and data sets, by the keys that a config has for them.
 
 `hf_name` is a file or folder of JSONL, Parquet or MDS shards, a folder that `datasets` saved, a data set of
 the hub, or, as llm-foundry's files have it, `json` or `parquet` with `hf_kwargs.data_files` or `data_dir`;
@@ -7,135 +7,146 @@ the hub, or, as llm-foundry's files have it, `json` or `parquet` with `hf_kwargs
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import time
+from collections.abc import Mapping, Sequence
 from glob import escape
 from pathlib import Path
 from typing import Any
 
+from mptfoundry.config.streams import RecordsConfig
 from mptfoundry.data.records.inputs import Input, Inventory, add_dataset, find_inputs, load_from_hub
 from mptfoundry.data.shards.index import INDEX, check_shard_files, read_index, refuse_slice
 from mptfoundry.data.shards.integrity import fastest_hash, problem_of
 from mptfoundry.errors import DataError, MissingError
+from mptfoundry.files import whole_or_absent
 from mptfoundry.places import is_url
 from mptfoundry.stores import FOR_DATA, patiently, reason_of, size_of
 
 BUILDERS = ("json", "parquet")
 MANY_SHARDS = 8
+# Longer than a tick of any file system's clock.
+SETTLED_SECONDS = 2.0
 SPLIT_NAMES = ("train", "val", "valid", "validation", "test", "eval", "dev")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
-@dataclass(frozen=True)
-class Source:
-    """One stream of records, in the keys of a config.
-
-    Attributes:
-        where: What the user calls it, for errors: `train_loader.dataset.streams.chat`.
-        preprocessing: What makes records of ours from the user's; see ExamplePlan.
-        token_encoding_type: Integer type of ids that records hold as bytes.
-        as_text: Text that spells a special token stays text.
-    """
-
-    where: str
-    hf_name: str | None = None
-    hf_kwargs: Mapping[str, Any] = field(default_factory=dict)
-    remote: str | None = None
-    local: str | None = None
-    split: str | None = None
-    preprocessing: str | Mapping[str, str] | None = None
-    token_encoding_type: str = "int64"
-    as_text: bool = False
-
-
-def find_records(source: Source, cache: Path) -> Inventory:
+def find_records(config: RecordsConfig, where: str, cache: Path) -> Inventory:
     """All that is to be read of a source.
 
     Args:
-        source: What the user says.
+        config: Its section of the config.
+        where: The section's key, for errors.
         cache: Folder for what is downloaded.
 
     Raises:
         DataError: It is missing, can't be read or fetched, or holds no records.
     """
-    if source.remote and is_url(source.remote):
-        refuse_slice(source.split, f"{source.where}.split")
-        return _shards(_fetch_shards(source, cache), source)
-    folder = _local_folder(source)
-    return _hub(source) if folder is None else _local(folder, source.hf_kwargs.get("data_files"), source)
+    if config.remote and is_url(config.remote):
+        refuse_slice(config.split, f"{where}.split")
+        return _shards(_fetch_shards(config, where, cache), where, cache)
+    folder = _local_folder(config, where)
+    return _hub(config, where) if folder is None else _local(folder, config, where, cache)
 
 
-def look_at_records(source: Source) -> tuple[list[str], int | None] | None:
+def look_at_records(config: RecordsConfig, where: str) -> tuple[list[str], int | None] | None:
     """The files of a source and, for shards, their samples, without reading a record; None: not here.
 
     Raises:
         MissingError: It should lie on this machine and does not.
         DataError: What lies here can't be what is read.
     """
-    if source.remote and is_url(source.remote):
+    if config.remote and is_url(config.remote):
         return None
-    folder = _local_folder(source)
+    folder = _local_folder(config, where)
     if folder is None:
         return None
-    split = source.split or ""
+    split = config.split or ""
     for shards in (folder / split, folder):
-        if source.hf_kwargs.get("data_files") is None and (shards / INDEX).is_file():
-            return [str(shards)], read_index(shards, source.where).samples
+        if config.hf_kwargs.get("data_files") is None and (shards / INDEX).is_file():
+            return [str(shards)], read_index(shards, where).samples
     if (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file():
         return [str(folder)], None
-    return [one.path for one in _local(folder, source.hf_kwargs.get("data_files"), source).inputs], None
+    return [one.path for one in _local(folder, config, where, None).inputs], None
 
 
-def _local_folder(source: Source) -> Path | None:
+def _local_folder(config: RecordsConfig, where: str) -> Path | None:
     """The file or folder of a source that lies on this machine; None for a data set of the hub."""
-    key = next(key for key in ("hf_name", "remote", "local") if getattr(source, key))
-    place = getattr(source, key)
-    data_files, data_dir = source.hf_kwargs.get("data_files"), source.hf_kwargs.get("data_dir", "")
+    key = next(key for key in ("hf_name", "remote", "local") if getattr(config, key))
+    place = getattr(config, key)
+    data_files, data_dir = config.hf_kwargs.get("data_files"), config.hf_kwargs.get("data_dir", "")
     is_builder = place in BUILDERS and (data_files or data_dir)
     folder = (Path() if is_builder else Path(place).expanduser()) / Path(data_dir).expanduser()
     if folder.exists():
-        refuse_slice(source.split, f"{source.where}.split")
-        for other in sorted(set(source.hf_kwargs) - {"data_files", "data_dir"}):
-            raise DataError(f"{source.where}.hf_kwargs.{other}: has no effect on local files. Remove it.")
+        refuse_slice(config.split, f"{where}.split")
+        for other in sorted(set(config.hf_kwargs) - {"data_files", "data_dir"}):
+            raise DataError(f"{where}.hf_kwargs.{other}: has no effect on local files. Remove it.")
         return folder
     if key != "hf_name" or is_builder or place.startswith(("/", ".", "~")):
-        raise MissingError(f"{source.where}.{key}: {folder}: there is no such file or folder.")
+        raise MissingError(f"{where}.{key}: {folder}: there is no such file or folder.")
     if is_url(place):
-        raise DataError(
-            f"{source.where}.hf_name: {place}: a URL of shards is a remote. Copy other files here."
-        )
+        raise DataError(f"{where}.hf_name: {place}: a URL of shards is a remote. Copy other files here.")
     return None
 
 
-def digest_of(inventory: Inventory) -> str:
-    """A sha256 of the content of all inputs, whatever they are called and wherever they lie."""
+def content_digest(inventory: Inventory, cache: Path) -> str:
+    """A sha256 of the content of all inputs, whatever they are called and wherever they are.
+
+    The cache keeps it under the paths, sizes and times of change of the files: they are read again only when
+    one of these differs.
+    """
+    note = _note_of(inventory.inputs, cache)
+    with contextlib.suppress(OSError, ValueError):
+        if _DIGEST.fullmatch(known := note.read_text()):
+            return known
     whole = hashlib.sha256()
     for source in inventory.inputs:
         whole.update(f"{source.kind} {source.size} {source.identity}\n".encode())
-        folder = Path(source.path)
-        files = []
-        if source.kind == "mds":
-            names = [shard["raw_data"]["basename"] for shard in read_index(folder, source.path).shards]
-            files = [
-                folder / INDEX,
-                *(path for name in names for path in sorted(folder.glob(f"{escape(name)}*"))),
-            ]
-        elif source.kind != "dataset":
-            files = [folder]
-        for path in files:
+        for path in _files_of(source):
             with path.open("rb") as file:
                 while block := file.read(1 << 22):
                     whole.update(block)
+    # A file that is changed twice within a tick of the file system's clock has the same time of change.
+    times = [path.stat().st_mtime for source in inventory.inputs for path in _files_of(source)]
+    if time.time() - max(times, default=0) > SETTLED_SECONDS:
+        with whole_or_absent(note, overwrite=True) as part:
+            part.write_text(whole.hexdigest())
     return whole.hexdigest()
 
 
-def _local(folder: Path, data_files: Any, source: Source) -> Inventory:
-    if data_files is not None:
-        return find_inputs(_data_files(folder, data_files, source), text_key=None)
-    split = source.split
+def _note_of(inputs: Sequence[Input], cache: Path) -> Path:
+    """Where the cache keeps the digest of these inputs' content."""
+    lines = []
+    for source in inputs:
+        lines.append(f"{source.kind} {source.identity}")
+        for path in _files_of(source):
+            status = path.stat()
+            # An index is fetched again at each start, and small.
+            is_index = source.kind == "mds" and path.name == INDEX
+            mark = hashlib.sha256(path.read_bytes()).hexdigest() if is_index else status.st_mtime_ns
+            lines.append(f"{path.absolute()}\0{status.st_size}\0{mark}")
+    name = hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+    return cache / "inputs" / name[:32]
+
+
+def _files_of(source: Input) -> list[Path]:
+    """The files of an input; a data set of the hub has none, since `datasets` knows its content."""
+    folder = Path(source.path)
+    if source.kind == "mds":
+        names = [shard["raw_data"]["basename"] for shard in read_index(folder, source.path).shards]
+        return [folder / INDEX, *(path for name in names for path in sorted(folder.glob(f"{escape(name)}*")))]
+    return [] if source.kind == "dataset" else [folder]
+
+
+def _local(folder: Path, config: RecordsConfig, where: str, cache: Path | None) -> Inventory:
+    if (data_files := config.hf_kwargs.get("data_files")) is not None:
+        return find_inputs(_data_files(folder, data_files, config, where), text_key=None)
+    split = config.split
     if (folder / (split or "") / INDEX).is_file() or (folder / INDEX).is_file():
-        return _shards(folder / split if split and (folder / split / INDEX).is_file() else folder, source)
+        shards = folder / (split or "")
+        return _shards(shards if (shards / INDEX).is_file() else folder, where, cache)
     is_saved = (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
     if is_saved or folder.is_file() or not split:
         return find_inputs([str(folder)], text_key=None, hf_split=split or "train")
@@ -147,7 +158,7 @@ def _local(folder: Path, data_files: Any, source: Source) -> Inventory:
     if not named and (is_split or split != "train"):
         there = ", ".join(one.name for one in found.inputs[:8])
         raise DataError(
-            f"{source.where}.split: {folder} has no {split}: no such folder, and no file with that word in "
+            f"{where}.split: {folder} has no {split}: no such folder, and no file with that word in "
             f"its name. There are {there}."
         )
     found.inputs = named or found.inputs
@@ -159,14 +170,12 @@ def _words(name: str) -> list[str]:
     return re.split(r"[^a-z0-9]+", name.lower())
 
 
-def _data_files(folder: Path, given: Any, source: Source) -> list[str]:
-    where = f"{source.where}.hf_kwargs.data_files"
+def _data_files(folder: Path, given: Any, config: RecordsConfig, where: str) -> list[str]:
+    key = f"{where}.hf_kwargs.data_files"
     if isinstance(given, Mapping):
-        if source.split not in given:
-            raise DataError(
-                f"{where}: there is no {source.split}. Use split: {' or '.join(map(str, given))}."
-            )
-        given = given[source.split]
+        if config.split not in given:
+            raise DataError(f"{key}: there is no {config.split}. Use split: {' or '.join(map(str, given))}.")
+        given = given[config.split]
     patterns = [given] if isinstance(given, str) else list(given)
     files: list[str] = []
     for pattern in map(str, patterns):
@@ -175,29 +184,33 @@ def _data_files(folder: Path, given: Any, source: Source) -> list[str]:
         is_named = (root / relative).is_file()
         matches = [str(root / relative)] if is_named else sorted(map(str, root.glob(relative)))
         if not matches:
-            raise MissingError(f"{where}: {root / relative}: there is no such file.")
+            raise MissingError(f"{key}: {root / relative}: there is no such file.")
         files += matches
     return files
 
 
-def _shards(folder: Path, source: Source) -> Inventory:
-    index = read_index(folder, source.where)
-    check_shard_files(index, source.where, title=source.where if len(index.shards) >= MANY_SHARDS else "")
+def _shards(folder: Path, where: str, cache: Path | None) -> Inventory:
+    """A folder of shards. Their hashes are compared unless the cache knows these very files."""
+    index = read_index(folder, where)
     size = sum(int(shard["raw_data"]["bytes"]) for shard in index.shards)
-    return Inventory([Input("mds", str(folder), folder.name, size)])
+    inventory = Inventory([Input("mds", str(folder), folder.name, size)])
+    is_known = cache is not None and _note_of(inventory.inputs, cache).is_file()
+    title = where if len(index.shards) >= MANY_SHARDS else ""
+    check_shard_files(index, where, by_hash=not is_known, title=title)
+    return inventory
 
 
-def _fetch_shards(source: Source, cache: Path) -> Path:
+def _fetch_shards(config: RecordsConfig, where: str, cache: Path) -> Path:
     """Copy a remote data set's shards here, where they are not."""
     from streaming.base.storage.download import CloudDownloader
     from tqdm import tqdm
 
-    assert source.remote is not None
-    name = hashlib.sha256(f"{source.remote}\0{source.split}".encode()).hexdigest()[:16]
-    folder = (Path(source.local).expanduser() if source.local else cache / "shards" / name) / (
-        source.split or ""
+    assert config.remote is not None
+    name = hashlib.sha256(f"{config.remote}\0{config.split}".encode()).hexdigest()[:16]
+    folder = (Path(config.local).expanduser() if config.local else cache / "shards" / name) / (
+        config.split or ""
     )
-    remote = "/".join(filter(None, [source.remote.rstrip("/"), source.split]))
+    remote = "/".join(filter(None, [config.remote.rstrip("/"), config.split]))
     folder.mkdir(parents=True, exist_ok=True)
     try:
         loader = CloudDownloader.get(remote)
@@ -208,37 +221,39 @@ def _fetch_shards(source: Source, cache: Path) -> Path:
             part.unlink(missing_ok=True)
             patiently(
                 lambda: loader.download(f"{remote}/{basename}", str(part)),
-                what=f"{source.where}.remote: {remote}/{basename} can't be fetched",
+                what=f"{where}.remote: {remote}/{basename} can't be fetched",
                 patience=FOR_DATA,
                 sign=lambda: size_of(part),
             )
             part.replace(folder / basename)
 
         fetch(INDEX)
-        shards = read_index(folder, source.where).shards
-        for shard in tqdm(shards, desc=source.where, unit="shard", disable=len(shards) < MANY_SHARDS):
+        shards = read_index(folder, where).shards
+        is_known = _note_of([Input("mds", str(folder), folder.name, 0)], cache).is_file()
+        for shard in tqdm(shards, desc=where, unit="shard", disable=len(shards) < MANY_SHARDS):
             entry = shard["zip_data"] or shard["raw_data"]
-            if problem_of(folder / entry["basename"], entry, fastest_hash(entry["hashes"])):
+            algorithm = None if is_known else fastest_hash(entry["hashes"])
+            if problem_of(folder / entry["basename"], entry, algorithm):
                 fetch(entry["basename"])
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{source.where}.remote: {remote} can't be fetched: {reason_of(error)}.") from error
+        raise DataError(f"{where}.remote: {remote} can't be fetched: {reason_of(error)}.") from error
     return folder
 
 
-def _hub(source: Source) -> Inventory:
-    name, split = str(source.hf_name), source.split or "train"
+def _hub(config: RecordsConfig, where: str) -> Inventory:
+    name, split = str(config.hf_name), config.split or "train"
     try:
-        dataset = load_from_hub(name, split=split, **source.hf_kwargs)
+        dataset = load_from_hub(name, split=split, **config.hf_kwargs)
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{source.where}.hf_name: {name} is no file or folder here, and as one of the hub it can't "
+            f"{where}.hf_name: {name} is no file or folder here, and as one of the hub it can't "
             f"be loaded: {first_line}"
         ) from error
     inventory = Inventory()
     add_dataset(inventory, name, f"{name}/{split}", dataset)
     if not inventory.inputs:
-        raise DataError(f"{source.where}.hf_name: {name} has no records in {split}.")
+        raise DataError(f"{where}.hf_name: {name} has no records in {split}.")
     return inventory

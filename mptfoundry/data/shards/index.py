@@ -169,12 +169,13 @@ def refuse_slice(split: str | None, where: str) -> None:
         )
 
 
-def check_shard_files(index: ShardIndex, where: str, *, title: str = "") -> None:
+def check_shard_files(index: ShardIndex, where: str, *, by_hash: bool = True, title: str = "") -> None:
     """Compare all files of a folder with its index, by hash where it has some, else by size.
 
     Args:
         index: Of a folder on this machine.
         where: What the user calls it, for errors.
+        by_hash: Compare hashes; otherwise sizes only.
         title: Before a progress bar; empty for none.
 
     Raises:
@@ -187,7 +188,8 @@ def check_shard_files(index: ShardIndex, where: str, *, title: str = "") -> None
         return packed if packed and not (folder / raw["basename"]).is_file() else raw
 
     def look(entry: Mapping[str, Any]) -> str | None:
-        return problem_of(folder / entry["basename"], entry, fastest_hash(entry["hashes"]))
+        algorithm = fastest_hash(entry["hashes"]) if by_hash else None
+        return problem_of(folder / entry["basename"], entry, algorithm)
 
     found = problems_of(map(stored, index.shards), look, lambda entry: entry["bytes"], title=title)
     refuse(where, [f"{folder / entry['basename']} {problem}" for entry, problem in found])

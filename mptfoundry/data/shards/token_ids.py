@@ -12,6 +12,9 @@ from mptfoundry.errors import DataError
 # Of fewer ids every second one may well be 0: tokens with EOS between them.
 _FEWEST_IDS_JUDGED = 8
 
+# The label of a token that is not in the loss, as torch and transformers have it.
+NOT_IN_LOSS = -100
+
 
 def read_sample(sample: Mapping[str, Any], token_encoding_type: str, place: str) -> np.ndarray | str:
     """The ids, (tokens,) int64, of the column `tokens`, or the text of the column `text`.

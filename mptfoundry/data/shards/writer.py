@@ -114,10 +114,9 @@ class ShardWriter:
 
 
 def write_whole(path: Path, data: bytes | bytearray) -> None:
-    """Write a file so that it is never seen half: next to its place, flushed to disk, then renamed."""
-    folder = path.parent if path.parent.name == PREPARING else path.parent / PREPARING
-    folder.mkdir(exist_ok=True)
-    staging = folder / f"{path.name}.part"
+    """Write a file so that it is never seen half: under another name, flushed to disk, then renamed."""
+    preparing = path.parent / PREPARING
+    staging = (preparing if preparing.is_dir() else path.parent) / f"{path.name}.part"
     with staging.open("wb") as file:
         file.write(data)
         file.flush()

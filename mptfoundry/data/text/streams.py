@@ -7,12 +7,14 @@ import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mptfoundry.config.data import TextLoaderConfig, sources_by_key
+from mptfoundry.config.streams import StreamConfig
 from mptfoundry.data.shards.index import ShardIndex, find_split, read_index
-from mptfoundry.errors import ConfigError, DataError
+from mptfoundry.errors import DataError
 from mptfoundry.places import is_url, path_of
 from mptfoundry.tokenizer import fingerprint
 
@@ -20,11 +22,11 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Source:
+class ShardStream:
     """One stream as it will be read.
 
     Attributes:
-        where: What the user calls it, for errors: `train_loader.dataset.streams.code`.
+        where: Its key in the config, for errors: `train_loader.dataset.streams.code`.
         arguments: Those of streaming's Stream; remote is None if the shards are read in place.
     """
 
@@ -37,43 +39,33 @@ class Source:
         return Path(self.arguments["local"]) / (self.arguments["split"] or "")
 
 
-def plan_sources(
-    streams: Mapping[str, Mapping[str, Any]] | None,
-    remote: str | None,
-    local: str | None,
-    split: str | None,
-    where: str,
-) -> list[Source]:
-    """Settle where each stream lies, and look at once if that is on this machine.
+def plan_streams(loader: TextLoaderConfig, where: str) -> list[ShardStream]:
+    """Decide where each stream is read from, and read the indexes that are on this machine.
+
+    Args:
+        loader: Its section of the config.
+        where: The section's key, for errors.
 
     Raises:
-        ConfigError: It can't be told what to read.
         DataError: A local folder, its split or its index is missing, damaged or empty.
     """
-    if streams and (remote or local):
-        raise ConfigError(f"{where}.dataset: streams and remote/local are both given. Give one of them.")
-    if not streams:
-        return [_plan_source({"remote": remote, "local": local}, split, f"{where}.dataset")]
-    sources = [
-        _plan_source(stream, split, f"{where}.dataset.streams.{name}") for name, stream in streams.items()
-    ]
-    _check_weights(sources, where)
-    return sources
+    streams = sources_by_key(loader, where).items()
+    return [_plan_stream(config, loader.dataset.split, key) for key, config in streams]
 
 
-def read_source(source: Source) -> ShardIndex:
+def read_stream(stream: ShardStream) -> ShardIndex:
     """The index of a stream, from this machine or from the folder that it is copied from.
 
     Raises:
         DataError: It lies elsewhere and has not been fetched.
     """
-    remote = source.arguments.get("remote")
+    remote = stream.arguments.get("remote")
     if remote and not is_url(remote):
-        return read_index(Path(remote) / (source.arguments["split"] or ""), source.where)
-    return read_index(source.folder, source.where)
+        return read_index(Path(remote) / (stream.arguments["split"] or ""), stream.where)
+    return read_index(stream.folder, stream.where)
 
 
-def check_shards(source: Source, tokenizer: Any, max_seq_len: int) -> ShardIndex:
+def check_shards(stream: ShardStream, tokenizer: Any, max_seq_len: int) -> ShardIndex:
     """Compare what a stream's index says with the run.
 
     Returns:
@@ -82,11 +74,11 @@ def check_shards(source: Source, tokenizer: Any, max_seq_len: int) -> ShardIndex
     Raises:
         DataError: The shards were made for another sequence length or another tokenizer.
     """
-    index = read_index(source.folder, source.where)
+    index = read_index(stream.folder, stream.where)
     if problem := length_problem(index, max_seq_len):
-        raise DataError(f"{source.where}: {problem}")
+        raise DataError(f"{stream.where}: {problem}")
     if index.meta is not None and (problem := tokenizer_problem(index, fingerprint(tokenizer))):
-        raise DataError(f"{source.where}: {problem}")
+        raise DataError(f"{stream.where}: {problem}")
     return index
 
 
@@ -110,22 +102,22 @@ def tokenizer_problem(index: ShardIndex, fingerprint: str) -> str | None:
     )
 
 
-def warn_of_unknown(sources: Sequence[Source]) -> None:
+def warn_of_unknown(streams: Sequence[ShardStream]) -> None:
     """Say once, on the first rank, which streams can't be compared with the run's tokenizer."""
-    if sources and os.environ.get("RANK", "0") == "0":
+    if streams and os.environ.get("RANK", "0") == "0":
         log.warning(
             "%s: made by another tool, so the tokenizer can't be compared; only the ids' range is checked.",
-            ", ".join(source.where for source in sources),
+            ", ".join(stream.where for stream in streams),
         )
 
 
-def _plan_source(stream: Mapping[str, Any], split: str | None, where: str) -> Source:
-    arguments = {key: value for key, value in stream.items() if value is not None}
+def _plan_stream(config: StreamConfig, split: str | None, where: str) -> ShardStream:
+    arguments = {key: value for key, value in asdict(config).items() if value is not None}
     arguments.setdefault("split", split)
-    remote, local = arguments.get("remote"), arguments.get("local")
-    if not remote and not local:
-        raise ConfigError(f"{where}: neither local nor remote is given. Give local: a folder of shards.")
-    origin = path_of(remote or local)
+    remote, local = config.remote, config.local
+    place = config.place
+    assert place is not None, "config asks for remote or local"
+    origin = path_of(place)
     if origin is not None:
         read_index(find_split(origin, arguments["split"], where), where)
         kept = Path(local).expanduser() if local else origin
@@ -134,18 +126,4 @@ def _plan_source(stream: Mapping[str, Any], split: str | None, where: str) -> So
         # Streaming's own default refuses to start when an earlier run left its folder behind.
         digest = hashlib.sha256(f"{remote}\0{arguments['split']}".encode()).hexdigest()[:16]
         arguments["local"] = str(Path(tempfile.gettempdir()) / "mptfoundry-streams" / digest)
-    return Source(where, arguments)
-
-
-def _check_weights(sources: Sequence[Source], where: str) -> None:
-    without = [source for source in sources if "proportion" not in source.arguments]
-    if without and len(without) < len(sources):
-        names = ", ".join(source.where.rsplit(".", 1)[-1] for source in without)
-        raise ConfigError(
-            f"{where}.dataset.streams: {names} has no proportion while others have one. "
-            f"Give every stream a proportion, or none."
-        )
-    for source in sources:
-        given = [key for key in ("proportion", "repeat", "choose") if key in source.arguments]
-        if len(given) > 1:
-            raise ConfigError(f"{source.where}: {' and '.join(given)} are both given. Give one of them.")
+    return ShardStream(where, arguments)

@@ -33,20 +33,19 @@ def preview_examples(
         samples: How many to show.
         color: Learned tokens are green; otherwise they stand between ⟦ and ⟧.
     """
-    counts, tokens, learned = store.meta["counts"], int(store.lengths.sum()), int(store.learned.sum())
+    counts, tokens, trained = store.meta["counts"], int(store.lengths.sum()), int(store.trained.sum())
     kept = len(store)
     blocks = [
         f"{counted(kept, 'example')} of {counted(counts['records'], 'record')}; {counted(tokens, 'token')}, "
-        f"of which {learned:,} are learned ({learned / max(tokens, 1):.1%})",
+        f"of which {trained:,} are in the loss ({trained / max(tokens, 1):.1%})",
         "\n".join(_left_out(store, max_seq_len)),
         histogram(store.lengths),
     ]
     for number in sorted({round(at) for at in np.linspace(0, kept - 1, min(samples, kept))}):
         ids, marks = store[number]
-        head = (
-            f"example {number:,} of {kept:,}: {counted(len(ids), 'token')}, {store.learned[number]:,} learned"
-        )
-        blocks.append(f"{head}\n{show_learned(ids, marks, tokenizer, color=color)}")
+        said = f"{counted(len(ids), 'token')}, {store.trained[number]:,} in the loss"
+        head = f"example {number:,} of {kept:,}: {said}"
+        blocks.append(f"{head}\n{show_trained(ids, marks, tokenizer, color=color)}")
     if counts["chats"] and (note := split_marks(tokenizer)):
         blocks.append(note)
     return "\n\n".join(blocks)
@@ -74,15 +73,15 @@ def split_marks(tokenizer: Any) -> str:
     )
 
 
-def show_learned(ids: np.ndarray, learned: np.ndarray, tokenizer: Any, *, color: bool = False) -> str:
-    """An example as text, what is learned marked; long stretches are cut in the middle."""
+def show_trained(ids: np.ndarray, trained: np.ndarray, tokenizer: Any, *, color: bool = False) -> str:
+    """An example as text, with what is in the loss marked; long stretches are cut in the middle."""
     before, after = (LEARNED, PLAIN) if color else ("⟦", "⟧")
     pieces = []
-    for is_learned, run in groupby(
-        zip(ids.tolist(), learned.tolist(), strict=True), key=lambda pair: pair[1]
+    for is_trained, run in groupby(
+        zip(ids.tolist(), trained.tolist(), strict=True), key=lambda pair: pair[1]
     ):
         text = tokenizer.decode([token for token, _ in run], clean_up_tokenization_spaces=False)
-        pieces.append(f"{before}{shorten(text)}{after}" if is_learned else shorten(text))
+        pieces.append(f"{before}{shorten(text)}{after}" if is_trained else shorten(text))
     return "".join(pieces)
 
 
@@ -109,7 +108,7 @@ def _left_out(store: ExampleStore, max_seq_len: int) -> list[str]:
         return f"{number:,} ({number / records:.1%})"
 
     lines = [f"cut at max_seq_len, {max_seq_len:,}: {share(counts['cut'])}"]
-    lines += [f"dropped, since nothing to learn is left: {share(counts['dropped'])}"]
+    lines += [f"dropped, since no token in the loss is left: {share(counts['dropped'])}"]
     lines += first_of(counts["drops"], counts["dropped"])
     lines += [f"bad records: {share(counts['bad'])}", *first_of(counts["problems"], counts["bad"])]
     if counts["doubles"]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mptfoundry.config.data import TextLoaderConfig
 from mptfoundry.data.shards.index import ShardIndex, read_samples
-from mptfoundry.data.text.streams import Source, plan_sources, read_source
+from mptfoundry.data.text.streams import ShardStream, plan_streams, read_stream
 
 MOST_TOKENS_READ = 1 << 21
 
@@ -41,35 +42,27 @@ class StreamShare:
 
 
 def describe_mix(
-    streams: Mapping[str, Mapping[str, Any]],
-    *,
-    split: str | None = None,
-    max_seq_len: int,
-    total_tokens: float | None = None,
-    eos_token_id: int | None = None,
+    loader: TextLoaderConfig, max_seq_len: int, *, total_tokens: float | None = None
 ) -> list[StreamShare]:
     """Work out what a run reads of each stream, and look at some of its documents.
 
     Args:
-        streams: As in `train_loader.dataset.streams`; they must lie on this machine.
-        split: Of the streams that name none.
+        loader: `train_loader`; its streams must be on this machine.
         max_seq_len: Tokens in a sample.
         total_tokens: Of the run. Default: one epoch.
-        eos_token_id: Ends a document, where the shards don't tell.
 
     Raises:
-        ConfigError: The weights of the streams contradict one another.
         DataError: A stream can't be read here.
     """
-    sources = plan_sources(streams, None, None, split, "train_loader")
-    indexes = [read_source(source) for source in sources]
+    streams = plan_streams(loader, "train_loader")
+    indexes = [read_stream(stream) for stream in streams]
     samples = np.array([index.samples for index in indexes], np.float64)
-    drawn = _drawn_samples(sources, samples)
+    drawn = _drawn_samples(streams, samples)
     drawn_tokens = drawn / drawn.sum() * (total_tokens if total_tokens else drawn.sum() * max_seq_len)
     rows = []
-    for name, index, tokens in zip(streams, indexes, drawn_tokens.tolist(), strict=True):
+    for name, index, tokens in zip(loader.dataset.sources, indexes, drawn_tokens.tolist(), strict=True):
         meta = index.meta
-        eos = meta.eos_token_id if meta else eos_token_id
+        eos = meta.eos_token_id if meta else loader.dataset.eos_token_id
         has = index.samples * max_seq_len
         rows.append(
             StreamShare(
@@ -150,9 +143,9 @@ def _draw_lengths(axes: Any, rows: Sequence[StreamShare], colors: Sequence[Any])
     axes.margins(x=0.15)
 
 
-def _drawn_samples(sources: Sequence[Source], samples: np.ndarray) -> np.ndarray:
+def _drawn_samples(streams: Sequence[ShardStream], samples: np.ndarray) -> np.ndarray:
     """Samples of each stream in one epoch, by streaming's rules: (streams,) float64."""
-    arguments = [source.arguments for source in sources]
+    arguments = [stream.arguments for stream in streams]
     if all("proportion" in argument for argument in arguments):
         proportions = np.array([argument["proportion"] for argument in arguments], np.float64)
         return proportions / proportions.sum() * samples.sum()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mptfoundry.config.data import FinetuningDatasetConfig
+from mptfoundry.data import jobs
 from mptfoundry.data.examples import cache as example_cache
 from mptfoundry.data.examples.cache import cache_folder, prepare_examples
 from mptfoundry.data.examples.store import ExampleStore
-from mptfoundry.data.examples.turns import ExampleMaker, Targets
+from mptfoundry.data.examples.turns import ExampleMaker
 from mptfoundry.data.records import records
-from mptfoundry.data.records.sources import Source
 from mptfoundry.errors import DataError
+from tests.loaders import context_of
 
 
 @pytest.fixture
@@ -34,13 +37,18 @@ def file(tmp_path: Path) -> Path:
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(records, "UNIT_BYTES", 400)
-    monkeypatch.setattr(example_cache, "UNITS_OF_A_PART", 4)
+    monkeypatch.setattr(jobs, "SHORTEST_PERIOD_SECONDS", 1e-9)
+    monkeypatch.setattr(jobs, "MOST_TIME_SAVING", 1e9)
 
 
 def prepare(file: Path, tokenizer: Any, cache: Path, **changes: Any) -> Path:
-    options: dict[str, Any] = {"max_seq_len": 24, "targets": Targets(), "workers": 1, "progress": False}
-    source = changes.pop("source", Source("train_loader.dataset", local=str(file)))
-    return prepare_examples(source, tokenizer, cache=cache, **{**options, **changes})
+    where = "train_loader.dataset"
+    running = {key: changes.pop(key) for key in ("workers", "say") if key in changes}
+    columns = {"preprocessing_fn": changes.pop("columns", None)}
+    context = context_of(tokenizer, max_seq_len=changes.pop("max_seq_len", 24), allow_code=True)
+    dataset = FinetuningDatasetConfig(local=str(file), cache_folder=str(cache), **columns, **changes)
+    (source,) = dataset.sources.values()
+    return prepare_examples(where, source, dataset, context, **{"workers": 1, "progress": False, **running})
 
 
 def content(folder: Path) -> tuple[Any, ...]:
@@ -62,6 +70,22 @@ def test_what_was_made_is_found_again_by_its_content(
     assert prepare(copy, tiny_tokenizer, cache) == first
 
 
+def test_records_are_read_again_only_where_their_size_or_time_of_change_differs(
+    file: Path, tmp_path: Path, tiny_tokenizer: Any
+) -> None:
+    cache, content = tmp_path / "cache", file.read_bytes()
+    other = content.replace(b"say 1", b"say 2")
+    os.utime(file, (1e9, 1e9))
+    first = prepare(file, tiny_tokenizer, cache)
+    file.write_bytes(other)
+    os.utime(file, (1e9, 1e9))
+    assert prepare(file, tiny_tokenizer, cache) == first
+    os.utime(file, (2e9, 2e9))
+    assert prepare(file, tiny_tokenizer, cache) != first
+    file.write_bytes(content)
+    assert prepare(file, tiny_tokenizer, cache) == first
+
+
 def test_other_content_and_other_settings_make_other_examples(
     file: Path, tmp_path: Path, tiny_tokenizer: Any, shards: Path
 ) -> None:
@@ -71,14 +95,13 @@ def test_other_content_and_other_settings_make_other_examples(
     own = load_tokenizer(str(shards / "tokenizer"))
     templated = load_tokenizer(str(shards / "tokenizer"))
     templated.chat_template = "{{ messages }}"
-    columns = Source("x", local=str(file), preprocessing={"prompt": "prompt", "response": "prompt"})
     for tokenizer in (own, templated):
         folders.add(prepare(file, tokenizer, cache))
     for changes in (
         {"max_seq_len": 25},
-        {"targets": Targets("all")},
-        {"targets": Targets("none", "all")},
-        {"source": columns},
+        {"target_prompts": "all"},
+        {"target_responses": "all"},
+        {"columns": {"prompt": "prompt", "response": "prompt"}},
     ):
         folders.add(prepare(file, tiny_tokenizer, cache, **changes))
     folders.add(prepare(file, tiny_tokenizer, cache))
@@ -105,8 +128,8 @@ def test_a_preparation_that_is_killed_goes_on_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         prepare(file, tiny_tokenizer, cache)
     (parts,) = cache.iterdir()
-    assert sorted(path.name for path in parts.iterdir()) == ["00000", "00001", "lock"]
-    resumed_at = units[8]
+    assert (parts / "state.json").is_file()
+    resumed_at = units[9]
     del units[:]
     units.extend([0] * 10)
     assert content(prepare(file, tiny_tokenizer, cache)) == whole
@@ -154,17 +177,28 @@ def test_damaged_examples_are_made_again_and_that_is_said(
     assert prepare(file, tiny_tokenizer, cache, say=said.append) == folder and len(said) == 1
 
 
-def test_a_damaged_part_of_a_preparation_is_not_taken_over(
-    file: Path, tmp_path: Path, tiny_tokenizer: Any, small_units: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["store/ids.bin", "store/rows.bin", "state.json"])
+def test_a_preparation_whose_files_are_damaged_begins_again(
+    file: Path,
+    tmp_path: Path,
+    tiny_tokenizer: Any,
+    small_units: None,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
 ) -> None:
     whole = content(prepare(file, tiny_tokenizer, tmp_path / "whole"))
+
+    class Killed(ExampleMaker):
+        def __call__(self, unit: Any) -> Any:
+            if unit.parts[0].start > 2000:
+                raise KeyboardInterrupt
+            return super().__call__(unit)
+
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(example_cache, "_append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(example_cache, "ExampleMaker", Killed)
         prepare(file, tiny_tokenizer, tmp_path / "cache")
     (parts,) = (tmp_path / "cache").iterdir()
-    kept = prepare(file, tiny_tokenizer, tmp_path / "other")
-    shutil.copytree(kept, parts / "00000")
-    zero(parts / "00000" / "ids.bin")
+    zero(parts / name)
     assert content(prepare(file, tiny_tokenizer, tmp_path / "cache")) == whole
 
 
@@ -172,7 +206,7 @@ def test_several_processes_make_the_same_examples(
     file: Path, tmp_path: Path, tiny_tokenizer: Any, small_units: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = content(prepare(file, tiny_tokenizer, tmp_path / "alone"))
-    monkeypatch.setattr(example_cache, "SMALLEST_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(jobs, "SMALLEST_PARALLEL_BYTES", 0)
     assert content(prepare(file, tiny_tokenizer, tmp_path / "both", workers=2)) == alone
     assert np.frombuffer(alone[1], bool).any()
 
@@ -185,17 +219,15 @@ def test_a_users_function_is_named_with_its_hash_and_found_again_by_it(
     code = "def make(row):\n    return {'prompt': row['prompt'], 'response': 'yes'}\n"
     (tmp_path / "made_here.py").write_text(code)
     said: list[str] = []
-    source = Source("x", local=str(file), preprocessing="made_here:make")
-    folder = prepare(file, tiny_tokenizer, tmp_path / "cache", source=source, say=said.append)
+    function = {"columns": "made_here:make", "say": said.append}
+    folder = prepare(file, tiny_tokenizer, tmp_path / "cache", **function)
     assert len(ExampleStore(folder)) == 200
     assert said[0].startswith(f"preprocessing_fn: made_here:make of {tmp_path}/made_here.py (sha256 ")
     (tmp_path / "made_here.py").write_text(code + "# changed\n")
-    again = prepare(file, tiny_tokenizer, tmp_path / "cache", source=source, say=said.append)
+    again = prepare(file, tiny_tokenizer, tmp_path / "cache", **function)
     assert again != folder
     with pytest.raises(DataError, match="nowhere:make: there is no such module"):
-        prepare(
-            file, tiny_tokenizer, tmp_path, source=Source("x", local=str(file), preprocessing="nowhere:make")
-        )
+        prepare(file, tiny_tokenizer, tmp_path, columns="nowhere:make")
 
 
 def test_the_cache_is_the_users_own_unless_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,9 @@ from typing import Any
 import pytest
 
 from mptfoundry.data.examples.chat import CHATML
-from mptfoundry.data.examples.finetuning import build_finetuning_loader
-from mptfoundry.data.examples.turns import Targets
-from mptfoundry.data.records.sources import Source
 from mptfoundry.errors import DataError
 from mptfoundry.tokenizer import load_tokenizer
+from tests.loaders import finetuning_loader
 
 GOOD = {"prompt": "a", "response": "b"}
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
@@ -22,15 +20,15 @@ LONG = {"prompt": "long " * 40, "response": "b"}
 
 def load(folder: Path, tokenizer_folder: Path, *streams: list[Any], **options: Any) -> tuple[Any, Any]:
     """The loader of streams of records, and its tokenizer."""
+    tokenizer = load_tokenizer(str(tokenizer_folder))
     sources = {}
-    for number, rows in enumerate(streams):
+    shares = options.pop("proportions", [None] * len(streams))
+    for number, (rows, share) in enumerate(zip(streams, shares, strict=True)):
         path = folder / f"{number}.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        sources[str(number)] = Source(f"train_loader.dataset.streams.{number}", local=str(path))
-    tokenizer = load_tokenizer(str(tokenizer_folder))
-    given: dict[str, Any] = {"max_seq_len": 64, "targets": Targets(), "cache": folder / "cache"}
-    given |= {"packing_ratio": None, "device_batch_size": 2, "shuffle": False, "seed": 1, "drop_last": False}
-    return build_finetuning_loader(sources=sources, tokenizer=tokenizer, **{**given, **options}), tokenizer
+        sources[str(number)] = {"local": str(path), "proportion": share}
+    given = {"cache_folder": str(folder / "cache"), "device_batch_size": 2, "seed": 1, "drop_last": False}
+    return finetuning_loader(tokenizer=tokenizer, streams=sources, **{**given, **options}), tokenizer
 
 
 def test_a_batch_holds_what_is_learned_and_nothing_of_the_padding(
@@ -38,11 +36,11 @@ def test_a_batch_holds_what_is_learned_and_nothing_of_the_padding(
 ) -> None:
     spec, tokenizer = load(tmp_path, tokenizer_folder, [GOOD, {"prompt": "ccc", "response": "dd"}])
     (batch,) = spec.dataloader
-    learned = batch["labels"] != -100
-    texts = [tokenizer.decode(row[marks]) for row, marks in zip(batch["labels"], learned, strict=True)]
+    trained = batch["labels"] != -100
+    texts = [tokenizer.decode(row[marks]) for row, marks in zip(batch["labels"], trained, strict=True)]
     assert texts == ["b<|endoftext|>", "dd<|endoftext|>"]
-    assert not (learned & ~batch["attention_mask"]).any()
-    assert spec.get_num_tokens_in_batch(batch, token_type="loss_generating") == int(learned.sum())
+    assert not (trained & ~batch["attention_mask"]).any()
+    assert spec.get_num_tokens_in_batch(batch, token_type="loss_generating") == int(trained.sum())
 
 
 def test_the_template_that_was_used_is_kept_with_the_tokenizer(
@@ -54,7 +52,7 @@ def test_the_template_that_was_used_is_kept_with_the_tokenizer(
 
 def test_streams_are_mixed_by_proportion(tmp_path: Path, tokenizer_folder: Path) -> None:
     streams = [[GOOD] * 30, [CHAT] * 10]
-    spec, _ = load(tmp_path, tokenizer_folder, *streams, amounts=[0.25, 0.75], shuffle=True)
+    spec, _ = load(tmp_path, tokenizer_folder, *streams, proportions=[0.25, 0.75], shuffle=True)
     drawn = [number for batch in spec.dataloader for number in batch["sample_id"].tolist()]
     assert len(drawn) == 40
     assert sum(number >= 30 for number in drawn) == 30
@@ -80,8 +78,10 @@ def test_many_dropped_examples_end_a_run_unless_allowed(tmp_path: Path, tokenize
     rows = [GOOD] * 3 + [LONG]
     with pytest.raises(DataError) as caught:
         load(tmp_path, tokenizer_folder, rows)
-    assert "25.0% of the examples are dropped, 1 of 4, since nothing to learn is left" in str(caught.value)
-    assert "0.jsonl:4: prompt: what is learned begins at token" in str(caught.value)
+    assert "25.0% of the examples are dropped, 1 of 4, since none of their tokens in the loss" in str(
+        caught.value
+    )
+    assert "0.jsonl:4: prompt: the first token in the loss is token" in str(caught.value)
     assert str(caught.value).endswith("or allow it with dataset.max_dropped: 0.26.")
     spec, _ = load(tmp_path, tokenizer_folder, rows, max_dropped=0.25)
     assert len(spec.dataloader.dataset) == 3

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import pickle
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from mptfoundry.data.collate import NOT_LEARNED
-from mptfoundry.data.examples.labelled import OUTSIDE, build_labelled_loader
-from mptfoundry.data.records.sources import Source
+from mptfoundry.data import jobs
+from mptfoundry.data.examples import labelled, labelled_store
+from mptfoundry.data.examples.labelled_records import OUTSIDE, LabelledMaker, LabelledPlan
+from mptfoundry.data.records import records
+from mptfoundry.data.shards.token_ids import NOT_IN_LOSS
 from mptfoundry.errors import DataError
+from tests.loaders import head_of, labelled_loader
 
 LABELS = {"no": 0, "maybe": 1, "yes": 2}
 TEXTS = [{"text": f"def f{'x' * n}(self): return {n}", "label": [*LABELS][n % 3]} for n in range(11)]
@@ -38,14 +43,8 @@ def build(tmp_path: Path, tiny_tokenizer: Any) -> Build:
 
     def make(records: list[dict[str, Any]], task: str = "sequence", **options: Any) -> Any:
         (tmp_path / "train.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-        place = Source(
-            "train_loader.dataset",
-            local=options.pop("local", str(tmp_path / "train.jsonl")),
-            split=options.pop("split", None),
-        )
-        given = {"source": place, "labels": LABELS, "tokenizer": tiny_tokenizer, "max_seq_len": 64}
-        given |= {"device_batch_size": 4, "drop_last": False, **options}
-        return build_labelled_loader(task=task, **given)  # type: ignore[arg-type]
+        given = {"local": str(tmp_path / "train.jsonl"), "labels": LABELS, "tokenizer": tiny_tokenizer}
+        return labelled_loader(task, **{**given, "drop_last": False, **options})
 
     return make
 
@@ -116,10 +115,10 @@ def test_the_first_token_of_each_word_has_its_label(build: Build, tiny_tokenizer
     (batch,) = batches(spec)
     assert texts_of(batch, tiny_tokenizer)[0] == "def first ( naïve ) :"
     encoding = tiny_tokenizer("def first ( naïve ) :", return_offsets_mapping=True)
-    labelled = [(i, int(label)) for i, label in enumerate(batch["labels"][0]) if label != NOT_LEARNED]
+    labelled = [(i, int(label)) for i, label in enumerate(batch["labels"][0]) if label != NOT_IN_LOSS]
     starts = [encoding["offset_mapping"][i][0] for i, _ in labelled]
     assert starts == [0, 4, 10, 12, 20] and [label for _, label in labelled] == [0, 2, 1, 2, 0]
-    assert (batch["labels"][1] != NOT_LEARNED).sum() == 1
+    assert (batch["labels"][1] != NOT_IN_LOSS).sum() == 1
     assert spec.get_num_tokens_in_batch(batch, token_type="loss_generating") == 6
 
 
@@ -156,7 +155,7 @@ def test_what_is_too_long_is_cut_and_said(build: Build, caplog: pytest.LogCaptur
     late = {**QUESTION, "answers": {"text": ["言葉"], "answer_start": [CONTEXT.index("言")]}}
     with caplog.at_level(logging.WARNING):
         spec = build([QUESTION, late], "span", max_seq_len=28)
-    assert "2 examples are longer than max_seq_len: 28 and were cut at their end; 1 of which" in caplog.text
+    assert "2 examples are longer than max_seq_len: 28 and were cut at their end; 1 without" in caplog.text
     (batch,) = batches(spec)
     assert batch["input_ids"].shape == (1, 28)
     (kept,) = batches(build([QUESTION, late], "span", max_seq_len=28, is_training=False))
@@ -183,11 +182,63 @@ def test_ranks_share_each_batch_that_one_rank_alone_would_have(
     alone = [set(batch["labels"].tolist()) for batch in batches(build(records, **options))]
     shared: list[set[float]] = [set() for _ in alone]
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(labelled, "once_per_node", lambda work, **_: work())
     for rank in ("0", "1"):
         monkeypatch.setenv("RANK", rank)
         for number, batch in enumerate(batches(build(records, device_batch_size=2, **options))):
             shared[number] |= set(batch["labels"].tolist())
     assert shared == alone
+
+
+def test_examples_are_made_once_and_found_again_by_content_and_settings(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = build([WORDS] * 4, "token").dataloader.dataset
+    with monkeypatch.context() as patch:
+        patch.setattr(labelled_store, "LabelledMaker", None)
+        again = build([WORDS] * 4, "token").dataloader.dataset
+        for change in ({"max_seq_len": 63}, {"labels": {"no": 2, "maybe": 1, "yes": 0}}):
+            with pytest.raises(TypeError):
+                build([WORDS] * 4, "token", **change)
+    assert again.fingerprints == first.fingerprints
+    assert again[3]["labels"].tolist() == first[3]["labels"].tolist()
+    (data,) = (tmp_path / ".cache").glob("*/examples.bin")
+    data.write_bytes(bytes(data.stat().st_size))
+    assert build([WORDS] * 4, "token").dataloader.dataset.fingerprints == first.fingerprints
+
+
+@pytest.mark.parametrize("damaged", ["", "store/examples.bin", "state.json"])
+def test_making_examples_continues_after_a_kill(
+    build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: str
+) -> None:
+    expected = build(TEXTS).dataloader.dataset.fingerprints
+    monkeypatch.setattr(records, "UNIT_BYTES", 100)
+    monkeypatch.setattr(jobs, "SHORTEST_PERIOD_SECONDS", 1e-9)
+    monkeypatch.setattr(jobs, "MOST_TIME_SAVING", 1e9)
+    made: list[int] = []
+
+    class Killed(LabelledMaker):
+        def __call__(self, unit: Any) -> Any:
+            made.append(unit.parts[0].start)
+            if len(made) == 4:
+                raise KeyboardInterrupt
+            return super().__call__(unit)
+
+    monkeypatch.setattr(labelled_store, "LabelledMaker", Killed)
+    cache = str(tmp_path / ".killed")
+    with pytest.raises(KeyboardInterrupt):
+        build(TEXTS, cache_folder=cache)
+    if damaged:
+        (parts,) = (tmp_path / ".killed").glob("*.parts")
+        (parts / damaged).write_bytes(b"")
+    assert build(TEXTS, cache_folder=cache).dataloader.dataset.fingerprints == expected
+    assert made[4] == (0 if damaged else made[3])
+    assert len(list((tmp_path / ".killed").iterdir())) == 1
+
+
+def test_what_makes_examples_can_be_sent_to_a_worker(tiny_tokenizer: Any) -> None:
+    plan = LabelledPlan(tiny_tokenizer, 64, head_of("span"), {})
+    assert pickle.loads(pickle.dumps(partial(LabelledMaker, plan)))().plan.head == plan.head
 
 
 def test_all_formats_hold_the_same(build: Build, tmp_path: Path, tiny_tokenizer: Any) -> None:

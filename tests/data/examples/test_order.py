@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mptfoundry.data.examples.order import Dealer, RowOrder, passes
+from mptfoundry.data.examples.order import EMPTY_ROW, RowOrder, RowSampler, passes
 from mptfoundry.data.examples.packing import plan_packing
 
 
@@ -75,25 +75,31 @@ def test_proportions_are_shares_of_examples_whatever_the_sizes() -> None:
     assert [900 * often[0], 100 * often[1]] == [500, 500]
 
 
-def dealt(
+class Numbers:
+    """An order whose rows are numbers."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def epoch(self, number: int) -> list[int]:
+        return [100 * number + row for row in range(self.rows)]
+
+
+def read(
     ranks: int, rows: int = 23, first: int = 0, drop_last: bool = False, epoch: int = 0
 ) -> list[list[int]]:
-    """What each rank gets."""
+    """What each rank reads; -1 is an empty row."""
     hands = []
     for rank in range(ranks):
-        dealer = Dealer(
-            lambda epoch: [100 * epoch + row for row in range(rows)],
-            rows,
-            rank=rank,
-            ranks=ranks,
-            drop_last=drop_last,
-            filler=-1,
-        )
-        dealer.resume(0, first)
-        dealer.set_epoch(epoch)
-        hands.append(list(dealer))
+        sampler = RowSampler(Numbers(rows), rank=rank, ranks=ranks, drop_last=drop_last)  # type: ignore[arg-type]
+        sampler.resume(0, first)
+        sampler.set_epoch(epoch)
+        hands.append([-1 if row is EMPTY_ROW else row for row in sampler])
         if not first:
-            assert len(dealer) == len(hands[-1])
+            assert len(sampler) == len(hands[-1])
     return hands
 
 
@@ -106,22 +112,22 @@ def global_batches(hands: list[list[int]], size: int) -> list[set[int]]:
 @pytest.mark.parametrize("first", [0, 8])
 @pytest.mark.parametrize("ranks", [2, 4, 8])
 def test_a_global_batch_has_the_same_rows_whatever_the_ranks(ranks: int, first: int) -> None:
-    expected = global_batches(dealt(1, first=first), 8)
-    assert expected == global_batches(dealt(ranks, first=first), 8)
+    expected = global_batches(read(1, first=first), 8)
+    assert expected == global_batches(read(ranks, first=first), 8)
     assert sorted(set().union(*expected)) == list(range(first, 23))
 
 
 def test_ranks_get_the_same_number_of_rows() -> None:
-    assert dealt(4, rows=6) == [[0, 4], [1, 5], [2, -1], [3, -1]]
-    assert dealt(4, rows=6, drop_last=True) == [[0], [1], [2], [3]]
+    assert read(4, rows=6) == [[0, 4], [1, 5], [2, -1], [3, -1]]
+    assert read(4, rows=6, drop_last=True) == [[0], [1], [2], [3]]
 
 
 def test_only_the_resumed_epoch_begins_in_its_middle() -> None:
-    assert dealt(1, rows=5, first=3) == [[3, 4]]
-    assert dealt(1, rows=5, first=3, epoch=1) == [[100, 101, 102, 103, 104]]
-    assert dealt(2, rows=5, first=5) == [[], []]
+    assert read(1, rows=5, first=3) == [[3, 4]]
+    assert read(1, rows=5, first=3, epoch=1) == [[100, 101, 102, 103, 104]]
+    assert read(2, rows=5, first=5) == [[], []]
 
 
 def test_composer_cuts_nothing_off_an_evaluation() -> None:
-    dealer = Dealer(range, 5, rank=0, ranks=2, drop_last=False)
-    assert dealer.total_size - len(dealer.dataset) == 0
+    sampler = RowSampler(Numbers(5), rank=0, ranks=2, drop_last=False)  # type: ignore[arg-type]
+    assert sampler.total_size - len(sampler.dataset) == 0

@@ -1,4 +1,4 @@
-"""Rows of examples in a real trainer: which come when, on one rank and on two, and what is learned."""
+"""Rows of examples in a real trainer: which come when, on one rank and on two, and what is trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from composer.utils.parallelism import FSDP2Config
 from torch.distributed.tensor import DTensor
 
 from mptfoundry.callbacks.throughput import Throughput
-from mptfoundry.data.examples.rows import build_row_loader
 from mptfoundry.data.examples.store import ExampleStore, write_examples
 from mptfoundry.errors import DataError
 from mptfoundry.evals.token_loss import token_loss_metrics
@@ -27,6 +26,7 @@ from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from mptfoundry.run.metrics_file import MetricsFile, read_rows
 from mptfoundry.run.resume import Resume
+from tests.loaders import row_loader
 from tests.mpt.reference import assert_as_exact
 from tests.ranks import run_on_ranks
 
@@ -45,13 +45,13 @@ Gradients = dict[str, torch.Tensor]
 
 
 def write_store(folder: Path, seed: int = 0, count: int = EXAMPLES) -> ExampleStore:
-    """Examples of 2 to 40 tokens, about half of them learned, the first and the last among these."""
+    """Examples of 2 to 40 tokens, about half of them trained, the first and the last among these."""
     draw = np.random.default_rng(seed)
     with write_examples(folder, vocab_size=CONFIG.vocab_size) as writer:
         for tokens in draw.integers(2, 41, count):
-            learned = draw.random(tokens) < 0.5
-            learned[[0, -1]] = True
-            writer.add(draw.integers(0, CONFIG.vocab_size, tokens), learned)
+            trained = draw.random(tokens) < 0.5
+            trained[[0, -1]] = True
+            writer.add(draw.integers(0, CONFIG.vocab_size, tokens), trained)
     return ExampleStore(folder)
 
 
@@ -62,16 +62,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ExampleStore:
 
 def loader(stores: list[ExampleStore], batch: int = 4, **options: Any) -> Any:
     """Global batches of `batch` packed rows."""
-    defaults: dict[str, Any] = {
-        "max_seq_len": 64,
-        "packing_ratio": "auto",
-        "pad_token_id": 0,
-        "device_batch_size": batch // dist.get_world_size(),
-        "shuffle": True,
-        "seed": 5,
-        "drop_last": False,
-    }
-    return build_row_loader(stores, **{**defaults, **options})
+    defaults = {"device_batch_size": batch // dist.get_world_size(), "shuffle": True, "seed": 5}
+    return row_loader(stores, **{**defaults, "drop_last": False, **options})
 
 
 class Seen(Callback):
@@ -126,11 +118,11 @@ def train(
 
 
 def exact_gradients(store: ExampleStore, dtype: torch.dtype) -> Gradients:
-    """Of the mean loss over all learned tokens, example by example, each alone."""
+    """Of the mean loss over all trained tokens, example by example, each alone."""
     network = MPT(CONFIG, seed=1).to(dtype).eval()
-    for ids, learned in store:
-        labels = np.where(learned, ids, -100)[None]
-        share = int((labels[:, 1:] != -100).sum()) / int(store.learned.sum())
+    for ids, trained in store:
+        labels = np.where(trained, ids, -100)[None]
+        share = int((labels[:, 1:] != -100).sum()) / int(store.trained.sum())
         loss = network(torch.from_numpy(ids[None]), labels=torch.from_numpy(labels)).loss
         (loss * share).backward()
     return {f"model.{name}": parameter.grad for name, parameter in network.named_parameters()}  # type: ignore[misc]
@@ -184,7 +176,7 @@ def test_a_resumed_run_goes_on_with_the_same_rows_and_the_same_numbers(
 
 
 def test_the_share_of_padding_is_logged_for_each_batch(store: ExampleStore, tmp_path: Path) -> None:
-    spec = loader([store], packing_ratio=None, trims_padding=True, shuffle=False)
+    spec = loader([store], packing_ratio=None, allow_pad_trimming=True, shuffle=False)
     train(spec, "2ba", loggers=[MetricsFile(tmp_path)])
     lengths = store.lengths[:8].reshape(2, 4)
     rows = list(read_rows(tmp_path / "metrics.jsonl"))
@@ -261,7 +253,7 @@ def test_what_cannot_be_read_is_refused(store: ExampleStore, tmp_path: Path) -> 
     with write_examples(tmp_path / "store", vocab_size=9) as writer:
         for last in (True, False):
             writer.add(np.array([1, 2]), np.array([True, last]))
-    with pytest.raises(DataError, match="nothing is learned of example 1 of"):
+    with pytest.raises(DataError, match="no token is in the loss of example 1 of"):
         loader([ExampleStore(tmp_path / "store")])
 
 
@@ -292,7 +284,7 @@ def test_two_ranks_learn_and_evaluate_as_one_and_go_on_with_its_rows(tmp_path: P
     assert done.returncode == 0, done.stdout
     found = torch.load(tmp_path / "two.pt")
     assert found["rows"] == whole.rows[3:]
-    assert found["evaluation"]["tokens"] == store.learned.sum()
+    assert found["evaluation"]["tokens"] == store.trained.sum()
     plain, truth = (flat(exact_gradients(store, dtype)) for dtype in (torch.float32, torch.float64))
     assert len(found["gradients"]) == 5
     assert_as_exact([*found["gradients"].values()], [plain] * 5, [truth] * 5)

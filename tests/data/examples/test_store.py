@@ -16,14 +16,14 @@ EXAMPLES = (([5, 6, 7], [0, 1, 1]), ([9], [1]), ([300, 2], [1, 0]))
 
 def store_in(folder: Path, vocab_size: int = 384) -> ExampleStore:
     with write_examples(folder, vocab_size=vocab_size) as writer:
-        for ids, learned in EXAMPLES:
-            writer.add(np.array(ids), np.array(learned, bool))
+        for ids, trained in EXAMPLES:
+            writer.add(np.array(ids), np.array(trained, bool))
         writer.meta = {"dropped": 3}
     return ExampleStore(folder)
 
 
 def contents(store: ExampleStore) -> list[tuple[list[int], list[int]]]:
-    return [(ids.tolist(), learned.astype(int).tolist()) for ids, learned in store]
+    return [(ids.tolist(), trained.astype(int).tolist()) for ids, trained in store]
 
 
 def test_a_store_gives_back_what_was_written(tmp_path: Path) -> None:
@@ -31,13 +31,13 @@ def test_a_store_gives_back_what_was_written(tmp_path: Path) -> None:
     assert contents(store) == list(EXAMPLES)
     assert store.meta == {"dropped": 3}
     assert store.lengths.tolist() == [3, 1, 2]
-    ids, learned = store[2]
-    assert (ids.dtype, learned.dtype, store.lengths.dtype) == (np.int64, bool, np.int64)
+    ids, trained = store[2]
+    assert (ids.dtype, trained.dtype, store.lengths.dtype) == (np.int64, bool, np.int64)
     assert contents(pickle.loads(pickle.dumps(store))) == list(EXAMPLES)
 
 
 def test_a_first_token_is_never_predicted_and_does_not_count_as_learned(tmp_path: Path) -> None:
-    assert store_in(tmp_path / "store").learned.tolist() == [2, 0, 0]
+    assert store_in(tmp_path / "store").trained.tolist() == [2, 0, 0]
 
 
 @pytest.mark.parametrize(("vocab_size", "bytes_of_an_id"), [(384, 2), (50432, 2), (70000, 4)])
@@ -45,18 +45,6 @@ def test_ids_take_as_little_room_as_the_vocabulary_allows(
     tmp_path: Path, vocab_size: int, bytes_of_an_id: int
 ) -> None:
     assert store_in(tmp_path / "store", vocab_size).ids.nbytes == 6 * bytes_of_an_id
-
-
-def test_stores_can_be_joined(tmp_path: Path) -> None:
-    parts = [store_in(tmp_path / "a"), store_in(tmp_path / "b")]
-    with write_examples(tmp_path / "all", vocab_size=384) as writer:
-        for part in parts:
-            writer.add_store(part)
-        with pytest.raises(ValueError, match="ids of uint32"):
-            writer.add_store(store_in(tmp_path / "c", 70000))
-    store = ExampleStore(tmp_path / "all")
-    assert contents(store) == 2 * list(EXAMPLES)
-    assert store.learned.tolist() == [2, 0, 0, 2, 0, 0]
 
 
 def test_a_store_is_whole_or_absent(tmp_path: Path) -> None:
@@ -73,11 +61,11 @@ def test_a_store_of_nothing_can_be_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "learned"), [([], []), ([1, 2], [True]), ([10], [True]), ([-1], [True]), ([[1]], [[True]])]
+    ("ids", "trained"), [([], []), ([1, 2], [True]), ([10], [True]), ([-1], [True]), ([[1]], [[True]])]
 )
-def test_what_is_no_example_is_refused(tmp_path: Path, ids: list[int], learned: list[bool]) -> None:
+def test_what_is_no_example_is_refused(tmp_path: Path, ids: list[int], trained: list[bool]) -> None:
     with write_examples(tmp_path / "store", vocab_size=10) as writer, pytest.raises(ValueError):
-        writer.add(np.array(ids, int), np.array(learned, bool))
+        writer.add(np.array(ids, int), np.array(trained, bool))
 
 
 def test_a_damaged_store_is_refused_by_name(tmp_path: Path) -> None:

@@ -9,28 +9,25 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mptfoundry.config.data import FinetuningDatasetConfig
 from mptfoundry.data.examples.cache import prepare_examples
 from mptfoundry.data.examples.store import ExampleStore
-from mptfoundry.data.examples.turns import Targets
-from mptfoundry.data.records.sources import Source
+from tests.loaders import context_of
 
 PROMPT, RESPONSE = [5, 6, 7, 8, 9, 10, 11, 12, 13], [20, 21, 22, 23, 24, 0]
 
 
-def examples(source: Source, tokenizer: Any, cache: Path, **options: Any) -> ExampleStore:
-    given: dict[str, Any] = {
-        "max_seq_len": 64,
-        "targets": Targets(),
-        "workers": 1,
-        "progress": False,
-        **options,
-    }
-    return ExampleStore(prepare_examples(source, tokenizer, cache=cache, **given))
+def examples(place: Path, tokenizer: Any, **options: Any) -> ExampleStore:
+    context = context_of(tokenizer, max_seq_len=options.pop("max_seq_len", 64))
+    cache = str(place.parent / "cache")
+    dataset = FinetuningDatasetConfig(local=str(place), cache_folder=cache, **options)
+    (source,) = dataset.sources.values()
+    return ExampleStore(prepare_examples("x", source, dataset, context, workers=1, progress=False))
 
 
 def of_records(records: list[Any], folder: Path, tokenizer: Any, **options: Any) -> ExampleStore:
     (folder / "records.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return examples(Source("x", local=str(folder / "records.jsonl")), tokenizer, folder / "cache", **options)
+    return examples(folder / "records.jsonl", tokenizer, **options)
 
 
 def of_shards(
@@ -41,14 +38,14 @@ def of_shards(
     with MDSWriter(out=str(folder / "mds"), columns=columns) as out:
         for sample in samples:
             out.write(sample)
-    return examples(Source("x", local=str(folder / "mds"), **options), tokenizer, folder / "cache")
+    return examples(folder / "mds", tokenizer, **options)
 
 
 def rows(store: ExampleStore) -> list[tuple[list[int], list[int]]]:
-    """Each example: its ids, and the places that are learned."""
+    """Each example: its ids, and the places that are trained."""
     return [
-        (ids.tolist(), np.flatnonzero(learned).tolist())
-        for ids, learned in map(store.__getitem__, range(len(store)))
+        (ids.tolist(), np.flatnonzero(trained).tolist())
+        for ids, trained in map(store.__getitem__, range(len(store)))
     ]
 
 
@@ -133,7 +130,7 @@ def test_arrays_and_texts_as_bytes_are_read(tmp_path: Path, tiny_tokenizer: Any)
 
 
 @pytest.mark.parametrize(
-    ("record", "ids", "learned"),
+    ("record", "ids", "trained"),
     [
         ({"labels": [-100, -100, 7, 0]}, [5, 6, 7, 0], [2, 3]),
         ({"labels": [5, 6, 7, 0]}, [5, 6, 7, 0], [0, 1, 2, 3]),
@@ -152,10 +149,10 @@ def test_arrays_and_texts_as_bytes_are_read(tmp_path: Path, tiny_tokenizer: Any)
     ids=str,
 )
 def test_labels_are_a_loss_mask_or_a_response(
-    record: dict[str, Any], ids: list[int], learned: list[int], tmp_path: Path, tiny_tokenizer: Any
+    record: dict[str, Any], ids: list[int], trained: list[int], tmp_path: Path, tiny_tokenizer: Any
 ) -> None:
     store = of_records([{"input_ids": [5, 6, 7, 0], **record}], tmp_path, tiny_tokenizer)
-    assert (store.meta["counts"]["problems"], rows(store)) == ([], [(ids, learned)])
+    assert (store.meta["counts"]["problems"], rows(store)) == ([], [(ids, trained)])
 
 
 @pytest.mark.parametrize(
@@ -171,7 +168,7 @@ def test_labels_are_a_loss_mask_or_a_response(
         ({"labels": [6, 7, 0, 0]}, "labels: are input_ids moved by one"),
         (
             {"labels": [5, 6, 7, 0], "attention_mask": [1, 1, 1, 0]},
-            "labels[3]: is learned, though attention_mask",
+            "labels[3]: is in the loss, though attention_mask",
         ),
         ({"labels": [5, 6, 7, 0], "attention_mask": [1, 0, 1, 1]}, "attention_mask[1]: is 0 between tokens"),
         ({"labels": [5, 6, 7, 0], "attention_mask": [1, 1, 2, 2]}, "attention_mask[2]: 2 is neither 0 nor 1"),
@@ -213,7 +210,7 @@ def test_a_loss_mask_that_learns_nothing_is_dropped_and_a_long_one_is_cut(
     assert rows(store) == [([5, 6, 7], [1, 2])]
     assert (store.meta["counts"]["cut"], store.meta["counts"]["dropped"]) == (1, 3)
     assert store.meta["counts"]["drops"] == [
-        f"{tmp_path}/records.jsonl:1: labels: none of them is learned.",
-        f"{tmp_path}/records.jsonl:3: labels: what is learned begins at token 3, past max_seq_len: 3.",
+        f"{tmp_path}/records.jsonl:1: labels: none of them is in the loss.",
+        f"{tmp_path}/records.jsonl:3: labels: the first token in the loss is token 3, past max_seq_len: 3.",
         f"{tmp_path}/records.jsonl:4: input_ids: a prompt or a response has no tokens.",
     ]

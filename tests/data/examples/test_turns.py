@@ -1,4 +1,4 @@
-"""Ids and what is learned of them, as llm-foundry 0.22.0 has them."""
+"""Ids and what is trained of them, as llm-foundry 0.22.0 has them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHAT_TEXT = (
 )
 # What llm-foundry 0.22.0's tokenize_formatted_example and Seq2SeqFinetuningCollator gave for this tokenizer
 # of 258 ids (its second form puts BOS before each text), padding taken off: record, targets, max_seq_len, the
-# text of the ids, where labels begin and end to be learned.
+# text of the ids, where labels begin and end to be trained.
 MEASURED: list[tuple[str, dict[str, Any], Targets, int, str, list[int]]] = [
     ("plain", PAIR, Targets(), 64, "Say é: é é<|endoftext|>", [7, 14]),
     ("bos", PAIR, Targets(), 64, "<|endoftext|>Say é: é é<|endoftext|>", [8, 15]),
@@ -84,17 +84,17 @@ def test_ids_and_labels_are_those_of_llm_foundry(
     tokenizers: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    ((ids, learned),), counts = make(tmp_path, [record], tokenizers[kind], targets, max_seq_len)
+    ((ids, trained),), counts = make(tmp_path, [record], tokenizers[kind], targets, max_seq_len)
     assert tokenizers[kind].decode(ids) == text
-    assert np.flatnonzero(np.diff(learned, prepend=False, append=False)).tolist() == borders
+    assert np.flatnonzero(np.diff(trained, prepend=False, append=False)).tolist() == borders
     assert counts.cut == (max_seq_len in (10, 90))
 
 
 def test_eos_is_learned_and_put_there_once() -> None:
     for response in ([5], [5, 0]):
-        ids, learned = stitch([([1, 2], [3]), ([4], response)], Targets(), eos_token_id=0)
+        ids, trained = stitch([([1, 2], [3]), ([4], response)], Targets(), eos_token_id=0)
         assert ids.tolist() == [1, 2, 3, 4, 5, 0]
-        assert learned.tolist() == [False] * 4 + [True] * 2
+        assert trained.tolist() == [False] * 4 + [True] * 2
 
 
 def test_an_example_whose_learned_part_is_cut_away_is_dropped_and_named(
@@ -105,8 +105,9 @@ def test_an_example_whose_learned_part_is_cut_away_is_dropped_and_named(
     assert len(examples) == 1
     assert (counts.records, counts.dropped, counts.bad, counts.cut) == (3, 2, 0, 0)
     assert counts.drops == [
-        f"{tmp_path}/records.jsonl:2: prompt: what is learned begins at token 45, past max_seq_len: 40.",
-        f"{tmp_path}/records.jsonl:3: messages: what is learned begins at token 149, past max_seq_len: 40.",
+        f"{tmp_path}/records.jsonl:{line}: {field}: the first token in the loss is token {token}, past "
+        "max_seq_len: 40."
+        for line, field, token in ((2, "prompt", 45), (3, "messages", 149))
     ]
 
 
@@ -170,14 +171,14 @@ def test_what_a_tokenizer_adds_stands_around_a_prompt_with_its_response(
 ) -> None:
     tokenizer: Any = load_tokenizer(adding_tokenizers[adds])
     (turns,) = tokenize([Turns([("one two", "three")], False, frozenset())], tokenizer)
-    ids, learned = stitch(turns, Targets(), tokenizer.eos_token_id)
+    ids, trained = stitch(turns, Targets(), tokenizer.eos_token_id)
     prompt, response = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in ("one two", "three")
     )
     before = {"bos": [1], "both": [1], "pairs": [1, 0]}.get(adds, [])
     after = [0, 2] if adds == "pairs" else [2]
     assert ids.tolist() == [*before, *prompt, *response, *after]
-    assert learned.tolist() == [False] * len(before + prompt) + [True] * len(response + after)
+    assert trained.tolist() == [False] * len(before + prompt) + [True] * len(response + after)
 
 
 def test_text_that_spells_a_special_token_can_stay_text(

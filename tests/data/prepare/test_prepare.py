@@ -17,8 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mptfoundry.data.prepare import journal
+from mptfoundry.data import jobs
 from mptfoundry.data.prepare import prepare as module
+from mptfoundry.data.prepare import sink
 from mptfoundry.data.prepare.prepare import prepare
 from mptfoundry.data.records import records
 from mptfoundry.data.shards.index import read_index
@@ -32,7 +33,7 @@ Files = Callable[[Path], dict[str, bytes]]
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even a small corpus into many units, and share them among processes."""
     monkeypatch.setattr(records, "UNIT_BYTES", 5_000)
-    monkeypatch.setattr(module, "SMALLEST_PARALLEL_BYTES", 0)
+    monkeypatch.setattr(jobs, "SMALLEST_PARALLEL_BYTES", 0)
 
 
 @pytest.fixture
@@ -160,7 +161,7 @@ def _kill_at_write(number: int, arguments: dict[str, Any]) -> None:
         fsync(descriptor)
 
     os.fsync = count
-    journal.SHORTEST_PERIOD_SECONDS = journal.MOST_TIME_SAVING = 1e-9
+    jobs.SHORTEST_PERIOD_SECONDS = jobs.MOST_TIME_SAVING = 1e-9
     prepare(**arguments)
 
 
@@ -289,7 +290,7 @@ def test_a_half_prepared_folder_refuses_other_options(
 
 def test_two_processes_do_not_prepare_one_folder(run: Any, corpus: Path, tmp_path: Path) -> None:
     with (
-        journal.locked(tmp_path / "out" / "train"),
+        sink.lock_folders(tmp_path / "out" / "train"),
         pytest.raises(DataError, match="another process is preparing it"),
     ):
         run(corpus)
@@ -507,8 +508,8 @@ def killed_in_finish(arguments: dict[str, Any]) -> None:
     is that of the beginning."""
 
     def run() -> None:
-        journal.SHORTEST_PERIOD_SECONDS = 1e9
-        journal.ShardWriter.write_index = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
+        jobs.SHORTEST_PERIOD_SECONDS = 1e9
+        sink.ShardWriter.write_index = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment]
         prepare(**arguments)
 
     process = multiprocessing.get_context("fork").Process(target=run)
@@ -551,7 +552,7 @@ def test_a_folder_that_another_process_finishes_meanwhile_is_left_alone(
     run: Any, corpus: Path, tmp_path: Path, files_of: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between the first look and the lock another process prepares the same, or something else."""
-    locked, finished = journal.locked, []
+    locked, finished = sink.lock_folders, []
 
     @contextmanager
     def late(*folders: Path) -> Iterator[None]:
@@ -562,7 +563,7 @@ def test_a_folder_that_another_process_finishes_meanwhile_is_left_alone(
         with locked(*folders):
             yield
 
-    monkeypatch.setattr(module, "locked", late)
+    monkeypatch.setattr(module, "lock_folders", late)
     assert run(corpus).was_finished
     assert files_of(tmp_path / "out") == finished[1]
     finished.clear()
@@ -586,9 +587,9 @@ def test_a_lock_whose_file_was_removed_while_it_was_waited_for_is_taken_again(tm
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fcntl, "flock", removed_first)
         with (
-            journal.locked(tmp_path / "out"),
+            sink.lock_folders(tmp_path / "out"),
             pytest.raises(DataError, match="another process is preparing it"),
-            journal.locked(tmp_path / "out"),
+            sink.lock_folders(tmp_path / "out"),
         ):
             pass
 
@@ -597,7 +598,7 @@ def test_a_held_out_split_that_another_process_prepares_is_held_too(
     run: Any, corpus: Path, tmp_path: Path
 ) -> None:
     with (
-        journal.locked(tmp_path / "out" / "val"),
+        sink.lock_folders(tmp_path / "out" / "val"),
         pytest.raises(DataError, match="out/val: another process is preparing it"),
     ):
         run(corpus, held_out=0.2)
@@ -712,3 +713,34 @@ def test_the_bytes_with_own_tokens_do_not_depend_on_workers_or_kills(
     run(corpus, out="killed", **options)
     whole = files_of(tmp_path / "one")
     assert len(whole) > 3 and files_of(tmp_path / "two") == whole == files_of(tmp_path / "killed")
+
+
+OLDER = Path(__file__).parent / "older"
+
+
+@pytest.fixture
+def older(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What an older version made of four texts, one a unit: `finished`, and `half` when it was killed."""
+    shutil.copytree(OLDER, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "text").iterdir():
+        os.utime(path, (1.6e9, 1.6e9))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(records, "UNIT_BYTES", 900)
+    options = {"tokenizer": "tokenizer", "max_seq_len": 16, "held_out": 0.3, "shard_bytes": 2000}
+    return {**options, "workers": 1, "progress": False}
+
+
+def test_what_an_older_version_prepared_is_finished(older: dict[str, Any], files_of: Files) -> None:
+    before = files_of(Path("finished"))
+    assert prepare(["text"], "finished", **older).was_finished
+    assert files_of(Path("finished")) == before
+
+
+def test_what_an_older_version_began_continues_to_the_same_bytes(
+    older: dict[str, Any], files_of: Files
+) -> None:
+    half = files_of(Path("half"))
+    assert {"train/.preparing/state.json", "val/shard.00000.mds"} <= half.keys()
+    tokens = prepare(["text"], "half", **older).encoded_tokens
+    assert files_of(Path("half")) == files_of(Path("finished"))
+    assert 0 < tokens < 3000

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
+from mptfoundry.config.streams import RecordsConfig
 from mptfoundry.data.records.inputs import Inventory
 from mptfoundry.data.records.records import Row, plan_units, read_rows
-from mptfoundry.data.records.sources import Source, digest_of, find_records
+from mptfoundry.data.records.sources import content_digest, find_records
 from mptfoundry.errors import DataError
 
 RECORDS = [{"prompt": f"p{n}", "response": f"r{n}"} for n in range(3)]
@@ -74,7 +75,9 @@ def test_records_are_the_same_wherever_they_lie(
     given: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    assert records_of(find_records(Source("train_loader.dataset", **given), folder / "cache")) == RECORDS
+    assert (
+        records_of(find_records(RecordsConfig(**given), "train_loader.dataset", folder / "cache")) == RECORDS
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,14 +125,14 @@ def test_what_is_missing_is_said_with_its_key(
 ) -> None:
     monkeypatch.chdir(folder)
     with pytest.raises(DataError) as caught:
-        find_records(Source("train_loader.dataset", **given), folder / "cache")
+        find_records(RecordsConfig(**given), "train_loader.dataset", folder / "cache")
     assert str(caught.value).startswith("train_loader.dataset.")
     assert said in str(caught.value)
 
 
 def test_the_digest_is_of_the_content_alone(folder: Path) -> None:
     def digest(path: Path) -> str:
-        return digest_of(find_records(Source("x", local=str(path)), folder))
+        return content_digest(find_records(RecordsConfig(local=str(path)), "x", folder), folder)
 
     copy = folder / "copy.jsonl"
     copy.write_bytes((folder / "plain" / "all.jsonl").read_bytes())
@@ -148,15 +151,15 @@ def test_a_damaged_shard_of_records_is_named(folder: Path, tmp_path: Path) -> No
     hashed: dict[str, Any] = {"columns": {"prompt": "str", "response": "str"}, "hashes": ["xxh3_64"]}
     with MDSWriter(out=str(tmp_path / "hashed"), **hashed) as out:
         out.write({"prompt": "one", "response": "two"})
-    source = Source("train_loader.dataset", local=str(tmp_path / "hashed"))
-    assert find_records(source, tmp_path / "cache").inputs
+    source = RecordsConfig(local=str(tmp_path / "hashed"))
+    assert find_records(source, "train_loader.dataset", tmp_path / "cache").inputs
     path = tmp_path / "hashed" / "shard.00000.mds"
     path.write_bytes(path.read_bytes().replace(b"two", b"too"))
     with pytest.raises(DataError, match=r"^train_loader\.dataset: \S+mds is damaged: its xxh3_64 is not"):
-        find_records(source, tmp_path / "cache")
+        find_records(source, "train_loader.dataset", tmp_path / "cache")
     path.unlink()
     with pytest.raises(DataError, match=r"^train_loader\.dataset: \S+mds is missing\."):
-        find_records(source, tmp_path / "cache")
+        find_records(source, "train_loader.dataset", tmp_path / "cache")
 
 
 def test_remote_shards_are_copied_here_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,10 +177,10 @@ def test_remote_shards_are_copied_here_once(folder: Path, monkeypatch: pytest.Mo
             super()._download_file_impl(remote.removeprefix("file://"), local, timeout)
 
     monkeypatch.setitem(download.DOWNLOADER_MAPPINGS, "file", FromFolder)
-    source = Source("train_loader.dataset", remote=f"file://{folder}/mds", split="train")
+    source = RecordsConfig(remote=f"file://{folder}/mds", split="train")
     for _ in range(2):
-        assert records_of(find_records(source, folder / "cache")) == RECORDS
+        assert records_of(find_records(source, "train_loader.dataset", folder / "cache")) == RECORDS
     assert fetched == ["index.json", "shard.00000.mds", "index.json"]
-    gone = Source("train_loader.dataset", remote=f"file://{folder}/gone")
+    gone = RecordsConfig(remote=f"file://{folder}/gone")
     with pytest.raises(DataError, match=r"train_loader\.dataset\.remote: file://.*/gone can't be fetched: "):
-        find_records(gone, folder / "cache")
+        find_records(gone, "train_loader.dataset", folder / "cache")

@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from streaming import MDSWriter
 
-from mptfoundry.data.text.text import build_text_loader
 from mptfoundry.errors import DataError
+from tests.loaders import text_loader
 
 SHARD = "shard.00002.mds"
 Build = Callable[..., Any]
@@ -31,7 +31,7 @@ def build(tiny_tokenizer: Any) -> Iterator[Build]:
     def call(**options: Any) -> Any:
         settings = {"tokenizer": tiny_tokenizer, "max_seq_len": 64, "vocab_size": 320, "device_batch_size": 4}
         settings |= {"split": "train", "drop_last": False, "download_retry": 1}
-        built.append(build_text_loader(**{**settings, **options}).dataloader)
+        built.append(text_loader(**{**settings, **options}).dataloader)
         return built[-1]
 
     yield call

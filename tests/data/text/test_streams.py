@@ -5,13 +5,17 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.data.text.streams import check_shards, plan_sources, read_source
-from mptfoundry.errors import ConfigError, DataError
+from mptfoundry.config.data import TextDatasetConfig, TextLoaderConfig
+from mptfoundry.config.streams import StreamConfig
+from mptfoundry.data.text.streams import check_shards, plan_streams, read_stream
+from mptfoundry.errors import DataError
 
 
 def plan(streams: dict[str, dict[str, Any]] | None = None, **options: Any) -> list[Any]:
-    settings = {"remote": None, "local": None, "split": "train", "where": "loader", **options}
-    return plan_sources(streams, **settings)
+    if streams is not None:
+        options["streams"] = {name: StreamConfig(**stream) for name, stream in streams.items()}
+    dataset = TextDatasetConfig(split="train", **options)
+    return plan_streams(TextLoaderConfig(dataset=dataset), "loader")
 
 
 def test_a_local_stream_is_read_in_place(prepared: Path) -> None:
@@ -25,7 +29,7 @@ def test_a_local_stream_is_read_in_place(prepared: Path) -> None:
 def test_a_stream_is_copied_where_both_folders_are_given(prepared: Path, tmp_path: Path) -> None:
     (source,) = plan(remote=str(prepared), local=str(tmp_path))
     assert source.arguments["remote"] == str(prepared) and source.arguments["local"] == str(tmp_path)
-    assert read_source(source).folder == prepared / "train"
+    assert read_stream(source).folder == prepared / "train"
 
 
 def test_a_stream_from_afar_is_kept_in_a_folder_of_its_own() -> None:
@@ -37,18 +41,6 @@ def test_a_stream_from_afar_is_kept_in_a_folder_of_its_own() -> None:
 def test_a_streams_own_split_goes_before_the_loaders(prepared: Path) -> None:
     first, second = plan({"a": {"local": str(prepared), "split": "val"}, "b": {"local": str(prepared)}})
     assert (first.folder.name, second.folder.name) == ("val", "train")
-
-
-def test_contradictions_are_refused(prepared: Path) -> None:
-    local = str(prepared)
-    with pytest.raises(ConfigError, match=r"loader.dataset: streams and remote/local are both given"):
-        plan({"a": {"local": local}}, local=local)
-    with pytest.raises(ConfigError, match=r"loader.dataset.streams.a: neither local nor remote is given"):
-        plan({"a": {"proportion": 1.0}})
-    with pytest.raises(ConfigError, match="streams: b has no proportion while others have one"):
-        plan({"a": {"local": local, "proportion": 0.5}, "b": {"local": local, "repeat": 2}})
-    with pytest.raises(ConfigError, match=r"streams.a: repeat and choose are both given"):
-        plan({"a": {"local": local, "repeat": 2, "choose": 5}})
 
 
 def test_a_missing_stream_is_named(prepared: Path, tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 import torch
 from streaming import MDSWriter
 
-from mptfoundry.data.text.text import build_text_loader
 from mptfoundry.data.views.shards_preview import preview
-from mptfoundry.errors import ConfigError, DataError
+from mptfoundry.errors import DataError
+from tests.loaders import text_loader
 
 SEQ, VOCAB = 64, 320
 
@@ -28,7 +28,7 @@ def build(tiny_tokenizer: Any) -> Callable[..., Any]:
             "vocab_size": VOCAB,
             "device_batch_size": 4,
         }
-        return build_text_loader(**{**settings, **options})
+        return text_loader(**{**settings, **options})
 
     return call
 
@@ -181,8 +181,6 @@ def test_sequence_ids_come_from_the_tokenizers_eos(build: Any, prepared: Path) -
     is_end = batch["input_ids"] == 0
     assert (batch["sequence_id"] == is_end.cumsum(1) - is_end.long()).all()
     assert "sequence_id" not in next(iter(build(local=str(prepared), split="train").dataloader))
-    with pytest.raises(ConfigError, match="eos_token_id and bos_token_id are both given"):
-        build(local=str(prepared), split="train", sequence_ids=True, eos_token_id=0, bos_token_id=0)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -266,13 +264,6 @@ def test_too_few_samples_for_a_batch_are_refused(build: Any, prepared: Path) -> 
     ):
         build(local=str(prepared), split="train", device_batch_size=9000)
     assert len(rows_of(build(local=str(prepared), split="val", device_batch_size=9000, drop_last=False))) > 1
-
-
-def test_a_wrong_encoding_type_is_refused(build: Any, prepared: Path) -> None:
-    with pytest.raises(
-        ConfigError, match=r"loader.dataset.token_encoding_type: 'float' is not an integer type"
-    ):
-        build(local=str(prepared), split="train", token_encoding_type="float", where="loader")
 
 
 def test_a_remote_folder_is_copied_and_its_tokenizer_compared(

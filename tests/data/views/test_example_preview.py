@@ -1,4 +1,4 @@
-"""People see what is learned, how long examples are, and what was left out."""
+"""People see what is trained, how long examples are, and what was left out."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import numpy as np
 
 from mptfoundry.data.examples.store import ExampleStore, write_examples
 from mptfoundry.data.examples.turns import Counts
-from mptfoundry.data.views.example_preview import histogram, preview_examples, show_learned, split_marks
+from mptfoundry.data.views.example_preview import histogram, preview_examples, show_trained, split_marks
 from mptfoundry.tokenizer import count_ids, load_tokenizer
 
 
 def test_learned_tokens_are_marked_in_brackets_or_green(tiny_tokenizer: Any) -> None:
     prompt, response = (tiny_tokenizer(text)["input_ids"] for text in ("Why? ", "Because."))
     ids = np.array([*prompt, *response, tiny_tokenizer.eos_token_id])
-    learned = np.arange(len(ids)) >= len(prompt)
-    assert show_learned(ids, learned, tiny_tokenizer) == "Why? ⟦Because.<|endoftext|>⟧"
-    colored = show_learned(ids, learned, tiny_tokenizer, color=True)
+    trained = np.arange(len(ids)) >= len(prompt)
+    assert show_trained(ids, trained, tiny_tokenizer) == "Why? ⟦Because.<|endoftext|>⟧"
+    colored = show_trained(ids, trained, tiny_tokenizer, color=True)
     assert colored == "Why? \x1b[32mBecause.<|endoftext|>\x1b[0m"
 
 
 def test_long_texts_are_cut_inside_their_marks(tiny_tokenizer: Any) -> None:
     ids = np.array(tiny_tokenizer("word " * 1000)["input_ids"])
-    text = show_learned(ids, np.ones(len(ids), bool), tiny_tokenizer)
+    text = show_trained(ids, np.ones(len(ids), bool), tiny_tokenizer)
     assert len(text) < 1300 and text.startswith("⟦word") and text.endswith("⟧")
 
 
@@ -48,15 +48,15 @@ def test_what_was_cut_dropped_or_bad_is_told_with_its_reasons(tmp_path: Path, ti
             writer.add(np.array([5, 6, 7]), np.array([False, True, True]))
         writer.meta = {"counts": asdict(counts)}
     text = preview_examples(ExampleStore(tmp_path / "store"), tiny_tokenizer, max_seq_len=64, samples=2)
-    assert text.startswith("5 examples of 10 records; 15 tokens, of which 10 are learned (66.7%)")
+    assert text.startswith("5 examples of 10 records; 15 tokens, of which 10 are in the loss (66.7%)")
     for line in (
         "cut at max_seq_len, 64: 1 (10.0%)",
-        "dropped, since nothing to learn is left: 3 (30.0%)\n  a.jsonl:5: prompt: past.",
+        "dropped, since no token in the loss is left: 3 (30.0%)\n  a.jsonl:5: prompt: past.",
         "bad records: 2 (20.0%)\n  a.jsonl:2: prompt: is empty.\n  ... and 1 more",
         "records of two forms, of which one is read: 1 (10.0%)\n  a.jsonl:7: messages is read.",
         "columns not looked at: id, prompt (in 1 record)",
-        "example 0 of 5: 3 tokens, 2 learned",
-        "example 4 of 5: 3 tokens, 2 learned",
+        "example 0 of 5: 3 tokens, 2 in the loss",
+        "example 4 of 5: 3 tokens, 2 in the loss",
     ):
         assert line in text
 
@@ -66,8 +66,8 @@ def test_one_of_a_kind_is_called_one(tmp_path: Path, tiny_tokenizer: Any) -> Non
         writer.add(np.array([5]), np.array([True]))
         writer.meta = {"counts": asdict(Counts(records=1))}
     text = preview_examples(ExampleStore(tmp_path / "store"), tiny_tokenizer, max_seq_len=64)
-    assert text.startswith("1 example of 1 record; 1 token, of which 0 are learned (0.0%)")
-    assert "example 0 of 1: 1 token, 0 learned" in text
+    assert text.startswith("1 example of 1 record; 1 token, of which 0 are in the loss (0.0%)")
+    assert "example 0 of 1: 1 token, 0 in the loss" in text
 
 
 def test_marks_of_the_chat_template_that_are_split_get_a_note_whose_cure_works(

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mptfoundry.config.data import TextDatasetConfig, TextLoaderConfig
+from mptfoundry.config.streams import StreamConfig
 from mptfoundry.data.shards.index import read_index
 from mptfoundry.data.views.mix import describe_mix, draw_mix, mix_table
 from mptfoundry.errors import DataError
@@ -13,10 +15,10 @@ from mptfoundry.errors import DataError
 
 def mix(prepared: Path, first: dict[str, Any], second: dict[str, Any], **options: Any) -> list[Any]:
     streams = {
-        "code": {"local": str(prepared), "split": "train", **first},
-        "rest": {"local": str(prepared), "split": "val", **second},
+        "code": StreamConfig(local=str(prepared), split="train", **first),
+        "rest": StreamConfig(local=str(prepared), split="val", **second),
     }
-    return describe_mix(streams, max_seq_len=64, **options)
+    return describe_mix(TextLoaderConfig(dataset=TextDatasetConfig(streams=streams)), 64, **options)
 
 
 def test_shares_and_epochs_follow_the_proportions(prepared: Path) -> None:
@@ -92,11 +94,13 @@ def test_streams_without_borders_of_documents_are_drawn_too(tmp_path: Path) -> N
 
     with MDSWriter(columns={"text": "str"}, out=str(tmp_path / "x")) as writer:
         writer.write({"text": "raw"})
-    rows = describe_mix({"raw": {"local": str(tmp_path / "x")}}, max_seq_len=64, eos_token_id=0)
+    streams = {"raw": StreamConfig(local=str(tmp_path / "x"))}
+    rows = describe_mix(TextLoaderConfig(dataset=TextDatasetConfig(streams=streams, eos_token_id=0)), 64)
     assert rows[0].document_lengths.size == 0 and "unknown" in mix_table(rows)
     draw_mix(rows, tmp_path / "mix.png")
 
 
 def test_a_stream_that_is_not_here_is_named(tmp_path: Path) -> None:
+    streams = {"far": StreamConfig(remote="s3://bucket/x", local=str(tmp_path / "no"))}
     with pytest.raises(DataError, match=r"streams.far: the folder .* is missing"):
-        describe_mix({"far": {"remote": "s3://bucket/x", "local": str(tmp_path / "no")}}, max_seq_len=64)
+        describe_mix(TextLoaderConfig(dataset=TextDatasetConfig(streams=streams)), 64)

@@ -1,22 +1,26 @@
-"""What one preparation is: options, tokenizer, inputs, folders; and whether it is the one of before."""
+"""One preparation of text: options, tokenizer, inputs and folders; and whether a folder holds it already."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mptfoundry.data.prepare.encode import TextEncoder
-from mptfoundry.data.prepare.journal import Journal, SplitProgress, read_state
+from mptfoundry.config.verbs import PrepareConfig
+from mptfoundry.data.jobs import STATE, Job, read_state
+from mptfoundry.data.prepare.encode import make_encoder
+from mptfoundry.data.prepare.sink import ShardSink, SplitProgress
+from mptfoundry.data.prepare.work import EncodingPlan
 from mptfoundry.data.records.inputs import Inventory, find_inputs
 from mptfoundry.data.records.records import UNIT_BYTES
 from mptfoundry.data.shards.index import INDEX, PREPARING, ShardMeta, narrowest_dtype, read_index
 from mptfoundry.data.shards.writer import ShardWriter
 from mptfoundry.errors import DataError
 from mptfoundry.tokenizer import (
+    AS_TEXT,
     Borders,
     count_ids,
     document_borders,
@@ -30,63 +34,52 @@ from mptfoundry.tokenizer import (
 COMPRESSIONS = ("br", "bz2", "snappy", "zstd")
 
 
+# These options decide about the bytes of the shards, and are kept in their index.
+OPTIONS = (
+    *("max_seq_len", "split", "text_key", "held_out", "held_out_split"),
+    *("hf_subset", "hf_split", "compression", "shard_bytes"),
+)
+
+
 @dataclass(frozen=True)
-class Job:
-    """One preparation.
+class Preparation:
+    """One preparation of text.
 
     Attributes:
+        config: As the user wrote it.
         folders: Split -> folder, the main split first.
-        options: The arguments of `prepare` that decide about the bytes.
+        options: What decides about the bytes, as the index keeps it.
         inventory: What is read.
-        given: The inputs as the user wrote them.
-        tokenizer_name: As the user wrote it.
-        tokenizer_json: Content of `tokenizer.json`.
-        encoder: Of that tokenizer.
-        fingerprint: Of that tokenizer.
+        encoding: How it is encoded.
+        fingerprint: Of the tokenizer.
         vocab_size: Number of its ids.
-        borders: The ids before and after each document.
         in_words: What stands around each document, for people.
-        skip_bad_input: Leave out what can't be read.
     """
 
+    config: PrepareConfig
     folders: Mapping[str, Path]
     options: Mapping[str, Any]
     inventory: Inventory
-    given: Sequence[str]
-    tokenizer_name: str
-    tokenizer_json: str
-    encoder: TextEncoder
+    encoding: EncodingPlan
     fingerprint: str
     vocab_size: int
-    borders: Borders
     in_words: str
-    skip_bad_input: bool
-
-    @property
-    def split(self) -> str:
-        """Name of the main split."""
-        return str(self.options["split"])
 
     @property
     def folder(self) -> Path:
         """Folder of the main split."""
-        return self.folders[self.split]
+        return self.folders[self.config.split]
 
     @property
-    def dtype(self) -> str:
-        """Unsigned integer type of the ids."""
-        return narrowest_dtype(self.vocab_size)
-
-    @property
-    def id_bytes(self) -> int:
-        """Bytes of an id."""
-        return np.dtype(self.dtype).itemsize
+    def can_cut(self) -> bool:
+        """Whether a long text may be encoded in pieces."""
+        return make_encoder(self.encoding.tokenizer_json, self.encoding.dtype, self.encoding.as_text).can_cut
 
     @property
     def inputs(self) -> dict[str, Any]:
         """What is read, for the index."""
         return {
-            "given": list(self.given),
+            "given": list(self.config.inputs),
             "count": len(self.inventory.inputs),
             "bytes": self.inventory.size,
             "digest": self.inventory.digest(),
@@ -94,16 +87,16 @@ class Job:
 
     def meta(self, samples: int, dropped_tokens: int, documents: int, text_bytes: int) -> ShardMeta:
         """What the index of a finished split says."""
-        max_seq_len = int(self.options["max_seq_len"])
+        after = self.encoding.borders.after
         return ShardMeta(
-            tokenizer=self.tokenizer_name,
+            tokenizer=self.config.tokenizer,
             fingerprint=self.fingerprint,
             vocab_size=self.vocab_size,
-            max_seq_len=max_seq_len,
-            eos_token_id=self.borders.after[-1] if self.borders.after else None,
+            max_seq_len=self.config.max_seq_len,
+            eos_token_id=after[-1] if after else None,
             documents=documents,
             samples=samples,
-            tokens=samples * max_seq_len,
+            tokens=samples * self.config.max_seq_len,
             bytes=text_bytes,
             dropped_tokens=dropped_tokens,
             options=self.options,
@@ -111,43 +104,53 @@ class Job:
         )
 
 
-def plan_job(
-    given: Sequence[str], out: Path, tokenizer_name: str, options: Mapping[str, Any], bad_input: str
-) -> Job:
+def plan_preparation(config: PrepareConfig) -> Preparation:
     """Check the options, load the tokenizer, and find the inputs.
 
     Raises:
         ConfigError: The tokenizer can't be loaded.
         DataError: An option or an input won't do.
     """
-    _check_options(options, bad_input)
-    tokenizer: Any = load_tokenizer(tokenizer_name)
-    borders = document_borders(tokenizer, add_bos=options["add_bos"], add_eos=options["add_eos"])
-    options = {**options, **_notes(borders, tokenizer, options)}
+    _check_options(config)
+    tokenizer: Any = load_tokenizer(config.tokenizer)
+    borders = document_borders(tokenizer, add_bos=config.add_bos, add_eos=config.add_eos)
+    options = {name: getattr(config, name) for name in OPTIONS}
+    options |= {"include": list(config.include), "exclude": list(config.exclude)}
+    options["held_out_split"] = config.held_out_split if config.held_out else None
+    # An option that is kept only where it differs was not known to older versions.
+    if config.special_tokens != "as_tokens":
+        options["special_tokens"] = config.special_tokens
+    options |= _notes(borders, tokenizer)
     kinds = ("text_key", "include", "exclude", "hf_subset", "hf_split")
-    inventory = find_inputs(given, **{key: options[key] for key in kinds})
-    splits = [options["split"], *([options["held_out_split"]] if options["held_out"] else [])]
+    inventory = find_inputs(config.inputs, **{key: getattr(config, key) for key in kinds})
+    splits = [config.split, *([config.held_out_split] if config.held_out else [])]
     vocab_size = count_ids(tokenizer)
     tokenizer_json = tokenizer.backend_tokenizer.to_str()
-    return Job(
-        folders={split: out / split for split in splits},
+    encoding = EncodingPlan(
+        tokenizer_json=tokenizer_json,
+        dtype=narrowest_dtype(vocab_size),
+        text_key=config.text_key,
+        borders=borders,
+        as_text=config.special_tokens == AS_TEXT,
+        held_out=config.held_out,
+        skip_bad_input=config.bad_input == "skip",
+        datasets=inventory.datasets,
+    )
+    return Preparation(
+        config=config,
+        folders={split: Path(config.out).expanduser() / split for split in splits},
         options=options,
         inventory=inventory,
-        given=given,
-        tokenizer_name=tokenizer_name,
-        tokenizer_json=tokenizer_json,
-        encoder=TextEncoder(tokenizer_json, narrowest_dtype(vocab_size), as_text="special_tokens" in options),
+        encoding=encoding,
         fingerprint=fingerprint(tokenizer),
         vocab_size=vocab_size,
-        borders=borders,
         in_words=documents_in_words(
             *(spelled(each, tokenizer) for each in (borders, own_borders(tokenizer)))
         ),
-        skip_bad_input=bad_input == "skip",
     )
 
 
-def _notes(borders: Borders, tokenizer: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def _notes(borders: Borders, tokenizer: Any) -> dict[str, Any]:
     """How the options are kept in the index, so that shards tell what stands around their documents. What is
     as it always was is kept as it always was, since the options of finished folders are compared."""
     notes: dict[str, Any] = {"add_bos": bool(borders.before), "add_eos": bool(borders.after)}
@@ -157,16 +160,16 @@ def _notes(borders: Borders, tokenizer: Any, options: Mapping[str, Any]) -> dict
     return notes
 
 
-def find_finished(job: Job) -> list[ShardMeta]:
-    """What the indexes of the job's folders say, if it is finished; else nothing.
+def find_finished(plan: Preparation) -> list[ShardMeta]:
+    """What the indexes of the preparation's folders say, if it is finished; else nothing.
 
     Raises:
         DataError: The folder is finished, but was prepared in another way, or isn't ours.
     """
-    if not (job.folder / INDEX).is_file() or read_state(job.folder) is not None:
+    if not (plan.folder / INDEX).is_file() or _state_of(plan.folder) is not None:
         return []
     metas = []
-    for folder in job.folders.values():
+    for folder in plan.folders.values():
         index = read_index(folder, str(folder))
         if index.meta is None:
             raise DataError(f"{folder}: another tool made these shards. Give another out folder.")
@@ -174,7 +177,7 @@ def find_finished(job: Job) -> list[ShardMeta]:
             folder,
             "was prepared",
             {**dict(index.meta.options), "tokenizer": index.meta.fingerprint, "inputs": index.meta.inputs},
-            {**job.options, "tokenizer": job.fingerprint, "inputs": job.inputs},
+            {**plan.options, "tokenizer": plan.fingerprint, "inputs": plan.inputs},
         )
         for entry in (shard["zip_data"] or shard["raw_data"] for shard in index.shards):
             path = folder / entry["basename"]
@@ -186,43 +189,63 @@ def find_finished(job: Job) -> list[ShardMeta]:
     return metas
 
 
-def open_journal(job: Job) -> Journal:
-    """Begin, or continue where a killed preparation of the same job was. The job's folders are locked.
+def open_job(plan: Preparation) -> tuple[Job, ShardSink]:
+    """Begin, or continue a preparation that was killed. Its folders are locked.
 
     Raises:
         DataError: The folder holds something else, or a preparation with other options or inputs.
     """
-    options = {**job.options, "unit_bytes": UNIT_BYTES, "cut_texts": job.encoder.can_cut}
-    inputs = {**job.inputs, "digest": job.inventory.digest(with_times=True)}
-    identity = {"options": options, "tokenizer": job.fingerprint, "inputs": inputs}
-    state = read_state(job.folder)
+    options = {**plan.options, "unit_bytes": UNIT_BYTES, "cut_texts": plan.can_cut}
+    inputs = {**plan.inputs, "digest": plan.inventory.digest(with_times=True)}
+    identity = {"options": options, "tokenizer": plan.fingerprint, "inputs": inputs}
+    state = _state_of(plan.folder)
     if state is not None:
         then = state.get("identity", {})
         _refuse_differences(
-            job.folder,
+            plan.folder,
             "is half prepared",
             {**then.get("options", {}), "tokenizer": then.get("tokenizer"), "inputs": then.get("inputs")},
-            {**options, "tokenizer": job.fingerprint, "inputs": inputs},
+            {**options, "tokenizer": plan.fingerprint, "inputs": inputs},
         )
     splits = {}
-    for name, folder in job.folders.items():
+    for name, folder in plan.folders.items():
         if state is None:
             _make_folder(folder)
         splits[name] = SplitProgress(
             ShardWriter(
                 folder,
-                dtype=job.dtype,
-                max_seq_len=job.options["max_seq_len"],
-                shard_bytes=job.options["shard_bytes"],
-                compression=job.options["compression"],
+                dtype=plan.encoding.dtype,
+                max_seq_len=plan.config.max_seq_len,
+                shard_bytes=plan.config.shard_bytes,
+                compression=plan.config.compression,
             )
         )
-    journal = Journal(job.folder, identity, splits)
-    if state is not None:
-        journal.resume(state)
-    else:
-        journal.begin()
-    return journal
+    id_bytes = np.dtype(plan.encoding.dtype).itemsize
+    sink = ShardSink(plan.folder, splits, id_bytes, plan.config.max_seq_len, plan.meta)
+    title = f"prepare {plan.config.split}"
+    job = Job(plan.folder / PREPARING, title, plan.inventory.size, sink, identity)
+    if state is None:
+        sink.begin()
+        job.save()
+        return job, sink
+    try:
+        job.restore(state)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(plan.folder, error) from error
+    return job, sink
+
+
+def _state_of(folder: Path) -> dict[str, Any] | None:
+    """The state of a preparation that was not finished; None if there is none."""
+    try:
+        return read_state(folder / PREPARING)
+    except (OSError, ValueError) as error:
+        raise _damaged(folder, error) from error
+
+
+def _damaged(folder: Path, error: Exception) -> DataError:
+    path = folder / PREPARING / STATE
+    return DataError(f"{path} is damaged ({error!r}). Remove {folder} and start again.")
 
 
 def _make_folder(folder: Path) -> None:
@@ -269,20 +292,21 @@ def _describe_inputs(inputs: Mapping[str, Any] | None) -> str:
     )
 
 
-def _check_options(options: Mapping[str, Any], bad_input: str) -> None:
-    max_seq_len, held_out = options["max_seq_len"], options["held_out"]
-    if max_seq_len < 2:
-        raise DataError(f"max_seq_len: {max_seq_len} leaves nothing to predict. Use 2 or more, such as 2048.")
-    if not 0 <= held_out < 1:
-        raise DataError(f"held_out: {held_out} is not a share from 0 to 1. Use one such as 0.01.")
-    for key in ("split", "held_out_split"):
-        name = options[key]
-        if name is not None and (not name or Path(name).name != name or name.startswith(".")):
+def _check_options(config: PrepareConfig) -> None:
+    if config.max_seq_len < 2:
+        raise DataError(
+            f"max_seq_len: {config.max_seq_len} leaves nothing to predict. Use 2 or more, such as 2048."
+        )
+    if not 0 <= config.held_out < 1:
+        raise DataError(f"held_out: {config.held_out} is not a share from 0 to 1. Use one such as 0.01.")
+    for key in ("split", *["held_out_split"] * bool(config.held_out)):
+        name = getattr(config, key)
+        if not name or Path(name).name != name or name.startswith("."):
             raise DataError(f"{key}: {name!r} is not the name of a folder. Use one such as train or val.")
-    if options["split"] == options["held_out_split"]:
-        raise DataError(f"held_out_split: it has the same name as split, {options['split']!r}. Use another.")
-    if bad_input not in ("error", "skip"):
-        raise DataError(f"bad_input: {bad_input!r} is not allowed. Use error or skip.")
-    compression = options["compression"]
+    if config.held_out and config.split == config.held_out_split:
+        raise DataError(f"held_out_split: it has the same name as split, {config.split!r}. Use another.")
+    if config.bad_input not in ("error", "skip"):
+        raise DataError(f"bad_input: {config.bad_input!r} is not allowed. Use error or skip.")
+    compression = config.compression
     if compression is not None and compression.split(":")[0] not in COMPRESSIONS:
         raise DataError(f"compression: {compression!r} is not allowed. Use one of {', '.join(COMPRESSIONS)}.")
