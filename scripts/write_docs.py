@@ -1,4 +1,4 @@
-"""Writes the pages of the docs that say what the code says: the keys of a config and the command line.
+"""Writes what the docs repeat of the code: the keys of a config, the command line, the faults of the tests.
 
     python scripts/write_docs.py
 
@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Iterator
 from dataclasses import MISSING, fields, is_dataclass
@@ -27,7 +28,8 @@ from mptfoundry.config.engine.schema import (
 )
 from mptfoundry.config.run import TrainConfig
 
-REFERENCE = Path(__file__).resolve().parent.parent / "docs" / "reference"
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = re.compile(r"(<!-- The table is written .*? -->\n).*?(<!-- end of the table -->)", re.DOTALL)
 GENERATED = "<!-- Written by scripts/write_docs.py from the classes in mptfoundry/config/. -->\n"
 
 
@@ -35,13 +37,17 @@ def main(words: list[str]) -> None:
     if words:
         raise SystemExit(f"error: {words[0]}: takes no words.")
     for name, text in pages().items():
-        (REFERENCE / name).write_text(text)
-        print(f"wrote docs/reference/{name}")
+        (ROOT / "docs" / name).write_text(text)
+        print(f"wrote docs/{name}")
 
 
 def pages() -> dict[str, str]:
-    """The generated pages: file name -> Markdown."""
-    return {"config.md": config_page(), "cli.md": cli_page()}
+    """The generated pages: path below docs/ -> Markdown."""
+    return {
+        "reference/config.md": config_page(),
+        "reference/cli.md": cli_page(),
+        "internals/reliability.md": reliability_page(),
+    }
 
 
 def config_page() -> str:
@@ -72,6 +78,18 @@ def cli_page() -> str:
         if verb.options is not None:
             parts.append(_table(getattr(verbs, verb.options)))
     return "\n\n".join(parts) + "\n"
+
+
+def reliability_page() -> str:
+    """The page on reliability, with a row for each of the tests' `FAULTS`: fault, how and how often, outcome."""
+    rows = ["| fault | how, and how often | outcome | test, in `tests/` |", "|---|---|---|---|"]
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FAULTS":
+                cells = (" | ".join(row) for row in ast.literal_eval(node.value))
+                rows += [f"| {each} | `{path.relative_to(ROOT / 'tests')}` |" for each in cells]
+    page = (ROOT / "docs" / "internals" / "reliability.md").read_text()
+    return TABLE.sub(lambda match: f"{match[1]}\n" + "\n".join(rows) + f"\n\n{match[2]}", page)
 
 
 def _sections() -> Iterator[tuple[str, type]]:

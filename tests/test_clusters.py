@@ -21,6 +21,15 @@ import yaml
 
 from mptfoundry.cli import main
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "a job exits, or its shell gets SIGTERM",
+        "stand-in for `srun`, 6",
+        "queued again only after 143, and not after `scancel`",
+    ),
+]
+
 ROOT = Path(__file__).parent.parent
 CLUSTERS = ROOT / "clusters"
 SCRIPTS = sorted(CLUSTERS.glob("*.sbatch"))

@@ -21,6 +21,15 @@ from mptfoundry.errors import CheckpointError, ConfigError, DataError, MPTFoundr
 from mptfoundry.train import train
 from tests.conftest import losses
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "a start is refused, for 30 reasons, or ended while it is set up",
+        "in one process",
+        "the run's folder is unchanged, byte for byte",
+    ),
+]
+
 Usage = namedtuple("Usage", "total used free")
 QUIET = ("max_duration=4ba", "save_interval=2ba", "log_to_console=false")
 

@@ -14,6 +14,15 @@ import pytest
 from mptfoundry.errors import CheckpointError
 from mptfoundry.stores import Patience, SilentStore, is_final, patiently, reason_of, uploader
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "a store answers 503, SlowDown or not at all, or closes connections",
+        "uploads and downloads",
+        "retries and says so; training continues",
+    ),
+]
+
 # For calls to a server, which may take a while.
 SOME = Patience(seconds=60.0, quiet_seconds=30.0, first_pause=0.01)
 SHORT = Patience(seconds=1.0, quiet_seconds=0.2, first_pause=0.01, longest_pause=0.04)

@@ -19,6 +19,15 @@ from mptfoundry.errors import RunStopped
 from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "SIGTERM at 5 points of training and evaluation",
+        "in one process",
+        "the same losses and evaluations afterwards",
+    ),
+]
+
 Run = Callable[..., list[dict[str, Any]]]
 
 

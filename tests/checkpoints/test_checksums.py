@@ -11,6 +11,11 @@ from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_chec
 from mptfoundry.checkpoints.torch_files import load_plain
 from mptfoundry.errors import CheckpointError
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    ("any bit of a checkpoint file flips", "every third byte", "noticed, or the tensors are unchanged"),
+]
+
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:

@@ -23,6 +23,11 @@ from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 from tests.conftest import RunsCode
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    ("hostile Hugging Face folders", "code, links, shapes, configs, 12 tests", "refused"),
+]
+
 MODEL = MPTConfig(
     d_model=32,
     n_heads=4,

@@ -20,6 +20,15 @@ from mptfoundry.run.atomic_checkpoints import AtomicCheckpoints
 from mptfoundry.run.resume import Resume
 from tests.loaders import labelled_loader, text_loader
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "a stop at an epoch's end, or inside it, with each kind of stream",
+        "more than 20, 0 to 2 workers, older checkpoints",
+        "reads the samples of an uninterrupted run",
+    ),
+]
+
 BATCH, ROWS = 4, {"a": 24, "b": 12}
 
 

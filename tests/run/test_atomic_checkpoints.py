@@ -26,6 +26,20 @@ from mptfoundry.run.atomic_checkpoints import AtomicCheckpoints
 from mptfoundry.run.metrics_file import MetricsFile
 from tests.conftest import losses
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "the disk fills up during a save",
+        "a limit on file size, 3",
+        "ends with the reason, leaves nothing half-written",
+    ),
+    (
+        "a save will not fit on the disk",
+        "the first one; a later one",
+        "refused before training; refused before it is begun",
+    ),
+]
+
 MakeTrainer = Callable[..., Trainer]
 SmallFiles = Callable[[int], AbstractContextManager[None]]
 Usage = namedtuple("Usage", "total used free")

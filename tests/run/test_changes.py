@@ -19,6 +19,11 @@ from mptfoundry.run.changes import (
 )
 from tests.conftest import TINY_RUN
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    ("the config was changed", "17 keys", "refused with both values, or only shown"),
+]
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:

@@ -20,6 +20,11 @@ from mptfoundry.errors import TrainingError
 from mptfoundry.run import leftovers
 from mptfoundry.run.leftovers import clean_start, find_leftovers, remove_leftovers
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    ("shared memory of a dead run; of a live run", "SIGKILL", "removed; kept"),
+]
+
 READS = """
 import sys
 from streaming import StreamingDataset

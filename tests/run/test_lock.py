@@ -15,6 +15,15 @@ import pytest
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.run.lock import NAME, RunLock
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "a second run in the folder; the first one is dead",
+        "processes, SIGKILL, no file locks, 5",
+        "refused with host and process; starts",
+    ),
+]
+
 HOLDS = """
 import sys
 from pathlib import Path

@@ -13,6 +13,11 @@ import pytest
 
 from mptfoundry.run.signals import DEADLY, StopSignals
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    ("repeated signals; a later one while the process hangs", "4", "count as one request; ends at once"),
+]
+
 pytestmark = pytest.mark.serial
 
 HEAD = """

@@ -21,6 +21,24 @@ from mptfoundry.run.start import resolve_start
 from mptfoundry.train import train
 from tests.conftest import losses
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    ("the newest checkpoint was cut short", "at 6 lengths", "passed over; bitwise from the one before"),
+    (
+        "the newest checkpoint holds a flipped bit",
+        "5 places in a file",
+        "an error names it; from the one before on request, bitwise",
+    ),
+    (
+        "all checkpoints are damaged; all are unfinished",
+        "flipped; cut",
+        "an error; starts from the beginning",
+    ),
+    ("the `latest` link is missing, dangling or old", "3", "the link is ignored"),
+    ("a killed save left files", "a file and a folder", "removed"),
+    ("the batch size was changed, when allowed", "8 to 4 and 12; 2 workers", "continues at the same sample"),
+]
+
 QUIET = ["max_duration=9ba", "log_to_console=false"]
 Damage = Callable[[Path], None]
 

@@ -17,6 +17,16 @@ from mptfoundry.errors import CheckpointError, ConfigError, MPTFoundryError
 from mptfoundry.train import train
 from tests.conftest import RunsCode
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "pickles that run code, in every part of a checkpoint",
+        "8 forged files, 5 archives, 4 in shards",
+        "refused; the error names what they call",
+    ),
+    ("text that Composer would evaluate", "8 forged files", "never evaluated"),
+]
+
 
 class BuildsThenSets:
     """Calls nothing as it is made, and a function when its state is set."""

@@ -16,6 +16,11 @@ from mptfoundry.run.start import resolve_start
 from mptfoundry.train import train
 from tests.conftest import losses, tiny_run_in
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    ("data or tokenizer were changed in place", "swapped, edited, 4", "refused, nothing is written"),
+]
+
 RUN = ["max_duration=2ba", "save_interval=1ba", "log_to_console=false", "run_name=run"]
 
 

@@ -22,6 +22,13 @@ from mptfoundry.run.start import resolve_start
 from mptfoundry.train import train
 from tests.conftest import RunsCode, losses
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    ("a shard or the metadata of a sharded checkpoint is cut or lost", "3", "passed over"),
+    ("a bit flips in shards, metadata or checksums", "9", "an error names it; the one before on request"),
+    ("a weight or an optimizer moment is missing", "edited metadata", "an error"),
+]
+
 WORDS = ["max_duration=9ba", "log_to_console=false", "fsdp_config={state_dict_type: sharded}"]
 
 

@@ -18,6 +18,20 @@ from mptfoundry.stores import Patience
 from mptfoundry.train import train
 from tests.conftest import TINY_RUN, losses
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "the machine's disk is lost",
+        "folder deleted, checkpoints in S3, 2 kinds",
+        "the losses of a run that was not stopped",
+    ),
+    (
+        "an object in the store is damaged; lost; the bucket does not exist",
+        "3",
+        "the one before, on request; passed over; an error",
+    ),
+]
+
 moto = pytest.importorskip(
     "moto.server", reason="needs moto, which serves S3 here: pip install 'moto[server]'"
 )

@@ -16,6 +16,12 @@ from mptfoundry.ranks import RankWatch
 from mptfoundry.run.signals import StopSignals
 from mptfoundry.run.step_guard import EvaluationLeft, StepGuard
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    ("loss or gradient not finite; overflow under fp16", "in one process, 3", "weights unchanged; no error"),
+    ("a loss spike", "loss times 5, 3", "reported, skipped, or ends the run, as configured"),
+]
+
 MakeTrainer = Callable[..., Trainer]
 
 

@@ -11,6 +11,15 @@ import yaml
 
 from mptfoundry.data.prepare.prepare import prepare
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "a data shard is damaged, cut or missing",
+        "1 and 2 ranks, 0 and 2 workers, 8 runs",
+        "every rank ends, the error names the shard, exit code 1",
+    ),
+]
+
 
 @pytest.fixture
 def many_shards(shards: Path, tmp_path: Path) -> Path:

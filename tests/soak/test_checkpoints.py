@@ -11,6 +11,20 @@ import pytest
 
 from tests.conftest import losses
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "killed while a checkpoint is written",
+        "SIGKILL at 0, 30, 90 % of its bytes; whole, and shards of 2 ranks",
+        "the same",
+    ),
+    (
+        "killed, and resumed on another number of ranks",
+        "2, 1, 2 ranks",
+        "the same samples; losses equal within rounding",
+    ),
+]
+
 # 25 MB a checkpoint, so that its writing takes long enough to be met.
 LARGE = ["model.d_model=256", "model.n_layers=4"]
 SHARDED = "fsdp_config={state_dict_type: sharded}"

@@ -18,6 +18,15 @@ import pytest
 
 from tests.conftest import losses_by_batch
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "Slurm stops a job",
+        "SIGTERM to all its processes, 2 scripts",
+        "saves, exits with 143, is queued again, continues",
+    ),
+]
+
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
 # A machine has shared memory and temporary files of its own, by which streaming's processes on it meet.

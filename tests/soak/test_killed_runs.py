@@ -12,6 +12,15 @@ import pytest
 from mptfoundry.run.metrics_file import read_rows
 from tests.conftest import losses_by_batch
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "all processes killed at a random step",
+        "SIGKILL, 4 times on 1 and on 2 ranks",
+        "the losses of a run that was not killed, bitwise",
+    ),
+]
+
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_steps_a_run_has_the_losses_of_one_that_was_not(

@@ -13,6 +13,11 @@ from typing import Any
 
 from mptfoundry.run.metrics_file import read_rows
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    ("20 runs are killed one after another", "SIGKILL", "leave no more behind than one does"),
+]
+
 KILLED_RUNS = 20
 
 

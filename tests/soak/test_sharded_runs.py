@@ -18,6 +18,15 @@ from mptfoundry.config.load import load_train_config
 from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "a sharded, hybrid or DDP run is killed",
+        "SIGKILL half-way, 5 layouts over 1 to 4 ranks",
+        "losses and weights of a run on one rank, within rounding",
+    ),
+]
+
 ROOT = Path(__file__).parent.parent.parent
 PLAIN = ("model.resid_pdrop=0", "model.n_layers=4", "max_duration=20ba", "save_interval=5ba")
 # Ranks, whether all are killed after twelve batches and started again, and how the run is spread over them.

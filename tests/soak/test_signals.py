@@ -20,6 +20,16 @@ import pytest
 from mptfoundry.run.metrics_file import read_rows
 from tests.conftest import ROOT, losses_by_batch
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "SIGTERM to the launcher, the group or one rank; SIGUSR1; a closed terminal; Ctrl-C",
+        "1 and 2 ranks, 0 and 2 workers",
+        "saves, 143 on all ranks, bitwise afterwards",
+    ),
+    ("SIGTERM in an evaluation; during a start", "2 ranks; 1 rank", "breaks off and saves; ends cleanly"),
+]
+
 # Half a second a batch, so that there is time to stop it; in place of a callback with a known name.
 SLOW = """
 import time

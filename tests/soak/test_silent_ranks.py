@@ -13,6 +13,22 @@ from typing import Any
 
 import pytest
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "a rank hangs",
+        "it sleeps, rank 0 and 1",
+        "after `dist_timeout`, an error names it and its line of code",
+    ),
+    ("a rank is killed", "SIGKILL", "an error names it, exit code 1"),
+    ("one rank raises an error", "rank 0 and 1", "the launcher exits with its exit code"),
+    (
+        "a loss is not finite on one of two ranks",
+        "multiplied by NaN",
+        "all end with one error, older checkpoints stay",
+    ),
+]
+
 # What one rank does at batch 4, in place of a callback with a known name.
 CODE = """
 import os, time

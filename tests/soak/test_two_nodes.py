@@ -14,6 +14,11 @@ import pytest
 
 from mptfoundry.run.metrics_file import read_rows
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    ("two nodes share only a network", "2 launchers in network namespaces", "the same"),
+]
+
 # Private shared memory, as on a machine of its own: it also takes the cache of the shards.
 OWN_MEMORY = ("sh", "-c", 'mount -t tmpfs none /dev/shm && exec "$@"', "sh")
 PLAIN = (

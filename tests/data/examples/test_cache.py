@@ -22,6 +22,11 @@ from mptfoundry.data.records import records
 from mptfoundry.errors import DataError
 from tests.loaders import context_of
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    ("prepared examples are damaged", "zeros, flips, lost files, 8", "built again, with a note"),
+]
+
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:

@@ -16,6 +16,15 @@ from mptfoundry.data.shards.index import (
 )
 from mptfoundry.errors import DataError
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "a shard index is wrong",
+        "names outside the folder, impossible sizes",
+        "refused before anything is downloaded",
+    ),
+]
+
 
 def test_the_narrowest_type_holds_the_largest_id() -> None:
     sizes = (256, 257, 65_536, 65_537)

@@ -19,6 +19,16 @@ from streaming import MDSWriter
 from mptfoundry.errors import DataError
 from tests.loaders import text_loader
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "the same in place, in a copy, in a store; a full disk",
+        "more than 20, in one process",
+        "an error names it; a copy is downloaded again first",
+    ),
+    ("an epoch loses samples", "some are dropped", "an error with both numbers"),
+]
+
 SHARD = "shard.00002.mds"
 Build = Callable[..., Any]
 SmallFiles = Callable[[int], AbstractContextManager[None]]

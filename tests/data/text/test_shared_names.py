@@ -15,6 +15,15 @@ from mptfoundry.data.text import shared_names
 from mptfoundry.data.text.shared_names import take_number
 from tests.ranks import run_on_ranks
 
+# Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
+FAULTS = [
+    (
+        "two runs start at the same moment",
+        "one takes the other's number in shared memory",
+        "the other takes the next number",
+    ),
+]
+
 pytestmark = pytest.mark.serial
 
 
