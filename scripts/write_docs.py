@@ -81,7 +81,7 @@ def cli_page() -> str:
 
 
 def reliability_page() -> str:
-    """The page on reliability, with a row for each of the tests' `FAULTS`: fault, how and how often, outcome."""
+    """The page on reliability, with a row for each of the tests' `FAULTS`: fault, how, outcome."""
     rows = ["| fault | how, and how often | outcome | test, in `tests/` |", "|---|---|---|---|"]
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
         for node in ast.parse(path.read_text()).body:
