@@ -228,7 +228,7 @@ def build_algorithms(config: TrainConfig) -> list[Algorithm]:
 def build_callbacks(config: TrainConfig, tokenizer: Any, run_folder: Path) -> list[Callback]:
     """The callbacks that the config names; those that generate text or export are given the means to.
 
-    Losses are always judged, with the defaults where nothing is said of it.
+    Losses are always judged, with the defaults where the config says nothing.
     """
     given: dict[str, dict[str, Any]] = {"kill_loss_spike": {}}
     given |= {name: dict(kwargs) for name, kwargs in config.callbacks.items()}

@@ -1,4 +1,4 @@
-"""What goes wrong for a reason that the user can mend.
+"""Errors that the user can fix.
 
 Every error of this family is printed as its text alone, without a traceback (``MPTFOUNDRY_DEBUG=1``
 shows one), and ends the command with its ``exit_code``.
@@ -43,11 +43,11 @@ class CheckpointError(MPTFoundryError):
 
 
 class TrainingError(MPTFoundryError):
-    """The training can't go on: its numbers are not finite, its loss left all bounds, a rank is silent."""
+    """The training can't continue: its numbers are not finite, its loss left all bounds, a rank is silent."""
 
 
 class RunStopped(Exception):
-    """The run was asked to stop, and did; its text says how it goes on. Schedulers start 143 again."""
+    """The run was asked to stop, and did; its text says how it continues. Schedulers start 143 again."""
 
     exit_code = 143
 

@@ -35,7 +35,7 @@ from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision, choose_workers
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 EVAL_BATCH_SIZE = 8
-# Composer warns of these, and they are meant: a last batch is smaller than the others; there is no optimizer.
+# Composer warns of these, which are intended: a last batch is smaller than the others; there is no optimizer.
 EXPECTED_WARNINGS = ("Cannot split (tensor|list) of length", "No optimizer was specified")
 
 Results = dict[str, dict[str, float]]

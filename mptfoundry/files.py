@@ -36,7 +36,7 @@ _EXCHANGE, _HERE = 2, -100
 def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Write a file or a folder so that whoever looks sees all of it or nothing.
 
-    Yields a temporary name beside `path`, at which the caller makes a file or a folder. When the block ends
+    Yields a temporary name next to `path`, at which the caller makes a file or a folder. When the block ends
     well it is flushed to the disk and renamed to `path`; when it ends in an error, or the process dies,
     `path` stays as it was. What earlier, dead processes of this machine left is removed first.
 
@@ -83,7 +83,7 @@ def refuse_what_is_there(
     _put_back(path.absolute(), _is_of_no_other)
     read = None if source is None or is_url(source) else Path(source).resolve()
     if read is not None and path.resolve() in (read, *read.parents) and path.exists():
-        raise CheckpointError(f"{path}: {source}, which is read, lies there. Name another place.")
+        raise CheckpointError(f"{path}: {source} is read and lies there. Name another place.")
     there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     if not overwrite and (there or path.is_file()):
         raise CheckpointError(f"{path}: is there already. Name another place, or set overwrite=true.")
@@ -108,7 +108,7 @@ def writing_into(save_folder: Path) -> Iterator[None]:
 
 
 def point(link: Path, target: Path) -> None:
-    """Let a link lead to `target`, a file or folder beside it; it leads to the old one or to the new one."""
+    """Let a link lead to `target`, a file or folder next to it; it leads to the old one or to the new one."""
     temporary = _beside(link)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, link.parent))
@@ -151,7 +151,7 @@ def is_alive(pid: int) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it; what is gone already is no error."""
+    """Remove a file, a link or a folder with all that is in it; a missing one is not an error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -244,7 +244,7 @@ _LARGEST_JSON = 1 << 26
 def confined(folder: Path, name: str, named_by: Path) -> Path:
     """The file `name` of `folder`; raises CheckpointError unless it lies in that very folder.
 
-    Links may lead to files of the same folder, and from a snapshot in the hub's cache to the blobs beside it.
+    Links may lead to files of the same folder, and from a snapshot in the hub's cache to its blobs.
     """
     if Path(name).name != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
         raise CheckpointError(

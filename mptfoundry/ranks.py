@@ -1,7 +1,7 @@
 """What ranks do together: rank 0 decides for all, one process of each node works while the others wait, and
 every rank learns who has failed and who is silent.
 
-What is said outside the collectives goes through the store at which the ranks have met, over a connection of
+What ranks report outside the collectives goes through the store at which they have met, over a connection of
 its own, so it works while the main thread waits. Words: a *beat* is what a rank tells every few seconds: its
 batch, and where its main thread is. A rank whose beats stop is lost; one that beats and is not in a
 collective while the others wait there is late.
@@ -81,7 +81,7 @@ def once_per_node(work: Callable[[], T], *, what: str, say: Callable[[str], None
 
     Args:
         work: Gives what JSON can hold. The others wait for it as long as it takes: they ask the store, no
-            collective, so that no timeout of a backend runs meanwhile, and nobody goes on before every node
+            collective, so that no timeout of a backend runs meanwhile, and nobody continues before every node
             is ready.
         what: What is waited for, in words.
         say: Is told, on the first rank, which nodes are waited for.
@@ -164,7 +164,7 @@ def failure_text(store: Any, number: int) -> str | None:
 def report(error: MPTFoundryError) -> None:
     """Prints an error once where all ranks share it, and with its rank where only one has it.
 
-    A config is the same on every rank, so rank 0 speaks for all. Later errors are told apart by way of the
+    A config is the same on every rank, so rank 0 speaks for all. Later errors are compared through the
     store that the ranks met at; what was found on one machine before that is said there.
     """
     lines = [f"error: {line}" for line in str(error).splitlines() if line.strip()]
@@ -322,7 +322,7 @@ def _waits(frame: FrameType | None) -> bool:
 
 
 def _where(frame: FrameType | None) -> str | None:
-    """The innermost line that is no library's, else the innermost of all."""
+    """The innermost line that is not a library's, else the innermost of all."""
     own = (each for each in _frames(frame) if not each.f_code.co_filename.startswith(_LIBRARIES))
     found = next(own, frame)
     if found is None:

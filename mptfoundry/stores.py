@@ -1,6 +1,6 @@
-"""Calls to object stores, which may fail for a while: they are tried again, and what happens is said.
+"""Calls to object stores, which may fail for a while: they are tried again, with messages.
 
-A store's hiccup (5xx, SlowDown, a closed connection) is no reason to end a run. A call is repeated after
+A store's hiccup (5xx, SlowDown, a closed connection) must not end a run. A call is repeated after
 growing pauses, for as long as its `Patience` lasts; meanwhile the reason is printed, and since when. What
 another try won't change (no rights, nothing there) is raised at once. A call that gives no sign of life is
 named, too, and given up when the patience is over.

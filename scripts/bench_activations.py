@@ -1,5 +1,5 @@
 """What recomputing and offloading activations saves and costs on a CPU: bytes that forward keeps for
-backward, beside weights, and the time of a step against that of keeping everything.
+backward, next to the weights, and the time of a step against that of keeping everything.
 
     python scripts/bench_activations.py [steps=5]
 

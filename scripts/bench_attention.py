@@ -1,4 +1,4 @@
-"""Attention's backends beside the full-bias formula and PyTorch's own kernels, forward and backward.
+"""Attention's backends against the full-bias formula and PyTorch's own kernels, forward and backward.
 
     python scripts/bench_attention.py [seq=512,2048] [head_dim=64] [heads=8] [batch=1] [documents=8]
         [repeats=7] [seconds=140] [out=FILE.json]

@@ -1,4 +1,4 @@
-"""Exports checkpoints with optimizer state that are made for it: peak memory, and throughput beside copying.
+"""Exports checkpoints with optimizer state that are made for it: peak memory, and throughput against copying.
 
     python scripts/bench_export.py [layers=2,4,8] [d_model=4096] [heads=32] [vocab=50432] [kind=whole,sharded]
         [moments=1] [folder=FOLDER] [out=FILE.json]

@@ -1,4 +1,4 @@
-"""Greedy generation with a cache: our network beside transformers' own MPT classes, same weights.
+"""Greedy generation with a cache: our network against transformers' own MPT classes, same weights.
 
     python scripts/bench_generate.py [batch=1,8] [prompt=128] [new=64] [d_model=512] [layers=8] [heads=8]
         [vocab=8192] [repeats=7] [out=FILE.json]

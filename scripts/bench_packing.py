@@ -1,4 +1,4 @@
-"""Measure packing beside llm-foundry's BinPackCollator, on the same examples.
+"""Measure packing against llm-foundry's BinPackCollator, on the same examples.
 
     python scripts/bench_packing.py [llmfoundry_python=PATH] [examples=20000] [row_len=2048] [rows=16]
         [runs=3]

@@ -1,4 +1,4 @@
-"""Measure `mptfoundry prepare` beside llm-foundry's convert_dataset_json.py on the same JSONL file.
+"""Measure `mptfoundry prepare` against llm-foundry's convert_dataset_json.py on the same JSONL file.
 
     python scripts/bench_prepare.py llmfoundry_python=PATH [text=FOLDER] [tokenizer=FOLDER] [max_seq_len=2048]
         [workers=N] [folder=FOLDER] [runs=3]

@@ -4,7 +4,7 @@
     python scripts/check_transformers.py python=OTHER/bin/python [tests=PATH,...]
 
 The first makes an environment that holds that version, accelerate, PEFT and what they need, and takes the
-rest, torch above all, from this one; it is made anew in a temporary folder, unless `folder` keeps it. (pip
+rest, torch above all, from this one; it is made in a temporary folder, unless `folder` keeps it. (pip
 notes there that Composer's streaming wants another transformers; what is tested doesn't import it.) The
 second uses an environment that is there. The exit code is pytest's.
 """

@@ -150,7 +150,7 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
             kept[name] = compiled
             row |= {"seconds": time.monotonic() - started_at, **describe(compiled)}
         elif compiled is not kept[name]:
-            row["error"] = "it is compiled anew for another batch or length"
+            row["error"] = "it is compiled again for another batch or length"
 
     driver.set_active(_NoGPU(case.arch))
     attention_triton.tile_of = lambda kernel, head_dim, capability, number_bytes, **has_dropout: dict(

@@ -67,7 +67,7 @@ def main(words: list[str]) -> int:
 
 
 def fit_backward(table: dict[str, dict[int, Tile]], width: int) -> None:
-    """What forward notes must hold for all queries of a block of backward's, so that is no larger."""
+    """What forward notes must hold for all queries of a block of backward's, so that is not larger."""
     forward, backward = table["forward"][width], table["backward_query"]
     if forward.block_q % backward[width].block_q:
         backward[width] = backward[width]._replace(block_q=forward.block_q)

@@ -19,7 +19,7 @@ from mptfoundry.mpt.config import MPTConfig, Problem, Rules, at_least, refuse_pr
 from mptfoundry.mpt.flops import parameter_shapes
 
 ALL_LINEAR = "all-linear"
-# How peft names what it puts into a network: a matrix becomes `Wqkv.base_layer`, with these beside it.
+# How peft names what it puts into a network: a matrix becomes `Wqkv.base_layer`, with these next to it.
 BASE, ADAPTER = ".base_layer.", ".lora_"
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 
@@ -90,7 +90,7 @@ class LoRAConfig:
         for name in self.target_modules:
             if name not in there:
                 raise ValueError(
-                    f"target_modules: '{name}' is no matrix of a block.{did_you_mean(name, there)} "
+                    f"target_modules: '{name}' is not a matrix of a block.{did_you_mean(name, there)} "
                     f"Allowed: {', '.join(there)}, or {ALL_LINEAR} alone."
                 )
         return tuple(name for name in there if name in self.target_modules)

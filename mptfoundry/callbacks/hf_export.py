@@ -200,7 +200,7 @@ class HFExport(Callback):
         return found
 
     def _lost(self, name: str, checkpoint: str, batch: int, folder: str) -> str:
-        """What is said of an export whose batch is over."""
+        """The message about an export whose batch is over."""
         kept = [each.path for each in newest_first(self.run_folder) if each.batch == batch]
         if not kept:
             return f"the export {name} was interrupted, and {checkpoint} is not kept: it can't be made"

@@ -187,7 +187,7 @@ class LinearDecayWithWarmupConfig(_AnyScheduleConfig):
 class InvSqrtWithWarmupConfig(_AnyScheduleConfig):
     """Linear warmup, decay as 1 / sqrt(time), and linear cooldown at the end.
 
-    No length may be a fraction of the run (`dur`), because the schedule is meant for runs that are extended.
+    No length may be a fraction of the run (`dur`), because the schedule is for runs that are extended.
 
     Attributes:
         t_scale: How slowly the inverse square root decays: it is 1 / sqrt(2) this long after warmup.

@@ -68,7 +68,7 @@ def _look_at(name: str, document: Document, notes: list[str]) -> MPTConfig | Non
     """The architecture of the model; None if it can't be read, which is a problem, or need not be.
 
     A section that says all of it, as a run's own `config.yaml` does, stands for a model on the hub or one
-    that is no longer there: a resumed run no longer needs it. So does one that says its sizes, where
+    that is gone: a resumed run does not need it. So does one that says its sizes, where
     the model can't be reached. Whoever reads the weights compares it.
     """
     try:

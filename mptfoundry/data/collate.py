@@ -64,8 +64,8 @@ class RowCollator:
     """Lay the examples of each row end to end; pad rows at the end.
 
     A row is `{"input_ids": (tokens,) int64, "trained": (tokens,) bool, "lengths": (examples,) int64,
-    "sample_id": int}`, its examples end to end. Examples of a row do not see one another: they are told apart
-    by `sequence_id`, and no example's first token is predicted from the one before. A row without examples,
+    "sample_id": int}`, its examples end to end. Examples of a row do not see one another: `sequence_id`
+    distinguishes them, and no example's first token is predicted from the one before. A row without examples,
     which stands where a rank has none left, becomes a token that is not in the loss, and counts as none.
 
     Attributes:

@@ -39,7 +39,7 @@ def _sum_and_divide(module: Any) -> None:
 
 
 def _divide_afterwards(shards: Any, replicas: Any, *_: Any) -> tuple[float, float]:
-    """What to divide by before and after adding up over the two groups of ranks; None is no group."""
+    """What to divide by before and after adding up over the two groups of ranks; None: no group."""
     return 1.0, float(shards.size() * (1 if replicas is None else replicas.size()))
 
 

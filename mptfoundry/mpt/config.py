@@ -418,7 +418,7 @@ _OR_NONE = "Use a positive number, or null for none."
 
 
 def at_least(section: Any, **least: float) -> Rules:
-    """A rule for each field: a number is not smaller; None and words such as `auto` are no numbers."""
+    """A rule for each field: a number is not smaller; None and words such as `auto` are not numbers."""
 
     def rule(name: str) -> Iterator[Problem]:
         value = getattr(section, name)

@@ -231,7 +231,7 @@ def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str |
         ConfigError: It can't serve this model on any machine.
     """
     model, name = config.model, config.model.attn_config.attn_impl
-    # `precision: auto` is bfloat16 on the machines that a backend for GPUs is meant for.
+    # `precision: auto` is bfloat16 on the machines that a backend for GPUs supports.
     anywhere = "bfloat16" if config.precision == "auto" else dtype
     if never := why_never(name, model, anywhere):
         raise ConfigError(f"model.{refusal(name, never, model, device.torch_type, dtype)}")

@@ -50,7 +50,7 @@ from mptfoundry.run.start import (
 from mptfoundry.run.step_guard import EvaluationLeft, StepGuard
 from mptfoundry.stores import AT_START, ONCE
 
-# Composer warns of these, and they are meant: the last batch of an evaluation is smaller than the others,
+# Composer warns of these, which are intended: the last batch of an evaluation is smaller than the others,
 # `eval_subset_num_batches` is a limit that a short evaluation does not reach, PyTorch uses its own deprecated
 # class, and the callback that loads the state has none of its own.
 EXPECTED_WARNINGS = (

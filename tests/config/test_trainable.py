@@ -56,8 +56,8 @@ def test_the_scale_is_by_the_rank_or_by_its_root() -> None:
         ("model.peft_config.target_modules=[]", "is empty. Name a matrix, or all-linear."),
         (
             "model.peft_config.target_modules=wqkv",
-            "'wqkv' is no matrix of a block. Did you mean Wqkv? Allowed: Wqkv, out_proj, up_proj, down_proj, "
-            "or all-linear alone.",
+            "'wqkv' is not a matrix of a block. Did you mean Wqkv? Allowed: Wqkv, out_proj, up_proj, "
+            "down_proj, or all-linear alone.",
         ),
         ("model.peft_config.peft_type=IA3", "'IA3' is not allowed here. Expected LORA."),
     ],

@@ -142,7 +142,7 @@ def test_an_adapter_alone_is_called_that_and_the_advice_works(
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which is not read here"),
         ({"bias": "all"}, "bias is 'all', which is not read here"),
         ({"peft_type": "IA3"}, "peft_type is 'IA3'. Only LORA is read."),
-        ({"target_modules": ["q_proj"]}, "'q_proj' is no matrix of a block"),
+        ({"target_modules": ["q_proj"]}, "'q_proj' is not a matrix of a block"),
         ({"target_modules": 3}, "adapter_config.json: "),
         ({"r": "eight"}, "adapter_config.json: "),
         ({"r": 4}, r"doesn't fit .*lora_A.weight has the shape \(2, 32\), its config says \(4, 32\)"),

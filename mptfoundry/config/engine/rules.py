@@ -63,7 +63,7 @@ def broken_rules(cls: Any, values: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def at_most(section: Any, **most: float) -> Rules:
-    """A rule for each field: a number is not larger; None and words such as `auto` are no numbers."""
+    """A rule for each field: a number is not larger; None and words such as `auto` are not numbers."""
 
     def rule(name: str) -> Iterator[Problem]:
         value, largest = getattr(section, name), most[name]

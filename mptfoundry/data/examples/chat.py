@@ -1,4 +1,4 @@
-"""From a record to its turns: what is said to the model, and what it is to answer.
+"""From a record to its turns: prompts to the model and its responses.
 
 A record's columns tell its form:
 
@@ -79,7 +79,7 @@ def turns_of(record: Any, tokenizer: Any, *, needs_all: bool = True) -> Turns:
     Args:
         record: An object with one of the forms above; a column that is null counts as missing.
         tokenizer: transformers' tokenizer, for its chat template; ChatML if it has none.
-        needs_all: Whether every turn has to be told apart. Otherwise all that comes before the last answer
+        needs_all: Whether every turn has to be found. Otherwise all that comes before the last answer
             may be one prompt, which is enough where only the last answer is in the loss.
 
     Raises:
@@ -229,7 +229,7 @@ def _render(
             raise RecordError(
                 f"{field}[{number - added}]",
                 "the chat template writes earlier messages differently once others follow, so that the "
-                "answers can't be told apart. Use target_responses: last and target_prompts: none, or give "
+                "answers can't be separated. Use target_responses: last and target_prompts: none, or give "
                 "the tokenizer another chat template",
             )
         if not (is_told and follows):
@@ -266,7 +266,7 @@ def _text(
     may_be_empty: bool = False,
     known: Mapping[str, Any] | None = None,
 ) -> str:
-    """A text; where a column of a `known` record is missing, it is said what a record may have."""
+    """A text; where a column of a `known` record is missing, the error says what a record may have."""
     value = record.get(field)
     if value is None:
         more = "" if known is None else f"; {_say_forms(known)}"

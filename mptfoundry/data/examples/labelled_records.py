@@ -326,7 +326,7 @@ def check_answer(record: Record) -> Checked:
         raise record.error("answers", "has no text, or not one answer_start for each. Remove the question")
     for text, start in zip(texts, starts, strict=True):
         if type(start) is not int:
-            raise record.error("answers", f"answer_start: {_short(start)} is no whole number")
+            raise record.error("answers", f"answer_start: {_short(start)} is not a whole number")
         is_text = isinstance(text, str) and text.strip() and start >= 0
         if not is_text or context[start : start + len(text)] != text:
             raise record.error("answers", f"{_short(text)} does not stand at {start} in the context")
@@ -340,7 +340,9 @@ def label_number(label: Any, labels: Mapping[str, int], record: Record, name: st
     if type(label) is int and 0 <= label < len(labels):
         return label
     known = ", ".join([*labels][:8]) + ", ..." * (len(labels) > 8)
-    raise record.error(name, f"{_short(label)} is no label. Use 0 to {len(labels) - 1}, or a name: {known}")
+    raise record.error(
+        name, f"{_short(label)} is not a label. Use 0 to {len(labels) - 1}, or a name: {known}"
+    )
 
 
 def _is_number(value: Any) -> bool:

@@ -1,7 +1,7 @@
 """Which rows an epoch has, in which order, and which rank reads which of them.
 
 The order of an epoch belongs to the seed. Ranks take its rows in turns, so that a global batch holds the same
-rows whatever the number of ranks, and a run that is resumed goes on at any row without reading those before.
+rows whatever the number of ranks, and a resumed run continues at any row without reading those before.
 """
 
 from __future__ import annotations

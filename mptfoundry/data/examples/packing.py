@@ -1,7 +1,7 @@
 """Which examples share a row, planned for a whole data set from the examples' lengths.
 
-A data set is read in passes, and each pass packs it anew: its examples are shuffled and cut into windows, and
-those of a window are packed by best fit decreasing (https://doi.org/10.1137/0203025). So the company that an
+A data set is read in passes, and each pass packs it again: its examples are shuffled, cut into windows, and
+those of a window packed by best fit decreasing (https://doi.org/10.1137/0203025). So the company that an
 example keeps is random and changes, and rows are filled nearly as well as if all were packed at once. All
 passes have the same number of rows.
 """

@@ -249,7 +249,7 @@ def _damaged(folder: Path, error: Exception) -> DataError:
 
 
 def _make_folder(folder: Path) -> None:
-    """Make the folder. A preparation saves a state before its first shard, so whatever lies there is not of
+    """Make the folder. A preparation saves a state before its first shard, so whatever is there is not of
     one that was killed."""
     folder.mkdir(parents=True, exist_ok=True)
     others = sorted(path.name for path in folder.iterdir() if path.name != PREPARING)

@@ -1,7 +1,7 @@
 """Encode units on the machines of a Spark cluster, with results in the order of the units.
 
 The driver, which is this process, cuts the inputs into units and joins what they give, just as without Spark:
-so the shards are the same bytes, and a preparation that is killed goes on, with either engine. (Streaming has
+so the shards are the same bytes, and a killed preparation continues with either engine. (Streaming has
 a converter for Spark, too. There each task writes shards of its own, whose borders fall where Spark cuts the
 data, and what is left over at each border is lost.) Every machine has to see the inputs under the same paths,
 and to have the same version of this package and of the tokenizers library.

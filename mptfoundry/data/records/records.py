@@ -37,7 +37,7 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 
 class BadInput(DataError):
-    """Something in an input is no text, no record, or can't be read."""
+    """Something in an input is not text or not a record, or can't be read."""
 
 
 @dataclass(frozen=True)

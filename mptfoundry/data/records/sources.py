@@ -249,7 +249,7 @@ def _hub(config: RecordsConfig, where: str) -> Inventory:
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(
-            f"{where}.hf_name: {name} is no file or folder here, and as one of the hub it can't "
+            f"{where}.hf_name: {name} is not a file or folder here, and as a data set of the hub it can't "
             f"be loaded: {first_line}"
         ) from error
     inventory = Inventory()

@@ -89,7 +89,7 @@ class ShardIndex:
     def fingerprint(self) -> str:
         """Equal for equal samples in equal shards, whatever the files are called and compressed with.
 
-        Files that the index has no hashes of are told apart by their sizes alone.
+        Files without hashes in the index are distinguished by their sizes alone.
         """
         shards = []
         for shard in self.shards:
@@ -255,7 +255,7 @@ def _why_no_index(folder: Path) -> str:
     if not folder.is_dir():
         return f"the folder {folder} is missing. Prepare it with `mptfoundry prepare`."
     if (folder / PREPARING).is_dir():
-        return f"{folder} is half prepared. Run the same `mptfoundry prepare` again, and it goes on."
+        return f"{folder} is half prepared. Run the same `mptfoundry prepare` again, and it continues."
     splits = sorted(entry.name for entry in folder.iterdir() if (entry / INDEX).is_file())
     if splits:
         return f"{folder} holds splits, not shards. Set split to one of {', '.join(splits)}."

@@ -93,7 +93,7 @@ def unpack(compression: str, data: bytes, size: int) -> bytes:
     """Decompress what has to become `size` bytes, and hold no more than that in memory.
 
     Raises:
-        ValueError: It becomes more or less, or is no such compressed data.
+        ValueError: It unpacks to another size, or is not compressed data of this kind.
     """
     import pyarrow
 
@@ -107,7 +107,7 @@ def unpack(compression: str, data: bytes, size: int) -> bytes:
             with pyarrow.CompressedInputStream(io.BytesIO(data), name) as file:
                 raw = file.read(size + 1)
     except (OSError, pyarrow.ArrowException) as error:
-        raise ValueError(f"it is no {compression} data ({error})") from error
+        raise ValueError(f"it is not {compression} data ({error})") from error
     if len(raw) != size:
         raise ValueError(f"it is not made of the {size:,} bytes that its index says")
     return raw

@@ -1,7 +1,7 @@
 """Write MDS shards of token ids: the same bytes as streaming's MDSWriter, each file whole or absent.
 
-MDSWriter can neither go on where a killed run stopped nor write a file in one move, and it takes samples one
-by one. Here every sample has the same size, so a shard is its header and a slice of the token stream.
+MDSWriter can neither continue where a killed run stopped nor write a file in one move, and it takes samples
+one by one. Here every sample has the same size, so a shard is its header and a slice of the token stream.
 Format: https://docs.mosaicml.com/projects/streaming (MDS, version 2).
 """
 

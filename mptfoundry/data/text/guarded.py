@@ -121,7 +121,7 @@ class GuardedStream(Stream):
             if algorithm is not None and algorithm not in entry.hashes:
                 has = ", ".join(entry.hashes) or "none"
                 raise DataError(
-                    f"{self.where}.validate_hash: {algorithm} is no hash of {entry.basename}. It has {has}."
+                    f"{self.where}.validate_hash: {entry.basename} has no {algorithm}. It has {has}."
                 )
         if path is None:
             path = self.folder / entry.basename
