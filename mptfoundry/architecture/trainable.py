@@ -107,20 +107,20 @@ class LoRAConfig:
 
 
 @dataclass(frozen=True)
-class Learned:
+class Trainable:
     """How many parameters of a run are trainable.
 
     Attributes:
-        learned: Trainable parameters, adapters included.
+        parameters: All of them, adapters included.
         frozen: Parameters that the optimizer does not change.
         adapters: Trainable parameters that belong to adapters.
-        learns_output: Whether the matrix that computes the logits is trainable.
+        trains_output: Whether the matrix that computes the logits is trainable.
     """
 
-    learned: int
+    parameters: int
     frozen: int
     adapters: int
-    learns_output: bool
+    trains_output: bool
 
     @property
     def extra_flops_per_token(self) -> int:
@@ -143,20 +143,20 @@ def names_in(network: MPTConfig, lora: LoRAConfig | None) -> Shapes:
     return shapes | adapters
 
 
-def count_learned(network: MPTConfig, lora: LoRAConfig | None, disable_grad: Sequence[str]) -> Learned:
+def count_trainable(network: MPTConfig, lora: LoRAConfig | None, disable_grad: Sequence[str]) -> Trainable:
     """The trainable parameters of a network whose `disable_grad` patterns are valid."""
     shapes = names_in(network, lora)
-    learned = {
+    trainable = {
         name: math.prod(shape)
         for name, shape in shapes.items()
         if (lora is None or ADAPTER in name) and not any(re.search(each, name) for each in disable_grad)
     }
     output = "transformer.wte.weight" if network.tie_word_embeddings else "lm_head.weight"
-    return Learned(
-        learned=sum(learned.values()),
-        frozen=sum(map(math.prod, shapes.values())) - sum(learned.values()),
-        adapters=sum(number for name, number in learned.items() if ADAPTER in name),
-        learns_output=output in learned,
+    return Trainable(
+        parameters=sum(trainable.values()),
+        frozen=sum(map(math.prod, shapes.values())) - sum(trainable.values()),
+        adapters=sum(number for name, number in trainable.items() if ADAPTER in name),
+        trains_output=output in trainable,
     )
 
 
@@ -184,7 +184,7 @@ def pattern_problems(
     asked = [("disable_grad", pattern) for pattern in disable_grad]
     asked += [(f"param_groups[{i}].param_str_match", pattern) for i, pattern in enumerate(groups)]
     problems = [(key, text) for key, pattern in asked if (text := pattern_problem(pattern, names))]
-    if not problems and not count_learned(network, lora, disable_grad).learned:
+    if not problems and not count_trainable(network, lora, disable_grad).parameters:
         problems.append(("disable_grad", "every parameter is frozen. Leave one or more to learn."))
     yield from problems
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from mptfoundry.architecture.trainable import Learned, matrix_parameters
+from mptfoundry.architecture.trainable import Trainable, matrix_parameters
 from mptfoundry.config.model import AnyModelConfig
 from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
@@ -58,7 +58,7 @@ def estimate_memory(
     device: Device,
     precision: str,
     sharding: Sharding | None,
-    trainable: Learned,
+    trainable: Trainable,
     microbatch: int,
 ) -> Memory:
     """Bytes of one device at the peak of a step that computes `microbatch` sequences at once.
@@ -72,12 +72,12 @@ def estimate_memory(
     if sharding is None or shards == 1:
         # autocast's low-precision weights, and the buckets in which DDP sends gradients
         gathered = parameters * number if number < FP32 else 0
-        gathered += trainable.learned * FP32 if device.count > 1 else 0
+        gathered += trainable.parameters * FP32 if device.count > 1 else 0
     else:
         # weights and gradients of what is never resharded in a step, of one block, and of the next
         working = min(parameters, parameters - model.n_layers * block + 2 * block)
         weights = parameters if sharding.reshard_after_forward is False else working
-        gathered = number * (working * trainable.learned // parameters + weights)
+        gathered = number * (working * trainable.parameters // parameters + weights)
     tokens = microbatch * config.max_seq_len
     block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
     kept = model.n_layers * block_keeps
@@ -87,12 +87,12 @@ def estimate_memory(
     quantized = matrix_parameters(model) if model.bits else 0
     return Memory(
         weights=(parameters * FP32 - quantized * FP32 + quantized * (model.bits or 0) // 8) // shards,
-        gradients=trainable.learned * FP32 // shards,
-        optimizer=trainable.learned * STATE_BYTES[config.optimizer.name] // shards,
+        gradients=trainable.parameters * FP32 // shards,
+        optimizer=trainable.parameters * STATE_BYTES[config.optimizer.name] // shards,
         gathered=gathered,
         activations=tokens * kept * number,
         logits=chunk * (FP32 + 2 * number)
-        + (model.vocab_size * model.d_model * FP32 if trainable.learns_output else 0),
+        + (model.vocab_size * model.d_model * FP32 if trainable.trains_output else 0),
         overhead=OVERHEAD[device.kind],
     )
 

@@ -12,7 +12,7 @@ from functools import partial
 from math import isqrt
 from typing import Any
 
-from mptfoundry.architecture.trainable import Learned, count_learned
+from mptfoundry.architecture.trainable import Trainable, count_trainable
 from mptfoundry.config.rules import split_problem
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
@@ -69,7 +69,7 @@ class Plan:
     device_eval_batch_size: int
     num_workers: dict[str, int]
     parameters: int
-    trainable: Learned
+    trainable: Trainable
     flops_per_token: int
     causal_flops_per_token: int
     tokens_per_batch: int
@@ -117,7 +117,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     sharding, why = plan_sharding(config.fsdp_config, device)
     if why:
         reasons["fsdp_config"] = why
-    trainable = count_learned(model.network(), model.peft_config, config.optimizer.disable_grad)
+    trainable = count_trainable(model.network(), model.peft_config, config.optimizer.disable_grad)
     share = device_batch(config, device)
     precision = decide("precision", config.precision, lambda: choose_precision(device))
     if problem := precision_problem(precision, device):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from mptfoundry.architecture.trainable import Learned
+from mptfoundry.architecture.trainable import Trainable
 from mptfoundry.config.data import LoaderConfig
 from mptfoundry.config.engine.durations import UNITS, parse_duration
 from mptfoundry.config.engine.forms import parse_count
@@ -91,9 +91,9 @@ def _model_in_words(config: TrainConfig, plan: Plan) -> str:
     )
 
 
-def _trainable_in_words(config: TrainConfig, trainable: Learned) -> str:
-    share = trainable.learned / (trainable.learned + trainable.frozen)
-    text = f"{trainable.learned:,} parameters, {share:.2%}"
+def _trainable_in_words(config: TrainConfig, trainable: Trainable) -> str:
+    share = trainable.parameters / (trainable.parameters + trainable.frozen)
+    text = f"{trainable.parameters:,} parameters, {share:.2%}"
     if (lora := config.model.peft_config) is not None:
         text += f": LoRA of rank {lora.r} on {', '.join(lora.targets(config.model))}"
     if config.optimizer.disable_grad:

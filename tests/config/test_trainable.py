@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.architecture.trainable import LoRAConfig, count_learned, names_in
+from mptfoundry.architecture.trainable import LoRAConfig, count_trainable, names_in
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.mpt.config import AttnConfig, FFNConfig, MPTConfig
 from mptfoundry.plan.devices import Device
@@ -29,8 +29,8 @@ def cpu() -> Device:
 def test_adapters_are_counted_by_hand() -> None:
     lora = LoRAConfig(r=2, target_modules=("Wqkv", "down_proj"))
     # each of two blocks: 2 x (8 + 24) beside Wqkv, 2 x (32 + 8) beside down_proj
-    found = count_learned(TINY, lora, ())
-    assert found.learned == found.adapters == 2 * (64 + 80)
+    found = count_trainable(TINY, lora, ())
+    assert found.parameters == found.adapters == 2 * (64 + 80)
     assert found.frozen == 16 * 8 + 2 * (2 * 8 + 8 * 24 + 8 * 8 + 2 * 8 * 32) + 8
     assert found.extra_flops_per_token == 6 * found.adapters - 2 * found.frozen
 
@@ -120,8 +120,8 @@ def test_check_shows_what_is_learned(load: Load) -> None:
 @pytest.mark.parametrize("words", [("optimizer.disable_grad=[wte,blocks.0.]",), LORA])
 def test_what_is_frozen_needs_no_gradients_and_no_optimizer_state(load: Load, words: tuple[str, ...]) -> None:
     all_of_it, some = make_plan(load(), cpu()), make_plan(load(words=words), cpu())
-    assert some.trainable.learned < all_of_it.trainable.learned == all_of_it.parameters
-    assert some.memory.gradients == some.memory.optimizer == 4 * some.trainable.learned
+    assert some.trainable.parameters < all_of_it.trainable.parameters == all_of_it.parameters
+    assert some.memory.gradients == some.memory.optimizer == 4 * some.trainable.parameters
     assert some.memory.weights == 4 * (some.parameters + some.trainable.adapters)
     assert some.memory.logits < all_of_it.memory.logits
     assert some.flops_per_token < all_of_it.flops_per_token
@@ -148,4 +148,4 @@ def test_names_are_those_that_peft_gives() -> None:
         found = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
         assert names_in(TINY, lora) == found
         learned = sum(p.numel() for p in network.parameters() if p.requires_grad)
-        assert learned == count_learned(TINY, lora, ()).learned
+        assert learned == count_trainable(TINY, lora, ()).parameters

@@ -31,7 +31,7 @@ def preview_examples(
         tokenizer: That made it.
         max_seq_len: The most tokens of an example.
         samples: How many to show.
-        color: Learned tokens are green; otherwise they stand between ⟦ and ⟧.
+        color: Tokens in the loss are green; otherwise they stand between ⟦ and ⟧.
     """
     counts, tokens, trained = store.meta["counts"], int(store.lengths.sum()), int(store.trained.sum())
     kept = len(store)
