@@ -10,7 +10,8 @@ from torch.distributed import checkpoint as dcp
 
 from mptfoundry.checkpoints.sharded import ShardedWeights, read_metadata
 from mptfoundry.errors import CheckpointError
-from tests.conftest import RunsCode
+from mptfoundry.mpt.network import MPT
+from tests.conftest import TINY, RunsCode
 from tests.ranks import run_on_ranks
 
 
@@ -95,3 +96,29 @@ def test_a_damaged_piece_names_its_tensor(tmp_path: Path) -> None:
     file.write_bytes(b"\xff" * file.stat().st_size)
     with pytest.raises(CheckpointError, match=r"ep0-ba1: damaged, a in __0_0.distcp holds other bytes"):
         ShardedWeights(folder).read("a")
+
+
+SAVE_BY_FSDP1 = """
+import sys, torch, torch.distributed, torch.distributed.checkpoint as dcp
+from composer.utils import dist
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType
+from mptfoundry.mpt.network import MPT
+from tests.conftest import TINY
+dist.initialize_dist("cpu")
+model = torch.nn.ModuleDict({"model": FullyShardedDataParallel(
+    MPT(TINY, seed=3), device_id=torch.device("cpu"), use_orig_params=sys.argv[2] == "True")})
+FullyShardedDataParallel.set_state_dict_type(model, StateDictType.SHARDED_STATE_DICT)
+dcp.save({"state": {"model": model.state_dict()}}, storage_writer=dcp.FileSystemWriter(sys.argv[1]))
+torch.distributed.barrier()
+"""
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_what_pytorchs_first_fsdp_saved_is_read(tmp_path: Path, use_orig_params: bool) -> None:
+    script, folder = tmp_path / "save.py", tmp_path / "ep0-ba1"
+    script.write_text(SAVE_BY_FSDP1)
+    done = run_on_ranks(script, folder, use_orig_params)
+    assert done.returncode == 0, done.stdout
+    weights = ShardedWeights(folder)
+    for name, tensor in MPT(TINY, seed=3).state_dict().items():
+        assert torch.equal(weights.read(name), tensor), name
