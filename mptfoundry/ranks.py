@@ -80,8 +80,8 @@ def once_per_node(work: Callable[[], T], *, what: str, say: Callable[[str], None
     """Run work once per node while other ranks wait, without a timeout, and return its result.
 
     Args:
-        work: Returns something that JSON can hold. The other ranks poll the store and are in no collective, so
-            no backend timeout applies, and nobody continues before every node is ready.
+        work: Returns something that JSON can hold. The other ranks poll the store, outside of collectives, so
+            no backend timeout applies; nobody continues before every node is ready.
         what: What the ranks wait for, in words.
         say: Called on the first rank with the nodes that are still working.
 
