@@ -1,11 +1,11 @@
 """Resume a run as if it had never stopped: its state, its position in the data, and its random state.
 
 Composer would load with `torch.load(weights_only=False)` and evaluate text from the checkpoint; we use our
-own reader, and take no algorithms from the checkpoint. Composer also restores the random state only at the start
-of an epoch, or while it skips batches that were already seen. StreamingDataset resumes by itself, so there is
-nothing to skip, and dropout would differ from the first batch on. We restore it where training actually
-continues: right before the first batch's forward or, if the checkpoint is at the very end of an epoch, at
-that end.
+own reader, and take no algorithms from the checkpoint. Composer also restores the random state only at the
+start of an epoch, or while it skips batches that were already seen. StreamingDataset resumes by itself, so
+there is nothing to skip, and dropout would differ from the first batch on. We restore it where training
+actually continues: right before the first batch's forward or, if the checkpoint is at the very end of an
+epoch, at that end.
 
 Composer also counts the batches of an epoch (`train_subset_num_batches`) from where the loader begins, and
 StreamingDataset counts the epochs that it has begun; both are set to Composer's timestamp.
