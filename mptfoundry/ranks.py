@@ -77,7 +77,7 @@ def decided_by_rank_0(decide: Callable[[], T]) -> T | None:
 
 
 def once_per_node(work: Callable[[], T], *, what: str, say: Callable[[str], None] = print) -> T:
-    """Run work once per node while other ranks wait, without a timeout, and return its result.
+    """Run `work` once per node while other ranks wait, without a timeout, and return its result.
 
     Args:
         work: Returns something that JSON can hold. The other ranks poll the store, outside of collectives, so
@@ -253,7 +253,7 @@ class RankWatch:
             time.sleep(2.5 * self._seconds)
             after = self._beats()
         except RuntimeError:
-            return self._said_of([0])  # rank 0 holds the store
+            return self._said_of([0])  # the store was on rank 0's machine
         lost = [each for each in after if before[each] == after[each]]
         late = [each for each in after if each not in lost and not after[each]["waits"]]
         if lost:

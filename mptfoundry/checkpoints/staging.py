@@ -1,7 +1,7 @@
 """A model from an object store, kept on the local disk during an export.
 
-We read with Composer's object stores (`s3://`, `gs://`, `oci://`, ...), with credentials as for Composer. From
-a run we download only its newest whole checkpoint, and the small files that describe the run.
+We read with Composer's object stores (`s3://`, `gs://`, `oci://`, ...), with credentials as for Composer.
+From a run we download only its newest whole checkpoint, and the small files that describe it.
 """
 
 from __future__ import annotations

@@ -363,7 +363,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _copied(content: Any, live: set[int]) -> Any:
-    """Move the content to host memory; copy tensors only if they share memory with training."""
+    """Move the content to host memory; copy what is there only if it shares memory with training."""
     if isinstance(content, Tensor):
         return content.detach().to("cpu", copy=_address(content) in live)
     if isinstance(content, dict):

@@ -8,7 +8,7 @@ actually continues: right before the first batch's forward or, if the checkpoint
 epoch, at that end.
 
 Composer also counts the batches of an epoch (`train_subset_num_batches`) from where the loader begins, and
-StreamingDataset counts the epochs that it has begun; both are set to Composer's timestamp.
+StreamingDataset counts epochs from the one that it began; both are set to match Composer's timestamp.
 """
 
 from __future__ import annotations

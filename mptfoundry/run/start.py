@@ -255,7 +255,7 @@ def _refuse_one_file(checkpoint: Path, config: TrainConfig, key: str) -> None:
 
 
 def _finished_ones(checkpoints: Sequence[Checkpoint]) -> list[Path]:
-    """Return the finished checkpoints, and warn about the others."""
+    """Return the finished checkpoints, and print a line about each of the others."""
     finished = []
     for checkpoint in checkpoints:
         if reason := checkpoint.unfinished():
