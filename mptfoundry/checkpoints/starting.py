@@ -1,4 +1,4 @@
-"""The initial weights of a network: read from a model on disk, or random where they are new."""
+"""The initial weights of a network: read from a model on disk, or newly initialized."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class StartingWeights:
     compare all weights with their checksums, each rank a share.
 
     Args:
-        source: The model to start from; None: all weights are random.
+        source: The model to start from; None: all weights are newly initialized.
         network: Its parameters may be on the meta device.
         seed: Seed of the random weights.
-        new: Prefixes of parameters that `source` may lack, such as `score.`; those that it lacks are random.
+        new: Prefixes of parameters that `source` may lack, such as `score.`; those are newly initialized.
             It must have all others.
         unused: Prefixes of further weights that `source` may have, such as `lm_head.`.
         progress: Show a progress bar in bytes.
 
     Attributes:
-        drawn: Names of the parameters that are random although there is a source.
+        drawn: Names of the parameters that are newly initialized although there is a source.
 
     Raises:
         CheckpointError: A parameter is missing, unknown or has another shape, or weights are damaged.
