@@ -26,8 +26,8 @@ class StartingWeights:
         source: The model to start from; None: all weights are newly initialized.
         network: Its parameters may be on the meta device.
         seed: Seed of the random weights.
-        new: Prefixes of parameters that `source` may lack, such as `score.`; those are newly initialized.
-            It must have all others.
+        new: Prefixes of parameters that `source` may lack, such as `score.`; those that it lacks are
+            newly initialized. It must have all others.
         unused: Prefixes of further weights that `source` may have, such as `lm_head.`.
         progress: Show a progress bar in bytes.
 
