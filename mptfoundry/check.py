@@ -1,8 +1,9 @@
-"""`mptfoundry check`: check a configuration, and what it names as far as that is on this machine.
+"""`mptfoundry check`: check a config, and the files it names if they are on this machine.
 
-What contradicts itself or the files on this machine is an error. What only this machine lacks (a GPU, a
-package, a folder) is a line that begins with `here:`; another machine may have it, and `train` refuses it.
-Only indexes of shards and `tokenizer.json` are read, no samples and no records. torch is not imported.
+A contradiction within the config, or with files on this machine, is an error. Something that only this
+machine lacks (a GPU, a package, a folder) is printed on a line that begins with `here:`: another machine may
+have it, but `train` refuses to start without it. The check reads shard indexes and `tokenizer.json`, but no
+samples or records. It does not import torch.
 """
 
 from __future__ import annotations
@@ -38,13 +39,13 @@ SHOWN_FILES = 2
 
 @dataclass
 class Look:
-    """What is on this machine.
+    """What the check finds on this machine.
 
     Attributes:
-        problems: Errors: what contradicts the configuration, each with its key.
+        problems: Errors: contradictions with the config, each with its key.
         lacking: What `train` needs and this machine lacks, each with its key.
-        notes: What else is good to know about this machine.
-        streams: What is known of the data, by loader and stream.
+        notes: Other useful facts about this machine.
+        streams: What is known about the data, by loader and stream.
     """
 
     problems: list[MPTFoundryError] = field(default_factory=list)
@@ -54,10 +55,10 @@ class Look:
 
 
 def check(config: TrainConfig) -> str:
-    """What `mptfoundry check` prints: the run in a table, and a line for all that this machine lacks.
+    """Return what `mptfoundry check` prints: a table of the run, and a line for all that this machine lacks.
 
     Raises:
-        ConfigError, DataError: The configuration contradicts what is on this machine.
+        ConfigError, DataError: The config contradicts what is on this machine.
     """
     look = look_here(config)
     _raise(look.problems)
@@ -76,13 +77,13 @@ def check(config: TrainConfig) -> str:
 
 
 def refuse_here(config: TrainConfig) -> Plan:
-    """What `train` asks before its imports, which take longer.
+    """Check the config before `train` does its slow imports.
 
     Returns:
         The run's plan on this machine.
 
     Raises:
-        ConfigError, DataError: The configuration contradicts this machine, or asks for what it lacks.
+        ConfigError, DataError: The config contradicts this machine, or needs something it lacks.
     """
     look, plan = look_here(config), make_plan(config, detect_device())
     problems = [*look.problems, *(ConfigError(f"{key}: {text}") for key, text in plan.missing.items())]
@@ -95,7 +96,7 @@ def refuse_here(config: TrainConfig) -> Plan:
 
 
 def look_here(config: TrainConfig) -> Look:
-    """What a configuration names, as far as it is on this machine."""
+    """Check the files that a config names, if they are on this machine."""
     look = Look()
     tokenizer = _look_at_tokenizer(config, look)
     loaders = [("train", "train_loader", config.train_loader)]
@@ -113,7 +114,7 @@ def look_here(config: TrainConfig) -> Look:
                 look.lacking.append(str(error))
             except MPTFoundryError as error:
                 look.problems.append(error)
-            except (OSError, RuntimeError) as error:  # a name that no file can have, a home that is not known
+            except (OSError, RuntimeError) as error:  # an impossible file name, or an unknown home folder
                 look.problems.append(DataError(f"{place}: can't be read: {_reason(error)}."))
             else:
                 if known is not None:
@@ -126,8 +127,8 @@ def look_here(config: TrainConfig) -> Look:
 
 
 def planned_device(config: TrainConfig, device: Device) -> tuple[Device, str | None]:
-    """The devices to plan with: those of this machine, or where the batch or the shards do not split over
-    them as many of them as come nearest, and the problem."""
+    """Return the devices to plan with: this machine's, or if the batch or the shards don't divide evenly over
+    them, the nearest number of devices that works, and the problem."""
     problem = None
     for count in (device.count, *range(device.count - 1, 0, -1), *range(device.count + 1, MOST_DEVICES)):
         planned = replace(device, count=count, per_node=min(count, device.per_node))
@@ -145,12 +146,12 @@ def planned_device(config: TrainConfig, device: Device) -> tuple[Device, str | N
 
 
 def _reason(error: Exception) -> str:
-    """Without the name, which may be long."""
+    """Return an OSError's reason without the file name, which may be long."""
     return getattr(error, "strerror", None) or first_line(error)
 
 
 def _raise(problems: list[MPTFoundryError]) -> None:
-    """All problems in one error, of the data where all of them are."""
+    """Raise all problems as one error: a DataError if all of them are about data, else a ConfigError."""
     if not problems:
         return
     texts = [str(problem) for problem in problems]
@@ -162,7 +163,7 @@ def _has_streams(loader: LoaderConfig) -> bool:
 
 
 def _look_at_start(config: TrainConfig, look: Look) -> None:
-    """The checkpoint of `load_path`, which a run that has one of its own no longer needs."""
+    """Check the checkpoint of `load_path`; a run that already has its own checkpoint doesn't need it."""
     place = (config.load_path or "").replace("{run_name}", config.run_name).replace("{rank}", "0")
     start = path_of(place) if place else None
     if start is not None and not os.path.lexists(start):
@@ -210,7 +211,7 @@ def _look_at_shards(
     tokenizer: TokenizerFiles | None,
     look: Look,
 ) -> Stream | None:
-    """What the index of a stream says, if it lies here; a URL's may lie in its cache."""
+    """Read a stream's index if it is on this machine; for a URL, look in its local cache."""
     origin = path_of(stream.place)
     if origin is None:
         cached = Path(stream.local).expanduser() / (split or "") if stream.local else None
@@ -235,7 +236,7 @@ def _look_at_shards(
 
 
 def _look_at_records(stream: RecordsConfig, where: str) -> Stream | None:
-    """The files that a stream of records reads, if they lie here."""
+    """List the files of a stream of records, if they are on this machine."""
     records = look_at_records(stream, where)
     if records is None:
         return None

@@ -1,7 +1,7 @@
-"""`mptfoundry VERB ...`: the doors to everything, also used by `scripts/` for the `composer` launcher.
+"""`mptfoundry VERB ...`: the command line, which `scripts/` also uses for the `composer` launcher.
 
-A verb takes words: first its positional ones, then `key=value`. What a verb needs is imported when it runs,
-so that `--help` and `check` answer at once.
+A verb takes positional arguments first, then `key=value`. Each verb imports what it needs when it runs,
+so that `--help` and `check` start fast.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ KEY = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb and returns the exit code: 0, 1 (data, checkpoint ...), 2 (config), 130 (Ctrl-C), or 143
-    where a training was asked to stop."""
+    """Run one verb and return the exit code: 0, 1 (data, checkpoint ...), 2 (config), 130 (Ctrl-C), or 143
+    if training was asked to stop."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # The flag's usual form; a verb's own parser knows words alone.
+    # Accept the usual form of the flag; a verb's own parser only knows `key=value`.
     words = ["clean=true" if word == "--clean" and words[0] == "doctor" else word for word in words]
     arguments = _parser(words).parse_args(words)
     if "GROUP_RANK" in os.environ:
-        os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])  # torchrun's name for it
-    # A training outlives the terminal, or the reader, that its output went to.
+        os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])  # torchrun calls it GROUP_RANK
+    # Training continues when its terminal, or the reader of its output, goes away.
     with lasting_output() if arguments.verb == "train" else nullcontext():
         return _run(VERBS[arguments.verb], arguments.words)
 
@@ -65,7 +65,7 @@ def _run(verb: Verb, words: list[str]) -> int:
         print(STOPPED_BY_CTRL_C, file=sys.stderr)
         return CTRL_C_EXIT_CODE
     except BrokenPipeError:
-        # The reader of our output, such as `head`, has seen enough.
+        # The reader of our output, such as `head`, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         _leave_signals()
@@ -76,14 +76,14 @@ def _run(verb: Verb, words: list[str]) -> int:
 
 
 def _leave_signals() -> None:
-    """From here on the exit code stands, also where the launcher ends all ranks since one has ended."""
+    """Ignore signals from here on: the launcher ends all ranks when one ends, and the exit code must stay."""
     if world_size() > 1:
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
 
 
 def _importing() -> AbstractContextManager[None]:
-    """While heavy libraries are imported, Ctrl-C ends the process at once."""
+    """Let Ctrl-C end the process at once while heavy libraries are imported."""
     return ending_at_once([signal.SIGINT], STOPPED_BY_CTRL_C, CTRL_C_EXIT_CODE)
 
 
@@ -189,7 +189,7 @@ def _generate(words: list[str]) -> None:
 
 
 def _text_of(prompt: str) -> str:
-    """A prompt, or what is in the file that it names."""
+    """Return the prompt, or the content of the file that it names."""
     if not prompt.startswith("file::"):
         return prompt
     try:
@@ -233,7 +233,7 @@ def _doctor(words: list[str]) -> None:
 
 
 def _load_network(options: TextConfig) -> tuple[Any, Any]:
-    """The network in the dtype asked for, on the GPU if there is one, and its tokenizer."""
+    """Load the network in the requested dtype, on the GPU if there is one, and its tokenizer."""
     with _importing():
         import torch
 
@@ -265,7 +265,7 @@ def _how(options: TextConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Verb:
-    """What a verb does, the words it takes, an example, and the class of its options in config/verbs.py."""
+    """What a verb does, its arguments, an example, and the class of its options in config/verbs.py."""
 
     run: Callable[[list[str]], None]
     does: str
@@ -353,7 +353,7 @@ VERBS = {
 
 
 def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
-    """All verbs; the options of a verb are looked up only where `words` ask for its help."""
+    """Build the parser of all verbs; it looks up a verb's options only if `words` ask for its help."""
     wants_help = {"-h", "--help"} & set(words)
     parser = argparse.ArgumentParser(
         prog="mptfoundry",
@@ -400,9 +400,9 @@ def _load_config(words: list[str]) -> TrainConfig:
 
 
 def _options(words: list[str], schema: str, *names: str, rest: str | None = None) -> Any:
-    """The words of a verb as its options: the leading ones without `key=` get `names`, further ones `rest`.
+    """Parse a verb's arguments: leading ones without `key=` are assigned to `names`, further ones to `rest`.
 
-    `runs/a hf/a dtype=fp32` with the names `model`, `out` is `model=runs/a out=hf/a dtype=fp32`.
+    With the names `model` and `out`, `runs/a hf/a dtype=fp32` means `model=runs/a out=hf/a dtype=fp32`.
     """
     from mptfoundry.config import verbs
     from mptfoundry.config.load import parse_words

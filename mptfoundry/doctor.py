@@ -1,8 +1,7 @@
-"""What works on this machine and what does not, in one page.
+"""Report on one page what works on this machine and what does not.
 
-Versions are read from the packages' metadata; only flash-attn, where it is installed, is imported, since it
-may have been compiled against another torch. Nothing is changed and nothing is sent but one request for the
-hub's front page.
+Versions come from package metadata. Only flash-attn, if installed, is imported, because it may have been
+compiled against another torch. The doctor changes nothing and sends one request, for the hub's front page.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ from mptfoundry.plan.devices import GIB, Device, launcher_device, visible_gpus
 from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision
 from mptfoundry.run.leftovers import find_leftovers, remove_leftovers
 
-# Name on PyPI, and what it is good for where a run can do without it.
+# Name on PyPI, and for optional packages what they are used for.
 _PACKAGES: dict[str, str | None] = {
     "torch": None,
     "mosaicml": None,
@@ -48,7 +47,7 @@ _HUB_TIMEOUT_SECONDS = 3.0
 
 
 def doctor() -> str:
-    """The page that `mptfoundry doctor` prints."""
+    """Return the page that `mptfoundry doctor` prints."""
     hub: list[str] = []
     asking = threading.Thread(target=lambda: hub.append(_hub()), daemon=True)
     asking.start()
@@ -69,7 +68,7 @@ def doctor() -> str:
 
 
 def clean() -> str:
-    """Removes what dead runs left; the list that `mptfoundry doctor clean=true` prints."""
+    """Remove what dead runs left, and return the list that `mptfoundry doctor clean=true` prints."""
     found = find_leftovers()
     gone = remove_leftovers(found)
     lines = [f"removed {each.path}, {each.bytes:,} bytes" for each in gone]
@@ -78,7 +77,7 @@ def clean() -> str:
 
 
 def troubles() -> list[str]:
-    """What would keep a run from starting here, one sentence each; `mptfoundry doctor` exits with 1 then."""
+    """List what keeps a run from starting here, one sentence each; if any, the doctor exits with 1."""
     found = []
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
         found.append(f"Python {platform.python_version()} is not supported. Use 3.10, 3.11 or 3.12.")
@@ -108,7 +107,7 @@ def _packages() -> list[str]:
 
 
 def _outside(name: str, version: str | None) -> str:
-    """Whose declared range the installed version leaves, or nothing."""
+    """Say which package's declared range excludes the installed version, or return an empty string."""
     try:
         from packaging.requirements import Requirement
     except ImportError:
@@ -135,7 +134,7 @@ def _devices(device: Device) -> list[str]:
 
 
 def _attention(device: Device) -> list[str]:
-    """Which backends can run an MPT (ALiBi, causal) here in the precision that `auto` takes."""
+    """Report which backends can run an MPT (ALiBi, causal) here in the precision that `auto` picks."""
     if _version("torch") is None:
         return ["nothing works without torch"]
     config = MPTConfig(attn_config=AttnConfig(alibi=True), no_bias=True)
@@ -165,7 +164,7 @@ def _room() -> list[str]:
 
 
 def _hub() -> str:
-    """Whether tokenizers and data sets can be fetched by name."""
+    """Check whether tokenizers and data sets can be downloaded by name."""
     for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         if os.environ.get(variable, "").upper() in {"1", "ON", "YES", "TRUE"}:
             return f"Hugging Face hub: switched off by {variable}; folders on this machine are used alone"
@@ -182,7 +181,7 @@ def _hub() -> str:
 
 
 def _traps(device: Device) -> list[str]:
-    """What surprises people in the installed versions on this machine, and only what applies to it."""
+    """List surprises in the installed versions, but only those that apply to this machine."""
     torch, numpy, triton = _version("torch") or "", _version("numpy") or "", _version("triton") or ""
     lines = []
     if device.kind == "cpu":

@@ -1,7 +1,7 @@
 """Errors that the user can fix.
 
-Every error of this family is printed as its text alone, without a traceback (``MPTFOUNDRY_DEBUG=1``
-shows one), and ends the command with its ``exit_code``.
+The command prints only the text of such an error, without a traceback (``MPTFOUNDRY_DEBUG=1``
+shows one), and exits with the error's ``exit_code``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ class MPTFoundryError(Exception):
     """Base of all errors whose text is written for the user.
 
     Attributes:
-        of_this_machine: Other machines of the run may not have it, so that this process says it itself.
+        of_this_machine: Other machines of the run may not have this error, so this process reports it itself.
     """
 
     exit_code = 1
@@ -21,7 +21,7 @@ class MPTFoundryError(Exception):
 
 
 class ConfigError(MPTFoundryError):
-    """One or more values of a configuration are wrong; all that were found are in ``problems``."""
+    """One or more values of a config are wrong; ``problems`` lists all that were found."""
 
     exit_code = 2
 
@@ -35,7 +35,7 @@ class DataError(MPTFoundryError):
 
 
 class MissingError(DataError):
-    """A file or folder of data that should lie on this machine does not; another machine may have it."""
+    """A data file or folder is missing on this machine; another machine may have it."""
 
 
 class CheckpointError(MPTFoundryError):
@@ -43,15 +43,15 @@ class CheckpointError(MPTFoundryError):
 
 
 class TrainingError(MPTFoundryError):
-    """The training can't continue: its numbers are not finite, its loss left all bounds, a rank is silent."""
+    """Training can't continue: numbers are not finite, the loss exploded, or a rank is silent."""
 
 
 class RunStopped(Exception):
-    """The run was asked to stop, and did; its text says how it continues. Schedulers start 143 again."""
+    """The run stopped on request; the text says how to continue. Schedulers restart a job that exits 143."""
 
     exit_code = 143
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says, for the end of a sentence of ours; its name if nothing."""
+    """Return the first line of another library's error, to end a sentence of ours, or the error's type."""
     return (str(error).strip() or type(error).__name__).split("\n")[0].rstrip(".")

@@ -1,4 +1,4 @@
-"""Evaluation of a finished model: `evaluate(options)` measures its loss on labelled held-out text.
+"""Evaluate a finished model: `evaluate(options)` measures its loss on labelled held-out text.
 
 Every token counts once, whatever the batch size and the number of ranks (see evals/token_loss.py).
 """
@@ -35,20 +35,20 @@ from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision, choose_workers
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 EVAL_BATCH_SIZE = 8
-# Composer warns of these, which are intended: a last batch is smaller than the others; there is no optimizer.
+# Warnings Composer raises about things we do on purpose: a smaller last batch, no optimizer.
 EXPECTED_WARNINGS = ("Cannot split (tensor|list) of length", "No optimizer was specified")
 
 Results = dict[str, dict[str, float]]
 
 
 def evaluate(options: EvalConfig) -> Results:
-    """Loss, perplexity and bits per byte of a model on each of its labelled loaders.
+    """Measure loss, perplexity and bits per byte of a model on each of its labelled loaders.
 
     Returns:
         label -> metric -> value; `LanguageCrossEntropy` in nats per token. Also written to `options.out`.
 
     Raises:
-        ConfigError, DataError, CheckpointError: Something named is missing or doesn't fit.
+        ConfigError, DataError, CheckpointError: Something the options name is missing or doesn't fit.
     """
     device = detect_device()
     precision = choose_precision(device)[0] if options.precision == "auto" else options.precision
@@ -98,7 +98,7 @@ def evaluate(options: EvalConfig) -> Results:
 
 
 def results_table(results: Results) -> str:
-    """The results as a table, a label a row."""
+    """Format the results as a table, one row per label."""
     names = list(next(iter(results.values())))
     width = max(len("label"), *(len(label) for label in results))
     lines = ["  ".join([f"{'label':{width}}", *names])]
@@ -113,7 +113,7 @@ def _short(value: float) -> str:
 
 
 def _was_sharded(source: ModelSource) -> bool:
-    """Whether the model's run had it sharded: it may not fit on one device."""
+    """Whether the model's run sharded it: then it may not fit on one device."""
     return source.run_folder is not None and read_run(source.run_folder).get("fsdp_config") is not None
 
 
@@ -126,7 +126,7 @@ def _model(
     *,
     is_sharded: bool,
 ) -> ComposerMPT:
-    """The model whole, or of which each rank reads its shards once it has them."""
+    """Build the model with its weights, or as an outline for which each rank later reads its shards."""
     chosen: dict[str, Any] = {
         "device": device.torch_type,
         "compute_dtype": getattr(torch, COMPUTE_DTYPE[precision]),
@@ -143,11 +143,11 @@ def _model(
 
 
 def _loaders(options: EvalConfig, source: ModelSource) -> dict[str, LoaderConfig]:
-    """Those that the command names, or else those of the run that the model came from."""
+    """Return the loaders that the command names, or those of the run that the model came from."""
     if options.eval_loaders:
         return options.eval_loaders
     if source.run_folder is not None:
-        # Loggers have no part in it, and what they were given may be in no environment here.
+        # Evaluation uses no loggers, and their settings may refer to environment variables missing here.
         words = ["code_paths=[]", "allow_code=true", "loggers=null"]
         config, _ = load_train_config(source.run_folder / "config.yaml", words)
         if config.eval_loaders:

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and files of folders that anyone may have made."""
+"""Atomic writes of files and folders, and safe reads from folders that anyone may have made."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from typing import Any
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.places import is_url
 
-# Copies a local file to where it is kept, under a name that may have one folder in it.
+# Copies a local file to its final location, under a name that may include one folder.
 Upload = Callable[[Path, str], None]
-# Whether a process, given by its machine and its number, is known to be gone.
+# Whether a process, given by its machine and its process ID, is known to have ended.
 IsLeft = Callable[[str, int], bool]
 
 _UNFINISHED = re.compile(r"\..+\.part|\..+\.staged\..+")
 _OLD = ".old"
-# The name that a file or folder is to get, or had, and who is at it: a machine, and a process of that.
+# The final (or former) name of a file or folder, and its writer: a machine and a process ID on it.
 _BEGUN = re.compile(rf"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)(?P<old>\{_OLD})?\.part")
-# Of linux/fs.h and fcntl.h.
+# From linux/fs.h and fcntl.h.
 _EXCHANGE, _HERE = 2, -100
 
 
 @contextmanager
 def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Write a file or a folder so that whoever looks sees all of it or nothing.
+    """Write a file or a folder atomically: readers see all of it or nothing.
 
-    Yields a temporary name next to `path`, at which the caller makes a file or a folder. When the block ends
-    well it is flushed to the disk and renamed to `path`; when it ends in an error, or the process dies,
-    `path` stays as it was. What earlier, dead processes of this machine left is removed first.
+    Yields a temporary name next to `path`, where the caller makes a file or a folder. If the block succeeds,
+    it is flushed to disk and renamed to `path`; if the block raises, or the process dies, `path` stays as it
+    was. Leftovers of earlier, dead processes of this machine are removed first.
 
     Args:
         path: The final name; its parents are made.
-        overwrite: Replace what is there. Without it only an empty folder is replaced.
+        overwrite: Replace what is at `path`. Without it only an empty folder is replaced.
 
     Raises:
-        CheckpointError: Something is there already, or the place can't be written to.
+        CheckpointError: Something is already at `path`, or it can't be written to.
     """
     path = Path(path).absolute()
     refuse_what_is_there(path, overwrite=overwrite)
@@ -70,15 +70,15 @@ def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
 def refuse_what_is_there(
     path: Path, *, overwrite: bool, names: Sequence[str] = ("*",), source: str | Path | None = None
 ) -> None:
-    """Raise CheckpointError if something is at `path` that may not be replaced.
+    """Raise CheckpointError if something at `path` must not be replaced.
 
-    What a process that was killed was replacing there is put back first.
+    If a killed process left a replacement unfinished, the old content is put back first.
 
     Args:
         path: What is going to be written.
-        overwrite: Replace a folder that is there.
-        names: Patterns of what such a folder holds; one that holds anything else is another's.
-        source: What is read for it, which must not lie there.
+        overwrite: Replace an existing folder.
+        names: Patterns of what our folders hold; a folder that holds anything else is someone else's.
+        source: What will be read to write it, which must not be inside `path`.
     """
     _put_back(path.absolute(), _is_of_no_other)
     read = None if source is None or is_url(source) else Path(source).resolve()
@@ -97,7 +97,7 @@ def refuse_what_is_there(
 
 @contextmanager
 def writing_into(save_folder: Path) -> Iterator[None]:
-    """Turn what goes wrong with the files of a run's folder into a ConfigError."""
+    """Turn errors with the files of a run's folder into a ConfigError."""
     try:
         yield
     except OSError as error:
@@ -108,7 +108,7 @@ def writing_into(save_folder: Path) -> Iterator[None]:
 
 
 def point(link: Path, target: Path) -> None:
-    """Let a link lead to `target`, a file or folder next to it; it leads to the old one or to the new one."""
+    """Point a link at `target`, a file or folder next to it, in one atomic step."""
     temporary = _beside(link)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, link.parent))
@@ -116,14 +116,14 @@ def point(link: Path, target: Path) -> None:
 
 
 def remove_unfinished(folder: Path, *, is_ours: bool = True, but: Path | None = None) -> list[Path]:
-    """Remove from a folder what was begun there and never got its name; what was to be replaced gets it back.
+    """Remove unfinished writes from a folder; what they were about to replace gets its name back.
 
     Args:
         folder: Where to look.
-        is_ours: Nobody else writes there. Otherwise only what dead processes of this machine left is removed.
-        but: What this lies in stays.
+        is_ours: Nobody else writes there. Otherwise only leftovers of this machine's dead processes go.
+        but: Keep what contains this.
     """
-    # A process of another machine, or one whose number a new one has, can't be asked.
+    # We can't ask about a process on another machine, or one whose ID has been reused.
     is_left = (lambda host, pid: True) if is_ours else _is_of_the_dead
     for _, left in _left_in(folder, is_left):
         _put_back(folder / left["name"], is_left)
@@ -140,7 +140,7 @@ def remove_unfinished(folder: Path, *, is_ours: bool = True, but: Path | None = 
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process of this machine still runs."""
+    """Whether a process of this machine is still running."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -151,7 +151,7 @@ def is_alive(pid: int) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder with all that is in it; a missing one is not an error."""
+    """Remove a file, a link or a folder with everything in it; a missing one is not an error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -189,7 +189,7 @@ def _exchange(one: Path, other: Path) -> bool:
 
 
 def _flush(path: Path) -> None:
-    """Write a file, or a folder with all that is in it, through to the disk."""
+    """Flush a file, or a folder with everything in it, to disk."""
     if path.is_dir():
         for entry in path.iterdir():
             _flush(entry)
@@ -205,7 +205,7 @@ def _flush_one(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """The name under which this process writes what `path` is to be."""
+    """Return the temporary name that this process uses to write `path`."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.part")
 
 
@@ -214,7 +214,7 @@ def _host() -> str:
 
 
 def _put_back(path: Path, is_left: IsLeft) -> None:
-    """Give a folder its name again where a process moved it away and was killed before the new one got it."""
+    """Rename a folder back if a process moved it away and was killed before its replacement was in place."""
     if not path.exists() and path.parent.is_dir():
         for entry, left in _left_in(path.parent, is_left):
             if left["old"] and left["name"] == path.name:
@@ -223,18 +223,18 @@ def _put_back(path: Path, is_left: IsLeft) -> None:
 
 
 def _left_in(folder: Path, is_left: IsLeft) -> list[tuple[Path, re.Match[str]]]:
-    """What processes began in a folder, and what they moved away there, where they are known to be gone."""
+    """List unfinished or moved-away entries in a folder whose processes are known to have ended."""
     matches = [(entry, match) for entry in folder.iterdir() if (match := _BEGUN.fullmatch(entry.name))]
     return [(entry, match) for entry, match in matches if is_left(match["host"], int(match["pid"]))]
 
 
 def _is_of_the_dead(host: str, pid: int) -> bool:
-    """Whether a process is one of this machine that has ended."""
+    """Whether a process belongs to this machine and has ended."""
     return host == _host() and not is_alive(pid)
 
 
 def _is_of_no_other(host: str, pid: int) -> bool:
-    """The same, or it has this process's number, as the processes of one container after another do."""
+    """The same, or it has this process's ID, as processes of successive containers often do."""
     return host == _host() and (pid == os.getpid() or not is_alive(pid))
 
 
@@ -242,9 +242,9 @@ _LARGEST_JSON = 1 << 26
 
 
 def confined(folder: Path, name: str, named_by: Path) -> Path:
-    """The file `name` of `folder`; raises CheckpointError unless it lies in that very folder.
+    """Return the file `name` of `folder`; raise CheckpointError if it is outside that folder.
 
-    Links may lead to files of the same folder, and from a snapshot in the hub's cache to its blobs.
+    Links may point to files of the same folder, and from a snapshot in the hub's cache to its blobs.
     """
     if Path(name).name != name or name in ("", ".", "..") or "\\" in name or "\0" in name:
         raise CheckpointError(
@@ -264,10 +264,10 @@ def confined(folder: Path, name: str, named_by: Path) -> Path:
 
 
 def read_json(folder: Path, name: str) -> dict[str, Any]:
-    """The content of a JSON file of `folder` that holds a dictionary.
+    """Read a JSON file of `folder` that holds a dictionary.
 
     Raises:
-        CheckpointError: It is missing, lies elsewhere, is damaged, or no dictionary.
+        CheckpointError: It is missing, outside the folder, damaged, or not a dictionary.
     """
     if not (folder / name).exists():
         raise CheckpointError(f"{folder}: {name} is missing.")
@@ -289,14 +289,14 @@ class Held(Exception):
 
 @contextmanager
 def locked(path: Path, *, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold the lock of a file, which is made with its parents; it ends with this process, however that ends.
+    """Hold a lock on a file, which is made with its parents; the lock ends with this process, even if killed.
 
-    Whoever holds the lock may remove the file, or its folder: who waited for it makes a new file. The lock
-    reaches other machines where the file system does that (NFS 4, Lustre mounted with `flock`).
+    The holder may remove the file or its folder; whoever waited then makes a new file. The lock works across
+    machines if the file system supports that (NFS 4, Lustre mounted with `flock`).
 
     Args:
-        path: The file; it says which process holds it.
-        waiting: Is told who holds the lock, which is then waited for. Default: raise at once.
+        path: The file; it records which process holds the lock.
+        waiting: Called with the holder before waiting for it. Default: raise at once.
 
     Raises:
         Held: Another process holds the lock.
@@ -307,7 +307,7 @@ def locked(path: Path, *, waiting: Callable[[str], None] | None = None) -> Itera
             path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:
-            continue  # its holder has just removed the folder
+            continue  # the holder has just removed the folder
         try:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -316,7 +316,7 @@ def locked(path: Path, *, waiting: Callable[[str], None] | None = None) -> Itera
                     raise Held(_holder_of(file)) from error
                 waiting(_holder_of(file))
                 fcntl.flock(file, fcntl.LOCK_EX)
-            # A lock on a file that its holder has removed keeps nobody out.
+            # If the holder has removed the file, a lock on it excludes nobody.
             if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
                 os.ftruncate(file, 0)
                 os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
@@ -327,7 +327,7 @@ def locked(path: Path, *, waiting: Callable[[str], None] | None = None) -> Itera
 
 
 def _holder_of(file: int) -> str:
-    """Who holds a lock, in words."""
+    """Return who holds a lock, in words."""
     try:
         said = json.loads(os.pread(file, 1 << 12, 0))
         return f"process {int(said['pid'])} on {said['host']}"

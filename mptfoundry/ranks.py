@@ -1,10 +1,10 @@
-"""What ranks do together: rank 0 decides for all, one process of each node works while the others wait, and
-every rank learns who has failed and who is silent.
+"""Coordination between ranks: rank 0 decides for all, one process per node works while the others wait, and
+every rank learns which ranks have failed or are silent.
 
-What ranks report outside the collectives goes through the store at which they have met, over a connection of
-its own, so it works while the main thread waits. Words: a *beat* is what a rank tells every few seconds: its
-batch, and where its main thread is. A rank whose beats stop is lost; one that beats and is not in a
-collective while the others wait there is late.
+Ranks report outside the collectives, through the rendezvous store and over a separate connection, so it works
+while the main thread waits. Words: a *beat* is what a rank reports every few seconds: its batch, and where
+its main thread is. A rank whose beats stop is lost; one that beats but is not in the collective where the
+others wait is late.
 """
 
 from __future__ import annotations
@@ -33,34 +33,34 @@ FAILURE, BEAT = "mptfoundry/failure", "mptfoundry/beat"
 SECONDS_TO_WAIT_FOR_RANK_0 = 10.0
 _SECONDS_TO_CONNECT = 10.0
 _LONGEST_SECONDS_BETWEEN_BEATS = 5.0
-# Said by gloo, NCCL and the store when a collective comes to no end.
+# Messages of gloo, NCCL and the store when a collective fails or times out.
 _COMMUNICATION = re.compile(r"gloo|NCCL|ProcessGroup|TCPStore|Connection (closed|reset|refused)|Broken pipe")
 _LIBRARIES = (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"])
 SECONDS_BETWEEN_LOOKS = 0.2
 SECONDS_BETWEEN_WORDS = 30
-# Every rank calls in the same order, so that all count alike.
+# Every rank makes these calls in the same order, so all ranks have the same count.
 _calls = count()
 _COLLECTIVES = ("torch/distributed/", "torch/autograd/graph.py")
 
 
 def rank() -> int:
-    """This process's number among all."""
+    """Return this process's global rank."""
     return int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return how many processes train together."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def say(text: str) -> None:
-    """Print on rank 0 alone."""
+    """Print on rank 0 only."""
     if rank() == 0:
         print(text, flush=True)
 
 
 def decided_by_rank_0(decide: Callable[[], T]) -> T | None:
-    """What rank 0 decides, which all ranks are told, in a collective; its error is raised on all of them."""
+    """Return rank 0's decision on all ranks, with a collective; an error of rank 0 is raised on all ranks."""
     from composer.utils import dist
 
     told: list[Any] = [None, None]
@@ -77,14 +77,13 @@ def decided_by_rank_0(decide: Callable[[], T]) -> T | None:
 
 
 def once_per_node(work: Callable[[], T], *, what: str, say: Callable[[str], None] = print) -> T:
-    """The result of `work`, which the first process of each node computes.
+    """Run `work` once per node while other ranks wait, without a timeout, and return its result.
 
     Args:
-        work: Gives what JSON can hold. The others wait for it as long as it takes: they ask the store, no
-            collective, so that no timeout of a backend runs meanwhile, and nobody continues before every node
-            is ready.
-        what: What is waited for, in words.
-        say: Is told, on the first rank, which nodes are waited for.
+        work: Returns something that JSON can hold. The other ranks poll the store, outside of collectives, so
+            no backend timeout applies; nobody continues before every node is ready.
+        what: What the ranks wait for, in words.
+        say: Called on the first rank with the nodes that are still working.
 
     Raises:
         DataError, ConfigError: What `work` raised, on all ranks.
@@ -122,12 +121,12 @@ def once_per_node(work: Callable[[], T], *, what: str, say: Callable[[str], None
 
 
 def connect() -> Any:
-    """A connection to the store; None where a process is alone, hasn't met the others, or they are gone."""
+    """Connect to the store; None if this process is alone, hasn't met the others, or the store is gone."""
     if not _have_met():
         return None
     with contextlib.suppress(RuntimeError, KeyError, OSError):
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        # Torch would try for long, and say so, where nobody listens any more.
+        # If nobody listens any more, torch would retry for a long time and print about it.
         socket.create_connection(place, timeout=_SECONDS_TO_CONNECT).close()
         return sys.modules["torch"].distributed.TCPStore(
             *place,
@@ -145,7 +144,7 @@ def _have_met() -> bool:
 
 
 def announce_failure(store: Any, text: str, exit_code: int) -> None:
-    """Tell the other ranks that this one ends with an error, and which; without a store there is nobody."""
+    """Tell the other ranks that this one ends with an error, and which; does nothing without a store."""
     if store is None:
         return
     with contextlib.suppress(RuntimeError):
@@ -154,7 +153,7 @@ def announce_failure(store: Any, text: str, exit_code: int) -> None:
 
 
 def failure_text(store: Any, number: int) -> str | None:
-    """The error that a rank has announced."""
+    """Return the error that a rank has announced."""
     key = f"{FAILURE}/{number}"
     with contextlib.suppress(RuntimeError):
         return store.get(key).decode() if store.check([key]) else None
@@ -162,10 +161,10 @@ def failure_text(store: Any, number: int) -> str | None:
 
 
 def report(error: MPTFoundryError) -> None:
-    """Prints an error once where all ranks share it, and with its rank where only one has it.
+    """Print an error once if all ranks share it, and with its rank if only one has it.
 
     A config is the same on every rank, so rank 0 speaks for all. Later errors are compared through the
-    store that the ranks met at; what was found on one machine before that is said there.
+    rendezvous store; an error of one machine from before the ranks met is printed on that machine.
     """
     lines = [f"error: {line}" for line in str(error).splitlines() if line.strip()]
     if world_size() == 1:
@@ -175,7 +174,7 @@ def report(error: MPTFoundryError) -> None:
     announce_failure(store, str(error), error.exit_code)
     speaks = (store is None and _have_met()) or error.of_this_machine
     if rank() != 0 and not speaks and (store is None or _all_report(store, str(error), [0])):
-        # Rank 0 says it. The launcher ends all ranks with the first one: let that be rank 0.
+        # Rank 0 prints it. The launcher ends all ranks after the first one exits: let that be rank 0.
         time.sleep(SECONDS_TO_WAIT_FOR_RANK_0)
         return
     is_shared = rank() == 0 and (store is None or _all_report(store, str(error), range(world_size())))
@@ -197,7 +196,7 @@ def _wait_for(store: Any, ranks: Iterable[int]) -> bool:
 
 
 class RankWatch:
-    """Beats for this rank, as a context, and says which ranks are silent.
+    """Send this rank's beats, as a context, and tell which ranks are silent.
 
     Args:
         timeout: Seconds that a collective waits for all ranks.
@@ -226,7 +225,7 @@ class RankWatch:
         self._ended.set()
 
     def failure(self) -> int | None:
-        """The exit code of another rank that has announced an error; None while there is none."""
+        """Return the exit code of another rank that has announced an error; None if there is none."""
         if self._store is None:
             return None
         with contextlib.suppress(RuntimeError):
@@ -238,7 +237,7 @@ class RankWatch:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """Turn the error of a collective that came to no end into one that names the silent ranks."""
+        """Turn the error of a collective that timed out into one that names the silent ranks."""
         try:
             yield
         except RuntimeError as error:
@@ -248,13 +247,13 @@ class RankWatch:
             raise TrainingError(self.silent()) from error
 
     def silent(self) -> str:
-        """Which ranks did not arrive, and where they were last seen; takes two or three beats' time."""
+        """Say which ranks did not arrive, and where they were last seen; takes two or three beats."""
         try:
             before = self._beats()
             time.sleep(2.5 * self._seconds)
             after = self._beats()
         except RuntimeError:
-            return self._said_of([0])  # at which all ranks have met
+            return self._said_of([0])  # the store was on rank 0's machine
         lost = [each for each in after if before[each] == after[each]]
         late = [each for each in after if each not in lost and not after[each]["waits"]]
         if lost:
@@ -271,7 +270,7 @@ class RankWatch:
         )
 
     def _said_of(self, lost: Iterable[int]) -> str:
-        # Its last beat is older than its end; where it is missed is here.
+        # Its last beat is older than its end, so we name the place where this rank misses it.
         said = "; ".join(f"rank {each} gives no sign of life in batch {self.batch() + 1}" for each in lost)
         return f"{said}. Its process or its machine has ended: look there. The same command continues."
 
@@ -322,7 +321,7 @@ def _waits(frame: FrameType | None) -> bool:
 
 
 def _where(frame: FrameType | None) -> str | None:
-    """The innermost line that is not a library's, else the innermost of all."""
+    """Return the innermost line outside of libraries, or else the innermost line of all."""
     own = (each for each in _frames(frame) if not each.f_code.co_filename.startswith(_LIBRARIES))
     found = next(own, frame)
     if found is None:

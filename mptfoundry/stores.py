@@ -1,9 +1,9 @@
-"""Calls to object stores, which may fail for a while: they are tried again, with messages.
+"""Calls to object stores, which may fail for a while: calls are retried, with messages.
 
-A store's hiccup (5xx, SlowDown, a closed connection) must not end a run. A call is repeated after
-growing pauses, for as long as its `Patience` lasts; meanwhile the reason is printed, and since when. What
-another try won't change (no rights, nothing there) is raised at once. A call that gives no sign of life is
-named, too, and given up when the patience is over.
+A short failure of a store (5xx, SlowDown, a closed connection) must not end a run. A call is retried after
+growing pauses, for as long as its `Patience` lasts; meanwhile we print the reason, and since when it fails.
+An error that a retry won't change (no permission, not found) is raised at once. A call that shows no progress
+is reported, too, and given up when the patience is over.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Patience:
     """How long a store may fail.
 
     Attributes:
-        seconds: From the first failure, or the last sign of life, until the call is given up.
-        quiet_seconds: Without a sign of life until the call is named.
+        seconds: From the first failure, or the last progress, until the call is given up.
+        quiet_seconds: Without progress until the call is reported.
         first_pause: Seconds before the second try; each further pause is twice as long ...
         longest_pause: ... up to this.
     """
@@ -43,13 +43,13 @@ class Patience:
     longest_pause: float = 60.0
 
 
-# While training continues; while ranks wait for data; while they wait for a start; for what may as well fail.
+# While training continues; while ranks wait for data; while they wait for a start; for optional calls.
 IN_BACKGROUND = Patience()
 FOR_DATA = Patience(seconds=300.0)
 AT_START = Patience(seconds=60.0, longest_pause=10.0)
 ONCE = Patience(seconds=0.0, quiet_seconds=20.0)
 
-# Of HTTP: a timeout, too early, too many requests.
+# HTTP: request timeout, too early, too many requests.
 _PASSING_CODES = {"408", "425", "429"}
 _REFUSED_CODES = {
     "401",
@@ -78,7 +78,7 @@ _FINAL_NAMES = {"NoCredentialsError", "PartialCredentialsError", "ParamValidatio
 
 
 class SilentStore(Exception):
-    """A store that took a call and never answered."""
+    """A store accepted a call and never answered."""
 
 
 def patiently(
@@ -90,19 +90,22 @@ def patiently(
     seconds_of_work: float = 0.0,
     say: Callable[[str], None] = print,
 ) -> T:
-    """The result of a call to a store, which is repeated while it fails for a reason that may pass.
+    """Call a store, and retry while the call fails for a reason that may pass.
 
     Args:
-        call: Runs in a thread of its own.
+        call: Runs in its own thread.
         what: The call in words, such as `s3://runs/a/ep0-ba10-rank0.pt: can't be uploaded`.
         patience: How long it may fail.
-        sign: Gives something else whenever the call has come further, such as bytes.
-        seconds_of_work: How much longer it may be silent, where not every store tells how far it is.
-        say: Is told what fails, and for how long.
+        sign: Returns a value that changes whenever the call makes progress, such as bytes.
+        seconds_of_work: How much longer it may be silent, because not every store reports progress.
+        say: Called with messages about what fails, and for how long.
+
+    Returns:
+        The call's result.
 
     Raises:
-        Exception: The call's own, if it is final or the patience is over.
-        SilentStore: It gave no sign of life for as long as the patience lasts.
+        Exception: The call's own error, if it is final or the patience is over.
+        SilentStore: It made no progress for as long as the patience lasts.
     """
     failing_since: float | None = None
     pause = patience.first_pause
@@ -121,7 +124,7 @@ def patiently(
 
 
 def is_final(error: BaseException) -> bool:
-    """Whether another try would end the same way."""
+    """Whether a retry would fail the same way."""
     if isinstance(error, (SilentStore, MPTFoundryError)):
         return True
     codes = [code for each in _chain(error) for code in _codes(each)]
@@ -137,7 +140,7 @@ def is_final(error: BaseException) -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """Why a call failed, in a few words; a store that gives no right is not one that lacks something."""
+    """Say in a few words why a call failed, with missing permission distinct from a missing object."""
     codes = [code for each in _chain(error) for code in _codes(each)]
     for code in codes:
         if code in _REFUSED_CODES:
@@ -155,16 +158,16 @@ def reason_of(error: BaseException) -> str:
 
 
 def size_of(path: Path) -> int | None:
-    """Bytes of a file that somebody may remove meanwhile."""
+    """Return a file's size in bytes, or None if it is gone: another process may remove it at any time."""
     with contextlib.suppress(OSError):
         return path.stat().st_size
     return None
 
 
 def uploader(url: str, patience: Patience = IN_BACKGROUND) -> Upload:
-    """What keeps files in an object store, below a URL; a name is there whole or not at all.
+    """Return a function that uploads files to an object store, below a URL; each upload is atomic.
 
-    What it gives raises CheckpointError for a file that can't be uploaded, also when tried again.
+    The function raises CheckpointError if a file can't be uploaded after all retries.
     """
     from composer.utils import S3ObjectStore, maybe_create_object_store_from_uri
 
@@ -179,14 +182,14 @@ def uploader(url: str, patience: Patience = IN_BACKGROUND) -> Upload:
             sent[0] += 1
 
         def send() -> None:
-            # Other stores don't tell how far they are; Google's refuses to be asked.
+            # Other stores don't report progress; Google's raises an error if asked to.
             options = {"callback": note} if isinstance(store, S3ObjectStore) else {}
             store.upload_object(key, str(file), **options)
 
         try:
             work = file.stat().st_size / _SLOWEST_BYTES_PER_SECOND
             patiently(send, what=what, patience=patience, sign=lambda: sent[0], seconds_of_work=work)
-        except Exception as error:  # each store has its own
+        except Exception as error:  # each store raises its own kind
             raise CheckpointError(f"{what} ({reason_of(error)}).") from error
 
     return upload
@@ -200,7 +203,7 @@ def _watched(
     seconds_of_work: float,
     say: Callable[[str], None],
 ) -> T:
-    """Run a call in a thread, and say, then raise, that it gives no sign of life."""
+    """Run a call in a thread; report it when it makes no progress, and later raise."""
     results: list[T] = []
     errors: list[BaseException] = []
     is_done = threading.Event()
@@ -230,7 +233,7 @@ def _watched(
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """An error and those that it was raised from, the outermost first."""
+    """Return an error and the errors that caused it, the outermost first."""
     found: list[BaseException] = []
     each: BaseException | None = error
     while each is not None and each not in found:
@@ -240,7 +243,7 @@ def _chain(error: BaseException) -> list[BaseException]:
 
 
 def _codes(error: BaseException) -> list[str]:
-    """What a store answered: boto's code, or the status that other libraries keep."""
+    """Return a store's error codes: boto's code, or the HTTP status that other libraries keep."""
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         answer = response.get("Error")

@@ -1,8 +1,8 @@
-"""Models that consist of a base and adapters: the checkpoint holds the adapters, the base lies elsewhere.
+"""Models that consist of a base and adapters: the checkpoint holds the adapters, the base is elsewhere.
 
 The run's config says where. The checkpoint holds a fingerprint of the base, because adapters on other weights
-would silently make another model. An adapter in peft's format is a folder of its own, with
-`adapter_config.json` and `adapter_model.safetensors`; whoever reads it names the base.
+would silently make a different model. An adapter in peft's format has its own folder, with
+`adapter_config.json` and `adapter_model.safetensors`; the reader has to name its base.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from mptfoundry.files import confined, read_json
 
 FINGERPRINT = "base_fingerprint"
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-# peft's model holds transformers' model as `base_model.model`.
+# peft wraps transformers' model as `base_model.model`.
 _PEFT_PREFIX = "base_model.model."
 # Keys of peft's config that don't change what an adapter computes.
 _WITHOUT_EFFECT = {
@@ -40,9 +40,9 @@ class AdaptedWeights:
     """The weights of a base with its adapters added, in float32, as the run computed with them.
 
     Attributes:
-        base: The base.
+        base: The base model.
         adapters: The checkpoint's tensors.
-        lora: What the adapters are.
+        lora: The configuration of the adapters.
     """
 
     base: ModelSource
@@ -55,7 +55,7 @@ class AdaptedWeights:
         return {name: replace(o, dtype=torch.float32) for name, o in self.base.weights.outlines.items()}
 
     def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
-        """One tensor, or some of its rows; a matrix with an adapter is `W + scaling * B @ A`."""
+        """Read one tensor, or some of its rows; a matrix with an adapter is `W + scaling * B @ A`."""
         tensor = self.base.weights.read(name, torch.float32, rows)
         module = name.removesuffix(".weight")
         down, up = (f"{module}.lora_{side}.default.weight" for side in "AB")
@@ -66,7 +66,7 @@ class AdaptedWeights:
 
 
 def lora_of(run: Mapping[str, Any]) -> LoRAConfig | None:
-    """The adapters of a run by its resolved config, as `read_run` gives it; None if it has none."""
+    """Return the adapters in a run's resolved config, as `read_run` returns it; None if it has none."""
     values: Any = run["model"].get("peft_config")
     if not isinstance(values, Mapping):
         return None
@@ -80,7 +80,7 @@ def lora_of(run: Mapping[str, Any]) -> LoRAConfig | None:
 def with_adapters(
     base: ModelSource, adapters: Weights, lora: LoRAConfig, checkpoint: ModelSource
 ) -> ModelSource:
-    """The model of a checkpoint of adapters, as one whose weights are the base's and theirs together.
+    """Combine the base and the adapters of a checkpoint into one model.
 
     Raises:
         CheckpointError: The adapters were trained on other weights, or don't fit these.
@@ -94,20 +94,20 @@ def with_adapters(
 
 
 def is_peft_folder(path: Path) -> bool:
-    """Whether a folder holds an adapter alone, in peft's format."""
+    """Whether a folder holds only an adapter, in peft's format."""
     return (path / PEFT_CONFIG).is_file() and not (path / "config.json").exists()
 
 
 def peft_name(name: str) -> str:
-    """What peft calls an adapter in its files: without the adapter's own name, `default`."""
+    """Return the name of an adapter in peft's files: without the adapter's own name, `default`."""
     return _PEFT_PREFIX + name.replace(".default.", ".")
 
 
 def with_peft_folder(folder: Path, base: ModelSource, verifier: Verifier) -> ModelSource:
-    """The model that a base and an adapter in peft's format are together.
+    """Combine a base and an adapter in peft's format into one model.
 
     Raises:
-        CheckpointError: The folder can't be read, holds what is not known here, or doesn't fit the base.
+        CheckpointError: The folder can't be read, has unsupported settings, or doesn't fit the base.
     """
     lora = _lora_in(folder)
     file = SafetensorsFile(confined(folder, PEFT_WEIGHTS, folder / PEFT_CONFIG), verifier)
@@ -124,7 +124,7 @@ def with_peft_folder(folder: Path, base: ModelSource, verifier: Verifier) -> Mod
 
 
 def _lora_in(folder: Path) -> LoRAConfig:
-    """What an adapter in peft's format is; what would change it and is not known here is refused."""
+    """Read the settings of an adapter in peft's format; refuse unknown ones that would change it."""
     values = read_json(folder, PEFT_CONFIG)
     if values.get("peft_type") != "LORA":
         raise CheckpointError(f"{folder}: peft_type is {values.get('peft_type')!r}. Only LORA is read.")
@@ -160,7 +160,7 @@ class _PeftWeights:
 
 
 def check_base(base: ModelSource, expected: torch.Tensor | None) -> None:
-    """Raise CheckpointError unless `base` has the fingerprint that the adapters' checkpoint tells."""
+    """Raise CheckpointError unless `base` has the fingerprint stored in the adapters' checkpoint."""
     if expected is None or not torch.equal(expected.cpu(), fingerprint(base)):
         raise CheckpointError(
             f"{base.path}: is not the base that these adapters were trained on: its weights differ. "
@@ -169,10 +169,10 @@ def check_base(base: ModelSource, expected: torch.Tensor | None) -> None:
 
 
 def fingerprint(source: ModelSource) -> torch.Tensor:
-    """(32,) uint8, of the names and shapes of all weights, and of the first rows of some.
+    """(32,) uint8: a hash of the names and shapes of all weights, and of the first rows of some.
 
-    Those of the embedding and of the last block: no training leaves them all as they are, and a hash of all
-    that is stored would have every rank read all of it.
+    These are the embedding and the last block: any training changes some of them, and a hash of all weights
+    would make every rank read all of them.
     """
     last = f"transformer.blocks.{source.config.n_layers - 1}."
     digest = hashlib.sha256()

@@ -1,9 +1,9 @@
-"""A checkpoint of a run, in either of its two forms, and the newest whole one in a run's folder.
+"""A run's checkpoints, in both forms, and the newest whole one in a run's folder.
 
-Words: a run folder holds `config.yaml` and checkpoints by Composer's names. A whole checkpoint is one file,
+Words: a run folder holds `config.yaml` and checkpoints with Composer's names. A whole checkpoint is one file,
 `ep0-ba10-rank0.pt`; a sharded one is a folder, `ep0-ba10`, with `.metadata` and one `__0_0.distcp` per rank.
-Links called `latest-...` point at the last one, but they are only looked at like any other entry: a link can
-be dangling or point at a file that was cut short.
+Links called `latest-...` point at the last one, but we treat them like any other entry: a link can dangle or
+point at a file that was cut short.
 """
 
 from __future__ import annotations
@@ -56,32 +56,32 @@ class Checkpoint(Protocol):
 
     @property
     def batch(self) -> int:
-        """Batches that its name tells; -1 for a name that tells none."""
+        """The batch in its name; -1 if the name has none."""
 
     def unfinished(self) -> str | None:
-        """Why it lacks its end or a file, as when its writing or copying was stopped; None if it has them.
+        """Say what is missing, such as its end or a file after a stopped write or copy; None if complete.
 
-        None also for one that is damaged in another way.
+        Other damage also returns None.
         """
 
     def problem(self) -> str | None:
-        """Why it is unfinished, or what is wrong with its outline; None if nothing. No tensor is read."""
+        """Say why it is unfinished, or how its structure is wrong; None if nothing. Reads no tensors."""
 
     def parts(self) -> list[str]:
-        """The parts that have checksums, for several ranks to share; none where none were written."""
+        """List the parts that have checksums, for several ranks to share; empty if there are no checksums."""
 
     def damage(self, parts: Sequence[str]) -> str | None:
-        """Which of these parts holds other bytes than were written; None if none does.
+        """Say which of these parts differ from the bytes that were written; None if none do.
 
         Raises:
             CheckpointError: Loading the checkpoint would run code, or its checksums can't be read.
         """
 
     def weights(self, verifier: Verifier) -> TorchFile | ShardedWeights:
-        """The model's weights, each compared with its checksum when it is read."""
+        """Return the model's weights; each is compared with its checksum when it is read."""
 
     def value(self, key: str) -> Any:
-        """A plain value that lies next to the state, such as a run's notes; None if there is none.
+        """Return a plain value stored next to the state, such as a run's notes; None if there is none.
 
         Raises:
             CheckpointError: It is damaged, or reading it would run code.
@@ -99,7 +99,7 @@ class _Named:
 
 
 class FileCheckpoint(_Named):
-    """A whole checkpoint: one file of `torch.save`."""
+    """A whole checkpoint: one file written by `torch.save`."""
 
     def unfinished(self) -> str | None:
         return None if ends_as_written(self.path) else self.problem()
@@ -113,7 +113,7 @@ class FileCheckpoint(_Named):
     def damage(self, parts: Sequence[str]) -> str | None:
         if reason := why_archive_is_damaged(self.path, parts):
             return reason
-        load_plain(self.path)  # the outline alone
+        load_plain(self.path)  # checks only the structure
         return None
 
     def weights(self, verifier: Verifier) -> TorchFile:
@@ -125,7 +125,7 @@ class FileCheckpoint(_Named):
 
 
 class ShardedCheckpoint(_Named):
-    """A sharded checkpoint: a folder of `torch.distributed.checkpoint`."""
+    """A sharded checkpoint: a folder written by `torch.distributed.checkpoint`."""
 
     def unfinished(self) -> str | None:
         if not (self.path / METADATA).is_file():
@@ -153,18 +153,18 @@ class ShardedCheckpoint(_Named):
 
 
 def checkpoint_at(path: Path) -> Checkpoint:
-    """The checkpoint at a path, which may be unfinished or damaged."""
+    """Return the checkpoint at a path, which may be unfinished or damaged."""
     return ShardedCheckpoint(path) if path.is_dir() else FileCheckpoint(path)
 
 
 def find_checkpoint(path: str | Path) -> Checkpoint:
-    """The checkpoint that `path` names: itself, or the newest whole one in a run folder.
+    """Find the checkpoint that `path` names: itself, or the newest whole one in a run folder.
 
-    Newest is the one with the most batches in its name; checkpoints named otherwise come after those, by
-    time. Unfinished ones are passed over, with a warning that names them. Links are followed.
+    The newest has the highest batch in its name; checkpoints with other names come after those, by time.
+    Unfinished ones are skipped with a warning that names them. Links are followed.
 
     Raises:
-        CheckpointError: Nothing is there, or nothing that is whole, or the newest one is damaged.
+        CheckpointError: Nothing is there, nothing there is whole, or the newest one is damaged.
     """
     path = Path(path)
     if path.is_symlink() and not path.exists():
@@ -190,9 +190,9 @@ def find_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def newest_first(run_folder: Path) -> list[Checkpoint]:
-    """All entries of a run folder that are named or shaped like checkpoints, with links followed.
+    """List all entries of a run folder whose name or form is that of a checkpoint, with links followed.
 
-    None where the folder does not exist.
+    Empty if the folder does not exist.
     """
     if not run_folder.is_dir():
         return []
@@ -209,6 +209,6 @@ def _looks_like_a_checkpoint(path: Path) -> bool:
 
 def _age(checkpoint: Checkpoint) -> tuple[int, float]:
     changed_at = 0.0
-    with contextlib.suppress(FileNotFoundError):  # a run may delete its older ones meanwhile
+    with contextlib.suppress(FileNotFoundError):  # a run may delete old checkpoints at any time
         changed_at = checkpoint.path.stat().st_mtime
     return checkpoint.batch, changed_at

@@ -1,9 +1,9 @@
-"""Checksums of models on disk: which of their bytes are not those that were written.
+"""Checksums of models on disk: which bytes differ from those that were written.
 
-A file of `torch.save` is a zip archive, which holds the CRC-32 of everything in it; the pieces in the files
-of a sharded checkpoint are such archives, too. A folder gets `checksums.json`: the size and the CRC-32 of its
-files, or of its tensors by name. A *part* is a member of such a file, or a file of such a folder: what one
-rank checks while others check the rest.
+A file written by `torch.save` is a zip archive, which holds the CRC-32 of everything in it; the pieces in the
+files of a sharded checkpoint are such archives, too. Folders get a `checksums.json`: the size and the CRC-32
+of its files, or of its tensors by name. A *part* is a member of such a file, or a file of such a folder: one
+rank checks it while other ranks check the rest.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ADVICE = (
 _BLOCK = 1 << 20
 _THREADS = min(8, os.cpu_count() or 1)
 _LOCAL_HEADER = 30
-# What people change on purpose, and what says how the weights compute.
+# A file that people edit on purpose, but that decides how the weights compute.
 _TEXTS = ("config.json",)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -39,7 +39,7 @@ Sums = dict[str, dict[str, int | str]]
 
 
 class Verifier:
-    """Compares what is read of one model with its checksums: each member once, when it is first read.
+    """Compares what is read from one model with its checksums: each member once, when it is first read.
 
     Attributes:
         is_on: Whether anything is compared.
@@ -52,7 +52,7 @@ class Verifier:
         self._compared: set[tuple[Path, str]] = set()
 
     def once(self, file: Path, member: str, why_damaged: Callable[[], str | None]) -> None:
-        """Ask `why_damaged` if this member was not compared yet; raises CheckpointError with its answer."""
+        """Call `why_damaged` if this member was not compared yet; raise CheckpointError with its answer."""
         if not self.is_on or (file, member) in self._compared:
             return
         if reason := why_damaged():
@@ -60,14 +60,14 @@ class Verifier:
         self._compared.add((file, member))
 
     def note(self, sentence: str) -> None:
-        """Have the user told, unless nothing is compared anyway."""
+        """Add a note for the user, unless comparison is off."""
         if self.is_on and sentence not in self.notes:
             self.notes.append(sentence)
 
 
 @dataclass(frozen=True)
 class Member:
-    """Where the bytes of a member lie in an archive, and their CRC-32."""
+    """The position of a member's bytes in an archive, and their CRC-32."""
 
     name: str
     offset: int
@@ -76,7 +76,7 @@ class Member:
 
 
 def members_of(file: Path) -> list[Member]:
-    """The members of an archive that hold tensors, where the archive itself says that they begin."""
+    """List the members of an archive that hold tensors, at the offsets that the archive itself records."""
     with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
         members = []
         for info in archive.infolist():
@@ -89,25 +89,25 @@ def members_of(file: Path) -> list[Member]:
 
 
 def has_checksums(file: Path | IO[bytes]) -> bool:
-    """Whether an archive holds checksums; torch can be told to leave them out, and then all of them are 0."""
+    """Whether an archive holds checksums; torch can leave them out, and then all of them are 0."""
     with zipfile.ZipFile(file) as archive:
         return any(info.CRC for info in archive.infolist())
 
 
 def outline_parts(file: Path) -> list[str]:
-    """The members of a file of `torch.save` that are not tensors: names, shapes, plain values."""
+    """List the members of a file of `torch.save` that are not tensors: names, shapes, plain values."""
     with zipfile.ZipFile(file) as archive:
         return [name for name in archive.namelist() if not _is_tensor(name)]
 
 
 def why_other_bytes(name: str, content: Any, crc: int) -> str | None:
-    """Whether the CRC-32 of `content`, anything with a buffer, is another one."""
+    """Say whether the CRC-32 of `content`, anything with a buffer, differs from `crc`; None if not."""
     found = zlib.crc32(content)
     return None if found == crc else _other_bytes(name, f"its CRC-32 is {found:08x}")
 
 
 def why_piece_is_damaged(name: str, piece: IO[bytes]) -> str | None:
-    """The same for a whole archive of `torch.save` inside of another file."""
+    """The same for a whole archive of `torch.save` inside another file."""
     try:
         if not has_checksums(piece):
             return None
@@ -116,7 +116,7 @@ def why_piece_is_damaged(name: str, piece: IO[bytes]) -> str | None:
                 with archive.open(member) as stream:
                     for _ in _blocks(stream):
                         pass
-    except Exception as error:  # a damaged archive fails in any way
+    except Exception as error:  # a damaged archive can fail in any way
         return _other_bytes(name, str(error))
     finally:
         piece.seek(0)
@@ -124,7 +124,7 @@ def why_piece_is_damaged(name: str, piece: IO[bytes]) -> str | None:
 
 
 def checksums_of(files: Sequence[Path]) -> Sums:
-    """Size in bytes and CRC-32 of files, by name."""
+    """Return size in bytes and CRC-32 of files, by name."""
     with ThreadPoolExecutor(_THREADS) as pool:
         sums = pool.map(_checksum, files)
         return {
@@ -140,14 +140,14 @@ def write_checksums(folder: Path, files: Sums) -> None:
 def write_tensor_checksums(folder: Path, crcs: Mapping[str, int]) -> None:
     """Add `checksums.json` to a folder of safetensors: the CRC-32 of each tensor, by its stored name.
 
-    That of `config.json` is added, where there is one.
+    It also covers `config.json`, if there is one.
     """
     files = checksums_of([file for name in _TEXTS if (file := folder / name).exists()])
     _write(folder, {"files": files, "tensors": {name: f"{crc:08x}" for name, crc in crcs.items()}})
 
 
 def tensor_checksums(folder: Path) -> dict[str, int] | None:
-    """The CRC-32 of each tensor of a folder by its stored name; None where none were written.
+    """Read the CRC-32 of each tensor of a folder by its stored name; None if the folder has none.
 
     Raises:
         CheckpointError: They are damaged.
@@ -165,7 +165,7 @@ def tensor_checksums(folder: Path) -> dict[str, int] | None:
 
 
 def changed_texts(folder: Path) -> list[str]:
-    """The texts of a folder with checksums that are not as they were written."""
+    """List the texts of a folder with checksums that have changed since they were written."""
     if not (folder / CHECKSUMS).exists():
         return []
     written = read_json(folder, CHECKSUMS).get("files")
@@ -174,10 +174,10 @@ def changed_texts(folder: Path) -> list[str]:
 
 
 def hub_digest(file: Path) -> str | None:
-    """The sha256 that the hub's client keeps of a file that it fetched; None where it keeps none.
+    """Return the sha256 that the hub's client keeps for a file that it downloaded; None if it has none.
 
-    In its cache that is the name of the file's blob. Next to other files lies a note, which holds as long as
-    nobody has written to the file since.
+    In the hub's cache it is the name of the file's blob. For other files it is in a metadata file, which is
+    valid as long as nobody has written to the file since.
     """
     blob = file.resolve()
     if blob.parent.name == "blobs" and _SHA256.fullmatch(blob.name):
@@ -192,7 +192,7 @@ def hub_digest(file: Path) -> str | None:
 
 
 def why_other_digest(file: Path, digest: str) -> str | None:
-    """Whether the sha256 of a file is another one."""
+    """Say whether the sha256 of a file differs from `digest`; None if not."""
     sha256 = hashlib.sha256()
     with file.open("rb") as stream:
         for block in _blocks(stream):
@@ -202,23 +202,23 @@ def why_other_digest(file: Path, digest: str) -> str | None:
 
 
 def parts_of_archive(file: Path) -> list[str]:
-    """The members of an archive, if it holds checksums."""
+    """List the members of an archive, if it holds checksums."""
     with zipfile.ZipFile(file) as archive:
         return archive.namelist() if has_checksums(file) else []
 
 
 def parts_of_folder(folder: Path) -> list[str]:
-    """The files of a folder that have checksums."""
+    """List the files of a folder that have checksums."""
     return sorted(written_sums(folder)) if (folder / CHECKSUMS).exists() else []
 
 
 def why_archive_is_damaged(file: Path, members: Sequence[str]) -> str | None:
-    """Which of some members of an archive holds other bytes than were written; None if none does."""
+    """Say which of some members of an archive differs from what was written; None if none does."""
     return _first_reason(_why_member_is_damaged, file, members)
 
 
 def why_folder_is_damaged(folder: Path, names: Sequence[str]) -> str | None:
-    """Which of some files of a folder holds other bytes than were written; None if none does."""
+    """Say which of some files of a folder differs from what was written; None if none does."""
     return _first_reason(why_file_is_damaged, folder, names)
 
 
@@ -231,7 +231,7 @@ def _first_reason(
 
 
 def why_file_is_damaged(folder: Path, name: str) -> str | None:
-    """Whether a file of a folder with checksums holds other bytes than were written."""
+    """Say whether a file of a folder with checksums differs from what was written; None if not."""
     written = written_sums(folder).get(name)
     try:
         size, crc = _checksum(confined(folder, name, folder / CHECKSUMS))
@@ -241,7 +241,7 @@ def why_file_is_damaged(folder: Path, name: str) -> str | None:
 
 
 def written_sums(folder: Path) -> Sums:
-    """What `checksums.json` says of the files of a folder."""
+    """Read the sums of a folder's files from `checksums.json`."""
     files = read_json(folder, CHECKSUMS).get("files")
     if not isinstance(files, dict):
         raise CheckpointError(f"{folder / CHECKSUMS}: damaged, it names no files.")
@@ -253,7 +253,7 @@ def _why_member_is_damaged(file: Path, member: str) -> str | None:
         with zipfile.ZipFile(file) as archive, archive.open(member) as stream:
             for _ in _blocks(stream):
                 pass
-    except Exception as error:  # a damaged archive fails in any way
+    except Exception as error:  # a damaged archive can fail in any way
         return _other_bytes(member, str(error))
     return None
 

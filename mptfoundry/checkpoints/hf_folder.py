@@ -25,7 +25,7 @@ from mptfoundry.files import confined, read_json
 SAFETENSORS = "model.safetensors"
 _BIN = "pytorch_model.bin"
 _ROOT = "transformer."
-# What safetensors calls PyTorch's number formats.
+# Safetensors' names of PyTorch's number formats.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -49,8 +49,8 @@ _DTYPES = {
 class FolderWeights:
     """The tensors of a Hugging Face folder.
 
-    A folder with both formats is read from safetensors. Where no name begins with `transformer.`, as a base
-    model saves them, all but the output matrix get it.
+    If a folder has both formats, we read safetensors. If no name begins with `transformer.`, as in a folder
+    saved from a base model, we add it to all names but that of the output matrix.
     """
 
     def __init__(self, folder: Path, verifier: Verifier | None = None) -> None:
@@ -87,15 +87,15 @@ class FolderWeights:
         return {name: outlines[id(store)][stored] for name, (store, stored) in self._stores.items()}
 
     def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
-        """One tensor, or some of its rows."""
+        """Read one tensor, or some of its rows."""
         store, stored = self._stores[name]
         return store.read(stored, dtype, rows)
 
 
 class SafetensorsFile:
-    """The tensors of one safetensors file, which itself holds no checksums.
+    """The tensors of one safetensors file, a format without checksums.
 
-    They are compared with `checksums.json` next to it, or with what the hub's client keeps of its files.
+    They are compared with `checksums.json` next to it, or with the digest that the hub's client keeps.
     """
 
     def __init__(self, path: Path, verifier: Verifier | None = None) -> None:
@@ -122,16 +122,16 @@ class SafetensorsFile:
 
     @property
     def has_checksums(self) -> bool:
-        """Whether anything says what its bytes should be."""
+        """Whether there is a checksum of any kind for it."""
         return self._checksums is not None or self._digest is not None
 
     def note_if_unverified(self) -> None:
-        """Have the user told where nothing says so."""
+        """Tell the user if there is no checksum."""
         if not self.has_checksums:
             self._verifier.note(f"{self.path} has no checksums and is read unverified")
 
     def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
-        """One tensor; the file is mapped for it alone, so that its pages don't stay in memory."""
+        """Read one tensor; the file is mapped for each read, so that its pages don't stay in memory."""
         if self._digest is not None:
             digest = self._digest
             self._verifier.once(self.path, "", lambda: why_other_digest(self.path, digest))
@@ -152,7 +152,7 @@ class SafetensorsFile:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files of weights that a folder names, each confined to it."""
+    """List the weight files that a folder names; each must be inside it."""
     for single in (SAFETENSORS, _BIN):
         index = folder / f"{single}.index.json"
         if index.is_file():

@@ -1,4 +1,4 @@
-"""A model out of a run, a checkpoint or an exported folder: its architecture, tokenizer and weights."""
+"""Read a model from a run, a checkpoint or an exported folder: its architecture, tokenizer and weights."""
 
 from __future__ import annotations
 
@@ -51,13 +51,13 @@ def open_model(
     """Open a run folder, a checkpoint or a Hugging Face folder, and check that its weights fit its config.
 
     Args:
-        path: Where it lies.
-        config: The architecture, in place of what is told there.
+        path: The folder or file.
+        config: The architecture, instead of the one found there.
         base: The model that an adapter in peft's format belongs to: a path or a name on the hub.
         verify: Compare what is read with its checksums, and say on rank 0 what has none.
 
     Raises:
-        CheckpointError: Nothing is there, a file is damaged, or a tensor is missing, unknown or of another
+        CheckpointError: Nothing is there, a file is damaged, or a tensor is missing, unknown or has another
             shape than the config says.
     """
     path, verifier = Path(path), Verifier(is_on=verify)
@@ -81,7 +81,7 @@ def _say_notes(verifier: Verifier, verify: bool) -> None:
 
 
 def _open_adapter(folder: Path, base: str | None, verifier: Verifier) -> ModelSource:
-    """An adapter in peft's format with the base that was named for it."""
+    """Open an adapter in peft's format together with its base."""
     if base is None:
         name = read_json(folder, PEFT_CONFIG).get("base_model_name_or_path")
         of = f" of {name}" if isinstance(name, str) else ""
@@ -105,22 +105,22 @@ def load_network(
     config_overrides: Mapping[str, Any] | None = None,
     verify: bool = True,
 ) -> tuple[MPT, Any]:
-    """The network of a run, a checkpoint or a Hugging Face folder, ready to evaluate, and its tokenizer.
+    """Load the network of a run, a checkpoint or a Hugging Face folder, ready to evaluate, and its tokenizer.
 
     Args:
         path, base: As for `open_model`.
-        device: Where the network is put.
+        device: Where to put the network.
         dtype: Number format of the weights. Default: as stored.
         attn_impl: The attention backend.
         config_overrides: Switches of the architecture to change, such as `{"max_seq_len": 65536}`.
         verify: As for `open_model`.
 
     Returns:
-        The network in eval mode, and the tokenizer or None where there is none.
+        The network in eval mode, and the tokenizer or None if there is none.
 
     Raises:
-        CheckpointError: As `open_model`, or the model ends in a head.
-        ConfigError: As `network_of`.
+        CheckpointError: As for `open_model`, or the model has a head for another task.
+        ConfigError: As for `network_of`.
     """
     source = with_overrides(open_model(path, base=base, verify=verify), config_overrides or {})
     if isinstance(source.config, HeadConfig):
@@ -130,7 +130,7 @@ def load_network(
 
 
 def with_overrides(source: ModelSource, overrides: Mapping[str, Any]) -> ModelSource:
-    """The model with some switches changed; another `vocab_size` cuts its embedding, or pads it.
+    """Return the model with some switches changed; another `vocab_size` cuts or pads its embedding.
 
     Raises:
         CheckpointError: There is no such switch, or the weights no longer fit the architecture.
@@ -152,12 +152,12 @@ def network_of(
     compute_dtype: torch.dtype | None = None,
     attn_impl: AttnImpl = "auto",
 ) -> nn.Module:
-    """The network of an opened model, in eval mode; its weights are read one by one.
+    """Build the network of an opened model, in eval mode; its weights are read one by one.
 
-    `compute_dtype` is what autocast will compute in; by default it is the weights'.
+    `compute_dtype` is what autocast will compute in; by default it is the dtype of the weights.
 
     Raises:
-        ConfigError: The attention backend that is asked for can't serve this model on this device.
+        ConfigError: The requested attention backend can't run this model on this device.
     """
     dtype = dtype or source.weights.outlines[EMBEDDING].dtype
     network = outline_of(source, device=device, compute_dtype=compute_dtype or dtype, attn_impl=attn_impl)
@@ -172,10 +172,10 @@ def network_of(
 def outline_of(
     source: ModelSource, *, device: str | torch.device, compute_dtype: torch.dtype, attn_impl: AttnImpl
 ) -> nn.Module:
-    """The network of an opened model on the meta device, for `device`; nothing is read.
+    """Build the network of an opened model on the meta device, for `device`; reads nothing.
 
     Raises:
-        ConfigError: As `network_of`.
+        ConfigError: As for `network_of`.
     """
     from mptfoundry.mpt.backends import choose_backend
     from mptfoundry.mpt.heads import make_network
@@ -189,7 +189,7 @@ def outline_of(
 
 
 def tokenizer_of(source: ModelSource) -> Any:
-    """The tokenizer of an opened model, or None where there is none."""
+    """Load the tokenizer of an opened model, or None if there is none."""
     from mptfoundry.tokenizer import load_tokenizer
 
     if source.tokenizer_folder is None:
@@ -198,8 +198,8 @@ def tokenizer_of(source: ModelSource) -> Any:
 
 
 def check_weights(source: ModelSource) -> None:
-    """Raise CheckpointError, naming them, for tensors that are missing, unknown, of another shape or in no
-    number format of weights."""
+    """Raise CheckpointError with the names of tensors that are missing, unknown, have another shape or a
+    number format that is not for weights."""
     expected, outlines = expected_shapes(source.config), source.weights.outlines
     check_number_formats(source.path, outlines, [*expected, PROJECTION])
     found = {name: outline.shape for name, outline in outlines.items()}
@@ -227,7 +227,7 @@ def _check_that_it_is_tied(source: ModelSource) -> None:
 
 
 def _open_checkpoint(checkpoint: Checkpoint, config: MPTConfig | None, verifier: Verifier) -> ModelSource:
-    """A Composer checkpoint, with the config of its run, or the one that llm-foundry puts inside."""
+    """Open a Composer checkpoint, with the config of its run, or the one that llm-foundry stores inside."""
     path, weights = checkpoint.path, checkpoint.weights(verifier)
     folder = run_of(path)
     if config is None and folder is not None:
@@ -251,7 +251,7 @@ def _open_checkpoint(checkpoint: Checkpoint, config: MPTConfig | None, verifier:
 
 
 def _base_of(run: Mapping[str, Any], folder: Path, config: MPTConfig, *, verify: bool) -> ModelSource:
-    """The base that the run's adapters were trained on."""
+    """Open the base that the run's adapters were trained on."""
     name = run["model"].get("pretrained_model_name_or_path") or run.get("load_path")
     if not isinstance(name, str):
         raise CheckpointError(f"{folder / RUN_CONFIG}: names no base for the adapters of model.peft_config.")

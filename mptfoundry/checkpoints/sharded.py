@@ -1,7 +1,7 @@
 """Weights in sharded checkpoints: folders that `torch.distributed.checkpoint` writes, one file per rank.
 
-`.metadata`, a pickle, tells every tensor's size and where its pieces lie. It is read by an unpickler that
-knows the few classes of such an outline and nothing else.
+`.metadata`, a pickle, holds every tensor's size and the location of its pieces. We read it with an unpickler
+that allows the few classes of such metadata and nothing else.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class ShardedWeights:
         }
 
     def note(self, part: str) -> dict[str, Any]:
-        """What Composer keeps of a Hugging Face `model` or `tokenizer`, which is stored value by value."""
+        """Read what Composer keeps of a Hugging Face `model` or `tokenizer`, stored value by value."""
         prefix = f"{_NOTES}{part}."
         places = {key.fqn: place for key, place in self._metadata.storage_data.items()}
         notes: dict[Any, Any] = {}
@@ -91,7 +91,7 @@ class ShardedWeights:
         return _with_lists(notes)  # type: ignore[no-any-return]
 
     def _check_that_it_is_stored(self) -> None:
-        """Raise CheckpointError where the outline tells of more numbers than the files hold."""
+        """Raise CheckpointError if the metadata lists more numbers than the files hold."""
         said = sum(outline.numel * outline.dtype.itemsize for outline in self.outlines.values())
         stored = sum(file.stat().st_size for file in self.path.glob("*.distcp"))
         if said > stored:
@@ -101,7 +101,7 @@ class ShardedWeights:
             )
 
     def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
-        """One tensor, put together from the pieces of all ranks; for some of its rows it is read whole."""
+        """Read one tensor from the pieces of all ranks; for some of its rows, it still reads all."""
         entry = self._entries[name]
         state = {_CHILD + name: torch.empty(entry.size, dtype=entry.properties.dtype)}
         try:
@@ -120,10 +120,10 @@ class ShardedWeights:
 
 
 def read_value(folder: Path, key: str) -> Any:
-    """One value of a sharded checkpoint that is not a tensor; None if it has none by that key.
+    """Read one value of a sharded checkpoint that is not a tensor; None if it has none by that key.
 
     Raises:
-        CheckpointError: It is damaged, or reading it would need more than values.
+        CheckpointError: It is damaged, or not a plain value.
     """
     for index, place in read_metadata(folder).storage_data.items():
         if index.fqn == key:
@@ -141,7 +141,7 @@ def _value_at(folder: Path, place: Any, verifier: Verifier) -> Any:
 
 
 def _with_lists(value: Any) -> Any:
-    """Sections whose keys are 0, 1, 2 ... were lists before they were taken apart."""
+    """Turn sections with the keys 0, 1, 2 ... back into the lists that they were before flattening."""
     if not isinstance(value, dict):
         return value
     inner = {key: _with_lists(item) for key, item in value.items()}
@@ -150,13 +150,13 @@ def _with_lists(value: Any) -> Any:
 
 
 def own_cause(error: dcp.api.CheckpointException) -> CheckpointError | None:
-    """The first error of ours among those of all ranks."""
+    """Return the first error of ours among those of all ranks."""
     causes = [cause for cause, _ in error.failures.values()]
     return next((cause for cause in causes if isinstance(cause, CheckpointError)), None)
 
 
 def read_metadata(folder: Path, verifier: Verifier | None = None) -> outline.Metadata:
-    """The outline of a sharded checkpoint; never runs code, and every file it names lies in the folder."""
+    """Read a sharded checkpoint's metadata; runs no code, and every file it names must be in the folder."""
     file = folder / METADATA
     if (folder / CHECKSUMS).exists():
         (verifier or Verifier()).once(folder, METADATA, lambda: why_file_is_damaged(folder, METADATA))
@@ -165,7 +165,7 @@ def read_metadata(folder: Path, verifier: Verifier | None = None) -> outline.Met
             metadata = _OutlineUnpickler(stream).load()
     except CheckpointError as error:
         raise CheckpointError(f"{file}: {error}") from error
-    except Exception as error:  # a damaged pickle fails in any way
+    except Exception as error:  # a damaged pickle can fail in any way
         raise CheckpointError(f"{file}: damaged, it can't be read ({type(error).__name__}).") from error
     if not isinstance(metadata, outline.Metadata) or not isinstance(metadata.storage_data, dict):
         raise CheckpointError(f"{file}: not the outline of a sharded checkpoint.")
@@ -175,7 +175,7 @@ def read_metadata(folder: Path, verifier: Verifier | None = None) -> outline.Met
 
 
 def why_folder_is_not_whole(folder: Path, metadata: outline.Metadata | None = None) -> str | None:
-    """Which file of a sharded checkpoint is missing or too short; None if none is."""
+    """Say which file of a sharded checkpoint is missing or too short; None if none is."""
     if not (folder / METADATA).is_file():
         return f"unfinished: {METADATA}, which is written last, is not there"
     try:
@@ -194,7 +194,7 @@ def why_folder_is_not_whole(folder: Path, metadata: outline.Metadata | None = No
 
 
 class Reader(dcp.FileSystemReader):
-    """torch's reader, given an outline that was read safely and names files of the folder alone.
+    """torch's reader with metadata that was read safely and only names files of the folder.
 
     Each piece is compared with its own checksums before it is used.
     """
@@ -219,7 +219,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class _OutlineUnpickler(pickle.Unpickler):
-    """Knows the classes of an outline; everything else that a pickle names is refused."""
+    """Allows the classes of a checkpoint's metadata, and refuses everything else that a pickle names."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch.distributed.checkpoint.metadata" and name in _OUTLINE_CLASSES:
@@ -238,5 +238,5 @@ class _OutlineUnpickler(pickle.Unpickler):
 
 
 def _path_as_text(*parts: str) -> str:
-    """Stands for a path of the machine that wrote the checkpoint, which means nothing here."""
+    """Replace a path of the machine that wrote the checkpoint, which means nothing here."""
     return "/".join(parts)

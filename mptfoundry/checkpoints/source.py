@@ -1,4 +1,4 @@
-"""A model on disk, opened but not loaded, with as many rows in its embedding as are asked for."""
+"""A model on disk, opened but not loaded, with as many rows in its embedding as requested."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class ModelSource:
         path: The checkpoint's file or folder, or the exported folder.
         config: The architecture.
         weights: The tensors, by MPT's names.
-        tokenizer_folder: Where its tokenizer lies, if it has one.
+        tokenizer_folder: The folder of its tokenizer, if it has one.
         run_folder: The run that it came from, if that is known and was one of ours.
-        verifier: Compares what is read of the weights with their checksums.
+        verifier: Compares the weights with their checksums when they are read.
     """
 
     path: Path
@@ -45,12 +45,12 @@ class ModelSource:
     verifier: Verifier = field(default_factory=Verifier)
 
     def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-        """The model's weights one by one, in memory of their own, in `dtype` or as stored.
+        """Yield the model's weights one by one, as copies, in `dtype` or as stored.
 
         Every tensor of the architecture comes exactly once, in the network's order. Nothing else is read.
 
         Raises:
-            CheckpointError: A weight is not finite, or holds other bytes than were written.
+            CheckpointError: A weight is not finite, or differs from the bytes that were written.
         """
         for name in expected_shapes(self.config):
             tensor = self.weights.read(name, dtype)
@@ -59,7 +59,7 @@ class ModelSource:
 
 
 def expected_shapes(config: MPTConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all parameters of a network, in its order."""
+    """Return names and shapes of all parameters of a network, in its order."""
     from mptfoundry.mpt.heads import make_network
 
     try:
@@ -74,7 +74,7 @@ def expected_shapes(config: MPTConfig) -> dict[str, tuple[int, ...]]:
 def shape_problems(
     found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
-    """What is missing, unknown or of another shape, each in words."""
+    """Describe the tensors that are missing, unknown or have another shape."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is not of this architecture" for name in found if name not in expected]
     for name, shape in expected.items():
@@ -87,7 +87,7 @@ def shape_problems(
 
 
 def with_rows(source: ModelSource, vocab_size: int) -> ModelSource:
-    """The model with `vocab_size` rows in its embedding, and in its output matrix if that is another.
+    """Return the model with `vocab_size` rows in its embedding, and in its output matrix if it has its own.
 
     Rows are added and removed at the end, where the tokenizer has no ids. A new row is the mean of the stored
     ones: its logit is then the mean of their logits, so that a new token is neither likely nor ruled out
@@ -118,7 +118,7 @@ class _OtherRows:
         }
 
     def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
-        """One tensor, or some of its rows."""
+        """Read one tensor, or some of its rows."""
         if name not in _ROWS_ARE_TOKENS:
             return self._stored.read(name, dtype, rows)
         first, last = rows or (0, self._rows)

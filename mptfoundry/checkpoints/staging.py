@@ -1,7 +1,7 @@
-"""A model in an object store, on the local disk for as long as an export takes.
+"""A model from an object store, kept on the local disk during an export.
 
-Composer's object stores do the reading (`s3://`, `gs://`, `oci://`, ...), with credentials as Composer takes
-them. Of a run only its newest whole checkpoint is fetched, and the small files that tell of the run.
+We read with Composer's object stores (`s3://`, `gs://`, `oci://`, ...), with credentials as for Composer.
+From a run we download only its newest whole checkpoint, and the small files that describe it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ List = Callable[[str], list[str]]
 
 @contextmanager
 def staged(model: str | Path, out: Path, run_folder: str | None, *, progress: bool) -> Iterator[Path]:
-    """Yield a local path for a model; what has to be fetched lies next to `out` and is removed at the end.
+    """Yield a local path for a model; downloads are next to `out` and are removed at the end.
 
     Args:
-        model: A local path, which comes back as it is, or the URL of a run folder, a checkpoint or a Hugging
+        model: A local path, which is returned as it is, or the URL of a run folder, a checkpoint or a Hugging
             Face folder.
-        out: What is going to be written; its disk takes the fetched files, too.
+        out: The output path; downloads go to the same disk.
         run_folder: A local folder with what a remote checkpoint lacks: config, tokenizer, metrics.
-        progress: Show a bar over the bytes.
+        progress: Show a progress bar in bytes.
 
     Raises:
         CheckpointError: The store can't be read, has no model there, or the disk is too small.
@@ -89,9 +89,9 @@ class RemoteModel:
     """The objects of a model in a store.
 
     Attributes:
-        base: The folder that all of them lie in, a path in the bucket.
+        base: The folder that contains all of them, a path in the bucket.
         model: The checkpoint's name in it; `.` for a Hugging Face folder.
-        names: All that is to be fetched.
+        names: All objects to download.
     """
 
     base: PurePosixPath
@@ -99,7 +99,7 @@ class RemoteModel:
     names: list[str]
 
     def place_of(self, name: str) -> Path:
-        """Where an object goes, below the folder that stands for `base`."""
+        """Return the local path of an object, relative to the folder that stands for `base`."""
         parts = PurePosixPath(name).relative_to(self.base).parts
         if ".." in parts:
             raise CheckpointError(f"{name}: refused, since its name leads out of its folder.")
@@ -107,11 +107,11 @@ class RemoteModel:
 
 
 def find_objects(root: str, list_objects: List) -> RemoteModel:
-    """What of the objects at or below `root` is to be fetched.
+    """Find the objects at or below `root` to download.
 
     Args:
         root: Path in the bucket of a run folder, a checkpoint or a Hugging Face folder.
-        list_objects: Gives the names of all objects that begin with a text.
+        list_objects: Returns the names of all objects that begin with a prefix.
 
     Raises:
         CheckpointError: There is no model.
@@ -133,7 +133,7 @@ def find_objects(root: str, list_objects: List) -> RemoteModel:
 
 
 def remote_checkpoints(url: str) -> list[str]:
-    """Names of the whole checkpoints in the run folder at a URL, newest first.
+    """List the names of the whole checkpoints in the run folder at a URL, newest first.
 
     Raises:
         CheckpointError: The store can't be read.
@@ -148,7 +148,7 @@ def remote_checkpoints(url: str) -> list[str]:
 
 
 def _whole_ones(root: str, below: list[str]) -> dict[str, list[str]]:
-    """The checkpoints among the objects below `root` and the objects of each, newest first."""
+    """Find the checkpoints among the objects below `root`, with the objects of each, newest first."""
     entries: dict[str, list[str]] = {}
     for name in below:
         entries.setdefault(PurePosixPath(name).relative_to(root).parts[0], []).append(name)
@@ -166,12 +166,12 @@ def _small_files(folder: PurePosixPath, list_objects: List) -> list[str]:
 
 
 def _below(root: str, list_objects: List) -> list[str]:
-    """The object `root`, and those in it as a folder; not those whose names only begin with its name."""
+    """List the object `root`, and those in it as a folder, but not those that only share the prefix."""
     return [name for name in list_objects(root) if name == root or name.startswith(root.rstrip("/") + "/")]
 
 
 def _open_store(url: str) -> tuple[Any, str]:
-    """Composer's object store for a URL, and the path in its bucket."""
+    """Open Composer's object store for a URL, and return it with the path in its bucket."""
     from composer.utils import maybe_create_object_store_from_uri
 
     return maybe_create_object_store_from_uri(url), path_in_store(url)
@@ -179,12 +179,12 @@ def _open_store(url: str) -> tuple[Any, str]:
 
 @contextmanager
 def _readable(url: str) -> Iterator[None]:
-    """Turns whatever a store raises into one sentence."""
+    """Turn any error of a store into one sentence."""
     try:
         yield
     except CheckpointError:
         raise
-    except Exception as error:  # each store has its own
+    except Exception as error:  # each store raises its own kind
         raise CheckpointError(f"{url}: can't be read ({reason_of(error)}).") from error
 
 
@@ -201,7 +201,7 @@ def _fetch(store: Any, name: str, file: Path, size: int) -> None:
 
 @contextmanager
 def _bar_over(folder: Path, total: int, progress: bool) -> Iterator[None]:
-    """Show the bytes as they arrive in a folder; what stores tell of it differs from store to store."""
+    """Show the bytes in a folder as they arrive, because stores report progress in different ways."""
     is_done = threading.Event()
     with tqdm(total=total, unit="B", unit_scale=True, desc="fetched", disable=not progress) as bar:
 
@@ -220,12 +220,12 @@ def _bar_over(folder: Path, total: int, progress: bool) -> Iterator[None]:
 
 
 def _bytes_in(folder: Path) -> int:
-    """Bytes on the disk: stores make a file as long as it will be, and then fill it."""
+    """Return bytes used on disk: stores create a file at its final length, and then fill it."""
     total = 0
     for file in folder.rglob("*"):
         try:
             total += file.stat().st_blocks * 512 if file.is_file() else 0
-        except OSError:  # renamed meanwhile
+        except OSError:  # renamed in the meantime
             continue
     return total
 

@@ -1,4 +1,4 @@
-"""What a new network begins with: weights that are read from a model on disk, or drawn where they are new."""
+"""The initial weights of a network: read from a model on disk, or newly initialized."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from mptfoundry.mpt.init import draw
 
 
 class StartingWeights:
-    """Gives each parameter of a network its first value, whole or some rows of it, one at a time.
+    """Returns the initial value of each parameter of a network, whole or some rows of it, one at a time.
 
-    Every rank has one of its own and reads from disk what it holds, when it is asked for. Several ranks first
+    Every rank has its own instance and reads what it holds from disk when it is needed. Several ranks first
     compare all weights with their checksums, each rank a share.
 
     Args:
-        source: The model to start from; None: every weight is drawn.
+        source: The model to start from; None: all weights are newly initialized.
         network: Its parameters may be on the meta device.
-        seed: Of what is drawn.
-        new: Prefixes of parameters that `source` need not have, such as `score.`; those that it lacks are
-            drawn. Everything else has to be there.
+        seed: Seed of the random weights.
+        new: Prefixes of parameters that `source` may lack, such as `score.`; those that it lacks are
+            newly initialized. It must have all others.
         unused: Prefixes of further weights that `source` may have, such as `lm_head.`.
-        progress: Show a bar over the bytes that are read.
+        progress: Show a progress bar in bytes.
 
     Attributes:
-        drawn: Names of the parameters that are drawn although there is a source.
+        drawn: Names of the parameters that are newly initialized although there is a source.
 
     Raises:
-        CheckpointError: A parameter is missing, unknown or of another shape, or weights are damaged.
+        CheckpointError: A parameter is missing, unknown or has another shape, or weights are damaged.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class StartingWeights:
         self._bar = tqdm(unit="B", unit_scale=True, desc="weights", disable=not (progress and source))
 
     def __call__(self, name: str, shape: tuple[int, ...], rows: Rows = None) -> torch.Tensor:
-        """The parameter `name` of the whole `shape`, or some rows of it: on the CPU, in any number format."""
+        """Return the parameter `name` of full `shape`, or some rows of it: on the CPU, in any dtype."""
         if self._source is None or name in self.drawn:
             return draw(name, shape, self._config, self._seed, rows)
         tensor = self._source.weights.read(name, rows=rows)
@@ -84,7 +84,7 @@ class StartingWeights:
 
 
 def _verify_together(source: ModelSource) -> None:
-    """Have each rank read a share of the weights, which verifies them, so that no rank has to read all."""
+    """Verify the weights by reading them, each rank a share, so that no rank has to read all."""
     if dist.get_world_size() == 1 or not source.verifier.is_on:
         return
     reason = None

@@ -1,8 +1,8 @@
 """Weights in files of `torch.save`: Composer's whole checkpoints and `pytorch_model.bin`.
 
-Such a file is a zip archive with one pickle and the plain bytes of each tensor. The pickle is read by
-torch's restricted unpickler, which calls nothing but a short list of harmless constructors; the bytes are
-mapped, so that the optimizer's share of a checkpoint is never touched.
+Such a file is a zip archive with one pickle and the raw bytes of each tensor. We read the pickle with torch's
+restricted unpickler, which calls only a short list of harmless constructors; the bytes are memory-mapped, so
+that the optimizer's part of a checkpoint is never read.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ _DONTNEED = getattr(mmap, "MADV_DONTNEED", None)
 
 
 class TorchFile:
-    """The tensors of one file, mapped.
+    """The tensors of one file, memory-mapped.
 
     Args:
         path: The file.
-        tensors: Of what lies in it, by name.
+        tensors: The tensors in it, by name.
         check: Compares the bytes of one tensor with their checksum before they are used.
-        prefix: Is cut from their names; tensors with other names are left out.
+        prefix: Is removed from their names; tensors with other names are left out.
         notes: What Composer keeps of a Hugging Face model.
     """
 
@@ -78,12 +78,12 @@ class TorchFile:
         return {name: TensorOutline(tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
     def note(self, part: str) -> dict[str, Any]:
-        """What Composer keeps of a Hugging Face `model` or `tokenizer`; `{}` if nothing."""
+        """Return what Composer keeps of a Hugging Face `model` or `tokenizer`; `{}` if nothing."""
         found = self._notes.get(part) if isinstance(self._notes, dict) else None
         return found if isinstance(found, dict) else {}
 
     def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
-        """A copy of one tensor; the pages that it was read from are given back at once."""
+        """Read a copy of one tensor, and release the mapped pages at once."""
         self._check(name, self._tensors[name])
         mapped = cut(self._tensors[name], rows)
         copy = mapped.to(dtype or mapped.dtype, copy=True).contiguous()
@@ -92,7 +92,7 @@ class TorchFile:
 
 
 def open_composer_file(path: Path, verifier: Verifier | None = None) -> TorchFile:
-    """The model of a Composer checkpoint; llm-foundry's have the same layout, and note their config."""
+    """Open the model of a Composer checkpoint; llm-foundry's have the same layout and include a config."""
     verifier = verifier or Verifier()
     content = load_plain(path, verifier=verifier)
     state = content.get("state") if isinstance(content, dict) else None
@@ -105,7 +105,7 @@ def open_composer_file(path: Path, verifier: Verifier | None = None) -> TorchFil
 
 
 def open_state_dict(path: Path, verifier: Verifier | None = None) -> TorchFile:
-    """The tensors of a file that holds a state dict alone, such as `pytorch_model.bin`."""
+    """Open the tensors of a file that holds only a state dict, such as `pytorch_model.bin`."""
     verifier = verifier or Verifier()
     content = load_plain(path, verifier=verifier)
     if not isinstance(content, dict):
@@ -114,12 +114,12 @@ def open_state_dict(path: Path, verifier: Verifier | None = None) -> TorchFile:
 
 
 def load_plain(path: Path, *, mapped: bool = True, verifier: Verifier | None = None) -> Any:
-    """What `torch.save` wrote, tensors mapped from the file or read; never runs code.
+    """Load what `torch.save` wrote, with tensors mapped from the file or read; never runs code.
 
-    Whatever is not a tensor is compared with its checksum. Tensors are not.
+    Everything but the tensors is compared with its checksum.
 
     Raises:
-        CheckpointError: The file is damaged, or loading it would need more than tensors and plain values.
+        CheckpointError: The file is damaged, or contains more than tensors and plain values.
     """
     if reason := why_file_is_not_whole(path):
         raise CheckpointError(f"{path}: {reason}.")
@@ -138,10 +138,10 @@ def load_plain(path: Path, *, mapped: bool = True, verifier: Verifier | None = N
 
 
 def load_plain_bytes(content: BinaryIO, what: str) -> Any:
-    """What `torch.save` wrote into a piece of a file, which `what` names; never runs code.
+    """Load what `torch.save` wrote into a piece of a file, called `what` in errors; never runs code.
 
     Raises:
-        CheckpointError: It is damaged, or loading it would need more than tensors and plain values.
+        CheckpointError: It is damaged, or contains more than tensors and plain values.
     """
     try:
         with torch.serialization.safe_globals(_harmless()):
@@ -151,7 +151,7 @@ def load_plain_bytes(content: BinaryIO, what: str) -> Any:
 
 
 def why_file_is_not_whole(path: Path) -> str | None:
-    """What is wrong with the outline of a file of `torch.save`; its values aren't read. None: nothing."""
+    """Say what is wrong with the structure of a file of `torch.save`; None if nothing. Reads no values."""
     try:
         with zipfile.ZipFile(path) as archive:
             if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
@@ -171,18 +171,18 @@ def why_file_is_not_whole(path: Path) -> str | None:
 
 
 def ends_as_written(path: Path) -> bool:
-    """Whether a file has the end of an archive that `torch.save` wrote."""
+    """Whether a file ends like an archive that `torch.save` wrote."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - _END_RECORD))
         return file.read(4) == b"PK\5\6"
 
 
 class _Members:
-    """Compares a mapped tensor with the checksum of the member of the archive that it lies in.
+    """Compares a mapped tensor with the checksum of its member in the archive.
 
-    All tensors are mapped from one place in memory, where the file begins: the first of them is the first
-    member. Where that does not hold, as for numbers in the byte order of another machine, which torch has
-    turned round in memory, the whole file is compared at once.
+    All tensors are mapped from one block of memory that starts with the file: the first tensor is the first
+    member. If that does not hold, such as for numbers that torch byte-swapped in memory because another
+    machine's byte order differs, the whole file is compared at once.
     """
 
     def __init__(self, path: Path, content: Any, verifier: Verifier) -> None:
@@ -232,7 +232,7 @@ def _byteorder(path: Path) -> str:
 
 
 def _harmless() -> list[Any]:
-    """What a checkpoint of Composer needs besides tensors: times, random states, versions."""
+    """List what a Composer checkpoint needs besides tensors: times, random states, versions."""
     multiarray = np._core.multiarray if hasattr(np, "_core") else np.core.multiarray  # type: ignore[attr-defined]
     reconstruct: Any = multiarray._reconstruct  # type: ignore[attr-defined]
     scalar: Any = multiarray.scalar  # type: ignore[attr-defined]
@@ -248,7 +248,7 @@ def _harmless() -> list[Any]:
 
 
 def _check_that_it_is_stored(path: Path, name: str, tensor: torch.Tensor) -> None:
-    """Raise CheckpointError for a tensor that says it holds more numbers than lie in the file."""
+    """Raise CheckpointError for a tensor that claims more numbers than the file holds."""
     if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
         raise CheckpointError(f"{path}: {name} is not a plain tensor.")
     stored, said = tensor.untyped_storage().nbytes(), tensor.numel() * tensor.element_size()
@@ -260,7 +260,7 @@ def _check_that_it_is_stored(path: Path, name: str, tensor: torch.Tensor) -> Non
 
 
 def _refusal(path: Path) -> str:
-    """One sentence that names what a refused file would call."""
+    """Say in one sentence what a refused file would call."""
     try:
         with torch.serialization.safe_globals(_harmless()):
             calls = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
@@ -275,7 +275,7 @@ def _refusal(path: Path) -> str:
 
 
 def _give_back(mapped: torch.Tensor) -> None:
-    """Drop the pages of a file that a mapped tensor lies on, so that reading needs no memory."""
+    """Drop the file's pages behind a mapped tensor, so that they don't use memory."""
     if _DONTNEED is None or mapped.numel() == 0:
         return
     page = mmap.PAGESIZE

@@ -1,7 +1,7 @@
-"""The whole state of a training run out of a checkpoint, without running anything that lies in it.
+"""The whole state of a training run from a checkpoint, read without running any code in it.
 
 A *state* is what Composer saves: `{"state": {"model": ..., "optimizers": ..., ...}, "rng": [...]}`. A file
-gives it as it is; a folder of shards fills a state of the same form, each rank its own pieces.
+holds it as it is; a folder of shards fills a state of the same form, each rank its own pieces.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ Shapes = Mapping[str, tuple[int, ...]]
 _WEIGHTS, _BLOCKS = "state.model.", "transformer.blocks."
 # The parts that a run needs to continue.
 _PARTS = ("model", "optimizers", "timestamp")
-# A state lacks something of these only by mistake; a callback, say, may be new.
+# If a state lacks one of these, it is a mistake; it may lack others, such as those of a new callback.
 _NEEDED = ("state.model.", "state.optimizers.")
 
 
 def read_state(file: Path, *, weights_only: bool, mapped: bool) -> dict[str, Any]:
-    """The state in a whole checkpoint.
+    """Read the state in a whole checkpoint.
 
     Args:
         file: The checkpoint.
-        weights_only: The model is all that it has to hold.
-        mapped: Map the tensors from the file instead of reading them; whoever takes them has to copy them.
+        weights_only: It only needs to hold the model.
+        mapped: Map the tensors from the file instead of reading them; the caller has to copy them.
 
     Raises:
-        CheckpointError: It is damaged, or something else, or loading it would run code.
+        CheckpointError: It is damaged, or not a checkpoint, or loading it would run code.
     """
     content = load_plain(file, mapped=mapped)
     if not isinstance(content, dict) or not isinstance(content.get("state"), dict):
@@ -59,13 +59,13 @@ def read_state(file: Path, *, weights_only: bool, mapped: bool) -> dict[str, Any
 
 
 def set_epoch_by_time(state: dict[str, Any]) -> None:
-    """Have the training data stand in the epoch of the timestamp, where nothing of that has been read.
+    """Set the training data's epoch to that of the timestamp, if nothing of that epoch has been read.
 
     StreamingDataset counts an epoch when reading begins, Composer when the one before it ends: between the
     two, StreamingDataset's own state names the epoch that is over.
 
     Args:
-        state: The part `state` of a checkpoint; changed in place. Parts that it lacks are left out.
+        state: The part `state` of a checkpoint; changed in place. It may lack parts.
     """
     train, time = _place_in_data(state)
     if train and time and time["sample_in_epoch"] == 0:
@@ -73,7 +73,7 @@ def set_epoch_by_time(state: dict[str, Any]) -> None:
 
 
 def repeated_epoch(state: dict[str, Any]) -> tuple[int, int] | None:
-    """The epoch of the timestamp and the past epoch whose samples it reads, both from 0; None: its own.
+    """Return the epoch of the timestamp and the past epoch whose samples it reads, from 0; None if the same.
 
     Versions before `set_epoch_by_time` continued a run like this from the end of an epoch.
     """
@@ -84,19 +84,19 @@ def repeated_epoch(state: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def _place_in_data(state: dict[str, Any]) -> tuple[Any, Any]:
-    """The state of the training data and Composer's time; None for what is not there."""
+    """Return the state of the training data and Composer's timestamp; None for what is missing."""
     data, time = state.get("dataset_state") or {}, state.get("timestamp") or {}
     return data.get("train"), time.get("Timestamp")
 
 
 def saved_random_states(folder: Path) -> int:
-    """How many ranks' random states a folder of shards holds."""
+    """Count the ranks whose random states a folder of shards holds."""
     paths = (getattr(read_metadata(folder), "planner_data", None) or {}).values()
     return len({path[1] for path in paths if len(path) == 3 and path[0] == "rng"})
 
 
 def stored_weights(folder: Path) -> Shapes:
-    """Names and shapes of the weights in a folder of shards."""
+    """Return names and shapes of the weights in a folder of shards."""
     entries = read_metadata(folder).state_dict_metadata.items()
     return {
         key.removeprefix(_WEIGHTS): tuple(entry.size)
@@ -106,7 +106,7 @@ def stored_weights(folder: Path) -> Shapes:
 
 
 def compare_weights(checkpoint: Path, stored: Shapes, model: Shapes, *, strict: bool) -> str | None:
-    """A line on the weights that only the model or only the checkpoint has; None if there are none.
+    """Describe in a line the weights that only the model or only the checkpoint has; None if there are none.
 
     Args:
         checkpoint: Begins every sentence.
@@ -115,7 +115,7 @@ def compare_weights(checkpoint: Path, stored: Shapes, model: Shapes, *, strict: 
         strict: They have to be the same.
 
     Raises:
-        CheckpointError: They are not, or a weight has another shape, or none of the model's is there.
+        CheckpointError: They differ and `strict` is set, a weight has another shape, or no weight matches.
     """
     new = [name for name in model if name not in stored]
     left = [name for name in stored if name not in model]
@@ -144,13 +144,13 @@ def compare_weights(checkpoint: Path, stored: Shapes, model: Shapes, *, strict: 
 
 
 def _some(names: Sequence[str]) -> str:
-    """Names of weights, shortened."""
+    """List names of weights, shortened."""
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"{', '.join(names[:3])}{more} {'is' if len(names) == 1 else 'are'}"
 
 
 def _sizes(shapes: Shapes) -> dict[str, Any]:
-    """The keys of a config that the shapes of its weights tell."""
+    """Return the keys of a config that follow from the shapes of its weights."""
     names = [todays_name(name.removeprefix("model.")) for name in shapes]
     by_name = dict(zip(names, shapes.values(), strict=True))
     sizes: dict[str, Any] = {"n_layers": len({n.split(".")[2] for n in names if n.startswith(_BLOCKS)})}
@@ -190,7 +190,7 @@ def fill_state(state: dict[str, Any], folder: Path, *, strict: bool = True) -> N
 
 
 class _PlainPlanner(dcp.DefaultLoadPlanner):
-    """Torch's planner; of what isn't a tensor it takes plain values alone."""
+    """torch's planner, which accepts only tensors and plain values."""
 
     def __init__(self, folder: Path, *, strict: bool) -> None:
         super().__init__(allow_partial_load=True)

@@ -1,4 +1,4 @@
-"""What every store of weights offers: shapes without reading, then one tensor at a time."""
+"""The interface of all weight readers: shapes without reading, then one tensor at a time."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ PROJECTION = "lm_head.weight"
 EMBEDDING = "transformer.wte.weight"
 POSITIONS = "transformer.wpe.weight"
 
-# Integers and 8-bit numbers are a quantized model's: without its scales, which lie elsewhere, they are not
-# the weights.
+# Integers and 8-bit numbers belong to a quantized model: without its scales, which are stored elsewhere, they
+# are not the weights.
 _READABLE = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # The first row to read and the one after the last; None: all.
@@ -31,7 +31,7 @@ class TensorOutline:
 
     @property
     def numel(self) -> int:
-        """How many numbers it holds."""
+        """Number of elements."""
         count = 1
         for size in self.shape:
             count *= size
@@ -46,12 +46,12 @@ class Weights(Protocol):
         """All tensors, by name."""
 
     def read(self, name: str, dtype: torch.dtype | None = None, rows: Rows = None) -> torch.Tensor:
-        """One tensor, or some of its rows, in memory of its own, on the CPU, in `dtype` or as stored."""
+        """Read a copy of one tensor, or of some of its rows, on the CPU, in `dtype` or as stored."""
 
 
 def check_number_formats(path: object, outlines: Mapping[str, TensorOutline], names: Iterable[str]) -> None:
-    """Raise CheckpointError for a weight that is stored in a format other than floating point of 16 bits or
-    more; `path` says where, and only tensors of these names are weights."""
+    """Raise CheckpointError for a weight that is not stored in floating point of at least 16 bits; `path` is
+    for the error, and only tensors of these names are weights."""
     for name in names:
         if name in outlines and outlines[name].dtype not in _READABLE:
             raise CheckpointError(
@@ -61,17 +61,17 @@ def check_number_formats(path: object, outlines: Mapping[str, TensorOutline], na
 
 
 def check_finite(path: object, name: str, tensor: torch.Tensor) -> None:
-    """Raise CheckpointError for a tensor that holds NaN or infinity; `path` says where."""
-    if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # one pass, and no memory
+    """Raise CheckpointError for a tensor that holds NaN or infinity; `path` is for the error."""
+    if not all(extreme.isfinite() for extreme in tensor.aminmax()):  # one pass, without extra memory
         raise CheckpointError(f"{path}: {name} holds NaN or infinity as {format_name(tensor.dtype)}.")
 
 
 def format_name(dtype: torch.dtype) -> str:
-    """A number format's name without `torch.`."""
+    """Return a number format's name without `torch.`."""
     return str(dtype).removeprefix("torch.")
 
 
-# The first generation's names of what is called otherwise today.
+# Names in MPT's first generation that have changed since.
 _FIRST_NAMES = {
     ".ln_1.": ".norm_1.",
     ".ln_2.": ".norm_2.",
@@ -82,7 +82,7 @@ _FIRST_NAMES = {
 
 
 def todays_name(name: str) -> str:
-    """The name of a tensor as MPT calls it since its second generation."""
+    """Return the current name of a tensor, as MPT calls it since its second generation."""
     name = f".{name}"
     for old, new in _FIRST_NAMES.items():
         name = name.replace(old, new)
@@ -90,10 +90,10 @@ def todays_name(name: str) -> str:
 
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
-    """A tensor's numbers as they stand in a file."""
+    """Return a tensor's bytes as they are in a file."""
     return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def cut(tensor: torch.Tensor, rows: Rows) -> torch.Tensor:
-    """A view of those rows."""
+    """Return a view of those rows."""
     return tensor if rows is None else tensor[rows[0] : rows[1]]

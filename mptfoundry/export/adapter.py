@@ -1,7 +1,7 @@
-"""The adapters of a run as a PEFT folder, for stock peft on the exported folder of their base.
+"""Export the adapters of a run as a PEFT folder, for stock peft with the exported folder of their base.
 
 Such a folder holds `adapter_config.json`, `adapter_model.safetensors` with peft's names, a README.md, and the
-tokenizer, whose chat template may be the run's own.
+tokenizer, which may have the run's own chat template.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class AdapterSummary:
     """What an export of adapters wrote.
 
     Attributes:
-        folder: Where.
+        folder: The folder written.
         base: The model that they belong to.
-        parameters: Of the adapters.
-        dtype: Theirs.
+        parameters: Number of the adapters' parameters.
+        dtype: The adapters' dtype.
     """
 
     folder: Path
@@ -56,17 +56,17 @@ class AdapterSummary:
 def export_adapter(
     source: ModelSource, out: Path, dtype: torch.dtype, tokenizer: Any, *, overwrite: bool
 ) -> AdapterSummary:
-    """Write the adapters of a run as a PEFT folder; there whole or not at all.
+    """Write the adapters of a run as a PEFT folder, atomically.
 
     Args:
         source: The run, opened.
-        out: The folder.
-        dtype: Of the adapters.
-        tokenizer: The run's.
-        overwrite: Replace a folder that is there.
+        out: The folder to write.
+        dtype: The dtype to write.
+        tokenizer: The run's tokenizer.
+        overwrite: Replace an existing folder.
 
     Raises:
-        CheckpointError: The run has no adapters, or changes its base in other ways, too.
+        CheckpointError: The run has no adapters, or also changes its base in other ways.
     """
     weights = source.weights
     if not isinstance(weights, AdaptedWeights):
@@ -95,7 +95,7 @@ def export_adapter(
 
 
 def base_of(source: ModelSource) -> Base:
-    """How others find and load the base of adapters."""
+    """Return how others find and load the base of adapters."""
     path = source.path
     revision: str | None = None
     name, needs_code = str(path), bool(why_not_native(source.config))
@@ -108,7 +108,7 @@ def base_of(source: ModelSource) -> Base:
 
 
 def peft_config(lora: LoRAConfig, network: MPTConfig, base: Base) -> dict[str, Any]:
-    """The content of `adapter_config.json`."""
+    """Return the content of `adapter_config.json`."""
     return {
         "peft_type": lora.peft_type,
         "task_type": lora.task_type,
@@ -126,7 +126,7 @@ def peft_config(lora: LoRAConfig, network: MPTConfig, base: Base) -> dict[str, A
 
 
 def _refuse_another_architecture(config: MPTConfig, base: ModelSource) -> None:
-    """A PEFT folder has no place for switches that the run overrode; dropout matters in training only."""
+    """Refuse switches that the run overrode: a PEFT folder can't hold them. Dropout only affects training."""
     for path, there, here in differing(base.config, config.to_dict()):
         if not path[-1].endswith("pdrop"):
             raise CheckpointError(

@@ -1,6 +1,6 @@
 """The README.md of an exported folder: what the model is, what it was trained on, and how to use it.
 
-An adapter's folder has one, too, which says how its base is loaded.
+An adapter's folder has one, too, which says how to load its base.
 """
 
 from __future__ import annotations
@@ -46,13 +46,13 @@ def model_card(
     license: str | None,
     origin: str | None = None,
 ) -> str:
-    """The model card: a header for the hub, the architecture, the run's numbers, loss picture and data mix.
+    """Return the model card: header for the hub, architecture, the run's numbers, loss picture, data mix.
 
     Args:
-        name: Of the model.
-        source: The model; what its run folder tells is used if it has one.
+        name: The model's name.
+        source: The model; the card uses its run folder if it has one.
         folder: The exported folder, with its `config.json`; the run's picture is copied into it.
-        dtype: Of the exported weights.
+        dtype: The dtype of the exported weights.
         license: SPDX name; without one the card says that none was stated.
         origin: A paragraph on where the model comes from.
     """
@@ -104,7 +104,7 @@ class Base:
 
 
 def adapter_use(base: Base, adapter: str) -> list[str]:
-    """How peft loads an adapter with its base: lines of Python, after a command where one is needed."""
+    """Return Python lines that load an adapter with its base in peft, after a command if one is needed."""
     folder = base.name if base.is_folder else "HF_FOLDER"
     options = f', revision="{base.revision}"' * (base.revision is not None)
     options += ", trust_remote_code=True" * base.needs_code
@@ -119,7 +119,7 @@ def adapter_use(base: Base, adapter: str) -> list[str]:
 def adapter_card(
     name: str, source: ModelSource, folder: Path, lora: LoRAConfig, base: Base, parameters: str
 ) -> str:
-    """The card of an adapter in peft's format, such as `model_card`."""
+    """Return the card of an adapter in peft's format, similar to `model_card`."""
     header: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
     if base.revision is not None:
         header["base_model"] = base.name
@@ -146,7 +146,7 @@ def adapter_card(
 
 
 def _run(source: ModelSource, folder: Path) -> list[str]:
-    """What the run tells that the model came from; its picture is copied into the folder."""
+    """Describe the run that the model came from; copies its picture into the folder."""
     if source.run_folder is None:
         return []
     return _training(source.run_folder, source.path, folder) + _data_mix(source.run_folder)
@@ -165,7 +165,7 @@ def _positions(config: MPTConfig) -> str:
 
 
 def _training(run_folder: Path, checkpoint: Path, folder: Path) -> list[str]:
-    """What the run measured up to this checkpoint, and its picture, which may show later batches too."""
+    """Describe the run's metrics up to this checkpoint; its picture may also show later batches."""
     progress = progress_of(checkpoint)
     records = _records(run_folder / "metrics.jsonl", progress[1] if progress else None)
     rows = []
@@ -187,7 +187,7 @@ def _training(run_folder: Path, checkpoint: Path, folder: Path) -> list[str]:
 
 
 def _records(metrics: Path, until_batch: int | None) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl up to a batch."""
+    """Return the rows of metrics.jsonl up to a batch."""
     rows = read_rows(metrics) if metrics.is_file() else iter(())
     return [row for row in rows if until_batch is None or row["batch"] <= until_batch]
 
@@ -200,7 +200,7 @@ def _last_evaluations(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]
 
 
 def _data_mix(run_folder: Path) -> list[str]:
-    """The streams' names and shares; where they lay is nobody's business."""
+    """List the streams' names and shares, but not their locations, which are private."""
     run = yaml.safe_load((run_folder / RUN_CONFIG).read_text(encoding="utf-8"))
     dataset = (run.get("train_loader") or {}).get("dataset") or {}
     rows = []

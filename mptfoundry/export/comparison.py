@@ -1,9 +1,8 @@
-"""Does an exported folder compute what its checkpoint computes?
+"""Check that an exported folder computes what its checkpoint computes.
 
-The folder is loaded by transformers' MPT classes, or by ours where it brings its own code, and both sides
-compute the logits of real text in float64, from the weights as they were rounded for the export. There they
-differ by less than the classes' own rounding in float32; a switch that is ignored moves them by many thousand
-times that.
+The folder is loaded with transformers' MPT classes, or with ours if it brings its own code, and both sides
+compute the logits of real text in float64, from the weights as rounded for the export. They differ by less
+than the classes' own rounding in float32; a switch that is ignored changes them by many thousand times that.
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ def rows(table):
 
 The same holds for code, for numbers such as 3.14159, and for lists: first, second, third."""
 _LONGEST = 256
-# A prime, so that its multiples are spread over a vocabulary.
+# A prime, so that its multiples spread over the vocabulary.
 _STEP = 7919
-# No trained model gives logits as large as this.
+# No trained model has logits this large.
 _LARGEST_LOGIT = 1e4
-# Weights in float64: in memory at a time, and compared in all. One layer is always compared.
+# Bytes of float64 weights: in memory at a time, and compared in total. One layer is always compared.
 _PART_BYTES = 1 << 29
 _COMPARED_BYTES = 3 << 30
 _LAYER = re.compile(r"(\.blocks\.)(\d+)")
@@ -57,14 +56,14 @@ class Comparison:
     """Logits of an exported folder compared with those of its checkpoint, over the tokens of one text.
 
     Attributes:
-        tokens: Of the text.
-        layers: That were compared, from the first.
-        all_layers: Of the model.
+        tokens: Tokens of the text.
+        layers: Layers compared, from the first.
+        all_layers: Layers of the model.
         difference: Largest difference in float64, both sides from the exported weights.
-        float32_rounding: Root mean square of what float32 changes in the folder's logits.
+        float32_rounding: Root mean square of the change in the folder's logits in float32.
         export_rounding: Largest change of a logit by rounding the weights to the exported dtype.
-        agrees: Whether the difference is rounding, in every part.
-        largest: The largest logit of both, without its sign.
+        agrees: Whether the difference is only rounding, in every part.
+        largest: The largest absolute logit of both.
     """
 
     tokens: int
@@ -92,12 +91,12 @@ def compare_logits(
 ) -> Comparison:
     """Compare an exported folder with the model that it was made from.
 
-    A model of some size is compared in parts, so that few of its layers are in memory at a time: each part
-    computes logits from what the layers before it gave, with the text's part of the vocabulary. Of a large
-    model only the first layers are compared, which shows every switch of the architecture.
+    A larger model is compared in parts, so that few of its layers are in memory at a time: each part computes
+    logits from the output of the layers before it, with the text's part of the vocabulary. Of a very large
+    model only the first layers are compared, which tests every switch of the architecture.
 
     Raises:
-        CheckpointError: The logits differ, or, unless `allow_absurd`, no trained model gives such logits.
+        CheckpointError: The logits differ or, unless `allow_absurd`, are not those of a trained model.
     """
     ids = _ids_of_text(tokenizer, source.config)
     if tokenizer is not None:
@@ -110,11 +109,11 @@ def compare_logits(
         layers, step = (_layers_within(config, limit) for limit in (_COMPARED_BYTES, _PART_BYTES))
     ours, theirs = _Excerpt.of(source.weights, words), _Excerpt.of(FolderWeights(folder), words)
     comparison = Comparison(ids.shape[1], 0, config.n_layers, 0.0, 0.0, 0.0)
-    exact: _Pass | None = None  # what the layers so far give
+    exact: _Pass | None = None  # output of the layers so far
     rounded: _Pass | None = None
     for first in range(0, layers, step):
         cut = replace(config, n_layers=min(step, layers - first))
-        if first:  # positions were added before the first layer
+        if first:  # position embeddings were added before the first layer
             cut = replace(cut, learned_pos_emb=False)
         part = replace(source, config=cut, weights=replace(ours, first=first))
         before = rounded
@@ -131,7 +130,7 @@ def compare_logits(
 
 
 def _ids_of_text(tokenizer: Any, config: MPTConfig) -> torch.Tensor:
-    """(1, tokens): a text's ids; without a tokenizer, ids from all over the vocabulary."""
+    """(1, tokens): ids of a text; without a tokenizer, ids from all over the vocabulary."""
     longest = min(_LONGEST, config.max_seq_len)
     if tokenizer is None:
         return (torch.arange(longest) * _STEP % config.vocab_size)[None]
@@ -139,7 +138,7 @@ def _ids_of_text(tokenizer: Any, config: MPTConfig) -> torch.Tensor:
 
 
 def _judge(largest: float, path: Path, *, allow_absurd: bool) -> None:
-    """Raise CheckpointError, or warn, where the largest logit is not one of a trained model."""
+    """Raise CheckpointError, or warn, if the largest logit is not that of a trained model."""
     if largest <= _LARGEST_LOGIT:
         return
     absurd = (
@@ -154,7 +153,7 @@ def _judge(largest: float, path: Path, *, allow_absurd: bool) -> None:
 
 
 def check_bytes(folder: Path) -> None:
-    """Read an exported folder's tensors back; raises CheckpointError for one that isn't what was written."""
+    """Read an exported folder's tensors back; raise CheckpointError if one differs from what was written."""
     written = FolderWeights(folder)
     for name in written.outlines:
         try:
@@ -165,7 +164,7 @@ def check_bytes(folder: Path) -> None:
 
 
 def _layers_within(config: MPTConfig, memory_bytes: int) -> int:
-    """How many layers have float64 weights of so many bytes together; one at least."""
+    """Return how many layers' float64 weights fit into so many bytes; at least one."""
     one = count_parameters(replace(config, n_layers=1))
     block = count_parameters(replace(config, n_layers=2)) - one
     return max(1, min(config.n_layers, 1 + (memory_bytes // 8 - one) // block))
@@ -173,7 +172,7 @@ def _layers_within(config: MPTConfig, memory_bytes: int) -> int:
 
 @dataclass(frozen=True)
 class _Pass:
-    """What some layers of a network give: logits, and what goes into the last norm, (1, tokens, d_model)."""
+    """Output of some layers of a network: logits, and the input of the last norm, (1, tokens, d_model)."""
 
     logits: torch.Tensor
     hidden: torch.Tensor
@@ -187,9 +186,9 @@ def _joined(
     theirs_float32: torch.Tensor,
     theirs: torch.Tensor,
 ) -> Comparison:
-    """A comparison with one more part; of its numbers the largest of all parts count.
+    """Return the comparison with one more part; it keeps the largest number of all parts.
 
-    transformers' softmax is float32 even in float64, so that its own rounding is the yardstick there too.
+    transformers' softmax is float32 even in float64, so we compare with its own rounding there too.
     """
     largest = torch.stack([exact.logits, theirs_float32]).abs().max().item()
     if not math.isfinite(largest):
@@ -210,11 +209,11 @@ def _joined(
 
 @dataclass(frozen=True)
 class _Excerpt:
-    """Weights of some layers, which begin at 0 here and at `first` there, and of some words.
+    """Weights of some layers and some words; layer 0 here is layer `first` of the model.
 
     Attributes:
-        weights: All of them.
-        rows: Those of the words, by the name of their matrix; without words nothing is here.
+        weights: All weights.
+        rows: The words' rows, by the name of their matrix; empty without words.
         first: The first layer.
     """
 
@@ -224,7 +223,7 @@ class _Excerpt:
 
     @classmethod
     def of(cls, weights: Weights, words: torch.Tensor | None) -> _Excerpt:
-        """The words are read at once, so that their matrices are in memory while nothing else is."""
+        """Read the words' rows at once, so that their matrices are in memory while nothing else is."""
         names = () if words is None else [n for n in (EMBEDDING, PROJECTION) if n in weights.outlines]
         return cls(weights, {name: weights.read(name)[words] for name in names})
 
@@ -244,9 +243,9 @@ class _Excerpt:
 def _our_logits(
     source: ModelSource, ids: torch.Tensor, dtype: torch.dtype, exact: _Pass | None, rounded: _Pass | None
 ) -> tuple[_Pass, _Pass]:
-    """What the layers give in float64, from the weights as they are and as they are rounded to `dtype`.
+    """Compute the layers' output in float64, from the weights as they are and as rounded to `dtype`.
 
-    `exact` and `rounded` are what the layers before them gave.
+    `exact` and `rounded` are the outputs of the layers before them.
     """
     network = network_of(source, dtype=torch.float64)
     exact = _pass(network, ids, exact)
@@ -257,14 +256,14 @@ def _our_logits(
 
 @torch.inference_mode()
 def _their_logits(model: Any, ids: torch.Tensor, before: _Pass | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the folder's classes in float32 and in float64."""
+    """Compute the logits of the folder's classes in float32 and in float64."""
     in_float32 = _pass(model, ids, before).logits.double()
     with _MasksInFloat64():
         return in_float32, _pass(model.double(), ids, before).logits
 
 
 def _pass(model: Any, ids: torch.Tensor, before: _Pass | None) -> _Pass:
-    """Run a model on ids, or on what came out of the layers before it."""
+    """Run a model on ids, or on the output of the layers before it."""
     hidden: list[torch.Tensor] = []
 
     def keep(norm: Any, arguments: tuple[torch.Tensor, ...]) -> None:
@@ -283,7 +282,7 @@ def _pass(model: Any, ids: torch.Tensor, before: _Pass | None) -> _Pass:
 
 
 def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """All that a model says of one text; of its beginnings, too, where it says one thing of a text."""
+    """Return a model's logits for a text; if it has one result per text, those for prefixes of the text."""
     output = model(ids)
     if "start_logits" in getattr(output, "keys", list)():
         return torch.stack([output.start_logits, output.end_logits], -1)
@@ -293,7 +292,7 @@ def _logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
 
 
 def _load_tokenizer(folder: Path) -> None:
-    """Raises what transformers raises where it can't load a folder's tokenizer."""
+    """Load a folder's tokenizer with transformers; raises whatever transformers raises."""
     from transformers import AutoTokenizer
 
     with _said_nothing():
@@ -301,7 +300,7 @@ def _load_tokenizer(folder: Path) -> None:
 
 
 def _their_model(folder: Path, cut: MPTConfig, excerpt: _Excerpt | None) -> Any:
-    """The folder's model in float32, whole, or an excerpt: `from_pretrained` can't leave out words."""
+    """Load the folder's model in float32, whole or an excerpt: `from_pretrained` can't leave out words."""
     kind = class_of(folder)
     with _said_nothing():
         if excerpt is None:
@@ -315,7 +314,7 @@ def _their_model(folder: Path, cut: MPTConfig, excerpt: _Excerpt | None) -> Any:
 
 @contextmanager
 def _said_nothing() -> Iterator[None]:
-    """transformers without its warnings."""
+    """Silence transformers' warnings."""
     from transformers.utils import logging as their_logging
 
     before = their_logging.get_verbosity()
@@ -327,9 +326,9 @@ def _said_nothing() -> Iterator[None]:
 
 
 def class_of(folder: Path) -> Any:
-    """The class that computes an exported folder: transformers' own, or of a custom folder ours.
+    """Return the class of an exported folder's model: transformers' own, or ours for a custom folder.
 
-    The code that lies in a custom folder is a copy of `mptfoundry.mpt`, so its class is taken from there.
+    The code in a custom folder is a copy of `mptfoundry.mpt`, so we take its class from there.
     """
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if values["model_type"] != "mpt":
@@ -341,9 +340,9 @@ def class_of(folder: Path) -> Any:
 
 
 class _MasksInFloat64(TorchFunctionMode):
-    """transformers 4 makes a mask of the default dtype, whatever the model's; here it becomes float64.
+    """Make float64 masks: transformers 4 makes a mask of the default dtype, whatever the model's dtype.
 
-    A mode holds for its own thread: nothing changes for a training that continues meanwhile.
+    A mode applies only to its own thread, so it does not affect training in another thread.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,8 +1,8 @@
-"""The parts of a Hugging Face folder that brings the network's own code: its config.json, and the code.
+"""The parts of a Hugging Face folder with the network's own code: its config.json, and the code.
 
 It is for models that transformers' own MPT classes can't express. The `model_type` is not theirs, so that a
-load without `trust_remote_code=True` is refused. Those classes only warn of another `model_type`, so the
-`attn_config` is written with an `attn_type` that they reject.
+load without `trust_remote_code=True` is refused. Those classes only warn about another `model_type`, so we
+write an `attn_type` that they reject into `attn_config`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _ENTRY = "hf"
 
 
 def custom_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """The content of `config.json`: every switch of the architecture, and the classes in the folder.
+    """Return the content of `config.json`: every switch of the architecture, and the classes in the folder.
 
-    The attention backend is `auto`, whatever trained the model: who loads it has another machine.
+    The attention backend is `auto`, whatever trained the model, because users load it on other machines.
     """
     values = config.to_explicit_dict()
     values["attn_config"]["attn_impl"] = "auto"
@@ -45,9 +45,9 @@ def custom_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict
 
 
 def copy_code(folder: Path) -> list[Path]:
-    """Copy the network's files, flat, into an exported folder; returns them.
+    """Copy the network's files, flat, into an exported folder, and return them.
 
-    They are the entry file and those that it imports, for these are what transformers copies on loading.
+    These are the entry file and the files that it imports, because transformers copies those on loading.
     """
     room = Path(mptfoundry.mpt.__path__[0])
     text = (room / f"{_ENTRY}.py").read_text(encoding="utf-8")

@@ -1,9 +1,9 @@
-"""A run or a checkpoint into a Hugging Face folder, in one of two formats.
+"""Export a run or a checkpoint as a Hugging Face folder, in one of two formats.
 
-`native`: stock transformers loads it without custom code; for the models that its own MPT classes express.
-`custom`: our network's code lies in the folder, for every model. Weights go from the checkpoint into the
-folder one by one, and the optimizer's are never read. After writing, the folder is loaded back and its logits
-are compared with the checkpoint's; a folder that fails never gets its name.
+`native`: stock transformers loads it without custom code, for models that its own MPT classes express.
+`custom`: the folder contains our network's code, for every model. Weights go from the checkpoint into the
+folder one by one; the optimizer's state is never read. After writing, we load the folder and compare its
+logits with the checkpoint's; a folder that fails never gets its name.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 Format = Literal["auto", "native", "custom"]
 
 SHARD_BYTES = 5_000_000_000
-# What an exported folder may hold; what `overwrite` replaces holds nothing else.
+# What an exported folder may hold; `overwrite` replaces a folder only if it holds nothing else.
 NAMES = (
     *("README.md", PICTURE, "*.safetensors", "model.safetensors.index.json"),
     *("config.json", "generation_config.json", "adapter_config.json", CHECKSUMS),
@@ -53,14 +53,14 @@ class ExportSummary:
     """What an export wrote.
 
     Attributes:
-        folder: Where.
+        folder: The folder written.
         format: `native` or `custom`, and why.
-        parameters: Of the model.
-        dtype: Of the weights.
-        weight_bytes: In all weight files together.
-        weight_files: How many they are.
-        seconds: That writing took, without the comparison.
-        comparison: Of the logits.
+        parameters: Number of the model's parameters.
+        dtype: The dtype of the weights.
+        weight_bytes: Bytes in all weight files together.
+        weight_files: Number of weight files.
+        seconds: Time for writing, without the comparison.
+        comparison: The comparison of the logits.
     """
 
     folder: Path
@@ -100,8 +100,8 @@ def export(
     """Write a model as a Hugging Face folder; arguments are ExportConfig's, and `progress` shows a bar.
 
     Raises:
-        CheckpointError: The model can't be read, is outside what `native` can express (all reasons are
-            listed), or the written folder doesn't give the checkpoint's logits.
+        CheckpointError: The model can't be read, `native` can't express it (all reasons are listed), or the
+            written folder doesn't give the checkpoint's logits.
     """
     out = Path(out)
     refuse_what_is_there(out, overwrite=overwrite, names=NAMES, source=model)
@@ -125,15 +125,15 @@ def export_weights(
     run_folder: Path,
     overwrite: bool,
 ) -> ExportSummary:
-    """Write weights that are in memory, those of a run in progress, as a Hugging Face folder.
+    """Write the weights of a run in progress, which are in memory, as a Hugging Face folder.
 
     Args:
         weights: On the CPU, by name, in the dtype of the folder.
-        checkpoint: What a checkpoint of that moment would be called.
+        checkpoint: The name that a checkpoint would have at that point.
         out: The folder to write.
         config: The architecture.
-        run_folder: The run's, with its tokenizer and its metrics.
-        overwrite: Replace a folder that is there.
+        run_folder: The run's folder, with its tokenizer and its metrics.
+        overwrite: Replace an existing folder.
     """
     refuse_what_is_there(out, overwrite=overwrite, names=NAMES)
     source = ModelSource(
@@ -157,18 +157,18 @@ def write_folder(
     overwrite: bool,
     progress: bool,
 ) -> ExportSummary:
-    """Write an opened model and compare its logits; the folder is there whole or not at all.
+    """Write an opened model atomically as a folder, and compare its logits.
 
     Args:
         source: The model.
-        out: The folder.
+        out: The folder to write.
         tokenizer: Its tokenizer; None: the folder gets none.
-        dtype: Of the weights.
+        dtype: The dtype of the weights.
         format, shard_bytes, license: As for `export`.
         origin: A paragraph of the card on where the model comes from.
-        allow_absurd: Only warn of logits that no trained model gives.
-        overwrite: Replace a folder that is there.
-        progress: Show a bar over the bytes.
+        allow_absurd: Only warn about logits that no trained model gives.
+        overwrite: Replace an existing folder.
+        progress: Show a progress bar in bytes.
     """
     chosen, why = choose_format(source.config, format)
     parameters = count_parameters(source.config)
@@ -211,10 +211,10 @@ class _WeightsInMemory:
 
 
 def choose_format(config: MPTConfig, format: Format) -> tuple[str, str]:
-    """The format that is asked for, or with `auto` the one that fits, and the reason for it.
+    """Return the requested format, or with `auto` the one that fits, and the reason for it.
 
     Raises:
-        CheckpointError: `native` is asked for, and can't express the model.
+        CheckpointError: `native` is requested but can't express the model.
     """
     reasons = "; ".join(why_not_native(config))
     if isinstance(config, HeadConfig) and (reasons or format == "custom"):
@@ -235,7 +235,7 @@ def choose_format(config: MPTConfig, format: Format) -> tuple[str, str]:
 
 
 def _generation_config(tokenizer: Any) -> dict[str, Any]:
-    """The default of `use_cache` in MPT's config is false: generation without a cache."""
+    """Set `use_cache`: its default in MPT's config is false, which means generation without a cache."""
     ids = token_ids(tokenizer)
     pad = ids["pad_token_id"] if ids["pad_token_id"] is not None else ids["eos_token_id"]
     return {**ids, "pad_token_id": pad, "use_cache": True}
@@ -270,7 +270,7 @@ def _write_the_rest(
 
 
 def _write_tokenizer(folder: Path, tokenizer: Any, max_seq_len: int) -> None:
-    """The tokenizer's files, such that `generate(**tokenizer(text))` works in every version."""
+    """Write the tokenizer's files so that `generate(**tokenizer(text))` works in every version."""
     tokenizer.save_pretrained(folder)
     file = folder / "tokenizer_config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
@@ -287,7 +287,7 @@ def _write_json(file: Path, values: dict[str, Any]) -> None:
 
 
 def _tokenizer_for(source: ModelSource, name: str | None) -> Any:
-    """The tokenizer that was named, or the model's own; raises if there is none or it doesn't fit."""
+    """Load the named tokenizer, or the model's own; raise if there is none or it doesn't fit."""
     named = load_tokenizer(name, max_seq_len=source.config.max_seq_len) if name else None
     tokenizer = named if named is not None else tokenizer_of(source)
     if tokenizer is None:

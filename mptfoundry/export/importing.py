@@ -1,7 +1,7 @@
-"""A foreign model as a Hugging Face folder of ours: any MPT folder, and llm-foundry's checkpoints.
+"""Import a foreign model as a Hugging Face folder: any MPT folder, and llm-foundry's checkpoints.
 
-It is what `export` writes of a model of our own, in float32, so that training, evaluation and generation read
-it as they read that. No code of the source is run, and nothing but tensors and plain values is unpickled.
+The result is what `export` writes for our own models, in float32, so training, evaluation and generation read
+it in the same way. We run no code of the source, and unpickle only tensors and plain values.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.tokenizer import count_ids, load_tokenizer, vocabulary_problem
 
-# The files of a tokenizer that a checkpoint may carry along.
+# The tokenizer files that a checkpoint may include.
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 
@@ -43,9 +43,9 @@ class ImportSummary:
 
     Attributes:
         written: The folder.
-        source: What was read, as it was named.
+        source: The source, as the user named it.
         config: The architecture as written.
-        rows: Rows of the embedding that were stored.
+        rows: Number of stored rows of the embedding.
         has_tokenizer: Whether the folder has a tokenizer.
     """
 
@@ -87,9 +87,9 @@ def import_model(
     overwrite: bool = False,
     progress: bool = True,
 ) -> ImportSummary:
-    """Write a foreign model as a Hugging Face folder, whole or not at all, one tensor at a time.
+    """Write a foreign model as a Hugging Face folder, atomically, one tensor at a time.
 
-    Arguments are ImportConfig's, and `progress` shows a bar over the bytes.
+    Arguments are ImportConfig's, and `progress` shows a progress bar in bytes.
 
     Raises:
         CheckpointError: The source can't be read, is not an MPT, its weights don't fit its config, or the
@@ -115,7 +115,7 @@ def import_model(
 
 
 def _config_in(path: Path) -> MPTConfig:
-    """The architecture that a file or a folder tells; llm-foundry's YAMLs are understood."""
+    """Read the architecture from a file or a folder; llm-foundry's YAMLs are supported."""
     if path.suffix == ".json":
         return config_of_others(read_json(path.parent, path.name), str(path))
     if path.suffix not in (".yaml", ".yml"):
@@ -133,9 +133,9 @@ def _config_in(path: Path) -> MPTConfig:
 
 
 def _lost_in_native(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> list[str]:
-    """What a native folder of this model would not keep, such as its dropout: keys with their values.
+    """List what a native folder of this model would lose, such as dropout: keys with their values.
 
-    It has no influence on the logits, but on a run that starts from the folder.
+    It doesn't affect the logits, but it affects a run that starts from the folder.
     """
     if isinstance(config, HeadConfig) or why_not_native(config):
         return []
@@ -144,14 +144,14 @@ def _lost_in_native(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> li
 
 
 def _origin(source: str, path: Path, *, has_tokenizer: bool) -> str:
-    """Names on the hub are told with their commit, and of other places the last part."""
+    """Say where the model came from: a name on the hub with its commit, or the last part of another path."""
     name = f"{source} at {path.name}" if path.parent.name == "snapshots" else Path(source).name
     text = f"Imported from {name}."
     return text if has_tokenizer else f"{text} It came without a tokenizer: use the one it was trained with."
 
 
 def _tokenizer_of(model: ModelSource, name: str | None, carried: Path) -> Any:
-    """The tokenizer that was named, or the model's own, or the one in its checkpoint; None without any."""
+    """Load the named tokenizer, or the model's own, or the one in its checkpoint; None if there is none."""
     if name is None and model.tokenizer_folder is None:
         _write_carried(model, carried)
         name = str(carried) if any(carried.iterdir()) else None
@@ -166,7 +166,7 @@ def _tokenizer_of(model: ModelSource, name: str | None, carried: Path) -> Any:
 
 
 def _write_carried(model: ModelSource, folder: Path) -> None:
-    """Write the tokenizer's files that llm-foundry puts into its checkpoints, and no file of another name."""
+    """Write the tokenizer files that llm-foundry puts into its checkpoints, and no other files."""
     note = getattr(model.weights, "note", None)
     for name, carried in (note("tokenizer") if note is not None else {}).items():
         content = carried.get("content") if isinstance(carried, dict) else None

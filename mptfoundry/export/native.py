@@ -1,7 +1,7 @@
 """The models that transformers' own MPT classes express, and the `config.json` that they read.
 
-The classes express a part of what MPT can be, and ignore the rest of a config in silence. So what they
-express stands in one table here.
+The classes express only a part of what MPT can be, and silently ignore the rest of a config. The table here
+lists what they express.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import HeadConfig
 
-# What transformers' MPT classes compute: (key, what it must be, whether it is).
+# What transformers' MPT classes compute: (key, required value, whether a config has it).
 NATIVE_RULES: tuple[tuple[str, str, Callable[[MPTConfig], bool]], ...] = (
     ("attn_config.alibi", "true", lambda c: c.attn_config.alibi),
     ("attn_config.alibi_bias_max", "8", lambda c: c.attn_config.alibi_bias_max == 8),
@@ -39,7 +39,7 @@ NATIVE_RULES: tuple[tuple[str, str, Callable[[MPTConfig], bool]], ...] = (
 
 
 NATIVE_CODE = "modeling_mpt.py"
-# transformers' own classes under MPT's first names.
+# transformers' own classes under MPT's original names.
 NATIVE_CODE_TEXT = '''"""transformers' own MPT under the names by which some converters know it."""
 
 from transformers import (
@@ -75,7 +75,7 @@ class MPTForTokenClassification(MptForTokenClassification):
 class MPTForQuestionAnswering(MptForQuestionAnswering):
     config_class = MPTConfig
 '''
-# Whoever allows the folder's code gets MPTConfig, so that every class has to be found for that.
+# A user who allows the folder's code gets MPTConfig, so every class must be registered for it.
 _AUTO_MAP = {
     f"Auto{kind}": f"modeling_mpt.MPT{kind.removeprefix('Model') or kind}"
     for kind in (
@@ -84,12 +84,12 @@ _AUTO_MAP = {
     )
 }
 
-# Of no account where a head stands in place of the logits.
+# Switches without effect if a head replaces the logits.
 _OF_LOGITS = {"tie_word_embeddings", "logit_scale", "final_logit_softcapping"}
 
 
 def why_not_native(config: MPTConfig) -> list[str]:
-    """Every switch that transformers' MPT classes ignore or can't express; empty for a model they do."""
+    """List every switch that transformers' MPT classes ignore or can't express; empty if they express all."""
     values = config.to_dict()
     reasons = []
     for key, allowed, holds in NATIVE_RULES:
@@ -103,15 +103,15 @@ def why_not_native(config: MPTConfig) -> list[str]:
 
 
 def native_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict[str, Any]:
-    """The content of `config.json`, to the type of each number.
+    """Return the content of `config.json`, with the exact type of each number.
 
     transformers 5 checks types: `attn_pdrop` and `alibi_bias_max` must be integers, `clip_qkv` and
     `softmax_scale` floats or null, `expansion_ratio` an integer, `embedding_fraction` a float. It and older
     versions read `layer_norm_epsilon`; MPT's own code and other converters read `norm_eps`.
 
-    Two converters go by a name and compute MPTs of a narrower kind, so a model gets the name that they look
-    for only if it is of that kind: llama.cpp's `MPTForCausalLM`, and CTranslate2's class `MPTConfig`, which
-    lies in the folder (`NATIVE_CODE`).
+    Two converters select by name but support fewer kinds of MPT, so a model gets the name that they look for
+    only if they support it: llama.cpp's `MPTForCausalLM`, and CTranslate2's class `MPTConfig`, which is in
+    the folder (`NATIVE_CODE`).
     """
     attention = config.attn_config
     head = config.head_keys() if isinstance(config, HeadConfig) else {}
@@ -157,7 +157,7 @@ def native_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict
 
 
 def token_ids(tokenizer: Any) -> dict[str, int | None]:
-    """What a config.json says of a tokenizer's special tokens; None for those that do not exist."""
+    """Return a config.json's entries for a tokenizer's special tokens; None for those that do not exist."""
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: getattr(tokenizer, key, None) for key in keys}
 

@@ -1,9 +1,9 @@
-"""Weights into safetensors files, tensor by tensor.
+"""Write weights into safetensors files, tensor by tensor.
 
-A safetensors file is eight bytes that tell the header's length (little-endian), the header (JSON: for each
-tensor its dtype, shape and place), and the tensors' bytes one after the other
-(https://github.com/huggingface/safetensors#format). The header is known beforehand, so that never more than
-one tensor is in memory.
+A safetensors file is eight bytes with the header's length (little-endian), the header (JSON: for each tensor
+its dtype, shape and offsets), and the tensors' bytes one after the other
+(https://github.com/huggingface/safetensors#format). The header is known beforehand, so there is never more
+than one tensor in memory.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ def write_shards(
     """Write `model.safetensors`, or several files and `model.safetensors.index.json`.
 
     Args:
-        folder: Where to; exists.
-        shapes: Every tensor's shape, in the order in which `tensors` brings them.
+        folder: An existing folder to write to.
+        shapes: Every tensor's shape, in the order in which `tensors` yields them.
         tensors: Names and tensors.
-        dtype: Of all tensors.
-        shard_bytes: Largest file; a single tensor that is larger gets a file of its own.
-        progress: Called with the bytes of each tensor written.
+        dtype: The dtype of all tensors.
+        shard_bytes: Largest file; a single tensor that is larger gets its own file.
+        progress: Called with the number of bytes of each tensor written.
 
     Returns:
-        The files of weights, and each tensor's CRC-32.
+        The weight files, and each tensor's CRC-32.
     """
     checksums: dict[str, int] = {}
     shards = _split(shapes, dtype, shard_bytes)
@@ -79,7 +79,7 @@ def _file_names(count: int) -> list[str]:
 
 
 def _split(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype, shard_bytes: int) -> list[list[str]]:
-    """Names of the tensors of each file, in order."""
+    """Return the names of the tensors of each file, in order."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, shape in shapes.items():

@@ -1,12 +1,12 @@
-"""Atomic checkpoints: whole or absent, and written while training continues.
+"""Atomic checkpoints: complete or absent, and written while training continues.
 
-A save copies the state into the host's memory, for which training waits, and a thread writes it to the disk,
-for which it doesn't. Files get a temporary name, are flushed to the disk and then renamed, so a checkpoint
-that exists is complete. Older ones are deleted after that, never before. `latest-...` is replaced in one
-step; it is for people, and no code here reads it.
+A save copies the state into host memory, while training waits; then a thread writes it to disk while training
+continues. Files get a temporary name, are flushed to disk and then renamed, so a checkpoint that exists is
+complete. Older ones are deleted after that, never before. `latest-...` is replaced in one step; it is for
+people, and no code here reads it.
 
-Words: the *content* is the state of a run as Composer gives it; a *whole* checkpoint is one file that rank 0
-writes, a *sharded* one a folder with a file of each rank.
+Words: the *content* is the state of a run as Composer provides it; a *whole* checkpoint is one file that rank
+0 writes; a *sharded* one is a folder with a file from each rank.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from mptfoundry.ranks import decided_by_rank_0
 from mptfoundry.run.changes import RUN, RunNotes
 from mptfoundry.run.metrics_file import NAME as METRICS
 
-# Moments of the optimizers that a config names; before the first step they are not there to be counted.
+# Moments per parameter, by optimizer; before the first step they don't exist yet and can't be counted.
 _MOMENTS = {"DecoupledLionW": 1, "DecoupledAdamW": 2}
 _MARGIN_BYTES = 1 << 20
 _SHARDED_NAME = "ep{epoch}-ba{batch}"
@@ -52,22 +52,22 @@ class AtomicCheckpoints(CheckpointSaver):
 
     Args:
         folder: A local folder.
-        upload: Keeps the files of a checkpoint elsewhere, too; `.metadata`, which makes shards a checkpoint,
-            comes last.
-        upload_small: The same for small files next to checkpoints; one that it can't upload is owed, and
-            comes with the next checkpoint.
-        describe: Called on rank 0 before each checkpoint is written, so that the files next to it fit it;
+        upload: Also copies the files of a checkpoint elsewhere; `.metadata`, which completes a sharded
+            checkpoint, comes last.
+        upload_small: The same for small files next to checkpoints; one that fails is retried with the next
+            checkpoint.
+        describe: Called on rank 0 before each checkpoint is written, so that the files next to it match it;
             returns the files that are new.
         in_background: Write while training continues; otherwise training waits.
-        notes: What each checkpoint remembers of its run.
+        notes: What each checkpoint records about its run.
         options: Arguments of Composer's CheckpointSaver.
 
     Attributes:
-        save_seconds: Seconds from the call of the last save until its checkpoint existed.
+        save_seconds: Seconds from the start of the last save until its checkpoint existed.
 
     Raises:
-        CheckpointError: When the trainer is built or at a save: it would not fit on the disk. At the batch
-            after a save: writing it failed. The checkpoints before it are as they were.
+        CheckpointError: When the trainer is built or at a save: the checkpoint would not fit on the disk. At
+            the batch after a save: the write failed. Earlier checkpoints are unchanged.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class AtomicCheckpoints(CheckpointSaver):
         notes: RunNotes | None = None,
         **options: Any,
     ) -> None:
-        # Composer would take `#` and `:` in the folder for parts of a URL, and braces for what to fill in.
+        # Composer would parse `#` and `:` in the folder as parts of a URL, and braces as placeholders.
         super().__init__(".", remote_file_name=None, latest_remote_file_name=None, **options)
         self.folder = str(folder).replace("{", "{{").replace("}", "}}")
         self.filename.folder = self.folder
@@ -97,11 +97,11 @@ class AtomicCheckpoints(CheckpointSaver):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
         self._writing: Future[None] | None = None
         self.save_seconds = 0.0
-        # Ranks that write together have their own group, apart from training's collectives.
+        # Ranks that write together use their own group, separate from training's collectives.
         self._group: Any = None
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Find out whether the folder is free and large enough for the first checkpoint."""
+        """Check that the folder is free and has room for the first checkpoint."""
         if state.max_duration is not None and state.timestamp >= state.max_duration:
             return
         decided_by_rank_0(lambda: self._refuse_what_is_there(state))
@@ -113,7 +113,7 @@ class AtomicCheckpoints(CheckpointSaver):
         self._refuse_what_does_not_fit(kept + moments * trainable, state)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Note where the run starts."""
+        """Record where the run starts."""
         self.start_batch = state.timestamp.batch  # type: ignore[assignment]
         self.last_checkpoint_batch = state.timestamp.batch if int(state.timestamp.batch) else None
         if dist.get_world_size() > 1 and state.fsdp_sharded_state_dict_enabled:
@@ -125,20 +125,20 @@ class AtomicCheckpoints(CheckpointSaver):
             self.wait()
 
     def fit_end(self, state: State, logger: Logger) -> None:
-        """Wait until the last checkpoint is there."""
+        """Wait until the last checkpoint is complete."""
         self.wait()
 
     def close(self, state: State, logger: Logger) -> None:
-        """The same, also where the run ends with an error."""
+        """Wait for the last checkpoint, also if the run ends with an error."""
         if self._pool is not None:
             self._pool.shutdown()
         self.wait()
 
     def post_close(self) -> None:
-        """Composer's own saver would close what it never opened."""
+        """Do nothing: Composer's own saver would close what it never opened."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Empty: the folder tells what has been saved."""
+        """Return nothing: the folder shows what has been saved."""
         return {}
 
     def wait(self) -> None:
@@ -168,7 +168,7 @@ class AtomicCheckpoints(CheckpointSaver):
             save = _Save(content, target, self._group, self.upload, self._tidy(state, target))
 
             def write() -> None:
-                # First, so that who continues from the checkpoint elsewhere has all the rows up to it.
+                # First, so that a run continued elsewhere from this checkpoint has all rows up to it.
                 self._owed.add(self._run_folder / METRICS)
                 self._upload_what_is_owed()
                 save.shards() if is_sharded else save.file()
@@ -194,7 +194,7 @@ class AtomicCheckpoints(CheckpointSaver):
                 print(f"{error} The run continues; the file comes with the next checkpoint.", flush=True)
 
     def _tidy(self, state: State, target: Path) -> Callable[[], None]:
-        """What to do in the folder once a checkpoint exists: the link, and older checkpoints."""
+        """Return what to do in the folder once a checkpoint exists: update the link, delete older ones."""
         link = Path(self.latest_filename.format(state)) if self.latest_filename else None
         batch, keep = int(state.timestamp.batch), self.num_checkpoints_to_keep
 
@@ -222,7 +222,7 @@ class AtomicCheckpoints(CheckpointSaver):
                 )
 
     def _refuse_what_does_not_fit(self, content: Any, state: State) -> None:
-        """Raise CheckpointError on all ranks if the content takes more than is free."""
+        """Raise CheckpointError on all ranks if the content needs more disk space than is free."""
         needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(content))
         if self.upload is not None and state.fsdp_sharded_state_dict_enabled:
             needed = needed * dist.get_local_world_size() // dist.get_world_size()
@@ -241,7 +241,7 @@ class AtomicCheckpoints(CheckpointSaver):
 
 @dataclass
 class _Save:
-    """One checkpoint on its way to the disk and to a store; `tidy` is called at the end."""
+    """One checkpoint on its way to disk and to a store; `tidy` is called at the end."""
 
     content: dict[str, Any]
     target: Path
@@ -250,7 +250,7 @@ class _Save:
     tidy: Callable[[], None]
 
     def file(self) -> None:
-        """Write a whole checkpoint; on rank 0 alone."""
+        """Write a whole checkpoint, on rank 0 only."""
         with (
             self._errors(),
             whole_or_absent(self.target, overwrite=True) as temporary,
@@ -263,7 +263,7 @@ class _Save:
         self.tidy()
 
     def shards(self) -> None:
-        """Write a sharded checkpoint; each rank its own file, the first one gives the folder its name."""
+        """Write a sharded checkpoint: each rank writes its own file, and the first one renames the folder."""
         with self._errors():
             if dist.get_global_rank() == 0:
                 with whole_or_absent(self.target, overwrite=True) as folder:
@@ -273,7 +273,7 @@ class _Save:
                 own = self._own_shards(folder)
             self._gathered(None)
         self.content = {}
-        # A disk of this node alone has the folder under its temporary name still.
+        # On a disk local to this node, the folder still has its temporary name.
         is_first = dist.get_global_rank() == 0
         if dist.get_local_rank() == 0 and not is_first and folder.exists():
             remove(self.target)
@@ -286,7 +286,7 @@ class _Save:
             self.tidy()
 
     def _own_shards(self, folder: Path) -> list[str]:
-        """Write this rank's shards into a folder, and on rank 0 the checksums of all; names of the former."""
+        """Write this rank's shards into a folder, and on rank 0 all checksums; return the shards' names."""
         planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         writer = dcp.FileSystemWriter(folder)
         alone = self.group is None
@@ -301,7 +301,7 @@ class _Save:
         return list(own)
 
     def _upload(self, own: list[str], last: list[str]) -> None:
-        """Every rank its shards, and only then what makes them a checkpoint."""
+        """Upload every rank's shards first, and then the files that complete the checkpoint."""
         assert self.upload is not None
         for name in own:
             self.upload(self.target / name, f"{self.target.name}/{name}")
@@ -310,7 +310,7 @@ class _Save:
             self.upload(self.target / name, f"{self.target.name}/{name}")
 
     def _gathered(self, own: Any) -> list[Any]:
-        """The values of all ranks, which wait here for one another."""
+        """Gather a value from all ranks, which wait for each other here."""
         if self.group is None:
             return [own]
         gathered: list[Any] = [None] * dist.get_world_size()
@@ -326,7 +326,7 @@ class _Save:
 
 
 def _content(state: State, ignore_keys: Any, *, weights_only: bool) -> dict[str, Any]:
-    """What Composer saves; all ranks together. Tensors may be the live ones."""
+    """Return what Composer saves; a collective call. Tensors may be the live ones."""
     if weights_only:
         integrations, metadata = state._get_integrations_state_dict(), state._get_state_metadata()
         parts = {"model": state.get_model_state_dict(), "integrations": integrations, "metadata": metadata}
@@ -351,7 +351,7 @@ def _tensors(content: Any) -> list[Tensor]:
 
 
 def _live(state: State) -> set[int]:
-    """Addresses of the memory that training keeps changing."""
+    """Return the addresses of the memory that training keeps changing."""
     tensors = [*state.model.parameters(), *state.model.buffers()]
     tensors += [t for o in state.optimizers for t in _tensors(list(o.state.values()))]
     return {_address(tensor.detach()) for tensor in tensors}
@@ -363,7 +363,7 @@ def _address(tensor: Tensor) -> int:
 
 
 def _copied(content: Any, live: set[int]) -> Any:
-    """The content in the host's memory, sharing nothing with training; what shares nothing is not copied."""
+    """Move the content to host memory; copy what is there only if it shares memory with training."""
     if isinstance(content, Tensor):
         return content.detach().to("cpu", copy=_address(content) in live)
     if isinstance(content, dict):
@@ -374,7 +374,7 @@ def _copied(content: Any, live: set[int]) -> Any:
 
 
 def _delete_older(folder: Path, batch: int, *, keep: int) -> None:
-    """Delete what lies more than `keep` checkpoints back, of those up to `batch`."""
+    """Delete all but the newest `keep` checkpoints, among those up to `batch`."""
     older = [checkpoint for checkpoint in newest_first(folder) if 0 <= checkpoint.batch <= batch]
     for checkpoint in older[keep:]:
         remove(checkpoint.path)

@@ -1,9 +1,9 @@
-"""What changed in a run's config and in its data between its checkpoint and this start, and which changes are
+"""What changed in a run's config and data between its checkpoint and this start, and which changes are
 refused.
 
-Some keys make the run: with other values it would continue as a different run, and nothing in its curves
-would show that. They may change only where `allow_changes` names them. All other keys may change, and are
-shown.
+Some keys make the run: with other values it would be a different run, and nothing in its curves would show
+that. They may change only if `allow_changes` names them. All other keys may change, and the changes are
+printed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from mptfoundry.config.load import load_train_config, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import CheckpointError, ConfigError, first_line
 
-# The key of a checkpoint under which its notes of the run lie.
+# The key of a checkpoint that holds its notes about the run.
 RUN = "run"
-# With another value of one of these keys the run is another run; `*` is the name of a stream.
+# A run with another value of one of these keys is a different run; `*` is the name of a stream.
 MAKES_THE_RUN: dict[str, str] = {
     "": (
         "seed max_seq_len global_train_batch_size accumulate_train_batch_on_tokens train_subset_num_batches"
@@ -64,8 +64,8 @@ MAKES_THE_RUN: dict[str, str] = {
     ),
     "optimizer": "name lr betas weight_decay disable_grad param_groups eps amsgrad",
 }
-# All others: lengths, places, hardware, what is reported, and how a thing is computed or fetched. A section
-# that stands here as a whole covers all keys in it.
+# All other keys: lengths, locations, hardware, reporting, and how something is computed or fetched. A section
+# listed here as a whole includes all keys in it.
 MAY_CHANGE: dict[str, str] = {
     "": (
         "run_name algorithms max_duration device_train_microbatch_size device_eval_batch_size "
@@ -92,21 +92,21 @@ MAY_CHANGE: dict[str, str] = {
 
 
 def listed_keys(table: Mapping[str, str]) -> set[str]:
-    """The dotted keys of one of these tables."""
+    """Return the dotted keys of one of these tables."""
     return {f"{section}.{name}".lstrip(".") for section, names in table.items() for name in names.split()}
 
 
 _MAKES, _FREE = listed_keys(MAKES_THE_RUN), listed_keys(MAY_CHANGE)
-# The first and the last key of what a run saves, whichever version has saved it.
+# The first and the last key of a saved config, in every version.
 _ENDS_OF_A_RUNS = ("run_name", "variables")
-# What decides which examples share a row, and which rows an epoch has.
+# Keys that decide which examples share a row, and which rows an epoch has.
 _MAKES_ROWS = re.compile(r"(seed|max_seq_len|tokenizer|train_loader(\.dataset)?)(\..*)?")
 _LOCAL = re.compile(r"train_loader\.dataset(\.streams\.[^.]+)?\.local")
 
 
 @dataclass(frozen=True)
 class RunNotes:
-    """What a run was.
+    """What a checkpoint records about its run.
 
     Attributes:
         config: The resolved config as YAML, as in the run's `config.yaml`.
@@ -118,12 +118,12 @@ class RunNotes:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
 
     def to_text(self) -> str:
-        """What the checkpoint holds."""
+        """Return the notes in the form that the checkpoint stores."""
         return json.dumps(asdict(self))
 
 
 def read_notes(checkpoint: Path) -> RunNotes | None:
-    """What a checkpoint remembers of its run; None if an older version or another program wrote it.
+    """Read a checkpoint's notes about its run; None if an older version or another program wrote it.
 
     Raises:
         CheckpointError: It is damaged, or loading it would run code.
@@ -143,7 +143,7 @@ def read_notes(checkpoint: Path) -> RunNotes | None:
 
 @dataclass(frozen=True)
 class Change:
-    """One key of the config; a value of None means that it is not given."""
+    """One changed key of the config; None stands for a key that is not set."""
 
     key: str
     before: Any
@@ -153,7 +153,7 @@ class Change:
         return f"{self.key}: {_show(self.before)} -> {_show(self.after)}"
 
     def refusal(self, place: Path) -> str:
-        """Where the values are, for an error."""
+        """Say in an error where the two values are."""
         return f"{self.key}: {_show(self.before)} in the run of {place}, {_show(self.after)} here."
 
 
@@ -165,7 +165,7 @@ class ChangedInput(Change):
         return f"{self.key}: has other content than before ({self.before[:8]} -> {self.after[:8]})"
 
     def refusal(self, place: Path) -> str:
-        """Where the content is which, for an error."""
+        """Say in an error where the two contents are."""
         return (
             f"{self.key}: its content is not what the run of {place} has read (fingerprint "
             f"{self.after[:8]}, then {self.before[:8]})."
@@ -173,20 +173,20 @@ class ChangedInput(Change):
 
 
 def changed_inputs(before: Mapping[str, str], after: Mapping[str, str]) -> list[Change]:
-    """What has other content than before, of what is read by the same key; by the keys' order."""
+    """List the inputs whose content differs from before under the same key, sorted by key."""
     keys = sorted(before.keys() & after.keys())
     return [ChangedInput(key, before[key], after[key]) for key in keys if before[key] != after[key]]
 
 
 def changes_since(path: Path, config: TrainConfig) -> list[Change]:
-    """The keys whose values in a run's `config.yaml` are not those of `config`, by their names' order.
+    """List the keys whose values in a run's `config.yaml` differ from those of `config`, sorted by name.
 
     Raises:
         ConfigError: The file is damaged.
     """
     saved_config(path)
     try:
-        # A file of an older version lacks keys that are new since; their defaults are not changes.
+        # A file from an older version lacks newer keys; their defaults are not changes.
         there = to_yaml(load_train_config(path, ["allow_code=true"])[0])
     except ConfigError:
         there = path.read_text()
@@ -198,14 +198,14 @@ def changes_since(path: Path, config: TrainConfig) -> list[Change]:
 
 
 def saved_config(path: Path) -> dict[str, Any]:
-    """What a run's `config.yaml` says.
+    """Read a run's `config.yaml`.
 
     Raises:
         ConfigError: It is damaged, or cut short.
     """
     try:
         saved = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
-    except Exception as error:  # a YAML's, OmegaConf's, or one of decoding
+    except Exception as error:  # from YAML, OmegaConf, or decoding
         raise _damaged(path, first_line(error)) from error
     first, last = _ENDS_OF_A_RUNS
     if not saved or not isinstance(saved, dict) or (first in saved and not isinstance(saved.get(last), dict)):
@@ -221,7 +221,7 @@ def _damaged(path: Path, reason: str) -> ConfigError:
 
 
 def refuse_changes(changes: Sequence[Change], config: TrainConfig, place: Path) -> None:
-    """Raise ConfigError for changes that would make another run of it and that nobody has allowed."""
+    """Raise ConfigError for changes that would make this a different run, unless they are allowed."""
     refused = [
         change for change in changes if makes_the_run(change.key, config) and not is_allowed(change, config)
     ]
@@ -242,7 +242,7 @@ def makes_the_run(key: str, config: TrainConfig) -> bool:
         return False
     place = re.sub(r"(\.streams\.)[^.]+", r"\1*", key)
     while place:
-        if place in _MAKES or place in MAKES_THE_RUN:  # a section: the key is one of an older version
+        if place in _MAKES or place in MAKES_THE_RUN:  # a section: the key is from an older version
             return True
         if place in _FREE:
             return False
@@ -251,7 +251,7 @@ def makes_the_run(key: str, config: TrainConfig) -> bool:
 
 
 def is_allowed(change: Change, config: TrainConfig) -> bool:
-    """Whether `allow_changes` names the key, or a section that it lies in."""
+    """Whether `allow_changes` names the key, or a section that contains it."""
     return any(f"{change.key}.".startswith(f"{allowed}.") for allowed in config.allow_changes)
 
 
@@ -261,7 +261,7 @@ def allows_other_rows(config: TrainConfig) -> bool:
 
 
 def _is_a_cache(key: str, config: TrainConfig) -> bool:
-    """Whether a `local` only keeps what comes from a `remote`."""
+    """Whether a `local` folder is only a cache of a `remote`."""
     value: Any = config
     for step in key.split(".")[:-1]:
         value = value.get(step) if isinstance(value, Mapping) else getattr(value, step, None)
@@ -269,7 +269,7 @@ def _is_a_cache(key: str, config: TrainConfig) -> bool:
 
 
 def _values(text: str) -> dict[str, Any]:
-    """The values of a saved config by their keys, without those that change nothing by themselves."""
+    """Return the values of a saved config by key, without those that have no effect by themselves."""
     pairs = leaves(OmegaConf.to_container(OmegaConf.create(text)), lists=False)
     return {
         ".".join(map(str, path)): value

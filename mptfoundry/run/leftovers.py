@@ -1,9 +1,9 @@
 """Remove what dead runs left in shared memory and in the temporary folder.
 
-A process that is killed cannot clean up. Its blocks of shared memory stay, and so do the locks that streaming
-always leaves; streaming skips the number of each, so every start takes a little longer. A leftover is a file
-that no process has mapped or open. The blocks and locks of one data set, `000017_*`, stay or go together.
-Only files of this user are looked at.
+A killed process cannot clean up. Its shared memory blocks stay, and so do the locks that streaming always
+leaves; streaming skips the number of each, so every start takes a little longer. A leftover is a file that no
+process has mapped or open. All blocks and locks of one data set, `000017_*`, stay or go together. Only files
+of this user are checked.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import IO
 from mptfoundry.errors import TrainingError
 
 SHARED_MEMORY, PROCESSES = Path("/dev/shm"), Path("/proc")
-# Names of streaming's, by whose number a data set is known; torch's, which hold the process; those of the
-# semaphores by which Python's processes share work, as a preparation's do; the launcher's.
+# Names of streaming's blocks and locks, with the number of the data set; of torch's tensors, with a process
+# ID; of semaphores of Python's multiprocessing, such as in `prepare`; of the launcher's logs.
 _BLOCK = re.compile(
     r"(\d{6})_(locals|barrier|next_epoch|cache_usage|shard_states|shard_access_times|resume|epoch_shape|epoch_data)"
 )
@@ -32,7 +32,7 @@ _LOCK = re.compile(r"(\d{6})_(barrier|cache)_filelock")
 _TENSOR = re.compile(r"torch_(\d+)_\d+_\d+")
 _SEMAPHORE = re.compile(r"sem\.mp-[a-z0-9_]{8}")
 _LOG = re.compile(r"rank\d+\.std(out|err)\.txt")
-# Marks a folder of logs as the launcher's own; a user's may look the same.
+# Marks a log folder as made by the launcher; one of the user may look the same.
 _LAUNCHERS = ".of-the-launcher"
 _TORCH_MODULE = ("_remote_module_non_scriptable.py", "__pycache__")
 _SECONDS_TO_READ_A_MODULE = 3600.0
@@ -48,13 +48,13 @@ class Leftover:
 
 
 def find_leftovers() -> list[Leftover]:
-    """What dead processes of this user left here, by path; nothing where processes can't be looked at."""
+    """Find what dead processes of this user left here, sorted by path; empty if there is no /proc."""
     if not (PROCESSES / "self" / "fd").is_dir():
         return []
     candidates = sorted({*_in_shared_memory(), *_in_temporary_folder()})
     if not candidates:
         return []
-    # Looked at last: what came into use meanwhile is then seen in use.
+    # Done last, so that files that came into use meanwhile count as used.
     used = _used_files()
     living = {_number(Path(path).name) for path in used if Path(path).parent == SHARED_MEMORY} - {None}
     return [
@@ -66,7 +66,7 @@ def find_leftovers() -> list[Leftover]:
 
 
 def remove_leftovers(found: Iterable[Leftover]) -> list[Leftover]:
-    """Remove them; returns what is gone now."""
+    """Remove leftovers; return those that are gone now."""
     gone = []
     for leftover in found:
         if leftover.path.is_dir():
@@ -80,17 +80,17 @@ def remove_leftovers(found: Iterable[Leftover]) -> list[Leftover]:
 
 
 def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
-    """Remove leftovers before a run opens its data; close the result when that is done.
+    """Remove leftovers before a run opens its data; close the result when the data is open.
 
-    The ranks of a run look for a free number one after the other, and have to find the same. So nothing is
+    The ranks of a run look for a free number one after the other, and must find the same one. So nothing is
     removed while another run on this machine starts, and the result keeps others from removing. Every rank
-    calls this before the ranks meet; the first one of a machine does the work.
+    calls this before the ranks meet; the first rank of a machine does the work.
 
     Args:
         seconds: How long to wait for another process that removes leftovers.
 
     Raises:
-        TrainingError: It does not end.
+        TrainingError: The other process does not finish in time.
     """
     starts = contextlib.ExitStack()
     if os.environ.get("LOCAL_RANK", "0") != "0":
@@ -107,7 +107,7 @@ def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
 
 
 def _share(file: IO[str], place: Path, seconds: float) -> None:
-    """Take the lock together with other starts; a process that removes leftovers holds it for moments."""
+    """Share the lock with other starts; a process that removes leftovers holds it only briefly."""
     began_at, pause, has_said = time.monotonic(), 0.05, False
     while True:
         try:
@@ -129,7 +129,7 @@ def _share(file: IO[str], place: Path, seconds: float) -> None:
 
 
 def _holder(file: IO[str]) -> str:
-    """Who holds a lock on a file, as the system tells."""
+    """Ask the system who holds a lock on a file."""
     with contextlib.suppress(OSError):
         for line in (PROCESSES / "locks").read_text().splitlines():
             words = line.split()
@@ -139,10 +139,10 @@ def _holder(file: IO[str]) -> str:
 
 
 def mark_logs() -> None:
-    """Mark the folder that this process prints into, if the launcher made it and removes it when it ends.
+    """Mark this process's log folder if the launcher made it and removes it at the end.
 
-    Every rank but the first of a machine prints into a temporary folder of the launcher, unless the user gave
-    it one with `--stdout`.
+    Every rank but the first of a machine logs to a temporary folder of the launcher, unless the user passes
+    `--stdout`.
     """
     with contextlib.suppress(OSError):
         words = (PROCESSES / str(os.getppid()) / "cmdline").read_text(errors="replace").split("\0")
@@ -167,10 +167,10 @@ def _in_temporary_folder() -> Iterator[Path]:
             inside = list(_owned(path))
             names = {each.name for each in inside}
             is_log = _LAUNCHERS in names and all(map(_LOG.fullmatch, names - {_LAUNCHERS}))
-            # Where the workers of a loader hand over tensors; a socket that is listed has somebody behind it.
+            # A socket for passing tensors between loader workers; if it is listed, a process uses it.
             is_meeting = path.name.startswith("pymp-") and all(each.is_socket() for each in inside)
             is_dead = is_meeting and sockets is not None and not any(str(each) in sockets for each in inside)
-            # A module that torch writes and reads once; nobody keeps it open, so its age has to tell.
+            # A module that torch writes and reads once; nobody keeps it open, so we go by its age.
             is_read = all(each.name in _TORCH_MODULE for each in inside)
             is_read = is_read and time.time() - path.stat().st_mtime > _SECONDS_TO_READ_A_MODULE
             if inside and (is_log or is_dead or is_read):
@@ -209,9 +209,9 @@ def _inode(path: Path) -> str:
 
 
 def _used_files() -> set[str]:
-    """Every file that a process has open or mapped, of the processes that this user may look at.
+    """Return every file that a process has open or mapped, among processes that this user may inspect.
 
-    A process that makes a semaphore maps it under another name, which is then removed: the inode tells."""
+    A semaphore is mapped under a temporary name that is then removed, so we also compare inodes."""
     used = set()
     for process in PROCESSES.glob("[0-9]*"):
         with contextlib.suppress(OSError):

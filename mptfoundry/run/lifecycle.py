@@ -1,11 +1,11 @@
-"""One start of a run, from its first check to its report: everything that guards it, behind one door.
+"""One start of a run, from its first check to its report, with everything that guards it.
 
     with guarded(config, device) as run:
         trainer = ...  # built from run.start, run.guard, run.checkpointing(...) and run.metrics
         run.fit(trainer)
         run.report(trainer)
 
-Until `fit`, nothing in the run's folder changes: a start that is refused leaves no traces.
+Nothing in the run's folder changes before `fit`: a start that is refused leaves no traces.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ from mptfoundry.run.start import (
 from mptfoundry.run.step_guard import EvaluationLeft, StepGuard
 from mptfoundry.stores import AT_START, ONCE
 
-# Composer warns of these, which are intended: the last batch of an evaluation is smaller than the others,
+# Warnings Composer raises about things we do on purpose: the last batch of an evaluation is smaller,
 # `eval_subset_num_batches` is a limit that a short evaluation does not reach, PyTorch uses its own deprecated
-# class, and the callback that loads the state has none of its own.
+# class, and the callback that loads the state has no state of its own.
 EXPECTED_WARNINGS = (
     "Cannot split (tensor|list) of length",
     "DataloaderNumBatchesWarning",
@@ -63,11 +63,11 @@ EXPECTED_WARNINGS = (
 
 @contextmanager
 def guarded(config: TrainConfig, device: Device) -> Iterator[Run]:
-    """Guard a start of the run of `config`: signals are answered, all ranks have met and are watched, the
-    run's folder is locked, and it is known where the run starts.
+    """Guard a start of the run of `config`: handle signals, let all ranks meet and watch them, lock the run's
+    folder, and find where the run starts.
 
     Raises:
-        ConfigError: The config has changed in what makes the run, or its folder can't be written to.
+        ConfigError: A key that makes the run has changed, or the folder can't be written to.
         CheckpointError: Another process trains this run, or the newest checkpoint is damaged.
         TrainingError: A rank is silent.
     """
@@ -103,7 +103,7 @@ class Run:
         self._tokenizer: Any = None
 
     def compare_inputs(self, fingerprints: Mapping[str, str]) -> None:
-        """Compare what this start reads with what the run has read before, and note it for checkpoints.
+        """Compare the data of this start with what the run read before, and record it for checkpoints.
 
         Args:
             fingerprints: The content of streams, or of the tokenizer, by their keys in the config.
@@ -116,15 +116,15 @@ class Run:
             decided_by_rank_0(lambda: say_changed_inputs(self._config, notes, fingerprints))
 
     def checkpointing(self, tokenizer: Any, *, has_weights: bool) -> Iterator[Callback]:
-        """What loads the checkpoint that the run starts from, and what saves those to come.
+        """Yield the callbacks that load the starting checkpoint and save new ones.
 
         Args:
-            tokenizer: The run's, to keep next to its checkpoints.
-            has_weights: The model has its weights already: only a checkpoint of the run's own is loaded.
+            tokenizer: The run's tokenizer, saved next to its checkpoints.
+            has_weights: The model has its weights already: load only the run's own checkpoint.
         """
         config, start, self._tokenizer = self._config, self.start, tokenizer
         if start.checkpoint is not None and (start.is_own or not has_weights):
-            # The config's keys of loading are meant for the checkpoint that `load_path` names.
+            # The config's load_* keys apply only to the checkpoint that `load_path` names.
             yield Resume(
                 start.checkpoint,
                 weights_only=config.load_weights_only and not start.is_own,
@@ -144,7 +144,7 @@ class Run:
                 filename=config.save_filename,
                 latest_filename=config.latest_filename,
                 save_interval=config.save_interval,
-                # Later checkpoints than a start of the run's own were damaged, and passed over on request.
+                # If the run starts from its own checkpoint, later ones were damaged and skipped on request.
                 overwrite=config.save_overwrite or start.is_own,
                 num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
                 weights_only=config.save_weights_only,
@@ -155,7 +155,7 @@ class Run:
         """Train to the run's end, and close the trainer.
 
         Raises:
-            ConfigError: Nothing is left to train of the checkpoint that `load_path` names.
+            ConfigError: The checkpoint that `load_path` names leaves nothing to train.
             TrainingError: The numbers are not finite, or a rank is silent.
             RunStopped: The run was asked to stop. Everything is saved.
         """
@@ -168,7 +168,7 @@ class Run:
         trainer.close()
 
     def report(self, trainer: Trainer) -> None:
-        """Draw the run's report and upload it with the metrics. An error in that is printed, and no more."""
+        """Draw the run's report and upload it with the metrics. An error here is only printed."""
         if rank() != 0:
             return
         facts = facts_of(self._config, getattr(trainer.state.train_dataloader, "dataset", None))
@@ -178,11 +178,11 @@ class Run:
                 for name in (METRICS, PICTURE, PAGE):
                     if (self.folder / name).is_file():
                         upload(self.folder / name, name)
-        except CheckpointError as error:  # the training is done, and saved
+        except CheckpointError as error:  # training is done and saved
             print(error, flush=True)
 
     def _begin(self, trainer: Trainer) -> None:
-        """Nothing can refuse the start any more: write its first files, and let others start."""
+        """Write the run's first files, and let other runs start: this start can't be refused any more."""
         start = self.start
         if start.checkpoint is not None and not start.is_own and is_finished(trainer):
             raise ConfigError(
@@ -197,7 +197,7 @@ class Run:
         self._until_fit.close()
 
     def _begin_in_store(self) -> None:
-        """Upload a new run's first files, which shows that the store can be written to."""
+        """Upload a new run's first files, which tests that the store can be written to."""
         if not self.start.is_own and (upload := uploader_of(self._config, AT_START)) is not None:
             with TemporaryDirectory() as temporary:
                 for file in self._write_run_files(Path(temporary)):
@@ -205,9 +205,9 @@ class Run:
         self._lock.begin()
 
     def _write_first_files(self) -> None:
-        """Write what the run's folder holds from the first batch on.
+        """Write the files that the run's folder holds from the first batch on.
 
-        `config.yaml` describes the newest checkpoint: where a run continues, the new one comes with the next.
+        `config.yaml` describes the newest checkpoint: a resumed run updates it with its next checkpoint.
         """
         start, file = self.start, self.folder / CONFIG
         if start.is_fetched:
@@ -238,7 +238,7 @@ class Run:
                 if not is_finished(trainer):
                     trainer.fit()
             except EvaluationLeft:
-                # The evaluation comes before the place where Composer saves.
+                # The evaluation runs before Composer's own point for saving.
                 state.set_dataloader(state.train_dataloader, "train")
                 state.stop_training()
                 trainer.engine.run_event(Event.BATCH_CHECKPOINT)
@@ -259,7 +259,7 @@ class Run:
         return f"{kept}. autoresume is off: name the checkpoint in load_path to continue."
 
     def _describe(self) -> list[Path]:
-        """Have the run's folder describe the run as it trains now, before a checkpoint is written.
+        """Update the run's folder to describe the run as it trains now, before a checkpoint is written.
 
         Returns:
             The files that are new.
@@ -285,7 +285,7 @@ def is_finished(trainer: Trainer) -> bool:
 
 
 def set_up_process(config: TrainConfig, device: Device) -> None:
-    """Make the settings that must stand before the first tensor, and let all ranks meet."""
+    """Apply the settings that must come before the first tensor, and let all ranks meet."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
@@ -300,7 +300,7 @@ def set_up_process(config: TrainConfig, device: Device) -> None:
 
 
 def _write_config(text: str, file: Path) -> None:
-    """Write a run's `config.yaml`, whole or not at all."""
+    """Write a run's `config.yaml` atomically."""
     with whole_or_absent(file, overwrite=True) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 

@@ -1,8 +1,8 @@
-"""One run in one folder: while a run trains, another that would write into its folder is refused.
+"""One run per folder: while a run trains, another run that would write into its folder is refused.
 
-The lock is the system's, on the file `.lock` in the folder, which exists while a run holds it. It ends with
-the process that holds it, however that ends. It reaches over machines where the file system does that (NFS 4,
-Lustre mounted with `flock`). Where the file system has no locks, a warning says so, and only runs of the
+The lock is a system lock on the file `.lock` in the folder, which exists while a run holds it. It ends with
+the process that holds it, even if that is killed. It works across machines if the file system supports that
+(NFS 4, Lustre mounted with `flock`). On a file system without locks we print a warning, and only runs on the
 same machine exclude each other.
 """
 
@@ -29,17 +29,17 @@ _TAKEN = (errno.EACCES, errno.EAGAIN)
 log = logging.getLogger(__name__)
 
 
-# Names of what a run writes.
+# Names of files and folders that a run writes.
 _FILES, _FOLDERS = (NAME, "config.yaml", "metrics.jsonl", "report.png", "report.md"), ("tokenizer",)
 
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path) -> Iterator[RunLock]:
-    """Lock the run's folder for this run alone, on rank 0; all ranks enter this together.
+    """Lock the run's folder for this run, on rank 0; all ranks enter this together.
 
     Raises:
         CheckpointError: Another run holds it.
-        ConfigError: It can't be written to, or something else lies where the run writes.
+        ConfigError: It can't be written to, or holds something else under a name that the run writes.
     """
     lock = RunLock(folder)
     with contextlib.ExitStack() as stack:
@@ -49,7 +49,7 @@ def lock_run_folder(folder: Path) -> Iterator[RunLock]:
 
 
 def _refuse_other_kinds(folder: Path) -> None:
-    """Raise ConfigError where a folder lies in place of a file that the run writes, or a file of a folder."""
+    """Raise ConfigError if a folder is where the run writes a file, or a file where it writes a folder."""
     for name in (*_FILES, *_FOLDERS):
         path, is_file = folder / name, name in _FILES
         if path.is_dir() if is_file else path.is_file():
@@ -63,10 +63,10 @@ class RunLock:
     """The lock of a run's folder, as a context in one process; the folder is made if it doesn't exist.
 
     A start that ends before `begin` leaves the folder as it was. After an error in training a checkpoint may
-    still be on its way to the disk: then the lock ends with the process.
+    still be on its way to disk: then the lock stays until the process ends.
 
     Raises:
-        CheckpointError: Another process holds it, which is named.
+        CheckpointError: Another process, named in the text, holds it.
         ConfigError: The folder can't be written to.
     """
 
@@ -89,18 +89,18 @@ class RunLock:
             atexit.register(self._release)
 
     def begin(self) -> None:
-        """From now on the run writes into the folder, which stays."""
+        """Mark that the run now writes into the folder, so that the folder stays."""
         self._has_begun = True
 
     def is_lost(self) -> bool:
-        """Whether the lock, or the folder, was removed meanwhile."""
+        """Whether the lock file or the folder has been removed."""
         return not _is_at(self._file, self.folder / NAME)
 
     def take_again(self) -> None:
-        """Make a folder that was removed again, and lock it.
+        """Make the folder again after it was removed, and lock it.
 
         Raises:
-            CheckpointError: Another run has taken the place.
+            CheckpointError: Another run has taken the folder.
         """
         self._close()
         self._hold()
@@ -111,7 +111,7 @@ class RunLock:
             with writing_into(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 was_there = path.exists()
-                # Of the kind that forked workers don't inherit, so that it ends with this very process.
+                # Forked workers don't inherit this kind of lock, so it ends with exactly this process.
                 self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             try:
                 _take(self._file, self.folder)
@@ -120,7 +120,7 @@ class RunLock:
                 raise
             if _is_at(self._file, path):
                 break
-            self._close()  # its holder has removed it since it was opened
+            self._close()  # the holder has removed it since we opened it
         self._before = os.pread(self._file, 1 << 12, 0) if was_there else None
         with writing_into(self.folder):
             self._write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
@@ -135,7 +135,7 @@ class RunLock:
         self._close()
         for folder in self._made:
             with contextlib.suppress(OSError):
-                folder.rmdir()  # which leaves one that isn't empty
+                folder.rmdir()  # fails if it isn't empty, which is fine
 
     def _close(self) -> None:
         os.close(self._file)

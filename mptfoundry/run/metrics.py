@@ -1,6 +1,6 @@
-"""The lines of a run's `metrics.jsonl`: read, cut where a run starts again, and smoothed for pictures.
+"""The lines of a run's `metrics.jsonl`: read, cut when a run resumes, and smoothed for plots.
 
-A disk may have damaged them, or a kill cut them short: what can't be read is left out, and stops nothing.
+A bad disk may damage lines, or a kill may cut them short: unreadable lines are skipped, without an error.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mptfoundry.files import whole_or_absent
 Row = dict[str, Any]
 
 NAME = "metrics.jsonl"
-# Of a batch's row: None where it isn't known, such as `mfu` on a CPU.
+# Fields of a batch's row: None if not known, such as `mfu` on a CPU.
 MEASURED = (
     "grad_norm",
     "tokens_per_second",
@@ -29,18 +29,18 @@ MEASURED = (
     "peak_memory_bytes",
     "eta_seconds",
 )
-# A number as large as this one was not measured, and nothing can be drawn with it.
+# Numbers this large are not measurements, and can't be plotted.
 _TOO_LARGE = 1e100
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
-    """The rows of a metrics file in their order; lines that a kill or a bad disk has damaged are left out.
+    """Yield the rows of a metrics file in order; lines damaged by a kill or a bad disk are skipped.
 
-    Every row has a `batch`; one with a `loss` is a batch's and has `tokens`, one with an `eval` is an
-    evaluation's. What is measured is a number or None.
+    Every row has a `batch`; a row with a `loss` is for a batch and has `tokens`, a row with an `eval` is for
+    an evaluation. Measured values are numbers or None.
 
     Args:
-        path: A `metrics.jsonl`, also one that is being written.
+        path: A `metrics.jsonl`, which may still be growing.
     """
     with Path(path).open("rb") as file:
         for line in file:
@@ -50,9 +50,9 @@ def read_rows(path: str | Path) -> Iterator[Row]:
 
 
 def cut_rows(path: str | Path, *, last_batch: int) -> None:
-    """Drop the rows past `last_batch` and damaged lines; with 0, the start of a run, all rows are dropped.
+    """Drop the rows past `last_batch` and damaged lines; with 0, the start of a run, drop all rows.
 
-    The file is replaced as a whole, so a kill leaves either the old one or the new one.
+    The file is replaced in one step, so a kill leaves either the old or the new one.
     """
     path = Path(path)
     if not path.exists():
@@ -94,12 +94,12 @@ def _is_complete(row: Row) -> bool:
 
 
 def _is_result(result: Any) -> bool:
-    """Whether it is what an evaluation of one label gives: numbers by name."""
+    """Whether this is the result of an evaluation of one label: numbers by name."""
     return isinstance(result, dict) and all(_is_number(each) or each is None for each in result.values())
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is one that a picture can show."""
+    """Whether this is a number that can be plotted."""
     return type(value) in (int, float) and abs(value) < _TOO_LARGE
 
 
@@ -108,10 +108,10 @@ FEWEST_POINTS = 20
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Centred means over a fortieth of the points on each side, and fewer towards the start.
+    """Return centred means over a fortieth of the points on each side, and fewer towards the start.
 
-    Each side has as many points as the other, so that a curve that falls evenly stays where it is. At the
-    end, where one side is short, a line through the points takes the place of their mean.
+    Both sides have the same number of points, so that a curve that falls evenly stays where it is. At the
+    end, where one side is short, a line through the points replaces their mean.
     """
     sums = [0.0, *accumulate(0.0 if isnan(value) else value for value in values)]
     counts = [0, *accumulate(int(not isnan(value)) for value in values)]
@@ -128,13 +128,13 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 
 def mean_at_the_end(values: Sequence[float]) -> float | None:
-    """The mean over the last twentieth of the points, at least one; None where that has no number."""
+    """Return the mean over the last twentieth of the points, at least one; None if there is no number."""
     last = [value for value in values[-max(1, round(len(values) / 20)) :] if not isnan(value)]
     return sum(last) / len(last) if last else None
 
 
 def _on_a_line(values: Sequence[float], place: int) -> float:
-    """What a line through the points, least squares, is at one place."""
+    """Return the value of a least-squares line through the points at one position."""
     x, y = np.arange(len(values)) - float(place), np.asarray(values, float)
     x, y = x[~np.isnan(y)], y[~np.isnan(y)]
     if len(y) < 2:

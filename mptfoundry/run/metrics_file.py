@@ -1,20 +1,20 @@
-"""The run's own record, `metrics.jsonl`: one JSON object a line for each batch and each evaluation.
+"""The run's own record, `metrics.jsonl`: one JSON object per line, for each batch and each evaluation.
 
 It is always on, needs no service, and is written line by line, so it can be followed while the run trains and
-is whole up to the last batch when the run is killed. A resumed run continues in the same file: rows past its
-checkpoint are cut, since those batches come again.
+is complete up to the last batch if the run is killed. A resumed run continues in the same file: rows past its
+checkpoint are cut, because those batches run again.
 
-The trainer and its callbacks log one value at a time; a `RowLogger` puts rows together. A row is a dict. A
-batch's row has
+The trainer and its callbacks log one value at a time; a `RowLogger` assembles rows, which are dicts. The row
+of a batch has
 
-    batch, tokens, samples   how many were trained on, over all devices, this batch included
-    seconds                  spent on them, restarts included, evaluations not
+    batch, tokens, samples   trained on so far, over all devices, including this batch
+    seconds                  spent on them, including restarts, excluding evaluations
     loss                     mean over the batch's loss-generating tokens, before the step
     lr                       the learning rate of the step: the first group's
-    MEASURED                 None where it isn't known, such as `mfu` on a CPU
+    MEASURED                 None if not known, such as `mfu` on a CPU
     ...                      whatever else callbacks logged, by its name
 
-and an evaluation's row `batch`, `tokens`, `seconds` and `eval: {label: {metric: value}}`.
+and an evaluation's row has `batch`, `tokens`, `seconds` and `eval: {label: {metric: value}}`.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from mptfoundry.run.metrics import MEASURED, NAME, Row, cut_rows
 from mptfoundry.run.metrics import read_rows as read_rows
 
 SHORT = {"loss/train/total": "loss"}
-# Composer logs these on its own; a row says them once, in its own fields.
+# Composer logs these on its own; a row has them once, in its own fields.
 REPEATED = ("time/", "trainer/")
 OWN = ("throughput/",)
 
 
 class RowLogger(LoggerDestination):
-    """Collects what is logged and hands out whole rows, on rank 0 only."""
+    """Collect what is logged and pass on complete rows, on rank 0 only."""
 
     def __init__(self) -> None:
         self._logged: Row = {}
@@ -51,20 +51,20 @@ class RowLogger(LoggerDestination):
 
     @abstractmethod
     def write(self, row: Row, state: State) -> None:
-        """Take a row, of a batch or with `eval` of an evaluation."""
+        """Receive a row, of a batch or, with `eval`, of an evaluation."""
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Keep what was logged until the row is whole; the last value of a name counts."""
+        """Keep what was logged until the row is complete; the last value of a name wins."""
         for name, value in metrics.items():
             if not name.startswith(REPEATED):
                 self._logged[_short(name)] = plain(value)
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Note the learning rate; at the batch's end it is already the next one's."""
+        """Record the learning rate; at the batch's end it is already that of the next batch."""
         self._lr = float(state.optimizers[0].param_groups[0]["lr"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Hand out the batch's row."""
+        """Pass on the batch's row."""
         loss = self._logged.pop("loss", None)
         measured = dict.fromkeys(MEASURED)
         row = {**_progress(state), "loss": loss, "lr": self._lr, **measured, **self._logged}
@@ -73,7 +73,7 @@ class RowLogger(LoggerDestination):
             self.write(row, state)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Hand out the evaluation's row."""
+        """Pass on the evaluation's row."""
         prefix = f"metrics/{state.dataloader_label}/"
         names = [name for name in self._logged if name.startswith(prefix)]
         metrics = {name.removeprefix(prefix): self._logged.pop(name) for name in names}
@@ -84,7 +84,7 @@ class RowLogger(LoggerDestination):
 
 
 def plain(value: Any) -> Any:
-    """A value fit for JSON: numbers, text, lists and dicts; what is not finite becomes None."""
+    """Convert a value for JSON: numbers, text, lists and dicts; non-finite numbers become None."""
     if isinstance(value, Tensor):
         value = value.item() if value.numel() == 1 else value.tolist()
     if isinstance(value, dict):
@@ -120,7 +120,7 @@ class MetricsFile(RowLogger):
     """Writes `metrics.jsonl` into the run's folder, on rank 0.
 
     Args:
-        folder: The run's folder; it is made if it isn't there.
+        folder: The run's folder; it is made if it doesn't exist.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -130,7 +130,7 @@ class MetricsFile(RowLogger):
         self._last_batch: int | None = None
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Note where the run starts; until `begin` or the first row the file stays as it is.
+        """Record where the run starts; the file stays as it is until `begin` or the first row.
 
         Raises ConfigError if the folder can't be written to.
         """
@@ -140,7 +140,7 @@ class MetricsFile(RowLogger):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def begin(self) -> None:
-        """Cut what lies past the point where the run starts, and open the file."""
+        """Cut the rows past the point where the run starts, and open the file."""
         with writing_into(self.path.parent):
             if self._last_batch is not None:
                 cut_rows(self.path, last_batch=self._last_batch)
@@ -161,7 +161,7 @@ class MetricsFile(RowLogger):
     def close(self, state: State, logger: Logger) -> None:
         """Close the file."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # raised by the row that could not be written
+            with contextlib.suppress(OSError):  # already raised for the row that could not be written
                 self._file.close()
             self._file = None
 

@@ -1,7 +1,7 @@
 """A run's report in one picture and one page: `report.png` and `report.md` in its folder.
 
-Both come from `metrics.jsonl` alone, so they can be made at any time: at the end, while the run trains, or
-after a crash.
+Both are made from `metrics.jsonl` alone, so they can be made at any time: at the end, while the run trains,
+or after a crash.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 PICTURE = "report.png"
 PAGE = "report.md"
-# The main metric of an evaluation, the one that is comparable with the training loss: a language model's, or
-# that of a model with a head.
+# The evaluation metric that compares with the training loss: for a language model, and for a model with a
+# head.
 EVAL_LOSSES = ("LanguageCrossEntropy", "loss")
 # Rows of a table of evaluations.
 MOST_EVALUATIONS = 50
@@ -44,7 +44,7 @@ def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = No
 
     Raises:
         DataError: The folder has no metrics yet.
-        ConfigError: It can't be written to.
+        ConfigError: The folder can't be written to.
     """
     folder = Path(run_folder)
     source = folder / NAME
@@ -61,17 +61,17 @@ def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = No
 
 
 def report_if_possible(run_folder: str | Path, *, facts: Mapping[str, str] | None = None) -> str:
-    """Write the report, or say why there is none. An error here never ends a training."""
+    """Write the report, or say why there is none. An error here never ends training."""
     try:
         return f"report: {write_report(run_folder, facts=facts)}"
-    except Exception as error:  # also of the library that draws
+    except Exception as error:  # includes errors of the plotting library
         return f"report: left out ({first_line(error)})"
 
 
 def describe(
     folder: Path, batches: Sequence[Row], evaluations: Sequence[Row], facts: Mapping[str, str]
 ) -> str:
-    """The page as Markdown.
+    """Return the page as Markdown.
 
     Args:
         folder: The run's folder.
@@ -103,9 +103,9 @@ def describe(
 
 
 def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None:
-    """The picture over tokens: loss, its smoothing and evaluations, learning rate, tokens/s, gradient norm.
+    """Plot over tokens: loss, smoothed loss and evaluations, learning rate, tokens/s, gradient norm.
 
-    A run of few steps isn't smoothed.
+    The loss of a short run isn't smoothed.
 
     Args:
         batches: Rows of batches, one or more.
@@ -139,7 +139,7 @@ def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None
         _panel(axes, title)
     panels[2].yaxis.set_major_formatter(EngFormatter(sep=""))
     norms = [value for value in _column(batches, "grad_norm") if value > 0]
-    if norms and max(norms) > 10 * min(norms):  # below, a logarithmic axis has hardly a round number
+    if norms and max(norms) > 10 * min(norms):  # over a smaller range a log axis has hardly any round ticks
         panels[3].set_yscale("log")
         panels[3].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panels[3].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -150,7 +150,7 @@ def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None
 
 
 def _evaluations(evaluations: Sequence[Row]) -> list[str]:
-    """A table of each label's evaluations: all of them, or some that are evenly spread."""
+    """Return a table of each label's evaluations: all of them, or an evenly spaced subset."""
     by_label: dict[str, list[Row]] = {}
     for row in evaluations:
         for label, metrics in row["eval"].items():
@@ -170,7 +170,7 @@ def _evaluations(evaluations: Sequence[Row]) -> list[str]:
 
 
 def _places(folder: Path) -> dict[str, str]:
-    """What of a run is there, and where."""
+    """Return which parts of a run exist, and where."""
     checkpoints = newest_first(folder)
     places = {
         "the resolved configuration": folder / "config.yaml",
@@ -218,11 +218,11 @@ def _gib(size: int | None) -> str:
 
 
 def facts_of(config: TrainConfig, dataset: Any) -> dict[str, str]:
-    """Rows of the report's table; empty where there is nothing to say.
+    """Return rows for the report's table; empty if there is nothing to report.
 
     Args:
-        config: The run's.
-        dataset: What its training loader reads; one of finetuning knows its streams' examples.
+        config: The run's config.
+        dataset: The training loader's dataset; one for finetuning knows its streams' examples.
     """
     sources = config.train_loader.dataset.sources
     stores = getattr(dataset, "stores", [None] * len(sources))
@@ -236,7 +236,7 @@ def facts_of(config: TrainConfig, dataset: Any) -> dict[str, str]:
 
 
 def _stream(named: tuple[str, Any], store: Any) -> str:
-    """Where a stream lies, its share of the mix, and what its examples hold."""
+    """Describe a stream: its location, its share of the mix, and what its examples contain."""
     name, source = named
     words = [str(place) for key in ("hf_name", "local", "remote") if (place := getattr(source, key, None))][
         :1

@@ -1,15 +1,14 @@
-"""A run continues from a checkpoint as if it had never stopped: its state, its position in the data, and its
-random numbers.
+"""Resume a run as if it had never stopped: its state, its position in the data, and its random state.
 
-Composer would load with `torch.load(weights_only=False)` and evaluate text that it finds there; here the
-state comes from our own reader, and no algorithm is taken from the checkpoint. Composer also restores the
-random state only where an epoch begins, or while it skips the batches that have been seen. StreamingDataset
-resumes by itself, so there is nothing to skip, and dropout would differ from the first batch on. Here it is
-restored where training really continues: right before the first batch's forward, or, if the checkpoint lies
-at an epoch's very end, at that end.
+Composer would load with `torch.load(weights_only=False)` and evaluate text from the checkpoint; we use our
+own reader, and take no algorithms from the checkpoint. Composer also restores the random state only at the
+start of an epoch, or while it skips batches that were already seen. StreamingDataset resumes by itself, so
+there is nothing to skip, and dropout would differ from the first batch on. We restore it where training
+actually continues: right before the first batch's forward or, if the checkpoint is at the very end of an
+epoch, at that end.
 
-In the same way Composer counts the batches of an epoch (`train_subset_num_batches`) from where the loader
-begins, and StreamingDataset the epochs from the one that it began; both are set to what Composer's time says.
+Composer also counts the batches of an epoch (`train_subset_num_batches`) from where the loader begins, and
+StreamingDataset counts epochs from the one that it began; both are set to match Composer's timestamp.
 """
 
 from __future__ import annotations
@@ -40,23 +39,23 @@ from mptfoundry.ranks import decided_by_rank_0, say
 
 _WRAPPERS = re.compile(r"(_orig_mod|module)\.")
 _MISFIT = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError, AssertionError)
-# What an optimizer's group holds of the run's progress, and not of its config.
+# Entries of an optimizer's group that record the run's progress, not its config.
 _PROGRESS = ("params", "lr")
 
 
 class Resume(Callback):
-    """Loads a checkpoint into the trainer before its first batch.
+    """Load a checkpoint into the trainer before its first batch.
 
     Args:
-        checkpoint: A file, or a folder of shards where the run saves such.
-        weights_only: Take the model's weights alone.
-        strict: The weights' names have to be the model's.
-        ignore_keys: Parts of the state to leave, with wildcards.
-        keep_optimizer: Hyperparameters of the optimizer are this run's, not the checkpoint's.
-        subset_num_batches: Batches of an epoch, where it ends before the data does; -1: all.
+        checkpoint: A file, or a folder of shards if the run saves sharded checkpoints.
+        weights_only: Load only the model's weights.
+        strict: The names of the weights must match the model's.
+        ignore_keys: Parts of the state to skip, with wildcards.
+        keep_optimizer: Use this run's hyperparameters of the optimizer, not the checkpoint's.
+        subset_num_batches: Batches of an epoch, if it ends before the data does; -1: all.
 
     Raises:
-        CheckpointError: When the trainer is built: the checkpoint is damaged, or not one of this run.
+        CheckpointError: When the trainer is built: the checkpoint is damaged or not from this run.
     """
 
     def __init__(
@@ -80,7 +79,7 @@ class Resume(Callback):
         self._is_in_step = False
 
     def before_load(self, state: State, logger: Logger) -> None:
-        """Load it, once the model is wrapped and before anything else is."""
+        """Load the checkpoint, after the model is wrapped and before anything else is loaded."""
         run_name, configured = state.run_name, _hyperparameters(state)
         content = self._read(state)
         decided_by_rank_0(lambda: self._compare(state, content["state"].get("model")))
@@ -102,7 +101,7 @@ class Resume(Callback):
             raise CheckpointError(said) from error
         state.run_name = run_name
         dataset: Any = getattr(state.train_dataloader, "dataset", None)
-        if hasattr(dataset, "resume"):  # one whose place is what Composer's time says
+        if hasattr(dataset, "resume"):  # a dataset that takes its position from Composer's timestamp
             dataset.resume(int(state.timestamp.epoch), int(state.timestamp.sample_in_epoch))
             state.dataset_resumption["train"] = True
         self._random = content.get("rng")
@@ -110,23 +109,23 @@ class Resume(Callback):
             _set_hyperparameters(state, configured)
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Count what the epoch has had as part of it, where the loader begins behind that."""
+        """Include the batches already done in the epoch's count, if the loader starts after them."""
         if self.subset_num_batches >= 0 and "train" in state.dataset_resumption:
             self._epoch_batches = state.dataloader_len
             state.dataloader_len = max(0, self.subset_num_batches - int(state.timestamp.batch_in_epoch))
 
     def epoch_start(self, state: State, logger: Logger) -> None:
-        """Have the first epoch that is read from its start be the one of Composer's time."""
+        """Make the first epoch that is read from its start match Composer's timestamp."""
         dataset: Any = getattr(state.train_dataloader, "dataset", None)
         if self._is_in_step or not hasattr(dataset, "next_epoch"):
             return
         self._is_in_step = True
         if dist.get_local_rank() == 0:
-            dataset.next_epoch = int(state.timestamp.epoch)  # of all processes of this node
+            dataset.next_epoch = int(state.timestamp.epoch)  # shared by all processes of this node
         dist.barrier()
 
     def _compare(self, state: State, weights: Mapping[str, Any] | None) -> None:
-        """Say which weights are new and which are left over, or raise where they may not be."""
+        """Say which weights are new and which are left over, or raise if that is not allowed."""
         if weights is None:
             return
         names = [(_WRAPPERS.sub("", name), value) for name, value in state.model.named_parameters()]
@@ -143,11 +142,11 @@ class Resume(Callback):
             print(f"load_path: {said}", flush=True)
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Restore before the first batch, after whatever the loader drew when it was opened."""
+        """Restore before the first batch, after any random numbers that the loader drew when it opened."""
         self._restore(state)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        """Restore at the end of an epoch that had no batch left."""
+        """Restore at the end of an epoch that had no batches left."""
         self._restore(state)
 
     def _restore(self, state: State) -> None:
@@ -165,7 +164,7 @@ class Resume(Callback):
         if not state.load_monolith_rank0_only:
             mapped = state.device.name != "cpu"
             return self._filtered(read_state(self.checkpoint, weights_only=only, mapped=mapped))
-        # The weights and the optimizer stay on rank 0, which hands them out as the model is sharded.
+        # Weights and optimizer state stay on rank 0, which distributes them when the model is sharded.
         kept: dict[str, Any] = {"model": None, "optimizers": None}
         content: list[Any] = [None]
         if dist.get_global_rank() == 0:
@@ -198,7 +197,7 @@ class Resume(Callback):
 
 
 def _say_if_repeated(state: dict[str, Any]) -> None:
-    """Say that an older version continued this run from the end of an epoch with a past one's samples."""
+    """Say that an older version continued this run after an epoch's end with an earlier epoch's samples."""
     repeated = repeated_epoch(state)
     if repeated is not None:
         epoch, past = (number + 1 for number in repeated)
@@ -214,7 +213,7 @@ def _hyperparameters(state: State) -> list[dict[str, Any]]:
 
 
 def _set_hyperparameters(state: State, configured: list[dict[str, Any]]) -> None:
-    """Continue with other hyperparameters of the optimizer; moments and the schedule's position stay."""
+    """Use other hyperparameters in the optimizer; moments and the schedule's position stay."""
     groups = [group for optimizer in state.optimizers for group in optimizer.param_groups]
     for group, options in zip(groups, configured, strict=True):
         before = group.get("initial_lr")

@@ -1,17 +1,17 @@
-"""Signals that ask a run to stop, which it answers at the end of a batch.
+"""Signals that ask a run to stop, which it does at the end of a batch.
 
 These are SIGTERM, SIGINT (Ctrl-C), SIGHUP (the terminal is closed) and SIGUSR1 (which Slurm's `--signal`
-usually names). Other signals that end a process by default end the run, and are named. With a closed
-terminal the run prints nothing more, and still saves.
+usually names). Other signals that end a process by default end the run, which prints their name. If the
+terminal is closed, the run prints nothing more, but still saves.
 
-Python runs a signal's handler in the main thread, and only between two of its instructions: not while that
-thread waits in a collective for a rank that is gone. So a separate thread receives signals here, and can
+Python runs a signal handler in the main thread, and only between two of its instructions: not while that
+thread waits in a collective for a rank that is gone. So we receive signals in a separate thread, which can
 end the process whatever the main thread is doing. Before training begins there is nothing to save, and a
-signal ends the process at once; while libraries are imported it does so without an exception, which in the
-middle of their C++ would be an abort.
+signal ends the process at once; during imports of libraries it does so without an exception, which would
+cause an abort in the middle of their C++.
 
-The launcher signals each rank, and a signal to the whole group arrives, too: all within a few seconds of the
-first are one request. Child processes, such as the loader's workers, leave signals to their parent.
+The launcher signals each rank, and a signal to the whole group arrives, too: all signals within a few seconds
+of the first are one request. Child processes, such as the loader's workers, leave signals to their parent.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any, TextIO
 from mptfoundry.errors import RunStopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
-# These end a process by default, too.
+# These signals end a process by default, too.
 DEADLY = (signal.SIGQUIT, signal.SIGUSR2, signal.SIGXCPU, signal.SIGALRM)
 SECONDS_OF_ONE_REQUEST = 5.0
 SECONDS_TO_END = 10.0
@@ -40,12 +40,12 @@ _listening = False
 
 
 class StopSignals:
-    """Listens, as a context, from the main thread; in another thread, where Python allows no handlers, not.
+    """Listen for signals, as a context; only in the main thread, because Python allows no handlers elsewhere.
 
     Args:
-        speaks: Print what a signal does; on one rank of all.
-        failure: The exit code of a rank that has failed, if one has: then a signal is the launcher's, which
-            ends the others, and no request.
+        speaks: Print what a signal does; true on one rank only.
+        failure: Returns the exit code of a failed rank, if any: then the signal comes from the launcher,
+            which ends the other ranks, and is not a request to stop.
 
     Attributes:
         requested: The signal's name, once one has come.
@@ -89,7 +89,7 @@ class StopSignals:
     def answered_by_training(self) -> Iterator[None]:
         """Within this context a request only sets `requested`, which training reads.
 
-        An error within it is what the run reports, also if signals arrive.
+        The run reports an error in this context even if signals arrive.
         """
         self._is_training = True
         try:
@@ -100,7 +100,7 @@ class StopSignals:
         self._is_training = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """The main thread's part: leave whatever comes before training."""
+        """Handle a signal in the main thread: end whatever runs before training."""
         if self._is_training:
             return
         code = self._failure()
@@ -112,7 +112,7 @@ class StopSignals:
 
     def _listen(self) -> None:
         assert self._pipe is not None
-        # Unlike select(), which refuses a number above 1023 of a process with many open files.
+        # select() fails on file numbers above 1023, in a process with many open files.
         poll = select.poll()
         poll.register(self._pipe[0], select.POLLIN)
         while True:
@@ -158,21 +158,21 @@ class StopSignals:
 
 
 def heeded() -> list[signal.Signals]:
-    """The requests to stop; without SIGHUP where the process was started to ignore it, as `nohup` does."""
+    """Return the signals that request a stop; without SIGHUP if it was ignored at start, as with `nohup`."""
     is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     return [number for number in SIGNALS if number != signal.SIGHUP or not is_ignored]
 
 
 @contextmanager
 def ending_at_once(numbers: Sequence[signal.Signals], said: str, exit_code: int) -> Iterator[None]:
-    """While this lasts, as while libraries are imported, some signals end the process without an exception.
+    """Let some signals end the process without an exception in this context, such as during imports.
 
-    Afterwards their handlers are those from before, whatever a library has set.
+    Afterwards the earlier handlers are back, whatever a library has set.
 
     Args:
         numbers: The signals.
-        said: What is printed, with the signal's name for `{name}`.
-        exit_code: The process's.
+        said: The text to print, with the signal's name for `{name}`.
+        exit_code: Exit code of the process.
     """
     # macOS has no sigwaitinfo.
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "sigwaitinfo"):
@@ -204,7 +204,7 @@ def ending_at_once(numbers: Sequence[signal.Signals], said: str, exit_code: int)
 
 @contextmanager
 def lasting_output() -> Iterator[None]:
-    """Within this context, output to a terminal or pipe that is closed is dropped, not an error."""
+    """Within this context, drop output to a closed terminal or pipe instead of raising an error."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)  # type: ignore[assignment]
     try:
@@ -214,7 +214,7 @@ def lasting_output() -> Iterator[None]:
 
 
 class _Lasting:
-    """A stream that falls silent when its terminal, pipe or disk is gone."""
+    """A stream that drops output when its terminal, pipe or disk is gone."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -247,11 +247,11 @@ def _print(text: str) -> None:
 
 
 def _left_to_the_thread(number: int, frame: FrameType | None) -> None:
-    """The thread is told of a signal only if it has a handler."""
+    """Do nothing: our thread only receives signals that have a handler."""
 
 
 def _obey_the_parent_alone() -> None:
-    """In a forked child: signals to the whole group are its parent's; what the parent sends it ends it."""
+    """In a forked child, ignore signals to the whole group; only a signal from the parent ends the child."""
     if not _listening:
         return
     signal.set_wakeup_fd(-1)
@@ -259,7 +259,7 @@ def _obey_the_parent_alone() -> None:
         signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGTERM, *DEADLY):
         signal.signal(number, signal.SIG_DFL)
-    # Blocked, since only sigwaitinfo tells who has sent a signal.
+    # Blocked, because only sigwaitinfo tells who has sent a signal.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_wait_for_the_parents, args=(os.getppid(),), daemon=True).start()
 

@@ -1,8 +1,8 @@
-"""Where a training run starts: from its own checkpoint, from one that the config names, or from nothing.
+"""Where a training run starts: from its own checkpoint, from one that the config names, or from scratch.
 
-This is decided before anything is built, from the files in the run's folder and, where `save_folder` is a
-URL, in the store; links are ignored. Rank 0 decides, and all ranks start from the same checkpoint or end with
-the same error.
+This is decided before anything is built, from the files in the run's folder and, if `save_folder` is a URL,
+in the store; links are ignored. Rank 0 decides, and all ranks start from the same checkpoint or fail with the
+same error.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Start:
     """What a run starts from.
 
     Attributes:
-        checkpoint: A local file or folder of shards; None: nothing.
-        is_own: It is the run's own, and the run continues; otherwise `load_path` names it.
-        is_fetched: It comes from the run's store, and is removed once it has been loaded.
-        notes: What the run's own checkpoint notes of the run; None: an older version wrote it.
+        checkpoint: A local file or folder of shards; None means from scratch.
+        is_own: The run continues from its own checkpoint; otherwise `load_path` names it.
+        is_fetched: It was downloaded from the run's store, and is removed after loading.
+        notes: What the run's own checkpoint records about the run; None if an older version wrote it.
     """
 
     checkpoint: Path | None = None
@@ -63,7 +63,7 @@ class Start:
 
 
 def run_folder(config: TrainConfig) -> Path:
-    """The run's local folder: `save_folder` if that is local, else `runs/{run_name}`."""
+    """Return the run's local folder: `save_folder` if that is local, else `runs/{run_name}`."""
     if config.save_folder is not None and not is_url(config.save_folder):
         return Path(config.save_folder.format(run_name=config.run_name))
     return Path("runs") / config.run_name
@@ -71,12 +71,12 @@ def run_folder(config: TrainConfig) -> Path:
 
 @contextmanager
 def resolve_start(config: TrainConfig) -> Iterator[Start]:
-    """Where the run starts; a checkpoint that has to be fetched is there until the block ends.
+    """Find where the run starts; a downloaded checkpoint exists until the block ends.
 
     Raises:
-        CheckpointError: The newest checkpoint is damaged or another model's, or there is none where
-            `load_path` says.
-        ConfigError: The config has changed in what makes the run.
+        CheckpointError: The newest checkpoint is damaged or belongs to another model, or `load_path` names
+            none.
+        ConfigError: A key that makes the run has changed in the config.
     """
     folder = run_folder(config)
     local = decided_by_rank_0(lambda: newest_first(folder)) or []
@@ -96,11 +96,11 @@ def resolve_start(config: TrainConfig) -> Iterator[Start]:
 
 
 def refuse_another_model(config: TrainConfig, folder: Path, checkpoints: Sequence[Checkpoint]) -> None:
-    """Raises CheckpointError where the run's folder holds checkpoints that `config.model` can't continue.
+    """Raise CheckpointError if the run's folder holds checkpoints that `config.model` can't continue.
 
-    Before anything is written: the folder's `config.yaml` belongs to those checkpoints.
+    This runs before anything is written, because the folder's `config.yaml` belongs to those checkpoints.
     """
-    # Damage is judged later, with the advice how a run gets past it.
+    # Damage is reported later, together with advice on how to get past it.
     whole = next((each.path for each in checkpoints if each.problem() is None), None)
     if whole is None:
         return
@@ -124,9 +124,9 @@ def refuse_another_model(config: TrainConfig, folder: Path, checkpoints: Sequenc
 
 @contextmanager
 def _config_of_checkpoint(folder: Path, notes: RunNotes | None) -> Iterator[Path | None]:
-    """The folder with the `config.yaml` of a checkpoint, or None.
+    """Yield the folder with the `config.yaml` of a checkpoint, or None.
 
-    The config that the checkpoint holds counts; checkpoints of older versions have it next to them.
+    The config inside the checkpoint wins; checkpoints of older versions have it next to them.
     """
     if notes is None:
         yield folder if (folder / CONFIG).is_file() else None
@@ -137,7 +137,7 @@ def _config_of_checkpoint(folder: Path, notes: RunNotes | None) -> Iterator[Path
 
 
 def say_config_changes(config: TrainConfig, folder: Path, notes: RunNotes | None) -> None:
-    """Print what has changed in the config since the checkpoint, if that may change."""
+    """Print what has changed in the config since the checkpoint, or raise if it must not change."""
     with _config_of_checkpoint(folder, notes) as place:
         if notes is None:
             unknown = "config, data and tokenizer" if place is None else "data and tokenizer"
@@ -151,12 +151,12 @@ def say_config_changes(config: TrainConfig, folder: Path, notes: RunNotes | None
 
 
 def say_changed_inputs(config: TrainConfig, notes: RunNotes, fingerprints: Mapping[str, str]) -> None:
-    """Print which streams have other content than when the checkpoint was written, if that may change.
+    """Print which streams have changed since the checkpoint was written, or raise if they must not change.
 
     Args:
-        config: The run's.
-        notes: What the checkpoint remembers of the run.
-        fingerprints: What this start reads, as `RunNotes` has it.
+        config: The run's config.
+        notes: What the checkpoint records about the run.
+        fingerprints: What this start reads, in the form of `RunNotes`.
 
     Raises:
         ConfigError: A training stream or the tokenizer has changed, and `allow_changes` does not name it.
@@ -175,7 +175,7 @@ def _say_changes(changes: Sequence[Change], config: TrainConfig, place: Path, wh
 
 
 def uploader_of(config: TrainConfig, patience: Patience = IN_BACKGROUND) -> Upload | None:
-    """Uploads a run's files to the store of a remote `save_folder`; None for a local one."""
+    """Return a function that uploads a run's files to a remote `save_folder`; None if it is local."""
     if config.save_folder is None or not is_url(config.save_folder):
         return None
     return uploader(_url(config), patience)
@@ -184,11 +184,11 @@ def uploader_of(config: TrainConfig, patience: Patience = IN_BACKGROUND) -> Uplo
 def _own_checkpoint(
     config: TrainConfig, folder: Path, local: Sequence[Checkpoint], stack: ExitStack
 ) -> Start | None:
-    """The newest whole checkpoint of the run, from this machine or its store, with what it remembers."""
+    """Find the run's newest whole checkpoint, on this machine or in its store, and its notes."""
     own = _newest_sound(config, folder, local, stack)
     if own is None or own.checkpoint is None:
         return None
-    # A checkpoint that was fetched has its config next to it.
+    # A downloaded checkpoint has its config next to it.
     checkpoint, written = own.checkpoint, own.checkpoint.parent if own.is_fetched else folder
     notes = decided_by_rank_0(lambda: read_notes(checkpoint))
     decided_by_rank_0(lambda: say_config_changes(config, written, notes))
@@ -221,7 +221,7 @@ def _newest_sound(
 
 
 def _named_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Path:
-    """The checkpoint that `load_path` names."""
+    """Return the checkpoint that `load_path` names."""
     assert config.load_path is not None
     path = config.load_path.format(rank=0, run_name=config.run_name)
     local = _fetched(path, folder, stack) if is_url(path) else Path(path)
@@ -246,7 +246,7 @@ def _named_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Pa
 
 
 def _refuse_one_file(checkpoint: Path, config: TrainConfig, key: str) -> None:
-    """Raise CheckpointError for a whole checkpoint where the run has sharded ones."""
+    """Raise CheckpointError if a checkpoint is whole but the run needs sharded ones."""
     if checkpoint.is_file() and config.fsdp_config and config.fsdp_config.state_dict_type == "sharded":
         raise CheckpointError(
             f"{key}: {checkpoint} is one file, and fsdp_config.state_dict_type: sharded loads folders. For "
@@ -255,7 +255,7 @@ def _refuse_one_file(checkpoint: Path, config: TrainConfig, key: str) -> None:
 
 
 def _finished_ones(checkpoints: Sequence[Checkpoint]) -> list[Path]:
-    """Those that are finished; the others are named."""
+    """Return the finished checkpoints, and print a line about each of the others."""
     finished = []
     for checkpoint in checkpoints:
         if reason := checkpoint.unfinished():
@@ -266,8 +266,8 @@ def _finished_ones(checkpoints: Sequence[Checkpoint]) -> list[Path]:
 
 
 def _is_sound(checkpoint: Path, config: TrainConfig, shown_as: str | None = None) -> bool:
-    """Whether a checkpoint has the bytes that were written. If not, that is an error, unless
-    `resume_past_damage` allows to pass it over."""
+    """Whether a checkpoint has the bytes that were written. If not, raise an error, unless
+    `resume_past_damage` allows skipping it."""
     reason = _damage(checkpoint)
     if reason is None:
         return True
@@ -281,7 +281,7 @@ def _is_sound(checkpoint: Path, config: TrainConfig, shown_as: str | None = None
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with the bytes of a checkpoint; each rank looks at its share of them."""
+    """Say which bytes of a checkpoint are damaged; each rank checks its share."""
     try:
         found = checkpoint_at(checkpoint)
         parts = [] if (reason := found.problem()) else found.parts()
@@ -294,24 +294,24 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def _fetched(url: str, folder: Path, stack: ExitStack) -> Path:
-    """A checkpoint out of a store, on each node's own disk until the stack ends."""
+    """Download a checkpoint from a store to each node's own disk, where it stays until the stack closes."""
 
     def fetch() -> str:
         first = dist.get_global_rank() == 0
-        remove_unfinished_files(folder)  # which takes space on the disk
+        remove_unfinished_files(folder)  # they take up disk space
         return str(stack.enter_context(staged(url, folder / "fetched", None, progress=first)))
 
     return Path(once_per_node(fetch, what=f"fetching {url}"))
 
 
 def remove_unfinished_files(folder: Path, but: Path | None = None) -> None:
-    """Remove what a killed run began in a folder and did not finish, except for what `but` lies in."""
+    """Remove files that a killed run left unfinished in a folder, except what contains `but`."""
     for entry in remove_unfinished(folder, but=but) if folder.is_dir() else ():
         print(f"removed: {entry}, which a run that was killed had not finished", flush=True)
 
 
 def take_small_files(start: Start, folder: Path) -> None:
-    """Copy what lay next to a fetched checkpoint in the store: metrics are continued, and uploaded again."""
+    """Copy the small files next to a downloaded checkpoint, so that metrics continue and upload again."""
     assert start.checkpoint is not None
     with writing_into(folder):
         for name in (CONFIG, METRICS):

@@ -1,10 +1,10 @@
 """What all ranks decide together at each step, before the weights change: take it, skip it, stop or fail.
 
-Each rank contributes three numbers, whether it was asked to stop, whether its loss is not finite, and its
-loss; they are added up over the ranks in one small collective, after that of the gradients, and read together
-with the gradient's norm right before Composer reads the loss. So no rank waits where it didn't before, and
-every rank decides on the same values. A request to stop is answered at the end of the batch, by Composer's
-own way to end a training: its checkpoint is written, and nothing else that belongs to a run's end is done.
+Each rank contributes three numbers: whether it was asked to stop, whether its loss is not finite, and its
+loss. One small collective after that of the gradients sums them over the ranks, and we read them together
+with the gradient norm right before Composer reads the loss. So there is no extra synchronization, and all
+ranks decide on the same values. On a request to stop, training ends after the batch in Composer's own way: it
+writes a checkpoint, and skips everything else that comes at the end of a run.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ SHOWN_LOSSES, SHOWN_SAMPLES = 8, 16
 
 
 class EvaluationLeft(Exception):
-    """An evaluation was broken off since the run was asked to stop; on all ranks at the same batch."""
+    """The run was asked to stop during an evaluation; raised on all ranks at the same batch."""
 
 
 class StepGuard(Callback):
-    """Guards each step of a training.
+    """Guards each step of training.
 
     Args:
         signals: Tells whether this process was asked to stop.
-        watch: Is told how far this rank has come.
+        watch: Receives this rank's progress.
 
     Attributes:
         is_stopping: All ranks stop at the end of this batch.
-        owes_evaluation: An evaluation that was due where the run stopped was not made. This is saved with
-            the checkpoint, and the evaluation made when the run continues.
+        owes_evaluation: An evaluation was due where the run stopped, and was skipped. The checkpoint records
+            this, and the evaluation runs when the run continues.
 
     Raises:
         TrainingError: At a step whose loss or gradient is not finite, or whose loss is out of bounds. On all
-            ranks, with the same text, and the weights as they were before it.
+            ranks, with the same text, and with the weights from before the step.
         EvaluationLeft: Within an evaluation, when the run is asked to stop.
     """
 
@@ -65,18 +65,18 @@ class StepGuard(Callback):
         self._has_warned = False
 
     def init(self, state: State, logger: Logger) -> None:
-        """Find who judges losses, who measures the gradient's norm, and who saves."""
+        """Find the callbacks that judge losses, measure the gradient norm, and save."""
         self._spikes = next(c for c in state.callbacks if hasattr(c, "judge"))
         self._clipping = next(a for a in state.algorithms if hasattr(a, "grad_norm"))
         self._saver = next((c for c in state.callbacks if hasattr(c, "save_seconds")), None)
         self._watch.batch = lambda: state.timestamp.batch.value
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        """Begin to measure the step."""
+        """Start timing the step."""
         self._started_at = time.monotonic()
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
-        """Forget the losses of the batch before, or of a try that ran out of memory."""
+        """Clear the losses of the previous batch, or of an attempt that ran out of memory."""
         self._losses = []
 
     def after_loss(self, state: State, logger: Logger) -> None:
@@ -85,7 +85,7 @@ class StepGuard(Callback):
         self._losses.append(state.loss.detach().float().mean())
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Decide; the gradients are there, the weights have not changed."""
+        """Decide after the gradients are computed and before the weights change."""
         own = torch.stack(self._losses).mean()
         asked = torch.full_like(own, float(self.signals.requested is not None))
         told = torch.stack([asked, (~own.isfinite()).float(), own])
@@ -94,7 +94,7 @@ class StepGuard(Callback):
         told = told if norm is None else torch.cat([told, norm.to(told).reshape(1)])
         asked_by, broken, total, *norms = told.tolist()
         loss = total / dist.get_world_size()
-        # Under a gradient scaler an overflow is met by a smaller scale.
+        # With a gradient scaler, an overflow only lowers the scale.
         is_scaled = state.precision == Precision.AMP_FP16
         if broken or not (is_scaled or all(map(math.isfinite, norms))):
             raise TrainingError(self._what_broke(state, own, norms))
@@ -104,7 +104,7 @@ class StepGuard(Callback):
             self._stop(state)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Let this batch be the last one, or measure it."""
+        """Stop after this batch, or record how long it took."""
         if self.is_stopping:
             is_last = state.max_duration is not None and state.timestamp >= state.max_duration
             due = [each.eval_interval(state, Event.BATCH_END) for each in state.evaluators]  # type: ignore[misc]
@@ -125,16 +125,16 @@ class StepGuard(Callback):
             raise EvaluationLeft
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether an evaluation is still to be made."""
+        """Return whether an evaluation is still due."""
         return {"owes_evaluation": self.owes_evaluation}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take it from a checkpoint."""
+        """Load that from a checkpoint."""
         self.owes_evaluation = state["owes_evaluation"]
 
     def _stop(self, state: State) -> None:
         self.is_stopping = True
-        # Callbacks that only show how far a run has come would take the time that the checkpoint needs.
+        # Callbacks that only show progress would take time that the checkpoint needs.
         state.callbacks = [c for c in state.callbacks if not getattr(c, "skipped_when_stopping", False)]
 
     def _judge(self, loss: float, state: State, logger: Logger) -> None:
@@ -154,7 +154,7 @@ class StepGuard(Callback):
                 parameter.grad = None
 
     def _what_broke(self, state: State, own: Tensor, norms: list[float]) -> str:
-        """The error's text, the same on all ranks; they meet once more to tell what each has."""
+        """Return the error's text, the same on all ranks, which gather their losses once more for it."""
         ids = state.batch.get("sample_id", torch.empty(0)).flatten().tolist()
         ranks = dist.all_gather_object((own.item(), ids))
         bad = [(rank, loss, ids) for rank, (loss, ids) in enumerate(ranks) if not math.isfinite(loss)]
