@@ -129,7 +129,7 @@ class Counts:
 
 @dataclass
 class UnitExamples:
-    """A unit's examples, concatenated: `ids` and `marks` (the loss mask) as bytes, and the lengths in tokens."""
+    """A unit's examples, concatenated: `ids` and loss mask `marks` as bytes, and `lengths` in tokens."""
 
     ids: bytes
     marks: bytes

@@ -112,7 +112,7 @@ class GuardedStream(Stream):
             cache_usage_per_shard[number] = 0 if self.is_only_copy else sum(info.bytes for info in files)
 
     def stored(self, shard: Any) -> Any:
-        """Return the index entry of the compressed file, or of the uncompressed one if it was here at start."""
+        """Return the index entry of the compressed file, unless the uncompressed one was already here."""
         is_raw = shard.zip_data is None or shard.raw_data.basename in self.here
         return shard.raw_data if is_raw else shard.zip_data
 
