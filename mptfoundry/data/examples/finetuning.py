@@ -47,7 +47,7 @@ def build_finetuning_loader(loader: FinetuningLoaderConfig, context: LoaderConte
 
 
 def load_examples(loader: FinetuningLoaderConfig, context: LoaderContext) -> dict[str, ExampleStore]:
-    """Load the examples of each source, by its key in the config. One process per node prepares them if needed.
+    """Load each source's examples, by its key in the config; one process per node prepares them if needed.
 
     Raises:
         ConfigError: A user function creates records, and the command line did not allow code.

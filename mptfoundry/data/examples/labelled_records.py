@@ -262,7 +262,7 @@ def _labels_of_tokens(
 
 
 def _span_of_tokens(encoding: Any, begin: int, answers: Sequence[str]) -> dict[str, Any]:
-    """Find the first answer's first and last token, or OUTSIDE if it was truncated; also return the offsets."""
+    """Find the first answer's first and last token, or OUTSIDE if it was truncated; also return offsets."""
     end = begin + len(answers[0].rstrip())
     offsets = np.asarray(encoding.offsets, np.int64)
     offsets[[part != 1 for part in encoding.sequence_ids]] = 0
