@@ -221,7 +221,7 @@ def borders_of_folder(folder: str | Path, kwargs: Mapping[str, Any] | None = Non
                 token = token["content"] if isinstance(token, dict) else token
                 if (switch := config.get(f"add_{name}_token")) is not None:
                     borders = borders._replace(**{side: (token,) if switch and token else ()})
-    except Exception:  # the tokenizers library raises nothing else
+    except Exception:  # the tokenizers library raises plain Exceptions
         return None
     return borders
 
