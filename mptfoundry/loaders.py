@@ -1,4 +1,4 @@
-"""`train_loader` and `eval_loader` -> batches."""
+"""Build the data loaders that the `train_loader` and `eval_loader` sections describe."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mptfoundry.run.changes import allows_other_rows
 
 
 def build_loader(loader: LoaderConfig, context: LoaderContext) -> DataSpec:
-    """The batches of this rank, from a loader of any kind."""
+    """Build this rank's loader of any kind."""
     if isinstance(loader, TextLoaderConfig):
         return build_text_loader(loader, context)
     if isinstance(loader, FinetuningLoaderConfig):
@@ -29,7 +29,7 @@ def build_loader(loader: LoaderConfig, context: LoaderContext) -> DataSpec:
 
 
 def build_train_loader(config: TrainConfig, plan: Plan, tokenizer: Any) -> DataSpec:
-    """The training batches of this rank."""
+    """Build this rank's training loader."""
     context = LoaderContext(
         model=config.model,
         tokenizer=tokenizer,
@@ -55,7 +55,7 @@ def build_evaluators(
     device_batch_size: int,
     num_workers: Mapping[str, int],
 ) -> list[Evaluator]:
-    """One evaluator a label, for a run that trains or for an evaluation alone."""
+    """Build one evaluator per label, for a training run or a standalone evaluation."""
     evaluators = []
     for label, loader in loaders.items():
         context = LoaderContext(
@@ -74,6 +74,6 @@ def build_evaluators(
 
 
 def fingerprints_of(train_loader: DataSpec, evaluators: Sequence[Evaluator]) -> dict[str, str]:
-    """The content of each stream that a run reads, by its key in the config."""
+    """Return the content fingerprint of each stream the run reads, by its key in the config."""
     specs: list[Any] = [train_loader, *(evaluator.dataloader for evaluator in evaluators)]
     return {key: digest for spec in specs for key, digest in spec.dataloader.dataset.fingerprints.items()}

@@ -1,4 +1,4 @@
-"""What a data set holds, before anything is trained on it: `preview(options)` as text, and as a picture."""
+"""Show what is in a dataset before training on it, as text and optionally as a picture."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class RunWouldEnd(DataError):
 
 
 def preview(options: PreviewConfig, words: Sequence[str] = ()) -> str:
-    """Decoded samples of a folder of shards, or of every stream of a config with the mix that a run reads.
+    """Decode samples from a folder of shards, or from every stream of a config along with its mix.
 
     Args:
-        options: Of the verb.
-        words: `key=value` words that override a config.
+        options: The options of `mptfoundry preview`.
+        words: `key=value` overrides for a config.
 
     Raises:
-        ConfigError, DataError: Something named is missing or can't be read.
-        RunWouldEnd: More records of a config's stream are bad or dropped than it allows.
+        ConfigError, DataError: An input is missing or can't be read.
+        RunWouldEnd: A stream has more bad or dropped records than its config allows.
     """
     color = sys.stdout.isatty()
     if not options.data.endswith(CONFIG_SUFFIXES):
@@ -96,7 +96,7 @@ def _preview_config(options: PreviewConfig, words: Sequence[str], color: bool) -
 def _preview_finetuning(
     config: TrainConfig, loader: FinetuningLoaderConfig, options: PreviewConfig, color: bool
 ) -> str:
-    """Tokenizes what is not tokenized yet; the run finds it done."""
+    """Preview a finetuning config. This tokenizes new records into the cache that the run reads later."""
     from mptfoundry.data.examples.finetuning import load_examples, why_not
     from mptfoundry.data.examples.packing import plan_packing
     from mptfoundry.data.loading import LoaderContext
@@ -127,7 +127,7 @@ def _preview_finetuning(
         rows = f"{counted(packing.rows, 'row')}, {packing.ratio:.2f} examples in each"
         parts.append(f"{name}: {rows}, {packing.fill:.1%} of it filled\n{text}")
         if refusal := why_not(store, where, dataset):
-            # The records themselves are named above.
+            # The preview text already names the records.
             reasons.append(f"{refusal.reason}. {refusal.advice}")
     text = "\n\n".join(parts)
     if reasons:

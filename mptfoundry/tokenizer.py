@@ -1,7 +1,7 @@
-"""Tokenizers: load one, name its identity, and check what the model relies on.
+"""Load tokenizers, fingerprint them, and check that they fit the model.
 
-Words used here: an *id* is an integer that the model reads, a *special token* stands for no text
-(EOS, padding), the *fingerprint* of a tokenizer is equal for two tokenizers that give the same ids.
+Words used here: an *id* is an integer the model reads; a *special token* does not represent text (EOS,
+padding); two tokenizers that produce the same ids have the same *fingerprint*.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ END_OF_TEXT = "<|endoftext|>"
 PADDING = "<|padding|>"
 UNLIMITED = int(1e30)
 AS_TEXT = "as_text"
-# These read tokenizer.json and no more; importing transformers' AutoTokenizer to learn that takes a second.
+# These only read tokenizer.json. Listing them here avoids a one-second import of AutoTokenizer.
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
-# These follow add_bos_token and add_eos_token, whatever tokenizer.json says.
+# For these, add_bos_token and add_eos_token override tokenizer.json.
 CLASSES_WITH_SWITCHES = ("Llama", "CodeLlama", "Gemma", "GPTNeoX", "Cohere")
 
 
 class Borders(NamedTuple):
-    """Special tokens around a text, as ids or as they are spelled: those before it and those after it."""
+    """Special tokens before and after a text, as ids or as strings."""
 
     before: tuple[Any, ...] = ()
     after: tuple[Any, ...] = ()
@@ -44,16 +44,16 @@ class Borders(NamedTuple):
 def load_tokenizer(
     name: str, kwargs: Mapping[str, Any] | None = None, *, max_seq_len: int | None = None
 ) -> PreTrainedTokenizerFast:
-    """Load a tokenizer from a folder or by its name on the Hugging Face hub; none of its code is run.
+    """Load a tokenizer from a folder or from the Hugging Face Hub, without running its code.
 
     Args:
-        name: A folder with a `tokenizer.json` (or what transformers converts to one), or a name on the hub,
-            perhaps `NAME@REVISION` with a branch, tag or commit.
-        kwargs: Passed on to transformers' `from_pretrained`.
-        max_seq_len: Becomes `model_max_length`, in tokens, unless `kwargs` gives another one.
+        name: A folder with a `tokenizer.json` (or files transformers can convert to one), or a name on the
+            Hub, optionally `NAME@REVISION` with a branch, tag or commit.
+        kwargs: Passed to transformers' `from_pretrained`.
+        max_seq_len: Sets `model_max_length`, in tokens, unless `kwargs` does.
 
     Raises:
-        ConfigError: Nothing of that name can be read, or it has no fast (Rust) form.
+        ConfigError: The tokenizer can't be read, or it has no fast (Rust) version.
     """
     options = {"model_max_length": max_seq_len or UNLIMITED, **(kwargs or {})}
     if options.pop("trust_remote_code", False):
@@ -79,15 +79,15 @@ def load_tokenizer(
 
 
 def fingerprint(tokenizer: Any, *, with_special_tokens: bool = False) -> str:
-    """Name the mapping from text to ids: 64 hex digits, sha256.
+    """Hash the mapping from text to ids: sha256, 64 hex digits.
 
-    Equal for equal vocabulary, merges, added tokens, normaliser and pre-tokeniser; independent of the
-    path, of the library's version, of truncation and padding, and of which token plays EOS or padding.
+    The hash covers the vocabulary, merges, added tokens, normalizer and pre-tokenizer. It does not depend on
+    the path, the library version, truncation, padding, or which token is EOS or padding.
 
     Args:
-        tokenizer: transformers' fast tokenizer or a `tokenizers.Tokenizer`.
-        with_special_tokens: Name also which tokens are BOS, EOS and padding, and what is added to a text; of
-            transformers' tokenizers alone.
+        tokenizer: A transformers fast tokenizer or a `tokenizers.Tokenizer`.
+        with_special_tokens: Also hash which tokens are BOS, EOS and padding, and which tokens are added to a
+            text. Only works for transformers tokenizers.
     """
     parts = backend_parts(tokenizer)
     if not with_special_tokens:
@@ -99,7 +99,7 @@ def fingerprint(tokenizer: Any, *, with_special_tokens: bool = False) -> str:
 
 
 def fingerprint_of_parts(parts: Mapping[str, Any], **more: Any) -> str:
-    """The fingerprint of a tokenizer from the content of its `tokenizer.json`, and of what else tells it."""
+    """Fingerprint a tokenizer from the content of its `tokenizer.json` and any extra values."""
     model = dict(parts["model"])
     vocab = model.pop("vocab", {})
     merges = model.pop("merges", [])
@@ -116,10 +116,10 @@ def fingerprint_of_parts(parts: Mapping[str, Any], **more: Any) -> str:
 
 
 def backend_parts(tokenizer: Any) -> dict[str, Any]:
-    """The content of the tokenizer's `tokenizer.json`.
+    """Return the content of the tokenizer's `tokenizer.json`.
 
     Args:
-        tokenizer: transformers' fast tokenizer or a `tokenizers.Tokenizer`.
+        tokenizer: A transformers fast tokenizer or a `tokenizers.Tokenizer`.
     """
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     parts: dict[str, Any] = json.loads(backend.to_str())
@@ -127,10 +127,10 @@ def backend_parts(tokenizer: Any) -> dict[str, Any]:
 
 
 def default_template(tokenizer: Any) -> str | None:
-    """The chat template that transformers uses unless told otherwise; None if the tokenizer has none.
+    """Return the tokenizer's default chat template, or None if it has no template.
 
     Raises:
-        ConfigError: It has several by name, and none of them is the default.
+        ConfigError: The tokenizer has several named templates, and none is called default.
     """
     template = tokenizer.chat_template
     if not isinstance(template, Mapping):
@@ -144,16 +144,16 @@ def default_template(tokenizer: Any) -> str | None:
 
 
 def count_ids(tokenizer: Any) -> int:
-    """One more than the largest id that the tokenizer can give (gaps in the numbering count)."""
+    """Return the tokenizer's largest id plus one, so gaps in the ids count."""
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def own_borders(tokenizer: Any) -> Borders:
-    """The ids that a tokenizer puts around each text by itself: Llama's BOS before it, T5's EOS after it.
+    """Return the ids a tokenizer adds to every text by default: Llama adds BOS, T5 adds EOS.
 
     Args:
-        tokenizer: transformers' fast tokenizer or a `tokenizers.Tokenizer`.
+        tokenizer: A transformers fast tokenizer or a `tokenizers.Tokenizer`.
     """
     from tokenizers import Tokenizer, models
 
@@ -161,7 +161,7 @@ def own_borders(tokenizer: Any) -> Borders:
     processor = getattr(backend, "post_processor", None)
     if processor is None:
         return Borders()
-    # A text of one token, whatever the tokenizer's own vocabulary, truncation and padding are.
+    # A one-token text that does not depend on the tokenizer's vocabulary, truncation or padding.
     text = Tokenizer(models.WordLevel({"x": 0}, unk_token="x")).encode("x")
     encoding = processor.process(text, None, True)
     place = encoding.special_tokens_mask.index(0)
@@ -171,15 +171,15 @@ def own_borders(tokenizer: Any) -> Borders:
 def document_borders(
     tokenizer: Any, *, add_bos: bool | Literal["auto"] = "auto", add_eos: bool | Literal["auto"] = "auto"
 ) -> Borders:
-    """The ids around a document: the tokenizer's own, unless the user wants them or does not; never twice.
+    """Return the ids to put around each document, without duplicates.
 
     Args:
-        tokenizer: transformers' fast tokenizer.
-        add_bos: Begin with BOS, or with nothing; `auto`: as the tokenizer does by itself.
-        add_eos: The same for the end.
+        tokenizer: A transformers fast tokenizer.
+        add_bos: Whether to start with BOS. `auto` does what the tokenizer does by default.
+        add_eos: Whether to end with EOS, likewise.
 
     Raises:
-        DataError: The tokenizer does not have the token that is wanted.
+        DataError: The tokenizer does not have the requested token.
     """
     sides = []
     for name, ids, wants in zip(("bos", "eos"), own_borders(tokenizer), (add_bos, add_eos), strict=True):
@@ -198,12 +198,13 @@ def document_borders(
 
 
 def borders_of_folder(folder: str | Path, kwargs: Mapping[str, Any] | None = None) -> Borders | None:
-    """What a tokenizer on this machine puts around each text by itself, as it is spelled; without
-    transformers, so at once. None where that can't be told.
+    """Return the special tokens, as strings, that a local tokenizer adds to every text by default.
+
+    This is fast because it does not import transformers. Returns None if the files don't tell.
 
     Args:
-        folder: With `tokenizer.json`.
-        kwargs: As for `load_tokenizer`.
+        folder: A folder with `tokenizer.json`.
+        kwargs: The same as for `load_tokenizer`.
     """
     from tokenizers import Tokenizer
 
@@ -220,29 +221,29 @@ def borders_of_folder(folder: str | Path, kwargs: Mapping[str, Any] | None = Non
                 token = token["content"] if isinstance(token, dict) else token
                 if (switch := config.get(f"add_{name}_token")) is not None:
                     borders = borders._replace(**{side: (token,) if switch and token else ()})
-    except Exception:  # the tokenizers library raises nothing else
+    except Exception:  # the tokenizers library raises plain Exceptions
         return None
     return borders
 
 
 def spelled(borders: Borders, tokenizer: Any) -> Borders:
-    """Borders of ids as they are spelled."""
+    """Convert borders from ids to strings."""
     return Borders(*(tuple(tokenizer.convert_ids_to_tokens(list(side))) for side in borders))
 
 
 def adds_in_words(borders: Borders) -> str:
-    """What a tokenizer adds by itself: `adds <s> before each text by itself`."""
+    """Describe what a tokenizer adds by default, e.g. `adds <s> before each text by itself`."""
     sides = zip(("before", "after"), borders, strict=True)
     parts = [f"{' '.join(tokens)} {place}" for place, tokens in sides if tokens]
     return f"adds {' and '.join(parts)} each text by itself" if parts else "adds no special tokens by itself"
 
 
 def documents_in_words(borders: Borders, own: Borders) -> str:
-    """What stands around each document of shards, and where that differs from what the tokenizer does.
+    """Describe the special tokens around each document, and how they differ from the tokenizer's default.
 
     Args:
-        borders: Of the documents, as they are spelled.
-        own: What the tokenizer puts around a text by itself.
+        borders: Special tokens around the documents, as strings.
+        own: Special tokens the tokenizer adds by default, as strings.
     """
     verbs = zip(("begins with", "ends with"), borders, strict=True)
     parts = [f"{verb} {' '.join(tokens)}" for verb, tokens in verbs if tokens]
@@ -256,10 +257,10 @@ def documents_in_words(borders: Borders, own: Borders) -> str:
 
 
 def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
-    """Refuse a tokenizer that can give ids for which the model has no embedding.
+    """Check that the model has an embedding for every id of the tokenizer.
 
     Raises:
-        ConfigError: It has more than `vocab_size` ids.
+        ConfigError: The tokenizer has more than `vocab_size` ids.
     """
     if (needed := count_ids(tokenizer)) > vocab_size:
         raise ConfigError(
@@ -269,7 +270,7 @@ def check_tokenizer(tokenizer: Any, vocab_size: int) -> None:
 
 
 def vocabulary_problem(needed: int, vocab_size: int) -> str | None:
-    """Why a model that is to be trained has too few rows for a tokenizer, and what to do; None if it fits."""
+    """Explain why a new model's `vocab_size` is too small for the tokenizer; None if it is large enough."""
     if needed <= vocab_size:
         return None
     return (
@@ -280,12 +281,12 @@ def vocabulary_problem(needed: int, vocab_size: int) -> str | None:
 
 @dataclass(frozen=True)
 class TokenizerFiles:
-    """What the files of a tokenizer say, read without transformers.
+    """The content of a tokenizer's files, read without transformers.
 
     Attributes:
         parts: The content of `tokenizer.json`.
-        ids: One more than the largest id that the tokenizer can give.
-        is_plain: Whether `tokenizer.json` alone makes the ids; a class of its own may change them.
+        ids: The tokenizer's largest id plus one.
+        is_plain: Whether `tokenizer.json` alone determines the ids. A custom tokenizer class may change them.
     """
 
     parts: Mapping[str, Any]
@@ -294,7 +295,7 @@ class TokenizerFiles:
 
 
 def find_tokenizer(name: str) -> Path | None:
-    """The folder of a tokenizer on this machine: the one that is named, or that of the hub's cache."""
+    """Find a tokenizer's folder on this machine: `name` itself, or its folder in the Hub cache."""
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -310,10 +311,10 @@ def find_tokenizer(name: str) -> Path | None:
 
 
 def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
-    """What the files of a tokenizer say; None where there is no `tokenizer.json`, which transformers makes.
+    """Read a tokenizer's files; None if there is no `tokenizer.json` and transformers has to create it.
 
     Raises:
-        ConfigError: A file is damaged, or there is none of a tokenizer.
+        ConfigError: A file is damaged, or the folder has no tokenizer files.
     """
     file, options = folder / "tokenizer.json", folder / "tokenizer_config.json"
     if not file.is_file() and not options.is_file():
@@ -334,14 +335,14 @@ def read_tokenizer_files(folder: Path) -> TokenizerFiles | None:
 
 
 def token_byte_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
-    """How many bytes of UTF-8 text each id stands for; 0 for special tokens and for ids without a token.
+    """Return how many bytes of UTF-8 text each id represents; 0 for special tokens and unused ids.
 
-    Exact for byte-level BPE (MPT's, GPT-2's) and for byte fallback. For WordPiece the spaces between
-    words, which it does not keep, are not counted.
+    Exact for byte-level BPE (MPT, GPT-2) and for byte fallback. WordPiece drops the spaces between words, so
+    they are not counted.
 
     Args:
-        tokenizer: transformers' fast tokenizer or a `tokenizers.Tokenizer`.
-        vocab_size: Length of the result; ids past it are left out.
+        tokenizer: A transformers fast tokenizer or a `tokenizers.Tokenizer`.
+        vocab_size: Length of the result; larger ids are left out.
 
     Returns:
         (vocab_size,) int64, bytes.
@@ -366,15 +367,15 @@ def token_byte_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer like MPT's on `texts` and save it, whole or not at all.
+    """Train a byte-level BPE tokenizer like MPT's on `texts` and save it atomically.
 
-    Ids 0 and 1 are `<|endoftext|>` (EOS, BOS and unknown in one, as in GPT-NeoX) and `<|padding|>`; the
-    256 bytes follow, so every text has ids and comes back exactly.
+    Ids 0 and 1 are `<|endoftext|>` (EOS, BOS and unknown, as in GPT-NeoX) and `<|padding|>`. The 256 bytes
+    follow, so every text can be encoded and decodes exactly.
 
     Args:
         texts: Documents; read once.
-        vocab_size: Number of ids wanted, at least 258. Little text may give fewer.
-        folder: Where `tokenizer.json` and `tokenizer_config.json` go; a folder there is replaced.
+        vocab_size: Number of ids, at least 258. With little text the tokenizer may have fewer.
+        folder: Where to save `tokenizer.json` and `tokenizer_config.json`; an existing folder is replaced.
 
     Raises:
         ConfigError: `vocab_size` is below 258.
@@ -435,7 +436,7 @@ def _load_from_folder(folder: Path, options: dict[str, Any]) -> Any:
             except Exception:
                 if not has_ids:
                     raise
-        # tokenizer.json alone defines the ids, where the class adds nothing, is unknown here, or needs code.
+        # tokenizer.json alone defines the ids: the class adds nothing, is unknown, or needs remote code.
         return _load_plain(folder, options)
     except Exception as error:
         raise ConfigError(f"tokenizer.name: {folder} can't be read: {first_line(error)}.") from error
@@ -471,7 +472,7 @@ def _load_from_hub(name: str, options: dict[str, Any]) -> Any:
 
 
 def _without_defaults(part: Any) -> Any:
-    """Drop what changes no ids or only spells out a default, since versions of the library differ in that."""
+    """Drop options that don't change ids or are defaults; library versions differ in which they write."""
     if isinstance(part, dict):
         kept = {key: _without_defaults(value) for key, value in part.items() if key != "trim_offsets"}
         return {

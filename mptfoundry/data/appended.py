@@ -1,4 +1,4 @@
-"""Files that only grow while a job runs, and go back to a state that was saved; then they become a folder."""
+"""Append-only files that can be restored to a saved state."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from mptfoundry.data.shards.integrity import READ_BYTES
 
 
 class AppendedFiles:
-    """Files of a folder to which a sink appends.
+    """Files in a folder that a sink appends to.
 
     Args:
-        folder: Where they are; it is made.
-        names: Their names.
+        folder: The folder; created if missing.
+        names: The file names.
     """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
@@ -27,14 +27,14 @@ class AppendedFiles:
         self._hashes: dict[str, Any] = {name: xxhash.xxh3_64() for name in names}
 
     def append(self, name: str, data: bytes) -> None:
-        """Append to a file, which is empty at first."""
+        """Append to a file; the first call overwrites an existing file unless it was restored."""
         if name not in self._files:
             self._files[name] = (self.folder / name).open("wb", 1 << 20)
         self._files[name].write(data)
         self._hashes[name].update(data)
 
     def state(self) -> dict[str, Any]:
-        """The sizes and hashes of all files, which are on disk by now."""
+        """Flush all files to disk and return their sizes and hashes."""
         state = {}
         for name, digest in self._hashes.items():
             self.append(name, b"")
@@ -44,7 +44,7 @@ class AppendedFiles:
         return state
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Cut each file to the size that it had. Raises ValueError or OSError if it is damaged."""
+        """Truncate each file to its saved size. Raises ValueError or OSError if a file is damaged."""
         for name in self._hashes:
             path, left = self.folder / name, int(state[name]["bytes"])
             digest = xxhash.xxh3_64()
@@ -59,7 +59,7 @@ class AppendedFiles:
             self._hashes[name] = digest
 
     def close(self) -> None:
-        """Write everything out and close the files."""
+        """Write everything and close the files."""
         for name in self._hashes:
             self.append(name, b"")
             self._files[name].close()

@@ -1,11 +1,16 @@
-"""From samples to a batch.
+"""Collate samples into a batch.
 
-A sample is `{"input_ids": (tokens,) int64 array, "sample_id": int}` of at most `seq` tokens. A batch has
-`input_ids` (batch, seq) int64; `labels` (batch, seq) int64, aligned with input_ids, -100 where padded;
-`sample_id` (batch,) int64; `attention_mask` (batch, seq) bool if something is padded, always at the end;
-`sequence_id` (batch, seq) int64 if documents must not see one another; with either of these the number
-`max_documents`: no row holds more. Rows of examples also bring `row_tokens` and `row_trained`, a list each:
-tokens of each row, and how many labels of it are in the loss once shifted by one.
+A sample is `{"input_ids": (tokens,) int64 array, "sample_id": int}` with at most `seq` tokens. A batch has
+
+    input_ids       (batch, seq) int64
+    labels          (batch, seq) int64, aligned with input_ids, -100 for padding
+    sample_id       (batch,) int64
+    attention_mask  (batch, seq) bool, if there is padding, which is always at the end
+    sequence_id     (batch, seq) int64, if documents must not attend to each other
+    max_documents   the most documents in a row, if attention_mask or sequence_id is present
+
+A batch of finetuning rows also has two lists: `row_tokens`, the tokens in each row, and `row_trained`, the
+number of labels in the loss after the shift by one.
 """
 
 from __future__ import annotations
@@ -22,13 +27,13 @@ from mptfoundry.data.shards.token_ids import NOT_IN_LOSS
 
 @dataclass(frozen=True)
 class TextCollator:
-    """Stack samples; pad short ones at the end; number the documents in a sample if asked.
+    """Stack samples, pad short ones at the end, and number the documents in each sample if asked.
 
     Attributes:
         max_seq_len: Length of every row, in tokens.
-        pad_token_id: What fills short rows. It is masked by place, so any id will do.
-        eos_token_id: If given, a document ends with this id, and `sequence_id` is added to the batch.
-        bos_token_id: If given, a document starts with this id, and `sequence_id` is added to the batch.
+        pad_token_id: Pads short rows. The mask depends on position, so any id works.
+        eos_token_id: If set, documents end with this id, and the batch has `sequence_id`.
+        bos_token_id: If set, documents start with this id, and the batch has `sequence_id`.
     """
 
     max_seq_len: int
@@ -37,7 +42,7 @@ class TextCollator:
     bos_token_id: int | None = None
 
     def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Make a batch (see the head of this file) of samples."""
+        """Collate samples into a batch (see the module docstring)."""
         input_ids = np.full((len(samples), self.max_seq_len), self.pad_token_id, np.int64)
         is_text = np.zeros((len(samples), self.max_seq_len), bool)
         for row, sample in enumerate(samples):
@@ -61,17 +66,17 @@ class TextCollator:
 
 @dataclass(frozen=True)
 class RowCollator:
-    """Lay the examples of each row end to end; pad rows at the end.
+    """Stack rows of concatenated examples and pad them at the end.
 
     A row is `{"input_ids": (tokens,) int64, "trained": (tokens,) bool, "lengths": (examples,) int64,
-    "sample_id": int}`, its examples end to end. Examples of a row do not see one another: `sequence_id`
-    distinguishes them, and no example's first token is predicted from the one before. A row without examples,
-    which stands where a rank has none left, becomes a token that is not in the loss, and counts as none.
+    "sample_id": int}`. Examples in a row don't attend to each other: `sequence_id` separates them, and the
+    first token of an example is not predicted from the previous example. A rank that has run out of rows gets
+    empty ones; each becomes a single token that is not in the loss and is not counted.
 
     Attributes:
-        max_seq_len: The most tokens of a row, and the length of all rows unless padding is trimmed.
-        pad_token_id: What fills short rows.
-        trims_padding: Cut rows behind the longest of the batch, to a multiple of 8 tokens.
+        max_seq_len: Maximum tokens in a row, and the length of every row unless padding is trimmed.
+        pad_token_id: Pads short rows.
+        trims_padding: Trim the batch to its longest row, rounded up to a multiple of 8 tokens.
     """
 
     max_seq_len: int
@@ -79,7 +84,7 @@ class RowCollator:
     trims_padding: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Make a batch (see the head of this file) of rows."""
+        """Collate rows into a batch (see the module docstring)."""
         tokens = [len(row["input_ids"]) for row in rows]
         width = (
             min(self.max_seq_len, -(-max(1, *tokens) // 8) * 8) if self.trims_padding else self.max_seq_len
@@ -111,26 +116,29 @@ class RowCollator:
 
 
 def count_row_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Tokens in a batch of rows of examples, padding left out (`total`), and how many labels its mean loss
-    divides by (`loss_generating`). Both are numbers of the host: no device is waited for.
+    """Count the tokens in a batch of finetuning rows without a GPU sync.
+
+    `total` excludes padding; `loss_generating` is the number of labels that the mean loss divides by.
     """
     return {"total": sum(batch["row_tokens"]), "loss_generating": sum(batch["row_trained"])}
 
 
 def count_rows(batch: Mapping[str, Any]) -> int:
-    """Rows in a batch of rows of examples, without those that stand for none."""
+    """Count the rows in a batch of finetuning rows, excluding empty ones."""
     return sum(tokens > 0 for tokens in batch["row_tokens"])
 
 
 def sequence_ids(
     input_ids: torch.Tensor, eos_token_id: int | None = None, bos_token_id: int | None = None
 ) -> torch.Tensor:
-    """Number the documents of each row 0, 1, 2, ...
+    """Number the documents in each row 0, 1, 2, ...
+
+    Pass exactly one of `eos_token_id` and `bos_token_id`.
 
     Args:
         input_ids: (batch, seq) int64.
-        eos_token_id: Ends a document and belongs to it. Exactly one of the two is given.
-        bos_token_id: Starts a document and belongs to it.
+        eos_token_id: The last token of each document.
+        bos_token_id: The first token of each document.
 
     Returns:
         (batch, seq) int64.
@@ -143,10 +151,10 @@ def sequence_ids(
 
 
 def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Tokens in a batch, for Composer's clock (`total`) and its weights of microbatches (`loss_generating`).
+    """Count the tokens in a batch: `total` for Composer's clock, `loss_generating` to weight microbatches.
 
-    `loss_generating` is the number of labels in the loss once shifted by one, which is what the mean
-    loss divides by. Without padding both follow from the shape, so that a GPU is not waited for.
+    `loss_generating` is the number of labels in the loss after the shift by one, which the mean loss divides
+    by. Without padding both follow from the shape, so there is no GPU sync.
     """
     rows, seq = batch["input_ids"].shape
     if "attention_mask" not in batch:
@@ -156,11 +164,11 @@ def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
 
 
 def count_samples(batch: Mapping[str, Any]) -> int:
-    """Rows in a batch."""
+    """Count the rows in a batch."""
     return int(batch["input_ids"].shape[0])
 
 
 def filler_id(tokenizer: Any) -> int:
-    """The id that fills short rows (padding, or else EOS, or else 0); it is masked by place, not by value."""
+    """Return the id to pad with: padding, else EOS, else 0. The mask depends on position, not on the id."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(token_id for token_id in ids if token_id is not None)

@@ -1,11 +1,11 @@
-"""Work on many units: in several processes, in order, continued where a killed process stopped.
+"""Process many units in parallel and in order, and resume after a kill.
 
-A *unit* is a piece of the input; what is made of it is its *result*. A *sink* takes in the results in the
-order of the units, so that it makes the same bytes for any number of workers. While a job runs, its folder
-holds a *state*: how many units are in the sink, and what the sink needs to continue from there. A state
-replaces the one before in one move, so what is on disk is one moment of the job, whole.
+A *unit* is a piece of the input, and a *result* is the output for one unit. A *sink* receives results in the
+order of the units, so its output is the same bytes for any number of workers. While a job runs, its folder
+has a *state*: how many units are in the sink, and what the sink needs to resume from there. Each state
+replaces the previous one atomically, so the state on disk is always consistent.
 
-A worker process imports neither torch nor transformers, and ends when its parent does, however that ends.
+A worker process does not import torch or transformers, and exits when its parent dies for any reason.
 """
 
 from __future__ import annotations
@@ -39,48 +39,48 @@ MOST_TIME_SAVING = 0.05
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
-# Gives what works on a unit, in the process that calls it. It is sent to workers by pickle.
+# Returns the function that processes a unit. It is pickled, sent to each worker and called there.
 Make = Callable[[], Callable[[Any], Any]]
-# Who works on units, in place of processes of this machine.
+# Processes units instead of local worker processes.
 Engine = Callable[[Iterable[Any]], Iterator[Any]]
 
 
 class Sink(Protocol):
-    """What takes in the results of a job.
+    """Receives the results of a job.
 
     Attributes:
-        tokens: Tokens taken in by this process.
+        tokens: Tokens received in this process.
     """
 
     tokens: int
 
     def add(self, result: Any) -> None:
-        """Take in the result of the next unit; it has a `weight` in bytes of input."""
+        """Receive the result of the next unit; its `weight` is in bytes of input."""
 
     def state(self, units: int) -> dict[str, Any]:
-        """What `restore` needs, as JSON has it, after so many units. All that it names is on disk by now."""
+        """Return a JSON-serializable state for `restore`, after `units` units. Files it names are on disk."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state. Raises OSError, KeyError, TypeError or ValueError if that is damaged."""
+        """Resume from a state. Raises OSError, KeyError, TypeError or ValueError if it is damaged."""
 
     def finish(self) -> Any:
-        """Complete what the sink makes."""
+        """Finish the output."""
 
 
 @dataclass
 class Job:
-    """One job as far as it is done.
+    """A job and its progress.
 
     Attributes:
-        folder: Holds the state; it exists, and this process holds its lock.
-        title: Before the progress bar.
+        folder: The folder for the state; it exists, and this process has locked it.
+        title: Title of the progress bar.
         size: Bytes of all units.
-        sink: Takes in the results.
-        identity: Kept in the state, for whoever compares it.
-        units: How many units are in the sink.
-        weight: Their bytes.
-        seconds: Spent on them, by all processes.
-        saved_units: How many units the state on disk holds.
+        sink: Receives the results.
+        identity: Saved in the state, so that callers can check what the state belongs to.
+        units: Number of units in the sink.
+        weight: Bytes of the units in the sink.
+        seconds: Time spent on the job, over all runs.
+        saved_units: Number of units in the state on disk.
     """
 
     folder: Path
@@ -96,13 +96,13 @@ class Job:
     _period_seconds: float = SHORTEST_PERIOD_SECONDS
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state, as `read_state` gave it. Raises as `Sink.restore` does."""
+        """Resume from a state that `read_state` returned. Raises the same errors as `Sink.restore`."""
         self.sink.restore(state)
         self.units, self.weight, self.seconds = state["units"], state["weight"], state["seconds"]
         self.saved_units = self.units
 
     def add(self, result: Any) -> None:
-        """Take in the result of the next unit, and save now and then."""
+        """Pass the next unit's result to the sink, and save the state periodically."""
         self.sink.add(result)
         self.units += 1
         self.weight += result.weight
@@ -110,7 +110,7 @@ class Job:
             self.save()
 
     def save(self) -> None:
-        """Put this moment on disk; the next time so much later that saving takes little of the whole."""
+        """Save the state, and schedule the next save so that saving takes only a small part of the time."""
         started_at = time.monotonic()
         done = {
             "identity": self.identity,
@@ -125,7 +125,7 @@ class Job:
         self._period_seconds = max(SHORTEST_PERIOD_SECONDS, (self._saved_at - started_at) / MOST_TIME_SAVING)
 
     def close(self) -> None:
-        """Remove the state: the job is complete, or taken back."""
+        """Remove the state, because the job is finished or undone."""
         (self.folder / STATE).unlink(missing_ok=True)
 
 
@@ -138,21 +138,21 @@ def run_job(
     engine: Engine | None = None,
     progress: bool = True,
 ) -> Any:
-    """Work on the units that are not in the job's sink yet, and finish the sink.
+    """Process the units that are not in the job's sink yet, and finish the sink.
 
     Args:
-        job: New, or restored.
-        units: All of them, in their order.
-        make: Gives what works on a unit; called once in each process.
-        workers: Processes. Default: one for each processor. Little data is worked on in this process.
-        engine: Who works on the units in place of processes of this machine.
-        progress: Show a progress bar.
+        job: A new or restored job.
+        units: All units, in order.
+        make: Returns the function that processes a unit; called once in each process.
+        workers: Number of processes. By default one per CPU; small data uses only this process.
+        engine: Processes the units instead of local worker processes.
+        progress: Whether to show a progress bar.
 
     Returns:
-        What the sink's `finish` gives.
+        The result of the sink's `finish`.
 
     Raises:
-        DataError: A unit's, or a worker died.
+        DataError: A unit raised it, or a worker died.
     """
     units = islice(units, job.units, None)
     is_small = job.size - job.weight < SMALLEST_PARALLEL_BYTES
@@ -184,10 +184,10 @@ def run_job(
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """The state of a job that was not finished; None if there is none.
+    """Read the state of an unfinished job; None if there is none.
 
     Raises:
-        OSError, ValueError: It is damaged.
+        OSError, ValueError: The state is damaged.
     """
     try:
         state: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
@@ -199,15 +199,15 @@ def read_state(folder: Path) -> dict[str, Any] | None:
 def in_processes(
     units: Iterable[Unit], make: Callable[[], Callable[[Unit], Result]], workers: int
 ) -> Iterator[Result]:
-    """Work on units in worker processes; results in the units' order.
+    """Process units in worker processes and yield results in the order of the units.
 
     Args:
-        units: What to work on.
-        make: Called once in each process, gives what works on a unit there. It is sent by pickle.
-        workers: How many processes.
+        units: The units to process.
+        make: Returns the function that processes a unit. It is pickled and called once in each process.
+        workers: Number of processes.
 
     Raises:
-        DataError: A worker died, or raised it.
+        DataError: A worker raised it or died.
     """
     pool = ProcessPoolExecutor(
         workers,
@@ -219,7 +219,7 @@ def in_processes(
     try:
         for unit in units:
             running.append(pool.submit(_work_in_worker, unit))
-            # A few units more than workers keep them busy; more would only fill memory.
+            # A few more units than workers keep them busy; more would only use memory.
             if len(running) >= 2 * workers + 2:
                 yield running.popleft().result()
         while running:
@@ -238,7 +238,7 @@ _worker: Callable[[Any], Any] | None = None
 
 def _start_worker(make: Callable[[], Callable[[Any], Any]], parent: int) -> None:
     global _worker
-    # Ctrl-C reaches the whole group of processes; the parent decides what happens.
+    # Ctrl-C reaches the whole process group; the parent handles it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, args=(parent,), daemon=True).start()
@@ -246,7 +246,7 @@ def _start_worker(make: Callable[[], Callable[[Any], Any]], parent: int) -> None
 
 
 def _end_with_parent(parent: int) -> None:
-    """A killed parent leaves its workers waiting forever on a pipe that they hold open themselves."""
+    """Exit if the parent dies. Otherwise workers wait forever on a pipe that they keep open themselves."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -1,4 +1,4 @@
-"""What every loader shares with its run, and the arguments of PyTorch's DataLoader."""
+"""What every data loader needs from the run, and the arguments of PyTorch's DataLoader."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from mptfoundry.mpt.config import MPTConfig
 
 @dataclass(frozen=True)
 class LoaderContext:
-    """What a loader shares with its run.
+    """What a loader needs from the run.
 
     Attributes:
-        model: The network's config: its vocabulary, its head, and whether attention needs document ids.
-        tokenizer: transformers' fast tokenizer.
-        max_seq_len: Tokens in a row.
-        device_batch_size: Rows in a batch of one device.
-        seed: The order of samples depends on it.
-        num_workers: Processes that make batches; 0 makes them in the training process.
-        is_training: Epochs differ. An evaluation always reads the samples of the first epoch, in their order.
+        model: The model config: vocabulary, head, and whether attention needs document ids.
+        tokenizer: A transformers fast tokenizer.
+        max_seq_len: Tokens per row.
+        device_batch_size: Rows per batch on one device.
+        seed: Seed for the order of samples.
+        num_workers: Number of DataLoader workers; 0 loads in the training process.
+        is_training: Whether epochs differ. An evaluation reads the first epoch's samples every time.
         where: The loader's key in the config, for errors.
-        allow_code: Whether the user's own functions may run.
-        takes_other_rows: Resume inside an epoch although the checkpoint was saved with other rows.
+        allow_code: Whether user functions may run.
+        takes_other_rows: Whether to resume inside an epoch even if the checkpoint was saved with other rows.
     """
 
     model: MPTConfig
@@ -40,23 +40,23 @@ class LoaderContext:
     takes_other_rows: bool = False
 
     def shuffles(self, loader: LoaderConfig) -> bool:
-        """Whether the order of samples is random."""
+        """Whether to shuffle samples."""
         chosen = loader.dataset.shuffle
         return self.is_training if chosen is None else chosen
 
     def drops_last(self, loader: LoaderConfig) -> bool:
-        """Whether a last batch that is not full is left out."""
+        """Whether to drop a last batch that is not full."""
         return self.is_training if loader.drop_last is None else loader.drop_last
 
 
 def loader_options(loader: LoaderConfig, context: LoaderContext) -> dict[str, Any]:
-    """Arguments of PyTorch's DataLoader; it takes those of workers only where there are some."""
+    """Return the arguments of PyTorch's DataLoader, which only accepts worker options if it has workers."""
     options: dict[str, Any] = {
         "batch_size": context.device_batch_size,
         "drop_last": context.drops_last(loader),
         "num_workers": context.num_workers,
         "pin_memory": torch.cuda.is_available(),
-        # Its own generator: making an iterator must not advance the random state that dropout uses.
+        # A separate generator, because creating an iterator must not advance the RNG state that dropout uses.
         "generator": torch.Generator().manual_seed(context.seed),
     }
     if not isinstance(loader, LabelledLoaderConfig):

@@ -1,8 +1,8 @@
-"""Records become an example store once; afterwards the store is found by what it was made of.
+"""Convert records to an example store once; later runs find the store by a hash of its inputs.
 
-A store lies in the cache folder under a hash of the inputs' content, the tokenizer and all settings that the
-examples depend on. It is compared with its checksums before it is used, and made again where it is damaged.
-While it is made, its finished parts lie next to it, so that a preparation that is killed continues there.
+The hash, which names the store in the cache folder, covers the content of the inputs, the tokenizer and every
+setting the examples depend on. A store is verified against its checksums before use, and rebuilt if it is
+damaged. Partial work is kept next to the store, so a killed preparation can resume.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ VERSION = 3
 
 
 def cache_folder(given: str | None) -> Path:
-    """Where stores lie: what the user says, or a folder of the user's own cache."""
+    """Return the folder for stores: `given`, or a folder in the user's cache."""
     home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(given or f"{home}/mptfoundry/examples").expanduser()
 
@@ -53,20 +53,20 @@ def prepare_examples(
     say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> Path:
-    """The folder of a source's example store, which is made if it is not there or damaged.
+    """Return the folder of a source's example store; build it if it is missing or damaged.
 
     Args:
         where: The source's key in the config.
         source: Where the records are.
-        dataset: Its data set: which tokens are in the loss, and where the cache is.
-        context: Of the run; its tokenizer and `max_seq_len` are used.
-        workers: Processes. Default: one for each processor, or none for little data.
-        say: Is told what happens.
-        progress: Show a progress bar.
+        dataset: The dataset config: which tokens are in the loss, and where the cache is.
+        context: What the loader needs from the run; the tokenizer and `max_seq_len` are used.
+        workers: Number of processes. By default one per CPU; small data uses only this process.
+        say: Called with progress messages.
+        progress: Whether to show a progress bar.
 
     Raises:
-        ConfigError: A function of the user's makes the records, and the command line did not allow code.
-        DataError: The records can't be found, or the cache can't be written to.
+        ConfigError: A user function creates the records, and the command line did not allow code.
+        DataError: The records can't be found, or the cache can't be written.
     """
     if isinstance(source.preprocessing_fn, str) and not context.allow_code:
         raise ConfigError(
@@ -101,7 +101,7 @@ def prepare_examples(
 
 
 def _identity(plan: ExamplePlan, inputs: str, say: Callable[[str], None]) -> str:
-    """A hash of everything that the examples depend on."""
+    """Hash everything the examples depend on."""
     tokenizer = plan.tokenizer
     settings = {
         "version": [VERSION, UNIT_BYTES, UNIT_ROWS, 16],
@@ -126,17 +126,17 @@ def find_or_make(
     make: Callable[[Path], None],
     say: Callable[[str], None],
 ) -> Path:
-    """The folder of a cache, which is made unless it is there and whole; one process makes it at a time.
+    """Return a cache folder; build it if it is missing or damaged. Only one process builds it at a time.
 
     Args:
-        folder: Its name is a hash of all that it depends on.
-        where: The key in the config of what it holds, for messages.
-        damage: What is wrong with a folder; None if it is whole.
-        make: Makes it, by a job whose state lies in the folder that `make` is given.
-        say: Is told what happens.
+        folder: The cache folder, named by a hash of everything it depends on.
+        where: The source's key in the config, for messages.
+        damage: Returns what is wrong with a folder, or None if it is intact.
+        make: Builds the folder. Its argument is the folder for the state of the job.
+        say: Called with progress messages.
 
     Raises:
-        DataError: The cache can't be written to.
+        DataError: The cache can't be written.
     """
     if damage(folder) is None:
         return folder
@@ -163,7 +163,7 @@ def find_or_make(
 def make_cached(
     begin: Callable[[], Job], units: Iterable[Unit], make: Make, *, workers: int | None, progress: bool
 ) -> None:
-    """Run the job that `begin` gives, from its state if that is whole, else from the beginning."""
+    """Run the job that `begin` returns, resuming from its saved state if that is intact."""
     job = begin()
     try:
         state = read_state(job.folder)
@@ -179,9 +179,9 @@ class ExampleSink:
     """Appends the examples of units to a store.
 
     Args:
-        work: Where the store is written.
-        folder: Where it goes when it is whole.
-        vocab_size: All ids are below it.
+        work: Where to write the store.
+        folder: Where to move the finished store.
+        vocab_size: All ids must be smaller.
         where: The source's key in the config.
     """
 
@@ -199,16 +199,16 @@ class ExampleSink:
         self.counts.add(result.counts)
 
     def state(self, units: int) -> dict[str, Any]:
-        """The files' sizes, and what became of the records so far."""
+        """Return the file sizes and record counts so far."""
         return {"files": self.writer.files.state(), "counts": asdict(self.counts)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue where the files were."""
+        """Restore the files and counts from a state."""
         self.counts = Counts(**state["counts"])
         self.writer.files.restore(state["files"])
 
     def finish(self) -> None:
-        """Complete the store and put it in its place."""
+        """Finish the store and move it to its folder."""
         self.writer.meta = {"counts": asdict(self.counts), "made_of": self.where, "made_at": time.time()}
         self.writer.finish()
         with whole_or_absent(self.folder, overwrite=True) as path:
@@ -216,7 +216,7 @@ class ExampleSink:
 
 
 def _identity_of(preprocessing: Any, say: Callable[[str], None]) -> Any:
-    """What a function does is told by its file, which is printed with its hash."""
+    """Identify a function by a hash of its file, which is also printed."""
     if not isinstance(preprocessing, str):
         return preprocessing
     path = source_of(preprocessing)

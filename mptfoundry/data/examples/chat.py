@@ -1,16 +1,16 @@
-"""From a record to its turns: prompts to the model and its responses.
+"""Split a record into turns: prompts to the model and its responses.
 
-A record's columns tell its form:
+A record's columns determine its form:
 
-    prompt, response (or completion)     one turn, as it is
+    prompt, response (or completion)     one turn, unchanged
     messages, conversations              [{role, content}, ...] or ShareGPT's [{from, value}, ...], rendered
-                                         by the tokenizer's chat template; perhaps with a `system`
-    instruction, input (or not), output  one turn in the words of Dolly's prompts; the same with Dolly's own
-                                         names, instruction, context (or not), response
+                                         with the tokenizer's chat template; `system` is optional
+    instruction, input, output           one turn in Dolly's prompt format; `input` is optional. Dolly's own
+                                         names also work: instruction, context (optional), response
 
-A *turn* is (prompt, response), two texts; those of a conversation, joined, are the rendered conversation.
-They are cut as llm-foundry cuts them: a turn ends with each message of the assistant's, and the words that
-open that message belong to the prompt.
+A *turn* is a pair of texts, (prompt, response). The turns of a conversation, joined, are the rendered
+conversation. They are split the way llm-foundry does it: a turn ends after each assistant message, and the
+text that opens that message belongs to the prompt.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 MAY_BE_EMPTY = ("system", "tool")
 TOOL_CALLS = ("tool_calls", "function_call")
 OPENAI, SHAREGPT = ("role", "content"), ("from", "value")
-# Columns of conversations, and the usual keys of their messages.
+# Columns of conversations, and the usual keys in their messages.
 CONVERSATIONS = {"messages": OPENAI, "conversations": SHAREGPT}
-# Columns of one turn: what asks, and what may answer.
+# Columns of a single turn: the prompt column and its possible response columns.
 PAIRS = {"prompt": ("response", "completion"), "instruction": ("output", "response")}
 FORMS = (
     "prompt and response (or completion), messages, conversations, instruction and output (or response), or "
@@ -53,19 +53,19 @@ Turn = tuple[str, str]
 
 
 class RecordError(ValueError):
-    """What is wrong with a record: `field: reason`, without the record's place."""
+    """What is wrong with a record, as `field: reason`, without the record's location."""
 
     def __init__(self, field: str, reason: str) -> None:
         super().__init__(f"{field}: {reason}" if field else reason)
 
 
 class Turns(NamedTuple):
-    """What a record says.
+    """The turns of a record.
 
     Attributes:
-        turns: In order, at least one.
-        is_chat: They are rendered by a chat template, which writes special tokens itself.
-        ignored: Columns, and keys of messages, that hold something and were not looked at.
+        turns: The turns in order, at least one.
+        is_chat: Whether a chat template rendered them, including special tokens.
+        ignored: Columns and message keys that have values but were ignored.
     """
 
     turns: Sequence[Turn]
@@ -74,16 +74,16 @@ class Turns(NamedTuple):
 
 
 def turns_of(record: Any, tokenizer: Any, *, needs_all: bool = True) -> Turns:
-    """A record's turns.
+    """Split a record into turns.
 
     Args:
-        record: An object with one of the forms above; a column that is null counts as missing.
-        tokenizer: transformers' tokenizer, for its chat template; ChatML if it has none.
-        needs_all: Whether every turn has to be found. Otherwise all that comes before the last answer
-            may be one prompt, which is enough where only the last answer is in the loss.
+        record: An object in one of the forms above; null columns count as missing.
+        tokenizer: A transformers tokenizer. Its chat template is used, or ChatML if it has none.
+        needs_all: Whether to separate every turn. If False, everything before the last answer may be one
+            prompt, which is enough if only the last answer is in the loss.
 
     Raises:
-        RecordError: The record is not of that form.
+        RecordError: The record has none of these forms.
         ConfigError: The tokenizer's chat template can't be used.
     """
     if not isinstance(record, Mapping):
@@ -96,7 +96,7 @@ def turns_of(record: Any, tokenizer: Any, *, needs_all: bool = True) -> Turns:
     prompt = _text(record, asks, known=record)
     extras: list[str] = []
     if asks == "instruction":
-        # Dolly's own records call it context; next to `output` a column of that name is something else.
+        # Dolly's records call the input `context`. Next to `output`, `context` is something else.
         names = ("input", "context") if answers == ["response"] else ("input",)
         extras = [name for name in names if _has(record, name)]
         _refuse_two(extras)
@@ -107,7 +107,7 @@ def turns_of(record: Any, tokenizer: Any, *, needs_all: bool = True) -> Turns:
 
 
 def complete_forms(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
-    """The columns of each form that a record has; the first is the one that is read."""
+    """Yield the columns of each form the record has; the first form is the one to read."""
     for column in CONVERSATIONS:
         if record.get(column) is not None:
             yield (column,)
@@ -118,7 +118,7 @@ def complete_forms(record: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
 
 
 def _nearest_form(record: Mapping[str, Any]) -> tuple[str, str]:
-    """The form of which a record has a part, so that the part that is missing can be named."""
+    """Find the form that a record partly has, so that the error can name the missing part."""
     known = [name for name, value in record.items() if value is not None] or list(record)
     for asks, answers in PAIRS.items():
         if {asks, *answers} & set(known):
@@ -148,7 +148,7 @@ def _conversation(record: Mapping[str, Any], field: str, tokenizer: Any, needs_a
 
 
 def unused(record: Mapping[str, Any], used: set[str]) -> frozenset[str]:
-    """The columns that hold something and are not among the used ones."""
+    """Return the columns that have values but are not used."""
     return frozenset(str(name) for name in record if _has(record, name)) - used
 
 
@@ -158,7 +158,7 @@ def _has(record: Mapping[str, Any], name: str) -> bool:
 
 
 def _keys_of(messages: Sequence[Any], usual: tuple[str, str]) -> tuple[str, str]:
-    """The keys of messages' role and text: the usual ones of their column, unless all have the other's."""
+    """Return the role and text keys: the column's usual ones, unless all messages use the other pair."""
     other = SHAREGPT if usual == OPENAI else OPENAI
 
     def have(key: str) -> list[bool]:
@@ -168,7 +168,7 @@ def _keys_of(messages: Sequence[Any], usual: tuple[str, str]) -> tuple[str, str]
 
 
 def _messages(given: Sequence[Any], field: str, role_key: str, text_key: str) -> list[dict[str, str]]:
-    """The messages by `role` and `content`, checked."""
+    """Check the messages and convert them to `role` and `content`."""
     if len(given) < 2:
         raise RecordError(field, f"has {counted(len(given), 'message')}. A conversation needs two or more")
     messages: list[dict[str, str]] = []
@@ -210,7 +210,7 @@ def _role(given: Any, role_key: str, place: str) -> str:
 def _render(
     messages: Sequence[dict[str, str]], field: str, added: int, tokenizer: Any, needs_all: bool
 ) -> list[Turn]:
-    """The turns of messages, the first `added` of which do not stand in the record's `field`."""
+    """Render messages into turns. The first `added` messages are not in the record's `field`."""
     turns: list[Turn] = []
     done = ""
     for number, message in enumerate(messages):
@@ -233,7 +233,7 @@ def _render(
                 "the tokenizer another chat template",
             )
         if not (is_told and follows):
-            # All of it becomes the prompt of what follows.
+            # Everything so far becomes part of the next prompt.
             turns, done = [], ""
         if is_told:
             turns.append((prompt[len(done) :], whole[len(prompt) :]))
@@ -266,7 +266,7 @@ def _text(
     may_be_empty: bool = False,
     known: Mapping[str, Any] | None = None,
 ) -> str:
-    """A text; where a column of a `known` record is missing, the error says what a record may have."""
+    """Return a text field. If `known` is given, the error for a missing column lists the possible forms."""
     value = record.get(field)
     if value is None:
         more = "" if known is None else f"; {_say_forms(known)}"

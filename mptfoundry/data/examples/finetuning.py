@@ -1,7 +1,7 @@
-"""Examples for finetuning: records in, batches out.
+"""Load finetuning data: records in, batches out.
 
-Each record becomes an example once (`cache.py`): its turns (`chat.py`), their ids and loss mask
-(`turns.py`). `rows.py` decides which examples share a row, and in which order rows come.
+`cache.py` converts each record to an example once: `chat.py` splits it into turns, `turns.py` tokenizes them
+and builds the loss mask. `rows.py` decides which examples share a row and in which order rows come.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ log = logging.getLogger(__name__)
 
 
 def build_finetuning_loader(loader: FinetuningLoaderConfig, context: LoaderContext) -> DataSpec:
-    """Build the loader of a data set or mix.
+    """Build the loader of a dataset or mix.
 
-    A tokenizer without a chat template gets the one that conversations were rendered with, so that it is
-    saved with the tokenizer.
+    If the tokenizer has no chat template, it gets the one used to render conversations, so that checkpoints
+    include it.
 
     Raises:
-        ConfigError: A function of the user's makes records, and the command line did not allow code.
-        DataError: Records are missing, or more of them are bad or dropped than allowed.
+        ConfigError: A user function creates records, and the command line did not allow code.
+        DataError: Records are missing, or more are bad or dropped than allowed.
     """
     stores, tokenizer = load_examples(loader, context), context.tokenizer
     for where, store in stores.items():
@@ -47,10 +47,10 @@ def build_finetuning_loader(loader: FinetuningLoaderConfig, context: LoaderConte
 
 
 def load_examples(loader: FinetuningLoaderConfig, context: LoaderContext) -> dict[str, ExampleStore]:
-    """The examples of each source by its key in the config; one process of each node prepares them if needed.
+    """Load each source's examples, by its key in the config; one process per node prepares them if needed.
 
     Raises:
-        ConfigError: A function of the user's makes records, and the command line did not allow code.
+        ConfigError: A user function creates records, and the command line did not allow code.
         DataError: Records are missing or can't be read.
     """
     sources = sources_by_key(loader, context.where)
@@ -79,7 +79,7 @@ def load_examples(loader: FinetuningLoaderConfig, context: LoaderContext) -> dic
 
 
 def describe(store: ExampleStore) -> str:
-    """A store in one line."""
+    """Describe a store in one line."""
     counts, tokens, trained = store.meta["counts"], int(store.lengths.sum()), int(store.trained.sum())
     parts = [counted(len(store), "example")]
     parts += [f"{counted(tokens, 'token')}, {trained / max(tokens, 1):.0%} of them in the loss"]
@@ -90,7 +90,7 @@ def describe(store: ExampleStore) -> str:
 
 
 def columns_not_read(store: ExampleStore) -> str:
-    """The columns that were not looked at, and in how many records, where it was not in all that are good."""
+    """List the columns that were ignored, with the number of records if it was not all good ones."""
     counts = store.meta["counts"]
     good = counts["records"] - counts["bad"]
     names = [
@@ -103,11 +103,11 @@ def columns_not_read(store: ExampleStore) -> str:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a run would not begin with a store.
+    """Why a run can't start with a store.
 
     Attributes:
         reason: What is wrong.
-        first: The first records that it is wrong with, a line each, and how many more there are.
+        first: The first affected records, one per line, and how many more there are.
         advice: What to do.
     """
 
@@ -122,7 +122,7 @@ class Refusal:
 
 
 def why_not(store: ExampleStore, where: str, allowed: FinetuningDatasetConfig) -> Refusal | None:
-    """Why a run would not begin: more records were left out of a store than the user allows."""
+    """Explain why a run can't start: the store is empty or too many records are bad or dropped."""
     counts = store.meta["counts"]
     records = counted(counts["records"], "record")
     if counts["bad"] > allowed.max_bad_records:
@@ -146,6 +146,6 @@ def why_not(store: ExampleStore, where: str, allowed: FinetuningDatasetConfig) -
 
 
 def first_of(lines: Sequence[str], count: int) -> list[str]:
-    """The first notes of `count`, a line each, and how many more there are."""
+    """Format the first of `count` notes, one per line, and say how many more there are."""
     more = [f"... and {count - len(lines):,} more"] if count > len(lines) else []
     return [f"  {line}" for line in [*lines, *more]]

@@ -1,7 +1,7 @@
-"""Batches of labelled examples: texts with labels, words with labels, questions with answers.
+"""Load batches of labelled examples: texts with labels, words with labels, questions with answers.
 
-Every record (see `labelled_records.py`) is checked and tokenized once, and kept on disk (see
-`labelled_store.py`). It becomes an *example*: `input_ids` (tokens,) int64, and its part of the batch that
+Each record (see `labelled_records.py`) is checked, tokenized once and stored on disk (see
+`labelled_store.py`). The resulting *example* has `input_ids` (tokens,) int64 and the task's fields, which
 `LabelledCollator` describes.
 """
 
@@ -32,14 +32,14 @@ log = logging.getLogger(__name__)
 
 
 def build_labelled_loader(loader: LabelledLoaderConfig, context: LoaderContext) -> DataSpec:
-    """Build the loader of a data set of labelled examples, for the model's head.
+    """Build the loader of a labelled dataset for the model's head.
 
-    Two texts are joined as the tokenizer joins pairs. Examples longer than `max_seq_len` are cut at their
-    end. In training, examples that lost all they were to teach are left out; an evaluation keeps them.
+    Two texts are joined the way the tokenizer joins pairs. Examples longer than `max_seq_len` are truncated
+    at the end. Training skips examples that lose all their labels this way; an evaluation keeps them.
 
     Raises:
         ConfigError: The model has no head.
-        DataError: Files are missing or damaged, a record doesn't hold what it should, or there are too few.
+        DataError: Files are missing or damaged, a record is invalid, or there are too few records.
     """
     where = context.where
     if not isinstance(context.model, HeadConfig):
@@ -75,10 +75,10 @@ def build_labelled_loader(loader: LabelledLoaderConfig, context: LoaderContext) 
 
 
 def load_labelled(key: str, loader: LabelledLoaderConfig, context: LoaderContext) -> LabelledStore:
-    """The examples of a data set, whose key is given; one process of each node prepares them if needed.
+    """Load the examples of the dataset at `key`; one process per node prepares them if needed.
 
     Raises:
-        DataError: Records are missing, damaged, or don't hold what they should.
+        DataError: Records are missing, damaged or invalid.
     """
     speaks = rank() == 0
 
@@ -97,10 +97,10 @@ def load_labelled(key: str, loader: LabelledLoaderConfig, context: LoaderContext
 
 
 class PlacedSampler(DistributedSampler):
-    """Torch's DistributedSampler, which a checkpoint can place inside of an epoch.
+    """A DistributedSampler that can resume inside an epoch.
 
     Args:
-        varies: Epochs differ; otherwise each is as the first.
+        varies: Whether epochs differ. If False, every epoch is the same as the first.
         sampler: Arguments of DistributedSampler.
     """
 
@@ -110,11 +110,11 @@ class PlacedSampler(DistributedSampler):
         self._resumed = (-1, 0)
 
     def resume(self, epoch: int, samples: int) -> None:
-        """Begin `epoch` behind so many of its samples, of all ranks together."""
+        """Skip the first `samples` samples of `epoch`, counted over all ranks."""
         self._resumed = (epoch, samples)
 
     def set_epoch(self, epoch: int) -> None:
-        """Composer says which epoch is read; in an evaluation it gives the batch."""
+        """Set the epoch. Composer calls this, but in an evaluation it passes the batch."""
         super().set_epoch(epoch if self._varies else 0)
 
     def __iter__(self) -> Iterator[Any]:
@@ -125,15 +125,15 @@ class PlacedSampler(DistributedSampler):
 
 
 class LabelledDataset(Dataset):
-    """Labelled examples, by number.
+    """Labelled examples, by index.
 
     Args:
-        examples: All of them.
-        sampler: Says which come next.
-        where: Their key in the config.
+        examples: The examples.
+        sampler: The sampler that `resume` repositions.
+        where: The dataset's key in the config.
 
     Attributes:
-        fingerprints: The examples' content, by their key in the config.
+        fingerprints: The content fingerprint of the examples, by their key in the config.
     """
 
     def __init__(self, examples: LabelledStore, sampler: PlacedSampler, where: str) -> None:
@@ -148,28 +148,31 @@ class LabelledDataset(Dataset):
         return self.examples[number]
 
     def resume(self, epoch: int, samples: int) -> None:
-        """Begin `epoch` behind so many of its samples, of all ranks together."""
+        """Skip the first `samples` samples of `epoch`, counted over all ranks."""
         self._sampler.resume(epoch, samples)
 
 
 @dataclass(frozen=True)
 class LabelledCollator:
-    """Stack examples; pad short ones at the end, to the longest.
+    """Stack examples and pad them at the end to the longest.
 
-    A batch has `input_ids` (batch, seq) int64; `attention_mask` (batch, seq) bool and `max_documents`, 1, if
-    something is padded; and by task `labels`, (batch,) int64 or float32, (batch, num_labels) float32, or
-    (batch, seq) int64, -100 where not in the loss; or `start_positions` and `end_positions` (batch,) int64,
-    `offsets` (batch, seq, 2) int64 (a token's characters in the context, 0 and 0 outside of it), `context`, a
-    list of texts, and `answers`, a list of lists of texts.
+    A batch has `input_ids` (batch, seq) int64, and if there is padding, `attention_mask` (batch, seq) bool
+    and `max_documents`, 1. The other fields depend on the task:
+
+    - classification of sequences: `labels` (batch,) int64 or float32, or (batch, num_labels) float32
+    - classification of tokens: `labels` (batch, seq) int64, -100 if not in the loss
+    - spans: `start_positions` and `end_positions` (batch,) int64; `offsets` (batch, seq, 2) int64, each
+      token's characters in the context, or (0, 0) outside it; `context`, a list of texts; `answers`, a list
+      of lists of texts
 
     Attributes:
-        pad_token_id: What fills short rows.
+        pad_token_id: Pads short rows.
     """
 
     pad_token_id: int
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Make a batch of examples."""
+        """Collate examples into a batch."""
         lengths = torch.tensor([len(example["input_ids"]) for example in examples])
         seq = int(lengths.max())
         fillers = {"input_ids": self.pad_token_id, "labels": NOT_IN_LOSS, "offsets": 0}
@@ -186,8 +189,9 @@ class LabelledCollator:
 
 
 def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Tokens in a batch, padding left out (`total`), and what its mean loss divides by (`loss_generating`):
-    tokens or answers in the loss, or rows.
+    """Count the tokens in a batch without padding (`total`) and what its mean loss divides by.
+
+    That is `loss_generating`: the tokens or answers in the loss, or the rows.
     """
     ids, labels = batch["input_ids"], batch.get("labels")
     if labels is None:

@@ -1,12 +1,12 @@
-"""Records of labelled data sets: read as those of finetuning are, checked and tokenized.
+"""Read, check and tokenize the records of labelled datasets.
 
-By task a record has the fields
+A record's fields depend on the task:
 
-    sequence   `text`, perhaps `text_pair`, `label`: a name or number, or numbers, or a list of names
-    token      `words`, `labels`: one name or number for each word, -100 where none is in the loss
+    sequence   `text`, optionally `text_pair`, `label`: a name or number, or numbers, or a list of names
+    token      `words`, `labels`: one name or number per word, -100 if the word is not in the loss
     span       `question`, `context`, `answers`: {text: [...], answer_start: [...]}, as in SQuAD
 
-or other names for these, which the user gives. Errors name the place, such as `train.jsonl:3: label: ...`.
+The user can give other names for these fields. Errors start with the location: `train.jsonl:3: label: ...`.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from mptfoundry.mpt.head_config import (
 )
 
 ROWS_AT_ONCE = 1000
-# A position that no row has: an answer there is not in the loss.
+# A position that no row has, for an answer that is not in the loss.
 OUTSIDE = 2**31
 LARGEST_NUMBER = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
 class Record:
-    """A record's values by the names above, and where it lies.
+    """A record's values by the field names above, and its location.
 
     Attributes:
-        where: Says where it lies; that begins every error.
-        values: What was read.
-        names: Names above -> names in the data, where they differ.
+        where: Returns the record's location, which starts every error.
+        values: The record as read.
+        names: Field names above -> names in the data, if they differ.
     """
 
     where: Callable[[], str]
@@ -51,7 +51,7 @@ class Record:
     names: Mapping[str, str]
 
     def get(self, name: str) -> Any:
-        """A value; None if it is null or not there."""
+        """Return a value; None if it is null or missing."""
         return self.values.get(self.names.get(name, name))
 
     def __getitem__(self, name: str) -> Any:
@@ -65,11 +65,11 @@ class Record:
         return value
 
     def text(self, name: str) -> str:
-        """A text that is not blank."""
+        """Return a text field, which must not be blank."""
         return self.checked_text(self[name], name)
 
     def checked_text(self, value: Any, name: str) -> str:
-        """A value of a field, which has to be a text that is not blank."""
+        """Check that a field's value is a text that is not blank, and return it."""
         try:
             text = text_of(value) if isinstance(value, (str, bytes)) else ""
         except ValueError as error:
@@ -79,13 +79,15 @@ class Record:
         return text
 
     def error(self, name: str, text: str) -> DataError:
-        """What is wrong with a field."""
+        """Return the error for a bad field."""
         return DataError(f"{self.where()}: {self.names.get(name, name)}: {text}.")
 
 
 class Checked(NamedTuple):
-    """A record's text, or its two texts, and what is to be found: a number or numbers; the words' first
-    characters and their numbers; or the first answer's first character and all answers.
+    """A record's text or two texts, and its target.
+
+    The target is a number or numbers; or each word's start character and label; or the start character of the
+    first answer and all answers.
     """
 
     first: str
@@ -95,14 +97,14 @@ class Checked(NamedTuple):
 
 @dataclass(frozen=True)
 class LabelledPlan:
-    """What makes examples of records; it is sent to each worker.
+    """Settings for converting records to examples; sent to each worker.
 
     Attributes:
-        tokenizer: transformers' fast tokenizer; two texts are joined as it joins pairs.
-        max_seq_len: The most tokens of an example; longer ones are cut at their end.
+        tokenizer: A transformers fast tokenizer; it joins two texts as a pair.
+        max_seq_len: Maximum tokens in an example; longer ones are truncated at the end.
         head: The config of the model's head.
-        fields: Names of a record's fields -> their names in the data, where they differ.
-        datasets: Hugging Face data sets that parts refer to.
+        fields: Field names -> names in the data, if they differ.
+        datasets: Hugging Face datasets that parts refer to.
     """
 
     tokenizer: Any
@@ -114,7 +116,7 @@ class LabelledPlan:
 
 @dataclass
 class UnitLabelled:
-    """A unit's examples as `pack` writes them, and of each whether it was cut, and any label is left."""
+    """A unit's packed examples; `flags` are, per example, whether it was truncated and has a label left."""
 
     examples: list[bytes]
     flags: list[tuple[bool, bool]]
@@ -123,7 +125,7 @@ class UnitLabelled:
 
 
 class LabelledMaker:
-    """Makes the examples of units."""
+    """Creates the examples of units."""
 
     def __init__(self, plan: LabelledPlan) -> None:
         self.plan = plan
@@ -132,7 +134,7 @@ class LabelledMaker:
         """Read, check and tokenize all records of a unit.
 
         Raises:
-            DataError: A record does not hold what it should.
+            DataError: A record is invalid.
         """
         made = UnitLabelled([], [], 0, unit.weight)
         for example, is_cut in encode(read_records(unit, self.plan), self.plan):
@@ -146,7 +148,7 @@ def read_records(unit: Unit, plan: LabelledPlan) -> Iterator[Record]:
     """Read the records of a unit, in order.
 
     Raises:
-        DataError: One can't be read.
+        DataError: A record can't be read.
     """
     for row in (row for part in unit.parts for row in read_rows(part, plan.datasets)):
         if isinstance(row, BadInput):
@@ -157,7 +159,7 @@ def read_records(unit: Unit, plan: LabelledPlan) -> Iterator[Record]:
 
 
 def pack(example: Mapping[str, Any]) -> bytes:
-    """An example as bytes: a head in JSON, with all texts, then the content of the arrays."""
+    """Serialize an example: a JSON header that includes all texts, then the content of the arrays."""
     head: list[list[Any]] = []
     arrays = []
     for name, value in example.items():
@@ -171,7 +173,7 @@ def pack(example: Mapping[str, Any]) -> bytes:
 
 
 def unpack(data: bytes) -> dict[str, Any]:
-    """An example from its bytes."""
+    """Deserialize an example."""
     start = 4 + int.from_bytes(data[:4], "little")
     example: dict[str, Any] = {}
     for name, *value in json.loads(data[4:start]):
@@ -189,10 +191,10 @@ def encode(records: Iterator[Record], plan: LabelledPlan) -> Iterator[tuple[dict
     """Check and tokenize records for a model's head.
 
     Yields:
-        An example, and whether it was cut.
+        An example, and whether it was truncated.
 
     Raises:
-        DataError: A record does not hold what it should.
+        DataError: A record is invalid.
     """
     head = plan.head
     while chunk := list(islice(records, ROWS_AT_ONCE)):
@@ -221,7 +223,7 @@ def _checked(record: Record, head: HeadConfig) -> Checked:
 
 
 def _tokenize(records: Sequence[Record], checked: Sequence[Checked], plan: LabelledPlan) -> list[Any]:
-    """An Encoding of the tokenizers library for each record."""
+    """Tokenize each record into an Encoding of the tokenizers library."""
     is_span = isinstance(plan.head, SpanFinderConfig)
     firsts, seconds = [entry.first for entry in checked], [entry.second for entry in checked]
     for record, second in zip(records, seconds, strict=True):
@@ -245,12 +247,12 @@ def _tokenize(records: Sequence[Record], checked: Sequence[Checked], plan: Label
 def _labels_of_tokens(
     encoding: Any, words: tuple[Sequence[int], Sequence[int]], record: Record
 ) -> np.ndarray:
-    """Each word's label at its first token, -100 at all others: (tokens,) int64."""
+    """Put each word's label at its first token and -100 at all others. Returns (tokens,) int64."""
     begins, numbers = words
     labels = np.full(len(encoding.ids), NOT_IN_LOSS, np.int64)
     last = -1
     for token, (begin, end) in enumerate(encoding.offsets):
-        # By its last character, since a token may begin with the space before its word.
+        # Use the token's last character, since a token may start with the space before its word.
         word = bisect_right(begins, end - 1) - 1
         if begin < end and word > last:
             if word > last + 1:
@@ -260,7 +262,7 @@ def _labels_of_tokens(
 
 
 def _span_of_tokens(encoding: Any, begin: int, answers: Sequence[str]) -> dict[str, Any]:
-    """The first answer's first and last token, or OUTSIDE where it was cut off; and where tokens stand."""
+    """Find the first answer's first and last token, or OUTSIDE if it was truncated; also return offsets."""
     end = begin + len(answers[0].rstrip())
     offsets = np.asarray(encoding.offsets, np.int64)
     offsets[[part != 1 for part in encoding.sequence_ids]] = 0
@@ -278,7 +280,7 @@ def _is_trained(example: Mapping[str, Any]) -> bool:
 
 
 def check_text(record: Record, labels: Mapping[str, int], problem: str) -> Checked:
-    """A text with its label; `problem` is transformers' `problem_type`."""
+    """Check a text and its label; `problem` is transformers' `problem_type`."""
     text, pair, label = record.text("text"), record.get("text_pair"), record["label"]
     pair = None if pair is None else record.text("text_pair")
     if problem == "single_label_classification":
@@ -297,7 +299,7 @@ def check_text(record: Record, labels: Mapping[str, int], problem: str) -> Check
 
 
 def check_words(record: Record, labels: Mapping[str, int]) -> Checked:
-    """Words, joined by spaces, with a label for each."""
+    """Check words and their labels, and join the words with spaces."""
     words, given = record["words"], record["labels"]
     for name, value in (("words", words), ("labels", given)):
         if not isinstance(value, list) or not value:
@@ -315,7 +317,7 @@ def check_words(record: Record, labels: Mapping[str, int]) -> Checked:
 
 
 def check_answer(record: Record) -> Checked:
-    """A question and its context, with answers that stand there."""
+    """Check a question and its context, and that the context contains the answers."""
     context, answers = record.text("context"), record["answers"]
     if isinstance(answers, list) and all(isinstance(answer, dict) for answer in answers):
         answers = {name: [answer.get(name) for answer in answers] for name in ("text", "answer_start")}
@@ -334,7 +336,7 @@ def check_answer(record: Record) -> Checked:
 
 
 def label_number(label: Any, labels: Mapping[str, int], record: Record, name: str) -> int:
-    """The number of a label that is given by its name or number."""
+    """Return a label's number, given its name or number."""
     if isinstance(label, str) and label in labels:
         return labels[label]
     if type(label) is int and 0 <= label < len(labels):
@@ -346,13 +348,13 @@ def label_number(label: Any, labels: Mapping[str, int], record: Record, name: st
 
 
 def _is_number(value: Any) -> bool:
-    """Whether it is a number that float32 holds."""
+    """Whether a value is a number that fits in float32."""
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     return is_number and abs(value) <= LARGEST_NUMBER
 
 
 def _short(value: Any) -> str:
-    """A value as JSON has it, cut to one short line."""
+    """Format a value as JSON, on one short line."""
     try:
         text = json.dumps(value, ensure_ascii=False, default=str)
     except (ValueError, RecursionError):

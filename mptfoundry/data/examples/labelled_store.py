@@ -1,10 +1,10 @@
-"""Labelled examples become a store once; later runs find it by a hash of its inputs (see `cache.py`).
+"""Convert labelled records to a store once; later runs find it by a hash of its inputs (see `cache.py`).
 
 A store is a folder:
 
-    examples.bin   the examples one after the other, as `pack` writes them
-    sizes.npy      (3, examples) int64: bytes of each; whether it was cut; whether any of its labels is left
-    store.json     sizes and hashes of the files, the examples' fingerprints, and a hash of all that
+    examples.bin   the concatenated examples, as `pack` writes them
+    sizes.npy      (3, examples) int64: size in bytes; whether it was truncated; whether it has a label left
+    store.json     sizes and hashes of the files, fingerprints of the examples, and a hash of it all
 """
 
 from __future__ import annotations
@@ -44,19 +44,18 @@ def prepare_labelled(
     say: Callable[[str], None] = print,
     progress: bool = True,
 ) -> Path:
-    """The folder of a data set's examples, which is made if it is not there or damaged.
+    """Return the folder of a dataset's examples; build it if it is missing or damaged.
 
     Args:
         where: The source's key in the config.
-        dataset: Its section of the config.
-        context: Of the run; its model has a head.
-        workers: Processes. Default: one for each processor, or none for little data.
-        say: Is told what happens.
-        progress: Show a progress bar.
+        dataset: The dataset's section of the config.
+        context: What the loader needs from the run; its model has a head.
+        workers: Number of processes. By default one per CPU; small data uses only this process.
+        say: Called with progress messages.
+        progress: Whether to show a progress bar.
 
     Raises:
-        DataError: The records can't be found, one of them doesn't hold what it should, or the cache can't be
-            written to.
+        DataError: The records can't be found, a record is invalid, or the cache can't be written.
     """
     cache, head = cache_folder(dataset.cache_folder), context.model
     assert isinstance(head, HeadConfig)
@@ -77,7 +76,7 @@ def prepare_labelled(
 
 
 def _identity(plan: LabelledPlan, inputs: str) -> str:
-    """A hash of everything that the examples depend on."""
+    """Hash everything the examples depend on."""
     tokenizer, head = plan.tokenizer, plan.head
     settings = {
         "version": ["labelled", VERSION],
@@ -95,8 +94,8 @@ class LabelledSink:
     """Appends the examples of units to a store.
 
     Args:
-        work: Where the store is written.
-        folder: Where it goes when it is whole.
+        work: Where to write the store.
+        folder: Where to move the finished store.
     """
 
     def __init__(self, work: Path, folder: Path) -> None:
@@ -113,15 +112,15 @@ class LabelledSink:
         self.tokens += result.tokens
 
     def state(self, units: int) -> dict[str, Any]:
-        """The files' sizes."""
+        """Return the file sizes."""
         return {"files": self.files.state()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue where the files were."""
+        """Restore the files from a state."""
         self.files.restore(state["files"])
 
     def finish(self) -> None:
-        """Complete the store and put it in its place."""
+        """Finish the store and move it to its folder."""
         self.files.close()
         rows = self.work / ROWS
         np.save(self.work / SIZES, np.fromfile(rows, np.int64).reshape(-1, 3).T)
@@ -141,16 +140,16 @@ class LabelledSink:
 
 
 class LabelledStore:
-    """The examples of a folder, read in place.
+    """The memory-mapped examples of a labelled store.
 
     Args:
-        folder: Of a store.
-        trained_only: Leave out examples without a label that is left.
+        folder: The store's folder.
+        trained_only: Whether to skip examples without a label left.
 
     Attributes:
-        cut: How many examples were cut.
-        left_out: How many have no label that is left.
-        fingerprint: Of the content.
+        cut: Number of examples that were truncated.
+        left_out: Number of examples skipped because they have no label left.
+        fingerprint: Hash of the content.
     """
 
     def __init__(self, folder: str | Path, *, trained_only: bool) -> None:
@@ -173,6 +172,6 @@ class LabelledStore:
         return unpack(self._data[self._bounds[number] : self._bounds[number + 1]].tobytes())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A worker that is spawned opens the files itself: a memory map would be sent as what it maps.
+        # Spawned workers reopen the files, because pickling a memory map would copy its content.
         folder, trained_only = self._arguments
         return partial(LabelledStore, trained_only=trained_only), (folder,)

@@ -1,7 +1,7 @@
-"""Which rows an epoch has, in which order, and which rank reads which of them.
+"""Decide which rows an epoch has, in which order, and which rank reads which row.
 
-The order of an epoch belongs to the seed. Ranks take its rows in turns, so that a global batch holds the same
-rows whatever the number of ranks, and a resumed run continues at any row without reading those before.
+The seed determines the order of an epoch. Ranks take rows in turns, so a global batch has the same rows for
+any number of ranks, and a run can resume at any row without reading the ones before it.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from mptfoundry.data.examples.packing import Packing, shuffled
 
 @dataclass(frozen=True, eq=False)
 class EpochRows:
-    """The rows of an epoch in their order: `rows[i]` is the row's number and its examples' numbers.
+    """The rows of an epoch in order: `rows[i]` is the row's number and the numbers of its examples.
 
     Attributes:
-        numbers: (rows,) int64; a row that comes again in an epoch has the same number.
-        starts: (rows,) int64, where a row's examples begin in `members`.
+        numbers: (rows,) int64; a row that repeats within an epoch keeps its number.
+        starts: (rows,) int64, where each row's examples start in `members`.
         stops: (rows,) int64, where they end.
-        members: int64, numbers of examples, counted through all streams.
+        members: int64, example numbers, counted across all streams.
     """
 
     numbers: np.ndarray
@@ -43,13 +43,13 @@ class EpochRows:
 class RowOrder:
     """The rows of all epochs.
 
-    A stream is read in passes: each row comes once before any comes again, from one epoch to the next too.
+    A stream is read in passes: every row comes once before any row repeats, even across epochs.
 
     Attributes:
-        streams: How each stream is packed.
-        drawn: How many rows of each stream an epoch has.
-        seed: What the order belongs to; None: as the streams have it, one after the other.
-        varies: Epochs differ; otherwise each is as the first.
+        streams: The packing of each stream.
+        drawn: Rows per epoch from each stream.
+        seed: Seed of the order. None reads the streams one after the other without shuffling.
+        varies: Whether epochs differ. If False, every epoch is the same as the first.
     """
 
     streams: Sequence[Packing]
@@ -61,7 +61,7 @@ class RowOrder:
         return sum(self.drawn)
 
     def epoch(self, number: int) -> EpochRows:
-        """The rows of an epoch, counted from 0."""
+        """Return the rows of epoch `number`, counted from 0."""
         number = number if self.varies else 0
         parts: list[tuple[np.ndarray, ...]] = []
         first_row = first_example = first_member = 0
@@ -84,7 +84,7 @@ class RowOrder:
         return EpochRows(numbers, starts, stops, members)
 
     def _turn(self, stream: int, turn: int) -> np.ndarray:
-        """The rows of a stream in the order of a pass, (rows,) int64."""
+        """Return the order of a stream's rows in pass `turn`, (rows,) int64."""
         rows = self.streams[stream].rows
         return np.arange(rows) if self.seed is None else shuffled(rows, self.seed, stream, turn)
 
@@ -92,13 +92,14 @@ class RowOrder:
 def passes(
     sizes: Sequence[int], amounts: Sequence[float], by: Literal["proportion", "repeat", "choose"]
 ) -> list[float]:
-    """How often an epoch reads each stream's examples, on average.
+    """Compute how many times an epoch reads each stream's examples, on average.
 
     Args:
-        sizes: Examples of each stream, at least one.
-        amounts: For each stream, by `proportion`: its share of an epoch that has as many examples as all
-            streams together, relative to the sum of the shares; `repeat`: how often; `choose`: examples.
-        by: What the amounts are.
+        sizes: Number of examples in each stream, at least one.
+        amounts: One per stream. `proportion`: the stream's weight in an epoch with as many examples as all
+            streams together; weights need not sum to 1. `repeat`: times per epoch. `choose`: examples per
+            epoch.
+        by: The meaning of the amounts.
     """
     if by == "repeat":
         return list(amounts)
@@ -106,36 +107,36 @@ def passes(
     return [amount * whole / size for amount, size in zip(amounts, sizes, strict=True)]
 
 
-# An empty row, for a rank that has none left: its number, and no examples.
+# An empty row, for a rank that has no rows left: its number, and no examples.
 EMPTY_ROW = (-1, np.empty(0, np.int64))
 
 
 class RowSampler(DistributedSampler):
     """Gives each rank its rows of an epoch: rank r of n reads the rows r, r + n, r + 2n, ...
 
-    Composer sets the epoch. A resumed run's first epoch begins where `resume` says.
+    Composer sets the epoch. `resume` sets where a resumed run starts in its first epoch.
 
     Args:
         order: The rows of all epochs.
-        rank: This process's number among `ranks`.
-        ranks: How many processes there are.
-        drop_last: Every rank gets the same number of rows, and up to `ranks` - 1 rows are left out. Otherwise
-            ranks that would get one row less get an empty one.
+        rank: This process's rank.
+        ranks: Number of ranks.
+        drop_last: Whether to drop up to `ranks` - 1 rows so that every rank gets the same number. If False,
+            ranks that would get one row less get an empty row.
     """
 
     def __init__(self, order: RowOrder, *, rank: int, ranks: int, drop_last: bool) -> None:
         super().__init__(range(len(order)), ranks, rank, shuffle=False, drop_last=drop_last)  # type: ignore[arg-type]
-        # Composer takes what is more than the rows for repeated ones, which it would cut off an evaluation.
+        # If total_size is larger, Composer treats the excess as repeated rows and cuts it from an evaluation.
         self.total_size = len(order)
         self.order = order
         self._resumed = (-1, 0)
 
     def resume(self, epoch: int, place: int) -> None:
-        """Begin `epoch` at `place` of its rows, of all ranks together."""
+        """Start `epoch` at row `place`, counted over all ranks."""
         self._resumed = (epoch, place)
 
     def __len__(self) -> int:
-        """Rows of this rank in a whole epoch."""
+        """Rows of this rank in a full epoch."""
         return self.num_samples
 
     def __iter__(self) -> Iterator[Any]:

@@ -1,8 +1,8 @@
-"""Which examples share a row, planned for a whole data set from the examples' lengths.
+"""Decide which examples share a row, for a whole dataset, from the lengths of its examples.
 
-A data set is read in passes, and each pass packs it again: its examples are shuffled, cut into windows, and
-those of a window packed by best fit decreasing (https://doi.org/10.1137/0203025). So the company that an
-example keeps is random and changes, and rows are filled nearly as well as if all were packed at once. All
+A dataset is read in passes, and each pass packs it again: it shuffles the examples, cuts them into windows
+and packs each window by best fit decreasing (https://doi.org/10.1137/0203025). So examples share a row with
+different random examples in each pass, and rows are nearly as full as if everything were packed at once. All
 passes have the same number of rows.
 """
 
@@ -15,16 +15,16 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-# Examples that are packed together; of a small data set less, so that there are several windows to be in.
+# Examples in a window. A small dataset has smaller windows, so that there are several of them.
 WINDOW = 512
 SMALLEST_WINDOW = 64
 
 
 class Bins(NamedTuple):
-    """The rows of a pass: bin b holds the examples `members[bounds[b]:bounds[b + 1]]`.
+    """The rows of a pass: bin b has the examples `members[bounds[b]:bounds[b + 1]]`.
 
     Attributes:
-        members: (examples,) int64, the examples' numbers.
+        members: (examples,) int64, example numbers.
         bounds: (bins + 1,) int64.
     """
 
@@ -34,13 +34,13 @@ class Bins(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Packing:
-    """How a data set is packed.
+    """How a dataset is packed.
 
     Attributes:
-        lengths: (examples,) int64, tokens of each example.
-        row_len: Tokens of a row.
-        first: The first pass.
-        seed: What the passes belong to; None: windows are cut without shuffling, and all passes are alike.
+        lengths: (examples,) int64, tokens in each example.
+        row_len: Tokens per row.
+        first: The rows of the first pass.
+        seed: Seed of the passes. None means no shuffling, and all passes are the same.
     """
 
     lengths: np.ndarray
@@ -50,21 +50,21 @@ class Packing:
 
     @property
     def rows(self) -> int:
-        """Rows of a pass."""
+        """Rows per pass."""
         return len(self.first.bounds) - 1
 
     @property
     def ratio(self) -> float:
-        """Examples in a row, on average."""
+        """Average number of examples per row."""
         return len(self.lengths) / max(1, self.rows)
 
     @property
     def fill(self) -> float:
-        """The share of the rows' tokens that is not padding."""
+        """The fraction of the rows' tokens that is not padding."""
         return float(self.lengths.sum()) / max(1, self.rows * self.row_len)
 
     def bins(self, turn: int) -> Bins:
-        """The rows of a pass, counted from 0."""
+        """Return the rows of pass `turn`, counted from 0."""
         if turn == 0 or self.seed is None or self.rows == len(self.lengths):
             return self.first
         for attempt in (1, 2, 3, 4):
@@ -77,14 +77,14 @@ class Packing:
 def plan_packing(
     lengths: np.ndarray, row_len: int, ratio: float | Literal["auto"] | None, seed: tuple[int, ...] | None
 ) -> Packing:
-    """Settle how many rows the passes have.
+    """Plan the packing: pack the first pass and fix the number of rows of all passes.
 
     Args:
         lengths: (examples,) integers from 1 to `row_len`.
-        row_len: Tokens of a row.
-        ratio: Examples in a row, on average: `auto`, as many as fit; a number from 1 on, as many, or what
-            fits if that is less; None: each example has a row of its own. No example is left out or cut.
-        seed: What the passes belong to; None: they are all alike.
+        row_len: Tokens per row.
+        ratio: Average number of examples per row, at least 1; fewer if they don't fit. `auto` packs as many
+            as fit; None gives each example its own row. No example is dropped or cut.
+        seed: Seed of the passes. None makes all passes the same.
     """
     lengths = np.asarray(lengths, np.int64)
     count = len(lengths)
@@ -94,18 +94,18 @@ def plan_packing(
         return Packing(lengths, row_len, Bins(np.arange(count), np.arange(count + 1)), seed)
     densest = _pack(lengths, row_len, None if seed is None else (*seed, 0, 1))
     rows = len(densest.bounds) - 1
-    # Another pass may need a few rows more.
+    # Leave room for passes that need a few more rows.
     rows = max(rows + rows // 1000, 0 if ratio == "auto" else -int(-count // ratio))
     return Packing(lengths, row_len, _split(densest, min(rows, count)), seed)
 
 
 def shuffled(count: int, *seed: int) -> np.ndarray:
-    """The numbers 0 to count - 1 in an order that belongs to the seed, (count,) int64.
+    """Shuffle the numbers 0 to count - 1 by the seed, (count,) int64.
 
-    Zeros at the end of a seed make no difference. Made of a generator's raw bits, which stay the same in all
-    versions of numpy; its shuffles need not.
+    Trailing zeros in the seed have no effect. This uses the generator's raw bits, which are the same in every
+    version of numpy, unlike its shuffles.
     """
-    # The low bits of each key are its number, so that sorting the keys, which is fast, is enough.
+    # The low bits of each key are its number, so a plain sort of the keys, which is fast, is enough.
     numbers = np.uint64((1 << count.bit_length()) - 1)
     keys = np.random.PCG64(seed).random_raw(count) & ~numbers | np.arange(count, dtype=np.uint64)
     keys.sort()
@@ -113,7 +113,7 @@ def shuffled(count: int, *seed: int) -> np.ndarray:
 
 
 def _pack(lengths: np.ndarray, row_len: int, seed: tuple[int, ...] | None) -> Bins:
-    """The densest bins. The emptiest bin of a window is emptied into the next, or each would leave one."""
+    """Pack as densely as possible. Each window's emptiest bin is repacked with the next window."""
     count = len(lengths)
     order = np.arange(count) if seed is None else shuffled(count, *seed)
     window = min(WINDOW, max(SMALLEST_WINDOW, count // 8))
@@ -133,9 +133,9 @@ def _pack(lengths: np.ndarray, row_len: int, seed: tuple[int, ...] | None) -> Bi
 
 
 def _best_fit(falling: list[int], row_len: int) -> np.ndarray:
-    """Each length's bin, (lengths,) int64: of those that have room for it the one with the least."""
+    """Assign each length to the fullest bin with room for it. Returns (lengths,) int64."""
     bins: list[int] = []
-    # Bins that have room for the shortest, by their room.
+    # Bins with room for the shortest length, sorted by room.
     rooms: list[int] = []
     owners: list[int] = []
     made = 0
@@ -155,7 +155,7 @@ def _best_fit(falling: list[int], row_len: int) -> np.ndarray:
 
 
 def _split(bins: Bins, rows: int) -> Bins:
-    """Halve the bins of the most examples until there are `rows`."""
+    """Split the bins with the most examples in half until there are `rows` bins."""
     sizes = np.diff(bins.bounds)
     largest = [(-size, start) for size, start in zip(sizes.tolist(), bins.bounds.tolist(), strict=False)]
     heapq.heapify(largest)

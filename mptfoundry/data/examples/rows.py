@@ -1,7 +1,7 @@
-"""Batches of rows of examples: packed or one example a row, of one store or a mix of several.
+"""Load batches of rows of examples, packed or one example per row, from one store or a mix.
 
-What one reads here first is `build_row_loader`. Which examples share a row says `packing.py`, which rows come
-when and where `order.py`, and what a batch looks like `collate.py`.
+Start with `build_row_loader`. `packing.py` decides which examples share a row, `order.py` which rank reads
+which row when, and `collate.py` builds batches.
 """
 
 from __future__ import annotations
@@ -24,30 +24,29 @@ from mptfoundry.data.records.records import counted
 from mptfoundry.errors import DataError
 from mptfoundry.ranks import rank, world_size
 
-# What an empty row holds.
+# The content of an empty row.
 NOTHING = (np.empty(0, np.int64), np.empty(0, bool), np.empty(0, np.int64))
 
 
 def build_row_loader(
     stores: Mapping[str, ExampleStore], loader: FinetuningLoaderConfig, context: LoaderContext
 ) -> DataSpec:
-    """Build the loader of a data set or mix.
+    """Build the loader of a dataset or mix.
 
-    A source whose amount the config gives is packed by itself; otherwise all are packed together, and each
-    example comes once in an epoch. Even without shuffling, packing puts examples together by their lengths.
-    Where `drop_last` is false, ranks that have no row left for the last batch get empty rows.
+    If the config sets amounts, each source is packed separately. Otherwise all sources are packed together,
+    and each example comes once per epoch. Packing groups examples by length, even without shuffling. If
+    `drop_last` is false, ranks without a row for the last batch get empty rows.
 
     Args:
-        stores: The sources' examples, by their keys in the config.
-        loader: Its section of the config.
-        context: Of the run.
+        stores: The examples of each source, by its key in the config.
+        loader: The loader's section of the config.
+        context: What the loader needs from the run.
 
     Returns:
-        Composer's DataSpec; batches are those of `RowCollator`. `dataloader.dataset.order` tells how rows
-        are packed.
+        A Composer DataSpec; `RowCollator` describes its batches. `dataloader.dataset.order` has the packing.
 
     Raises:
-        DataError: Examples are too long, none of their tokens is in the loss, or they don't fill a batch.
+        DataError: Examples are too long, have no token in the loss, or don't fill a batch.
     """
     where, dataset = context.where, loader.dataset
     _check(stores.values(), context.max_seq_len, where)
@@ -80,7 +79,7 @@ def build_row_loader(
 def plan_order(
     lengths: Sequence[np.ndarray], dataset: FinetuningDatasetConfig, context: LoaderContext, seed: int | None
 ) -> RowOrder:
-    """Pack the examples, of which each source has `lengths` (examples,), and order the rows by `seed`."""
+    """Pack examples and order the rows by `seed`. Each source's `lengths` are (examples,)."""
     by, amounts = dataset.amounts
     often = [1.0] if amounts is None else passes([len(each) for each in lengths], amounts, by=by)
     packed = [np.concatenate(lengths)] if amounts is None else lengths
@@ -95,7 +94,7 @@ def plan_order(
 
 
 def packing_lines(order: RowOrder, asked: float | Literal["auto"] | None, where: str) -> list[str]:
-    """What a user should know of how examples are packed, a line for each stream that is packed by itself."""
+    """Describe the packing for the user, one line for each separately packed stream."""
     lines = []
     for one in order.streams:
         fits = (
@@ -112,13 +111,13 @@ def packing_lines(order: RowOrder, asked: float | Literal["auto"] | None, where:
 
 
 class RowDataset(Dataset):
-    """Reads rows as the sampler names them, and tells Composer where an epoch stands.
+    """Reads the rows that the sampler picks, and saves and restores the position in an epoch.
 
     Args:
-        stores: The sources' examples, by their keys in the config.
-        order: How they are packed.
-        sampler: Continues where a checkpoint says.
-        context: Of the run.
+        stores: The examples of each source, by its key in the config.
+        order: The packing and order of rows.
+        sampler: The sampler that `load_state_dict` repositions.
+        context: What the loader needs from the run.
     """
 
     def __init__(
@@ -142,11 +141,11 @@ class RowDataset(Dataset):
         self._digest = lengths.hexdigest()
 
     def __len__(self) -> int:
-        """Rows of an epoch, of all ranks."""
+        """Rows per epoch, over all ranks."""
         return len(self.order)
 
     def __getitem__(self, row: tuple[int, np.ndarray]) -> dict[str, Any]:
-        """A row as `RowCollator` takes it, its examples in the order of the stores."""
+        """Read a row for `RowCollator`, with its examples in the order of the stores."""
         number, members = row
         streams = np.searchsorted(self._firsts, members, side="right") - 1
         found = [self._read(stream, members[streams == stream]) for stream in sorted(set(streams.tolist()))]
@@ -154,19 +153,19 @@ class RowDataset(Dataset):
         return {**dict(zip(("input_ids", "trained", "lengths"), parts, strict=True)), "sample_id": number}
 
     def _read(self, stream: int, members: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Examples of one store end to end: ids, trained and lengths."""
+        """Read examples of one store, concatenated: ids, trained and lengths."""
         indices, store = members - self._firsts[stream], self.stores[stream]
         return *store.join(indices), store.lengths[indices]
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """What a checkpoint keeps: the epoch, how many of its rows all ranks have read, and of what."""
+        """Return the epoch, how many of its rows all ranks have read, and a hash of the rows."""
         return {"epoch": self._sampler.epoch, "row": num_samples, "rows_of": self._digest}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Continue where the state says.
+        """Resume at the state's position.
 
         Raises:
-            DataError: That is inside an epoch of other rows, which are not taken.
+            DataError: The position is inside an epoch of other rows, and the run doesn't allow that.
         """
         place = state or {}
         if place.get("row") == 0:
@@ -189,7 +188,7 @@ def _check(stores: Iterable[ExampleStore], max_seq_len: int, where: str) -> None
                 f"{where}: {store.folder} has an example of {store.lengths.max()} tokens; max_seq_len is "
                 f"{max_seq_len}. Set max_seq_len: {store.lengths.max()}, or prepare the examples again."
             )
-        # A batch without a token in the loss has no mean loss.
+        # The mean loss is undefined for a batch without a token in the loss.
         if not store.trained.all():
             raise DataError(
                 f"{where}: no token is in the loss of example {store.trained.argmin()} of {store.folder}. "

@@ -1,13 +1,13 @@
-"""The example store: tokenized examples on disk, one after the other, read in place.
+"""The example store: tokenized examples on disk, memory-mapped for reading.
 
-An *example* is a row of ids and, for each, whether it is in the loss. A store is a folder:
+An *example* is a sequence of ids with a loss mask. A store is a folder:
 
-    ids.bin       all ids, in the narrowest unsigned integer that holds the vocabulary
-    marks.bin     a byte for each id: 1 where it is in the loss
-    sizes.npy     (2, examples) int64: tokens of each example, and how many of them can be predicted
-    store.json    the ids' type, sizes and hashes of the files, what the maker says, and a hash of all that
+    ids.bin       all ids, in the narrowest unsigned integer type that fits the vocabulary
+    marks.bin     the loss mask: one byte per id, 1 if it is in the loss
+    sizes.npy     (2, examples) int64: tokens in each example, and how many are in the loss and predicted
+    store.json    type of the ids, sizes and hashes of the files, the writer's metadata, and a hash of it all
 
-What a model predicts is the next token, so an example's first token is never predicted, in the loss or not.
+A model predicts the next token, so the first token of an example is never predicted, whatever its mask.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mptfoundry.errors import CheckpointError, DataError
 from mptfoundry.files import whole_or_absent
 
 IDS, MARKS, SIZES, STORE = "ids.bin", "marks.bin", "sizes.npy", "store.json"
-# The columns of SIZES, an example after the other, while a store is written.
+# While a store is written, the columns of SIZES are appended here, one per example.
 ROWS = "rows.bin"
 VERSION = 2
 _DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError)
@@ -37,19 +37,19 @@ _DAMAGE = (OSError, ValueError, KeyError, TypeError, RecursionError)
 
 @contextmanager
 def write_examples(folder: str | Path, *, vocab_size: int) -> Iterator[ExampleWriter]:
-    """Write a store, which appears in `folder` whole when the block ends well, and else not at all.
+    """Write a store atomically: it appears in `folder` only if the block succeeds.
 
-    A store that is there already is replaced.
+    An existing store is replaced.
 
     Args:
-        folder: Its place; parents are made.
-        vocab_size: All ids are below it.
+        folder: The store's folder; parents are created.
+        vocab_size: All ids must be smaller.
 
     Yields:
-        The writer. What its `meta` holds at the end of the block is kept.
+        The writer. Its `meta` is saved at the end of the block.
 
     Raises:
-        DataError: The place can't be written to.
+        DataError: The folder can't be written.
     """
     try:
         with whole_or_absent(folder, overwrite=True) as path:
@@ -61,11 +61,11 @@ def write_examples(folder: str | Path, *, vocab_size: int) -> Iterator[ExampleWr
 
 
 def why_damaged(folder: Path, *, title: str = "") -> str | None:
-    """What is wrong with a store, in words that follow its name; None if it holds what was written.
+    """Describe what is wrong with a store, as a predicate for an error; None if it is intact.
 
     Args:
-        folder: Its place.
-        title: Before a progress bar over the bytes that are read; empty for none.
+        folder: The store's folder.
+        title: Title of a progress bar; empty for no bar.
     """
     try:
         entries = read_content(folder)["files"]
@@ -83,11 +83,11 @@ class ExampleWriter:
     """Appends examples to a store; see `write_examples`.
 
     Args:
-        folder: Where the store's files are written; it is made.
-        vocab_size: All ids are below it.
+        folder: Where to write the store's files; created if missing.
+        vocab_size: All ids must be smaller.
 
     Attributes:
-        meta: What the maker wants to keep next to the examples, as JSON has it.
+        meta: Metadata to save with the examples; must be JSON-serializable.
         dtype: Type of the ids on disk.
     """
 
@@ -109,7 +109,7 @@ class ExampleWriter:
         self.add_many(ids.astype(self.dtype).tobytes(), trained.astype(np.uint8).tobytes(), [ids.size])
 
     def add_many(self, ids: bytes, marks: bytes, lengths: Sequence[int]) -> None:
-        """Append examples end to end: ids of `dtype`, a byte for each, 1 if in the loss, and lengths."""
+        """Append concatenated examples: ids of `dtype`, a loss mask byte for each id, and the lengths."""
         if not len(lengths):
             return
         starts = np.cumsum([0, *lengths[:-1]])
@@ -123,7 +123,7 @@ class ExampleWriter:
         self.files.append(ROWS, rows.tobytes())
 
     def finish(self) -> None:
-        """Complete the store."""
+        """Finish the store."""
         self.files.close()
         rows = self.folder / ROWS
         np.save(self.folder / SIZES, np.fromfile(rows, np.int64).reshape(-1, 2).T)
@@ -132,19 +132,19 @@ class ExampleWriter:
 
 
 class ExampleStore:
-    """The examples of a folder, read where they lie; `store[i]` is `(ids, trained)`.
+    """The memory-mapped examples of a store; `store[i]` is `(ids, trained)`.
 
     Attributes:
-        folder: Where it lies.
-        meta: What its maker kept.
-        lengths: (examples,) int64, the tokens of each.
-        trained: (examples,) int64, how many tokens of each are predicted and in the loss.
-        ids: (tokens,) unsigned, all examples one after the other.
-        marks: (tokens,) uint8, 1 where in the loss.
-        fingerprint: Of its examples, by the hashes of their files, which are not read for it.
+        folder: The store's folder.
+        meta: The writer's metadata.
+        lengths: (examples,) int64, tokens in each example.
+        trained: (examples,) int64, how many tokens of each example are predicted and in the loss.
+        ids: (tokens,) unsigned, all examples concatenated.
+        marks: (tokens,) uint8, the loss mask: 1 if in the loss.
+        fingerprint: Hash of the examples, computed from the stored hashes without reading the files.
 
     Raises:
-        DataError: There is no whole store.
+        DataError: The store is missing or damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -166,31 +166,31 @@ class ExampleStore:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """An example: ids (tokens,) int64 and trained (tokens,) bool."""
+        """Return an example: ids (tokens,) int64 and trained (tokens,) bool."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.folder}: there is no example {index}")
         return self.join(np.array([index]))
 
     def join(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Some examples end to end: ids (tokens,) int64 and trained (tokens,) bool."""
+        """Concatenate examples: ids (tokens,) int64 and trained (tokens,) bool."""
         parts = list(map(slice, self.bounds[indices].tolist(), self.bounds[indices + 1].tolist()))
         ids = np.concatenate([self.ids[part] for part in parts])
         return ids.astype(np.int64), np.concatenate([self.marks[part] for part in parts]).view(bool)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A worker that is spawned opens the files itself: a memory map would be sent as what it maps.
+        # Spawned workers reopen the files, because pickling a memory map would copy its content.
         return ExampleStore, (self.folder,)
 
 
 def seal(folder: Path, names: Sequence[str], **content: Any) -> None:
-    """Complete a store: write what it says of itself, with the sizes and hashes of its files."""
+    """Finish a store: write `store.json` with `content` and the sizes and hashes of the files."""
     content["files"] = [entry_of(folder / name) for name in names]
     text = json.dumps({"version": VERSION, "hash": _hash(content), "content": content})
     (folder / STORE).write_text(text)
 
 
 def read_content(folder: Path) -> dict[str, Any]:
-    """What a store says of itself. Raises one of `_DAMAGE` if that is not what was written."""
+    """Read `store.json`. Raises one of `_DAMAGE` if it is damaged."""
     found = json.loads((folder / STORE).read_text())
     if found["version"] != VERSION:
         raise ValueError(f"its version is {found['version']}, not {VERSION}")
@@ -208,5 +208,5 @@ def _map(path: Path, dtype: str, tokens: int) -> np.ndarray:
     wanted, there = tokens * np.dtype(dtype).itemsize, path.stat().st_size
     if there != wanted:
         raise ValueError(f"{path.name} has {there} bytes, not {wanted}")
-    # An empty file can't be mapped. A plain array, since slices of a np.memmap take several times as long.
+    # An empty file can't be mapped. Use a plain array because slicing an np.memmap is several times slower.
     return np.asarray(np.memmap(path, dtype, mode="r", shape=(tokens,)) if tokens else np.empty(0, dtype))

@@ -1,17 +1,17 @@
-"""Records that are tokenized already: their ids, and which of them are in the loss.
+"""Read records that are already tokenized: their ids and loss mask.
 
-A record's columns tell its form:
+A record's columns determine its form:
 
-    turns                                 llm-foundry's [{input_ids, labels}, ...]: `input_ids` are a prompt,
+    turns                                 llm-foundry's [{input_ids, labels}, ...]: `input_ids` is a prompt,
                                           `labels` its response
     input_ids, labels                     one such turn, or one sequence with a loss mask
-    input_ids, labels, attention_mask     one sequence with a loss mask, as transformers and axolotl have it
+    input_ids, labels, attention_mask     one sequence with a loss mask, as in transformers and axolotl
 
-In a sequence with a loss mask `labels` stand for the same tokens as `input_ids`: the id where it is in the
-loss, -100 where it is not. Without `attention_mask` labels are a loss mask if one of them is -100, or if
-there are as many as `input_ids` and most of them are equal; llm-foundry's prompts and responses are neither.
+In a sequence with a loss mask, `labels` align with `input_ids`: the same id if it is in the loss, -100 if it
+is not. Without `attention_mask`, labels are a loss mask if any label is -100, or if `labels` and `input_ids`
+have the same length and mostly the same ids. Neither is true of llm-foundry's prompts and responses.
 
-Ids are lists, arrays, or bytes that hold integers of `token_encoding_type`.
+Ids are lists, arrays, or bytes of integers of `token_encoding_type`.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from mptfoundry.data.examples.chat import RecordError
 from mptfoundry.data.records.records import a_type, shown
 from mptfoundry.data.shards.token_ids import NOT_IN_LOSS, unpack_ids
 
-# What is looked at.
+# Columns that are read.
 COLUMNS = {"turns", "input_ids", "labels", "attention_mask"}
 
-# A turn's two parts as ids.
+# The ids of a turn's prompt and response.
 Ids = tuple[list[int], list[int]]
 
 
@@ -42,10 +42,10 @@ class Masked(NamedTuple):
 
 @dataclass(frozen=True)
 class TokenReader:
-    """Reads records that are tokenized already.
+    """Reads records that are already tokenized.
 
     Attributes:
-        vocab_size: All ids are below it.
+        vocab_size: All ids must be smaller.
         token_encoding_type: Integer type of ids stored as bytes.
     """
 
@@ -53,10 +53,10 @@ class TokenReader:
     token_encoding_type: str
 
     def read(self, record: Any) -> list[Ids] | Masked | None:
-        """A record's turns as ids, or its sequence; None if it is not tokenized.
+        """Return a record's turns as ids, or its sequence; None if the record is not tokenized.
 
         Raises:
-            RecordError: It is, and something in it is wrong.
+            RecordError: The record is tokenized but invalid.
         """
         if not is_tokenized(record):
             return None
@@ -101,7 +101,7 @@ class TokenReader:
         return Masked(np.array(own, np.int64), np.array(labels[kept], np.int64) != NOT_IN_LOSS)
 
     def _integers(self, record: Mapping[str, Any], field: str, place: str) -> list[int]:
-        """What a list, an array or bytes hold."""
+        """Convert a list, an array or bytes to a list of integers."""
         value, name = record.get(field), place + field
         if value is None:
             raise RecordError(name, "is missing or null")
@@ -124,7 +124,7 @@ class TokenReader:
         return list(value)
 
     def _ids(self, ids: list[int], field: str, start: int = 0) -> list[int]:
-        """The same ids, each of which the tokenizer has."""
+        """Check that the tokenizer has all ids, and return them."""
         for number, token_id in enumerate(ids, start):
             if not 0 <= token_id < self.vocab_size:
                 raise RecordError(
@@ -135,7 +135,7 @@ class TokenReader:
 
 
 def is_tokenized(record: Any) -> bool:
-    """Whether a record holds ids, whatever else it holds."""
+    """Whether a record has ids, possibly along with other columns."""
     if not isinstance(record, Mapping):
         return False
     pair = (record.get(name) for name in ("input_ids", "labels"))
@@ -161,7 +161,7 @@ def _is_loss_mask(ids: Sequence[int], labels: Sequence[int]) -> bool:
 
 
 def _kept(attention_mask: Sequence[int], length: int) -> slice:
-    """The tokens that are not padding, which stands at one end or both."""
+    """Return the range of tokens that are not padding; padding may be at either end or both."""
     if len(attention_mask) != length:
         raise RecordError("attention_mask", f"has {len(attention_mask)} entries for {length} input_ids")
     for number, entry in enumerate(attention_mask):

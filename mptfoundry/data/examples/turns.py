@@ -1,9 +1,12 @@
-"""From turns to an example: ids, and for each whether it is in the loss.
+"""Convert turns to an example: ids and a loss mask.
 
-The rules are those of llm-foundry 0.22, so that the same records give the same ids and labels: the two texts
-of a turn are tokenized apart; around a prompt with its response stand the special tokens that the tokenizer
-puts around a text by itself, in a conversation only those that the chat template writes; the last response
-ends with EOS, which is in the loss; what is too long is cut at its end.
+The rules match llm-foundry 0.22, so the same records give the same ids and labels:
+
+- The prompt and response of a turn are tokenized separately.
+- Each prompt-response pair gets the special tokens that the tokenizer adds to a text by default. A
+  conversation gets only those that the chat template writes.
+- The last response ends with EOS, which is in the loss.
+- Examples that are too long are truncated at the end.
 """
 
 from __future__ import annotations
@@ -35,15 +38,15 @@ class Targets:
     """Which tokens are in the loss.
 
     Attributes:
-        prompts: Of prompts: `none`, `all`, or those of `length>=N` tokens.
-        responses: Of the responses of a conversation: the `last`, or `all`.
+        prompts: Which prompts are in the loss: `none`, `all`, or `length>=N` for those with N or more tokens.
+        responses: Which responses of a conversation are in the loss: `last` or `all`.
     """
 
     prompts: str = "none"
     responses: str = "last"
 
     def trains_on_prompt(self, tokens: int) -> bool:
-        """Whether a prompt of so many tokens is in the loss."""
+        """Whether a prompt of this many tokens is in the loss."""
         if self.prompts.startswith("length>="):
             return tokens >= int(self.prompts.removeprefix("length>="))
         return self.prompts == "all"
@@ -56,19 +59,19 @@ class Targets:
 
 @dataclass(frozen=True)
 class ExamplePlan:
-    """What makes examples of records; it is sent to each worker.
+    """Settings for converting records to examples; sent to each worker.
 
     Attributes:
-        tokenizer: transformers' fast tokenizer.
-        max_seq_len: The most tokens of an example.
+        tokenizer: A transformers fast tokenizer.
+        max_seq_len: Maximum tokens in an example.
         targets: Which tokens are in the loss.
-        preprocessing: A function `module:function` that makes a record of ours from one of the user's, or the
-            columns of {prompt: ..., response: ...}.
+        preprocessing: `module:function` that converts a user's record to a supported form, or column names
+            {prompt: ..., response: ...}.
         dtype: Unsigned integer type of the ids.
-        datasets: Hugging Face data sets that parts refer to.
-        token_encoding_type: Integer type of ids that records hold as bytes.
-        as_text: A prompt or response that spells a special token keeps it as text. A conversation, in which
-            the template writes such tokens, can't hold one as text: then its record is bad.
+        datasets: Hugging Face datasets that parts refer to.
+        token_encoding_type: Integer type of ids stored as bytes.
+        as_text: Whether special tokens that are spelled out in a prompt or response are encoded as text. In
+            a conversation this makes the record bad, because the template writes special tokens itself.
     """
 
     tokenizer: Any
@@ -83,19 +86,19 @@ class ExamplePlan:
 
 @dataclass
 class Counts:
-    """What became of records.
+    """What happened to the records.
 
     Attributes:
-        records: All of them.
-        bad: Those that are not what they should be.
-        problems: The first of these, with their places.
-        dropped: Those without a token in the loss within max_seq_len.
-        drops: The first of these, with their places.
-        cut: Those that lost their end, and are kept.
-        chats: Those that a chat template rendered.
-        ignored: Columns that were not looked at, and in how many records.
-        doubles: Records with two complete forms, of which one is read.
-        choices: The first of these, with their places.
+        records: Number of records.
+        bad: Number of invalid records.
+        problems: The first of these, with their locations.
+        dropped: Number of records without a token in the loss within max_seq_len.
+        drops: The first of these, with their locations.
+        cut: Number of records that were truncated and kept.
+        chats: Number of records rendered with a chat template.
+        ignored: Columns that were ignored, and in how many records.
+        doubles: Number of records with more than one complete form; only the first form is read.
+        choices: The first of these, with their locations.
     """
 
     records: int = 0
@@ -110,7 +113,7 @@ class Counts:
     choices: list[str] = field(default_factory=list)
 
     def add(self, other: Counts) -> None:
-        """Add what became of records that follow."""
+        """Add the counts of the records that follow."""
         for name in ("records", "bad", "dropped", "cut", "chats", "doubles"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("problems", "drops", "choices"):
@@ -118,7 +121,7 @@ class Counts:
         self.ignore(other.ignored)
 
     def ignore(self, columns: Mapping[str, int]) -> None:
-        """Count columns that are not looked at; of very many names the first ones are kept."""
+        """Count ignored columns; only the first `MOST_COLUMNS_KEPT` names are kept."""
         for name, records in columns.items():
             if name in self.ignored or len(self.ignored) < MOST_COLUMNS_KEPT:
                 self.ignored[name] = self.ignored.get(name, 0) + records
@@ -126,7 +129,7 @@ class Counts:
 
 @dataclass
 class UnitExamples:
-    """A unit's examples one after the other: `ids` and `marks` as bytes, and the tokens of each."""
+    """A unit's examples, concatenated: `ids` and loss mask `marks` as bytes, and `lengths` in tokens."""
 
     ids: bytes
     marks: bytes
@@ -135,14 +138,14 @@ class UnitExamples:
     weight: int
 
     def examples(self, dtype: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Each example: ids (tokens,) and trained (tokens,) bool."""
+        """Yield each example: ids (tokens,) and trained (tokens,) bool."""
         borders = np.cumsum(self.lengths)[:-1]
         ids, marks = np.frombuffer(self.ids, dtype), np.frombuffer(self.marks, bool)
         yield from zip(np.split(ids, borders), np.split(marks, borders), strict=True) if self.lengths else ()
 
 
 class ExampleMaker:
-    """Makes the examples of units.
+    """Creates the examples of units.
 
     Raises:
         DataError: The user's function can't be imported.
@@ -154,7 +157,7 @@ class ExampleMaker:
         self._tokens = TokenReader(count_ids(plan.tokenizer), plan.token_encoding_type)
 
     def __call__(self, unit: Unit) -> UnitExamples:
-        """Read and tokenize all records of a unit; bad ones are counted."""
+        """Read and tokenize all records of a unit; bad records are counted, not raised."""
         counts = Counts()
         made: list[tuple[np.ndarray, np.ndarray]] = []
         rows = (row for part in unit.parts for row in read_rows(part, self.plan.datasets))
@@ -194,7 +197,7 @@ class ExampleMaker:
                 ids, trained = stitch(turns, self.plan.targets, tokenizer.eos_token_id)
                 is_whole = all(map(all, turns))
                 name = _field_of(said)
-            # The first token is predicted from nothing.
+            # The first token is never predicted, so it doesn't count.
             if is_whole and trained[1:limit].any():
                 counts.cut += len(ids) > limit
                 yield ids[:limit], trained[:limit]
@@ -205,7 +208,7 @@ class ExampleMaker:
                 _note(counts.drops, f"{row.where()}: {name}: {reason}.")
 
     def _read(self, row: Row, counts: Counts) -> Turns | list[Ids] | Masked:
-        """What a record says, in texts or in ids."""
+        """Read a record as texts or as ids."""
         said: Turns | list[Ids] | Masked | None = self._tokens.read(row.values)
         record = row.values
         if said is None:
@@ -233,12 +236,12 @@ class ExampleMaker:
 
 
 def tokenize(records: Sequence[Turns], tokenizer: Any, *, as_text: bool = False) -> list[list[Ids]]:
-    """The ids of each record's turns.
+    """Tokenize each record's turns.
 
     Args:
-        records: What they say.
-        tokenizer: transformers' fast tokenizer.
-        as_text: A prompt or response that spells a special token keeps it as text.
+        records: The turns of each record.
+        tokenizer: A transformers fast tokenizer.
+        as_text: Whether special tokens spelled out in a prompt or response are encoded as text.
     """
     ids: dict[bool, Iterator[list[int]]] = {}
     for is_chat in (False, True):
@@ -257,7 +260,7 @@ def tokenize(records: Sequence[Turns], tokenizer: Any, *, as_text: bool = False)
 
 
 def stitch(turns: Sequence[Ids], targets: Targets, eos_token_id: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """An example: ids (tokens,) int64 and trained (tokens,) bool, of any length."""
+    """Join turns into an example of any length: ids (tokens,) int64 and trained (tokens,) bool."""
     ids: list[int] = []
     trained: list[bool] = []
     for number, (prompt, response) in enumerate(turns, 1):
@@ -271,7 +274,7 @@ def stitch(turns: Sequence[Ids], targets: Targets, eos_token_id: int | None) -> 
 
 
 def _as_one(prompt: list[int], response: list[int], own: Borders, bos_token_id: int | None) -> Ids:
-    """What a tokenizer puts around each text stands around a prompt with its response, not between them."""
+    """Drop the special tokens between prompt and response; keep them around the pair."""
     before, after = map(list, own)
     before = before or [bos_token_id]
     if prompt[: len(before)] == response[: len(before)] == before:
@@ -282,7 +285,7 @@ def _as_one(prompt: list[int], response: list[int], own: Borders, bos_token_id: 
 
 
 def _refuse_special_tokens(record: Mapping[str, Any], ignored: frozenset[str], tokenizer: Any) -> None:
-    """Raises RecordError where a conversation spells a special token in what is looked at."""
+    """Raise RecordError if a conversation spells out a special token in a field that is read."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     field = next(name for name in CONVERSATIONS if record.get(name) is not None)
     texts: dict[str, Any] = {} if "system" in ignored else {"system": record.get("system")}
@@ -338,10 +341,10 @@ def _preprocessing(given: str | Mapping[str, str] | None) -> Callable[[Any], Any
 
 
 def load_function(name: str) -> Callable[[Any], Any]:
-    """The function that `module:function` names; modules may lie where the command was started.
+    """Import `module:function`; the module may be in the current folder.
 
     Raises:
-        DataError: There is none.
+        DataError: The function can't be imported.
     """
     module, _, function = name.partition(":")
     _with_here()
@@ -352,7 +355,7 @@ def load_function(name: str) -> Callable[[Any], Any]:
 
 
 def source_of(name: str) -> str | None:
-    """The file of the module of `module:function`, which is not run."""
+    """Find the file of the module in `module:function` without running it."""
     _with_here()
     try:
         spec = importlib.util.find_spec(name.partition(":")[0])
@@ -362,6 +365,6 @@ def source_of(name: str) -> str | None:
 
 
 def _with_here() -> None:
-    """Let modules be found in the current folder, as `python -m` does."""
+    """Make modules in the current folder importable, like `python -m`."""
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))

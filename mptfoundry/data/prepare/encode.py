@@ -1,10 +1,10 @@
-"""From text to token ids: the ids of the tokenizers library, several times faster where that is possible.
+"""Encode text to the same ids as the tokenizers library, several times faster for some tokenizers.
 
-A *word* is what the pre-tokeniser cuts off. In byte-level BPE with GPT-2's pattern (MPT's and GPT-NeoX's
-tokenizer, and those that `train_bpe` makes) the ids of a word depend on the word alone, and text repeats its
-words: so each word is given to the library once, kept as bytes, and a text is the join of its words. Which
-characters are letters, digits or spaces is asked of the library as well, since Unicode's tables differ
-between libraries. Every other tokenizer runs through the library as a whole.
+A *word* is a piece that the pre-tokenizer splits off. In byte-level BPE with GPT-2's pattern (the tokenizers
+of MPT, GPT-NeoX and `train_bpe`), the ids of a word depend only on the word, and words repeat a lot. So the
+library encodes each word once, the ids are cached as bytes, and a text is the concatenation of its words. The
+library also decides which characters are letters, digits or spaces, since Unicode tables differ between
+libraries. All other tokenizers use the library for the whole text.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ PROBE = "a\tb  c\r\n\n   d'll 12x3 <|endoftext|> é é٣²½\u00a0\u0085.!?x_y\x
 
 @lru_cache(1)
 def make_encoder(tokenizer_json: str, dtype: str, as_text: bool) -> TextEncoder:
-    """The encoder of a tokenizer, which is kept with the words it has seen; arguments are TextEncoder's."""
+    """Return a cached encoder with its cache of words. The arguments are those of TextEncoder."""
     return TextEncoder(tokenizer_json, dtype, as_text=as_text)
 
 
 class TextEncoder:
-    """Encode texts with one tokenizer, without the special tokens that it may add on its own.
+    """Encodes texts with one tokenizer, without the special tokens it adds by default.
 
     Args:
         tokenizer_json: Content of the tokenizer's `tokenizer.json`.
-        dtype: Integer type of the ids that `encode` returns, as bytes.
-        as_text: Text that spells a special token stays text, instead of becoming that token.
+        dtype: Integer type of the ids that `encode` returns as bytes.
+        as_text: Whether special tokens spelled out in the text are encoded as text.
     """
 
     def __init__(self, tokenizer_json: str, dtype: str, *, as_text: bool = False) -> None:
@@ -58,11 +58,11 @@ class TextEncoder:
 
     @property
     def can_cut(self) -> bool:
-        """Whether a long text may be encoded in the pieces that `cut` gives."""
+        """Whether a long text may be split at `SAFE_CUT` and encoded in pieces."""
         return self.splitter is not None and self.splitter.can_cut
 
     def encode(self, text: str) -> bytes:
-        """The ids of one text, as the bytes of an array of `dtype`."""
+        """Return the ids of one text, as the bytes of an array of `dtype`."""
         if self.splitter is None:
             return self.encode_whole(text)
         ids = b"".join(
@@ -73,7 +73,7 @@ class TextEncoder:
         return ids
 
     def encode_whole(self, text: str) -> bytes:
-        """As `encode`, by one call of the library."""
+        """Like `encode`, but with a single call to the library."""
         return np.asarray(self.tokenizer.encode(text, add_special_tokens=False).ids, self.dtype).tobytes()
 
     def _pieces(self, text: str) -> Iterator[str]:
@@ -87,18 +87,17 @@ class TextEncoder:
         yield text[start:] if start else text
 
 
-# A line's end before a letter: the pre-tokeniser cuts there whatever surrounds it, and nothing composes
-# across it.
+# A newline before a letter: the pre-tokenizer always splits here, and no Unicode composition crosses it.
 SAFE_CUT = re.compile(r"\n(?=[A-Za-z])")
 
 
 class WordSplitter:
-    """Cut text into the words that the tokenizer cuts it into.
+    """Splits text into the same words as the tokenizer.
 
-    Added tokens are words of their own; they end the text before them, as in the library.
+    Each added token is a word of its own and ends the text before it, as in the library.
 
     Args:
-        tokenizer: One for which `works_word_by_word` is true.
+        tokenizer: A tokenizer for which `works_word_by_word` is true.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -106,7 +105,7 @@ class WordSplitter:
         self.tokenizer = tokenizer
         self.can_cut = not any("\n" in token.content for token in added)
         self.normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else None
-        # The library looks for these in the text as it is, and for those after normalisation.
+        # The library searches for the first kind in the raw text, for the second after normalization.
         self.raw_tokens = _alternatives([token.content for token in added if not token.normalized])
         self.normalized_tokens = _alternatives([token.content for token in added if token.normalized])
         self.letters: list[tuple[int, int]] = []
@@ -117,7 +116,7 @@ class WordSplitter:
         self.find_ascii_words = self.find_words
 
     def split(self, text: str) -> list[str]:
-        """The words of a text, in order; joined they give the normalised text."""
+        """Split a text into words; joined, they are the normalized text."""
         words: list[str] = []
         for position, segment in enumerate(self.raw_tokens.split(text) if self.raw_tokens else [text]):
             if position % 2:
@@ -149,13 +148,14 @@ class WordSplitter:
             found = self.unknown.search(text)
 
     def _learn(self, start: int, stop: int) -> None:
-        """Ask the library for the classes of the characters `start` to `stop` - 1; rebuild the patterns."""
+        """Get the classes of characters `start` to `stop` - 1 from the library and rebuild the patterns."""
         classes = _classes_of_characters(self.tokenizer, start, stop)
         for name, ranges in (("L", self.letters), ("N", self.digits), ("S", self.spaces)):
             ranges += _ranges([code for code, its_class in classes.items() if its_class == name])
         self.known.append((start, stop - 1))
         letter, digit, space = map(_class_text, (self.letters, self.digits, self.spaces))
-        # GPT-2's pattern. Letters come before the contractions, which begin with no letter: it is faster.
+        # GPT-2's pattern, but letters come before contractions. This is faster and safe, since contractions
+        # don't start with a letter.
         pattern = (
             f" ?[{letter}]+| ?[{digit}]+|'(?:s|t|re|ve|m|ll|d)| ?[^{space}{letter}{digit}]+"
             f"|[{space}]+(?![^{space}])|[{space}]+"
@@ -165,7 +165,7 @@ class WordSplitter:
 
 
 def works_word_by_word(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer is byte-level BPE with GPT-2's pattern and nothing that reaches across words."""
+    """Whether the tokenizer is byte-level BPE with GPT-2's pattern and encodes each word independently."""
     parts = backend_parts(tokenizer)
     model, pre_tokenizer, normalizer = parts["model"], parts["pre_tokenizer"], parts["normalizer"]
     return (
@@ -184,7 +184,7 @@ def works_word_by_word(tokenizer: Tokenizer) -> bool:
 
 
 class _WordCache(dict):
-    """Word -> bytes of its ids, filled by the library's model as the library itself would ask it."""
+    """Cache of word -> bytes of its ids, computed with the library's model."""
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class _WordCache(dict):
 
 
 def _tokens_in_text(tokenizer: Tokenizer) -> dict[int, AddedToken]:
-    """The added tokens that a text can spell."""
+    """Return the added tokens that are recognized in text."""
     added = tokenizer.get_added_tokens_decoder().items()
     return {
         number: token for number, token in added if not (token.special and tokenizer.encode_special_tokens)
@@ -213,7 +213,7 @@ def _tokens_in_text(tokenizer: Tokenizer) -> dict[int, AddedToken]:
 
 
 def _byte_characters() -> dict[int, str]:
-    """The character by which byte-level BPE shows a byte: its own if that is visible, else one past 255."""
+    """Map each byte to its character in byte-level BPE: the same one if visible, else one past 255."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(0x100) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(0x100 + n) for n, byte in enumerate(hidden)}
@@ -223,17 +223,17 @@ BYTE_CHARACTERS = _byte_characters()
 
 
 def _alternatives(contents: list[str]) -> re.Pattern[str] | None:
-    """Match the longest of several texts, in a group of its own; None if there is none."""
+    """Compile a pattern that captures the longest matching text; None if there are no texts."""
     if not contents:
         return None
     return re.compile(f"({'|'.join(re.escape(text) for text in sorted(contents, key=len, reverse=True))})")
 
 
 def _classes_of_characters(tokenizer: Tokenizer, start: int, stop: int) -> dict[int, str]:
-    """Which of letter, number, space the pre-tokeniser takes each character for (L, N, S; others left out).
+    """Find which characters the pre-tokenizer treats as letter, number or space (L, N, S; others left out).
 
-    Each character stands after a letter, after a digit, and between a space and a letter: where the library
-    cuts tells its class.
+    Each character is placed after a letter, after a digit, and between a space and a letter. Where the
+    library splits this text determines the class.
     """
     codes = [code for code in range(start, stop) if not 0xD800 <= code <= 0xDFFF]
     layout = "a{0}1{0} {0}"

@@ -1,4 +1,4 @@
-"""One preparation of text: options, tokenizer, inputs and folders; and whether a folder holds it already."""
+"""Plan a preparation: options, tokenizer, inputs and folders. Also check if it is already done or started."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from mptfoundry.tokenizer import (
 COMPRESSIONS = ("br", "bz2", "snappy", "zstd")
 
 
-# These options decide about the bytes of the shards, and are kept in their index.
+# These options affect the bytes of the shards, so the index stores them.
 OPTIONS = (
     *("max_seq_len", "split", "text_key", "held_out", "held_out_split"),
     *("hf_subset", "hf_split", "compression", "shard_bytes"),
@@ -46,14 +46,14 @@ class Preparation:
     """One preparation of text.
 
     Attributes:
-        config: As the user wrote it.
+        config: The user's config.
         folders: Split -> folder, the main split first.
-        options: What decides about the bytes, as the index keeps it.
-        inventory: What is read.
-        encoding: How it is encoded.
-        fingerprint: Of the tokenizer.
-        vocab_size: Number of its ids.
-        in_words: What stands around each document, for people.
+        options: Options that affect the bytes of the shards, as stored in the index.
+        inventory: The inputs.
+        encoding: How to encode the inputs.
+        fingerprint: Fingerprint of the tokenizer.
+        vocab_size: Number of ids of the tokenizer.
+        in_words: Description of the special tokens around each document.
     """
 
     config: PrepareConfig
@@ -67,7 +67,7 @@ class Preparation:
 
     @property
     def folder(self) -> Path:
-        """Folder of the main split."""
+        """The folder of the main split."""
         return self.folders[self.config.split]
 
     @property
@@ -77,7 +77,7 @@ class Preparation:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """What is read, for the index."""
+        """A summary of the inputs, for the index."""
         return {
             "given": list(self.config.inputs),
             "count": len(self.inventory.inputs),
@@ -86,7 +86,7 @@ class Preparation:
         }
 
     def meta(self, samples: int, dropped_tokens: int, documents: int, text_bytes: int) -> ShardMeta:
-        """What the index of a finished split says."""
+        """Return the metadata for the index of a finished split."""
         after = self.encoding.borders.after
         return ShardMeta(
             tokenizer=self.config.tokenizer,
@@ -109,7 +109,7 @@ def plan_preparation(config: PrepareConfig) -> Preparation:
 
     Raises:
         ConfigError: The tokenizer can't be loaded.
-        DataError: An option or an input won't do.
+        DataError: An option or an input is invalid.
     """
     _check_options(config)
     tokenizer: Any = load_tokenizer(config.tokenizer)
@@ -117,7 +117,7 @@ def plan_preparation(config: PrepareConfig) -> Preparation:
     options = {name: getattr(config, name) for name in OPTIONS}
     options |= {"include": list(config.include), "exclude": list(config.exclude)}
     options["held_out_split"] = config.held_out_split if config.held_out else None
-    # An option that is kept only where it differs was not known to older versions.
+    # Older versions don't have this option, so it is stored only if it is not the default.
     if config.special_tokens != "as_tokens":
         options["special_tokens"] = config.special_tokens
     options |= _notes(borders, tokenizer)
@@ -151,8 +151,10 @@ def plan_preparation(config: PrepareConfig) -> Preparation:
 
 
 def _notes(borders: Borders, tokenizer: Any) -> dict[str, Any]:
-    """How the options are kept in the index, so that shards tell what stands around their documents. What is
-    as it always was is kept as it always was, since the options of finished folders are compared."""
+    """Describe the special tokens around documents, for the index.
+
+    The usual ones are stored in the old format, because options are compared with those of finished folders.
+    """
     notes: dict[str, Any] = {"add_bos": bool(borders.before), "add_eos": bool(borders.after)}
     usual = {side: {(), (getattr(tokenizer, f"{side}_token_id"),)} for side in ("bos", "eos")}
     if borders.before not in usual["bos"] or borders.after not in usual["eos"]:
@@ -161,10 +163,10 @@ def _notes(borders: Borders, tokenizer: Any) -> dict[str, Any]:
 
 
 def find_finished(plan: Preparation) -> list[ShardMeta]:
-    """What the indexes of the preparation's folders say, if it is finished; else nothing.
+    """Read the metadata of a finished preparation; empty if it is not finished.
 
     Raises:
-        DataError: The folder is finished, but was prepared in another way, or isn't ours.
+        DataError: The folder was prepared with other options, tokenizer or inputs, or by another tool.
     """
     if not (plan.folder / INDEX).is_file() or _state_of(plan.folder) is not None:
         return []
@@ -190,10 +192,10 @@ def find_finished(plan: Preparation) -> list[ShardMeta]:
 
 
 def open_job(plan: Preparation) -> tuple[Job, ShardSink]:
-    """Begin, or continue a preparation that was killed. Its folders are locked.
+    """Start a preparation, or resume one that was killed. The caller has locked its folders.
 
     Raises:
-        DataError: The folder holds something else, or a preparation with other options or inputs.
+        DataError: The folder contains other files, or a preparation with other options or inputs.
     """
     options = {**plan.options, "unit_bytes": UNIT_BYTES, "cut_texts": plan.can_cut}
     inputs = {**plan.inputs, "digest": plan.inventory.digest(with_times=True)}
@@ -236,7 +238,7 @@ def open_job(plan: Preparation) -> tuple[Job, ShardSink]:
 
 
 def _state_of(folder: Path) -> dict[str, Any] | None:
-    """The state of a preparation that was not finished; None if there is none."""
+    """Read the state of an unfinished preparation; None if there is none."""
     try:
         return read_state(folder / PREPARING)
     except (OSError, ValueError) as error:
@@ -249,8 +251,11 @@ def _damaged(folder: Path, error: Exception) -> DataError:
 
 
 def _make_folder(folder: Path) -> None:
-    """Make the folder. A preparation saves a state before its first shard, so whatever is there is not of
-    one that was killed."""
+    """Create the folder, and refuse files in it.
+
+    A preparation saves a state before its first shard, so without a state such files are not from a killed
+    preparation.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     others = sorted(path.name for path in folder.iterdir() if path.name != PREPARING)
     if others:
@@ -262,7 +267,7 @@ def _make_folder(folder: Path) -> None:
 
 def _refuse_differences(folder: Path, state: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     differences = []
-    # An option that has its usual value may not have been known then, or not be kept.
+    # An option may be missing on one side: an older version didn't have it, or it is not stored by default.
     for key in {**now, **then}:
         before, value = then.get(key), now.get(key)
         if key == "inputs":

@@ -1,9 +1,9 @@
-"""From text to shards that training reads: parallel, resumable, the same bytes for any number of workers.
+"""Tokenize text into shards for training: parallel, resumable, same bytes for any number of workers.
 
-Documents are joined, each followed by EOS, into one stream of ids, and the stream is cut into samples of
-`max_seq_len` ids; what remains after the last whole sample is dropped and counted. (As for the published MPT
-models, and as llm-foundry's `--concat_tokens` does.) The inputs alone decide how the work is cut into units;
-workers encode units, and this process joins the results in order, writes shards, and keeps a job.
+Documents, each followed by EOS, are concatenated into one stream of ids, which is cut into samples of
+`max_seq_len` ids. The incomplete last sample is dropped and counted. The published MPT models were prepared
+this way, and llm-foundry's `--concat_tokens` does the same. The split into units depends only on the inputs.
+Workers encode units; this process joins the results in order, writes shards and saves its progress.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ WORTH_KEEPING_SECONDS = 60
 def prepare(inputs: Sequence[str], out: str | Path, **options: Any) -> PrepareSummary:
     """Tokenize text and write it as MDS shards to `out/split`.
 
-    The same call continues where a killed one stopped; called once more it says that it is finished.
+    The same call resumes after a kill. If everything is finished, it does nothing and reports that.
 
     Args:
         inputs: Files, folders, folders saved by `datasets`, or `hf:NAME` (see `data.records.inputs`).
-        out: Folder of the data set; splits are folders below it.
-        options: Those of `PrepareConfig`, such as `tokenizer`, `max_seq_len` and `held_out`.
+        out: Folder of the dataset; each split is a folder in it.
+        options: Fields of `PrepareConfig`, such as `tokenizer`, `max_seq_len` and `held_out`.
 
     Raises:
         ConfigError: The tokenizer can't be loaded.
-        DataError: An option, an input or the output folder won't do. Nothing is left behind, except where
-            so much was done that the folder is kept, marked, to continue from.
+        DataError: An option, an input or the output folder is invalid. Nothing is left behind, unless so
+            much was done that the folder is kept to resume from.
     """
     if options.get("workers", 1) is None:
         options["workers"] = "auto"
@@ -54,14 +54,14 @@ def prepare(inputs: Sequence[str], out: str | Path, **options: Any) -> PrepareSu
 
 
 def prepare_shards(config: PrepareConfig) -> PrepareSummary:
-    """Tokenize text and write it as MDS shards, as `prepare` does."""
+    """Tokenize text and write it as MDS shards, like `prepare`."""
     started_at = time.perf_counter()
     plan = plan_preparation(config)
     is_marked = any((folder / PREPARING).exists() for folder in plan.folders.values())
     metas = [] if is_marked else find_finished(plan)
     if not metas:
         with _held(plan):
-            # Between that look and the lock another process may have prepared it.
+            # Another process may have finished between the first check and the lock.
             metas = find_finished(plan)
             if not metas:
                 return _make(plan, started_at)
@@ -73,7 +73,7 @@ def prepare_shards(config: PrepareConfig) -> PrepareSummary:
 
 @contextmanager
 def _held(plan: Preparation) -> Iterator[None]:
-    """Hold the output folders."""
+    """Lock the output folders."""
     try:
         with lock_folders(*plan.folders.values()):
             yield
@@ -82,7 +82,7 @@ def _held(plan: Preparation) -> Iterator[None]:
 
 
 def _make(plan: Preparation, started_at: float) -> PrepareSummary:
-    """Prepare; if an error ends the work before much was done, leave no trace of it."""
+    """Run the preparation. If it fails before much was done, remove everything it wrote."""
     job, sink = open_job(plan)
     config = plan.config
     try:
@@ -120,7 +120,7 @@ def _advice(plan: Preparation, is_kept: bool) -> str:
 
 
 def _is_worth_keeping(job: Job, error: BaseException) -> bool:
-    """An input that must be changed makes a short beginning worthless; after an interruption it is not."""
+    """Whether to keep partial work: always after an interruption, but only long work after bad input."""
     return (
         job.saved_units > 0
         and not isinstance(error, TooLittle)

@@ -1,8 +1,8 @@
-"""The sink of a preparation: shards of its splits, and what is needed to continue after a kill.
+"""The sink of a preparation: writes the shards of all splits, and can resume after a kill.
 
-While `out/train` is prepared it holds a folder `.preparing` with a lock, the job's state (see
-`data/jobs.py`), the ids that are in no shard yet, and a *log* that names each file before it is written. A
-state names the files of ids that belong to it. Nothing is removed that the log or the state does not name.
+During a preparation `out/train` has a folder `.preparing` with a lock, the job's state (see `data/jobs.py`),
+the ids that are not in a shard yet, and a *log* that names each file before it is written. A state names its
+files of ids. Only files named in the log or the state are ever removed.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ LOG = "written"
 
 
 class TooLittle(DataError):
-    """The whole text does not give one sample."""
+    """The whole text is shorter than one sample."""
 
 
 @dataclass
 class SplitProgress:
-    """One split as far as it is done."""
+    """The progress of one split."""
 
     writer: ShardWriter
     documents: int = 0
     text_bytes: int = 0
 
     def add(self, encoded: Encoded) -> None:
-        """Append what a unit gave."""
+        """Append the ids of a unit."""
         self.writer.add(encoded.ids)
         self.documents += encoded.documents
         self.text_bytes += encoded.text_bytes
@@ -48,18 +48,18 @@ class SplitProgress:
 
 @dataclass
 class ShardSink:
-    """The shards of all splits as far as they are done.
+    """Writes the shards of all splits.
 
     Attributes:
-        folder: Of the main split; the job's state lies below it.
-        splits: The main split first.
-        id_bytes: Bytes of an id.
-        max_seq_len: Tokens in a sample.
-        meta: What the index of a finished split says, from its samples, dropped tokens, documents and bytes.
-        tokens: Encoded by this process.
-        skipped: What was left out, by reason.
-        problems: Messages of the first things that could not be read.
-        written: What was written into the splits' folders, as `split/name`.
+        folder: The folder of the main split; the job's state is inside it.
+        splits: Progress by split, the main split first.
+        id_bytes: Bytes per id.
+        max_seq_len: Tokens per sample.
+        meta: Creates the metadata of a finished split from its samples, dropped tokens, documents and bytes.
+        tokens: Tokens received in this process.
+        skipped: Number of skipped items, by reason.
+        problems: Messages of the first inputs that could not be read.
+        written: Files written to the folders of the splits, as `split/name`.
     """
 
     folder: Path
@@ -78,15 +78,15 @@ class ShardSink:
 
     @property
     def log(self) -> Path:
-        """The file that names what is written."""
+        """The file that names the written files."""
         return self.folder / PREPARING / LOG
 
     def begin(self) -> None:
-        """Put an empty log on disk."""
+        """Create an empty log."""
         self.log.write_bytes(b"")
 
     def add(self, result: UnitResult) -> None:
-        """Take in the next unit."""
+        """Receive the result of the next unit."""
         for progress, encoded in zip(self.splits.values(), (result.kept, result.held_out), strict=False):
             progress.add(encoded)
             self.tokens += len(encoded.ids) // self.id_bytes
@@ -94,7 +94,7 @@ class ShardSink:
         self.problems = [*self.problems, *result.problems][:MOST_PROBLEMS_KEPT]
 
     def state(self, units: int) -> dict[str, Any]:
-        """The splits' shards and counts; ids that are in no shard yet are on disk in files of their own."""
+        """Return the shards and counts of each split; write ids that are not in a shard yet to files."""
         folder, splits = self.folder / PREPARING, {}
         saved = read_state(folder) or {"splits": {}}
         named = {split["pending"] for split in saved["splits"].values()}
@@ -113,10 +113,10 @@ class ShardSink:
         return {"splits": splits, "skipped": self.skipped, "problems": self.problems}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Take over a state.
+        """Resume from a state.
 
         Raises:
-            DataError: A shard is missing, or there is a file that this preparation did not write.
+            DataError: A shard is missing, or a folder has a file that this preparation did not write.
         """
         for name, progress in self.splits.items():
             split = state["splits"][name]
@@ -128,10 +128,10 @@ class ShardSink:
         self._check_files()
 
     def finish(self) -> list[ShardMeta]:
-        """Write the last shards, then the indexes, the main split's last; then the data set is complete.
+        """Write the last shards, then the indexes. The main split's index is last and completes the dataset.
 
         Raises:
-            TooLittle: A split does not have one whole sample.
+            TooLittle: A split has less than one full sample.
         """
         metas = []
         for name, progress in self.splits.items():
@@ -149,14 +149,14 @@ class ShardSink:
         return metas
 
     def remove(self) -> None:
-        """Take back everything that was written."""
+        """Remove everything that was written."""
         for name in self.written:
             split, _, file = name.partition("/")
             (self.splits[split].writer.folder / file).unlink(missing_ok=True)
 
     def _announce(self, split: str, name: str) -> None:
         self.written.add(f"{split}/{name}")
-        # A preparation that an older version began has no log.
+        # A preparation started by an older version has no log.
         if self.log.exists():
             with self.log.open("a") as file:
                 file.write(f"{split}/{name}\n")
@@ -164,7 +164,7 @@ class ShardSink:
                 os.fsync(file.fileno())
 
     def _check_files(self) -> None:
-        """Raises DataError where a file is missing that the state names, or there is one that is not ours."""
+        """Raise DataError if a shard of the state is missing, or if a folder has a file that is not ours."""
         has_log = self.log.exists()
         self.written = set(self.log.read_text().splitlines()) if has_log else set()
         for split, progress in self.splits.items():
@@ -186,7 +186,7 @@ class ShardSink:
 
 
 def remove_marks(folder: Path) -> None:
-    """Remove what marks a folder as half prepared, and the folder and its parent if they are empty then."""
+    """Remove `.preparing` from a folder, then the folder and its parent if they are empty."""
     shutil.rmtree(folder / PREPARING, ignore_errors=True)
     for empty in (folder, folder.parent):
         with suppress(OSError):
@@ -195,11 +195,13 @@ def remove_marks(folder: Path) -> None:
 
 @contextmanager
 def lock_folders(*folders: Path) -> Iterator[None]:
-    """Hold the folders of one preparation, the main split's first; the locks go with the process, however
-    that ends. At the end of the block the marks are removed unless there is a state to continue from.
+    """Lock the folders of one preparation, the main split first.
+
+    The locks are released when the process ends, for any reason. At the end of the block `.preparing` is
+    removed unless there is a state to resume from.
 
     Raises:
-        DataError: Another preparation holds one of them.
+        DataError: Another preparation has locked one of them.
     """
     with ExitStack() as locks:
         held: list[Path] = []

@@ -1,10 +1,10 @@
-"""Encode units on the machines of a Spark cluster, with results in the order of the units.
+"""Encode units on a Spark cluster, with results in the order of the units.
 
-The driver, which is this process, cuts the inputs into units and joins what they give, just as without Spark:
-so the shards are the same bytes, and a killed preparation continues with either engine. (Streaming has
-a converter for Spark, too. There each task writes shards of its own, whose borders fall where Spark cuts the
-data, and what is left over at each border is lost.) Every machine has to see the inputs under the same paths,
-and to have the same version of this package and of the tokenizers library.
+This process is the driver. It splits the inputs into units and joins the results, the same as without Spark,
+so the shards are the same bytes, and a killed preparation resumes with either engine. (Streaming also has a
+Spark converter, but there each task writes its own shards and drops the tokens left over at the end of its
+data.) Every machine needs the inputs at the same paths, and the same versions of this package and of the
+tokenizers library.
 """
 
 from __future__ import annotations
@@ -26,21 +26,23 @@ from mptfoundry.data.prepare.work import EncodingPlan, UnitEncoder, UnitResult
 from mptfoundry.data.records.records import Unit
 from mptfoundry.errors import DataError
 
-# A job's results come to the driver at once: some 64 MB.
+# The driver gets all results of a job at once, about 64 MB.
 MOST_UNITS_OF_A_JOB = 64
 JOBS_AT_ONCE = 3
 
 
 def encode_on_spark(units: Iterable[Unit], plan: EncodingPlan) -> Iterator[UnitResult]:
-    """Encode units on a cluster, which is that of the running session, of `spark-submit --master`, or of
-    Spark's configuration; without one, on this machine's processors.
+    """Encode units on a Spark cluster.
+
+    The cluster is that of the running session, of `spark-submit --master`, or of Spark's configuration. If
+    there is none, Spark uses this machine's CPUs.
 
     Args:
-        units: What to read.
-        plan: How to encode it.
+        units: The units to read.
+        plan: How to encode them.
 
     Raises:
-        DataError: Spark can't be started, a machine lacks something, or a unit can't be read.
+        DataError: Spark can't be started, a machine lacks a file or version, or a unit can't be read.
     """
     context, end = _start()
     try:
@@ -60,7 +62,7 @@ def encode_on_spark(units: Iterable[Unit], plan: EncodingPlan) -> Iterator[UnitR
 def _in_order(
     units: Iterator[Unit], run: Callable[[Sequence[Unit]], list[UnitResult | DataError]], size: int
 ) -> Iterator[UnitResult]:
-    """Run groups of units, a few at a time, so that no machine waits for the driver."""
+    """Run a few groups of units at a time, so that machines don't wait for the driver."""
     running: deque[Future[list[UnitResult | DataError]]] = deque()
     pool = ThreadPoolExecutor(JOBS_AT_ONCE)
     try:
@@ -82,7 +84,7 @@ def _in_order(
 
 
 def _start() -> tuple[Any, Callable[[], None]]:
-    """Spark's context, and what ends the session if it is ours."""
+    """Return Spark's context, and a function that stops the session if we started it."""
     try:
         from pyspark.sql import SparkSession
     except ImportError as error:
@@ -113,7 +115,7 @@ _encoder: UnitEncoder | None = None
 
 
 def _encode_on_executor(shared: Any, unit: Unit) -> UnitResult | DataError:
-    """What a unit gives, or the error that ends the preparation; the encoder is kept from unit to unit."""
+    """Encode a unit, or return the error that stops the preparation. The encoder is reused between units."""
     global _encoder
     plan, versions = shared.value
     if versions != _versions():

@@ -1,4 +1,4 @@
-"""What a preparation made, as numbers and as a short table."""
+"""The result of a preparation, as numbers and as a short table."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ RECORDS_AS_TEXT = (".csv", ".tsv", ".json")
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """One finished split; counts as in `ShardMeta`, sizes in bytes."""
+    """One finished split. Counts are the same as in `ShardMeta`; sizes are in bytes."""
 
     split: str
     folder: Path
@@ -25,23 +25,23 @@ class SplitSummary:
 
     @property
     def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for each id, EOS included."""
+        """UTF-8 bytes of text per id, including EOS."""
         return self.bytes / (self.tokens + self.dropped_tokens)
 
 
 @dataclass(frozen=True)
 class PrepareSummary:
-    """What `prepare` made; `str()` gives a short table.
+    """The result of `prepare`; `str()` formats it as a short table.
 
     Attributes:
-        splits: The main split first.
-        seconds: That this call took.
-        encoded_tokens: Tokens that this call encoded; fewer than all if it went on from an earlier one.
-        skipped: What was left out, by reason.
-        problems: Messages of the first things that could not be read.
-        plain_text: How many files are one document each, by the ending of their names.
-        borders: What stands around each document.
-        was_finished: Whether everything was there already.
+        splits: The splits, the main split first.
+        seconds: Time this call took.
+        encoded_tokens: Tokens this call encoded; fewer than all if it resumed an earlier call.
+        skipped: Number of skipped items, by reason.
+        problems: Messages of the first inputs that could not be read.
+        plain_text: Number of files read as one document each, by extension.
+        borders: Description of the special tokens around each document.
+        was_finished: Whether everything was already finished.
     """
 
     splits: tuple[SplitSummary, ...]
@@ -55,7 +55,7 @@ class PrepareSummary:
 
     @property
     def tokens_per_second(self) -> float:
-        """Of this call, start-up included."""
+        """Throughput of this call, including startup."""
         return self.encoded_tokens / self.seconds
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Encode units of documents, in this process or in several; a worker gets the tokenizer as text."""
+"""Encode units of documents, in this process or in workers, which get the tokenizer as JSON."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from mptfoundry.tokenizer import Borders
 
 @dataclass(frozen=True)
 class EncodingPlan:
-    """What a worker needs to know; it is sent to each once.
+    """Settings for encoding; sent to each worker once.
 
     Attributes:
         tokenizer_json: Content of `tokenizer.json`.
         dtype: Unsigned integer type of the ids.
-        text_key: The field of a record that holds its text.
+        text_key: The record field with the text.
         borders: The ids before and after each document.
-        as_text: Text that spells a special token stays text.
-        held_out: Share of the documents that goes to the held-out split.
-        skip_bad_input: Leave out what can't be read, and count it, instead of raising.
-        datasets: Hugging Face data sets that parts refer to.
+        as_text: Whether special tokens spelled out in the text are encoded as text.
+        held_out: Fraction of documents that go to the held-out split.
+        skip_bad_input: Whether to skip and count unreadable input instead of raising an error.
+        datasets: Hugging Face datasets that parts refer to.
     """
 
     tokenizer_json: str
@@ -43,7 +43,7 @@ class EncodingPlan:
 
 @dataclass
 class Encoded:
-    """Ids of one split from one unit: the bytes of an array, with what they came from."""
+    """The ids of one split from one unit, as the bytes of an array, and the size of their source."""
 
     ids: bytes = b""
     documents: int = 0
@@ -52,14 +52,14 @@ class Encoded:
 
 @dataclass
 class UnitResult:
-    """What became of a unit.
+    """The result of a unit.
 
     Attributes:
-        kept: Of the split that is trained on.
-        held_out: Of the held-out split.
-        skipped: How many documents or files were left out, by reason.
+        kept: The ids of the main split.
+        held_out: The ids of the held-out split.
+        skipped: Number of skipped documents or files, by reason.
         problems: Messages of the first ones that could not be read.
-        weight: The unit's.
+        weight: The unit's weight.
     """
 
     kept: Encoded
@@ -70,12 +70,12 @@ class UnitResult:
 
 
 def work_of(plan: EncodingPlan) -> Callable[[Unit], UnitResult]:
-    """What encodes units by a plan, in this process."""
+    """Return a function that encodes units by a plan."""
     return UnitEncoder(plan).encode
 
 
 class UnitEncoder:
-    """Encodes units with one tokenizer; keeps the words that it has seen."""
+    """Encodes units with one tokenizer, using its cache of words."""
 
     def __init__(self, plan: EncodingPlan) -> None:
         self.plan = plan
@@ -86,7 +86,7 @@ class UnitEncoder:
         """Read and encode all documents of a unit.
 
         Raises:
-            DataError: One of them can't be read, unless the plan skips such.
+            DataError: A document can't be read, and the plan does not skip bad input.
         """
         result = UnitResult(Encoded(), Encoded(), weight=unit.weight)
         pieces: dict[bool, list[bytes]] = {False: [], True: []}

@@ -1,10 +1,10 @@
-"""Find what is to be prepared: files, folders and Hugging Face data sets, in one fixed order.
+"""List the inputs to prepare: files, folders and Hugging Face datasets, in a fixed order.
 
-A folder is read whole, its files by name. `.jsonl` and `.ndjson` files hold a record in each line; `.json`
-files do, too, or are one array of records; in a folder a `.json` file that is neither is text. All of these
-may be compressed (`.gz`, `.zst`). `.parquet` files hold a record in each row; a folder that `datasets` saved
-holds a data set. Every other file is one document, unless its name says that it holds no text. Hidden files
-and `__pycache__` are left out.
+A folder is read recursively, with its files sorted by name. `.jsonl` and `.ndjson` files have one record per
+line. `.json` files have one record per line or are an array of records; in a folder, other `.json` files are
+read as text. All of these may be compressed (`.gz`, `.zst`). `.parquet` files have one record per row. A
+folder saved by `datasets` is a dataset. Any other file is one document, unless its extension shows that it is
+not text. Hidden files and `__pycache__` are skipped.
 """
 
 from __future__ import annotations
@@ -39,16 +39,16 @@ NO_TEXT = re.compile(
 
 @dataclass(frozen=True)
 class Input:
-    """One file or data set.
+    """One file or dataset.
 
     Attributes:
         kind: `text`, `lines`, `parquet`, `dataset` or `mds`.
-        path: The file; for a data set what the user gave.
-        name: The file's name below the folder that was given.
-        size: Bytes on disk; for a data set its size as it tells.
-        changed_ns: When a file last changed, in nanoseconds of the system's clock.
-        dataset: The number of a data set in `Inventory.datasets`.
-        identity: What tells one data set's content from another's.
+        path: The file, or the user's name for a dataset.
+        name: The file's path relative to the input folder.
+        size: Bytes on disk, or the size that a dataset reports.
+        changed_ns: Modification time of a file, in nanoseconds.
+        dataset: Index of a dataset in `Inventory.datasets`.
+        identity: Identifies the content of a dataset.
     """
 
     kind: str
@@ -61,18 +61,18 @@ class Input:
 
     @property
     def is_compressed(self) -> bool:
-        """Whether a file of lines can be read from its start only."""
+        """Whether the file is compressed and so can only be read from the start."""
         return self.path.lower().endswith(COMPRESSED_SUFFIXES)
 
 
 @dataclass
 class Inventory:
-    """Everything that is to be read.
+    """All inputs to read.
 
     Attributes:
-        inputs: In order.
-        datasets: Loaded Hugging Face data sets, to which inputs refer by number.
-        skipped: How many files of a folder are left out, by reason.
+        inputs: The inputs, in order.
+        datasets: Loaded Hugging Face datasets, which inputs refer to by index.
+        skipped: Number of files skipped in folders, by reason.
     """
 
     inputs: list[Input] = field(default_factory=list)
@@ -86,12 +86,12 @@ class Inventory:
 
     @property
     def plain_text(self) -> Counter[str]:
-        """How many files are read as one document each, by the ending of their names."""
+        """Number of files read as one document each, by extension."""
         texts = (PurePosixPath(source.name) for source in self.inputs if source.kind == "text")
         return Counter(name.suffix.lower() for name in texts)
 
     def digest(self, *, with_times: bool = False) -> str:
-        """A sha256 of all names and sizes, and of when files changed if asked."""
+        """Hash all names and sizes, and optionally modification times, with sha256."""
         lines = (
             f"{s.kind}\0{s.name}\0{s.size}\0{s.identity}\0{s.changed_ns if with_times else 0}\n"
             for s in self.inputs
@@ -108,19 +108,19 @@ def find_inputs(
     hf_subset: str | None = None,
     hf_split: str = "train",
 ) -> Inventory:
-    """List what the given words stand for.
+    """Expand the user's inputs into files and datasets.
 
     Args:
-        given: Files, folders, folders saved by `datasets`, or `hf:NAME` for a data set of the hub.
-        text_key: The field of a record that holds its text. None: records may hold anything, and files
-            of plain text are left out.
-        include: Patterns such as `*.py`; of a folder's files only those whose path or name matches.
-        exclude: Patterns of files and folders to leave out.
-        hf_subset: Configuration of a data set of the hub.
-        hf_split: Split of a data set.
+        given: Files, folders, folders saved by `datasets`, or `hf:NAME` for a dataset on the Hub.
+        text_key: The record field with the text. If None, records may have any fields, and plain text files
+            are skipped.
+        include: Patterns such as `*.py`; in folders, only files whose path or name matches are read.
+        exclude: Patterns of files and folders to skip.
+        hf_subset: Configuration of a Hub dataset.
+        hf_split: Split of a dataset.
 
     Raises:
-        DataError: Something is missing or can't be read, or there is nothing to read at all.
+        DataError: An input is missing or can't be read, or there is nothing to read.
     """
     if not given:
         raise DataError("No input is given. Give files, folders, or hf:NAME.")
@@ -175,7 +175,7 @@ def _add_folder(
 
 
 def _walk(folder: Path, exclude: Sequence[str]) -> Iterator[Path]:
-    """The files below a folder in the order of their paths, without hidden and excluded ones."""
+    """Yield the files in a folder recursively, sorted by name, without hidden and excluded ones."""
     try:
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
     except OSError as error:
@@ -197,8 +197,10 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
 
 
 def _kind_of(path: Path, is_lines: Callable[[], bool]) -> str | None:
-    """What a file holds, by its name; `is_lines` decides about `.json`. None for files without text,
-    `compressed` for those of which only the inside could be text."""
+    """Return a file's kind by its name; `is_lines` decides for `.json`.
+
+    Returns None for files that are not text, and `compressed` for compressed files that can't be read.
+    """
     name = path.name.lower()
     for suffix in COMPRESSED_SUFFIXES:
         if name.endswith(suffix):
@@ -213,7 +215,7 @@ def _kind_of(path: Path, is_lines: Callable[[], bool]) -> str | None:
 
 @contextmanager
 def open_decompressed(path: str | Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
-    """Open a file by the ending of its name: its content, and the file on disk below it."""
+    """Open a file and decompress it by its extension; yields the content and the raw file."""
     name = str(path).lower()
     with Path(path).open("rb") as raw:
         if name.endswith(".gz"):
@@ -229,7 +231,7 @@ def open_decompressed(path: str | Path) -> Iterator[tuple[IO[bytes], IO[bytes]]]
 
 
 def is_array(path: Path) -> bool:
-    """Whether a `.json` file, perhaps compressed, is one array, such as of records."""
+    """Whether a `.json` file, which may be compressed, is an array."""
     name = path.name.lower()
     if not name.endswith((".json", *(f".json{suffix}" for suffix in COMPRESSED_SUFFIXES))):
         return False
@@ -237,11 +239,11 @@ def is_array(path: Path) -> bool:
         with open_decompressed(path) as (file, _):
             return file.read(256).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
     except (OSError, EOFError, ValueError):
-        return False  # whoever reads it says that it is damaged
+        return False  # the reader reports the damage
 
 
 def _holds_records(path: Path, text_key: str | None) -> bool:
-    """Whether a `.json` file of a folder is an array of records, or has one in its first line."""
+    """Whether a `.json` file in a folder is an array of records, or has a record on its first line."""
     if is_array(path):
         return text_key is None or _array_holds_records(path, text_key)
     with path.open("rb") as file:
@@ -254,7 +256,7 @@ def _holds_records(path: Path, text_key: str | None) -> bool:
 
 
 def _array_holds_records(path: Path, text_key: str) -> bool:
-    """Whether the first entry of an array is a record with a text; so it is with an empty array's."""
+    """Whether the first entry of an array is a record with text. True for an empty array."""
     with path.open("rb") as file:
         head = file.read(PEEK_BYTES).decode("utf-8-sig", "replace").lstrip()[1:].lstrip()
     if head.startswith("]"):
@@ -262,7 +264,7 @@ def _array_holds_records(path: Path, text_key: str) -> bool:
     try:
         try:
             first, _ = json.JSONDecoder().raw_decode(head)
-        except ValueError:  # an entry that is longer than what was read
+        except ValueError:  # the first entry is longer than what was read
             first = json.loads(path.read_bytes())[0]
     except (ValueError, RecursionError):
         return False
@@ -315,14 +317,14 @@ def _add_dataset(
 
 
 def load_from_hub(name_at_revision: str, /, **options: Any) -> Any:
-    """A data set of the Hugging Face hub, none of whose code is run.
+    """Load a dataset from the Hugging Face Hub without running its code.
 
     Args:
         name_at_revision: `NAME`, or `NAME@REVISION` with a branch, tag or commit.
         options: Arguments of `datasets.load_dataset`.
 
     Raises:
-        DataError: It would be read by unpickling.
+        DataError: Loading the dataset would unpickle it.
     """
     import datasets
 
@@ -335,7 +337,7 @@ def load_from_hub(name_at_revision: str, /, **options: Any) -> Any:
 
 
 def add_dataset(inventory: Inventory, word: str, name: str, dataset: Any) -> None:
-    """Add a loaded data set that the user calls `word`, unless it is empty."""
+    """Add a loaded dataset, which the user named `word`, unless it is empty."""
     if not len(dataset):
         return
     size = int(dataset.data.nbytes)

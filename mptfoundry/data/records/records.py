@@ -1,9 +1,9 @@
-"""Find the documents in what a user gives, cut the work into units, and read a unit's documents.
+"""Split inputs into units of work, and read the documents of a unit.
 
-Inputs are files, folders and data sets. A *document* is a text file, a line of a JSONL file, or a row of a
-Parquet file or Hugging Face data set. A *part* is a stretch of one input; a *unit* is a few parts, about two
-megabytes of text, that one process reads at a time. Inputs, parts and units come in one fixed order: as
-given, the files of a folder by name.
+Inputs are files and datasets. A *document* is a text file, a line of a JSONL file, or a row of a Parquet file
+or Hugging Face dataset. A *part* is a section of one input. A *unit* is a few parts, about two megabytes of
+text, that one process reads at a time. The order is fixed: inputs in the user's order, files of a folder by
+name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mptfoundry.data.records.inputs import Input, is_array, open_decompressed
 from mptfoundry.data.shards.index import read_index, read_samples
 from mptfoundry.errors import DataError
 
-# Where a tokenizer cuts whatever surrounds it: `data.prepare.encode.SAFE_CUT` in UTF-8 bytes.
+# A tokenizer always splits here: `data.prepare.encode.SAFE_CUT` in UTF-8 bytes.
 _SAFE_CUT = re.compile(rb"\n(?=[A-Za-z])")
 UNIT_BYTES = 1 << 21
 UNIT_ROWS = 1000
@@ -37,20 +37,20 @@ _SHORT.maxstring = _SHORT.maxother = 60
 
 
 class BadInput(DataError):
-    """Something in an input is not text or not a record, or can't be read."""
+    """Part of an input is not text or not a record, or can't be read."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of one input.
+    """A section of one input.
 
     Attributes:
-        kind: `text`, `lines`, `line_bytes`, `parquet`, `dataset` or `mds`; or `bad`, what can't be cut into
-            parts.
-        source: The file, or the number of the data set in the list of them; for `bad` what is wrong.
+        kind: `text`, `lines`, `line_bytes`, `parquet`, `dataset` or `mds`; or `bad` if the input can't be
+            split into parts.
+        source: The file, or the index of the dataset in the list of datasets; for `bad`, what is wrong.
         start: First byte, line, row group or row.
-        stop: One past the last; for `text` and `lines` what begins before it belongs to the part.
-        payload: The lines themselves, for `line_bytes` (a compressed file can't be read from its middle).
+        stop: One past the last. For `text` and `lines`, anything that starts before it is in the part.
+        payload: For `line_bytes`, the lines (a compressed file can't be read from the middle).
     """
 
     kind: str
@@ -62,7 +62,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Unit:
-    """What one process reads at a time; `weight` is its share of the inputs' sizes, for progress."""
+    """The parts that one process reads at a time; `weight` is their size in bytes, for progress."""
 
     parts: tuple[Part, ...]
     weight: int
@@ -70,14 +70,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Document:
-    """A document, or a stretch of one that is too long to be read at once.
+    """A document, or a section of one that is too long to read at once.
 
     Attributes:
-        text: Its text.
-        size: Its length in UTF-8, in bytes.
-        identity: The document's text in UTF-8 or the beginning of it: the same for all stretches.
-        is_start: Whether the document begins here.
-        is_end: Whether it ends here.
+        text: The text.
+        size: Bytes of the text in UTF-8.
+        identity: The start of the document's text in UTF-8; the same for all its sections.
+        is_start: Whether the document starts here.
+        is_end: Whether the document ends here.
     """
 
     text: str
@@ -88,7 +88,7 @@ class Document:
 
 
 class Row(NamedTuple):
-    """A record's values, and how to say where it stands, which may cost something."""
+    """A record's values, and a function that returns its location, which may be slow."""
 
     values: Any
     where: Callable[[], str]
@@ -96,19 +96,19 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Skipped:
-    """Something that is left out: why, and where."""
+    """A skipped input, with the reason and location."""
 
     reason: str
     where: str
 
 
 def plan_units(inputs: Sequence[Input], datasets: Sequence[Any], cut_texts: bool) -> Iterator[Unit]:
-    """Cut the inputs into units, always in the same way.
+    """Split the inputs into units deterministically.
 
     Args:
-        inputs: What is read, in order.
-        datasets: The Hugging Face data sets that inputs of that kind refer to.
-        cut_texts: Whether a long text file may be cut (`TextEncoder.can_cut`).
+        inputs: The inputs, in order.
+        datasets: The Hugging Face datasets that inputs refer to.
+        cut_texts: Whether a long text file may be split (`TextEncoder.can_cut`).
     """
     parts: list[Part] = []
     weight = 0
@@ -124,12 +124,12 @@ def plan_units(inputs: Sequence[Input], datasets: Sequence[Any], cut_texts: bool
 
 
 def read_part(part: Part, text_key: str, datasets: Sequence[Any]) -> Iterator[Document | Skipped | BadInput]:
-    """Read the documents of a part; what can't be read comes as a BadInput in its place.
+    """Read the documents of a part; yields a BadInput in place of anything it can't read.
 
     Args:
-        part: What to read.
-        text_key: The field that holds a record's text.
-        datasets: The data sets that parts of that kind refer to.
+        part: The part to read.
+        text_key: The record field with the text.
+        datasets: The datasets that parts refer to.
     """
     if part.kind != "text":
         for row in read_rows(part, datasets, text_key):
@@ -142,12 +142,12 @@ def read_part(part: Part, text_key: str, datasets: Sequence[Any]) -> Iterator[Do
 
 
 def read_rows(part: Part, datasets: Sequence[Any], column: str | None = None) -> Iterator[Row | BadInput]:
-    """Read the records of a part, as they are; what can't be read comes as a BadInput in its place.
+    """Read the records of a part unchanged; yields a BadInput in place of anything it can't read.
 
     Args:
-        part: What to read; no `text`.
-        datasets: The data sets that parts of that kind refer to.
-        column: All that is read, where there are columns. Default: everything.
+        part: The part to read, of any kind but `text`.
+        datasets: The datasets that parts refer to.
+        column: The only column to read, if the part has columns. By default all are read.
     """
     try:
         if part.kind == "bad":
@@ -167,7 +167,7 @@ def _unreadable(part: Part, error: OSError) -> BadInput:
 
 
 def _plan_source(source: Input, datasets: Sequence[Any], cut_texts: bool) -> Iterator[tuple[Part, int]]:
-    """The parts of an input; where it can't be cut further, the last one says so when it is read."""
+    """Yield the parts of an input. If splitting fails, the last part reports the error when it is read."""
     try:
         yield from _plan_parts(source, datasets, cut_texts)
     except BadInput as error:
@@ -198,7 +198,7 @@ def _plan_parts(source: Input, datasets: Sequence[Any], cut_texts: bool) -> Iter
 
 
 def _plan_array(source: Input) -> Iterator[tuple[Part, int]]:
-    """One JSON array of records, entry by entry: their numbers stand for lines' numbers."""
+    """Split a JSON array of records, using entry numbers as line numbers."""
     try:
         with open_decompressed(source.path) as (file, _):
             entries = json.loads(file.read())
@@ -212,7 +212,7 @@ def _plan_array(source: Input) -> Iterator[tuple[Part, int]]:
 
 
 def _plan_compressed_lines(source: Input) -> Iterator[tuple[Part, int]]:
-    """Decompress here, since such a file is read from its start only, and hand on whole lines."""
+    """Decompress here, since the file can only be read from the start, and yield whole lines."""
     with open_decompressed(source.path) as (file, raw):
         first_line, weighed = 0, 0
         beginning: list[bytes] = []
@@ -272,7 +272,7 @@ def _read_text(part: Part) -> Iterator[Document | Skipped | BadInput]:
 
 
 def _next_cut(file: IO[bytes], position: int, size: int) -> int:
-    """The first safe cut at or after a position; both ends of the text are safe as well."""
+    """Find the first safe cut at or after a position. The ends of the text are always safe."""
     if position <= 0 or position >= size:
         return max(0, min(position, size))
     at = position - 1
@@ -315,7 +315,7 @@ def _line_of(source: str | int, line_number: Callable[[], int]) -> str:
 
 
 def _numbered_lines(part: Part) -> Iterator[tuple[bytes, Callable[[], int]]]:
-    """Lines, and how to find out their numbers, counted from 1, which costs reading what lies before them."""
+    """Yield lines, each with a function that returns its number from 1 and may read all text before it."""
     if part.kind == "line_bytes":
         for number, line in enumerate(io.BytesIO(part.payload), part.start + 1):
             yield line, partial(int, number)
@@ -340,7 +340,7 @@ def _read_table(part: Part, datasets: Sequence[Any], column: str | None) -> Iter
     if part.kind == "dataset":
         dataset = datasets[int(part.source)]
         dataset = dataset if column is None else dataset.select_columns([column])
-        # As they are stored: `datasets` would open what a cell of an image or a sound names, a URL, too.
+        # Read raw cells: `datasets` would open the file or URL that an image or audio cell names.
         rows = dataset.with_format("arrow")[part.start : part.stop].to_pylist()
         for row, values in enumerate(rows, part.start):
             yield Row(values, partial("row {} of the data set".format, row))
@@ -395,7 +395,7 @@ def _document(record: Any, where: Callable[[], str], text_key: str, part: Part) 
 
 
 def _how_to_take_out(record: Mapping[str, Any], text_key: str, part: Part) -> str | None:
-    """Advice for `{"data": [...]}`: the command that writes the records below a field one in each line."""
+    """Advice for `{"data": [...]}`: a command that writes the records in a field one per line."""
     for key, value in record.items():
         is_records = isinstance(value, list) and value and isinstance(value[0], dict) and text_key in value[0]
         if is_records and part.kind == "lines" and key.isidentifier():
@@ -411,7 +411,7 @@ def _how_to_take_out(record: Mapping[str, Any], text_key: str, part: Part) -> st
 
 
 def json_type(value: Any) -> str:
-    """What JSON calls the type of a value."""
+    """Return the JSON name of a value's type."""
     names = {
         type(None): "null",
         bool: "boolean",
@@ -424,38 +424,38 @@ def json_type(value: Any) -> str:
 
 
 def a_type(value: Any) -> str:
-    """The type of a value, for a sentence: `a number`."""
+    """Return the type of a value with its article: `a number`."""
     name = json_type(value)
     return name if name == "null" else a_word(name)
 
 
 def a_word(name: str) -> str:
-    """A word with its article."""
+    """Put an article before a word."""
     return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
 
 
 def counted(number: int, noun: str) -> str:
-    """How many there are, in words: `1 record`, `1,200 records`."""
+    """Format a count with its noun: `1 record`, `1,200 records`."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def names_of(record: Mapping[str, Any]) -> str:
-    """The names of a record's fields that are not null, for an error: the first ones of them."""
+    """List the first few fields of a record that are not null, for an error."""
     names = sorted(shown(str(name))[1:-1] for name, value in record.items() if value is not None)
     more = ", ..." * (len(names) > MOST_FIELDS_NAMED)
     return (", ".join(names[:MOST_FIELDS_NAMED]) or "none") + more
 
 
 def shown(value: Any) -> str:
-    """A value of a record for an error: short, and on one line."""
+    """Format a record's value for an error, on one short line."""
     return _SHORT.repr(value)
 
 
 def text_of(value: Any) -> str:
-    """A record's text, which may be stored as bytes of UTF-8.
+    """Return a record's text, which may be stored as UTF-8 bytes.
 
     Raises:
-        ValueError: Why it is not one, as the end of a sentence about it.
+        ValueError: The value is not text. The message is a predicate that follows the field's name.
     """
     if isinstance(value, (bytes, bytearray)):
         if 0 in value:

@@ -1,8 +1,8 @@
-"""Find records: files, folders and data sets, by the keys that a config has for them.
+"""Find the records that a config names: files, folders and datasets.
 
-`hf_name` is a file or folder of JSONL, Parquet or MDS shards, a folder that `datasets` saved, a data set of
-the hub, or, as llm-foundry's files have it, `json` or `parquet` with `hf_kwargs.data_files` or `data_dir`;
-`local` is the same without the hub; `remote` is a URL of MDS shards.
+`hf_name` is a file or folder of JSONL, Parquet or MDS shards, a folder saved by `datasets`, or a dataset on
+the Hub. As in llm-foundry, it can also be `json` or `parquet` with `hf_kwargs.data_files` or `data_dir`.
+`local` is the same without the Hub; `remote` is a URL of MDS shards.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from mptfoundry.stores import FOR_DATA, patiently, reason_of, size_of
 
 BUILDERS = ("json", "parquet")
 MANY_SHARDS = 8
-# Longer than a tick of any file system's clock.
+# Longer than the timestamp resolution of any file system.
 SETTLED_SECONDS = 2.0
 SPLIT_NAMES = ("train", "val", "valid", "validation", "test", "eval", "dev")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 def find_records(config: RecordsConfig, where: str, cache: Path) -> Inventory:
-    """All that is to be read of a source.
+    """List everything to read from a source.
 
     Args:
-        config: Its section of the config.
+        config: The source's section of the config.
         where: The section's key, for errors.
-        cache: Folder for what is downloaded.
+        cache: Folder for downloads.
 
     Raises:
-        DataError: It is missing, can't be read or fetched, or holds no records.
+        DataError: The source is missing, can't be read or fetched, or has no records.
     """
     if config.remote and is_url(config.remote):
         refuse_slice(config.split, f"{where}.split")
@@ -52,11 +52,11 @@ def find_records(config: RecordsConfig, where: str, cache: Path) -> Inventory:
 
 
 def look_at_records(config: RecordsConfig, where: str) -> tuple[list[str], int | None] | None:
-    """The files of a source and, for shards, their samples, without reading a record; None: not here.
+    """List a source's files and, for shards, count samples, without reading records; None if it is remote.
 
     Raises:
-        MissingError: It should lie on this machine and does not.
-        DataError: What lies here can't be what is read.
+        MissingError: The source should be on this machine but is not.
+        DataError: The local files can't be this source.
     """
     if config.remote and is_url(config.remote):
         return None
@@ -73,7 +73,7 @@ def look_at_records(config: RecordsConfig, where: str) -> tuple[list[str], int |
 
 
 def _local_folder(config: RecordsConfig, where: str) -> Path | None:
-    """The file or folder of a source that lies on this machine; None for a data set of the hub."""
+    """Return the file or folder of a local source; None for a Hub dataset."""
     key = next(key for key in ("hf_name", "remote", "local") if getattr(config, key))
     place = getattr(config, key)
     data_files, data_dir = config.hf_kwargs.get("data_files"), config.hf_kwargs.get("data_dir", "")
@@ -92,10 +92,10 @@ def _local_folder(config: RecordsConfig, where: str) -> Path | None:
 
 
 def content_digest(inventory: Inventory, cache: Path) -> str:
-    """A sha256 of the content of all inputs, whatever they are called and wherever they are.
+    """Hash the content of all inputs with sha256, independent of their names and locations.
 
-    The cache keeps it under the paths, sizes and times of change of the files: they are read again only when
-    one of these differs.
+    The digest is cached by the paths, sizes and modification times of the files. They are only read again if
+    one of these changes.
     """
     note = _note_of(inventory.inputs, cache)
     with contextlib.suppress(OSError, ValueError):
@@ -108,7 +108,7 @@ def content_digest(inventory: Inventory, cache: Path) -> str:
             with path.open("rb") as file:
                 while block := file.read(1 << 22):
                     whole.update(block)
-    # A file that is changed twice within a tick of the file system's clock has the same time of change.
+    # Two changes within the file system's timestamp resolution have the same modification time.
     times = [path.stat().st_mtime for source in inventory.inputs for path in _files_of(source)]
     if time.time() - max(times, default=0) > SETTLED_SECONDS:
         with whole_or_absent(note, overwrite=True) as part:
@@ -117,13 +117,13 @@ def content_digest(inventory: Inventory, cache: Path) -> str:
 
 
 def _note_of(inputs: Sequence[Input], cache: Path) -> Path:
-    """Where the cache keeps the digest of these inputs' content."""
+    """Return the cache file with the content digest of these inputs."""
     lines = []
     for source in inputs:
         lines.append(f"{source.kind} {source.identity}")
         for path in _files_of(source):
             status = path.stat()
-            # An index is fetched again at each start, and small.
+            # An index is small and fetched at every start, so hash it instead of using its time.
             is_index = source.kind == "mds" and path.name == INDEX
             mark = hashlib.sha256(path.read_bytes()).hexdigest() if is_index else status.st_mtime_ns
             lines.append(f"{path.absolute()}\0{status.st_size}\0{mark}")
@@ -132,7 +132,7 @@ def _note_of(inputs: Sequence[Input], cache: Path) -> Path:
 
 
 def _files_of(source: Input) -> list[Path]:
-    """The files of an input; a data set of the hub has none, since `datasets` knows its content."""
+    """List the files of an input. A Hub dataset has none, since `datasets` fingerprints its content."""
     folder = Path(source.path)
     if source.kind == "mds":
         names = [shard["raw_data"]["basename"] for shard in read_index(folder, source.path).shards]
@@ -166,7 +166,7 @@ def _local(folder: Path, config: RecordsConfig, where: str, cache: Path | None) 
 
 
 def _words(name: str) -> list[str]:
-    """The words of a file's path, as in `data/train-00000-of-00002.parquet`."""
+    """Split a file's path into words, as in `data/train-00000-of-00002.parquet`."""
     return re.split(r"[^a-z0-9]+", name.lower())
 
 
@@ -190,7 +190,7 @@ def _data_files(folder: Path, given: Any, config: RecordsConfig, where: str) -> 
 
 
 def _shards(folder: Path, where: str, cache: Path | None) -> Inventory:
-    """A folder of shards. Their hashes are compared unless the cache knows these very files."""
+    """List a folder of shards. Their hashes are checked unless these exact files are in the cache."""
     index = read_index(folder, where)
     size = sum(int(shard["raw_data"]["bytes"]) for shard in index.shards)
     inventory = Inventory([Input("mds", str(folder), folder.name, size)])
@@ -201,7 +201,7 @@ def _shards(folder: Path, where: str, cache: Path | None) -> Inventory:
 
 
 def _fetch_shards(config: RecordsConfig, where: str, cache: Path) -> Path:
-    """Copy a remote data set's shards here, where they are not."""
+    """Fetch the shards of a remote dataset that are missing or bad here."""
     from streaming.base.storage.download import CloudDownloader
     from tqdm import tqdm
 
@@ -216,7 +216,7 @@ def _fetch_shards(config: RecordsConfig, where: str, cache: Path) -> Path:
         loader = CloudDownloader.get(remote)
 
         def fetch(basename: str) -> None:
-            # None is seen half under its own name.
+            # Fetch under a temporary name, so nobody reads an incomplete file.
             part = folder / f"{basename}.part"
             part.unlink(missing_ok=True)
             patiently(

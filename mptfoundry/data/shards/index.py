@@ -1,7 +1,7 @@
-"""MDS shards on disk: their index, what `prepare` writes into it, and the checks before a run reads them.
+"""The index of MDS shards: the metadata that `prepare` adds, and the checks before a run reads shards.
 
-An MDS folder holds `index.json` and shards. `prepare` adds one key, `mptfoundry`, to the index, which other
-readers ignore; it says with which tokenizer and sequence length the shards were made.
+An MDS folder has `index.json` and shards. `prepare` adds a key `mptfoundry` to the index with the tokenizer
+and sequence length of the shards. Other readers ignore it.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from mptfoundry.errors import DataError, MissingError, first_line
 INDEX = "index.json"
 PREPARING = ".preparing"
 META_KEY = "mptfoundry"
-# Places in a shard are numbers of 32 bits.
+# Offsets in a shard are 32-bit integers.
 LARGEST_SHARD = 2**32 - 1
-# Bytes, on every file system that is in use.
+# Maximum bytes in a file name on common file systems.
 LONGEST_NAME = 255
 INTEGER_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 
 
 @dataclass(frozen=True)
 class ShardMeta:
-    """What `prepare` knows of a finished folder.
+    """The metadata that `prepare` writes for a finished folder.
 
     Attributes:
-        tokenizer: Name or folder, as it was given.
-        fingerprint: Of that tokenizer (`mptfoundry.tokenizer.fingerprint`).
-        vocab_size: Number of ids of that tokenizer.
+        tokenizer: Name or folder of the tokenizer, as the user gave it.
+        fingerprint: Fingerprint of the tokenizer (`mptfoundry.tokenizer.fingerprint`).
+        vocab_size: Number of ids of the tokenizer.
         max_seq_len: Tokens in each sample.
         eos_token_id: The id after each document, if one was added.
-        documents: Documents joined into the samples.
-        samples: Samples of `max_seq_len` tokens.
-        tokens: Tokens in the samples, EOS and BOS included.
+        documents: Number of documents in the samples.
+        samples: Number of samples of `max_seq_len` tokens.
+        tokens: Tokens in the samples, including EOS and BOS.
         bytes: UTF-8 bytes of the documents.
-        dropped_tokens: Tokens after the last whole sample.
-        options: Arguments of `prepare` that decide about the bytes.
-        inputs: What was read: number of files or rows, bytes, and a digest of names and sizes.
+        dropped_tokens: Tokens after the last full sample.
+        options: Options of `prepare` that affect the bytes of the shards.
+        inputs: Number of files or datasets, bytes, and a digest of names and sizes.
     """
 
     tokenizer: str
@@ -62,18 +62,18 @@ class ShardMeta:
     inputs: Mapping[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values, for `index.json`."""
+        """Convert to plain values for `index.json`."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """One folder's `index.json`, checked.
+    """A folder's `index.json`, checked.
 
     Attributes:
-        folder: The folder that holds it.
-        shards: Its entries for the shards, as streaming writes them.
-        meta: What `prepare` wrote, or None for shards of another maker.
+        folder: The folder of the index.
+        shards: The index entries of the shards, as streaming writes them.
+        meta: The metadata from `prepare`, or None if another tool wrote the shards.
     """
 
     folder: Path
@@ -87,9 +87,9 @@ class ShardIndex:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal samples in equal shards, whatever the files are called and compressed with.
+        """Hash of the shards' content, independent of file names and compression.
 
-        Files without hashes in the index are distinguished by their sizes alone.
+        Files without hashes in the index contribute only their size.
         """
         shards = []
         for shard in self.shards:
@@ -100,7 +100,7 @@ class ShardIndex:
 
 
 def narrowest_dtype(vocab_size: int) -> str:
-    """The smallest unsigned integer type that holds the ids 0 to `vocab_size` - 1."""
+    """Return the smallest unsigned integer type for the ids 0 to `vocab_size` - 1."""
     return next(f"uint{bits}" for bits in (8, 16, 32) if vocab_size <= 2**bits)
 
 
@@ -109,11 +109,11 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
 
     Args:
         folder: The folder of one split.
-        where: What the user calls it, for errors: `train_loader.dataset.streams.code`.
+        where: The stream's key in the config, for errors: `train_loader.dataset.streams.code`.
 
     Raises:
-        DataError: It is missing, half prepared, damaged, empty, names files outside its folder, or counts
-            more samples than can be in its files.
+        DataError: The index is missing, half prepared, damaged or empty, names files outside its folder, or
+            has more samples than fit in its files.
     """
     folder = Path(folder)
     path = folder / INDEX
@@ -143,10 +143,10 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
 
 
 def find_split(folder: str | Path, split: str | None, where: str) -> Path:
-    """The folder of one split of a local data set.
+    """Return the folder of one split of a local dataset.
 
     Raises:
-        DataError: The folder or the split in it is missing; the splits that exist are named.
+        DataError: The folder or the split is missing; the error lists the existing splits.
     """
     folder = Path(folder).expanduser()
     if not folder.is_dir():
@@ -161,7 +161,7 @@ def find_split(folder: str | Path, split: str | None, where: str) -> Path:
 
 
 def refuse_slice(split: str | None, where: str) -> None:
-    """Raises DataError where a split of files here is a slice, such as `train[:50%]`."""
+    """Raise DataError if the split of a local dataset is a slice, such as `train[:50%]`."""
     if split and "[" in split:
         raise DataError(
             f"{where}: {split}: slices are read from data sets of the hub alone. "
@@ -170,16 +170,16 @@ def refuse_slice(split: str | None, where: str) -> None:
 
 
 def check_shard_files(index: ShardIndex, where: str, *, by_hash: bool = True, title: str = "") -> None:
-    """Compare all files of a folder with its index, by hash where it has some, else by size.
+    """Check all files of a folder against its index, by size and, if available, by hash.
 
     Args:
-        index: Of a folder on this machine.
-        where: What the user calls it, for errors.
-        by_hash: Compare hashes; otherwise sizes only.
-        title: Before a progress bar; empty for none.
+        index: The index of a local folder.
+        where: The stream's key in the config, for errors.
+        by_hash: Whether to check hashes. If False, only sizes are checked.
+        title: Title of a progress bar; empty for no bar.
 
     Raises:
-        DataError: Files are missing or damaged; the first of them are named.
+        DataError: Files are missing or damaged; the error lists the first ones.
     """
     folder = index.folder
 
@@ -196,7 +196,7 @@ def check_shard_files(index: ShardIndex, where: str, *, by_hash: bool = True, ti
 
 
 def _check_entry(shard: Mapping[str, Any], path: Path, where: str) -> None:
-    """Raises DataError unless what an index says of a shard is confined to its folder, and can be."""
+    """Raise DataError if an index entry is outside its folder or impossible."""
     samples, raw, packed = shard["samples"], shard["raw_data"], shard["zip_data"]
     if shard["format"] != "mds":
         raise DataError(
@@ -220,7 +220,7 @@ def _check_entry(shard: Mapping[str, Any], path: Path, where: str) -> None:
             f"{where}: {path} names the compression {shortened(shard['compression'])}. Known are "
             f"{', '.join(CODECS)}."
         )
-    # A shard begins with their number and the place of each sample, and of the end.
+    # A shard starts with the number of samples, the offset of each sample, and the offset of the end.
     if not 4 * samples + 8 <= raw["bytes"] <= LARGEST_SHARD:
         raise DataError(
             f"{where}: {path} says that {raw['basename']} holds {samples} samples in {raw['bytes']} bytes, "
@@ -241,7 +241,7 @@ def _read_meta(content: Any, path: Path, where: str) -> ShardMeta | None:
 
 
 def _refuse_pickles(shards: Sequence[Mapping[str, Any]], path: Path, where: str) -> None:
-    """Raises DataError where reading a sample would unpickle something, which can run code."""
+    """Raise DataError if reading a sample would unpickle data, which can run code."""
     for shard in shards:
         for name, encoding in zip(shard["column_names"], shard["column_encodings"], strict=True):
             if encoding.partition(":")[0] == "pkl":
@@ -263,11 +263,11 @@ def _why_no_index(folder: Path) -> str:
 
 
 def read_samples(index: ShardIndex, numbers: Iterable[int]) -> Iterator[dict[str, Any]]:
-    """Read samples straight from the files, one by one, for a look at the data; training streams them.
+    """Read samples directly from the files, for previews and records; training streams them instead.
 
     Args:
-        index: Of a folder on this machine.
-        numbers: Which samples, ascending.
+        index: The index of a local folder.
+        numbers: Sample numbers, ascending.
 
     Raises:
         DataError: A shard is missing or damaged.
@@ -294,7 +294,7 @@ def read_samples(index: ShardIndex, numbers: Iterable[int]) -> Iterator[dict[str
                         (folder / name).write_bytes(raw)
                     opened, reader = position, reader_from_json(str(folder), "", entry)
                 yield reader[number - int(starts[position])]
-            except Exception as error:  # a damaged sample fails in any way
+            except Exception as error:  # a damaged sample can raise anything
                 raise DataError(
                     f"{index.folder / name}: the shard can't be read ({first_line(error)}). Prepare or fetch "
                     "the folder again."

@@ -1,4 +1,4 @@
-"""The keys of an MDS folder's `index.json` and what each holds, checked before anything is read."""
+"""Check the keys of an MDS folder's `index.json` and their types before anything else is read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 Kind = Callable[[Any], bool]
-# What a value has to be, in words and as a test.
+# The allowed type of each key, in words and as a test.
 Kinds = Mapping[str, tuple[str, Kind]]
 
 
@@ -56,7 +56,7 @@ _FILE: Kinds = {
     "bytes": ("a count", _is_count),
     "hashes": ("digests by algorithm", _is_hashes),
 }
-# Of what `prepare` adds to an index.
+# The metadata that `prepare` adds to an index.
 META_KINDS: Kinds = {
     **dict.fromkeys(("tokenizer", "fingerprint"), ("text", _is_text)),
     **dict.fromkeys(
@@ -69,7 +69,7 @@ META_KINDS: Kinds = {
 
 
 def check_index_keys(content: Any) -> None:
-    """Raise ValueError, with what is wrong in words, unless an index has the keys that streaming reads."""
+    """Raise ValueError unless an index has the keys that streaming reads, with values of the right type."""
     check_keys(content, _INDEX, "it", others="kept")
     for number, shard in enumerate(content["shards"]):
         place = f"shards[{number}]"
@@ -84,7 +84,7 @@ def check_index_keys(content: Any) -> None:
 def check_keys(
     value: Any, kinds: Kinds, place: str, *, others: Literal["kept", "refused"] = "refused"
 ) -> None:
-    """Raise ValueError unless a value is an object with these keys; streaming refuses a shard with others."""
+    """Raise ValueError unless a value is an object with these keys. Streaming refuses others in a shard."""
     if not isinstance(value, dict):
         raise ValueError(f"{place} is {shortened(value)}, and has to be an object")
     for key, (words, is_kind) in kinds.items():
@@ -98,6 +98,6 @@ def check_keys(
 
 
 def shortened(value: Any) -> str:
-    """A value as an error shows it."""
+    """Format a value for an error."""
     text = "null" if value is None else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

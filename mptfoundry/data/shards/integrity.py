@@ -1,7 +1,7 @@
-"""Whether the files of shards are what their index says: their sizes always, their hashes where it has some.
+"""Check shard files against their index: always by size, and by hash if the index has hashes.
 
-An *entry* is what `index.json` says of one file: `basename`, `bytes` and `hashes` (algorithm -> hex digest).
-A *problem* is what is wrong with a file, in words that follow its name.
+An *entry* describes one file in `index.json`: `basename`, `bytes` and `hashes` (algorithm -> hex digest).
+A *problem* says what is wrong with a file, as a predicate that follows the file's name.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ import xxhash
 from mptfoundry.errors import DataError
 
 MISSING = "is missing"
-# By speed. Against what happens to files by accident all serve.
+# Fastest first. All of them detect accidental damage.
 FASTEST_HASHES = ("xxh3_64", "xxh3_128", "xxh128", "xxh64", "xxh32", "sha1", "blake2b", "md5", "sha256")
 READ_BYTES = 1 << 22
 MOST_PROBLEMS_NAMED = 5
 STILL_WRITTEN_SECONDS = 3.0
 SECONDS_BETWEEN_LOOKS = 0.1
-# pyarrow's names of streaming's algorithms.
+# Streaming's compression names -> pyarrow's.
 CODECS = {"br": "brotli", "bz2": "bz2", "gz": "gzip", "snappy": "snappy", "zstd": "zstd"}
 
 Item = TypeVar("Item")
 
 
 def fastest_hash(hashes: Mapping[str, str]) -> str | None:
-    """The fastest of the algorithms that an entry has digests by; None if it has none that is known."""
+    """Return the fastest known algorithm among an entry's hashes; None if there is none."""
     known = [name for name in FASTEST_HASHES if name in hashes]
     others = [name for name in sorted(hashes) if name in hashlib.algorithms_available]
     return next(iter(known + others), None)
 
 
 def problem_of(path: Path, entry: Mapping[str, Any], algorithm: str | None) -> str | None:
-    """What is wrong with a file; None if it is what its entry says.
+    """Describe what is wrong with a file; None if it matches its entry.
 
     Args:
         path: The file.
-        entry: What the index says of it.
-        algorithm: The hash that is looked at; None: the size alone.
+        entry: The file's index entry.
+        algorithm: The hash to check; None checks only the size.
     """
     try:
         size = path.stat().st_size
@@ -64,7 +64,7 @@ def problem_of(path: Path, entry: Mapping[str, Any], algorithm: str | None) -> s
 
 
 def digest_of(path: Path, algorithm: str) -> str:
-    """The hash of a file's content, in hexadecimal digits."""
+    """Hash a file's content, as hex digits."""
     is_xxhash = algorithm in xxhash.algorithms_available
     digest: Any = getattr(xxhash, algorithm)() if is_xxhash else hashlib.new(algorithm)
     with path.open("rb", buffering=0) as file:
@@ -74,14 +74,14 @@ def digest_of(path: Path, algorithm: str) -> str:
 
 
 def entry_of(path: Path) -> dict[str, Any]:
-    """The entry of a file by the fastest hash, for an index."""
+    """Create the index entry of a file, with the fastest hash."""
     algorithm = FASTEST_HASHES[0]
     hashes = {algorithm: digest_of(path, algorithm)}
     return {"basename": path.name, "bytes": path.stat().st_size, "hashes": hashes}
 
 
 def wait_for_writer(path: Path, size: int) -> None:
-    """Let a process that is writing a file bring it to `size`; one that has not grown lately has none."""
+    """Wait while another process writes a file, until it has `size` bytes or stops growing."""
     try:
         while (now := path.stat()).st_size < size and abs(time.time() - now.st_mtime) < STILL_WRITTEN_SECONDS:
             time.sleep(SECONDS_BETWEEN_LOOKS)
@@ -90,10 +90,10 @@ def wait_for_writer(path: Path, size: int) -> None:
 
 
 def unpack(compression: str, data: bytes, size: int) -> bytes:
-    """Decompress what has to become `size` bytes, and hold no more than that in memory.
+    """Decompress data to exactly `size` bytes, without using more memory than that.
 
     Raises:
-        ValueError: It unpacks to another size, or is not compressed data of this kind.
+        ValueError: The data has another size, or is not in this format.
     """
     import pyarrow
 
@@ -114,7 +114,7 @@ def unpack(compression: str, data: bytes, size: int) -> bytes:
 
 
 def _snappy_length(data: bytes) -> int:
-    """What stands before the data: a number in groups of seven bits, the lowest first."""
+    """Read the uncompressed length before the data: a little-endian varint."""
     length = 0
     for place, byte in enumerate(data[:5]):
         length |= (byte & 0x7F) << (7 * place)
@@ -126,15 +126,15 @@ def _snappy_length(data: bytes) -> int:
 def problems_of(
     items: Iterable[Item], look: Callable[[Item], str | None], size_of: Callable[[Item], int], *, title: str
 ) -> list[tuple[Item, str]]:
-    """Look at many files at once, with progress; the items that have a problem, and which.
+    """Check many files in parallel, and return the items with problems.
 
     Args:
-        items: What is looked at.
-        look: Gives an item's problem. Hashing lets other threads run.
-        size_of: An item's bytes, for progress.
-        title: Before the progress bar; empty for none.
+        items: The items to check.
+        look: Returns an item's problem or None. Runs in threads, since hashing releases the GIL.
+        size_of: Returns an item's bytes, for progress.
+        title: Title of a progress bar; empty for no bar.
     """
-    from tqdm import tqdm  # takes longer than the rest, and a look at an index needs none of it
+    from tqdm import tqdm  # slow to import, and reading an index doesn't need it
 
     items = list(items)
     found = []
@@ -150,7 +150,7 @@ def problems_of(
 
 
 def refuse(where: str, problems: Iterable[str]) -> None:
-    """Raises DataError with the first of the problems, each the name of a file and what is wrong with it."""
+    """Raise DataError with the first few problems, if any. Each is a file name and what is wrong with it."""
     lines = [f"{where}: {problem}." for problem in problems]
     if lines:
         more = len(lines) - MOST_PROBLEMS_NAMED

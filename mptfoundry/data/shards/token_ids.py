@@ -1,4 +1,4 @@
-"""Token ids and text as samples and records hold them: arrays of any integer type, plain bytes, or text."""
+"""Read token ids or text from samples and records: integer arrays, raw bytes, or text."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import numpy as np
 
 from mptfoundry.errors import DataError
 
-# Of fewer ids every second one may well be 0: tokens with EOS between them.
+# In fewer ids, every second one may be 0 by chance: tokens with EOS between them.
 _FEWEST_IDS_JUDGED = 8
 
-# The label of a token that is not in the loss, as torch and transformers have it.
+# The label of a token that is not in the loss, as in torch and transformers.
 NOT_IN_LOSS = -100
 
 
 def read_sample(sample: Mapping[str, Any], token_encoding_type: str, place: str) -> np.ndarray | str:
-    """The ids, (tokens,) int64, of the column `tokens`, or the text of the column `text`.
+    """Return the ids, (tokens,) int64, of the column `tokens`, or the text of the column `text`.
 
     Args:
-        sample: By column.
-        token_encoding_type: Type of the ids where they are stored as bytes.
-        place: Which sample it is, for errors.
+        sample: The sample's values by column.
+        token_encoding_type: Type of ids stored as bytes.
+        place: The sample's location, for errors.
 
     Raises:
-        DataError: There is no such column, or it holds something else.
+        DataError: The sample has neither column, or its value has the wrong type.
     """
     if "tokens" in sample:
         return stored_ids(sample["tokens"], token_encoding_type, place)
@@ -43,10 +43,10 @@ def read_sample(sample: Mapping[str, Any], token_encoding_type: str, place: str)
 
 
 def stored_ids(tokens: Any, token_encoding_type: str, place: str) -> np.ndarray:
-    """The ids of a sample, (tokens,) int64, from an array, or from bytes of `token_encoding_type`.
+    """Return a sample's ids, (tokens,) int64, from an array or from bytes of `token_encoding_type`.
 
     Raises:
-        DataError: They are not a row of integers, or the bytes are those of another type.
+        DataError: The ids are not a row of integers, or the bytes are of another type.
     """
     if isinstance(tokens, bytes):
         try:
@@ -64,11 +64,11 @@ def stored_ids(tokens: Any, token_encoding_type: str, place: str) -> np.ndarray:
 
 
 def unpack_ids(data: bytes, token_encoding_type: str) -> np.ndarray:
-    """The ids that bytes hold: (tokens,) of `token_encoding_type`.
+    """Convert bytes to ids: (tokens,) of `token_encoding_type`.
 
     Raises:
-        ValueError: They were written as another type. The text is a predicate without a full stop, such as
-            `has 9 bytes, ...`, which goes after what holds the bytes.
+        ValueError: The ids were written as another type. The message is a predicate without a period, such as
+            `has 9 bytes, ...`, for the caller to complete.
     """
     dtype = np.dtype(token_encoding_type)
     if len(data) % dtype.itemsize:
@@ -86,7 +86,7 @@ def unpack_ids(data: bytes, token_encoding_type: str) -> np.ndarray:
 
 
 def check_ids(ids: np.ndarray, count: int, owner: str, place: str) -> None:
-    """Raise DataError for an id that is not one of the `count` that `owner` has."""
+    """Raise DataError if an id is not in the range 0 to `count` - 1 of `owner`."""
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= count:
         raise DataError(
@@ -96,7 +96,7 @@ def check_ids(ids: np.ndarray, count: int, owner: str, place: str) -> None:
 
 
 def _wider_type(ids: np.ndarray) -> str | None:
-    """The type of whose halves, quarters or eighths a row consists: all but the lowest are zero."""
+    """Detect ids of a wider type read as a narrower one: the upper parts of every id are zero."""
     for ratio in (8, 4, 2):
         bits = 8 * ids.itemsize * ratio
         if bits <= 64 and ids.size >= _FEWEST_IDS_JUDGED and ids.size % ratio == 0:

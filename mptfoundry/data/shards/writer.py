@@ -1,7 +1,7 @@
-"""Write MDS shards of token ids: the same bytes as streaming's MDSWriter, each file whole or absent.
+"""Write MDS shards of token ids atomically, with the same bytes as streaming's MDSWriter.
 
-MDSWriter can neither continue where a killed run stopped nor write a file in one move, and it takes samples
-one by one. Here every sample has the same size, so a shard is its header and a slice of the token stream.
+MDSWriter can't resume after a kill, does not write files atomically, and takes samples one at a time. Here
+every sample has the same size, so a shard is a header and a slice of the token stream.
 Format: https://docs.mosaicml.com/projects/streaming (MDS, version 2).
 """
 
@@ -24,22 +24,22 @@ HASHES = ("sha1", "xxh64")
 
 
 class ShardWriter:
-    """Cut a stream of ids into samples of `max_seq_len` and write them to `folder`, shard by shard.
+    """Cuts a stream of ids into samples of `max_seq_len` tokens and writes them to shards.
 
     Args:
-        folder: Where the shards go.
+        folder: Where to write the shards.
         dtype: Unsigned integer type of the ids.
-        max_seq_len: Tokens in a sample.
-        shard_bytes: The most bytes in a shard, before compression.
-        compression: One of streaming's, such as `zstd` or `zstd:7`; None for none.
+        max_seq_len: Tokens per sample.
+        shard_bytes: Maximum bytes in a shard, before compression.
+        compression: A compression of streaming, such as `zstd` or `zstd:7`, or None.
 
     Attributes:
         announce: Called with the name of each file before it appears in the folder.
-        shards: Entries of the shards written so far, for the index.
-        pending: Bytes of the ids that are in no shard yet.
+        shards: Index entries of the shards written so far.
+        pending: Bytes of the ids that are not in a shard yet.
 
     Raises:
-        DataError: `shard_bytes` holds no sample or exceeds what MDS can hold.
+        DataError: `shard_bytes` is too small for one sample or larger than MDS allows.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class ShardWriter:
         self.pending = bytearray()
 
     def add(self, ids: bytes) -> None:
-        """Append ids to the stream; write the shards that become full."""
+        """Append ids to the stream, and write any shards that are full."""
         self.pending += ids
         full = self.samples_per_shard * self.sample_bytes
         while len(self.pending) >= full:
@@ -82,7 +82,7 @@ class ShardWriter:
         """Write the last shard.
 
         Returns:
-            How many bytes of ids are left over after the last whole sample.
+            How many bytes of ids are left after the last full sample.
         """
         whole = len(self.pending) // self.sample_bytes * self.sample_bytes
         if whole:
@@ -114,7 +114,7 @@ class ShardWriter:
 
 
 def write_whole(path: Path, data: bytes | bytearray) -> None:
-    """Write a file so that it is never seen half: under another name, flushed to disk, then renamed."""
+    """Write a file atomically: under a temporary name, flushed to disk, then renamed."""
     preparing = path.parent / PREPARING
     staging = (preparing if preparing.is_dir() else path.parent) / f"{path.name}.part"
     with staging.open("wb") as file:
@@ -130,7 +130,7 @@ def _entry(name: str, data: bytes) -> dict[str, Any]:
 
 
 def _compress(compression: str, data: bytes, name: str) -> tuple[bytes, str]:
-    # Importing streaming takes seconds, which only compression needs to spend.
+    # Importing streaming takes seconds, and only compression needs it.
     from streaming.base.compression import compress, get_compression_extension
 
     return compress(compression, data), f"{name}.{get_compression_extension(compression)}"

@@ -1,9 +1,11 @@
-"""StreamingDataset where what it leaves unsafe is safe: shards are checked before they are read, what fails
-in one process is waited for in none, an epoch has all of its samples, and nobody's only copy is removed.
+"""A StreamingDataset with integrity checks.
 
-On each node the processes of all ranks and workers share the state of every shard. A shard that lies on this
-machine when a run starts is to them one that is not here yet: the process that first needs it checks it, or
-fetches it, while the others wait. How a shard comes to be here says `GuardedStream`.
+Shards are verified before use, a failure reaches every process, every epoch is complete, and the only copy of
+a dataset is never deleted.
+
+On each node, all ranks and workers share the state of every shard. A run treats shards that are already on
+this machine as not ready: the first process that needs a shard checks or fetches it while the others wait.
+`GuardedStream` does the checking and fetching.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ from mptfoundry.errors import DataError
 from mptfoundry.stores import FOR_DATA, patiently, reason_of, size_of
 
 Verify = Literal["lazy", "full", "off"]
-# A transfer may damage what it copies; the same damage twice is that of the source.
+# A transfer can damage a file. If the file is bad twice, the source is damaged.
 MOST_FETCHES = 2
-# What streaming reads of a data set's state in a checkpoint.
+# What streaming reads from a dataset's state in a checkpoint.
 PLACE = {"epoch", "sample_in_epoch", "num_canonical_nodes", "shuffle_seed"}
 
 log = logging.getLogger(__name__)
@@ -53,16 +55,17 @@ streaming.base.dataset.get_shm_prefix = take_number
 
 
 class GuardedStream(Stream):
-    """A stream whose shards are what its index says, or an error.
+    """A stream that checks its shards against the index.
 
     Args:
-        where: What the user calls it, for errors.
-        verify: `off` looks at sizes alone; else at hashes, by `validate_hash` or the fastest that there is.
-        stream: Arguments of streaming's Stream, with `local`.
+        where: The stream's key in the config, for errors.
+        verify: `off` checks sizes only. Otherwise hashes are checked too, with `validate_hash` or else the
+            fastest algorithm in the index.
+        stream: Arguments of streaming's Stream, including `local`.
 
     Attributes:
-        here: Names of the files that lay here at the start; known to the first process of a node.
-        patience: How long a file's remote may fail.
+        here: Names of the local files at the start; only set in the first process of a node.
+        patience: How long to retry when a remote fails.
     """
 
     patience = FOR_DATA
@@ -75,16 +78,16 @@ class GuardedStream(Stream):
 
     @property
     def folder(self) -> Path:
-        """Where its files lie on this machine."""
+        """The local folder of the files."""
         return Path(self.local, self.split)
 
     @property
     def is_only_copy(self) -> bool:
-        """Whether its files here are the data set itself, and no copies that can be fetched again."""
+        """Whether the local files are the dataset itself, not copies that can be fetched again."""
         return self.remote is None
 
     def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Any]:
-        """Fetch the index if it is not here, and check it before anything that it names is touched."""
+        """Fetch the index if it is missing, and check it before using any file it names."""
         path = self.folder / INDEX
         if not path.is_file() and not self.is_only_copy:
             if world.is_local_leader:
@@ -101,7 +104,7 @@ class GuardedStream(Stream):
         return super().get_shards(world, allow_unsafe_types)
 
     def set_up_local(self, shards: list[Any], cache_usage_per_shard: Any) -> None:
-        """See what is here. Streaming would also remove what it finds odd, be it the only copy."""
+        """List the local files. Streaming would delete unexpected ones, even if they are the only copy."""
         paths = self.folder.rglob("*")
         self.here = frozenset(path.relative_to(self.folder).as_posix() for path in paths)
         for number, shard in enumerate(shards):
@@ -109,12 +112,12 @@ class GuardedStream(Stream):
             cache_usage_per_shard[number] = 0 if self.is_only_copy else sum(info.bytes for info in files)
 
     def stored(self, shard: Any) -> Any:
-        """The entry of the file that a shard is kept in: the compressed one, unless the other was here."""
+        """Return the index entry of the compressed file, unless the uncompressed one was already here."""
         is_raw = shard.zip_data is None or shard.raw_data.basename in self.here
         return shard.raw_data if is_raw else shard.zip_data
 
     def problem(self, entry: Any, path: Path | None = None) -> str | None:
-        """What is wrong with the file (or the copy of it at `path`) that an index's entry is of."""
+        """Describe what is wrong with an index entry's file, or its copy at `path`; None if it is fine."""
         algorithm = None
         if self.verify != "off":
             algorithm = self.validate_hash or fastest_hash(entry.hashes)
@@ -130,7 +133,7 @@ class GuardedStream(Stream):
         return problem_of(path, vars(entry), algorithm)
 
     def _prepare_shard_part(self, raw_info: Any, zip_info: Any = None, compression: str | None = None) -> int:
-        """Have the file of a shard here, whole and checked; gives by how many bytes the cache has grown."""
+        """Make sure a shard's file is here and correct; return how many bytes the cache grew."""
         files = [info for info in (raw_info, zip_info) if info]
         before = sum(info.bytes for info in files if (self.folder / info.basename).is_file())
         problem = self.problem(raw_info)
@@ -147,7 +150,7 @@ class GuardedStream(Stream):
         return 0 if self.is_only_copy else after - before
 
     def _fetch(self, entry: Any, problem: str) -> None:
-        """Fetch a file in place of one that is missing or bad."""
+        """Fetch a file that is missing or bad."""
         path = self.folder / entry.basename
         if self.is_only_copy:
             refuse(self.where, [f"{path} {problem}"])
@@ -166,7 +169,7 @@ class GuardedStream(Stream):
         )
 
     def _download(self, name: str) -> Path:
-        """Fetch a file under another name, so that none is seen half, or bad, under its own."""
+        """Fetch a file under a temporary name, so nobody reads an incomplete or bad file."""
         part = self.folder / f"{name}.{socket.gethostname()}.part"
         try:
             part.unlink(missing_ok=True)
@@ -200,19 +203,19 @@ class GuardedStream(Stream):
 
 
 class GuardedDataset(StreamingDataset):
-    """A StreamingDataset of guarded streams.
+    """A StreamingDataset of GuardedStreams.
 
     Args:
-        where: What the user calls it, for errors.
-        verify: When shards are compared with their hashes: `lazy`, before each is first read in this run;
-            `full`, those that are here also when `check_files` is called; `off`, never.
-        varies: Epochs differ; otherwise each is as the first.
+        where: The dataset's key in the config, for errors.
+        verify: When to check hashes. `lazy`: before this run first reads a shard. `full`: like `lazy`, and
+            `check_files` checks all local shards. `off`: never.
+        varies: Whether epochs differ. If False, every epoch is the same as the first.
         streaming: Arguments of StreamingDataset; `streams` are GuardedStreams.
 
     Attributes:
-        planned: (workers,) int64 in shared memory: how many samples this epoch deals to each worker of this
-            rank, repeats included; -1 where a worker has not begun.
-        background_error: What failed in a thread that prepares shards.
+        planned: (workers,) int64 in shared memory: how many samples each worker of this rank gets in this
+            epoch, including repeats; -1 if the worker has not started.
+        background_error: The error of a background thread that prepares shards.
     """
 
     def __init__(self, *, where: str, verify: Verify, varies: bool = True, **streaming: Any) -> None:
@@ -227,7 +230,7 @@ class GuardedDataset(StreamingDataset):
         barrier()
 
     def __len__(self) -> int:
-        """Samples of this rank in an epoch, with the repeats that fill ranks and canonical nodes."""
+        """Return this rank's samples per epoch, including repeats that even out ranks and canonical nodes."""
         world = self._parallel_rank_world
         if self.batching_method != "random":
             return super().__len__()
@@ -238,11 +241,11 @@ class GuardedDataset(StreamingDataset):
         return ceil(of_node / world.ranks_per_node)
 
     def check_files(self) -> None:
-        """Look for every file that has to be on this machine, and with `verify: full` into all that are.
+        """Check that required local files exist; with `verify: full`, also check the hashes of local files.
 
         Raises:
-            DataError: Files of a data set that lies here are missing or damaged. Bad copies of a remote one
-                are fetched again when they are needed.
+            DataError: Files of a local dataset are missing or damaged. Bad copies of a remote dataset are
+                fetched again when they are needed.
         """
         is_full = self.verify == "full"
         files = []
@@ -271,14 +274,14 @@ class GuardedDataset(StreamingDataset):
             self._shard_states[good] = _ShardState.LOCAL
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
-        """One sample, of a shard that is here and checked."""
+        """Read one sample, after its shard has been fetched and checked."""
         shard_id, _ = self.spanner[sample_id]
         while self._shard_states[shard_id] != _ShardState.LOCAL:
             self.prepare_shard(shard_id)
         return super().get_item(sample_id, retry)
 
     def prepare_shard(self, shard_id: int, blocking: bool = True) -> None:
-        """As streaming's; what fails here is tried by the processes that waited for it, and not for ever."""
+        """Like streaming's, but after a failure the waiting processes try the shard themselves."""
         state = self._shard_states[shard_id]
         if state == _ShardState.PREPARING and not blocking:
             return
@@ -293,22 +296,22 @@ class GuardedDataset(StreamingDataset):
             raise
 
     def on_exception(self, future: Future) -> None:
-        """Keep what failed in the background and stop the threads, so that iteration can raise it."""
+        """Keep a background error and stop the threads, so that iteration can raise it."""
         error = future.exception()
         if error is not None:
             self.background_error = error
             self._event.set()
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """As streaming's, with the samples of a global batch."""
+        """Like streaming's, plus the global batch size in samples."""
         return {**super().state_dict(num_samples, from_beginning), "global_batch_size": self._global_batch()}
 
     def load_state_dict(self, obj: Mapping[str, Any]) -> None:
-        """Go on at the sample that the state says.
+        """Resume at the sample given by the state.
 
         Raises:
-            DataError: It is of another kind of loader, or of another batch size where the order of this
-                `batching_method` depends on that.
+            DataError: The state is from another kind of loader, or from another batch size and the sample
+                order of this `batching_method` depends on it.
         """
         if not isinstance(obj, Mapping) or not obj.keys() >= PLACE:
             raise DataError(
@@ -322,12 +325,12 @@ class GuardedDataset(StreamingDataset):
                 f"the batch size, which was {before} and is {self._global_batch()}. Use {before}."
             )
         super().load_state_dict(dict(obj))
-        # Streaming has only the workers of the first epoch know what the order of all of them depends on.
+        # Every epoch's order depends on these, but streaming restores them only in the first epoch's workers.
         self.num_canonical_nodes, self.shuffle_seed = obj["num_canonical_nodes"], obj["shuffle_seed"]
         self.initial_physical_nodes = obj.get("initial_physical_nodes")
 
     def _resume(self, world: Any, epoch: int) -> tuple[int, int]:
-        """As streaming's: which epoch to read, and from which sample on."""
+        """Return which epoch to read and at which sample to start, like streaming's."""
         return super()._resume(world, epoch if self.varies else 0)
 
     def _global_batch(self) -> int:
@@ -351,7 +354,7 @@ class GuardedDataset(StreamingDataset):
             raise
 
     def _ready_thread(self, it: Any) -> None:
-        """As streaming's, but for a shard that another process gave up: here it is tried again."""
+        """Like streaming's, but retry a shard that another process failed to prepare."""
         try:
             while not it.should_exit() and it.ready_index < it.total and not self._event.is_set():
                 sample_id = it.sample_ids[it.ready_index]
@@ -370,13 +373,13 @@ class GuardedDataset(StreamingDataset):
             it.on_exit()
 
     def __iter__(self) -> Iterator[Any]:
-        """As streaming's; an epoch after one in which something failed fails for the same reason."""
+        """Like streaming's, but raise an error that an earlier epoch left in the background."""
         self._raise_background_error()
         yield from super().__iter__()
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
         yield from super()._each_sample_id(it)
-        # Streaming only stops when a shard can't be had in the background: the epoch would seem over.
+        # If a background fetch fails, streaming just stops, which looks like the end of the epoch.
         self._raise_background_error()
 
     def _raise_background_error(self) -> None:
@@ -387,7 +390,7 @@ class GuardedDataset(StreamingDataset):
             raise DataError(f"{self.where}: a shard can't be read: {error}") from error
 
     def _evict_coldest_shard(self) -> None:
-        """As streaming's, also of what was here when the run began, and never of anybody's only copy."""
+        """Like streaming's, but also evict shards from before the run, and never the only copy of one."""
         times = self._shard_access_times.numpy().copy()
         times[self._shard_states.numpy() == _ShardState.PREPARING] = NEVER
         for number, stream in enumerate(self.streams):

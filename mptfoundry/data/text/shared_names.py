@@ -1,7 +1,7 @@
-"""Names in shared memory that no other run has.
+"""Pick names for shared memory that no other run uses.
 
-Runs of one machine tell their shared memory apart by a number. StreamingDataset looks for one that is free
-and takes it later; a run that takes it in between ends the other's start with `File exists`.
+Each run on a machine has a number in the names of its shared memory. StreamingDataset looks for a free number
+and claims it later. If another run claims it in between, startup fails with `File exists`.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from streaming.base.world import World
 def take_number(
     streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 100
 ) -> tuple[int, SharedMemory]:
-    """Take a number for the processes of a node; in place of streaming's `get_shm_prefix`.
+    """Claim a number for the processes of a node; replaces streaming's `get_shm_prefix`.
 
-    The first process of the node tries numbers until one is its own, which making a file decides, and tells
-    the others.
+    The first process on the node tries numbers until it can create the file for one, then tells the others.
 
     Args:
-        streams_local: Where the shards of each stream are kept.
-        streams_remote: Where they come from, None for those in place.
-        world: Which process this is.
-        retry: How often to look again where another run seems to keep its copies in the same folder.
+        streams_local: The local folder of each stream.
+        streams_remote: The remote of each stream; None if it is read in place.
+        world: This process's rank and node.
+        retry: How many times to check again if another run seems to use the same local folder.
 
     Returns:
-        The number, and the shared memory that holds it.
+        The number, and the shared memory that claims it.
 
     Raises:
         ValueError: Two streams, or this run and another, would keep copies in one folder.
     """
     _check_self(streams_local)
     number, taken, problem = 0, None, ""
-    # The others must not look: they would find the first process's own name, and take it for another run's.
+    # Other processes must not look: they would mistake the first process's name for another run's.
     if world.is_local_leader:
         try:
             number = max(

@@ -1,4 +1,4 @@
-"""The streams of a data mix: where each lies, how much of each is read, and whether it fits the run."""
+"""The streams of a data mix: where each one is, how much to read, and whether it fits the run."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ShardStream:
-    """One stream as it will be read.
+    """One stream and how to read it.
 
     Attributes:
-        where: Its key in the config, for errors: `train_loader.dataset.streams.code`.
-        arguments: Those of streaming's Stream; remote is None if the shards are read in place.
+        where: The stream's key in the config, for errors: `train_loader.dataset.streams.code`.
+        arguments: Arguments of streaming's Stream; `remote` is None if the shards are read in place.
     """
 
     where: str
@@ -35,15 +35,15 @@ class ShardStream:
 
     @property
     def folder(self) -> Path:
-        """Where its index and shards lie on this machine, once fetched."""
+        """The local folder of the index and shards, after they are fetched."""
         return Path(self.arguments["local"]) / (self.arguments["split"] or "")
 
 
 def plan_streams(loader: TextLoaderConfig, where: str) -> list[ShardStream]:
-    """Decide where each stream is read from, and read the indexes that are on this machine.
+    """Decide where to read each stream from, and read the indexes that are on this machine.
 
     Args:
-        loader: Its section of the config.
+        loader: The loader's section of the config.
         where: The section's key, for errors.
 
     Raises:
@@ -54,10 +54,10 @@ def plan_streams(loader: TextLoaderConfig, where: str) -> list[ShardStream]:
 
 
 def read_stream(stream: ShardStream) -> ShardIndex:
-    """The index of a stream, from this machine or from the folder that it is copied from.
+    """Read a stream's index from its local folder, or from the folder it is copied from.
 
     Raises:
-        DataError: It lies elsewhere and has not been fetched.
+        DataError: The index is remote and has not been fetched.
     """
     remote = stream.arguments.get("remote")
     if remote and not is_url(remote):
@@ -66,10 +66,10 @@ def read_stream(stream: ShardStream) -> ShardIndex:
 
 
 def check_shards(stream: ShardStream, tokenizer: Any, max_seq_len: int) -> ShardIndex:
-    """Compare what a stream's index says with the run.
+    """Check a stream's index against the run.
 
     Returns:
-        The index; its `meta` is None for shards of another maker, about which nothing is known.
+        The index. Its `meta` is None if another tool wrote the shards, and then nothing is checked.
 
     Raises:
         DataError: The shards were made for another sequence length or another tokenizer.
@@ -83,7 +83,7 @@ def check_shards(stream: ShardStream, tokenizer: Any, max_seq_len: int) -> Shard
 
 
 def length_problem(index: ShardIndex, max_seq_len: int) -> str | None:
-    """Why the samples of an index do not fit a run of this length, and what to do; None if they do."""
+    """Explain why an index's samples don't fit `max_seq_len`, and what to do; None if they fit."""
     if index.meta is None or index.meta.max_seq_len == max_seq_len:
         return None
     return (
@@ -93,7 +93,7 @@ def length_problem(index: ShardIndex, max_seq_len: int) -> str | None:
 
 
 def tokenizer_problem(index: ShardIndex, fingerprint: str) -> str | None:
-    """Why an index does not fit a run with the tokenizer of this fingerprint; None if it does."""
+    """Explain why an index doesn't fit the tokenizer with this fingerprint; None if it fits."""
     if index.meta is None or index.meta.fingerprint == fingerprint:
         return None
     return (
@@ -103,7 +103,7 @@ def tokenizer_problem(index: ShardIndex, fingerprint: str) -> str | None:
 
 
 def warn_of_unknown(streams: Sequence[ShardStream]) -> None:
-    """Say once, on the first rank, which streams can't be compared with the run's tokenizer."""
+    """Warn on rank 0 about streams that can't be checked against the run's tokenizer."""
     if streams and os.environ.get("RANK", "0") == "0":
         log.warning(
             "%s: made by another tool, so the tokenizer can't be compared; only the ids' range is checked.",
@@ -123,7 +123,7 @@ def _plan_stream(config: StreamConfig, split: str | None, where: str) -> ShardSt
         kept = Path(local).expanduser() if local else origin
         arguments.update(remote=None if kept == origin else str(origin.absolute()), local=str(kept))
     elif not local:
-        # Streaming's own default refuses to start when an earlier run left its folder behind.
+        # With streaming's default, a run fails to start if an earlier run left its folder behind.
         digest = hashlib.sha256(f"{remote}\0{arguments['split']}".encode()).hexdigest()[:16]
         arguments["local"] = str(Path(tempfile.gettempdir()) / "mptfoundry-streams" / digest)
     return ShardStream(where, arguments)

@@ -1,9 +1,9 @@
-"""Batches of text for training and evaluation, from MDS shards that may be a mix of several streams.
+"""Load batches of text from MDS shards, for training and evaluation.
 
-It reads the shards of `mptfoundry prepare` and of llm-foundry: a column `tokens` (an array of any integer
-type, or bytes of the type `token_encoding_type`), or a column `text`, which it tokenizes as it reads. A
-*stream* is one data set of the mix; a *sample* is one row of it. Start with `build_text_loader`;
-`TextDataset` says what happens to a sample; the checks before a run are at the end.
+The loader reads shards written by `mptfoundry prepare` or llm-foundry. They have a column `tokens` (an array
+of any integer type, or bytes of type `token_encoding_type`) or a column `text`, which is tokenized on the
+fly. A *stream* is one dataset in the mix; a *sample* is one row of it. Start with `build_text_loader`.
+`TextDataset` reads and checks each sample; the checks before a run are at the end.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from mptfoundry.tokenizer import AS_TEXT
 
 
 def build_text_loader(loader: TextLoaderConfig, context: LoaderContext) -> DataSpec:
-    """Build the loader of one data set or mix, with everything checked that can be before the first batch.
+    """Build the loader of a dataset or mix, and run every check that doesn't need a batch.
 
     Returns:
-        Composer's DataSpec; batches are those of `mptfoundry.data.collate`.
+        A Composer DataSpec; `mptfoundry.data.collate` describes its batches.
 
     Raises:
-        ConfigError: The tokenizer has no EOS to separate documents by.
+        ConfigError: The tokenizer has no EOS to separate documents.
         DataError: Shards are missing, damaged, empty, or made for another tokenizer or sequence length.
     """
-    # The tokenizers library warns when a process that it used threads in is forked into workers.
+    # The tokenizers library warns when a process that used its threads is forked into workers.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     streams = plan_streams(loader, context.where)
     try:
@@ -59,7 +59,7 @@ def build_text_loader(loader: TextLoaderConfig, context: LoaderContext) -> DataS
     )
 
 
-# These keys of a text data set are arguments of StreamingDataset.
+# Keys of a text dataset that are passed to StreamingDataset.
 STREAMING = (
     *("shuffle_algo", "shuffle_block_size", "num_canonical_nodes", "epoch_size", "predownload"),
     *("cache_limit", "download_retry", "download_timeout", "validate_hash", "keep_zip", "partition_algo"),
@@ -68,15 +68,15 @@ STREAMING = (
 
 
 class TextDataset(GuardedDataset):
-    """Samples of token ids, each checked as it is read.
+    """A dataset of token ids that checks each sample when it is read.
 
     Args:
-        loader: Its section of the config.
+        loader: The loader's section of the config.
         streams: Where the shards of each stream are.
-        context: Of the run.
+        context: What the loader needs from the run.
 
     Attributes:
-        fingerprints: The content of each stream, by its key in the config.
+        fingerprints: The content fingerprint of each stream, by its key in the config.
     """
 
     def __init__(
@@ -105,11 +105,11 @@ class TextDataset(GuardedDataset):
         """Read one sample: `input_ids` (tokens,) int64 with 1 <= tokens <= max_seq_len, and `sample_id`.
 
         Raises:
-            DataError: It can't be read, is too long, or holds an id that the model has no embedding for.
+            DataError: The sample can't be read, is too long, or has an id without an embedding.
         """
         try:
             sample = super().get_item(sample_id, retry)
-        except Exception as error:  # a damaged sample fails in any way
+        except Exception as error:  # a damaged sample can raise anything
             reason = first_line(self.background_error or error)
             raise DataError(f"{self._place(sample_id)} can't be read: {reason}.") from error
         found = read_sample(sample, self.token_encoding_type, self._place(sample_id))
@@ -125,7 +125,7 @@ class TextDataset(GuardedDataset):
     def _ids_of_text(self, text: str) -> np.ndarray:
         options = {"split_special_tokens": True} if self.as_text else {}
         ids = self.tokenizer(text, truncation=True, max_length=self.max_seq_len, **options)["input_ids"]
-        # A row of nothing but padding has no attention at all; one EOS has, and no token in the loss.
+        # Attention fails on a row that is all padding. A single EOS works and adds nothing to the loss.
         return np.asarray(ids or [filler_id(self.tokenizer)], np.int64)
 
     def _place(self, sample_id: int) -> str:
@@ -137,7 +137,7 @@ class TextDataset(GuardedDataset):
 
 
 class TextLoader(StreamingDataLoader):
-    """StreamingDataLoader whose epochs are whole, and whose workers' DataErrors arrive as what they say.
+    """A StreamingDataLoader that checks each epoch is complete and re-raises workers' DataErrors.
 
     Args:
         dataset: A GuardedDataset.
@@ -148,7 +148,7 @@ class TextLoader(StreamingDataLoader):
 
     def __init__(self, dataset: GuardedDataset, **loader: Any) -> None:
         workers = max(1, loader.get("num_workers", 0))
-        # In shared memory, where the workers put it.
+        # Workers write to it, so it is in shared memory.
         dataset.planned = torch.full((workers,), -1, dtype=torch.int64).share_memory_()
         super().__init__(dataset, **loader)
 
@@ -157,7 +157,7 @@ class TextLoader(StreamingDataLoader):
         try:
             yield from super().__iter__()
         except DataError as error:
-            # Left to the garbage collector, they take seconds to end.
+            # If the garbage collector ends the workers, it takes seconds.
             workers: Any = self._iterator
             if workers is not None:
                 workers._shutdown_workers()
@@ -169,7 +169,7 @@ class TextLoader(StreamingDataLoader):
         self._check_that_all_came()
 
     def _check_that_all_came(self) -> None:
-        """Raises DataError if the epoch is over, but not all was read that it deals to this rank."""
+        """Raise DataError if the epoch ended before this rank read all of its samples."""
         planned, rows = self.dataset.planned, self.batch_size or 1
         due = int((planned // rows * rows if self.drop_last else planned).sum())
         if bool((planned < 0).any()) or self.num_samples_yielded != due:
@@ -193,7 +193,7 @@ def _collator(loader: TextLoaderConfig, context: LoaderContext) -> TextCollator:
 
 
 def _check_streams(dataset: TextDataset, streams: Sequence[ShardStream], tokenizer: Any) -> None:
-    """Compare each stream's index with the run; look into shards whose index says nothing."""
+    """Check each stream's index against the run; read a few samples if the index lacks metadata."""
     unknown = []
     for position, stream in enumerate(streams):
         index = check_shards(stream, tokenizer, dataset.max_seq_len)
@@ -205,7 +205,7 @@ def _check_streams(dataset: TextDataset, streams: Sequence[ShardStream], tokeniz
 
 
 def _check_some_samples(dataset: TextDataset, position: int, stream: ShardStream) -> None:
-    """Read the first and the last sample of a stream, where their shards are on this machine already."""
+    """Read the first and last samples of a stream if their shards are already on this machine."""
     first_shard = int(dataset.shard_offset_per_stream[position])
     last_shard = first_shard + int(dataset.shards_per_stream[position]) - 1
     first_sample = int(dataset.sample_offset_per_stream[position])

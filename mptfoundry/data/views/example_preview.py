@@ -1,4 +1,4 @@
-"""What a store of examples holds, for people: counts, lengths, what was left out, and samples."""
+"""Show what is in an example store: counts, lengths, what was left out, and samples."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ BAR_WIDTH = 40
 def preview_examples(
     store: ExampleStore, tokenizer: Any, *, max_seq_len: int, samples: int = 3, color: bool = False
 ) -> str:
-    """Describe a store and decode some of its examples, evenly spread.
+    """Describe a store and decode evenly spaced examples.
 
     Args:
-        store: Of one stream.
-        tokenizer: That made it.
-        max_seq_len: The most tokens of an example.
-        samples: How many to show.
-        color: Tokens in the loss are green; otherwise they stand between ⟦ and ⟧.
+        store: The store of one stream.
+        tokenizer: The tokenizer used to build the store.
+        max_seq_len: Maximum tokens in an example.
+        samples: How many examples to show.
+        color: Whether to show tokens in the loss in green. If False, they are between ⟦ and ⟧.
     """
     counts, tokens, trained = store.meta["counts"], int(store.lengths.sum()), int(store.trained.sum())
     kept = len(store)
@@ -52,9 +52,9 @@ def preview_examples(
 
 
 def split_marks(tokenizer: Any) -> str:
-    """What to do about marks of the chat template, such as `<|im_start|>`, that are several tokens each.
+    """Explain what to do about chat template markers, such as `<|im_start|>`, that are several tokens each.
 
-    Empty if there are none.
+    Returns an empty string if there are none.
     """
     template = default_template(tokenizer) or CHATML
     sizes = {
@@ -74,7 +74,7 @@ def split_marks(tokenizer: Any) -> str:
 
 
 def show_trained(ids: np.ndarray, trained: np.ndarray, tokenizer: Any, *, color: bool = False) -> str:
-    """An example as text, with what is in the loss marked; long stretches are cut in the middle."""
+    """Decode an example and mark the tokens in the loss; long runs are cut in the middle."""
     before, after = (LEARNED, PLAIN) if color else ("⟦", "⟧")
     pieces = []
     for is_trained, run in groupby(
@@ -86,7 +86,7 @@ def show_trained(ids: np.ndarray, trained: np.ndarray, tokenizer: Any, *, color:
 
 
 def histogram(lengths: Sequence[int] | np.ndarray) -> str:
-    """How many examples have which length in tokens, a bar a line."""
+    """Draw a histogram of example lengths in tokens, one bar per line."""
     if not len(lengths):
         return "no examples"
     step = max(1, -(-int(max(lengths)) // BARS))

@@ -1,4 +1,4 @@
-"""A data mix in numbers and in one picture: shares of a run, epochs, and lengths of documents by stream."""
+"""Show a data mix as a table and a picture: share of the run, epochs and document lengths of each stream."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class StreamShare:
     """One stream of a mix.
 
     Attributes:
-        name: The stream's.
-        samples: Samples that it has.
-        tokens: Tokens that it has.
-        share: Its part of what the run reads, 0 to 1.
-        drawn_tokens: Tokens that the run reads from it.
-        epochs: How often the run reads it whole.
-        document_lengths: Tokens in each of some of its documents, (documents,) int64; empty if unknown.
-        mean_document_tokens: Over all documents, if the shards tell.
+        name: Name of the stream.
+        samples: Samples in the stream.
+        tokens: Tokens in the stream.
+        share: The stream's fraction of the tokens the run reads, 0 to 1.
+        drawn_tokens: Tokens the run reads from the stream.
+        epochs: How many times the run reads the whole stream.
+        document_lengths: Tokens in each of a sample of documents, (documents,) int64; empty if unknown.
+        mean_document_tokens: Mean over all documents, or None if the shards don't tell.
     """
 
     name: str
@@ -44,15 +44,15 @@ class StreamShare:
 def describe_mix(
     loader: TextLoaderConfig, max_seq_len: int, *, total_tokens: float | None = None
 ) -> list[StreamShare]:
-    """Work out what a run reads of each stream, and look at some of its documents.
+    """Compute what a run reads from each stream, and measure some of its documents.
 
     Args:
         loader: `train_loader`; its streams must be on this machine.
-        max_seq_len: Tokens in a sample.
-        total_tokens: Of the run. Default: one epoch.
+        max_seq_len: Tokens per sample.
+        total_tokens: Tokens in the run. Defaults to one epoch.
 
     Raises:
-        DataError: A stream can't be read here.
+        DataError: A stream is not on this machine or can't be read.
     """
     streams = plan_streams(loader, "train_loader")
     indexes = [read_stream(stream) for stream in streams]
@@ -82,7 +82,7 @@ def describe_mix(
 
 
 def mix_table(rows: Sequence[StreamShare]) -> str:
-    """The mix as a short table."""
+    """Format the mix as a short table."""
     width = max(6, *(len(row.name) for row in rows))
     head = ("share", "tokens read", "tokens it has", "epochs", "tokens/document")
     lines = ["  ".join((f"{'stream':{width}}", *map(str.rjust, head, (6, 16, 16, 9, 15))))]
@@ -96,7 +96,7 @@ def mix_table(rows: Sequence[StreamShare]) -> str:
 
 
 def draw_mix(rows: Sequence[StreamShare], path: str | Path) -> Path:
-    """Draw shares, epochs and document lengths of a mix side by side into one PNG; returns its path."""
+    """Draw the shares, epochs and document lengths of a mix side by side in a PNG, and return its path."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -128,7 +128,7 @@ def draw_mix(rows: Sequence[StreamShare], path: str | Path) -> Path:
 
 
 def _draw_lengths(axes: Any, rows: Sequence[StreamShare], colors: Sequence[Any]) -> None:
-    """For each stream a box of the middle half, its median, and a line from the 5th to 95th percentile."""
+    """Draw a box plot per stream: quartiles, median, and a line from the 5th to the 95th percentile."""
     known = [place for place, row in enumerate(rows) if row.document_lengths.size]
     axes.set(title="tokens in a document (median)", xlabel="tokens", xscale="log")
     if not known:
@@ -144,7 +144,7 @@ def _draw_lengths(axes: Any, rows: Sequence[StreamShare], colors: Sequence[Any])
 
 
 def _drawn_samples(streams: Sequence[ShardStream], samples: np.ndarray) -> np.ndarray:
-    """Samples of each stream in one epoch, by streaming's rules: (streams,) float64."""
+    """Compute each stream's samples per epoch by streaming's rules: (streams,) float64."""
     arguments = [stream.arguments for stream in streams]
     if all("proportion" in argument for argument in arguments):
         proportions = np.array([argument["proportion"] for argument in arguments], np.float64)
@@ -159,9 +159,9 @@ def _drawn_samples(streams: Sequence[ShardStream], samples: np.ndarray) -> np.nd
 
 
 def _document_lengths(index: ShardIndex, eos_token_id: int | None, max_seq_len: int) -> np.ndarray:
-    """Lengths of the documents that lie whole in the beginning of a stream, EOS included.
+    """Measure the complete documents at the start of a stream, including EOS.
 
-    Samples follow one another in the stream of tokens, so a document may be longer than a sample.
+    Samples are consecutive pieces of one token stream, so a document may be longer than a sample.
     """
     if eos_token_id is None:
         return np.zeros(0, np.int64)

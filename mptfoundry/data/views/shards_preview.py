@@ -1,4 +1,4 @@
-"""Show what a model will read: decoded samples with special tokens and the borders of documents visible."""
+"""Show what a model will read: decoded samples with visible special tokens and document boundaries."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ def preview(
     as_text: bool = False,
     color: bool = False,
 ) -> str:
-    """Describe a folder of shards and decode some of its samples, evenly spread.
+    """Describe a folder of shards and decode evenly spaced samples.
 
     Args:
-        folder: One split.
-        samples: How many to show.
-        tokenizer: Name or folder. Default: what the shards say they were made with.
-        tokenizer_kwargs: As for `load_tokenizer`.
-        token_encoding_type: Type of the ids where they are stored as bytes.
-        as_text: Raw text that spells a special token stays text.
-        color: Mark special tokens with terminal colours.
+        folder: The folder of one split.
+        samples: How many samples to show.
+        tokenizer: Name or folder of a tokenizer. Defaults to the one named in the shards.
+        tokenizer_kwargs: The same as for `load_tokenizer`.
+        token_encoding_type: Type of ids stored as bytes.
+        as_text: Whether special tokens spelled out in raw text are encoded as text.
+        color: Whether to mark special tokens with terminal colors.
 
     Raises:
         ConfigError: The tokenizer can't be loaded.
-        DataError: The folder can't be read, or no tokenizer is known.
+        DataError: The folder can't be read, or the tokenizer is unknown.
     """
     index = read_index(folder, str(folder))
     name = tokenizer or (index.meta.tokenizer if index.meta else None)
@@ -73,7 +73,7 @@ def preview(
 
 
 def preview_batch(batch: Mapping[str, Any], tokenizer: Any, *, samples: int = 3, color: bool = False) -> str:
-    """Decode the first rows of a loader's batch, without their padding."""
+    """Decode the first rows of a batch, without padding."""
     blocks = []
     for row, ids in enumerate(batch["input_ids"][:samples].tolist()):
         kept = batch["attention_mask"][row].tolist() if "attention_mask" in batch else [True] * len(ids)
@@ -83,7 +83,7 @@ def preview_batch(batch: Mapping[str, Any], tokenizer: Any, *, samples: int = 3,
 
 
 def show(ids: Sequence[int], tokenizer: Any, *, color: bool = False) -> str:
-    """One sample: its counts, then its text, cut in the middle if long, with a line where a document ends."""
+    """Format a sample: counts, then text with a line after each document; long text is cut in the middle."""
     special = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     pieces: list[str] = []
     lengths: list[int] = []
@@ -113,7 +113,7 @@ def show(ids: Sequence[int], tokenizer: Any, *, color: bool = False) -> str:
 
 
 def shorten(text: str) -> str:
-    """A text without its middle, if it is long."""
+    """Cut the middle out of a long text."""
     if len(text) <= MOST_CHARACTERS:
         return text
     half = MOST_CHARACTERS // 2
@@ -137,7 +137,7 @@ def _describe(index: ShardIndex) -> str:
 
 
 def _borders_in_words(index: ShardIndex, tokenizer: Any) -> str:
-    """What stands around each document; of shards of another maker only what the tokenizer would do."""
+    """Describe the special tokens around each document, or the tokenizer's default if that is unknown."""
     own, meta = spelled(own_borders(tokenizer), tokenizer), index.meta
     if meta is None:
         return f"the tokenizer {adds_in_words(own)}, also to a `text` column"
