@@ -21,7 +21,7 @@ from composer.utils import dist
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import flops_per_token
 
-# Rates are averaged over this many batches. The first batch is warmup and doesn't count.
+# Rates are averages over this many batches. The second batch drops the first, which includes warmup.
 WINDOW = 10
 
 

@@ -78,7 +78,7 @@ def add_up(rows: Tensor) -> dict[str, float]:
 
     Returns:
         LanguageCrossEntropy (nats per token), LanguagePerplexity (its exponential), TokenAccuracy
-        (the fraction of correct tokens), bits_per_byte, tokens, bytes and samples. A mean over nothing is NaN.
+        (fraction of correct tokens), bits_per_byte, tokens, bytes and samples. A mean over nothing is NaN.
     """
     table = rows.detach().cpu().numpy()
     table = table[np.argsort(table[:, 0], kind="stable")]

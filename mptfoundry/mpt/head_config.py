@@ -1,7 +1,7 @@
-"""The heads of transformers' documentation, as plain values: what a network has in place of its logits.
+"""Task heads as plain values: what a network has instead of its output projection.
 
-Names are transformers' (`num_labels`, `problem_type`, `id2label`), and so are the names of the weights. Like
-config.py this imports the standard library alone and raises ValueError for what no network can have.
+The names are transformers' (`num_labels`, `problem_type`, `id2label`), and so are the weights' names. Like
+config.py, this module imports only the standard library and raises ValueError for impossible values.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ ProblemType = Literal["regression", "single_label_classification", "multi_label_
 class HeadConfig(MPTConfig):
     """The architecture of an MPT that ends in a head; one of the three classes below.
 
-    `architecture` is transformers' class and `task` its hub's word for what it does; `head` is the head's
-    module: a matrix, and a bias if `has_bias`.
+    `architecture` is transformers' class and `task` the Hub's name of its task; `head` is the head's module: a
+    matrix, and a bias if `has_bias`.
     """
 
     architecture: ClassVar[str]
@@ -30,7 +30,7 @@ class HeadConfig(MPTConfig):
 
     @property
     def outputs(self) -> int:
-        """Numbers that the head gives for a token."""
+        """Outputs of the head per token."""
         return 2
 
     def head_keys(self) -> dict[str, Any]:
@@ -73,17 +73,17 @@ class _LabelsConfig(HeadConfig):
 
     @property
     def outputs(self) -> int:
-        """Numbers that the head gives for a token: one for each label."""
+        """Outputs of the head per token: one for each label."""
         return self.num_labels
 
     @property
     def label2id(self) -> dict[str, int]:
-        """The labels' numbers by name, in their order."""
+        """The labels' indices by name, in order."""
         names = self.id2label or {str(n): f"LABEL_{n}" for n in range(self.num_labels)}
         return {names[str(number)]: number for number in range(self.num_labels)}
 
     def head_keys(self) -> dict[str, Any]:
-        """What the head adds to transformers' `config.json`; there the number of labels is that of names."""
+        """The head's keys in transformers' `config.json`, where the number of labels follows from the names."""
         numbers = self.label2id
         return {
             **super().head_keys(),
@@ -121,7 +121,7 @@ class SequenceClassifierConfig(_LabelsConfig):
 
     @property
     def problem(self) -> ProblemType:
-        """`problem_type`, or what it is by default."""
+        """`problem_type`, or its default."""
         default: ProblemType = "regression" if self.num_labels == 1 else "single_label_classification"
         return self.problem_type or default
 
@@ -174,7 +174,7 @@ class SpanFinderConfig(HeadConfig):
 
 
 def trunk_of(config: MPTConfig) -> MPTConfig:
-    """The architecture without its head, if it has one."""
+    """The architecture without its head, if any."""
     return MPTConfig(**{field.name: getattr(config, field.name) for field in fields(MPTConfig)})
 
 
@@ -182,5 +182,5 @@ HEADS: tuple[type[HeadConfig], ...] = (SequenceClassifierConfig, TokenClassifier
 
 
 def head_named(word: str | None) -> type[HeadConfig] | None:
-    """The head of a model's `name`, or of the name of transformers' class; None for any other word."""
+    """The head for a model's `name`, or for the name of transformers' class; None for other names."""
     return next((kind for kind in HEADS if word in (vars(kind)["name"], kind.architecture)), None)
