@@ -158,7 +158,7 @@ def _weights(
 def hidden_keys(
     distance: torch.Tensor, start: int, stop: int, key_start: int, key_stop: int, context: AttentionContext
 ) -> torch.Tensor | None:
-    """Mask of keys [key_start, key_stop) hidden from tokens [start, stop): (batch or 1, 1, queries, keys) bool.
+    """The keys [key_start, key_stop) hidden from tokens [start, stop): (batch or 1, 1, queries, keys) bool.
 
     None if no key is hidden, as for a single query without documents.
     """

@@ -1,8 +1,8 @@
 """The attention backend that calls the flash-attn package (https://github.com/Dao-AILab/flash-attention).
 
 Rows of one document go to its dense function as they are, also with padding at the end, which earlier tokens
-don't see. Other rows are concatenated, which copies only a cache, and go to its varlen function: each *run* of
-one document's tokens, or of padding, is a sequence.
+don't see. Other rows are concatenated, which copies only a cache, and go to its varlen function: each *run*
+of one document's tokens, or of padding, is a sequence.
 
 The package adds slope * column to a score. In float32 the rounding error grows with the column: to a few
 thousandths of a weight in the steepest heads at 65,536.
@@ -80,8 +80,8 @@ def bounds_of_runs(documents: torch.Tensor, seq: int, max_documents: int | None)
         max_documents: As in AttentionContext. If given, there is no device sync.
 
     Returns:
-        Cumulative lengths in queries and in keys, int32, from 0, and upper bounds of the lengths. There may be
-        more sequences than runs: the extra ones are empty, and runs inside the cache have no queries.
+        Cumulative lengths in queries and in keys, int32, from 0, and upper bounds of the lengths. There may
+        be more sequences than runs: the extra ones are empty, and runs inside the cache have no queries.
 
     Raises:
         ValueError: There is padding between tokens of one document; `max_documents` rules this out.

@@ -19,8 +19,8 @@ ProblemType = Literal["regression", "single_label_classification", "multi_label_
 class HeadConfig(MPTConfig):
     """The architecture of an MPT that ends in a head; one of the three classes below.
 
-    `architecture` is transformers' class and `task` the Hub's name of its task; `head` is the head's module: a
-    matrix, and a bias if `has_bias`.
+    `architecture` is transformers' class and `task` the Hub's name of its task; `head` is the head's module:
+    a matrix, and a bias if `has_bias`.
     """
 
     architecture: ClassVar[str]
@@ -83,7 +83,7 @@ class _LabelsConfig(HeadConfig):
         return {names[str(number)]: number for number in range(self.num_labels)}
 
     def head_keys(self) -> dict[str, Any]:
-        """The head's keys in transformers' `config.json`, where the number of labels follows from the names."""
+        """The head's keys in transformers' `config.json`; the names imply the number of labels."""
         numbers = self.label2id
         return {
             **super().head_keys(),
