@@ -2,10 +2,10 @@
 
     python scripts/bench_checkpoints.py [d_model=768] [layers=8] [batches=4] [runs=3]
 
-A model with LION's state trains on random tokens. Every other batch is saved, alternately by Composer's saver,
-by ours while training waits, and by ours in the background. `held` is the time that a save blocks training;
-`other batches` is the time of a batch during a write, relative to one without. All are medians. Then a
-checkpoint in the page cache is verified by its CRC-32 sums.
+A model with LION's state trains on random tokens. Every other batch is saved, alternately by Composer's
+saver, by ours while training waits, and by ours in the background. `held` is the time that a save blocks
+training; `other batches` is the time of a batch during a write, relative to one without. All are medians.
+Then a checkpoint in the page cache is verified by its CRC-32 sums.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python scripts/bench_llmfoundry.py llmfoundry_python=PATH_TO_ITS_PYTHON [runs=3] [batches=12] [out=FILE]
 
-It alternates between the two and measures the whole command `composer ... CONFIG`: seconds from the command to
-the first batch, seconds per step after the first three (median), and the time to report a misspelled key. The
-same few lines on both sides record the time at the end of each batch.
+It alternates between the two and measures the whole command `composer ... CONFIG`: seconds from the command
+to the first batch, seconds per step after the first three (median), and the time to report a misspelled key.
+The same few lines on both sides record the time at the end of each batch.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 PATH is the Python of an environment with llm-foundry 0.22.0; without it only ours is measured. Lengths have a
 log-normal distribution with a median of 150 tokens; half of each example is in the loss. Both sides make
-batches of `rows` rows from tokenized examples: ours with the whole loader, from the plan and disk reads to the
-batch; llm-foundry with its collator on examples in memory, at the ratio that its own search finds without
+batches of `rows` rows from tokenized examples: ours with the whole loader, from the plan and disk reads to
+the batch; llm-foundry with its collator on examples in memory, at the ratio that its own search finds without
 waste. Its time for packing, after padding and stacking, is also shown separately. Seconds are for one core,
 medians of interleaved runs.
 """

@@ -4,7 +4,7 @@
         [group=1,4] [dtype=bfloat16,float32] [kernel=forward_kernel] [and ...] [processes=2] [out=FILE.json]
 
 Without words it compiles every variant that ships, with words all combinations of their values; `and` starts
-another set. Attention is called on the CPU with small tensors with the strides of a model's. Where Triton would
+another set. Attention is called on the CPU with small tensors that have a model's strides. Where Triton would
 launch a kernel, the kernel is only compiled, as Triton's launcher does for that architecture, with Triton's
 own ptxas. Triton's cache (TRITON_CACHE_DIR) is used, so recently compiled kernels take no time.
 
