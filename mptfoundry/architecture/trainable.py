@@ -55,7 +55,7 @@ class LoRAConfig:
         refuse_problems(self)
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield from at_least(self, r=1)
         yield self._alpha()
         yield self._dropout()

@@ -50,7 +50,7 @@ class RotaryScalingConfig:
         refuse_problems(self)
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield from at_least(self, factor=1)
 
 
@@ -126,7 +126,7 @@ class AttnConfig:
         refuse_problems(self)
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield from probabilities(self, "attn_pdrop")
         yield from positive(self, _OR_NONE, "clip_qkv", "softmax_scale", "attn_logit_softcapping")
         yield from positive(self, _WHOLE, "alibi_bias_max", "kv_n_heads")
@@ -164,7 +164,7 @@ class ActivationConfig:
         refuse_problems(self)
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield self._approximation()
 
     def _approximation(self) -> Iterator[Problem]:
@@ -190,7 +190,7 @@ class FFNConfig:
         refuse_problems(self)
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield from positive(self, _WHOLE, "ffn_hidden_size")
 
 
@@ -235,7 +235,7 @@ class InitConfig:
         refuse_problems(self)
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield self._baseline()
         yield only_one(self, "are both given. Use one of them.", "emb_init_std", "emb_init_uniform_lim")
 
@@ -302,7 +302,7 @@ class MPTConfig:
         refuse_problems(self)
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         sizes = ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size", "head_dim")
         yield from positive(self, _WHOLE, *sizes)
         yield from positive(self, _POSITIVE, "expansion_ratio", "norm_eps")

@@ -51,7 +51,7 @@ class _LabelsConfig(HeadConfig):
     id2label: dict[str, str] | None = None
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield from super().rules()
         yield from positive(self, "Use 1 or more.", "num_labels")
         yield self._names_of_labels()
@@ -111,7 +111,7 @@ class SequenceClassifierConfig(_LabelsConfig):
     problem_type: ProblemType | None = None
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield from super().rules()
         yield self._several_labels()
 
@@ -148,7 +148,7 @@ class TokenClassifierConfig(_LabelsConfig):
     classifier_dropout: float = 0.1
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield from super().rules()
         yield self._several_labels()
         yield from probabilities(self, "classifier_dropout")
