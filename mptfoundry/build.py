@@ -1,6 +1,6 @@
-"""Config and plan -> objects: one function for each section, over plain tables of names.
+"""Build objects from config and plan: one function per section, with plain tables of names.
 
-A user's `code_paths` may put other classes into the tables.
+A user's `code_paths` may add classes to the tables.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ SCHEDULERS: dict[str, Callable[..., Schedule]] = {
     "inv_sqrt_with_warmup": schedules.inv_sqrt_with_warmup,
     "warmup_stable_decay": schedules.warmup_stable_decay,
 }
-# `module:Class`, so that a callback is imported only where a config names it.
+# `module:Class`, so that a callback is imported only if a config names it.
 CALLBACKS: dict[str, str | type] = {**signatures.CALLBACKS}
 LOGGERS: dict[str, str | type] = {**signatures.LOGGERS}
 ALGORITHMS: dict[str, str | type] = {"gradient_clipping": GradientClipping}
 
 
 def run_code_paths(config: TrainConfig) -> None:
-    """Runs the user's own files, which may change the tables above; prints each with its hash.
+    """Run the user's own files, which may change the tables above; print each with its hash.
 
     Raises:
         ConfigError: A file is missing, or the command line did not allow code.
@@ -88,7 +88,7 @@ def run_code_paths(config: TrainConfig) -> None:
 
 
 def build_tokenizer(config: TrainConfig) -> Any:
-    """The run's tokenizer, whose ids the model has rows for."""
+    """The run's tokenizer; ConfigError if the model's vocabulary is too small for it."""
     tokenizer = load_tokenizer(config.tokenizer.name, config.tokenizer.kwargs, max_seq_len=config.max_seq_len)
     if problem := vocabulary_problem(count_ids(tokenizer), config.model.vocab_size):
         raise ConfigError(f"{config.model.vocabulary_key}: {problem}")
@@ -96,11 +96,11 @@ def build_tokenizer(config: TrainConfig) -> Any:
 
 
 def open_pretrained(model: ModelConfig) -> ModelSource:
-    """The model that `pretrained_model_name_or_path` names, whose weights are read later.
+    """The model that `pretrained_model_name_or_path` names; its weights are read later.
 
     Raises:
-        CheckpointError: It is not there or damaged.
-        ConfigError: It is not what the config says.
+        CheckpointError: It is missing or damaged.
+        ConfigError: It does not match the config.
     """
     assert model.pretrained_model_name_or_path is not None
     source = open_model(locate(model.pretrained_model_name_or_path, model.revision))
@@ -109,13 +109,13 @@ def open_pretrained(model: ModelConfig) -> ModelSource:
 
 
 def open_base(config: TrainConfig, checkpoint: Path) -> ModelSource | None:
-    """The model of a checkpoint that is the base of adapters, or lacks the head that is to be trained.
+    """The model of a checkpoint that is the base of adapters, or lacks the head to train.
 
-    Elsewhere the checkpoint is loaded as it is, and this is None.
+    Otherwise this is None, and Composer loads the checkpoint as it is.
 
     Raises:
-        CheckpointError: It is not there or damaged.
-        ConfigError: It is not what the config says, or more than its weights is asked for.
+        CheckpointError: It is missing or damaged.
+        ConfigError: It does not match the config, or `load_weights_only` is not set although the head is new.
     """
     head = config.model if isinstance(config.model, HeadConfig) else None
     if head is None and config.model.peft_config is None:
@@ -138,7 +138,7 @@ def open_base(config: TrainConfig, checkpoint: Path) -> ModelSource | None:
 def _check_trunk(source: ModelSource, model: ModelConfig, name: str) -> None:
     changes = leaves(model.config_overrides)
     for path, there, here in differing(trunk_of(source.config), model.network().to_dict(), changes):
-        # What is named by its path alone has no config_overrides, where dropout would be said.
+        # A checkpoint from load_path has no config_overrides, so its dropout may differ from the config's.
         if model.pretrained_model_name_or_path is not None or not path[-1].endswith("pdrop"):
             raise ConfigError(f"model.{'.'.join(path)}: {here} is not what {name} says, {there}.")
 
@@ -148,10 +148,10 @@ def build_model(
 ) -> ComposerMPT:
     """The network as Composer trains and evaluates it; with FSDP and `meta`, not yet in memory.
 
-    Its weights are drawn, or read from `source`: by each rank what it holds, tensor by tensor.
+    Weights are drawn, or read from `source` tensor by tensor; each rank handles only its own part.
     """
     network_config = config.model.network()
-    # With `mixed` Composer sends the weights of the first rank of all to the others.
+    # With `mixed`, Composer broadcasts the weights of global rank 0.
     on_meta = plan.init_device == "meta" or (plan.init_device == "mixed" and dist.get_global_rank() != 0)
     network: Any = make_network(
         network_config, device="meta" if on_meta else "cpu", seed=config.seed, empty=source is not None
@@ -188,7 +188,7 @@ def build_model(
 
 
 def compose(network: Any, tokenizer: Any, *, seed: int = 0, extra_flops_per_token: int = 0) -> ComposerMPT:
-    """A network as Composer sees it, with the metrics of its kind."""
+    """Wrap a network for Composer, with the metrics for its task."""
     if isinstance(network.config, HeadConfig):
         return ComposerHead(network, tokenizer=tokenizer, seed=seed)
     metrics = token_loss_metrics(token_byte_lengths(tokenizer, network.config.vocab_size))
@@ -202,7 +202,7 @@ def compose(network: Any, tokenizer: Any, *, seed: int = 0, extra_flops_per_toke
 
 
 def build_optimizer(config: TrainConfig, model: ComposerMPT) -> torch.optim.Optimizer:
-    """The optimizer over the network's parameters, in groups; frozen ones are left out."""
+    """The optimizer over the network's parameter groups, without frozen parameters."""
     options = asdict(config.optimizer)
     name, groups, frozen = (options.pop(key) for key in ("name", "param_groups", "disable_grad"))
     given = [{key: value for key, value in group.items() if value is not None} for group in groups]
@@ -211,7 +211,7 @@ def build_optimizer(config: TrainConfig, model: ComposerMPT) -> torch.optim.Opti
 
 
 def build_scheduler(config: TrainConfig) -> ComposerScheduler:
-    """The learning rate's schedule, its times in any unit."""
+    """The learning rate schedule; its times may have any unit."""
     options = asdict(config.scheduler)
     name = options.pop("name")
     options.pop("scale_warmup", None)
@@ -221,14 +221,14 @@ def build_scheduler(config: TrainConfig) -> ComposerScheduler:
 
 
 def build_algorithms(config: TrainConfig) -> list[Algorithm]:
-    """Composer's algorithms; the gradient's norm is always measured, and clipped where asked."""
+    """Composer's algorithms: gradient clipping if configured; the gradient norm is always measured."""
     return [_make(ALGORITHMS, "gradient_clipping", config.algorithms.get("gradient_clipping", {}))]
 
 
 def build_callbacks(config: TrainConfig, tokenizer: Any, run_folder: Path) -> list[Callback]:
-    """The callbacks that the config names; those that generate text or export are given the means to.
+    """The callbacks that the config names, with the functions that they need to generate text or export.
 
-    Losses are always judged, with the defaults where the config says nothing.
+    Loss spikes are always checked, with defaults if the config does not name the callback.
     """
     given: dict[str, dict[str, Any]] = {"kill_loss_spike": {}}
     given |= {name: dict(kwargs) for name, kwargs in config.callbacks.items()}
@@ -255,7 +255,7 @@ def build_loggers(config: TrainConfig, run_folder: Path) -> list[LoggerDestinati
 
 
 def build_parallelism(config: TrainConfig, plan: Plan) -> dict[str, Any] | None:
-    """Composer's configuration of FSDP2, or None where every device holds all weights (DDP)."""
+    """Composer's FSDP2 configuration, or None if every device holds all weights (DDP)."""
     sharding, fsdp = plan.sharding, config.fsdp_config
     if sharding is None or fsdp is None:
         return None
@@ -278,7 +278,7 @@ def _generate_text(
 
 
 def _make(table: Mapping[str, str | type], name: str, kwargs: Mapping[str, Any]) -> Any:
-    """An instance of the class that `name` stands for; its module is imported only now."""
+    """An instance of the class that `name` refers to; imports its module if needed."""
     entry = table[name]
     if isinstance(entry, str):
         module, _, attribute = entry.partition(":")

@@ -1,8 +1,7 @@
-"""Text out of a network: sampling, streaming, and a chat at the terminal.
+"""Text generation: sampling, streaming, and a chat in the terminal.
 
-The prompts of a batch are padded on the left, so that all continue at the same column. The prompt goes
-through the network once; each further token costs one column, over keys and values kept in a cache of fixed
-size.
+The prompts of a batch are padded on the left, so that all continue at the same column. The network processes
+the prompt once; each further step processes one column and uses a KV cache of fixed size.
 """
 
 from __future__ import annotations
@@ -42,18 +41,17 @@ def generate(
     Args:
         network: In eval mode.
         input_ids: (batch, seq) int64; shorter rows are padded on the left.
-        max_new_tokens: Tokens to add at most.
+        max_new_tokens: The most tokens to add.
         sampling: How each token is chosen.
         eos_token_id: A row ends after this token, or any of these.
         attention_mask: (batch, seq) bool, false where a row is padded.
         stream: Called after each step with the new ids (batch,).
 
     Returns:
-        (batch, seq + new) int64: the prompts and what follows. A row that ended is filled up with the last
-        of its tokens.
+        (batch, seq + new) int64: the prompts and their continuations. A finished row repeats its last token.
 
     Raises:
-        ConfigError: Prompt and new tokens don't fit the model's learned positions.
+        ConfigError: Prompt and new tokens exceed the model's learned positions.
     """
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
     columns = [input_ids]
@@ -79,11 +77,11 @@ def generate_text(
     Args:
         network: In eval mode.
         tokenizer: The network's.
-        prompts: An empty one starts at the tokenizer's beginning-of-text token.
-        max_new_tokens: Tokens to add at most.
+        prompts: An empty prompt starts with the tokenizer's beginning-of-text token.
+        max_new_tokens: The most tokens to add.
         sampling: How each token is chosen.
         stop: A continuation ends before any of these texts.
-        stream: Called with the prompt's number and each new piece of its continuation; whole characters only.
+        stream: Called with the prompt's index and each new piece of its continuation, in whole characters.
 
     Returns:
         The continuations, without the prompts and without special tokens.
@@ -95,7 +93,7 @@ def generate_text(
 def encode_prompt(tokenizer: Any, prompt: str, config: MPTConfig) -> list[int]:
     """The ids of a prompt, at least one; raises ConfigError for ids that the model does not have.
 
-    A tokenizer's own BOS begins it; its own EOS, which would end the text, is left out."""
+    If the tokenizer adds a BOS, it stays; if it adds an EOS, which would end the text, it is removed."""
     ids = tokenizer(prompt)["input_ids"]
     if (after := list(own_borders(tokenizer).after)) and ids[-len(after) :] == after:
         ids = ids[: -len(after)]
@@ -142,7 +140,7 @@ def _steps(
     eos_token_id: int | Sequence[int] | None,
     done: torch.Tensor,
 ) -> Iterator[torch.Tensor]:
-    """Yield the next ids (batch,) until all rows are done; `done` (batch,) may be set by the caller too."""
+    """Yield the next ids (batch,) until all rows are done; the caller may also set `done` (batch,)."""
     from mptfoundry.mpt.network import KVCache
 
     batch, prompt_len = input_ids.shape
@@ -174,7 +172,7 @@ def _steps(
 
 
 def check_length(config: MPTConfig, length: int) -> None:
-    """Raise ConfigError where learned positions end before `length` tokens; warn past what was trained."""
+    """Raise ConfigError if `length` exceeds the learned positions; warn if it exceeds the trained length."""
     if length <= config.max_seq_len:
         return
     if config.has_learned_positions:
@@ -196,7 +194,7 @@ def _continue(
     stop: Sequence[str],
     stream: Callable[[int, str], None] | None,
 ) -> list[str]:
-    """The continuations of encoded prompts; the row's number and each piece go to `stream`."""
+    """The continuations of encoded prompts; `stream` gets the row's index and each piece."""
     device = next(network.parameters()).device
     width = max(len(ids) for ids in encoded)
     input_ids = torch.tensor([[ids[0]] * (width - len(ids)) + ids for ids in encoded], device=device)
@@ -223,13 +221,13 @@ def _continue(
 
 @dataclass
 class TextStream:
-    """Turns ids that come one by one into pieces of text that never split a character or a stop text.
+    """Decodes ids one by one into pieces of text that never split a character or a stop text.
 
     Attributes:
         tokenizer: Decodes the ids.
-        stop: Texts that end the stream; neither they nor what follows is given out.
-        text: All that was given out.
-        ended: No more is given out.
+        stop: Texts that end the stream; the output excludes them and everything after them.
+        text: All output so far.
+        ended: Whether the stream has ended.
     """
 
     tokenizer: Any
@@ -241,7 +239,7 @@ class TextStream:
     _held: str = ""
 
     def add(self, token: int) -> str:
-        """The text that became certain with this id; often empty within a character of many bytes."""
+        """The text that is final after this id; often empty inside a multi-byte character."""
         self._pending.append(token)
         piece = self._decoded()
         if piece.endswith("\ufffd"):
@@ -250,11 +248,11 @@ class TextStream:
         return self._give(piece, is_last=False)
 
     def finish(self) -> str:
-        """What was held back."""
+        """The remaining text, which was held back."""
         return self._give(self._decoded() if self._pending else "", is_last=True)
 
     def _decoded(self) -> str:
-        """The pending ids as text, decoded behind those before them: some tokenizers trim the first."""
+        """The pending ids as text, decoded with the ids before them: some tokenizers trim the first token."""
         before = self._decode(self._context)
         return self._decode(self._context + self._pending)[len(before) :]
 
@@ -294,20 +292,20 @@ def chat(
     input_fn: Callable[[str], str] = input,
     output_fn: Callable[[str], None] = _print,
 ) -> None:
-    """Talk with a model until `/quit`, Ctrl-D or Ctrl-C; `/new` begins again.
+    """Chat with a model until `/quit`, Ctrl-D or Ctrl-C; `/new` starts over.
 
-    A tokenizer with a chat template makes it a talk in turns. Without one each line is continued as plain
-    text. What no longer fits into `max_seq_len` is left out from the front, with a note.
+    If the tokenizer has a chat template, lines are turns of a conversation; otherwise the model continues
+    them as plain text. If the text exceeds `max_seq_len`, tokens are dropped from the front, with a note.
 
     Args:
         network: In eval mode.
         tokenizer: The network's.
-        max_new_tokens: Of an answer.
-        sampling: How each token is chosen; the seed grows by one with each answer.
+        max_new_tokens: The most tokens of an answer.
+        sampling: How each token is chosen; the seed increases by one with each answer.
         stop: Texts that end an answer.
-        system: What the talk begins with.
-        input_fn: Asks for a line.
-        output_fn: Shows a piece of text; adds no line break.
+        system: The system prompt.
+        input_fn: Reads a line.
+        output_fn: Shows a piece of text, without a line break.
     """
     talk = _Talk(tokenizer, network.config, system, max_new_tokens)
     if default_template(tokenizer) is None:
@@ -337,7 +335,7 @@ def chat(
 
 
 class _Talk:
-    """What was said so far, and the ids that the next answer continues."""
+    """The conversation so far, and the ids that the next answer continues."""
 
     def __init__(self, tokenizer: Any, config: MPTConfig, system: str | None, max_new_tokens: int) -> None:
         self.tokenizer = tokenizer
@@ -347,7 +345,7 @@ class _Talk:
         self.room = max(1, config.max_seq_len - max_new_tokens)
 
     def ask(self, line: str) -> tuple[list[int], int]:
-        """Add a line; returns the ids to continue, and how many tokens had to be left out."""
+        """Add a line; returns the ids to continue, and how many tokens were dropped."""
         self.turns.append({"role": "user", "content": line})
         ids = whole = self._encoded()
         while len(ids) > self.room and len(self.turns) > 1:

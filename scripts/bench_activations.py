@@ -1,9 +1,10 @@
-"""What recomputing and offloading activations saves and costs on a CPU: bytes that forward keeps for
-backward, next to the weights, and the time of a step against that of keeping everything.
+"""Measure what recomputing and offloading activations saves and costs on a CPU: bytes that forward saves for
+backward, besides the weights, and step time relative to saving everything.
 
     python scripts/bench_activations.py [steps=5]
 
-A model of 8 layers, width 256, 4 heads, on 2 rows of 1,024 tokens; times are medians of steps taken in turns.
+The model has 8 layers, width 256, 4 heads; a batch is 2 rows of 1,024 tokens. Times are medians of
+interleaved steps.
 """
 
 from __future__ import annotations

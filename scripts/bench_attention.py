@@ -1,18 +1,18 @@
-"""Attention's backends against the full-bias formula and PyTorch's own kernels, forward and backward.
+"""Compare the attention backends with the full-bias formula and PyTorch's own kernels, forward and backward.
 
     python scripts/bench_attention.py [seq=512,2048] [head_dim=64] [heads=8] [batch=1] [documents=8]
         [repeats=7] [seconds=140] [out=FILE.json]
 
-On a CPU in float32; on a GPU in bf16, by default 2k, 8k and 65k tokens of width 2048 in heads of 128 and of
-64, in as many rows as make 32k tokens. Before it is timed, each contestant is held against the formula in
-float64 at a small size: out and gradients at most twice as far from it as the plain formula in that dtype
-(`no bias`: from the formula without ALiBi and documents; these are ceilings). Then medians over random data,
-all contestants in turn within each repeat. The `x` columns say how many times faster than the first of the
-same case; TFLOP/s count the pairs of tokens that see each other, and nothing where blocks are skipped.
+It runs in float32 on a CPU, in bf16 on a GPU. The GPU's default is 2k, 8k and 65k tokens of width 2048 in
+heads of 128 and of 64, with enough rows for 32k tokens. Before timing, each contestant is compared with the
+formula in float64 at a small size: the error of outputs and gradients must be at most twice that of the plain
+formula in the same dtype (`no bias`: compared with the formula without ALiBi and documents; these are upper
+limits). Times are medians over random data, with contestants interleaved within each repeat. The `x` columns
+are speedups over the first contestant of the case. TFLOP/s count the pairs of tokens that see each other, and
+are omitted where blocks are skipped.
 
-On a GPU times are taken in its own queue, which always holds work: they leave out what Python takes, and what
-all layers share (the bounds of documents) is made before; on a CPU it is made each time. No case is begun
-after so many seconds.
+GPU times come from a queue that always has work, so they exclude Python. What all layers share (the bounds of
+documents) is computed before; on a CPU it is computed each time. No case starts after `seconds`.
 """
 
 from __future__ import annotations

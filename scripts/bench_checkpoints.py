@@ -1,11 +1,11 @@
-"""Measure how long a checkpoint holds training up, and how long it takes to check one.
+"""Measure how long a checkpoint blocks training, and how long it takes to verify one.
 
     python scripts/bench_checkpoints.py [d_model=768] [layers=8] [batches=4] [runs=3]
 
-A model with LION's state is trained on random tokens; every other batch is saved, in turns by Composer's
-saver, by ours while training waits, and by ours in the background. `held` is the time that training stands
-still for a save, `other batches` how long a batch takes while one is written, over one when none is. All are
-medians. A checkpoint that is in the page cache is then checked, by its CRC-32 sums.
+A model with LION's state trains on random tokens. Every other batch is saved, alternately by Composer's
+saver, by ours while training waits, and by ours in the background. `held` is the time that a save blocks
+training; `other batches` is the time of a batch during a write, relative to one without. All are medians.
+Then a checkpoint in the page cache is verified by its CRC-32 sums.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Exports checkpoints with optimizer state that are made for it: peak memory, and throughput against copying.
+"""Measure the export of synthetic checkpoints with optimizer state: peak memory, and throughput vs. copying.
 
     python scripts/bench_export.py [layers=2,4,8] [d_model=4096] [heads=32] [vocab=50432] [kind=whole,sharded]
         [moments=1] [folder=FOLDER] [out=FILE.json]
 
-By default at MPT-7B's width; its 32 layers differ from fewer in length alone. Each checkpoint holds float32
-weights, drawn at random, and as many moments of the optimizer for each (1: LION, 2: AdamW). The export to
-bf16 runs in a process of its own. `peak` is its largest resident memory; what is not `own` in it are pages of
-files, which the kernel takes back when it needs them. `export` are the seconds until all weights are on the
-disk; `copy` those of reading as many bytes as the model's weights have in the checkpoint and of writing as
-many as the export does, nothing cached before; `all` those of the whole command: imports, export, comparison.
+The default width is MPT-7B's; fewer layers than its 32 only make the export shorter. Each checkpoint holds
+random float32 weights, and `moments` optimizer moments for each (1: LION, 2: AdamW). The export to bf16 runs
+in its own process. `peak` is its largest resident memory; the part that is not `own` is page cache, which the
+kernel can reclaim. `export` is the time in seconds until all weights are on disk. `copy` is the time to read
+as many bytes as the weights have in the checkpoint and to write as many as the export does, with a cold
+cache. `all` is the time of the whole command: imports, export, comparison.
 """
 
 from __future__ import annotations

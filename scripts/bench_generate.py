@@ -1,11 +1,11 @@
-"""Greedy generation with a cache: our network against transformers' own MPT classes, same weights.
+"""Compare greedy generation with a cache: our network and transformers' own MPT classes, same weights.
 
     python scripts/bench_generate.py [batch=1,8] [prompt=128] [new=64] [d_model=512] [layers=8] [heads=8]
         [vocab=8192] [repeats=7] [out=FILE.json]
 
-Random weights in float32, each contestant through its own `generate`, in turns; the ids must be the same.
-Medians over the repeats of the prompt's time and of the time per further token, both in milliseconds, and of
-their ratios, turn by turn.
+Weights are random, in float32. Each contestant runs its own `generate`, interleaved; the ids must be equal.
+Results are medians over the repeats: the prompt's time and the time per further token, in milliseconds, and
+their ratios within each repeat.
 """
 
 from __future__ import annotations

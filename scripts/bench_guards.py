@@ -1,10 +1,10 @@
-"""What guarding a run costs: steps of a training with all guards, and without any, in turns.
+"""Measure what guards cost: training steps with all guards and without any, interleaved.
 
     python scripts/bench_guards.py [steps=10] [rounds=8] [ranks=1]
 
-The model is that of configs/mpt-tiny.yaml, its data are made here. The guards are what `train` puts around
-every run: signals, the decisions of each step, the judgement of losses, and the beats of ranks. Both
-trainings live side by side in one process, or in `ranks` of them, and take turns of `steps` batches each.
+The model is that of configs/mpt-tiny.yaml, with synthetic data. The guards are those that `train` adds to
+every run: signal handling, the decisions of each step, loss spike checks, and rank heartbeats. Both trainers
+share one process, or `ranks` processes, and alternate every `steps` batches.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Side by side with llm-foundry on this machine: the same YAML, the same shards, the same small MPT.
+"""Compare with llm-foundry on this machine: the same YAML, the same shards, the same small MPT.
 
     python scripts/bench_llmfoundry.py llmfoundry_python=PATH_TO_ITS_PYTHON [runs=3] [batches=12] [out=FILE]
 
-Measures, in turns, the whole command `composer ... CONFIG`: seconds from the command to the first batch,
-seconds per step after the first three (median), and how long a misspelt key takes to be reported. Both sides
-are watched by the same few lines, which note the time whenever Composer ends a batch.
+It alternates between the two and measures the whole command `composer ... CONFIG`: seconds from the command
+to the first batch, seconds per step after the first three (median), and the time to report a misspelled key.
+The same few lines on both sides record the time at the end of each batch.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Memory and time of a StoryWriter step, by the length of its rows: each in a process of its own.
+"""Measure memory and time of a StoryWriter step by row length, each length in its own process.
 
     python scripts/bench_long_context.py [lengths=8192,16384,32768,65536] [key=value ...]
 
 The run is `configs/mpt-7b-storywriter.yaml` with fewer and narrower layers: one row of random tokens,
 forward, backward and LION's step, with activation checkpointing, alibi_bias_max 16 and clip_qkv 6. Further
-words change its config. Prints the largest resident memory of the process, how much of it came with the step,
-that for each token, and the seconds of the step.
+words override its config. It prints the peak resident memory of the process, the step's part of it, that part
+per token, and the seconds of the step.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
     python scripts/bench_packing.py [llmfoundry_python=PATH] [examples=20000] [row_len=2048] [rows=16]
         [runs=3]
 
-PATH is the Python of an environment with llm-foundry 0.22.0; without it only ours is measured. Lengths are
-drawn from a log-normal distribution, half of them below 150 tokens; half of each example is trained. Both
-sides make batches of `rows` rows of tokenized examples: ours with the whole loader, from planning and reading
-the disk to the batch; llm-foundry with its collator, the examples in memory, at the ratio that its own search
-for one without waste ends with. Of its time that of packing, after examples are padded and stacked, is
-told apart. Seconds are those of one core; the median of the runs counts, which take turns.
+PATH is the Python of an environment with llm-foundry 0.22.0; without it only ours is measured. Lengths have a
+log-normal distribution with a median of 150 tokens; half of each example is in the loss. Both sides make
+batches of `rows` rows from tokenized examples: ours with the whole loader, from the plan and disk reads to
+the batch; llm-foundry with its collator on examples in memory, at the ratio that its own search finds without
+waste. Its time for packing, after padding and stacking, is also shown separately. Seconds are for one core,
+medians of interleaved runs.
 """
 
 from __future__ import annotations

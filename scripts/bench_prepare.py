@@ -4,9 +4,9 @@
         [workers=N] [folder=FOLDER] [runs=3]
 
 PATH is the Python of an environment with llm-foundry 0.22.0. The text is the Python sources below FOLDER, by
-default those of the standard library; the tokenizer is by default trained on them. Both give the same token
-stream, which is checked. Each is measured as a whole command (start of Python, imports, work), and from the
-end of its own imports on; the fastest of the runs counts.
+default the standard library's; by default the tokenizer is trained on them. Both must produce the same token
+stream. Each is measured as a whole command (Python's start, imports, work), and from the end of its imports;
+the fastest run counts.
 """
 
 from __future__ import annotations

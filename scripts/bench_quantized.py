@@ -1,13 +1,13 @@
-"""What 8 and 4 bits do to an exported folder: perplexity next to that of the folder as it is, on a CPU.
+"""Measure the perplexity of an exported folder in 8 and 4 bits, compared with the original, on a CPU.
 
     python scripts/bench_quantized.py FOLDER text=FILE [kinds=torchao-int8,torchao-int4,bnb-int8,bnb-nf4]
         [rows=24] [trust_remote_code=true] [out=FILE.json]
 
-FILE is text, or JSONL with a field `text`; its end is taken, in `rows` rows of the model's length. torchao
-takes the folder's linear layers after loading; bitsandbytes takes them while transformers loads, which on a
-CPU needs transformers 5. The output matrix is tied to the embedding: bitsandbytes leaves it, torchao gives
-the logits a quantized copy. What isn't installed is named and left out. A folder with the network's own code
-needs `trust_remote_code=true`.
+FILE is text, or JSONL with a field `text`; the end of it is used, as `rows` rows of the model's length.
+torchao quantizes the linear layers after loading; bitsandbytes quantizes them while transformers loads, which
+on a CPU needs transformers 5. The output projection is tied to the embedding: bitsandbytes skips it, torchao
+uses a quantized copy for the logits. Missing packages are reported and skipped. A folder with the network's
+own code needs `trust_remote_code=true`.
 """
 
 from __future__ import annotations

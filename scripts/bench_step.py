@@ -1,9 +1,9 @@
-"""Time of a training step of our network alone: forward, loss, backward, clipping and LION, no loader.
+"""Time a training step of our network alone: forward, loss, backward, clipping and LION, no loader.
 
     python scripts/bench_step.py [config=configs/mpt-125m.yaml] [batch=8] [steps=20] [out=FILE.json]
 
-Random tokens in the config's precision on the GPU if there is one (bf16), else on the CPU (fp32). Prints the
-median time of a step, tokens/s, and both MFUs where the device's peak is known.
+It trains on random tokens, on the GPU if there is one (bf16), otherwise on the CPU (fp32). It prints the
+median step time, tokens/s, and both MFUs if the device's peak is known.
 """
 
 from __future__ import annotations

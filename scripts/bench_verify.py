@@ -1,9 +1,9 @@
-"""Measure what checking shards costs: `verify: off | lazy | full` of train_loader.dataset.
+"""Measure what shard verification costs: `verify: off | lazy | full` of train_loader.dataset.
 
     python scripts/bench_verify.py [megabytes=128] [max_seq_len=2048] [runs=3] [folder=FOLDER]
 
-Shards of 64 MiB of random ids are written to FOLDER (default: a temporary one) and read from the page cache,
-once by each kind of checking in turns; the median counts. A step is what `configs/mpt-125m.yaml` reads.
+Shards of 64 MiB of random ids are written to FOLDER (default: a temporary one) and read from the page cache
+with each setting in turn; results are medians. A step is what `configs/mpt-125m.yaml` reads.
 """
 
 from __future__ import annotations

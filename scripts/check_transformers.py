@@ -1,12 +1,12 @@
-"""The tests of what is exported, under another transformers than the installed one.
+"""Run the export tests with another version of transformers than the installed one.
 
     python scripts/check_transformers.py version=5.23.0 [folder=ENVIRONMENT] [tests=PATH,...]
     python scripts/check_transformers.py python=OTHER/bin/python [tests=PATH,...]
 
-The first makes an environment that holds that version, accelerate, PEFT and what they need, and takes the
-rest, torch above all, from this one; it is made in a temporary folder, unless `folder` keeps it. (pip
-notes there that Composer's streaming wants another transformers; what is tested doesn't import it.) The
-second uses an environment that is there. The exit code is pytest's.
+The first creates an environment with that version, accelerate, PEFT and their dependencies; everything else,
+such as torch, comes from this environment. It is temporary unless `folder` is given. (pip warns that
+Composer's streaming needs another transformers; the tests don't import it.) The second uses an existing
+environment. The exit code is pytest's.
 """
 
 from __future__ import annotations

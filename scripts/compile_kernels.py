@@ -1,22 +1,21 @@
-"""Compiles the Triton kernels of attention for GPUs that need not be here, and prints what became of each.
+"""Compile the attention kernels in Triton for any GPU architecture, without a GPU, and print the results.
 
     python scripts/compile_kernels.py [arch=90,80] [head_dim=64,128] [features=alibi,alibi+documents]
         [group=1,4] [dtype=bfloat16,float32] [kernel=forward_kernel] [and ...] [processes=2] [out=FILE.json]
 
-Without words it compiles every variant that ships, and with words all combinations of what they name; after
-`and` another such set begins. Attention is called on the CPU with small tensors that lie in memory as a
-model's do; where Triton would launch a kernel, it is compiled as its launcher compiles it for a GPU of that
-architecture, with its own ptxas, and not launched. Compiled kernels are kept, and taken from, where Triton
-keeps them (TRITON_CACHE_DIR): what has just been compiled takes no seconds.
+Without words it compiles every variant that ships, with words all combinations of their values; `and` starts
+another set. Attention is called on the CPU with small tensors that have a model's strides. Where Triton would
+launch a kernel, the kernel is only compiled, as Triton's launcher does for that architecture, with Triton's
+own ptxas. Triton's cache (TRITON_CACHE_DIR) is used, so recently compiled kernels take no time.
 
-* *spilled*: bytes of spill stores and loads in the machine code, as `ptxas -v` tells them. It is asked where
-  cuobjdump sees a stack; without one nothing is spilled.
-* *shared*: bytes of shared memory of a program.
-* *dots*: matrix products in Triton's code; *cores*: how many of them are done by tensor cores, with how many
-  `wgmma` (sm_90, 64 rows at least) or `mma` instructions. float32 is multiplied without.
+* *spilled*: bytes of spill stores and loads in the machine code, from `ptxas -v`. It runs only if cuobjdump
+  finds a stack; without a stack there are no spills.
+* *shared*: bytes of shared memory per program.
+* *dots*: matrix products in Triton's code; *cores*: how many of them use tensor cores, with the number of
+  `wgmma` (sm_90, at least 64 rows) or `mma` instructions. float32 does not use them.
 
-A variant that breaks one of the rules in `why_refused` is named at the end, and the exit code is 1. What
-another Triton than that of the table of blocks spills is told, and no reason to refuse.
+If a variant breaks a rule in `why_refused`, it is listed at the end, and the exit code is 1. Spills with
+another Triton version than the tile table's are reported but don't count as errors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The quickstart's model learns to write docstrings: `make finetune-demo` runs this after `make quickstart`.
+"""Teach the quickstart's model to write docstrings: `make finetune-demo` runs this after `make quickstart`.
 
-Makes examples of Python's standard library, a function's signature and the first paragraph of its docstring,
-and runs the project's own commands one after the other: generate, train, export, generate. Run again, it
+It makes examples from Python's standard library, a function's signature and the first paragraph of its
+docstring, and runs the project's own commands: generate, train, export, generate. If you run it again, it
 continues where it stopped.
 
     python scripts/finetune_demo.py [key=value of configs/finetune-demo.yaml ...]

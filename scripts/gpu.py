@@ -1,9 +1,9 @@
-"""All that wants a GPU, behind one command: `make gpu`. The kernels are compiled side by side first, so that
-the tests and benchmarks that follow find them in Triton's cache.
+"""Run everything that needs a GPU with one command: `make gpu`. Kernels are compiled in parallel first, so
+that tests and benchmarks find them in Triton's cache.
 
     python scripts/gpu.py [out=FILE.json]
 
-Runs in under ten minutes on one GPU and ends with a table; `out` holds the same as JSON, the device named.
+It takes less than ten minutes on one GPU and prints a table; `out` gets the same as JSON, with the device.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Labelled examples out of Python's standard library, for the configs of the three heads.
+"""Make labelled examples from Python's standard library, for the configs of the three heads.
 
 lines      is a line code, or part of a docstring?             configs/mpt-text-classification.yaml
 words      what is each word of a line of code?                configs/mpt-token-classification.yaml

@@ -1,12 +1,11 @@
-"""How far a reader of a run has to walk: the files that a tiny run imports, and the functions that it enters.
+"""Measure how much code a tiny run uses: the files that it imports and the functions that it calls.
 
     python scripts/measure_run.py [run=pretraining|finetuning] [json=FILE]
 
-Prints a table with a row per room: files and lines imported, files entered, and the lines of the functions
-entered (from `def` to the end, docstrings included, nested functions once). The story is what a reader
-follows to understand training: how the run is built, its data, model, optimizer, loss, evaluation and
-tokenizer. The numbers belong to the two runs below and to the version of Python that runs them; they depend
-on neither the machine nor the time.
+It prints a table with a row per folder: files and lines imported, files entered, and the lines of the
+functions called (from `def` to the end, with docstrings, nested functions once). The story is the code that a
+reader follows to understand training: the build, data, model, optimizer, loss, evaluation and tokenizer. The
+numbers depend on the two runs below and on the Python version, but not on the machine or the time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The whole life of a small MPT, on text that this machine has: `make quickstart` runs this.
+"""Train a small MPT from start to finish on text from this machine: `make quickstart` runs this.
 
-Reads Python's standard library (or a folder: `text=FOLDER`), splits it into three streams, then runs the
-project's own commands one after the other: tokenizer, prepare, train, eval, export, generate. Each command
-is printed before it runs. Run again, it continues where it stopped.
+It reads Python's standard library (or a folder: `text=FOLDER`), splits it into three streams, then runs the
+project's own commands: tokenizer, prepare, train, eval, export, generate. It prints each command before it
+runs. If you run it again, it continues where it stopped.
 
     python scripts/quickstart.py [text=FOLDER] [key=value of configs/mpt-tiny.yaml ...]
 """

@@ -1,12 +1,12 @@
-"""Measures tiles of attention's Triton kernels on this GPU and writes the fastest into attention_tiles.py.
+"""Time tiles of the attention kernels on this GPU and write the fastest to attention_tiles.py.
 
     python scripts/tune_attention.py [width=64,128] [kernel=forward,backward_query] [tokens=32768]
         [seq=8192] [write=no]
 
-For each kernel and width of a head, in bf16 with ALiBi and documents: candidates are compiled side by side,
-those that break a rule of compile_kernels.py are left out, and the others are timed, forward by itself and
-the rest within the whole backward. An entry is replaced where another tile is faster by more than a
-hundredth. Only the table of this GPU's generation is touched.
+For each kernel and head width, in bf16 with ALiBi and documents, candidates are compiled in parallel.
+Candidates that break a rule of compile_kernels.py are dropped; the others are timed, forward alone and the
+rest within the whole backward. A tile replaces an entry if it is more than 1% faster. Only the table of this
+GPU's generation changes.
 """
 
 from __future__ import annotations

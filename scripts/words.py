@@ -1,4 +1,4 @@
-"""The words that a script is given."""
+"""A script's command-line words."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes what the docs repeat of the code: the keys of a config, the command line, the faults of the tests.
+"""Generate docs from the code: a config's keys, the command line, and the tests' injected faults.
 
     python scripts/write_docs.py
 

@@ -1,9 +1,9 @@
-"""A model's architecture out of the `config.json` of a Hugging Face folder, or a dictionary of its kind.
+"""Read a model's architecture from the `config.json` of a Hugging Face folder, or a similar dictionary.
 
-Four dialects are understood: the published MPT's and llm-foundry's (`norm_eps`), that of transformers' own
-MPT classes (`layer_norm_epsilon`, other defaults), ours (both keys), and that of MPT's first generation,
-`mosaic_gpt`, where all keys stand at the top. A key that is not known is an error: it could change the
-mathematics. Nothing here needs torch.
+There are four dialects: that of published MPTs and llm-foundry (`norm_eps`), that of transformers' own MPT
+classes (`layer_norm_epsilon`, other defaults), ours (both keys), and that of MPT's first generation,
+`mosaic_gpt`, where all keys are at the top level. An unknown key is an error: it could change the
+mathematics. This module does not need torch.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from mptfoundry.files import read_json
 from mptfoundry.mpt.config import AttnConfig, InitConfig, MPTConfig, from_values
 from mptfoundry.mpt.head_config import head_named
 
-# What transformers' classes assume where their config.json is silent, and MPTConfig assumes otherwise.
+# Defaults of transformers' classes that differ from those of MPTConfig.
 _NATIVE_DEFAULTS: dict[str, Any] = {"no_bias": True}
 _NATIVE_ATTENTION_DEFAULTS: dict[str, Any] = {"alibi": True}
 
-# Keys of the first generation -> where they stand today.
+# Keys of the first generation -> today's path.
 FLAT_KEYS: dict[str, str] = {
     "mlp_ratio": "expansion_ratio",
     "param_init_fn": "init_config.name",
@@ -32,7 +32,7 @@ FLAT_KEYS: dict[str, str] = {
     **{field.name: f"attn_config.{field.name}" for field in fields(AttnConfig)},
 }
 
-# Keys without influence on what a loaded model computes: how it was made, named, drawn, run, generated from.
+# Keys that don't affect what a loaded model computes: its origin, name, initialization, runtime, generation.
 _WITHOUT_EFFECT_TEXT = """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
     activation_checkpointing_target add_cross_attention
@@ -54,7 +54,7 @@ _WITHOUT_EFFECT = set(_WITHOUT_EFFECT_TEXT.split())
 _WITHOUT_EFFECT_IN_ATTENTION = _WITHOUT_EFFECT | {"attn_impl", "norm_type", "tie_word_embeddings"}
 _WITHOUT_EFFECT_IN_FFN = {"fc_type"}
 
-# llm-foundry's latest additions, which MPT does not have, as it writes them where they are off.
+# llm-foundry's latest additions, which MPT does not have, with the values that turn them off.
 _OFF_IN_ATTENTION: tuple[tuple[str, Any], ...] = (
     ("nope", False),
     ("attn_temperature_tuning", {"attn_scale": 0.0, "floor_scale": 8192}),
@@ -68,7 +68,7 @@ def config_of_folder(folder: Path) -> MPTConfig:
     """The architecture of a Hugging Face folder.
 
     Raises:
-        CheckpointError: `config.json` is missing or damaged, is of another model, or holds a key or value
+        CheckpointError: `config.json` is missing or damaged, belongs to another model, or has a key or value
             that MPT does not have.
     """
     values = read_json(folder, "config.json")
@@ -82,7 +82,7 @@ def config_of_folder(folder: Path) -> MPTConfig:
 def config_of_others(values: Mapping[str, Any], where: str) -> MPTConfig:
     """The architecture of a model that may come from llm-foundry, whose query and key norms differ from ours.
 
-    There `qk_ln` and `qk_gn` are layernorms with an epsilon of 1e-5, whatever `norm_type` and `norm_eps` say.
+    Its `qk_ln` and `qk_gn` are layernorms with an epsilon of 1e-5 for any `norm_type` and `norm_eps`.
     """
     config = config_from_dict(values, where)
     has_their_norms = config.attn_config.qk_ln or config.attn_config.qk_gn
@@ -102,7 +102,7 @@ def config_from_dict(values: Mapping[str, Any], where: str) -> MPTConfig:
 
     Args:
         values: Keys of a `config.json`, or of the `model` section of a run's config.
-        where: Begins every error.
+        where: Prefix of every error.
     """
     _refuse_absurd(values, where)
     values = _from_first_generation(values, where)
@@ -133,7 +133,7 @@ def config_from_dict(values: Mapping[str, Any], where: str) -> MPTConfig:
 
 
 def _head_of(values: Mapping[str, Any]) -> tuple[type[MPTConfig], dict[str, Any]]:
-    """The kind of network that a run's `name` or a folder's `architectures` tell, and what its head adds."""
+    """The kind of network, from a run's `name` or a folder's `architectures`, and its head's keys."""
     classes = values.get("architectures")
     told = [values.get("name"), *(classes if isinstance(classes, list) else [])]
     kind = next((kind for kind in map(head_named, told) if kind is not None), None)
@@ -141,19 +141,19 @@ def _head_of(values: Mapping[str, Any]) -> tuple[type[MPTConfig], dict[str, Any]
         return MPTConfig, {}
     own = {field.name for field in fields(kind)} - {field.name for field in fields(MPTConfig)} - {"name"}
     head = {key: values[key] for key in own if values.get(key) is not None}
-    if isinstance(head.get("id2label"), dict):  # a config.json says their number by their names
+    if isinstance(head.get("id2label"), dict):  # config.json has the labels' names, but not their number
         head.setdefault("num_labels", len(head["id2label"]))
     return kind, head
 
 
 def _known_init(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The init scheme, which matters for new weights only: what is not known is left out."""
+    """The init scheme without unknown keys: it only matters for new weights."""
     known = {field.name for field in fields(InitConfig)}
     return {key: value for key, value in values.items() if key in known}
 
 
 def _from_first_generation(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The same values where today's keys stand."""
+    """The same values under today's keys."""
     values = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
     if (low_precision := values.pop("low_precision_layernorm", None)) is not None:
         values.setdefault("norm_type", "low_precision_layernorm" if low_precision else "layernorm")
@@ -178,7 +178,7 @@ def _from_first_generation(values: Mapping[str, Any], where: str) -> dict[str, A
 
 
 def _refuse_absurd(values: Mapping[str, Any], where: str, depth: int = 0) -> None:
-    """Raise CheckpointError for what no model has, before anything is computed with it."""
+    """Raise CheckpointError for impossible values before anything is computed with them."""
     if not depth:
         for name in ("attn_config", "ffn_config", "init_config"):
             if values.get(name) is not None and not isinstance(values[name], Mapping):

@@ -1,6 +1,6 @@
-"""A model by its name: a local folder, or one of the Hugging Face hub at a revision, kept in the hub's cache.
+"""Find a model by name: a local folder, or a revision on the Hugging Face Hub, stored in the Hub's cache.
 
-Weights, configs and tokenizers are fetched, and no code. Nothing here needs torch.
+Only weights, configs and tokenizers are downloaded, never code. This module does not need torch.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ _TEXTS = ["*.json", "merges.txt", "vocab.txt"]
 
 
 def locate(name: str, revision: str | None = None, *, config_only: bool = False) -> Path:
-    """Where the model `name` lies on this machine, after it was fetched if it had to be.
+    """The local path of the model `name`; downloads it if needed.
 
     Args:
-        name: A local path, or `organisation/model` of the hub.
-        revision: Branch, tag or commit, for a hub name. Default: its main branch.
-        config_only: Fetch `config.json` and nothing else.
+        name: A local path, or `organisation/model` on the Hub.
+        revision: Branch, tag or commit, for a Hub name. Default: the main branch.
+        config_only: Download only `config.json`.
 
     Returns:
-        The local path as it was given, or a snapshot's folder, which is named after its commit.
+        The given local path, or a snapshot's folder, which is named after its commit.
 
     Raises:
-        CheckpointError: There is no such path, or the hub can't give it.
+        CheckpointError: The path does not exist, or the Hub does not provide the model.
     """
     local = Path(name).expanduser()
     if local.exists():
@@ -42,7 +42,7 @@ def locate(name: str, revision: str | None = None, *, config_only: bool = False)
 
 
 def why_out_of_reach() -> str | None:
-    """Ask the name server once, since the hub's client retries for most of a minute."""
+    """Do one DNS lookup first, because the Hub's client retries for most of a minute."""
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         return "HF_HUB_OFFLINE is set"
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
@@ -56,7 +56,7 @@ def why_out_of_reach() -> str | None:
 
 
 def _snapshot(name: str, revision: str | None, config_only: bool) -> Path:
-    """A snapshot in the cache: the hub's if it answers, else what was fetched before."""
+    """A snapshot in the cache: from the Hub if it is reachable, otherwise an earlier download."""
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
     offline = why_out_of_reach()
@@ -72,7 +72,7 @@ def _snapshot(name: str, revision: str | None, config_only: bool) -> Path:
         return Path(
             snapshot_download(name, revision=revision, allow_patterns=patterns, ignore_patterns="*/*")
         )
-    except Exception as error:  # the client's errors have no common class
+    except Exception as error:  # the client's errors have no common base class
         why = offline or first_line(error)
         at = f" at revision {revision}" if revision else ""
         raise CheckpointError(

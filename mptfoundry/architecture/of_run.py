@@ -1,6 +1,6 @@
-"""The architecture of a model on disk: who tells it, what may change it, and where two of them differ.
+"""Read the architecture of a model on disk, override it, and compare two architectures.
 
-Nothing here needs torch.
+This module does not need torch.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from mptfoundry.errors import CheckpointError
 from mptfoundry.mpt.config import MPTConfig, from_values
 
 RUN_CONFIG = "config.yaml"
-# How a model is run and how new weights are drawn: nothing that a loaded model has computed with.
+# Runtime options and the init scheme, which don't affect a loaded model's results.
 OWN = (("attn_config", "attn_impl"), ("init_config",))
 
 
 def architecture_of(path: Path) -> MPTConfig:
-    """The architecture of a Hugging Face folder, a run, or a checkpoint that lies in its run's folder.
+    """The architecture of a Hugging Face folder, a run, or a checkpoint in its run's folder.
 
     Raises:
-        CheckpointError: As `config_of_folder`, or nothing tells the architecture.
+        CheckpointError: As for `config_of_folder`, or there is no config.
     """
     if (path / "config.json").exists():
         return config_of_folder(path)
@@ -38,12 +38,12 @@ def architecture_of(path: Path) -> MPTConfig:
 
 
 def run_of(path: Path) -> Path | None:
-    """The folder with `config.yaml` that a checkpoint lies in; a run's folder is its own."""
+    """The run folder, with `config.yaml`, that contains a checkpoint; a run folder returns itself."""
     return next((f for f in (path, path.parent, path.parent.parent) if (f / RUN_CONFIG).is_file()), None)
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The config that a run wrote into its folder, as plain values."""
+    """The config that a run saved in its folder, as plain values."""
     file = folder / RUN_CONFIG
     try:
         text = file.read_text(encoding="utf-8")
@@ -56,7 +56,7 @@ def read_run(folder: Path) -> dict[str, Any]:
 
 
 def _from_environment(run: Any, file: Path) -> Any:
-    """The config with what variables of the environment give, as far as they are set; the rest as written."""
+    """The config with environment variables substituted if they are set; the rest as written."""
     from mptfoundry.config.engine.document import UNRESOLVED
     from mptfoundry.config.engine.read_document import read_document
 
@@ -71,7 +71,7 @@ def _from_environment(run: Any, file: Path) -> Any:
 
 
 def config_of_run(folder: Path) -> MPTConfig:
-    """The architecture that a run's resolved config tells."""
+    """The architecture in a run's resolved config."""
     run, file = read_run(folder), folder / RUN_CONFIG
     model = run["model"]
     if model.get("max_seq_len") is None and "max_seq_len" in run:
@@ -82,10 +82,10 @@ def config_of_run(folder: Path) -> MPTConfig:
 
 
 def overridden(config: MPTConfig, overrides: Mapping[str, Any]) -> MPTConfig:
-    """The architecture with some switches changed, as nested as they are.
+    """The architecture with some options changed, given as nested values.
 
     Raises:
-        CheckpointError: A key or a value that MPT does not have.
+        CheckpointError: MPT does not have this key or value.
     """
     try:
         return from_values(type(config), _merged(config.to_dict(), overrides))
@@ -94,7 +94,7 @@ def overridden(config: MPTConfig, overrides: Mapping[str, Any]) -> MPTConfig:
 
 
 def takes_any_length(config: MPTConfig) -> bool:
-    """Whether `max_seq_len` may change without a change of what the model computes."""
+    """Whether `max_seq_len` may change without an effect on the model's results."""
     attention = config.attn_config
     is_dynamic = attention.rope and attention.rope_hf_config.type == "dynamic"
     return not config.has_learned_positions and not is_dynamic
@@ -103,14 +103,14 @@ def takes_any_length(config: MPTConfig) -> bool:
 def differing(
     there: MPTConfig, here: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any] | None = None
 ) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    """Where nested values that are given `here` differ from a model's: (path, its value, the given one).
+    """Yield the differences between a model and the config's values: (path, model's value, config's value).
 
-    Keys that no model has are passed over, and so is what it does not compute with.
+    Unknown keys and options that don't affect results are ignored.
 
     Args:
         there: The model.
-        here: Its switches as they are given, all or some.
-        changes: What is to be changed in the model, by path.
+        here: All or some of the options in the config.
+        changes: Intended changes of the model, by path.
     """
     expected, explicit = (
         leaves(v) | dict(changes or {}) for v in (there.to_dict(), there.to_explicit_dict())
@@ -119,14 +119,14 @@ def differing(
         is_own = any(path[: len(own)] == own for own in OWN)
         is_length = path == ("max_seq_len",) and takes_any_length(there)
         is_same = path not in expected or value in (expected[path], explicit[path])
-        # ALiBi and rotary positions replace learned ones, whatever this says.
+        # With ALiBi or rotary positions, learned positions are off for any value.
         is_unused = path == ("learned_pos_emb",) and (there.attn_config.alibi or there.attn_config.rope)
         if not (is_own or is_length or is_unused or is_same):
             yield path, expected[path], value
 
 
 def leaves(values: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
-    """Nested values by their paths; lists are tuples."""
+    """Nested values, flattened by path; lists become tuples."""
     pairs = ((at, value) for at, value in nested.leaves(values, path, lists=False) if value != {})
     return {at: tuple(value) if isinstance(value, list) else value for at, value in pairs}
 

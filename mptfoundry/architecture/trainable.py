@@ -1,4 +1,4 @@
-"""Which parameters of a run are trainable: all, those that no pattern freezes, or only adapters on a base.
+"""Which parameters of a run are trainable: all, all except frozen patterns, or only adapters.
 
 A pattern is a regular expression to search for in a parameter's name, such as
 `transformer.blocks.0.attn.Wqkv.weight`. An adapter of a matrix (out, in) is two small matrices, `lora_A`
@@ -19,7 +19,7 @@ from mptfoundry.mpt.config import MPTConfig, Problem, Rules, at_least, refuse_pr
 from mptfoundry.mpt.flops import parameter_shapes
 
 ALL_LINEAR = "all-linear"
-# How peft names what it puts into a network: a matrix becomes `Wqkv.base_layer`, with these next to it.
+# peft's names: a matrix becomes `Wqkv.base_layer`, with these next to it.
 BASE, ADAPTER = ".base_layer.", ".lora_"
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"
 
@@ -55,7 +55,7 @@ class LoRAConfig:
         refuse_problems(self)
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield from at_least(self, r=1)
         yield self._alpha()
         yield self._dropout()
@@ -75,14 +75,14 @@ class LoRAConfig:
 
     @property
     def scaling(self) -> float:
-        """What the adapters' product is multiplied by."""
+        """The factor on the adapter's product."""
         return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
 
     def targets(self, network: MPTConfig) -> tuple[str, ...]:
         """The matrices of a block that get an adapter.
 
         Raises:
-            ValueError: The blocks of `network` have no matrix of that name.
+            ValueError: The blocks of `network` have no matrix of this name.
         """
         there = tuple(name.split(".")[4] for name in _matrices(network) if name.split(".")[2] == "0")
         if self.target_modules == (ALL_LINEAR,):
@@ -124,8 +124,8 @@ class Trainable:
 
     @property
     def extra_flops_per_token(self) -> int:
-        """FLOPs on top of those of training the whole network: 6 for each parameter of an adapter, and -2 for
-        each frozen one, which needs no gradient of its own.
+        """FLOPs added to those of training the whole network: 6 per adapter parameter, and -2 per frozen
+        parameter, which needs no gradient.
         """
         return 6 * self.adapters - 2 * self.frozen
 
@@ -166,7 +166,7 @@ def matrix_parameters(network: MPTConfig) -> int:
 
 
 def pattern_problem(pattern: str, names: Sequence[str]) -> str | None:
-    """What is wrong with a pattern that should match some of the names, or None."""
+    """The problem with a pattern that should match some of the names, or None."""
     try:
         if any(re.search(pattern, name) for name in names):
             return None
@@ -179,7 +179,7 @@ def pattern_problem(pattern: str, names: Sequence[str]) -> str | None:
 def pattern_problems(
     network: MPTConfig, lora: LoRAConfig | None, disable_grad: Sequence[str], groups: Sequence[str]
 ) -> Iterator[tuple[str, str]]:
-    """What is wrong with an optimizer's patterns for this network, as (key below `optimizer`, text)."""
+    """Problems with an optimizer's patterns for this network, as (key below `optimizer`, text)."""
     names = list(names_in(network, lora))
     asked = [("disable_grad", pattern) for pattern in disable_grad]
     asked += [(f"param_groups[{i}].param_str_match", pattern) for i, pattern in enumerate(groups)]

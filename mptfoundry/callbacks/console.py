@@ -1,4 +1,4 @@
-"""The run in one line a time, readable by people and in log files.
+"""Progress lines for terminals and log files.
 
 [batch 120/3000]  loss 4.213  lr 0.00019  grad norm 0.841  31.2k tok/s  MFU 41.3%  ETA 0:12:40
 [batch 120/3000]  eval held_out: LanguageCrossEntropy 4.301  LanguagePerplexity 73.77
@@ -17,7 +17,7 @@ from mptfoundry.run.metrics_file import Row, RowLogger
 
 
 class ConsoleLine(RowLogger):
-    """Prints a line at an interval, the first and the last batch included, and one for each evaluation.
+    """Prints a line at an interval, for the first and the last batch, and for each evaluation.
 
     Args:
         interval: How often, such as `10ba`, `1ep` or `1000000tok`.
@@ -31,16 +31,16 @@ class ConsoleLine(RowLogger):
         self._end: Time | None = None
         self._printed_batch = -1
         self._row: Row = {}
-        # Kept from the last batch, since an evaluation has the length of its own loader.
+        # Saved at each batch, because during evaluation the state has the length of the evaluation's loader.
         self._progress = "batch 0"
 
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Note the run's length, which a request to stop changes."""
+        """Save the run's length, which a request to stop changes."""
         super().batch_start(state, logger)
         self._end = state.max_duration  # type: ignore[assignment]
 
     def write(self, row: Row, state: State) -> None:
-        """Print an evaluation, and a batch if it is due."""
+        """Print an evaluation's line, and a batch's line if one is due."""
         for label, metrics in row.get("eval", {}).items():
             values = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
             self._print(f"eval {label}: {values}")
@@ -50,7 +50,7 @@ class ConsoleLine(RowLogger):
                 self._print_batch()
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        """Print the last batch's row where the interval counts epochs, and at the end of training."""
+        """Print the last batch's line if the interval counts epochs, and at the end of training."""
         if self._row and self._is_due(state, Event.EPOCH_END) and self._printed_batch != self._row["batch"]:
             self._print_batch()
 
@@ -63,7 +63,7 @@ class ConsoleLine(RowLogger):
 
 
 def progress(state: State, end: Time | None) -> str:
-    """How far the run is on the way to its end, in the unit of its length: `batch 120/3000`."""
+    """The run's progress in the unit of its length: `batch 120/3000`."""
     now = state.timestamp
     if end is None or end.unit == TimeUnit.BATCH:
         return f"batch {now.batch.value}" + ("" if end is None else f"/{end.value}")
@@ -73,7 +73,7 @@ def progress(state: State, end: Time | None) -> str:
 
 
 def batch_line(row: Row) -> str:
-    """A batch's row as text, what is missing left out."""
+    """A batch's line of text, without missing values."""
     parts = [f"loss {_fixed(row['loss'])}", f"lr {row['lr']:.2g}" if row.get("lr") is not None else ""]
     if row.get("grad_norm") is not None:
         parts.append(f"grad norm {_fixed(row['grad_norm'])}")
@@ -89,7 +89,7 @@ def batch_line(row: Row) -> str:
 
 
 def thousands(value: float) -> str:
-    """A number in three or four digits: 812, 31.2k, 5.21M."""
+    """A number with three or four digits: 812, 31.2k, 5.21M."""
     for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{value / size:.3g}{letter}"

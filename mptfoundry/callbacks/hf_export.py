@@ -1,7 +1,7 @@
-"""Hugging Face folders of the model while it trains.
+"""Export the model as Hugging Face folders during training.
 
-At an interval the weights are copied to the memory of rank 0's host, one by one; a thread there writes the
-folder from them, loads it back and compares it, while training continues.
+At an interval the weights are copied to rank 0's host memory, one by one. A thread there writes the folder,
+loads it back and compares it, while training continues.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from mptfoundry.run.metrics_file import NAME as METRICS
 from mptfoundry.run.report import report_if_possible
 from mptfoundry.stores import uploader
 
-# Writes weights by name, as a checkpoint of that name would hold them, into a folder.
+# Writes weights, by name, to a folder, as an export of the checkpoint of that name would.
 Write = Callable[[dict[str, torch.Tensor], str, Path], Any]
 
 _FOLDER = "huggingface"
@@ -43,26 +43,26 @@ log = logging.getLogger(__name__)
 class HFExport(Callback):
     """Exports the model at an interval and at the end, into `save_folder/huggingface/ba{batch}`.
 
-    Training waits for the copy to host memory alone. An export that is due while the last one is still being
-    written is left out, with a warning; the one at the end of training is waited for. An error in the
-    background ends the run at the next batch.
+    Training waits only for the copy to host memory. If an export is due while the previous one is still being
+    written, it is skipped with a warning; training waits for the last one. An error in the background ends
+    the run at the next batch.
 
-    An export that is due leaves a mark in the run's folder until it is there. What a killed run has not
-    finished is made by the next start, if that continues from the same batch; otherwise it is named.
+    A pending export has a marker file in the run's folder until it is complete. If a run is killed, the next
+    start makes the export if it continues from the same batch; otherwise it reports it as lost.
 
     Args:
-        write: Called on rank 0 in a thread of its own.
-        run_folder: The run's, whose report is drawn again for each export.
-        names: Of the weights that an export has.
+        write: Called on rank 0 in its own thread.
+        run_folder: The run's folder; its report is updated after each export.
+        names: The names of the weights in an export.
         save_folder: Folder, or URL of an object store; `{run_name}` is filled in.
         save_interval: How often, such as `1000ba` or `1ep`.
         huggingface_folder_name: Name of an export's folder; `{epoch}` and `{batch}` are filled in.
-        precision: Number format of the weights.
-        overwrite: Replace a folder of that name, which a run that was resumed earlier has left.
-        num_checkpoints_to_keep: Exports that stay; -1: all.
+        precision: The dtype of the weights.
+        overwrite: Replace an existing folder, such as one from a run that was resumed earlier.
+        num_checkpoints_to_keep: Number of exports to keep; -1: all.
     """
 
-    # See run.step_guard: it would take the time that the last checkpoint needs.
+    # See run.step_guard: an export would take time that the last checkpoint needs.
     skipped_when_stopping = True
 
     def __init__(
@@ -107,7 +107,7 @@ class HFExport(Callback):
         self._running: Future[None] | None = None
 
     def init(self, state: State, logger: Logger) -> None:
-        """Raise ConfigError for a model that is more than an MPT's weights, before it is trained."""
+        """Raise ConfigError before training if the model's weights are not an MPT's."""
         found = {_WRAPPERS.sub("", name) for name, _ in _network(state).named_parameters()}
         if unknown := sorted(found ^ self.names):
             raise ConfigError(
@@ -116,7 +116,7 @@ class HFExport(Callback):
             )
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Make up for what a killed run has not exported, and remove what it had begun."""
+        """Finish the exports of a killed run, or report them as lost; remove their markers."""
         batch, folder = int(state.timestamp.batch), self._folder(state)
         for name, checkpoint, due in decided_by_rank_0(lambda: self._interrupted(folder)) or []:
             if due == batch:
@@ -130,16 +130,16 @@ class HFExport(Callback):
                 self._mark(name, checkpoint).unlink(missing_ok=True)
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Raise what went wrong in the background."""
+        """Raise an error of the background thread."""
         if self._running is not None and self._running.done():
             self._finish()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Export if the interval, counted in batches, samples or tokens, is over."""
+        """Export if an interval in batches, samples or tokens is over."""
         self._export_if_due(Event.BATCH_CHECKPOINT, state)
 
     def epoch_checkpoint(self, state: State, logger: Logger) -> None:
-        """Export if the interval, counted in epochs, is over."""
+        """Export if an interval in epochs is over."""
         self._export_if_due(Event.EPOCH_CHECKPOINT, state)
 
     def fit_end(self, state: State, logger: Logger) -> None:
@@ -147,7 +147,7 @@ class HFExport(Callback):
         self._finish()
 
     def close(self, state: State, logger: Logger) -> None:
-        """Let an export that is under way come to its end, also where the run failed."""
+        """Let a running export finish, also if the run failed."""
         self._thread.shutdown(wait=True)
 
     def _export_if_due(self, event: Event, state: State) -> None:
@@ -170,12 +170,12 @@ class HFExport(Callback):
         self._export(state, name, f"ep{state.timestamp.epoch.value}-ba{batch}", self._folder(state))
 
     def _folder(self, state: State) -> str:
-        """Where the exports of this moment lie."""
+        """The current folder for exports."""
         folder = format_name_with_dist_and_time(self.save_folder, state.run_name, state.timestamp)
         return f"{folder.rstrip('/')}/{_FOLDER}"
 
     def _export(self, state: State, name: str, checkpoint: str, folder: str) -> None:
-        """Copy the weights, all ranks together, and begin to write them."""
+        """Copy the weights, a collective operation, and start to write them."""
         if dist.get_global_rank() == 0:
             self._mark(name, checkpoint).touch()
         weights = dict(gather_weights(_network(state), self.dtype))
@@ -186,7 +186,7 @@ class HFExport(Callback):
         return self.run_folder / f".{name}.{checkpoint}.export"
 
     def _interrupted(self, folder: str) -> list[tuple[str, str, int]]:
-        """The exports that were due and are not there: their names, checkpoints and batches."""
+        """The exports that were due but are missing: their names, checkpoints and batches."""
         marks = (_MARK.fullmatch(entry.name) for entry in sorted(self.run_folder.iterdir()))
         found = [(mark["name"], mark["checkpoint"], int(mark["batch"])) for mark in marks if mark]
         if not is_url(folder) and Path(folder).is_dir():
@@ -200,7 +200,7 @@ class HFExport(Callback):
         return found
 
     def _lost(self, name: str, checkpoint: str, batch: int, folder: str) -> str:
-        """The message about an export whose batch is over."""
+        """The message about an export whose batch has passed."""
         kept = [each.path for each in newest_first(self.run_folder) if each.batch == batch]
         if not kept:
             return f"the export {name} was interrupted, and {checkpoint} is not kept: it can't be made"
@@ -230,16 +230,16 @@ class HFExport(Callback):
                 shutil.rmtree(old)
 
     def _finish(self) -> None:
-        """Wait for the background, and raise what went wrong there."""
+        """Wait for the background thread, and raise its error."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
 
 
 def gather_weights(network: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-    """A network's weights one by one, whole, in memory of their own on rank 0's host; none on other ranks.
+    """Copies of a network's full weights, one by one, in rank 0's host memory; none on other ranks.
 
-    Every rank has to take part, since those that are sharded are put together by all.
+    Every rank must call it, because sharded weights are gathered collectively.
     """
     with torch.no_grad():
         for name, parameter in network.named_parameters():
@@ -249,7 +249,7 @@ def gather_weights(network: torch.nn.Module, dtype: torch.dtype) -> Iterator[tup
 
 
 def exports_in(folder: Path, name: str) -> list[Path]:
-    """The exports of a folder by the name that `huggingface_folder_name` gives them, newest first."""
+    """The exports in a folder whose names match `huggingface_folder_name`, newest first."""
     pattern = re.sub(r"\\\{(\w+)\\\}", lambda m: r"(\d+)" if m[1] == "batch" else ".+", re.escape(name))
     found = [(match, path) for path in folder.iterdir() if (match := re.fullmatch(pattern, path.name))]
     found = [(match, path) for match, path in found if (path / "config.json").is_file()]

@@ -1,8 +1,8 @@
-"""Losses far above those of the batches before, found as llm-foundry's `kill_loss_spike` finds them.
+"""Detect losses far above those of earlier batches, with the rules of llm-foundry's `kill_loss_spike`.
 
 An *outlier* is a loss of at least `outlier_multiplier` times the mean of the last `window_size`; a *spike* is
-more than `patience` of them in a row. The window is saved with a checkpoint, so a resumed run judges like one
-that was never stopped.
+more than `patience` outliers in a row. Checkpoints save the window, so a resumed run decides like one that
+was never stopped.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ class LossSpikes(Callback):
     """Judges the loss of each batch, once the window is full.
 
     Args:
-        log_only: Say it and train on; otherwise a spike, or a loss that stays high, ends the run.
+        log_only: Report and continue; otherwise a spike, or a loss that stays high, ends the run.
         patience: Outliers in a row that are not yet a spike.
-        outlier_multiplier: How many times the mean of the window is out of bounds.
-        window_size: Batches of the window.
-        loss_cap: A loss above it in half of the window's batches, past the first two windows, stays high.
-        skip_batch: Leave out the step of each outlier: weights and moments stay as they are.
+        outlier_multiplier: A loss of this many times the window's mean is an outlier.
+        window_size: Batches in the window.
+        loss_cap: A loss above it in half of the window's batches, after the first two windows, stays high.
+        skip_batch: Skip the step of each outlier: weights and moments don't change.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class LossSpikes(Callback):
         self._is_high = False
 
     def judge(self, loss: float) -> Verdict | None:
-        """Judge the loss of the next batch; None where it is inconspicuous."""
+        """Judge the loss of the next batch; None if it is normal."""
         self._batches += 1
         size = self._window.maxlen or 0
         mean = fmean(self._window) if len(self._window) == size else None

@@ -18,19 +18,18 @@ COLUMNS = ["batch", "prompt", "generation"]
 class Generate(Callback):
     """Lets the network continue prompts at an interval, prints the texts, and logs them as `generations`.
 
-    Loggers get a table of `batch`, `prompt` and `generation`: metrics.jsonl, W&B and MLflow as such,
-    TensorBoard, which has none, as text.
+    Loggers get a table of `batch`, `prompt` and `generation`. TensorBoard, which has no tables, gets text.
 
-    Every rank takes part, since a sharded network needs them all. The run's random numbers stay as they are:
+    Every rank takes part, because a sharded network needs them all. The run's random state doesn't change:
     training with and without generations gives the same weights.
 
     Args:
-        generate: Called with the network and the prompts, gives one text for each prompt.
-        prompts: What to continue.
-        interval: How often, such as `100ba` or `1ep`; the end of training is included.
+        generate: Called with the network and the prompts; returns one text for each prompt.
+        prompts: The texts to continue.
+        interval: How often, such as `100ba` or `1ep`; it also runs at the end of training.
     """
 
-    # See run.step_guard: it would take the time that the last checkpoint needs.
+    # See run.step_guard: generation would take time that the last checkpoint needs.
     skipped_when_stopping = True
 
     def __init__(
@@ -52,15 +51,15 @@ class Generate(Callback):
         )
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """Generate if the interval, counted in batches, samples or tokens, is over."""
+        """Generate if an interval in batches, samples or tokens is over."""
         self._generate_if_due(Event.BATCH_END, state, logger)
 
     def epoch_end(self, state: State, logger: Logger) -> None:
-        """Generate if the interval, counted in epochs, is over."""
+        """Generate if an interval in epochs is over."""
         self._generate_if_due(Event.EPOCH_END, state, logger)
 
     def _generate_if_due(self, event: Event, state: State, logger: Logger) -> None:
-        # The end of training may be the end of a batch and of an epoch.
+        # Training may end at the end of a batch and of an epoch at the same time.
         if not self._is_due(state, event) or self._generated_at == int(state.timestamp.batch):
             return
         self._generated_at = int(state.timestamp.batch)
@@ -86,7 +85,7 @@ class Generate(Callback):
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A table whose texts keep to their line and their cell."""
+    """A Markdown table; each text stays on one line in its cell."""
     lines = [columns, ["---"] * len(columns)]
     lines += [[str(cell).replace("|", "\\|").replace("\n", "\\n") for cell in row] for row in rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

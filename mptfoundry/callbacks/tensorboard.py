@@ -1,4 +1,4 @@
-"""TensorBoard's events in the run's folder, one file for each start."""
+"""TensorBoard event files in the run's folder, one for each start."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from composer.utils import dist
 
 
 class TensorBoardFile(TensorboardLogger):
-    """Composer's logger, which would close its file and open another one at every flush.
+    """Composer's TensorBoard logger with one event file; Composer's own opens a new file at every flush.
 
-    The file is made when training or an evaluation begins.
+    The file is created when training or an evaluation begins.
 
     Args:
-        run_folder: The run's.
-        log_dir: Folder that gets one of the run's name. Default: `tensorboard` in the run's folder.
-        flush_interval: Batches after which what was logged is written to the file.
+        run_folder: The run's folder.
+        log_dir: The parent of a folder with the run's name. Default: `tensorboard` in the run's folder.
+        flush_interval: Batches between two flushes to the file.
         rank_zero_only: Log on rank 0 alone.
     """
 
@@ -35,30 +35,30 @@ class TensorBoardFile(TensorboardLogger):
         self._early: list[tuple[dict[str, Any], int | None]] = []
 
     def init(self, state: State, logger: Logger) -> None:
-        """Note the run's name."""
+        """Save the run's name."""
         self.run_name = state.run_name
 
     def fit_start(self, state: State, logger: Logger) -> None:
-        """Make the file."""
+        """Create the file."""
         self._begin()
 
     def eval_start(self, state: State, logger: Logger) -> None:
-        """Make the file where an evaluation comes first."""
+        """Create the file if an evaluation comes first."""
         self._begin()
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Write them, or keep them until there is a file."""
+        """Write metrics, or buffer them until there is a file."""
         if self.writer is None:
             self._early.append((metrics, step))
         else:
             super().log_metrics(metrics, step)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Write what was logged to the file."""
+        """Flush the file."""
         self._flush(logger)
 
     def close(self, state: State, logger: Logger) -> None:
-        """Write the config next to the last measurements, and close the file."""
+        """Write the config with the last measurements, and close the file."""
         if self.writer is None:
             return
         from torch.utils.tensorboard.summary import hparams

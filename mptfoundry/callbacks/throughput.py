@@ -1,10 +1,10 @@
-"""How fast the run is, how much of the device it uses, and when it will be done.
+"""Throughput, MFU, peak memory and remaining time of a run.
 
-Only training is timed: from asking for a batch to the end of its step, the wait for data included;
-evaluations, checkpoints and loggers are not. Words: MFU is model FLOPs utilisation, the FLOPs that the model
-needs for the tokens over those that the device could do in dense bf16 meanwhile; recomputed activations don't
-count. `mfu` counts attention in full, the convention in which MFU is published; `mfu_causal` only what a
-causal model needs (see mpt/flops.py).
+Only training is timed: from the request for a batch to the end of its step, including the wait for data, but
+not evaluations, checkpoints and loggers. MFU is model FLOPs utilization: the FLOPs that the model needs for
+the tokens, divided by the device's dense bf16 FLOPs in that time; recomputation doesn't count. `mfu` counts
+attention in full, the convention of published MFU; `mfu_causal` counts only what a causal model needs (see
+mpt/flops.py).
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from composer.utils import dist
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import flops_per_token
 
-# Batches that a rate is averaged over. The first batch, which warms up, falls out at once.
+# Rates are averages over this many batches. The second batch drops the first, which includes warmup.
 WINDOW = 10
 
 
 class Throughput(Callback):
     """Logs, after each batch, under `throughput/`:
 
-    tokens_per_second (all devices), tokens_per_second_per_device, mfu and mfu_causal (where the device's peak
-    is known), peak_memory_bytes (of this process: the GPU's if there is one), eta_seconds; and where rows are
-    padded or packed padding_share, of the batch's places, and packing_efficiency, its tokens over those that
-    as many rows of `max_seq_len` could hold.
+    tokens_per_second (all devices), tokens_per_second_per_device, mfu and mfu_causal (if the device's peak is
+    known), peak_memory_bytes (of this process; on its GPU if it has one) and eta_seconds. If rows are padded
+    or packed, also padding_share, the padded fraction of the batch's positions, and packing_efficiency, the
+    batch's tokens divided by rows * `max_seq_len`.
 
     Args:
         config: The network.
         peak_flops: Dense bf16 FLOP/s of one device; None if it isn't known, as on a CPU.
-        extra_flops_per_token: On top of those of training the whole network; negative where some is frozen.
+        extra_flops_per_token: Added to those of training the whole network; negative if weights are frozen.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class Throughput(Callback):
         self._end: Time | None = None
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        """The batch's time begins. Note the run's length, which a request to stop changes."""
+        """Start timing the batch. Save the run's length, which a request to stop changes."""
         self._end = state.max_duration  # type: ignore[assignment]
         self._fetched_at = time.perf_counter()
         self._tokens, self._rows = int(state.timestamp.token), int(state.timestamp.sample)
@@ -66,7 +66,7 @@ class Throughput(Callback):
             self._started_at = self._fetched_at
 
     def batch_end(self, state: State, logger: Logger) -> None:
-        """The batch's time ends: by now Composer has waited for the loss, so the device is done."""
+        """Stop timing the batch: Composer has synced on the loss, so the device is done."""
         seconds = time.perf_counter() - self._fetched_at
         if self._batches == 1:
             self._window.clear()
@@ -100,7 +100,7 @@ class Throughput(Callback):
         return tokens_per_second * flops / self.peak_flops
 
     def _eta_seconds(self, state: State) -> float | None:
-        """What is left, at the window's pace, evaluations and checkpoints as often as up to now."""
+        """Remaining time at the window's pace, assuming evaluations and checkpoints as often as so far."""
         batches = remaining_batches(state, self._end)
         if batches is None:
             return None
@@ -110,7 +110,7 @@ class Throughput(Callback):
 
 
 def remaining_batches(state: State, end: Time | None) -> float | None:
-    """Batches until `end`, by what a batch has been so far; None if nothing tells."""
+    """Batches until `end`, estimated from the average batch so far; None if unknown."""
     now = state.timestamp
     if end is None or not now.batch.value:
         return None
@@ -125,7 +125,7 @@ def remaining_batches(state: State, end: Time | None) -> float | None:
 
 
 def peak_memory_bytes() -> int:
-    """The most memory that this process has used: on its GPU if it has one, else in the machine."""
+    """Peak memory of this process: on its GPU if it has one, otherwise its resident memory."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

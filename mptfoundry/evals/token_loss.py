@@ -1,15 +1,15 @@
-"""Loss, perplexity, accuracy and bits per byte over a whole data set, exact.
+"""Exact loss, perplexity, accuracy and bits per byte over a whole data set.
 
-A mean of batches' means is wrong as soon as batches differ in tokens, and a sampler that repeats samples to
-give every rank as many counts them twice. Here every sample leaves one row of sums, the rows of all ranks are
-gathered, repeated samples are dropped, the sums are added up in float64 in the order of the samples and
-divided once: the result doesn't depend on the batch size or on the number of ranks.
+A mean of batch means is wrong if batches differ in tokens, and a sampler that pads its ranks with repeated
+samples counts those twice. Here every sample yields one row of sums. The rows of all ranks are gathered,
+repeated samples dropped, and the sums added in float64 in sample order and divided once. So the result
+doesn't depend on the batch size or on the number of ranks.
 
-Words: a row is (sample_id, loss, tokens, byte_loss, bytes, correct): the sample's number in the data set, the
-sum of its tokens' losses in nats, how many tokens were predicted, the part of the loss that fell on tokens
-that stand for bytes, how many bytes those are, and how many of the tokens were the likeliest. A special token
-such as the end of a document stands for no byte; it counts in all but bits per byte, which so compares across
-tokenizers.
+A row is (sample_id, loss, tokens, byte_loss, bytes, correct): the sample's index in the data set, the sum of
+its tokens' losses in nats, the number of predicted tokens, the loss of the tokens that represent bytes, the
+number of those bytes, and the number of tokens that were the most likely prediction. A special token, such as
+the end of a document, represents no bytes. It counts in everything but bits per byte, which is therefore
+comparable across tokenizers.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-# A sample without a number is counted every time it comes.
+# A sample without an id counts every time it occurs.
 UNNUMBERED = -1
 
 
@@ -40,9 +40,9 @@ def token_loss_rows(
         token_loss: (batch, seq) float32; entry t is the loss of predicting `labels[t + 1]` in nats, 0 where
             nothing is predicted.
         labels: (batch, seq) int64, aligned with the inputs; -100 where nothing is predicted.
-        sample_id: (batch,) int64, the samples' numbers in the data set; None: each counts.
-        token_bytes: (vocab_size,) int64, the bytes that each token stands for; None: the bytes are 0.
-        token_correct: (batch, seq) bool, aligned as `token_loss`; None: how many is not known, NaN.
+        sample_id: (batch,) int64, the samples' indices in the data set; None: every sample counts.
+        token_bytes: (vocab_size,) int64, the number of bytes that each token represents; None: 0 bytes.
+        token_correct: (batch, seq) bool, aligned with `token_loss`; None: `correct` is NaN.
 
     Returns:
         (batch, 6) float64: sample_id, loss, tokens, byte_loss, bytes, correct.
@@ -74,11 +74,11 @@ def add_up(rows: Tensor) -> dict[str, float]:
     """The results over all rows, each sample counted once.
 
     Args:
-        rows: (samples, 6) float64, in any order, repeats included.
+        rows: (samples, 6) float64, in any order, possibly with repeated samples.
 
     Returns:
-        LanguageCrossEntropy (nats for each token), LanguagePerplexity (its exponential), TokenAccuracy
-        (the share of correct tokens), bits_per_byte, tokens, bytes and samples. A mean over nothing is NaN.
+        LanguageCrossEntropy (nats per token), LanguagePerplexity (its exponential), TokenAccuracy
+        (fraction of correct tokens), bits_per_byte, tokens, bytes and samples. A mean over nothing is NaN.
     """
     table = rows.detach().cpu().numpy()
     table = table[np.argsort(table[:, 0], kind="stable")]
@@ -99,10 +99,10 @@ def add_up(rows: Tensor) -> dict[str, float]:
 
 
 class TokenLoss(Metric):
-    """Gathers the rows; `compute` gives one of `add_up`'s results.
+    """Gathers the rows; `compute` returns one of `add_up`'s results.
 
     Args:
-        token_bytes: (vocab_size,) the bytes that each token stands for; needed for bits per byte.
+        token_bytes: (vocab_size,) the number of bytes that each token represents; needed for bits per byte.
     """
 
     full_state_update = False
@@ -118,9 +118,7 @@ class TokenLoss(Metric):
         self.register_buffer("token_bytes", table, persistent=False)
 
     def update(self, batch: Mapping[str, Tensor], outputs: Any) -> None:
-        """Add a batch: `outputs.token_loss` and `outputs.token_correct` (batch, seq) of the network, and the
-        batch that it was given.
-        """
+        """Add a batch and the network's `outputs.token_loss` and `outputs.token_correct` (batch, seq)."""
         rows = token_loss_rows(
             outputs.token_loss,
             batch["labels"],
@@ -137,32 +135,32 @@ class TokenLoss(Metric):
         return torch.tensor(add_up(table)[self.result], dtype=torch.float64)
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:
-        # A rank without a sample must bring a table too, or the others wait for its shape.
+        # A rank without samples needs an empty table, or the other ranks wait for its shape.
         if isinstance(self.rows, list) and not self.rows:
             self.rows = [_no_rows(self.device)]
         super()._sync_dist(*args, **kwargs)
 
 
 class LanguageCrossEntropy(TokenLoss):
-    """Mean loss of a token, in nats."""
+    """Mean loss per token, in nats."""
 
     result = "LanguageCrossEntropy"
 
 
 class LanguagePerplexity(TokenLoss):
-    """The exponential of the mean loss of a token."""
+    """The exponential of the mean loss per token."""
 
     result = "LanguagePerplexity"
 
 
 class TokenAccuracy(TokenLoss):
-    """Share of the tokens that are the likeliest."""
+    """Fraction of tokens that were the most likely prediction."""
 
     result = "TokenAccuracy"
 
 
 class BitsPerByte(TokenLoss):
-    """Bits that the text costs for each of its bytes."""
+    """Loss in bits per byte of text."""
 
     result = "bits_per_byte"
 
@@ -174,10 +172,10 @@ class TokenCount(TokenLoss):
 
 
 def token_loss_metrics(token_bytes: np.ndarray | None = None) -> dict[str, Metric]:
-    """The metrics of a labelled evaluation loader, by the names that they are logged under.
+    """The metrics of a labelled evaluation loader, by their names in logs.
 
     Args:
-        token_bytes: (vocab_size,) the bytes that each token stands for; without it there is no bits_per_byte.
+        token_bytes: (vocab_size,) the number of bytes that each token represents; None: no bits_per_byte.
     """
     metrics: dict[str, Metric] = {
         "LanguageCrossEntropy": LanguageCrossEntropy(),

@@ -1,8 +1,7 @@
-"""Activation checkpointing: parts of blocks are recomputed in backward, or their activations kept by the CPU.
+"""Activation checkpointing and offloading for parts of blocks.
 
-It works on the network itself, before any sharding, so it is the same with FSDP, with DDP and on one device.
-What FSDP does around a block's forward stays outside: weights are gathered once for recomputation and
-backward.
+It is applied before sharding, so it works the same with FSDP, with DDP and on one device. FSDP's hooks stay
+outside: weights are gathered once for recomputation and backward.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-# What a part of a block is called in it; the block itself has no name.
+# The attribute names of a block's parts; the block itself has none.
 MODULES = {"block": ("",), "attention": ("attn",), "mlp": ("ffn",), "norm": ("norm_1", "norm_2")}
 
 
 def checkpoint_activations(
     network: Any, parts: Mapping[str, Iterable[int]], *, recompute: bool = True, offload: bool = False
 ) -> None:
-    """Change how parts of `network.transformer.blocks` keep their activations; the numbers stay the same.
+    """Change how parts of `network.transformer.blocks` save activations; results don't change.
 
     Args:
         network: The network; its parameters may still be on the meta device.
-        parts: `block`, `attention`, `mlp`, `norm` -> numbers of blocks.
-        recompute: Keep only the inputs, and run forward again in backward, with the same dropout.
-        offload: Keep what is kept in the CPU's memory, weights excepted.
+        parts: Maps `block`, `attention`, `mlp` or `norm` to indices of blocks.
+        recompute: Save only the inputs, and run forward again in backward, with the same dropout.
+        offload: Save tensors in CPU memory, except weights.
     """
     for part, blocks in parts.items():
         for number in blocks:
@@ -41,13 +40,13 @@ def checkpoint_activations(
 
 
 class Checkpointed(nn.Module):
-    """Comes before a module's own class: its forward, with less kept for backward."""
+    """A mixin in front of a module's own class: its forward saves less for backward."""
 
     recomputes: bool
     offloads: bool
 
     def forward(self, *args: Any) -> Any:
-        """What the module's own class returns."""
+        """The result of the module's own forward."""
         forward = super().forward
         with _offloading(self) if self.offloads else nullcontext():
             if self.recomputes:
@@ -57,12 +56,12 @@ class Checkpointed(nn.Module):
 
 @cache
 def _checkpointed(cls: type[nn.Module]) -> type[nn.Module]:
-    # As FSDP2 does it: names, state and `isinstance` stay as they are, and a copy is a copy.
+    # Swap the class as FSDP2 does: names, state dicts, `isinstance` and deepcopy keep working.
     return type(f"Checkpointed{cls.__name__}", (Checkpointed, cls), {})
 
 
 def _offloading(module: nn.Module) -> saved_tensors_hooks:
-    """Keeps what autograd saves in the CPU's memory, pinned where it comes from a GPU; weights stay."""
+    """Saves autograd's tensors in CPU memory, pinned if they come from a GPU, except weights."""
     weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
     offload = save_on_cpu(pin_memory=torch.cuda.is_available())
 

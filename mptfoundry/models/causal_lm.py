@@ -1,7 +1,7 @@
-"""How Composer sees a network: a batch in, a loss out, and what FSDP wraps and initialises.
+"""The network as a ComposerModel: forward, loss, metrics, and FSDP's wrapping and initialization.
 
-A batch is a dict of `input_ids` (batch, seq) and `labels` (batch, seq), and whatever else the network takes
-by name: `attention_mask`, `sequence_id`, `prefix_mask`, each (batch, seq), and the number `max_documents`.
+A batch is a dict of `input_ids` (batch, seq) and `labels` (batch, seq), and optionally `attention_mask`,
+`sequence_id` and `prefix_mask`, each (batch, seq), and the number `max_documents`.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 
 class ComposerMPT(ComposerModel):
-    """A network with what Composer's Trainer asks of it.
+    """A language model with the interface of Composer's Trainer.
 
-    The network is the one child, `model`: FSDP wraps it and its blocks, and a checkpoint's weights are named
+    The network is the only child, `model`: FSDP wraps it and its blocks, and a checkpoint's weights are named
     `model.transformer...`.
 
     Attributes:
-        inputs: What the network takes of a batch by name, besides `input_ids`.
+        inputs: The keys of a batch that forward takes, besides `input_ids`.
 
     Args:
         network: The network; its parameters may still be on the meta device.
-        eval_metrics: Metrics of evaluation by name; each is updated with (batch, the network's output).
-        tokenizer: Kept for those who look for it here, such as Composer's text callbacks.
-        seed: For weights that are still on the meta device, drawn once FSDP has placed them.
-        extra_flops_per_token: On top of those of training the whole network; negative where some is frozen.
+        eval_metrics: Evaluation metrics by name; each is updated with (batch, the network's output).
+        tokenizer: For callbacks that read it from the model, such as Composer's text callbacks.
+        seed: For weights on the meta device, which are drawn after FSDP allocates them.
+        extra_flops_per_token: Added to those of training the whole network; negative if weights are frozen.
     """
 
     inputs: tuple[str, ...] = ("attention_mask", "sequence_id", "prefix_mask", "max_documents", "labels")
@@ -58,7 +58,7 @@ class ComposerMPT(ComposerModel):
             keep_adapters_alone(self)
         self.config = network.config
         self.tokenizer = tokenizer
-        # In a plain dict, since a metric that is a submodule would be wrapped and saved with the model.
+        # A plain dict, because FSDP would wrap a metric that is a submodule, and checkpoints would save it.
         self._eval_metrics = dict(eval_metrics or {})
         self._extra_flops_per_token = extra_flops_per_token
         self._seed = seed
@@ -67,7 +67,7 @@ class ComposerMPT(ComposerModel):
         self.start_from(lambda name, shape, rows=None: draw(name, shape, network.config, seed, rows))
 
     def start_from(self, first_value: FirstValue) -> None:
-        """Take weights that are still on the meta device from `first_value`, once FSDP has placed them."""
+        """Fill weights on the meta device from `first_value` after FSDP allocates them."""
         names = {module: name for name, module in self.model.named_modules()}
         first_value = with_adapters(first_value, self._seed)
 
@@ -77,7 +77,7 @@ class ComposerMPT(ComposerModel):
         self.model.param_init_fn = set_weights  # type: ignore[assignment]
 
     def forward(self, batch: Mapping[str, Any]) -> MPTOutput:
-        """The network's output for a batch: the mean loss, and in evaluation the tokens' losses."""
+        """The network's output for a batch: the mean loss, and in evaluation each token's loss."""
         given = {name: batch[name] for name in self.inputs if name in batch}
         return self.model(batch["input_ids"], **given)
 
@@ -87,7 +87,7 @@ class ComposerMPT(ComposerModel):
         return outputs.loss
 
     def get_metrics(self, is_train: bool) -> dict[str, Metric]:
-        """None in training, where the loss says it all; the evaluation's metrics otherwise."""
+        """The evaluation metrics; none in training, where the loss is enough."""
         return {} if is_train else self._eval_metrics
 
     def update_metric(self, batch: Mapping[str, Tensor], outputs: MPTOutput, metric: Metric) -> None:
@@ -95,9 +95,7 @@ class ComposerMPT(ComposerModel):
         metric.update(batch, outputs)
 
     def flops_per_batch(self, batch: Mapping[str, Tensor]) -> int:
-        """FLOPs of training on a batch, padding included, attention not halved: what Composer's speed monitor
-        divides by.
-        """
+        """FLOPs of training on a batch, for Composer's speed monitor; padding and full attention count."""
         rows, seq_len = batch["input_ids"].shape
         flops = flops_per_token(self.config, seq_len, causal=False) + self._extra_flops_per_token
         return rows * seq_len * flops
@@ -105,12 +103,12 @@ class ComposerMPT(ComposerModel):
 
 @torch.no_grad()
 def _initialize(module: nn.Module, name: str, first_value: FirstValue) -> None:
-    """Set the weights that `module` itself holds, whole or sharded: the same numbers either way.
+    """Set the module's own weights, whole or sharded, to the same values either way.
 
     Args:
-        module: A part of the network, with storage.
+        module: A part of the network, with allocated storage.
         name: Its path in the network, such as `transformer.blocks.0.attn.Wqkv`.
-        first_value: Gives a parameter by its name and whole shape, or some of its rows.
+        first_value: Returns a parameter, or some of its rows, given its name and full shape.
     """
     for own_name, parameter in module.named_parameters(recurse=False):
         full_name, shape = f"{name}.{own_name}", tuple(parameter.shape)
@@ -122,10 +120,10 @@ def _initialize(module: nn.Module, name: str, first_value: FirstValue) -> None:
 
 
 def _own_rows(parameter: DTensor) -> tuple[int, int]:
-    """The first of this rank's rows and the one after the last."""
+    """This rank's rows, as (start, stop)."""
     (dim,) = (i for i, placement in enumerate(parameter.placements) if placement.is_shard(0))
     mesh = parameter.device_mesh
-    # FSDP cuts as torch.chunk does: all shards as long as the first, the last ones shorter or empty.
+    # FSDP shards like torch.chunk: equal chunks, the last ones shorter or empty.
     length = -(-len(parameter) // mesh.size(dim))
     first = min(mesh.get_local_rank(dim) * length, len(parameter))
     return first, min(first + length, len(parameter))

@@ -1,9 +1,9 @@
-"""Sharded training on CPUs with gradients of the right size.
+"""Correct gradient averages for FSDP2 on CPUs.
 
-FSDP2 averages gradients over ranks by asking the communication library for an average. On CPUs that is gloo,
-whose reduce-scatter sums and doesn't divide (https://github.com/pytorch/pytorch/issues/162338): gradients
-come out multiplied by the number of ranks, without an error. LION and Adam hardly show it; clipping by norm
-does. Its all-reduce, which several replicas need, refuses to average.
+FSDP2 asks the communication backend to average gradients over ranks. On CPUs that is gloo, whose
+reduce-scatter sums without dividing (https://github.com/pytorch/pytorch/issues/162338): gradients come out
+multiplied by the number of ranks, without an error. LION and Adam hardly change, but clipping by norm does.
+Gloo's all-reduce, which several replicas need, doesn't support averages.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch.distributed.fsdp._fully_shard import _fsdp_collectives
 
 
 def average_gradients(model: nn.Module) -> None:
-    """Have FSDP2 sum gradients on CPUs and divide them itself by the number of ranks.
+    """Make FSDP2 sum gradients on CPUs and divide them by the number of ranks itself.
 
     Args:
-        model: It has been sharded already.
+        model: An already sharded model.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -28,18 +28,18 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def _sum_and_divide(module: Any) -> None:
-    """Ask for sums over the ranks in place of averages, and divide them afterwards."""
+    """Request sums over the ranks instead of averages, and divide them afterwards."""
     if hasattr(module, "set_force_sum_reduction_for_comms"):
         module.set_force_sum_reduction_for_comms(True)
     else:
-        # Before PyTorch 2.8 sums are for float16 alone, and nothing but this function says so; and a step
-        # over several replicas asserts an event, which the CPU's streams don't record.
+        # Before PyTorch 2.8, FSDP2 sums only float16, and only this function decides that. With several
+        # replicas it also asserts an event, which CPU streams don't record.
         _fsdp_collectives._get_gradient_divide_factors = _divide_afterwards  # type: ignore[assignment]
         torch.cpu.Stream.record_event = _record_event  # type: ignore[assignment]
 
 
 def _divide_afterwards(shards: Any, replicas: Any, *_: Any) -> tuple[float, float]:
-    """What to divide by before and after adding up over the two groups of ranks; None: no group."""
+    """The divisors before and after reduction over shards and replicas; a group may be None."""
     return 1.0, float(shards.size() * (1 if replicas is None else replicas.size()))
 
 

@@ -1,9 +1,9 @@
-"""How Composer sees a network that ends in a head: its loss, and what is measured in evaluation.
+"""A network with a task head as a ComposerModel: its loss and its evaluation metrics.
 
-A batch has `input_ids` (batch, seq), `attention_mask` (batch, seq) where something is padded, and what is to
-be found: `labels` for classifiers; `start_positions` and `end_positions` (batch,) for answers, with
-`offsets` (batch, seq, 2), each token's characters in the text or (0, 0) outside of it, `context`, a list of
-texts, and `answers`, a list of lists of texts.
+A batch has `input_ids` (batch, seq), `attention_mask` (batch, seq) if there is padding, and the targets:
+`labels` for classifiers; for answers `start_positions` and `end_positions` (batch,), `offsets`
+(batch, seq, 2), each token's character range in the text or (0, 0) outside it, `context`, a list of texts,
+and `answers`, a list of lists of texts.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from mptfoundry.mpt.head_config import HeadConfig, SequenceClassifierConfig, Tok
 from mptfoundry.mpt.heads import SequenceClassifier
 from mptfoundry.mpt.loss import IGNORED
 
-# Tokens of the longest answer that is looked for in evaluation.
+# The longest answer in evaluation, in tokens.
 LONGEST_ANSWER = 30
 
 
 class ComposerHead(ComposerMPT):
-    """A network with a head, with what Composer's Trainer asks of it; see ComposerMPT.
+    """A network with a task head and the interface of Composer's Trainer; see ComposerMPT.
 
     Args:
-        network: One of mpt/heads.py's.
-        tokenizer: Its padding token is what tells a sequence classifier where a row ends.
-        seed: For weights that are still on the meta device.
+        network: A network from mpt/heads.py.
+        tokenizer: A sequence classifier finds the end of a row by its padding token.
+        seed: For weights on the meta device.
 
     Raises:
-        ConfigError: A sequence classifier, and a tokenizer without a padding token.
+        ConfigError: The network is a sequence classifier, but the tokenizer has no padding token.
     """
 
     inputs = ("attention_mask", "labels", "start_positions", "end_positions", "max_documents")
@@ -74,10 +74,10 @@ class ComposerHead(ComposerMPT):
 
 
 def head_metrics(config: HeadConfig) -> dict[str, Metric]:
-    """What is measured in evaluation, by the names that it is logged under.
+    """The evaluation metrics, by their names in logs.
 
-    `loss`, and: `accuracy` and `f1` (over labels alike) of classifiers; `mse` and, with one label, `pearson`
-    of regression; `exact_match` and `f1` of answers, in percent as for SQuAD.
+    They are `loss`, and for classifiers `accuracy` and macro `f1`, for regression `mse` and, with one label,
+    `pearson`, for answers `exact_match` and `f1`, in percent as for SQuAD.
     """
     metrics: dict[str, Metric] = {"loss": MeanMetric()}
     if isinstance(config, TokenClassifierConfig):
@@ -101,15 +101,15 @@ def _of_classes(count: int) -> dict[str, Metric]:
 
 
 class ExactMatch(SQuAD):
-    """Share of answers that are the wanted ones, but for case, punctuation and articles, in percent."""
+    """Percentage of answers that match exactly, ignoring case, punctuation and articles."""
 
     def compute(self) -> Tensor:  # type: ignore[override]
-        """The share over all ranks."""
+        """The percentage over all ranks."""
         return super().compute()["exact_match"]
 
 
 class OverlapF1(SQuAD):
-    """Mean over answers of the F1 of their words, in percent."""
+    """Mean F1 of the answers' words, in percent."""
 
     def compute(self) -> Tensor:  # type: ignore[override]
         """The mean over all ranks."""
@@ -119,11 +119,11 @@ class OverlapF1(SQuAD):
 def found_and_wanted(
     logits: Tensor, batch: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The likeliest answers and the wanted ones as torchmetrics' SQuAD takes them.
+    """The predicted and the target answers in the format of torchmetrics' SQuAD.
 
     Args:
-        logits: (batch, seq, 2), of first and last tokens.
-        batch: `offsets`, `context` and `answers`, as at the head of this file.
+        logits: (batch, seq, 2), for first and last tokens.
+        batch: `offsets`, `context` and `answers`, as described at the top of this file.
     """
     offsets = batch["offsets"]
     spans = best_spans(logits, offsets[..., 1] > 0)
@@ -139,12 +139,12 @@ def found_and_wanted(
 
 
 def best_spans(logits: Tensor, is_text: Tensor, longest: int = LONGEST_ANSWER) -> Tensor:
-    """The likeliest span of each row: the highest sum of its first and its last token's logits.
+    """The most likely span of each row: the highest sum of its first and last token's logits.
 
     Args:
         logits: (batch, seq, 2).
-        is_text: (batch, seq) bool, the tokens that an answer may consist of.
-        longest: Tokens of a span at most.
+        is_text: (batch, seq) bool, the tokens that an answer may contain.
+        longest: The most tokens in a span.
 
     Returns:
         (batch, 2) int64: the first token and the last.

@@ -1,8 +1,8 @@
-"""peft's adapters in a network: their first values, and what a checkpoint keeps of them.
+"""peft's adapters in a network: their initial values and their checkpoints.
 
-peft replaces a matrix by a module that holds it as `base_layer` next to `lora_A` and `lora_B`. The rest of
-the network stays as it was: FSDP wraps its blocks as before. A checkpoint has the adapters alone, and a
-fingerprint of the base, whose weights a resumed run reads again.
+peft replaces a matrix with a module that holds it as `base_layer` next to `lora_A` and `lora_B`. The rest of
+the network doesn't change: FSDP wraps its blocks as before. A checkpoint holds only the adapters and a
+fingerprint of the base; a resumed run reads the base's weights again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from mptfoundry.mpt.init import draw_numbers
 
 
 class FirstValue(Protocol):
-    """Gives a parameter's first value, whole or the rows from the first to before the last."""
+    """Returns a parameter's initial value, whole or the rows (start, stop)."""
 
     def __call__(self, name: str, shape: tuple[int, ...], rows: tuple[int, int] | None = None, /) -> Tensor:
-        """On the CPU, in any number format."""
+        """The value on the CPU, in any dtype."""
 
 
 def add_adapters(
@@ -35,14 +35,14 @@ def add_adapters(
     fingerprint: Tensor,
     seed: int,
 ) -> None:
-    """Put adapters into a network, in place; from then on only they are trainable.
+    """Add adapters to a network, in place; afterwards only they are trainable.
 
     Args:
-        network: Its parameters may be on the meta device, and so are the adapters then.
-        options: Of peft's `LoraConfig`.
-        targets: Names of the modules that get one.
+        network: If its parameters are on the meta device, so are the adapters.
+        options: Options of peft's `LoraConfig`.
+        targets: Names of the modules that get an adapter.
         fingerprint: (32,) uint8, of the base's weights.
-        seed: Of `lora_A`; `lora_B` is zero, so that the network still computes what its base does.
+        seed: For `lora_A`; `lora_B` is zero, so that the network's output is the base's at first.
 
     Raises:
         ConfigError: peft is not installed.
@@ -69,18 +69,18 @@ def add_adapters(
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of that name is an adapter's."""
+    """Whether a parameter of this name belongs to an adapter."""
     return ADAPTER in name
 
 
 def draw_adapter(name: str, shape: tuple[int, ...], seed: int, rows: tuple[int, int] | None = None) -> Tensor:
-    """An adapter's first value in peft: `lora_A` (r, in) uniform up to 1 / sqrt(in), `lora_B` zero."""
+    """peft's initial values: `lora_A` (r, in) uniform within 1 / sqrt(in), `lora_B` zero."""
     bound = 0.0 if ".lora_B." in name else 1 / math.sqrt(shape[1])
     return draw_numbers(("uniform", (-bound, bound)), name, shape, seed, rows)
 
 
 def with_adapters(first_value: FirstValue, seed: int) -> FirstValue:
-    """First values of a network with adapters; `first_value` gives those of the base."""
+    """Initial values of a network with adapters; `first_value` returns those of the base."""
 
     def value(name: str, shape: tuple[int, ...], rows: tuple[int, int] | None = None) -> Tensor:
         if is_adapter(name):
@@ -91,7 +91,7 @@ def with_adapters(first_value: FirstValue, seed: int) -> FirstValue:
 
 
 def keep_adapters_alone(model: nn.Module) -> None:
-    """Leave the base out of the state dicts of a model with adapters, both in saving and in loading."""
+    """Exclude the base from the model's state dicts, both when saving and when loading."""
 
     def leave_out(module: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in [name for name in state if name.startswith(prefix) and not _is_kept(name)]:

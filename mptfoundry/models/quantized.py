@@ -1,6 +1,6 @@
-"""A base of adapters whose blocks' matrices bitsandbytes keeps in 8 or 4 bits.
+"""Quantize the matrices of an adapter's base model to 8 or 4 bits with bitsandbytes.
 
-They are quantized from the weights as these are read, and are not trainable.
+They are quantized from the weights as loaded, and are not trainable.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ def quantize_blocks(network: Any, bits: Literal[8, 4], dtype: torch.dtype) -> No
     NF4 (https://arxiv.org/abs/2305.14314).
 
     Args:
-        network: With its weights, on the CPU; `is_loaded_in_{bits}bit` tells peft of it.
+        network: On the CPU, with its weights; it gets the attribute `is_loaded_in_{bits}bit`, for peft.
         bits: 8 or 4.
-        dtype: What products are computed in.
+        dtype: The compute dtype of matrix products.
 
     Raises:
         ConfigError: bitsandbytes is not installed.
@@ -46,7 +46,7 @@ def _quantized(linear: nn.Linear, bits: Literal[8, 4], dtype: torch.dtype, kinds
         made = kinds.Linear4bit(
             linear.in_features, linear.out_features, bias=bias, compute_dtype=dtype, quant_type="nf4"
         )
-        # On some CPUs an evaluation would round the weights' scales, and training would keep those.
+        # On some CPUs, evaluation would round the weights' scales, and training would continue with those.
         made.support_avx512bf16_for_cpu = False
         made.weight = kinds.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
     else:

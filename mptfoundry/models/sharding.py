@@ -1,7 +1,7 @@
-"""What FSDP2 can do and Composer doesn't ask of it: hybrid sharding, explicit prefetch, starting on a CPU.
+"""FSDP2 features that Composer doesn't expose: hybrid sharding, explicit prefetch, initialization on a CPU.
 
-Ranks form a mesh of (replicas, shards): each row of it holds the weights once, cut into shards. One replica
-is full sharding; with more, gradients are summed within a row and then averaged over the rows.
+Ranks form a mesh of (replicas, shards): each row of the mesh holds one full copy of the weights, in shards.
+One replica is full sharding; with more, gradients are summed within a row and then averaged over the rows.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch.distributed.fsdp import FSDPModule
 
 
 class HybridConfig(FSDP2Config):
-    """FSDP2 with several replicas; Composer makes the mesh from the two properties.
+    """FSDP2 with several replicas; Composer builds the mesh from the two properties.
 
     Args:
-        replicas: How often the weights exist.
-        shards: Into how many shards each replica is cut; `replicas * shards` is the number of ranks.
-        options: As for `FSDP2Config`.
+        replicas: The number of copies of the weights.
+        shards: The number of shards per replica; `replicas * shards` is the number of ranks.
+        options: Options of `FSDP2Config`.
     """
 
     def __init__(self, *, replicas: int, shards: int, **options: Any) -> None:
@@ -30,22 +30,22 @@ class HybridConfig(FSDP2Config):
 
     @property
     def data_parallel_replicate_degree(self) -> int:
-        """How often the weights exist."""
+        """The number of copies of the weights."""
         return self._replicas
 
     @property
     def data_parallel_shard_degree(self) -> int:
-        """Into how many shards each replica is cut."""
+        """The number of shards per replica."""
         return self._shards
 
 
 def prefetch(network: Any, *, forward: int, backward: int) -> None:
-    """Gather weights of the next blocks while one is being computed, instead of leaving it to FSDP2.
+    """Set explicitly how many blocks ahead FSDP2 gathers weights while a block computes.
 
     Args:
         network: Sharded by FSDP2, with its blocks in `transformer.blocks`.
-        forward: How many blocks ahead; 0 leaves it to FSDP2, which has the next gather wait for a free queue.
-        backward: The same in backward; 0 leaves it to FSDP2, which gathers one ahead.
+        forward: Blocks ahead in forward; 0: FSDP2's default, where the next gather waits for a free queue.
+        backward: Blocks ahead in backward; 0: FSDP2's default, one.
     """
     blocks = list(network.transformer.blocks)
     assert isinstance(network, FSDPModule)
@@ -58,7 +58,7 @@ def prefetch(network: Any, *, forward: int, backward: int) -> None:
 
 
 def start_on_the_cpu(network: nn.Module) -> None:
-    """Allocate shards of parameters on the meta device on the CPU, where Composer asks for a GPU."""
+    """Make parameters on the meta device materialize on the CPU, although Composer requests a GPU."""
     for module in network.modules():
         if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
             module.to_empty = partial(_to_empty_on_the_cpu, module)  # type: ignore[method-assign]

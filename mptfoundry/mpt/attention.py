@@ -3,12 +3,12 @@
 A backend is a module with one function:
 
 ``attend(query, key, value, context) -> out``
-    ``query`` and ``out`` are (batch, seq, n_heads, head_dim); ``key`` and ``value`` (batch, keys, kv_heads,
-    head_dim), keys = tokens in the cache + seq, the queries being the last ``seq`` of them. All are read by
-    their strides, since they are parts of one fused matrix or of a cache. The AttentionContext says which
-    keys a query sees, and with which bias.
+    ``query`` and ``out`` are (batch, seq, n_heads, head_dim); ``key`` and ``value`` are (batch, keys,
+    kv_heads, head_dim) with keys = tokens in the cache + seq. The queries are the last ``seq`` tokens. The
+    inputs may be strided views of a fused matrix or of a cache. The AttentionContext defines the mask and
+    the bias.
 
-backends.py says what each backend can't compute, and which one is used.
+backends.py knows each backend's limits and chooses one.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BACKENDS: dict[str, Any] = {
 
 
 class Attention(nn.Module):
-    """Multi-head, grouped-query or multi-query self-attention; one matrix makes queries, keys and values."""
+    """Multi-head, grouped-query or multi-query self-attention with a fused QKV projection."""
 
     def __init__(self, config: MPTConfig, layer: int, device: torch.device | str | None) -> None:
         super().__init__()
@@ -71,13 +71,13 @@ class Attention(nn.Module):
         return self.out_proj(out.flatten(2))
 
     def _backend_of(self, query: torch.Tensor) -> Any:
-        if torch.jit.is_tracing():  # a trace has to hold for other lengths: nothing may be cut
+        if torch.jit.is_tracing():  # a trace must work for other lengths: no cuts by length
             return WeightsKept()
         dtype = str(query.dtype).removeprefix("torch.")
         return BACKENDS[choose_backend(self.config, query.device.type, dtype)[0]]
 
     def _normalise(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
-        """Split (batch, seq, width) into heads, normalising all of them together, or each by itself."""
+        """Split (batch, seq, width) into heads and normalise them, together or one by one."""
         if norm is not None and not self.normalise_heads:
             x = norm(x).to(x.dtype)
         x = x.unflatten(-1, (-1, self.head_dim))  # (batch, seq, heads, head_dim)

@@ -1,12 +1,11 @@
 """Causal attention in float32 on a CPU, with ALiBi and documents: fast, exact, memory linear in the sequence.
 
-The lower triangle of a document's scores is cut into small triangles along the diagonal and rectangles left
-of them. PyTorch's fused CPU kernel computes each piece; the parts of a row's softmax are joined by their lse,
-the logarithm of the sum of exponentials, in backward too (https://arxiv.org/abs/2205.14135, section 3.1). The
-bias of a triangle is a small table of distances; that of a rectangle is one number per key, since the share
-that all keys of a row have in common cancels. Both are measured from where the piece lies, so that long
-documents lose nothing to rounding. ALiBi falls linearly, so far keys have no weight left in float32; they are
-not computed.
+The lower triangle of a document's scores is split into small triangles along the diagonal and rectangles left
+of them. PyTorch's fused CPU kernel computes each piece; a row's pieces are combined by their lse (logsumexp),
+also in backward (https://arxiv.org/abs/2205.14135, section 3.1). A triangle's bias is a small table of
+distances. A rectangle's bias is one number per key, because the softmax cancels the part that all keys of a
+row share. Both are relative to the piece, so long documents lose no precision. ALiBi decreases linearly, so
+distant keys have zero weight in float32 and are skipped.
 """
 
 from __future__ import annotations
@@ -21,24 +20,24 @@ from torch.nn import functional as F
 
 from .position import PADDING, AttentionContext
 
-# ALiBi makes tiny probabilities; as denormal numbers they slow a CPU's products down by a factor of ten.
-# Threads of the pool inherit this when they start, so it is set before there are any.
+# ALiBi makes tiny probabilities; as denormal numbers they slow down a CPU's products by a factor of ten.
+# Threads inherit this setting when they start, so it is set before the pool exists.
 torch.set_flush_denormal(True)
 
-# Side of the small triangles: larger ones leave the processor's cache, smaller ones need more calls.
+# Side of the small triangles: larger ones exceed the CPU's cache, smaller ones need more calls.
 _SIDE = 256
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
-# A document, or one at the same positions of several rows: rows [first, last), tokens [start, stop).
+# A document, or documents at the same positions in several rows: rows [first, last), tokens [start, stop).
 Segment = tuple[int, int, int, int]
 
 
 class _Piece(NamedTuple):
     """``number`` equal blocks of the scores, ``step`` tokens apart, for some rows and heads.
 
-    ``queries`` and ``keys`` are those of the first block, as (start, length); in a triangle they are equal.
+    ``queries`` and ``keys`` belong to the first block, as (start, length); in a triangle they are equal.
     """
 
     rows: slice
@@ -63,9 +62,9 @@ def attend_by_blocks(
     """Attend within each segment, causally.
 
     Args:
-        query: (batch, seq, n_heads, head_dim) float32 on a CPU; ``key`` and ``value`` alike with kv_heads.
+        query: (batch, seq, n_heads, head_dim) float32 on a CPU; ``key`` and ``value`` with kv_heads instead.
         context: Scale and slopes.
-        segments: What ``find_segments`` gives.
+        segments: The result of ``find_segments``.
 
     Returns:
         (batch, seq, n_heads, head_dim); zero for padding.
@@ -77,15 +76,15 @@ def attend_by_blocks(
 
 
 def find_segments(documents: torch.Tensor | None, batch: int, seq: int) -> tuple[Segment, ...] | None:
-    """Where the documents lie, as plain numbers; neighbouring rows with the same cuts share segments.
+    """The documents' bounds as plain numbers; adjacent rows with the same bounds share segments.
 
     Args:
-        documents: (batch, seq) int64 on a CPU, or None where each row is one document.
+        documents: (batch, seq) int64 on a CPU, or None if each row is one document.
         batch: Rows.
         seq: Tokens in a row.
 
     Returns:
-        The segments without padding; None if padding stands inside a document.
+        The segments without padding; None if there is padding inside a document.
     """
     if documents is None:
         return ((0, batch, 0, seq),)
@@ -137,14 +136,14 @@ class _Blocks(torch.autograd.Function):
 
 
 def _heads_second(x: torch.Tensor) -> torch.Tensor:
-    """(batch, seq, heads, head_dim) as (batch, heads, seq, head_dim), with dense features for the kernel."""
+    """(batch, seq, heads, head_dim) as (batch, heads, seq, head_dim), with contiguous features."""
     return (x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2)
 
 
 def _cut(
     q: torch.Tensor, k: torch.Tensor, segments: tuple[Segment, ...], context: AttentionContext
 ) -> list[_Piece]:
-    """Cut the segments' triangles; a rectangle comes after the triangles of its queries."""
+    """Split the segments' triangles into pieces; a rectangle comes after the triangles of its queries."""
     n_heads, seq = q.shape[1:3]
     side, reaches = seq, (seq,) * n_heads
     if context.slopes is not None:
@@ -155,8 +154,8 @@ def _cut(
 
 
 def _cut_segment(segment: Segment, side: int, reaches: tuple[int, ...]) -> list[_Piece]:
-    """Cut one triangle into triangles of ``side``, and rectangles that double: left of every second triangle,
-    of every second pair of them, and so on. At the end of a segment each kind may have a shorter one."""
+    """Split one triangle into triangles of ``side``, and rectangles that double in size: left of every second
+    triangle, of every second pair, and so on. At the end of a segment each kind may have a shorter piece."""
     first, last, begin, end = segment
     rows, length = slice(first, last), end - begin
     pieces = []
@@ -181,7 +180,7 @@ def _cut_segment(segment: Segment, side: int, reaches: tuple[int, ...]) -> list[
 
 
 def _groups(reaches: tuple[int, ...], size: int) -> Iterator[tuple[slice, int]]:
-    """Neighbouring heads that reach equally far within ``size`` tokens, and how far."""
+    """Groups of adjacent heads with the same reach within ``size`` tokens, and that reach."""
     start = 0
     for reach, heads in groupby(min(reach, size) for reach in reaches):
         stop = start + len(list(heads))
@@ -190,10 +189,10 @@ def _groups(reaches: tuple[int, ...], size: int) -> Iterator[tuple[slice, int]]:
 
 
 def _reaches(q: torch.Tensor, k: torch.Tensor, slopes: torch.Tensor, scale: float) -> tuple[int, ...]:
-    """How many tokens back each head can see: what lies farther changes no float32 result.
+    """How many tokens back each head must look: keys farther away don't change a float32 result.
 
     A score is at most M = scale * max|q| * max|k| before its bias, a token's score with itself at least -M.
-    So all keys from a distance d on have together at most seq * exp(2 M - slope * d) of a row's weight; the
+    So all keys at distance d or more have together at most seq * exp(2 M - slope * d) of a row's weight; the
     reach, a power of two, makes that less than 2 ** -30.
     """
     highest = scale * _longest(q) * _longest(k)
@@ -203,7 +202,7 @@ def _reaches(q: torch.Tensor, k: torch.Tensor, slopes: torch.Tensor, scale: floa
 
 
 def _longest(x: torch.Tensor) -> torch.Tensor:
-    """The longest vector of each head, (n_heads,)."""
+    """The largest vector norm of each head, (n_heads,)."""
     return torch.linalg.vector_norm(x, dim=-1).amax((0, 2))
 
 
@@ -286,7 +285,7 @@ def _backward(
 
 
 def _blocks(x: torch.Tensor, piece: _Piece, tokens: tuple[int, int]) -> torch.Tensor:
-    """View a piece's part of (batch, n_heads, seq, ...) as (rows, number, heads, length, ...)."""
+    """A view of a piece's part of (batch, n_heads, seq, ...) as (rows, number, heads, length, ...)."""
     start, length = tokens
     stop = start + (piece.number - 1) * piece.step + length
     part = x[piece.rows, piece.heads, start:stop].unfold(2, length, piece.step).movedim(2, 1)
@@ -294,7 +293,7 @@ def _blocks(x: torch.Tensor, piece: _Piece, tokens: tuple[int, int]) -> torch.Te
 
 
 def _is_whole(piece: _Piece, q: torch.Tensor) -> bool:
-    """Whether a piece's queries are all queries."""
+    """Whether a piece covers all queries."""
     start, length = piece.queries
     is_every_row = piece.rows == slice(0, q.shape[0]) and piece.heads == slice(0, q.shape[1])
     return is_every_row and start == 0 and length == piece.step and length * piece.number == q.shape[2]
@@ -307,10 +306,10 @@ def _joined(part: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def _bias_of(piece: _Piece, context: AttentionContext) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The bias of a piece, and by how much its rows' lse are too large; None for a triangle.
+    """The bias of a piece, and the correction of its rows' lse; None for a triangle.
 
-    A rectangle's bias falls from its right edge, (1, heads, 1, keys); the distance of the query from that
-    edge, the same for all its keys, is the (heads, queries) slant.
+    A rectangle's bias, (1, heads, 1, keys), is measured from its right edge. The correction (heads, queries)
+    is the query's distance from that edge times the slope, the same for all its keys.
     """
     slopes = context.slopes
     if slopes is None:
@@ -326,6 +325,6 @@ def _bias_of(piece: _Piece, context: AttentionContext) -> tuple[torch.Tensor | N
 
 
 def _triangle(slopes: torch.Tensor) -> torch.Tensor:
-    """ALiBi among neighbours, (1, n_heads, side, side)."""
+    """ALiBi inside a triangle, (1, n_heads, side, side)."""
     positions = torch.arange(_SIDE)
     return (slopes[:, None, None] * (positions - positions[:, None]))[None]

@@ -1,9 +1,9 @@
-"""Attention by the plain formula for a few queries at a time: serves every feature, dtype and device.
+"""Attention with the plain formula for a few queries at a time: supports every feature, dtype and device.
 
-Neither scores nor masks of more than one chunk exist at any time, and backward computes them again, so
-memory is linear in the sequence. A window limits the keys that a chunk reads.
+Scores and masks exist for only one chunk at a time, and backward recomputes them, so memory is linear in the
+sequence. A window limits the keys that a chunk reads.
 
-Letters: group = n_heads / kv_heads; queries = those of a chunk.
+Letters of the shapes: group = n_heads / kv_heads; queries = those of a chunk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .position import AttentionContext
 
-# Scores of a chunk: on a CPU few enough for its cache, on a GPU enough to fill it.
+# Scores per chunk: few enough for a CPU's cache, enough to occupy a GPU.
 _CHUNK_SCORES = {"cpu": 2**20, "cuda": 2**27}
 _FEWEST_QUERIES = 16
 
@@ -26,7 +26,7 @@ _Chunk = tuple[int, int, int, int]
 def attend_by_chunks(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
 ) -> torch.Tensor:
-    """Attend from (batch, seq, n_heads, head_dim) to (batch, keys, kv_heads, head_dim), as the context says.
+    """Attend from (batch, seq, n_heads, head_dim) to (batch, keys, kv_heads, head_dim).
 
     Returns:
         (batch, seq, n_heads, head_dim) in ``query``'s dtype; probabilities are float32 or wider.
@@ -67,7 +67,7 @@ class _Chunks(torch.autograd.Function):
 def _backward(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value, chunk by chunk; those of key and value are summed in float32."""
+    """Gradients of query, key and value, chunk by chunk; key and value accumulate in float32."""
     kv_heads = key.shape[2]
     k, v = _heads_first(key), _heads_first(value)
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -97,7 +97,7 @@ def _backward(
 
 
 def _chunks(query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> list[_Chunk]:
-    """Cut the queries; each chunk has the keys that causality, prefix and window let it see."""
+    """Split the queries into chunks, each with the keys that causality, prefix and window allow."""
     batch, seq, n_heads, _ = query.shape
     keys = key.shape[1]
     past = keys - seq
@@ -121,17 +121,17 @@ def _weights(
     chunk: _Chunk,
     context: AttentionContext,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attention weights of a chunk before dropout, and the tanh of softcapping where there is one.
+    """Attention weights of a chunk before dropout, and the tanh of softcapping if there is one.
 
     Args:
         q: (batch * kv_heads, group * queries, head_dim).
-        k: (batch * kv_heads, keys, head_dim), those of the chunk.
-        query, key: The whole, for their shapes.
-        chunk: Which part of them ``q`` and ``k`` are.
-        context: Scale, bias and what is visible.
+        k: (batch * kv_heads, keys, head_dim), the chunk's keys.
+        query, key: The full tensors, for their shapes.
+        chunk: The ranges of queries and keys in ``q`` and ``k``.
+        context: Scale, bias and mask.
 
     Returns:
-        Twice (batch * kv_heads, group * queries, keys), float32 or wider.
+        Two tensors (batch * kv_heads, group * queries, keys), float32 or wider.
     """
     batch, seq, n_heads, _ = query.shape
     start, stop, key_start, key_stop = chunk
@@ -158,9 +158,9 @@ def _weights(
 def hidden_keys(
     distance: torch.Tensor, start: int, stop: int, key_start: int, key_stop: int, context: AttentionContext
 ) -> torch.Tensor | None:
-    """Which keys [key_start, key_stop) tokens [start, stop) don't see: (batch or 1, 1, queries, keys) bool.
+    """The keys [key_start, key_stop) hidden from tokens [start, stop): (batch or 1, 1, queries, keys) bool.
 
-    None if they see all, as a single query without documents does.
+    None if no key is hidden, as for a single query without documents.
     """
     hidden = None
     if key_stop - 1 > start:
@@ -196,7 +196,7 @@ def _by_query(x: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def _noise(weights: torch.Tensor, probability: float) -> torch.Tensor:
-    """Factors of dropout: 0 with the probability, else 1 / (1 - probability)."""
+    """Dropout factors: 0 with the dropout probability, otherwise 1 / (1 - probability)."""
     return torch.empty_like(weights).bernoulli_(1 - probability).div_(1 - probability)
 
 
@@ -212,12 +212,12 @@ def _restore_random_state(state: torch.Tensor, device: torch.device) -> None:
 
 
 class WeightsKept:
-    """A backend that keeps the attention weights of each layer, for a pass that asks for attentions.
+    """A backend that keeps each layer's attention weights, for `output_attentions`.
 
     It computes the plain formula; memory is quadratic in the sequence.
 
     Attributes:
-        weights: Of each layer so far, (batch, n_heads, seq, keys) in the queries' dtype, after dropout.
+        weights: For each layer so far, (batch, n_heads, seq, keys) in the queries' dtype, after dropout.
     """
 
     def __init__(self) -> None:
@@ -236,15 +236,15 @@ class WeightsKept:
 
 
 def attention_weights(query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> torch.Tensor:
-    """Softmax of the scores that AttentionContext describes, 0 for what a query does not see.
+    """Softmax of the scores that AttentionContext defines, 0 for masked keys.
 
     Args:
-        query: (batch, seq, n_heads, head_dim), the last of the keys' tokens.
+        query: (batch, seq, n_heads, head_dim), for the last ``seq`` of the keys' tokens.
         key: (batch, keys, kv_heads, head_dim).
-        context: Scale, bias and what is visible.
+        context: Scale, bias and mask.
 
     Returns:
-        (batch, n_heads, seq, keys), float32 or wider. Padding's rows mean nothing.
+        (batch, n_heads, seq, keys), float32 or wider. Rows of padding are meaningless.
     """
     seq, keys = query.shape[1], key.shape[1]
     past = keys - seq

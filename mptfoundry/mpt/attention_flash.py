@@ -1,10 +1,10 @@
 """The attention backend that calls the flash-attn package (https://github.com/Dao-AILab/flash-attention).
 
-Rows of one document, also those with padding at the end, which earlier tokens don't see, go to its dense
-function as they are. Other rows are laid end to end, which copies nothing but a cache, and go to its function
-for sequences of various lengths: each *run* of one document's tokens, or of padding, is a sequence.
+Rows of one document go to its dense function as they are, also with padding at the end, which earlier tokens
+don't see. Other rows are concatenated, which copies only a cache, and go to its varlen function: each *run*
+of one document's tokens, or of padding, is a sequence.
 
-The package adds slope * column to a score, which float32 rounds the more the larger the column: by a few
+The package adds slope * column to a score. In float32 the rounding error grows with the column: to a few
 thousandths of a weight in the steepest heads at 65,536.
 """
 
@@ -31,14 +31,14 @@ def attend(
 ) -> torch.Tensor:
     """Attend from (batch, seq, n_heads, head_dim) to (batch, keys, kv_heads, head_dim).
 
-    Where documents are given without `max_documents`, the first layer of a forward pass waits for the device
-    to count them.
+    If there are documents without `max_documents`, the first layer of a forward pass syncs with the device to
+    count them.
 
     Returns:
-        (batch, seq, n_heads, head_dim), in ``query``'s dtype. Padding's rows are finite and mean nothing.
+        (batch, seq, n_heads, head_dim), in ``query``'s dtype. Rows of padding are finite but meaningless.
 
     Raises:
-        ValueError: The package can't be imported, or padding stands between tokens of one document.
+        ValueError: The package can't be imported, or there is padding between tokens of one document.
     """
     if flash_attn_func is None:
         raise ValueError(
@@ -57,8 +57,8 @@ def attend(
 def options_of(context: AttentionContext) -> dict[str, Any]:
     """The arguments that both functions share.
 
-    They let a query see the keys up to the end of the keys less the queries after it, so that fewer queries
-    than keys are the last ones.
+    With fewer queries than keys, causal and window masks are aligned at the end: the queries are the last
+    tokens.
     """
     return {
         "dropout_p": context.dropout,
@@ -72,25 +72,25 @@ def options_of(context: AttentionContext) -> dict[str, Any]:
 
 
 def bounds_of_runs(documents: torch.Tensor, seq: int, max_documents: int | None) -> dict[str, Any]:
-    """Where the runs begin and end in rows laid end to end.
+    """The boundaries of the runs in concatenated rows.
 
     Args:
         documents: (batch, keys) int64, as in AttentionContext.
-        seq: The last so many keys of each row have queries.
-        max_documents: As in AttentionContext. With it nothing is asked of the device.
+        seq: The last ``seq`` keys of each row have queries.
+        max_documents: As in AttentionContext. If given, there is no device sync.
 
     Returns:
-        Cumulative lengths in queries and in keys, int32, from 0 on, and what no length exceeds. There may be
-        more sequences than runs: the last ones are empty, and so are, in queries, runs within the cache.
+        Cumulative lengths in queries and in keys, int32, from 0, and upper bounds of the lengths. There may
+        be more sequences than runs: the extra ones are empty, and runs inside the cache have no queries.
 
     Raises:
-        ValueError: Padding stands between tokens of one document; `max_documents` excludes it.
+        ValueError: There is padding between tokens of one document; `max_documents` rules this out.
     """
     batch, keys = documents.shape
     differs = documents[:, 1:] != documents[:, :-1]
     run = F.pad(differs, (1, 0), value=True).flatten().cumsum(0).sub_(1)  # (batch * keys)
     if max_documents is not None:
-        count = batch * (max_documents + 1)  # and the padding
+        count = batch * (max_documents + 1)  # plus the padding
     else:
         latest = documents.cummax(1).values[:, :-1]
         resumes = differs & (documents[:, 1:] == latest) & (documents[:, :-1] == PADDING)
@@ -107,7 +107,8 @@ def bounds_of_runs(documents: torch.Tensor, seq: int, max_documents: int | None)
     return {
         "cu_seqlens_q": (row * seq + (column - (keys - seq)).clamp(min=0)).int(),
         "cu_seqlens_k": starts.int(),
-        # With one query a sequence, grouped heads make the package expect one in each, also in empty ones.
+        # With a max of one query and grouped heads, the package expects one query in every sequence, even in
+        # empty ones.
         "max_seqlen_q": max(seq, 2),
         "max_seqlen_k": keys,
     }

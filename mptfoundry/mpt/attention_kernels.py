@@ -1,34 +1,34 @@
 """FlashAttention for MPT in Triton: forward, backward, and decoding from a cache.
 
-As in https://arxiv.org/abs/2307.08691, a program keeps one block of queries (or, in backward, of keys) on the
-chip and visits the blocks of the other side one by one, so the matrix of scores never exists. Each block
-applies everything that MPT's attention has: ALiBi, documents, window, prefix, grouped heads, softcapping,
-dropout.
-Scores are kept in base 2, multiplied by log2(e), since `exp2` is what the hardware computes.
+As in https://arxiv.org/abs/2307.08691, a program keeps one block of queries (or, in backward, of keys) on
+chip and loops over the blocks of the other side, so the score matrix never exists. Each block applies all
+features of MPT's attention: ALiBi, documents, window, prefix, grouped heads, softcapping, dropout.
+Scores are in base 2, multiplied by log2(e), because the hardware computes `exp2`.
 
-* Blocks that are visible as a whole are computed without a mask; those at an edge, with one. Blocks without
-  a visible pair are not visited: the work follows the documents' own squares.
-* ALiBi's share that all keys of a query have in common cancels in a softmax, so a key's bias is counted from
-  the first token of the block that the program keeps, the *frame*: one number a key, and small where weights
-  are not. In float32, and where a prefix sees both ways, it is the distance's own, one number a pair.
-* Forward visits the edges first, and so the diagonal. After them the rows' highest scores are known, and
-  with them the key from which ALiBi pushes all further ones below rounding: forward stops there and stores
-  where, so that backward stops there too.
-* Backward computes the probabilities again, once for the queries' gradients and once for the keys' and
-  values': no atomic additions, so the same gradients every time.
-* Decoding has few queries a row against a cache of many keys, and one query would keep one program busy with
-  all its keys. So the keys are cut into parts that are visited side by side, and the parts' results joined
+* Fully visible blocks are computed without a mask, blocks at an edge with one. Blocks without a visible pair
+  are skipped: the work is proportional to the documents' own squares.
+* A softmax cancels the part of ALiBi that all keys of a query share. So a key's bias is measured from the
+  first token of the block that the program keeps, the *frame*: one number per key, and small where weights
+  are not. In float32, and with a bidirectional prefix, it is the true distance's, one number per pair.
+* Forward visits the edges first, including the diagonal. Then the rows' maxima are known, and with them the
+  key beyond which ALiBi pushes all others below rounding. Forward stops there and stores that position, so
+  that backward stops there too.
+* Backward recomputes the probabilities, once for the queries' gradients and once for the keys' and values'.
+  There are no atomic additions, so gradients are deterministic.
+* Decoding has few queries per row against a cache of many keys, and a single query would run in one program.
+  So the keys are split into parts that run in parallel, and the results are combined
   (https://pytorch.org/blog/flash-decoding). The queries of all heads that share a key head are one block of
   rows: row = member * seq + query.
 
-Letters: seq = queries of a row, keys = tokens in the cache + seq, the queries being the last of them; a
-*position* is a token's index among the keys. `codes` holds 2 * document + is-in-prefix for each token, -1 for
-padding; `bounds` holds where its document and the unbroken run of it begin and end (see attention_triton.py).
+Letters of the shapes: seq = queries of a row, keys = tokens in the cache + seq; the queries are the last
+tokens. A *position* is a token's index among the keys. `codes` holds 2 * document + is-in-prefix for each
+token, -1 for padding; `bounds` holds start and stop of its document and of its unbroken run (see
+attention_triton.py).
 """
 
 from __future__ import annotations
 
-try:  # An exported folder is loaded where triton is not installed, too.
+try:  # An exported folder must load without triton, too.
     import triton
     import triton.language as tl
     from triton.language import constexpr
@@ -36,7 +36,7 @@ except ImportError:
     raise
 
 NOTHING = constexpr(float("-inf"))
-LOWEST = constexpr(-1e30)  # what a row begins with: lower than any score, and its differences are numbers
+LOWEST = constexpr(-1e30)  # initial row maximum: below any score, but differences stay finite
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def store_rows(start_of, x, begin, stride, limit, ROWS: constexpr, HEAD_DIM: con
 
 @triton.jit
 def _tanh(x):
-    # Around zero a quotient of exponentials has lost half its digits; the series has not.
+    # Near zero the quotient of exponentials loses half its digits; the series does not.
     squared = x * x
     series = 1 - squared * (1 / 3 - squared * (2 / 15 - squared * (17 / 315 - squared * (62 / 2835))))
     power = tl.exp2(-2.885390081777927 * tl.abs(x))
@@ -76,7 +76,7 @@ def _tanh(x):
 
 @triton.jit
 def scores_of(products, inner, outer, HAS_SOFTCAP: constexpr):
-    """Base-2 scores before the bias: products * scale * log2(e), capped if that is asked for."""
+    """Base-2 scores before the bias: products * scale * log2(e), with softcapping if enabled."""
     if HAS_SOFTCAP:
         return outer * _tanh(products * inner)
     return products * outer
@@ -84,7 +84,7 @@ def scores_of(products, inner, outer, HAS_SOFTCAP: constexpr):
 
 @triton.jit
 def bias_of(slope, positions_q, positions_k, frame, EXACT: constexpr):
-    """ALiBi in base 2: by the distance, or what a key alone has of it, counted from the frame."""
+    """ALiBi in base 2: by the distance, or the key's part alone, measured from the frame."""
     if EXACT:
         return -slope * tl.abs(positions_q - positions_k).to(tl.float32)
     else:  # noqa: RET505 (Triton compiles what comes after a return, too)
@@ -96,7 +96,7 @@ def is_visible(
     positions_q, positions_k, codes_q, codes_k, window,
     HAS_CODES: constexpr, HAS_PREFIX: constexpr, HAS_WINDOW: constexpr,
 ):  # fmt: skip
-    """Which keys which queries see; all arguments are rows or columns of the result."""
+    """The visibility mask; all arguments are rows or columns of the result."""
     visible = positions_q >= positions_k
     if HAS_PREFIX:
         visible = visible | ((codes_q & codes_k & 1) == 1)
@@ -109,14 +109,14 @@ def is_visible(
 
 @triton.jit
 def codes_of_queries(codes, positions, inside):
-    """The queries' codes; that of padding equals no key's code, so that padding sees nothing."""
+    """The queries' codes; padding gets a code that no key has, so it sees nothing."""
     codes_q = tl.load(codes + positions, mask=inside, other=-1)
     return tl.where(codes_q < 0, -4, codes_q)
 
 
 @triton.jit
 def is_kept(seed, head, positions_q, positions_k, dropout):
-    """Whether a weight survives dropout: a function of the seed and of where it stands, nothing else."""
+    """Whether dropout keeps a weight; depends only on the seed, the head and the positions."""
     zero = positions_q * 0 + positions_k * 0
     drawn, _, _, _ = tl.philox(seed, positions_q + zero, positions_k + zero, zero + head, zero)
     return tl.uint_to_uniform_float(drawn) >= dropout
@@ -124,7 +124,7 @@ def is_kept(seed, head, positions_q, positions_k, dropout):
 
 @triton.jit
 def shift_of(slope, positions_q, frame, EXACT: constexpr):
-    """What a row's scores have too much by being counted from the frame."""
+    """The excess of a row's scores because the bias is measured from the frame."""
     if EXACT:
         return positions_q * 0.0
     else:  # noqa: RET505
@@ -137,11 +137,11 @@ def query_bounds(
     BLOCK_Q: constexpr, BLOCK_K: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr,
     HAS_WINDOW: constexpr,
 ):  # fmt: skip
-    """Which keys the queries [begin, begin + BLOCK_Q) see, in multiples of BLOCK_K.
+    """The keys that the queries [begin, begin + BLOCK_Q) see, in multiples of BLOCK_K.
 
     Returns:
-        low, whole_low, whole_high, high: all queries see all keys of [whole_low, whole_high); none sees any
-        outside [low, high).
+        low, whole_low, whole_high, high: all queries see all keys in [whole_low, whole_high); no query sees
+        a key outside [low, high).
     """
     first_position, last_position = past + begin, past + tl.minimum(begin + BLOCK_Q, seq) - 1
     low, whole_low, high = first_position * 0, first_position * 0, last_position + 1
@@ -154,7 +154,7 @@ def query_bounds(
         inside, positions = rows < seq, past + rows
         low = tl.maximum(low, tl.min(tl.load(bounds + positions, mask=inside, other=keys)))
         run = tl.load(bounds + 2 * plane + positions, mask=inside, other=0)
-        # Queries of several runs have no key that all of them see in the way the first does.
+        # If the queries belong to several runs, no block counts as fully visible.
         whole_low = tl.where(tl.max(run) <= first_position, tl.maximum(whole_low, tl.max(run)), whole_high)
         if HAS_PREFIX:
             high = tl.maximum(high, tl.max(tl.load(bounds + plane + positions, mask=inside, other=0)))
@@ -173,7 +173,7 @@ def _forward_span(
     constexpr, MASKED: constexpr, HAS_ALIBI: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT:
     constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Visits key blocks from the last to the first: those in [whole_low, whole_high), or the others.
+    """Visit key blocks from last to first: those in [whole_low, whole_high), or the others.
 
     All four bounds are multiples of BLOCK_K.
     """
@@ -211,7 +211,7 @@ def _forward_span(
 
 @triton.jit
 def _bound(q, longest, inner, outer, HAS_SOFTCAP: constexpr):
-    """What no score of a row exceeds before the bias (Cauchy-Schwarz); 1e29 if that overflows or is NaN."""
+    """Upper bound of a row's scores before the bias (Cauchy-Schwarz); 1e29 if it overflows or is NaN."""
     norm = tl.sqrt(tl.sum(q.to(tl.float32) * q.to(tl.float32), 1)) * longest
     bound = outer * inner * norm if HAS_SOFTCAP else outer * norm
     bound = tl.where(bound < 1e28, bound * 1.001, 1e29)
@@ -220,8 +220,8 @@ def _bound(q, longest, inner, outer, HAS_SOFTCAP: constexpr):
 
 @triton.jit
 def _stop(bound, highest, inside, slope, frame, bits, BLOCK_K: constexpr):
-    """The first block that may still count: no key before it reaches a weight of 2 ** -bits in any row."""
-    # A row without a visible key so far has no say; one whose scores are NaN forbids stopping.
+    """The first relevant block: no key before it reaches a weight of 2 ** -bits in any row."""
+    # Rows without a visible key so far don't count; a row with NaN scores prevents stopping.
     gap = tl.where(highest > LOWEST, bound - highest, tl.where(highest == LOWEST, NOTHING, 1e29))
     widest = tl.max(tl.where(inside, gap, NOTHING))
     stop = tl.minimum(tl.maximum(frame - (widest + bits) / slope, 0.0), frame)
@@ -240,11 +240,10 @@ def forward_kernel(
 ):  # fmt: skip
     """One block of queries of one head.
 
-    Writes out (batch, seq, n_heads, head_dim), lse (batch, n_heads, seq), the base-2 logarithm of the sum
-    of exponentials, infinite for rows that see nothing, and reach (batch, n_heads, blocks), the first
-    position visited.
+    Writes out (batch, seq, n_heads, head_dim), lse (batch, n_heads, seq), the logsumexp in base 2, infinite
+    for rows that see nothing, and reach (batch, n_heads, blocks), the first position visited.
     """
-    # The longest rows first, so that no long one is left at the end.
+    # The longest rows start first, so that none is left over at the end.
     block = blocks - 1 - tl.program_id(0) % blocks
     head_of_all = tl.program_id(0) // blocks
     row, head = head_of_all // n_heads, head_of_all % n_heads
@@ -271,7 +270,7 @@ def forward_kernel(
     if SKIPS:
         longest_key = tl.load(longest + row * (n_heads // GROUP) + head // GROUP)
         bound = _bound(q_block, longest_key, inner, outer, HAS_SOFTCAP)
-        # No row's highest score is below its bound's negative; the edges are visited before it is known.
+        # A row's maximum is at least minus its bound; the edges are visited before the maximum is known.
         stop = _stop(bound, -bound, rows < seq, slope, frame, bits, BLOCK_K)
         low = tl.minimum(tl.maximum(low, stop), whole_high)
         whole_low = tl.maximum(whole_low, low)
@@ -300,7 +299,7 @@ def forward_kernel(
 @triton.jit
 def _softmax_gradient(scores, weights, grad_weights, delta, kept, outer, dropout, HAS_SOFTCAP: constexpr,
                       HAS_DROPOUT: constexpr):  # fmt: skip
-    """Gradient of the products of queries and keys, but for the factor of the scale."""
+    """Gradient of the products of queries and keys, without the factor of the scale."""
     if HAS_DROPOUT:
         grad_weights = tl.where(kept, grad_weights / (1 - dropout), 0.0)
     grad = weights * (grad_weights - delta)
@@ -318,7 +317,7 @@ def _query_span(
     constexpr, MASKED: constexpr, HAS_ALIBI: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT:
     constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Adds what key blocks give to the queries' gradients: those in [whole_low, whole_high), or the others.
+    """Add the key blocks' part of the queries' gradients: those in [whole_low, whole_high), or the others.
 
     All four bounds are multiples of BLOCK_K.
     """
@@ -420,11 +419,11 @@ def _key_bounds(
     BLOCK_Q: constexpr, BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_CODES: constexpr,
     HAS_PREFIX: constexpr, HAS_WINDOW: constexpr, SKIPS: constexpr,
 ):  # fmt: skip
-    """Which queries see the keys [begin, begin + BLOCK_K), in multiples of BLOCK_Q.
+    """The queries that see the keys [begin, begin + BLOCK_K), in multiples of BLOCK_Q.
 
     Returns:
-        low, whole_low, whole_high, high: all queries of [whole_low, whole_high) see all the keys; none
-        outside [low, high) sees any that counts.
+        low, whole_low, whole_high, high: all queries in [whole_low, whole_high) see all the keys; no query
+        outside [low, high) sees a relevant key.
     """
     last_position = tl.minimum(begin + BLOCK_K, keys) - 1
     low, whole_low = begin - past, tl.cdiv(tl.maximum(last_position - past, 0), BLOCK_Q) * BLOCK_Q
@@ -471,9 +470,9 @@ def _key_span(
     HAS_ALIBI: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW:
     constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """Adds what query blocks give to the keys' gradients: those in [whole_low, whole_high), or the others.
+    """Add the query blocks' part of the keys' gradients: those in [whole_low, whole_high), or the others.
 
-    All four bounds are multiples of BLOCK_Q. Scores and weights stand transposed here, (keys, queries).
+    All four bounds are multiples of BLOCK_Q. Scores and weights are transposed here, (keys, queries).
     """
     inner_queries = whole_high - whole_low
     for forth in range((high - low - inner_queries if MASKED else inner_queries) // BLOCK_Q):
@@ -581,7 +580,7 @@ def decode_kernel(
     """All queries of one key head against one part of the keys.
 
     Writes partial (batch, parts, n_heads, seq, head_dim) float32 and partial_sum (batch, parts, n_heads,
-    seq), the base-2 logarithms of the sums of exponentials.
+    seq), the logsumexp in base 2.
     """
     part = tl.program_id(0) % parts
     kv_heads = n_heads // GROUP
@@ -642,7 +641,7 @@ def join_kernel(
     partial, partial_sum, out, seq, parts, n_heads,
     HEAD_DIM: constexpr, WIDTH: constexpr, PARTS: constexpr,
 ):  # fmt: skip
-    """A query of one head: joins its parts into out (batch, seq, n_heads, head_dim); zero if it sees none."""
+    """Combine a query's parts for one head into out (batch, seq, n_heads, head_dim); zero without a key."""
     row, rest = tl.program_id(0) // (n_heads * seq), tl.program_id(0) % (n_heads * seq)
     head, query = rest // seq, rest % seq
     number, columns = tl.arange(0, PARTS), tl.arange(0, WIDTH)

@@ -1,8 +1,8 @@
-"""Block sizes of the Triton kernels: how many queries and keys a program works on at once, and with how much.
+"""Tiles of the Triton kernels: block sizes, warps and pipeline stages.
 
-The table is made by `scripts/tune_attention.py`, so nothing is tuned when a run starts. It is indexed by the
-kernel and the width of a head, padded to a power of two; there is one for each generation of GPUs that
-differs, and one for float32, whose numbers take twice the room.
+`scripts/tune_attention.py` writes the table, so nothing is tuned when a run starts. It is indexed by kernel
+and head width, padded to a power of two. There is one table per GPU generation that differs, and one for
+float32, whose numbers need twice the memory.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """Queries and keys of a block, warps of a program, and how many loads are under way at once."""
+    """Queries and keys per block, warps per program, and pipeline stages."""
 
     block_q: int
     block_k: int
@@ -21,7 +21,7 @@ class Tile(NamedTuple):
 
 # Generation -> kernel -> width -> tile. `sm_80` also serves 8.6, 8.9 and 12.x, which have 99 KiB of shared
 # memory.
-# `backward_key_grouped` is for query heads that share a key head.
+# `backward_key_grouped` is for grouped heads, where query heads share a key head.
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_90": {
         "forward": {
@@ -117,17 +117,17 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
 
 
 def keys_of_decoding(head_dim: int, number_bytes: int) -> int:
-    """Keys that the decoding kernel visits at once."""
+    """Keys per block in the decoding kernel."""
     return 64 if padded(head_dim) < 256 else 32 if number_bytes == 2 else 16
 
 
 def padded(head_dim: int) -> int:
-    """The power of two, 16 at least, that a head's width is padded to."""
+    """The power of two, at least 16, that a head's width is padded to."""
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def generation_of(capability: tuple[int, int]) -> str:
-    """The table for a GPU of this capability, such as (9, 0), in the numbers of 16 bits."""
+    """The table for a GPU with this compute capability, such as (9, 0), for 16-bit dtypes."""
     return "sm_90" if capability[0] in (9, 10) else "sm_80"
 
 
@@ -139,9 +139,9 @@ def tile_of(
     Args:
         kernel: `forward`, `backward_query`, `backward_key` or `backward_key_grouped`.
         head_dim: Width of a head.
-        capability: Of the GPU, such as (9, 0).
+        capability: The GPU's compute capability, such as (9, 0).
         number_bytes: 2 for bfloat16 and float16, 4 for float32.
-        has_dropout: Whether weights are dropped, whose random numbers take the registers of a smaller block.
+        has_dropout: Whether there is dropout; its random numbers need registers, so blocks are smaller.
     """
     name = "float32" if number_bytes == 4 else generation_of(capability)
     tile = TILES[name][kernel][padded(head_dim)]

@@ -1,11 +1,11 @@
-"""The attention backend that runs everywhere, in plain PyTorch.
+"""The attention backend in plain PyTorch, which runs everywhere.
 
-One of four ways, by what is asked for; all give the same mathematics with memory linear in the sequence:
+It has four paths; all give the same mathematics with memory linear in the sequence:
 
 * *blocks*: causal attention in float32 on a CPU, with ALiBi, documents and padding (attention_blocks.py);
-* *one*: a single query a row against a cache, likewise;
-* *kernel*: plain causal attention on other devices is PyTorch's own `scaled_dot_product_attention`;
-* *chunks*: everything else, by the plain formula for a few queries at a time (attention_chunks.py).
+* *one*: a single query per row against a cache, also on a CPU;
+* *kernel*: PyTorch's `scaled_dot_product_attention`, for plain causal attention on other devices;
+* *chunks*: everything else, with the plain formula for a few queries at a time (attention_chunks.py).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def attend(
 
 
 def _is_plainly_causal(query: torch.Tensor, key: torch.Tensor, context: AttentionContext) -> bool:
-    """Whether every query sees all of its document up to itself, with nothing in the cache before."""
+    """Whether every query sees its whole document up to itself, and the cache is empty."""
     keys = key.shape[1]
     sees_all = context.window is None or context.window >= keys - 1
     return query.shape[1] == keys and sees_all and context.prefix is None and context.softcap is None
@@ -54,9 +54,9 @@ def _is_plainly_causal(query: torch.Tensor, key: torch.Tensor, context: Attentio
 def _attend_by_kernel(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
 ) -> torch.Tensor:
-    """Causal attention without bias or mask, by PyTorch's own choice of kernel."""
+    """Causal attention without bias or mask; PyTorch chooses the kernel."""
     group = query.shape[2] // key.shape[2]
-    if group > 1 and query.dtype == torch.float32:  # it has no kernel of linear memory that groups these
+    if group > 1 and query.dtype == torch.float32:  # no linear-memory kernel supports grouped heads here
         key, value = key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)
     out = F.scaled_dot_product_attention(
         query.transpose(1, 2),
@@ -73,7 +73,7 @@ def _attend_by_kernel(
 def _attend_one(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: AttentionContext
 ) -> torch.Tensor:
-    """One query a row against all its keys, on a CPU: the step of a generation."""
+    """One query per row against all its keys, on a CPU: a generation step."""
     batch, _, n_heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
     bias = context.once("bias of one query", lambda: _bias_of_one(context, keys, kv_heads, key.device))
@@ -90,7 +90,7 @@ def _attend_one(
 def _bias_of_one(
     context: AttentionContext, keys: int, kv_heads: int, device: torch.device
 ) -> torch.Tensor | None:
-    """Bias of the last token's scores, (batch or 1, kv_heads or 1, group or 1, keys); None for none."""
+    """Bias of the last token's scores, (batch or 1, kv_heads or 1, group or 1, keys), or None."""
     if context.slopes is None and context.documents is None and context.window is None:
         return None
     distance = torch.arange(keys - 1, -1, -1, device=device)

@@ -1,7 +1,7 @@
-"""The attention backend of our own FlashAttention kernels in Triton; attention_kernels.py tells what they do.
+"""The attention backend with our own FlashAttention kernels in Triton; see attention_kernels.py.
 
-Queries, keys and values are read where they lie, by their strides. To PyTorch one attention is one operator
-with a backward of its own, so that compilation, activation checkpointing and FLOP counters see one node.
+Queries, keys and values are read by their strides, without copies. Attention is a custom operator with its
+own backward, so that compilation, activation checkpointing and FLOP counters see one node.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ try:
         forward_kernel,
         join_kernel,
     )
-except ImportError:  # why_not in backends.py says so before anything comes here
+except ImportError:  # why_not in backends.py reports this first
     triton = None
 
 _LOG2_E = math.log2(math.e)
 _MOST_DECODING_ROWS = 64
 
-# An exported folder's copy of this file has operators of its own, next to an installed package's.
+# An exported folder's copy of this file registers its own operators, separate from the installed package's.
 _NAMESPACE = re.sub(r"\W", "_", __package__ or "mpt")
 
 _OPTIONS = (
@@ -84,12 +84,12 @@ def encode_documents(
     keys: int,
     device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Documents and prefixes as the kernels read them, computed on the device without waiting for it.
+    """Encode documents and prefixes for the kernels, on the device without a sync.
 
     Returns:
         codes: (batch, keys) int32, 2 * document + is-in-prefix, and -1 for padding.
-        bounds: (4, batch, keys) int32: the first position of a token's document, the one after its last, and
-            the same of the run without padding in between. For padding these hold nothing together.
+        bounds: (4, batch, keys) int32: start and stop of a token's document, then start and stop of its run
+            without padding in between. For padding the values are empty ranges.
     """
     if documents is None:
         documents = torch.zeros(batch, keys, dtype=torch.int64, device=device)
@@ -106,7 +106,7 @@ def encode_documents(
         is_last = F.pad(numbers[:, 1:] != numbers[:, :-1], (0, 1), value=True)
         return (positions + 1).masked_fill(~is_last, keys).flip(1).cummin(1).values.flip(1)
 
-    # Documents are numbered upwards along a row, so padding between takes the number before, or after, it.
+    # Document numbers increase along a row, so padding takes the number of the document before or after it.
     before = documents.cummax(1).values
     after = documents.masked_fill(is_padding, torch.iinfo(torch.int64).max).flip(1).cummin(1).values.flip(1)
     bounds = torch.stack([begins(before), ends(after), begins(documents), ends(documents)])
@@ -123,7 +123,7 @@ def _constants(
     softcap: float,
     has_prefix: bool,
 ) -> dict[str, Any]:
-    """What all kernels are compiled for; float32 is multiplied as such, not as tensor cores would."""
+    """Constants that all kernels are compiled for; float32 is multiplied in full precision, not TF32."""
     head_dim, is_float32 = query.shape[3], query.dtype == torch.float32
     return {
         "GROUP": query.shape[2] // key.shape[2],
@@ -145,12 +145,12 @@ def _tile(kernel: str, query: torch.Tensor, *, has_dropout: bool) -> Tile:
 
 
 def _factors(scale: float, softcap: float) -> tuple[float, float]:
-    """Inside and outside of tanh with a cap; without, the factor on the products is the second."""
+    """The factors inside and outside tanh; without a cap, the second is the factor on the products."""
     return (scale / softcap, softcap * _LOG2_E) if softcap > 0 else (0.0, scale * _LOG2_E)
 
 
 def _strides(*tensors: torch.Tensor) -> list[int]:
-    """Of rows, tokens and heads."""
+    """Strides of rows, tokens and heads."""
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
@@ -269,7 +269,7 @@ _attention.register_autograd(_differentiate, setup_context=_keep_for_backward)
     "float softcap, bool has_prefix) -> Tensor",
 )
 def _decode(query, key, value, slopes, codes, scale, window, softcap, has_prefix):  # type: ignore[no-untyped-def]
-    """Few queries against many keys, without a gradient."""
+    """Few queries against many keys, without gradients."""
     batch, seq, n_heads, head_dim = query.shape
     keys, kv_heads = key.shape[1:3]
     block_k = keys_of_decoding(head_dim, query.element_size())
@@ -297,7 +297,7 @@ _decode.register_fake(lambda query, *_: query.new_empty(query.shape))
 
 
 def _cut(keys: int, block_k: int, programs: int, device: torch.device) -> tuple[int, int]:
-    """Keys of a part, a multiple of the kernel's block, and parts: enough to occupy the GPU twice over."""
+    """Keys per part, a multiple of the kernel's block, and the number of parts, to fill the GPU twice."""
     processors = (
         torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
     )
@@ -311,7 +311,7 @@ _operators = getattr(torch.ops, _NAMESPACE)
 
 @register_flop_formula(_operators.attention)
 def _flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
-    """As PyTorch counts its own attention: neither the causal half nor what is skipped is left out."""
+    """FLOPs as PyTorch counts its own attention: all pairs, also masked and skipped ones."""
     batch, seq, n_heads, head_dim = query
     return 4 * batch * n_heads * seq * key[1] * head_dim
 

@@ -1,8 +1,8 @@
-"""Which attention backend computes a model: the one answer for plans, checks, the network and its tests.
+"""Choose a model's attention backend: the one place that plans, checks, the network and the tests ask.
 
-All backends give the same mathematics. Packages are looked for and never imported, and nothing beyond the
-standard library is, so that a config is answered at once. A dtype is a name of torch's, such as `bfloat16`:
-that of queries, keys and values, under autocast too.
+All backends give the same mathematics. This module imports only the standard library, so a config is checked
+at once; it looks for packages without importing them. A dtype is torch's name, such as `bfloat16`, for the
+queries, keys and values, also under autocast.
 """
 
 from __future__ import annotations
@@ -13,27 +13,27 @@ import re
 
 from .config import MPTConfig
 
-# In the order in which an error proposes them.
+# In the order in which errors suggest them.
 BACKENDS = ("torch", "triton", "flash")
-# The first of these that can serve is what `auto` takes: the fastest.
+# `auto` takes the first of these that supports the model. Fastest first.
 _PREFERENCE = {"cuda": ("triton", "flash", "torch")}
-# The first release whose softcap has a right gradient, ALiBi and a deterministic backward being older.
+# The first release with a correct softcap gradient; ALiBi and the deterministic backward are older.
 _FLASH_AT_LEAST = (2, 6, 2)
 
 
 def choose_backend(config: MPTConfig, device_type: str, dtype: str) -> tuple[str, str]:
-    """Choose the backend that ``attn_impl`` asks for, or with ``auto`` the fastest that can serve.
+    """Choose the backend that ``attn_impl`` requests, or with ``auto`` the fastest one that can be used.
 
     Args:
         config: The model.
-        device_type: As torch calls it: ``cpu``, ``cuda``.
-        dtype: What attention computes in.
+        device_type: torch's name: ``cpu``, ``cuda``.
+        dtype: The dtype that attention computes in.
 
     Returns:
-        Its name and the reason for it, one clause.
+        The backend's name and the reason, one clause.
 
     Raises:
-        ValueError: The backend that is asked for cannot serve.
+        ValueError: The requested backend can't be used.
     """
     name: str = config.attn_config.attn_impl
     if name != "auto":
@@ -51,7 +51,7 @@ def choose_backend(config: MPTConfig, device_type: str, dtype: str) -> tuple[str
 
 
 def refusal(name: str, reason: str, config: MPTConfig, device_type: str, dtype: str) -> str:
-    """The error for a backend that is asked for and can't serve: the key, the reason and what to use."""
+    """The error for a requested backend that can't be used: the key, the reason and what to use."""
     able = [other for other in BACKENDS if why_not(other, config, device_type, dtype) is None]
     return (
         f"attn_config.attn_impl: {name} can't be used: {reason}. "
@@ -68,7 +68,7 @@ def why_not(name: str, config: MPTConfig, device_type: str, dtype: str) -> str |
 
 
 def why_not_here(name: str, device_type: str, dtype: str) -> str | None:
-    """What this machine lacks for the backend ``name``, whatever the model; None if nothing."""
+    """What this machine lacks for the backend ``name``, for any model; None if nothing."""
     if name == "flash":
         return "it needs a GPU" if device_type != "cuda" else _FLASH_IS_MISSING
     if name == "torch" or (device_type == "cuda" and _HAS_TRITON):
@@ -109,11 +109,11 @@ def _why_never_flash(config: MPTConfig, dtype: str) -> str | None:
 
 
 def _flash_is_missing() -> str | None:
-    """Asks for flash-attn's own release, since others put modules of other functions under its name."""
+    """Check the flash-attn package itself; other packages install different modules under its name."""
     missing = "the package flash-attn is not installed (pip install --no-build-isolation flash-attn)"
     if importlib.util.find_spec("flash_attn") is None:
         return missing
-    from importlib import metadata  # it takes longer than all the rest, and mostly for nothing
+    from importlib import metadata  # slow to import, and rarely needed
 
     try:
         version = metadata.version("flash-attn")
@@ -124,6 +124,6 @@ def _flash_is_missing() -> str | None:
     return None
 
 
-# Looked for once, so that the choice within a network costs nothing and can be compiled.
+# Looked up once, so that a network's choice is cheap and compiles.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 _FLASH_IS_MISSING = _flash_is_missing()

@@ -1,4 +1,4 @@
-"""One block: attention and feed-forward network, each behind its norm and added to the residual stream."""
+"""One block: attention and a feed-forward network, each after a norm and added to the residual stream."""
 
 from __future__ import annotations
 

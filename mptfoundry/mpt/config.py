@@ -1,8 +1,7 @@
-"""Each switch of the MPT architecture, once, with its default and its rules.
+"""Every option of the MPT architecture, with its default and its rules.
 
-The names and the defaults are llm-foundry's. The classes hold plain values, import the standard library
-alone and raise ValueError for values that no network can have. Lengths are counted in tokens, widths in
-features.
+Names and defaults are llm-foundry's. The classes hold plain values, import only the standard library, and
+raise ValueError for impossible values. Lengths are in tokens, widths in features.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ from dataclasses import asdict, dataclass, field, is_dataclass, replace
 from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
-# What is wrong: the key, or all keys of which it is true, or "" for the section as a whole; and a text.
+# A broken rule: the key, several keys, or "" for the section as a whole; and the message.
 Problem = tuple[str | tuple[str, ...], str]
-# A section's rules in order. Each yields its problems, and asks for its fields only then.
+# A section's rules in order. Each yields its problems and reads its fields lazily.
 Rules = Iterator[Iterable[Problem]]
 
 
 def refuse_problems(section: Any) -> None:
-    """Raise ValueError for the first broken rule of a section; every section's `__post_init__`."""
+    """Raise ValueError for the first broken rule of a section; called in every `__post_init__`."""
     for problems in section.rules():
         for key, text in problems:
             raise ValueError(in_words(key, text))
@@ -51,7 +50,7 @@ class RotaryScalingConfig:
         refuse_problems(self)
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield from at_least(self, factor=1)
 
 
@@ -127,7 +126,7 @@ class AttnConfig:
         refuse_problems(self)
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield from probabilities(self, "attn_pdrop")
         yield from positive(self, _OR_NONE, "clip_qkv", "softmax_scale", "attn_logit_softcapping")
         yield from positive(self, _WHOLE, "alibi_bias_max", "kv_n_heads")
@@ -165,7 +164,7 @@ class ActivationConfig:
         refuse_problems(self)
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield self._approximation()
 
     def _approximation(self) -> Iterator[Problem]:
@@ -191,7 +190,7 @@ class FFNConfig:
         refuse_problems(self)
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield from positive(self, _WHOLE, "ffn_hidden_size")
 
 
@@ -236,7 +235,7 @@ class InitConfig:
         refuse_problems(self)
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield self._baseline()
         yield only_one(self, "are both given. Use one of them.", "emb_init_std", "emb_init_uniform_lim")
 
@@ -303,7 +302,7 @@ class MPTConfig:
         refuse_problems(self)
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         sizes = ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size", "head_dim")
         yield from positive(self, _WHOLE, *sizes)
         yield from positive(self, _POSITIVE, "expansion_ratio", "norm_eps")
@@ -361,7 +360,7 @@ class MPTConfig:
 
     @property
     def logit_factor(self) -> float:
-        """What the last norm's output is multiplied by before the logits are made."""
+        """The factor on the last norm's output before the output projection."""
         if isinstance(self.logit_scale, str):
             return self.d_model**-0.5
         return 1.0 if self.logit_scale is None else float(self.logit_scale)
@@ -377,14 +376,14 @@ class MPTConfig:
         return not self.no_bias if self.attention_bias is None else self.attention_bias
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as plain nested values, fit for JSON and YAML."""
+        """All fields as plain nested values, ready for JSON and YAML."""
         return asdict(self)
 
     def to_explicit_dict(self) -> dict[str, Any]:
-        """`to_dict` with the heads as numbers, whatever they are by default: what our `config.json` holds.
+        """`to_dict` with explicit head counts instead of defaults: the contents of our `config.json`.
 
-        Every attention is written as grouped queries there, which is the same mathematics. transformers' own
-        MPT classes reject that word; they would ignore other switches and compute something else.
+        It writes every attention as grouped-query attention, which is the same mathematics. transformers' own
+        MPT classes reject that value; otherwise they would ignore other options and compute something else.
         """
         values = self.to_dict()
         values["head_dim"] = self.d_head
@@ -392,7 +391,7 @@ class MPTConfig:
         return values
 
     def with_plain_heads(self) -> MPTConfig:
-        """The same model without numbers of heads that follow from its other fields; undoes the above."""
+        """The same model without head counts that follow from other fields; undoes `to_explicit_dict`."""
         head_dim = None if self.d_head * self.n_heads == self.d_model else self.head_dim
         attention = self.attn_config
         if self.kv_heads == self.n_heads:
@@ -402,7 +401,7 @@ class MPTConfig:
         return replace(self, head_dim=head_dim, attn_config=attention)
 
 
-# Beyond these no model was ever made, and counting its parameters would take all of a machine's memory.
+# No model is larger, and counting the parameters of one would use up the machine's memory.
 _LARGEST = {
     "n_layers": 10_000,
     "n_heads": 100_000,
@@ -418,7 +417,7 @@ _OR_NONE = "Use a positive number, or null for none."
 
 
 def at_least(section: Any, **least: float) -> Rules:
-    """A rule for each field: a number is not smaller; None and words such as `auto` are not numbers."""
+    """A rule for each field: a number has this minimum; None and words such as `auto` pass."""
 
     def rule(name: str) -> Iterator[Problem]:
         value = getattr(section, name)
@@ -429,7 +428,7 @@ def at_least(section: Any, **least: float) -> Rules:
 
 
 def only_one(section: Any, text: str, *names: str) -> Iterator[Problem]:
-    """The problem of several fields of which a section has at most one."""
+    """A rule for fields that exclude each other: at most one may be set."""
     values = {name: getattr(section, name) for name in names}
     given = tuple(
         n for n, value in values.items() if value is not None and value is not False and value != {}
@@ -439,7 +438,7 @@ def only_one(section: Any, text: str, *names: str) -> Iterator[Problem]:
 
 
 def positive(section: Any, advice: str, *names: str) -> Rules:
-    """A rule for each field: a number is above 0, and not larger than in any model."""
+    """A rule for each field: a number is above 0, and within the limits of any real model."""
 
     def rule(name: str) -> Iterator[Problem]:
         value = getattr(section, name)
@@ -463,12 +462,12 @@ def probabilities(section: Any, *names: str) -> Rules:
 
 
 def from_values(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
-    """An instance of one of these dataclasses from nested plain values, as JSON has them.
+    """An instance of one of these dataclasses from nested plain values, such as parsed JSON.
 
-    A key that is not known with null says nothing; with anything else it could change the mathematics.
+    An unknown key is ignored if its value is null; with any other value it could change the mathematics.
 
     Raises:
-        ValueError: A key or a value that the class does not have; `path` stands before its name.
+        ValueError: The class does not have this key or value; the message prefixes its name with `path`.
     """
     types_of = typing.get_type_hints(kind)
     given = {}

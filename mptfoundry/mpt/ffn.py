@@ -1,4 +1,4 @@
-"""The feed-forward network of a block: two matrices, or three where one gates another."""
+"""The feed-forward network of a block: two matrices, or three in the gated form."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .linear import Linear
 class FFN(nn.Module):
     """``down_proj(act(up_proj(x)))``, or gated: ``down_proj(act(gate_proj(x)) * up_proj(x))``.
 
-    The gated form is GLU's (https://arxiv.org/abs/2002.05202).
+    The gated form is from https://arxiv.org/abs/2002.05202.
     """
 
     def __init__(self, config: MPTConfig, device: torch.device | str | None) -> None:

@@ -1,8 +1,7 @@
-"""How many parameters, FLOPs and activations a network has, from its config alone.
+"""Count a network's parameters, FLOPs and activations from its config alone.
 
-Words: shared parameters (tied embeddings) are counted once. FLOPs are floating-point operations, a
-multiply-add is two; training is forward plus backward, which costs twice the forward. What activation
-checkpointing computes again is not counted: it is work, not progress.
+Shared parameters (tied embeddings) count once. A multiply-add is two FLOPs. Training is forward plus
+backward, and backward costs twice the forward. Recomputation in activation checkpointing doesn't count.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from .head_config import HeadConfig
 
 
 def parameter_shapes(config: MPTConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all parameters of the network of `config`; shared ones stand once."""
+    """Names and shapes of all parameters of the network of `config`; shared ones appear once."""
     block = _block_shapes(config)
     blocks = {
         f"transformer.blocks.{layer}.{name}": shape
@@ -26,7 +25,7 @@ def parameter_shapes(config: MPTConfig) -> dict[str, tuple[int, ...]]:
 
 
 def count_parameters(config: MPTConfig) -> int:
-    """The number of parameters of the network of `config`, exactly."""
+    """The exact number of parameters of the network of `config`."""
     return _numbers(_shapes_around_blocks(config)) + config.n_layers * block_parameters(config)
 
 
@@ -38,15 +37,15 @@ def block_parameters(config: MPTConfig) -> int:
 def flops_per_token(config: MPTConfig, seq_len: int, *, causal: bool) -> int:
     """FLOPs of training on one token of a sequence of `seq_len` tokens.
 
-    6 for each parameter, and 12 for each feature of each layer's attention and each key that the token
-    meets: the convention of PaLM (https://arxiv.org/abs/2204.02311, appendix B). An embedding that makes no
-    logits is only looked up, so it's left out.
+    6 per parameter, and 12 per attention feature and layer for each key that the token attends to: PaLM's
+    convention (https://arxiv.org/abs/2204.02311, appendix B). An untied embedding is only a lookup, so it
+    doesn't count.
 
     Args:
         config: The architecture.
         seq_len: Tokens of a sequence.
-        causal: False: each token meets all `seq_len` keys (or a whole window), the convention in which
-            MFU is published. True: only those up to itself, the arithmetic really needed.
+        causal: False: each token attends to all `seq_len` keys (or a whole window), the convention of
+            published MFU. True: only to keys up to itself, the arithmetic that is really needed.
     """
     is_multiplied_too = config.tie_word_embeddings and not isinstance(config, HeadConfig)
     multiplied = count_parameters(config) - (0 if is_multiplied_too else config.vocab_size * config.d_model)
@@ -59,14 +58,14 @@ def flops_per_token(config: MPTConfig, seq_len: int, *, causal: bool) -> int:
 
 
 def block_activations(config: MPTConfig) -> int:
-    """Numbers for each token that a block's forward keeps for its backward, attention being a fused kernel:
-    what goes into the norms and matrices, the queries, keys and values, and both sides of the nonlinearity.
+    """Numbers per token that a block's forward saves for backward, with fused attention: the inputs of the
+    norms and matrices, the queries, keys and values, and the input and output of the nonlinearity.
     """
     return 4 * config.d_model + attention_activations(config) + ffn_activations(config)
 
 
 def attention_activations(config: MPTConfig) -> int:
-    """Of these, what the attention keeps besides its input."""
+    """The attention's share of these, without its input."""
     heads = config.n_heads * config.d_head
     qkv = heads + 2 * config.kv_heads * config.d_head
     attn = config.attn_config
@@ -75,7 +74,7 @@ def attention_activations(config: MPTConfig) -> int:
 
 
 def ffn_activations(config: MPTConfig) -> int:
-    """Of these, what the feed-forward network keeps besides its input."""
+    """The feed-forward network's share of these, without its input."""
     return (4 if config.ffn_config.ffn_type == "mptglu" else 2) * config.d_ffn
 
 

@@ -1,7 +1,7 @@
-"""The heads of transformers' documentation, as plain values: what a network has in place of its logits.
+"""Task heads as plain values: what a network has instead of its output projection.
 
-Names are transformers' (`num_labels`, `problem_type`, `id2label`), and so are the names of the weights. Like
-config.py this imports the standard library alone and raises ValueError for what no network can have.
+The names are transformers' (`num_labels`, `problem_type`, `id2label`), and so are the weights' names. Like
+config.py, this module imports only the standard library and raises ValueError for impossible values.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ ProblemType = Literal["regression", "single_label_classification", "multi_label_
 class HeadConfig(MPTConfig):
     """The architecture of an MPT that ends in a head; one of the three classes below.
 
-    `architecture` is transformers' class and `task` its hub's word for what it does; `head` is the head's
-    module: a matrix, and a bias if `has_bias`.
+    `architecture` is transformers' class and `task` the Hub's name of its task; `head` is the head's module:
+    a matrix, and a bias if `has_bias`.
     """
 
     architecture: ClassVar[str]
@@ -30,7 +30,7 @@ class HeadConfig(MPTConfig):
 
     @property
     def outputs(self) -> int:
-        """Numbers that the head gives for a token."""
+        """Outputs of the head per token."""
         return 2
 
     def head_keys(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class _LabelsConfig(HeadConfig):
     id2label: dict[str, str] | None = None
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield from super().rules()
         yield from positive(self, "Use 1 or more.", "num_labels")
         yield self._names_of_labels()
@@ -73,17 +73,17 @@ class _LabelsConfig(HeadConfig):
 
     @property
     def outputs(self) -> int:
-        """Numbers that the head gives for a token: one for each label."""
+        """Outputs of the head per token: one for each label."""
         return self.num_labels
 
     @property
     def label2id(self) -> dict[str, int]:
-        """The labels' numbers by name, in their order."""
+        """The labels' indices by name, in order."""
         names = self.id2label or {str(n): f"LABEL_{n}" for n in range(self.num_labels)}
         return {names[str(number)]: number for number in range(self.num_labels)}
 
     def head_keys(self) -> dict[str, Any]:
-        """What the head adds to transformers' `config.json`; there the number of labels is that of names."""
+        """The head's keys in transformers' `config.json`; the names imply the number of labels."""
         numbers = self.label2id
         return {
             **super().head_keys(),
@@ -111,7 +111,7 @@ class SequenceClassifierConfig(_LabelsConfig):
     problem_type: ProblemType | None = None
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield from super().rules()
         yield self._several_labels()
 
@@ -121,7 +121,7 @@ class SequenceClassifierConfig(_LabelsConfig):
 
     @property
     def problem(self) -> ProblemType:
-        """`problem_type`, or what it is by default."""
+        """`problem_type`, or its default."""
         default: ProblemType = "regression" if self.num_labels == 1 else "single_label_classification"
         return self.problem_type or default
 
@@ -148,7 +148,7 @@ class TokenClassifierConfig(_LabelsConfig):
     classifier_dropout: float = 0.1
 
     def rules(self) -> Rules:
-        """What has to hold."""
+        """The rules of this section."""
         yield from super().rules()
         yield self._several_labels()
         yield from probabilities(self, "classifier_dropout")
@@ -174,7 +174,7 @@ class SpanFinderConfig(HeadConfig):
 
 
 def trunk_of(config: MPTConfig) -> MPTConfig:
-    """The architecture without its head, if it has one."""
+    """The architecture without its head, if any."""
     return MPTConfig(**{field.name: getattr(config, field.name) for field in fields(MPTConfig)})
 
 
@@ -182,5 +182,5 @@ HEADS: tuple[type[HeadConfig], ...] = (SequenceClassifierConfig, TokenClassifier
 
 
 def head_named(word: str | None) -> type[HeadConfig] | None:
-    """The head of a model's `name`, or of the name of transformers' class; None for any other word."""
+    """The head for a model's `name`, or for the name of transformers' class; None for other names."""
     return next((kind for kind in HEADS if word in (vars(kind)["name"], kind.architecture)), None)

@@ -1,8 +1,8 @@
-"""Networks that end in a head: texts classified, tokens classified, questions answered by a span.
+"""Networks with task heads: sequence classification, token classification, question answering by a span.
 
-The trunk is the language model's, and weights, logits and losses are those of transformers' classes
-(`MptForSequenceClassification` and so on). One thing is left out here that they leave in: padding can't be
-an answer's first or last token, so that the loss doesn't depend on how far a batch is padded.
+The trunk is the language model's. Weights, logits and losses match transformers' classes
+(`MptForSequenceClassification` and so on), with one difference: here padding can't be an answer's first or
+last token, so the loss doesn't depend on the length that a batch is padded to.
 
 Letters of the shapes: batch = rows, seq = tokens of a row.
 """
@@ -24,12 +24,12 @@ from .position import number_documents
 
 
 class HeadOutput(NamedTuple):
-    """What a pass gives; a tuple for FSDP's sake, as MPTOutput.
+    """The outputs of a forward pass; a tuple for FSDP, like MPTOutput.
 
     Attributes:
         loss: The mean loss, a float32 scalar; None without labels.
-        terms: Over how many rows, tokens or spans that is the mean, a scalar; None without labels.
-        logits: (batch, outputs) of a sequence classifier, otherwise (batch, seq, outputs).
+        terms: The number of rows, tokens or spans in that mean, a scalar; None without labels.
+        logits: (batch, outputs) for a sequence classifier, otherwise (batch, seq, outputs).
     """
 
     loss: torch.Tensor | None
@@ -38,7 +38,7 @@ class HeadOutput(NamedTuple):
 
 
 class _HeadNetwork(nn.Module):
-    """A trunk, `transformer`, and one matrix under the head's name.
+    """A trunk, `transformer`, and a linear layer with the head's name.
 
     Args:
         config: The architecture.
@@ -76,8 +76,8 @@ class SequenceClassifier(_HeadNetwork):
     """Logits of whole texts, from each row's last token that is not padding; the head is `score`.
 
     Attributes:
-        pad_token_id: The id that tells padding, as transformers does, whatever the mask says. Without it a
-            row's last token counts, and a batch may have one row only.
+        pad_token_id: The id of padding; as in transformers, it decides and not the mask. If it is None, the
+            row's last token counts, and a batch can have only one row.
     """
 
     config: SequenceClassifierConfig
@@ -91,21 +91,21 @@ class SequenceClassifier(_HeadNetwork):
         labels: torch.Tensor | None = None,
         max_documents: int | None = None,
     ) -> HeadOutput:
-        """Classify texts, or rate them.
+        """Classify texts, or predict numbers for them.
 
         Args:
             input_ids: (batch, seq) int64.
             attention_mask: (batch, seq) bool or integers, 0 where padded, left or right.
-            labels: (batch,) numbers of the labels; (batch,) or (batch, num_labels) numbers to come close to;
-                (batch, num_labels) of 0.0 and 1.0 where any of the labels may hold. Where the config has no
-                `problem_type`, integers are the first, and floats of several labels the last.
-            max_documents: 1 where padding stands at the end of rows; it changes no result (see MPT).
+            labels: (batch,) label indices; (batch,) or (batch, num_labels) regression targets; or
+                (batch, num_labels) of 0.0 and 1.0 for multi-label classification. If the config has no
+                `problem_type`, integers are label indices, and floats with several labels are multi-label.
+            max_documents: 1 if padding is at the end of rows; it changes no result (see MPT).
 
         Returns:
             Logits (batch, num_labels), and with labels the mean loss over rows.
 
         Raises:
-            ValueError: Several rows, and no `pad_token_id`.
+            ValueError: There are several rows, but `pad_token_id` is None.
         """
         batch, seq = input_ids.shape
         if self.pad_token_id is None and batch != 1:
@@ -133,7 +133,7 @@ class SequenceClassifier(_HeadNetwork):
 
 
 class TokenClassifier(_HeadNetwork):
-    """Logits of each token; the head is `classifier`, behind a dropout."""
+    """Logits of each token; the head is `classifier`, after dropout."""
 
     config: TokenClassifierConfig
 
@@ -150,11 +150,11 @@ class TokenClassifier(_HeadNetwork):
         Args:
             input_ids: (batch, seq) int64.
             attention_mask: (batch, seq) bool or integers, 0 where padded, left or right.
-            labels: (batch, seq) int64, each token's own; -100 for tokens that are not in the loss.
-            max_documents: 1 where padding stands at the end of rows.
+            labels: (batch, seq) int64, not shifted; -100 for tokens that are not in the loss.
+            max_documents: 1 if padding is at the end of rows.
 
         Returns:
-            Logits (batch, seq, num_labels), and with labels the mean over the tokens in the loss.
+            Logits (batch, seq, num_labels), and with labels the mean loss over the tokens in the loss.
         """
         hidden = F.dropout(
             self._trunk(input_ids, attention_mask, max_documents),
@@ -169,7 +169,7 @@ class TokenClassifier(_HeadNetwork):
 
 
 class SpanFinder(_HeadNetwork):
-    """Logits of each token as the first and as the last of an answer; the head is `qa_outputs`."""
+    """Each token's logits as the first and the last of an answer; the head is `qa_outputs`."""
 
     config: SpanFinderConfig
 
@@ -187,13 +187,13 @@ class SpanFinder(_HeadNetwork):
         Args:
             input_ids: (batch, seq) int64, questions with their texts.
             attention_mask: (batch, seq) bool or integers, 0 where padded, left or right.
-            start_positions: (batch,) int64, each answer's first token; one outside of the row is not in the
-                loss.
+            start_positions: (batch,) int64, each answer's first token; a position outside the row is not in
+                the loss.
             end_positions: (batch,) int64, its last token, likewise.
-            max_documents: 1 where padding stands at the end of rows.
+            max_documents: 1 if padding is at the end of rows.
 
         Returns:
-            Logits (batch, seq, 2) of first and last, the lowest number of the dtype for padding; and with
+            Logits (batch, seq, 2) for first and last, the dtype's lowest number for padding; and with
             positions the mean of both losses, each over the rows in the loss.
         """
         logits = self._head(self._trunk(input_ids, attention_mask, max_documents))  # (batch, seq, 2)
@@ -222,7 +222,7 @@ def make_network(
     seed: int | None = None,
     empty: bool = False,
 ) -> nn.Module:
-    """The network of an architecture: a language model, or the one that ends in the config's head.
+    """Build the network of an architecture: a language model, or a network with the config's head.
 
     The arguments are those of `MPT`.
     """

@@ -1,8 +1,8 @@
-"""An MPT as transformers' classes, for the models that its own MPT classes can't express.
+"""transformers classes for MPTs that transformers' own MPT classes can't represent.
 
-An exported folder holds this file next to the network's others, and its config.json names the two classes
-here; torch and transformers, 4.51 or later, are all that has to be installed. transformers copies the files
-that this one imports and no others, so each that the network consists of is named here.
+An exported folder contains this file and the network's other files, and its config.json names the two classes
+here. They need only torch and transformers, 4.51 or later. transformers copies only the files that this one
+imports, so it imports each file of the network.
 
 Letters of the shapes: batch = rows, seq = tokens of this pass, keys = tokens in the cache + seq.
 """
@@ -43,13 +43,13 @@ from .network import Transformer
 from .norm import Norm  # noqa: F401
 from .position import AttentionContext, number_documents
 
-with suppress(ImportError):  # triton is not installed
+with suppress(ImportError):  # triton may be missing
     from .attention_kernels import forward_kernel  # noqa: F401
 
-# What folders hold as their problem_type that earlier versions exported; transformers has no such value.
+# The problem_type in folders from earlier versions; transformers does not have this value.
 _FORMER_PROBLEM_TYPE = "none of these: it needs AutoModelForCausalLM and trust_remote_code=True"
 
-# transformers 5.24 calls a cache `cache` in arguments and outputs; before, it was `past_key_values`.
+# transformers 5.24 names a cache `cache` in arguments and outputs; earlier versions `past_key_values`.
 _CACHE_NAMES = ("past_key_values", "cache")
 _CACHE_OUTPUT = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in _CACHE_NAMES)
 _SWITCHES = tuple(field.name for field in fields(MPTConfig))
@@ -58,11 +58,11 @@ _SWITCHES = tuple(field.name for field in fields(MPTConfig))
 class MPTFoundryConfig(PretrainedConfig):
     """An MPT's architecture, with the keys and defaults of MPTConfig.
 
-    A section that is set in part (`attn_config={"attn_impl": "flash"}`) keeps the rest of what it was.
+    A partial section (`attn_config={"attn_impl": "flash"}`) keeps the other values.
 
     Attributes:
-        init_device: Where a new network's weights lie, and where `from_pretrained` puts those of a folder
-            unless it is given a `device_map`; `meta` makes a new network without storage.
+        init_device: The device of a new network's weights, and of `from_pretrained`'s weights unless
+            `device_map` is given; `meta` creates a new network without storage.
         use_cache: Whether a pass outside training returns the keys and values of its tokens.
     """
 
@@ -94,12 +94,12 @@ class MPTFoundryConfig(PretrainedConfig):
         super().__setattr__(name, value)
 
     def to_dict(self) -> dict[str, Any]:
-        """What is written to config.json; transformers' own MPT classes reject it."""
+        """The contents of config.json; transformers' own MPT classes reject it."""
         return {**super().to_dict(), **self.network_config().to_explicit_dict()}
 
     @property
     def num_key_value_heads(self) -> int:
-        """Heads for keys and values, as transformers calls their number."""
+        """Heads for keys and values, under transformers' name."""
         return self.network_config().kv_heads
 
     @property
@@ -112,7 +112,7 @@ class MPTFoundryConfig(PretrainedConfig):
         self.attn_config = {"attn_impl": name}
 
     def network_config(self) -> MPTConfig:
-        """The network's own config; raises ValueError for what no MPT has."""
+        """The network's own config; raises ValueError for invalid values."""
         return from_values(MPTConfig, {name: getattr(self, name) for name in _SWITCHES}).with_plain_heads()
 
 
@@ -125,7 +125,7 @@ def _merged(before: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
 
 
 class CheckpointedBlock(Block):
-    """A block for transformers' gradient checkpointing, and for models spread over several devices."""
+    """A block with transformers' gradient checkpointing, for models on one or several devices."""
 
     gradient_checkpointing = False
     _gradient_checkpointing_func: Callable[..., torch.Tensor]
@@ -140,7 +140,7 @@ class CheckpointedBlock(Block):
 
 
 def _moved(context: AttentionContext, device: torch.device) -> AttentionContext:
-    """A context for the blocks on another device, which makes everything that layers share again there."""
+    """A context for blocks on another device, where everything that layers share is recomputed."""
 
     def to(value: torch.Tensor | None) -> torch.Tensor | None:
         return None if value is None else value.to(device)
@@ -175,7 +175,7 @@ class LayersOf:
 
 
 class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
-    """An MPT language model; weights have the names of published MPTs, and `lm_head` where it is not tied."""
+    """An MPT language model; weights have the names of published MPTs, and `lm_head` if it is not tied."""
 
     config_class = MPTFoundryConfig  # type: ignore[assignment]
     base_model_prefix = "transformer"
@@ -190,7 +190,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MPTFoundryConfig) -> None:
         super().__init__(config)
         network = config.network_config()
-        # While a folder is loaded, everything is made on meta first, whatever the config says.
+        # from_pretrained creates everything on meta first, for any value of the config.
         is_loading = torch.empty(0).is_meta
         device = None if is_loading or config.init_device == "cpu" else config.init_device
         self.transformer = Transformer(network, device, CheckpointedBlock)
@@ -199,7 +199,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """transformers' own, and `init_device` is honoured where no `device_map` is given."""
+        """transformers' method; also respects `init_device` if no `device_map` is given."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded
         is_placed = kwargs.get("device_map") is not None or kwargs.get("quantization_config") is not None
@@ -230,21 +230,22 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             input_ids: (batch, seq) int64.
             attention_mask: (batch, keys), 0 where padded, left or right.
             inputs_embeds: (batch, seq, d_model), in place of ``input_ids``.
-            sequence_id: (batch, seq), changes where a new document begins; documents don't see one another.
-            prefix_mask: (batch, seq), tokens that see one another in both directions; for prefix_lm.
+            sequence_id: (batch, seq), changes where a new document begins; documents don't attend to each
+                other.
+            prefix_mask: (batch, seq), tokens that attend to each other bidirectionally; for prefix_lm.
             labels: (batch, seq) int64, aligned with ``input_ids``; -100 for tokens that are not in the loss.
-                In training there is only the loss, without logits.
-            past_key_values, cache: A cache of transformers' that holds the tokens before these.
-            use_cache: Return a cache. Default: as the config says, but not in training nor of documents.
+                In training the output has only the loss, without logits.
+            past_key_values, cache: A transformers cache with the earlier tokens.
+            use_cache: Return a cache. Default: the config's value, but never in training or with documents.
             output_attentions: Return each layer's attention weights, (batch, n_heads, seq, keys).
-            output_hidden_states: Return what goes into each block, and the last norm's output.
+            output_hidden_states: Return each block's input, and the last norm's output.
             return_dict: False for a tuple.
-            logits_to_keep: Logits of so many last tokens, or of the tokens at these positions; 0: of all.
-            num_items_in_batch: What the sum of the losses is divided by, such as the labels of all the passes
-                whose gradients are added up. Default: the labels of this pass.
+            logits_to_keep: Logits of this many last tokens, or of the tokens at these positions; 0: of all.
+            num_items_in_batch: The divisor of the summed losses, such as the number of labels in all passes
+                of gradient accumulation. Default: the number of labels in this pass.
 
         Raises:
-            ValueError: The arguments don't fit together or the model.
+            ValueError: The arguments don't fit each other or the model.
         """
         tokens = input_ids if inputs_embeds is None else inputs_embeds
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
@@ -269,7 +270,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         return output if as_dict else output.to_tuple()
 
     def _opened_cache(self, given: Any, use_cache: bool) -> LayersOf | None:
-        """The cache that was given, or a new one where one is to be returned."""
+        """The given cache, or a new one if the pass returns a cache."""
         if given is None and not use_cache:
             return None
         if self.training and any(block.gradient_checkpointing for block in self.transformer.blocks):
@@ -283,7 +284,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
     def _noted(
         self, hidden_states: bool | None, attentions: bool | None
     ) -> Iterator[tuple[list[Any] | None, WeightsKept | None]]:
-        """Notes what goes into each block, and the weights of its attention, while the network runs."""
+        """Record each block's input and attention weights while the network runs."""
         hidden: list[Any] | None = None
         if self.config.output_hidden_states if hidden_states is None else hidden_states:
             hidden = []
@@ -312,7 +313,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor,
         num_items_in_batch: int | torch.Tensor | None,
     ) -> tuple[Any, Any]:
-        """The loss if there are labels, and the logits unless they are in training.
+        """The loss if there are labels, and the logits, except in training with labels.
 
         Logits of all tokens take more memory than the rest of a training step.
         """
@@ -333,7 +334,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         is_plain = type(head) is nn.Linear and type(head.weight) is nn.Parameter
         if is_plain and head.weight.device == x.device:
             loss = linear_cross_entropy(x.flatten(0, 1), head.weight, targets.to(x.device), softcap)[0]
-        else:  # an adapter, a quantized layer or weight in its place, or a matrix that lies elsewhere
+        else:  # an adapter, a quantized layer or weight, or a matrix on another device
             logits = logits_of(x).flatten(0, 1)
             loss = mean_cross_entropy(logits, targets.to(logits.device))[0]
         if num_items_in_batch is not None:
@@ -343,9 +344,9 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """transformers' own, and `prefix_mask` is cut or lengthened to the tokens of the pass."""
+        """transformers' method; also trims or extends `prefix_mask` to the tokens of the pass."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        inputs.pop("cache_position", None)  # the cache knows
+        inputs.pop("cache_position", None)  # the cache knows its length
         prefix = inputs.get("prefix_mask")
         cache = next((inputs[name] for name in _CACHE_NAMES if inputs.get(name) is not None), None)
         if prefix is not None:
@@ -372,9 +373,9 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         self.lm_head = new_embeddings  # type: ignore[assignment]
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draw the weights of a module that were not loaded, by the config's scheme and torch's seed."""
+        """Draw a module's weights that were not loaded, with the config's scheme and torch's seed."""
         place = next((name for name, other in self.named_modules() if other is module), None)
-        if place is None:  # made in the course of a resize
+        if place is None:  # created by a resize
             place = "transformer.wte" if isinstance(module, nn.Embedding) else "lm_head"
         for name, parameter in module.named_parameters(recurse=False):
             if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)):
@@ -383,12 +384,12 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 def _returns_dict(config: PretrainedConfig) -> bool:
-    """Whether outputs are dictionaries by the config; `torchscript` is a key of transformers 4."""
+    """Whether the config asks for dict outputs; `torchscript` is a key of transformers 4."""
     return bool(config.return_dict) and not getattr(config, "torchscript", False)
 
 
 def _only_if_padded(attention_mask: torch.Tensor | None, keys: int) -> torch.Tensor | None:
-    """A mask (batch, keys) as bool; None if it hides nothing, for which backends are faster."""
+    """A mask (batch, keys) as bool; None if it masks nothing, because backends are faster without one."""
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2 or attention_mask.shape[1] != keys:

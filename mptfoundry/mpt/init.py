@@ -1,8 +1,7 @@
-"""How a new network's weights are drawn: eight schemes, each weight from its name alone.
+"""Weight initialization: eight schemes; a weight depends only on the seed, its name and the config.
 
-Every parameter has its own random numbers, which follow from the seed and its name, in blocks of rows. So a
-network is the same for every order, device and sharding in which it is initialised, and a shard draws only
-its own rows.
+Every parameter has its own random stream, seeded by the seed and its name, in blocks of rows. So the weights
+don't depend on the order of initialization, the device or the sharding, and a shard draws only its own rows.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from torch import nn
 from .config import MPTConfig
 from .head_config import HEADS
 
-# Numbers drawn by one generator, at least one row. Changing it changes every seed's weights.
+# Numbers per generator, at least one row. A change here changes every seed's weights.
 _BLOCK_NUMBERS = 2**20
-# Standard deviation of a head's weights under every scheme, transformers' `initializer_range`.
+# Standard deviation of a head's weights in every scheme: transformers' `initializer_range`.
 _HEAD_STD = 0.02
 
 
 def materialise(
     network: nn.Module, config: MPTConfig, device: torch.device | str | None, seed: int | None, empty: bool
 ) -> None:
-    """Give a network made on ``meta`` storage on `device` (the CPU if None), and draw its weights.
+    """Allocate a network from ``meta`` on `device` (the CPU if None), and draw its weights.
 
-    Without a `seed`, torch's random state gives one. With `empty` nothing is drawn; with ``meta`` as `device`
-    nothing happens.
+    Without a `seed`, torch's random state gives one. With `empty` the weights stay uninitialized; with
+    ``meta`` as `device` this does nothing.
     """
     device = torch.device(device or "cpu")
     if device.type == "meta":
@@ -59,7 +58,7 @@ def draw(
         shape: The whole parameter's shape.
         config: The architecture, with the scheme.
         seed: The network's seed.
-        rows: First row and the one after the last; all if None.
+        rows: The rows to draw, as (start, stop); all if None.
 
     Returns:
         (rows, ...) float32 on the CPU.
@@ -67,7 +66,7 @@ def draw(
     return draw_numbers(_distribution(name, shape, config), name, shape, seed, rows)
 
 
-# Which distribution, with its numbers: constant (value), normal (standard deviation), uniform (low, high).
+# A distribution and its parameters: constant (value), normal (standard deviation), uniform (low, high).
 Distribution = tuple[str, tuple[float, ...]]
 
 
@@ -102,7 +101,7 @@ def draw_numbers(
 
 
 def _distribution(name: str, shape: tuple[int, ...], config: MPTConfig) -> Distribution:
-    """The distribution of a parameter's first values."""
+    """The distribution of a parameter's initial values."""
     module, leaf = name.split(".")[-2:]
     init = config.init_config
     is_embedding = module in ("wte", "wpe")
@@ -122,7 +121,7 @@ def _distribution(name: str, shape: tuple[int, ...], config: MPTConfig) -> Distr
     if is_embedding and init.emb_init_uniform_lim is not None:
         limit = init.emb_init_uniform_lim
         return "uniform", limit if isinstance(limit, tuple) else (-limit, limit)
-    # In Wqkv, the queries, keys and values of each head count as matrices of their own.
+    # In Wqkv, the queries, keys and values of each head count as separate matrices.
     std = _standard_deviation(shape[1], config.d_head if module == "Wqkv" else shape[0], config)
     if module in ("out_proj", "down_proj"):
         std /= _residual_divisor(config)
@@ -160,5 +159,5 @@ def _residual_divisor(config: MPTConfig) -> float:
 
 
 def _inputs_of(module: str, config: MPTConfig) -> int:
-    """Features that a linear layer reads."""
+    """Input features of a linear layer."""
     return {"out_proj": config.n_heads * config.d_head, "down_proj": config.d_ffn}.get(module, config.d_model)

@@ -1,4 +1,4 @@
-"""A linear layer that is also fast for the few rows of a batch in generation.
+"""A linear layer that is also fast for the few rows of a generation step.
 
 Letters of the shapes: rows = batch * seq.
 """
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-# For so many rows a CPU multiplies faster as (W @ x.T).T: it reads the matrix once, row by row.
+# Up to this many rows, a CPU is faster at (W @ x.T).T: it reads the matrix once, row by row.
 # `python scripts/bench_generate.py` measures the gain.
 _ROWS = range(8, 33)
 
@@ -25,7 +25,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by `linear`."""
+    """`torch.nn.Linear` that computes with `linear`."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
@@ -33,9 +33,9 @@ class Linear(nn.Linear):
 
 
 def _is_faster_from_the_left(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether these are few rows of plain float32 on a CPU, outside of training and of a trace."""
+    """Whether these are few rows of plain float32 on a CPU, outside training and tracing."""
     if torch.is_grad_enabled() or torch.jit.is_tracing() or torch.compiler.is_compiling():
         return False
-    is_plain = type(weight) in (torch.Tensor, nn.Parameter)  # and not quantized or sharded
+    is_plain = type(weight) in (torch.Tensor, nn.Parameter)  # not quantized or sharded
     is_float32 = is_plain and x.is_cpu and x.dtype == weight.dtype == torch.float32
     return is_float32 and x.dim() > 1 and x.shape[:-1].numel() in _ROWS

@@ -1,7 +1,7 @@
-"""The last matrix and the cross entropy in one, a few tokens at a time.
+"""Output projection and cross entropy, fused and computed in chunks of tokens.
 
-The logits of all tokens never exist together. If gradients are needed, forward computes those of a chunk
-right after its logits and drops the logits: backward only scales what forward has summed.
+The logits of all tokens never exist at once. If gradients are needed, forward computes each chunk's
+gradients right after its logits and frees the logits; backward only scales the accumulated gradients.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .norm import compute_dtype
 
 IGNORED = -100
 
-# Logits of a chunk. With fewer, the weight's gradient is summed more often; more only take memory.
+# Logits per chunk. Fewer mean more accumulations into the weight's gradient; more only take memory.
 _CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 
 
@@ -24,7 +24,7 @@ def linear_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Cross entropy of ``softmax(hidden @ weight.T)``, in the dtype of autocast, summed in float32.
 
-    Differentiable once, in ``hidden`` and ``weight``.
+    It is differentiable once, with respect to ``hidden`` and ``weight``.
 
     Args:
         hidden: (tokens, d_model).
@@ -34,7 +34,7 @@ def linear_cross_entropy(
 
     Returns:
         The mean over the tokens in the loss, a float32 scalar, 0 if there are none; each token's loss,
-        (tokens,) float32, without gradient, 0 for those that are not in the loss; and, unless a gradient is
+        (tokens,) float32, detached, 0 for tokens that are not in the loss; and, unless a gradient is
         needed, whether the target has the highest logit, (tokens,) bool.
     """
     wants_grad = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
@@ -45,7 +45,7 @@ def linear_cross_entropy(
 def mean_cross_entropy(
     logits: torch.Tensor, targets: torch.Tensor, ignored: int = IGNORED
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean over the targets that are not `ignored`, 0 if there are none; and how many those are."""
+    """The mean over the targets that are not `ignored`, 0 if there are none; and their number."""
     total = F.cross_entropy(wide(logits), targets, ignore_index=ignored, reduction="sum")
     count = (targets != ignored).sum()
     return total / count.clamp(min=1), count
@@ -107,8 +107,8 @@ def _losses_and_grads(
     """Each token's loss, (tokens,) float32, and the gradients of their sum.
 
     Returns:
-        The losses; the gradients of ``hidden`` and of ``matrix``, the latter float32 or wider; None for
-        one that ``needs_grad`` excludes.
+        The losses; the gradients of ``hidden`` and of ``matrix``, the latter float32 or wider. A gradient
+        is None if ``needs_grad`` is False for it.
     """
     wide = torch.promote_types(matrix.dtype, torch.float32)
     step = _tokens_of_chunk(matrix)
@@ -150,5 +150,5 @@ def _logits(hidden: torch.Tensor, matrix: torch.Tensor, softcap: float | None) -
 
 
 def wide(x: torch.Tensor) -> torch.Tensor:
-    """In float32 or wider."""
+    """``x`` in float32 or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

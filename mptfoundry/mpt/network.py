@@ -29,16 +29,16 @@ from .position import (
 
 
 class MPTOutput(NamedTuple):
-    """The outputs of a forward pass; None for those that were not asked for.
+    """The outputs of a forward pass; None for those that were not requested.
 
-    It is a tuple because FSDP looks for tensors in tuples, to gather weights again where backward begins.
+    It is a tuple because FSDP finds output tensors in tuples and hooks them to gather weights for backward.
 
     Attributes:
         loss: Mean cross entropy over the tokens in the loss, a float32 scalar.
-        token_loss: (batch, seq) float32; entry t is the loss of predicting the label at t + 1; 0 where that
-            is not in the loss, and at the end of a row.
+        token_loss: (batch, seq) float32; entry t is the loss of predicting the label at t + 1. It is 0 where
+            that label is not in the loss, and at the end of a row.
         token_correct: (batch, seq) bool; whether the label at t + 1 is the most likely token.
-        logits: (batch, seq, vocab), or (batch, 1, vocab) of the last token.
+        logits: (batch, seq, vocab), or (batch, 1, vocab) for the last token only.
     """
 
     loss: torch.Tensor | None = None
@@ -53,8 +53,8 @@ class KVCache:
     It is for generation: gradients don't flow through it.
 
     Attributes:
-        length: Tokens in it, the same for all rows; a shorter row is padded on the left.
-        max_len: Tokens it can hold.
+        length: Tokens in the cache, the same for all rows; shorter rows are padded on the left.
+        max_len: The cache's capacity in tokens.
         documents: (batch, max_len) int64, 0 for a token and -1 for padding; None until a row has padding.
     """
 
@@ -76,7 +76,7 @@ class KVCache:
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's new keys and values, each (batch, seq, kv_heads, head_dim).
 
-        ``length`` grows when all layers have done so.
+        ``length`` grows after the last layer's append.
 
         Returns:
             Keys and values of all tokens so far, each a (batch, keys, kv_heads, head_dim) view, in the
@@ -89,7 +89,7 @@ class KVCache:
         return keys[:, :stop].to(key.dtype), values[:, :stop].to(value.dtype)
 
     def append_documents(self, documents: torch.Tensor | None, batch: int, seq: int) -> torch.Tensor | None:
-        """Store which of the new tokens are padding; returns (batch, keys), or None if none ever was."""
+        """Store which new tokens are padding; returns (batch, keys), or None without any padding so far."""
         if documents is None and self.documents is None:
             return None
         if self.documents is None:
@@ -176,7 +176,7 @@ class MPT(nn.Module):
         device: The device of the weights. On ``meta`` nothing is allocated.
         seed: Draw the weights from this seed. Default: a seed from torch's random state, as for PyTorch's own
             modules.
-        empty: Allocate the weights and draw nothing, for a network whose weights are loaded.
+        empty: Allocate the weights without initializing them, for a network whose weights are loaded.
     """
 
     def __init__(
@@ -211,22 +211,22 @@ class MPT(nn.Module):
         Args:
             input_ids: (batch, seq) int64.
             attention_mask: (batch, seq) bool, or integers; False for padding, left or right. With a cache
-                it may be (batch, keys); its last ``seq`` columns count.
-            sequence_id: (batch, seq) int64, changes where a new document begins; documents don't see one
-                another.
-            prefix_mask: (batch, seq) bool, tokens that see one another in both directions; for prefix_lm.
+                it may be (batch, keys); only its last ``seq`` columns are used.
+            sequence_id: (batch, seq) int64, changes where a new document begins; documents don't attend to
+                each other.
+            prefix_mask: (batch, seq) bool, tokens that attend to each other bidirectionally; for prefix_lm.
             labels: (batch, seq) int64, aligned with ``input_ids``; -100 for tokens that are not in the loss.
-            cache: Keys and values of the tokens before these, which are appended to it.
-            last_only: Logits of the last token alone.
-            max_documents: The most documents in a row, where padding stands at the end of rows. It changes no
-                result; it saves a backend that needs the number from asking the device.
+            cache: Keys and values of earlier tokens; those of this pass are appended.
+            last_only: Return logits of the last token only.
+            max_documents: The most documents in a row, if padding is at the end of rows. It changes no
+                result; it saves a backend that needs the number from a device sync.
 
         Returns:
             With ``labels`` the loss, and outside training the loss of each token (``token_correct`` only
             if no gradient is needed); otherwise logits.
 
         Raises:
-            ValueError: The arguments don't fit together or the model.
+            ValueError: The arguments don't fit each other or the model.
         """
         batch, seq = input_ids.shape
         if attention_mask is not None:
@@ -251,12 +251,12 @@ class MPT(nn.Module):
 
     @property
     def output_weight(self) -> torch.Tensor:
-        """The matrix that makes the logits, (vocab, d_model): the embedding if that is tied."""
+        """The output projection, (vocab, d_model): the embedding's weight if they are tied."""
         tied = self.config.tie_word_embeddings
         return self.transformer.wte.weight if tied else self.lm_head.weight
 
     def _loss(self, x: torch.Tensor, labels: torch.Tensor) -> MPTOutput:
-        """The loss of predicting ``labels`` (batch, seq) from x (batch, seq, d_model) one token before."""
+        """The loss of predicting ``labels`` (batch, seq) from x (batch, seq, d_model), shifted by one."""
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
         loss, token_loss, correct = linear_cross_entropy(
             x.flatten(0, 1), self.output_weight, targets.flatten(), self.config.final_logit_softcapping

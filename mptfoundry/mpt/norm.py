@@ -1,6 +1,6 @@
 """The norms of an MPT: layer norm and RMS norm, each also in low precision.
 
-A low-precision norm computes in the compute dtype under autocast, where PyTorch would compute in float32.
+Under autocast, a low-precision norm computes in the autocast dtype; PyTorch's own norms compute in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Norm(nn.Module):
     """The norm of ``config.norm_type`` over the last dimension, with a trainable scale.
 
     Layer norm (https://arxiv.org/abs/1607.06450), or RMS norm (https://arxiv.org/abs/1910.07467), which
-    does not centre and has no bias.
+    does not center and has no bias.
     """
 
     def __init__(self, width: int, config: MPTConfig, device: torch.device | str | None) -> None:
@@ -44,6 +44,6 @@ class Norm(nn.Module):
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype | None:
-    """The dtype that autocast computes in on ``x``'s device, or None where autocast is off."""
+    """The autocast dtype on ``x``'s device, or None if autocast is off."""
     device_type = x.device.type
     return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None

@@ -1,8 +1,8 @@
-"""The positions of tokens and what they may see: documents, ALiBi slopes, rotary tables.
+"""Token positions and masks: documents, ALiBi slopes, rotary tables.
 
-A *document* is a run of tokens in a row that see one another: a packed row holds several, a padded row
-one and its padding, which is number -1. What every layer needs of this is computed once for a forward
-pass and handed to all layers as one AttentionContext.
+A *document* is a run of tokens in a row that attend to each other. A packed row holds several documents; a
+padded row holds one, and its padding is numbered -1. Each forward pass computes this once and hands it to
+all layers as one AttentionContext.
 
 Letters of the shapes: keys = tokens in the cache + seq.
 """
@@ -25,7 +25,7 @@ PADDING = -1
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens so far, of which there are ``length``."""
+    """Keys and values of the ``length`` tokens so far."""
 
     length: int
 
@@ -37,23 +37,23 @@ class Cache(Protocol):
 class AttentionContext:
     """What a backend needs besides queries, keys and values; the same for all layers.
 
-    A key is visible to a query if it is not later (or both are in the prefix), lies in the same document
+    A key is visible to a query if it is not later (or both are in the prefix), is in the same document
     and is at most ``window`` tokens away. A visible key's score is
     ``softcap(scale * q . k) - slope * distance``.
 
     Attributes:
         scale: Factor on the products of queries and keys.
         slopes: (n_heads,) float32, the slope of ALiBi in each head; None without ALiBi.
-        documents: (batch, keys) int64, the number of each key's document; None where a row is one document.
-        prefix: (batch, keys) bool, the keys that see one another in both directions; None without a prefix.
-        window: How many tokens before itself a token sees; None for all.
+        documents: (batch, keys) int64, the index of each key's document; None if every row is one document.
+        prefix: (batch, keys) bool, the keys that attend bidirectionally; None without a prefix.
+        window: How many earlier tokens a token attends to; None for all.
         softcap: Scores become ``softcap * tanh(score / softcap)``; None for none.
         dropout: Dropout probability of the attention weights; 0 outside training.
         rotary: Cosines and sines, each (batch or 1, seq, 1, head_dim) float32; None without rotary positions.
-        cache: Keys and values of the tokens before, to which attention appends; None without a cache.
-        max_documents: The most documents in a row, where padding stands at the end of rows; None if that
-            is not known without asking the device.
-        skips: Keys that ALiBi pushes below rounding need not be computed; changes no result.
+        cache: Keys and values of earlier tokens, to which attention appends; None without a cache.
+        max_documents: The most documents in a row, if padding is at the end of rows; None if only a
+            device sync could tell.
+        skips: Whether to skip keys that ALiBi pushes below rounding; changes no result.
     """
 
     scale: float
@@ -70,7 +70,7 @@ class AttentionContext:
     _made: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def once(self, name: str, make: Callable[[], T]) -> T:
-        """The result of ``make``, called once in a forward pass and kept for all layers."""
+        """The result of ``make``, which runs once per forward pass and is shared by all layers."""
         if name not in self._made:
             self._made[name] = make()
         return self._made[name]
@@ -84,13 +84,13 @@ def number_documents(
     Args:
         attention_mask: (batch, seq) bool, False where padded.
         sequence_id: (batch, seq) integers that change where a new document begins.
-        cache: What the tokens are appended to, if anything.
+        cache: The cache that the tokens are appended to, if any.
 
     Returns:
-        (batch, seq) int64: 0, 1, ... along the row and -1 for padding; None if both arguments are.
+        (batch, seq) int64: 0, 1, ... along the row and -1 for padding; None if both arguments are None.
 
     Raises:
-        ValueError: There are several documents and a cache, which holds one.
+        ValueError: There are several documents, but a cache holds only one.
     """
     if sequence_id is not None:
         if cache is not None:
@@ -107,16 +107,16 @@ def number_documents(
 def count_positions(
     documents: torch.Tensor | None, past: int, seq: int, device: torch.device
 ) -> torch.Tensor:
-    """Count each token's position in its own document, padding left out.
+    """Count each token's position in its own document, without padding.
 
     Args:
         documents: (batch, past + seq), or None.
         past: Tokens in the cache.
         seq: Tokens of this pass.
-        device: Where the result lies.
+        device: The result's device.
 
     Returns:
-        (batch or 1, seq) int64. Padding has some position in range.
+        (batch or 1, seq) int64. Padding gets an arbitrary position in range.
     """
     if documents is None:
         return torch.arange(past, past + seq, device=device)[None]
@@ -131,8 +131,8 @@ def alibi_slopes(n_heads: int, alibi_bias_max: int, device: torch.device | str |
     """Slopes of ALiBi, (n_heads,) float32, in the order that published MPT weights expect.
 
     For a power of two they are ``2 ** (-alibi_bias_max * i / n_heads)``, i = 1 ... n_heads
-    (https://arxiv.org/abs/2108.12409, section 3); else those of the next power of two, every second one
-    first, cut to ``n_heads``.
+    (https://arxiv.org/abs/2108.12409, section 3); otherwise those of the next power of two, every second
+    one first, truncated to ``n_heads``.
     """
     power = 2 ** math.ceil(math.log2(n_heads))
     exponents = torch.arange(1, power + 1, device=device, dtype=torch.float32) * (alibi_bias_max / power)
@@ -143,10 +143,10 @@ def alibi_slopes(n_heads: int, alibi_bias_max: int, device: torch.device | str |
 def rotary_tables(
     config: MPTConfig, positions: torch.Tensor, length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines that turn queries and keys (https://arxiv.org/abs/2104.09864, equation 34).
+    """Cosines and sines that rotate queries and keys (https://arxiv.org/abs/2104.09864, equation 34).
 
-    With dynamic scaling the base grows with ``length`` once that is longer than the model's
-    ``max_seq_len``; keys in a cache stay as they were turned.
+    With dynamic scaling the base grows with ``length`` once that exceeds the model's ``max_seq_len``;
+    cached keys keep their rotation.
 
     Args:
         config: Base, scaling and head width.
@@ -172,7 +172,7 @@ def rotary_tables(
 
 
 def rotate(x: torch.Tensor, rotary: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """Turn each pair (i, i + head_dim / 2) of (batch, seq, heads, head_dim) by its position's angle."""
+    """Rotate each pair (i, i + head_dim / 2) of (batch, seq, heads, head_dim) by its position's angle."""
     cos, sin = rotary
     first, second = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)

@@ -1,8 +1,8 @@
-"""The gradient's norm, once a step, and what is done about gradients that are too large.
+"""Measure the gradient norm once per step, and clip gradients that are too large.
 
-The norm is over all parameters together, `sqrt(sum of squares)`, in float32, the same number on every rank,
-however the gradients are sharded: each rank adds up the squares of what it holds, and the sums are added up
-over the ranks that hold other parts. It stays on the device until the step is over: no step waits for it.
+The norm is over all parameters together, `sqrt(sum of squares)`, in float32. It is the same number on every
+rank for any sharding: each rank sums the squares of its shards, and the sums are all-reduced over the shard
+groups. The norm stays on the device until the end of the step, so no step waits for it.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch.distributed.tensor import DTensor
 
 from mptfoundry.errors import ConfigError
 
-# Keeps a norm of zero from dividing by zero; PyTorch's clip_grad_norm_ has the same.
+# Avoids division by zero; PyTorch's clip_grad_norm_ uses the same value.
 EPSILON = 1e-6
 
 ClippingType = Literal["norm", "value", "adaptive"]
 
 
 class GradientClipping(Algorithm):
-    """Measures the gradient's norm at each step, logged as `grad_norm`, and clips where asked to.
+    """Measures the gradient norm at each step, logs it as `grad_norm`, and clips if configured.
 
     Args:
         clipping_type: `norm` scales all gradients so that their norm is at most the threshold; `value` clamps
@@ -53,11 +53,11 @@ class GradientClipping(Algorithm):
         return f"GradientClipping({self.clipping_type!r}, {self.clipping_threshold})"
 
     def match(self, event: Event, state: State) -> bool:
-        """After the gradients of a whole batch, and when the batch is over."""
+        """Run after the gradients of a whole batch, and at the end of the batch."""
         return event in (Event.AFTER_TRAIN_BATCH, Event.BATCH_END)
 
     def apply(self, event: Event, state: State, logger: Logger) -> None:
-        """Measure and clip; at the batch's end, when the device is waited for anyhow, log."""
+        """Measure and clip; log at the end of the batch, where Composer syncs with the device anyway."""
         if event == Event.AFTER_TRAIN_BATCH:
             self._clip(state)
         elif self.grad_norm is not None:
@@ -83,7 +83,7 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The Euclidean norm of all gradients together, a 0-d float32 tensor on their device.
 
     Args:
-        gradients: Tensors of any shapes; DTensors count with all their shards, once.
+        gradients: Tensors of any shapes; each shard of a DTensor counts once.
     """
     if not gradients:
         return torch.zeros(())
@@ -110,7 +110,7 @@ def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, threshold: float) -
     Args:
         gradients: Tensors of any shapes, DTensors included.
         norm: Their norm, 0-d.
-        threshold: The norm that they may have at most.
+        threshold: The maximum norm.
     """
     scale = (threshold / (norm + EPSILON)).clamp(max=1.0)
     if scale.device.type == "cpu" and scale == 1:

@@ -1,4 +1,4 @@
-"""Which parameters are trainable, and with which options: groups by name pattern.
+"""Freeze parameters and group them for the optimizer, by name pattern.
 
 A pattern is a regular expression to search for in a parameter's name, such as
 `transformer.blocks.0.attn.Wqkv.weight`: `^transformer\\.wte` is the embedding, `norm` every norm.
@@ -21,22 +21,22 @@ def parameter_groups(
     param_groups: Sequence[Mapping[str, Any]] = (),
     disable_grad: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Freeze what `disable_grad` names, and sort the rest into an optimizer's groups.
+    """Freeze the parameters that match `disable_grad`, and split the rest into optimizer groups.
 
-    The config has checked that every pattern matches a parameter, and that some stay trainable.
+    Config checks ensure that every pattern matches a parameter, and that some parameters stay trainable.
 
     Args:
         named_parameters: Names and parameters, as from `module.named_parameters()`.
-        param_groups: One mapping for each group: `param_str_match`, its pattern, and the options of its own
+        param_groups: One mapping for each group: `param_str_match`, its pattern, and its own options
             (`lr`, `weight_decay`, ...). A parameter goes into the first group that matches it.
         disable_grad: Patterns; parameters that match get `requires_grad = False` and no group.
 
     Returns:
-        The groups: first the parameters that no pattern matches, if any, with the optimizer's own options,
+        The groups: first the parameters that no pattern matches, if any, with the optimizer's defaults,
         then one for each of `param_groups`, in their order.
 
     Raises:
-        ConfigError: A pattern matches only parameters that are frozen or in a group above.
+        ConfigError: A pattern matches only parameters that are frozen or in an earlier group.
     """
     trainable = {}
     for name, parameter in named_parameters:

@@ -1,18 +1,18 @@
-"""LION with weight decay that is decoupled from the learning rate.
+"""LION with decoupled weight decay.
 
 LION (Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", https://arxiv.org/abs/2302.06675,
-algorithm 2) moves every weight by the same distance, the learning rate, in the direction of a sign:
+algorithm 2) moves every weight by the learning rate, in the direction of a sign:
 
     u_t     = sign(beta1 * m_{t-1} + (1 - beta1) * g_t)
     theta_t = (1 - weight_decay * lr_t / lr_0) * theta_{t-1} - lr_t * u_t
     m_t     = beta2 * m_{t-1} + (1 - beta2) * g_t
 
-The paper shrinks the weights by `lr_t * weight_decay`. Here the decay follows the schedule alone,
-`lr_t / lr_0`, and not the size of the learning rate (Loshchilov & Hutter 2019,
-https://arxiv.org/abs/1711.05101): a weight decay of 1e-4 takes 1e-4 of every weight in a step at full
-learning rate, whatever that rate is, so the two can be tuned one at a time.
+The paper shrinks the weights by `lr_t * weight_decay`. Here the decay depends only on the schedule,
+`lr_t / lr_0`, and not on the size of the learning rate (Loshchilov & Hutter 2019,
+https://arxiv.org/abs/1711.05101): a weight decay of 1e-4 removes 1e-4 of every weight per step at full
+learning rate, whatever that rate is, so the two can be tuned independently.
 
-One number of state for each weight, against Adam's two; the step reads no value back from the device.
+The state is one number per weight; Adam needs two. The step never syncs with the device.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from mptfoundry.errors import ConfigError
 
-# The signs are a temporary tensor; weights are updated in runs of so many elements at most to keep it small.
+# The signs are a temporary tensor; updates in chunks of at most this many elements keep it small.
 ELEMENTS_AT_ONCE = 1 << 26
 
 
@@ -40,16 +40,16 @@ def lion_step(
     weight_decay: float,
     betas: tuple[float, float],
 ) -> tuple[Tensor, Tensor]:
-    """The equations above for one tensor, as a pure function: the reference of `DecoupledLionW`.
+    """The equations above for one tensor, as a pure function: the reference for `DecoupledLionW`.
 
     Args:
         param: The weights, of any shape.
         grad: Their gradient, of the same shape.
         exp_avg: The momentum `m`, of the same shape; zeros before the first step.
         lr: The learning rate of this step.
-        initial_lr: The learning rate at the top of the schedule, `lr_0`.
-        weight_decay: Share of every weight that is taken in a step at full learning rate.
-        betas: How much of the momentum is kept: for the direction, and in the momentum itself.
+        initial_lr: The peak learning rate of the schedule, `lr_0`.
+        weight_decay: Fraction of every weight that a step at full learning rate removes.
+        betas: The momentum's coefficients: for the direction, and for the momentum's own update.
 
     Returns:
         The new weights and the new momentum.
@@ -60,16 +60,16 @@ def lion_step(
 
 
 class DecoupledLionW(torch.optim.Optimizer):
-    """LION for any parameters, sharded (DTensor) ones included; see the equations at the head of this file.
+    """LION for any parameters, including sharded ones (DTensor); see the equations at the top of this file.
 
-    The state of a parameter is `exp_avg`, and a group has `lr`, `initial_lr`, `betas` and `weight_decay`:
-    the names of llm-foundry's optimizer, whose checkpoints load.
+    The state of a parameter is `exp_avg`, and a group has `lr`, `initial_lr`, `betas` and `weight_decay`.
+    The names are those of llm-foundry's optimizer, so its checkpoints load.
 
     Args:
-        params: Parameters, or groups of them with options of their own.
-        lr: The learning rate at the top of the schedule. LION needs a tenth to a third of Adam's.
-        betas: How much of the momentum is kept: for the direction, and in the momentum itself.
-        weight_decay: Share of every weight that is taken in a step at full learning rate.
+        params: Parameters, or groups of them with their own options.
+        lr: The peak learning rate of the schedule. LION needs a tenth to a third of Adam's.
+        betas: The momentum's coefficients: for the direction, and for the momentum's own update.
+        weight_decay: Fraction of every weight that a step at full learning rate removes.
 
     Raises:
         ConfigError: A value is out of its range.
@@ -85,10 +85,10 @@ class DecoupledLionW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add parameters that share options; what the group leaves out is the optimizer's default."""
+        """Add parameters that share options; missing options get the optimizer's defaults."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        # Sharding makes groups again in the middle of a schedule, where `lr` may be 0; `initial_lr` never is.
+        # Sharding recreates groups in the middle of a schedule, where `lr` may be 0; `initial_lr` never is.
         if group.setdefault("initial_lr", group["lr"]) <= 0:
             raise ConfigError(f"optimizer.lr: {group['initial_lr']} is not positive. Use a number above 0.")
         if not all(0 <= beta <= 1 for beta in group["betas"]):
@@ -101,7 +101,7 @@ class DecoupledLionW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Update every parameter that has a gradient, after calling `closure`, and return its loss."""
+        """Call `closure` if given, update every parameter that has a gradient, and return the loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -135,12 +135,12 @@ def _shrinkage(lr: float, initial_lr: float, weight_decay: float) -> float:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part: the update is elementwise, so a shard needs nothing from the others."""
+    """This rank's shard: the update is elementwise, so a shard needs nothing from the others."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _runs(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Split into runs of one device and dtype, as PyTorch's foreach kernels want, and of bounded size."""
+    """Split into chunks of one device and dtype, for PyTorch's foreach kernels, and of bounded size."""
     run: list[Tensor] = []
     elements = 0
     for param in params:

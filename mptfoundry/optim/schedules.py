@@ -1,14 +1,14 @@
-"""How the learning rate moves over a run: a factor `alpha(t)` on the optimizer's `lr`.
+"""Learning rate schedules: a factor `alpha(t)` on the optimizer's `lr`.
 
-Each schedule is an equation over `t`, the time since the start, with all times in one unit. A time is
-written as Composer writes it: `100ba` (batches), `1000000tok` (tokens), `4096sp` (samples), `1ep` (epochs),
-`0.01dur` (a share of `max_duration`); a bare integer counts epochs. Different units may meet in one schedule:
-batches become samples or tokens by the sizes of a batch.
+Each schedule is an equation in `t`, the time since the start, with all times in one unit. Times have
+Composer's format: `100ba` (batches), `1000000tok` (tokens), `4096sp` (samples), `1ep` (epochs), `0.01dur`
+(a fraction of `max_duration`); a bare integer counts epochs. A schedule may mix units: batches are converted
+to samples or tokens by the batch size.
 
-Every schedule warms up linearly from 0, `alpha(t) = t / t_warmup` for `t < t_warmup`; the equations below say
-what follows. The factors are those of Composer's and llm-foundry's schedulers of these names. Composer
-moves the schedule on before its clock, so a step has the factor of the time at which the step before it
-began, and a run that warms up has a learning rate of 0 in its first two steps.
+Every schedule warms up linearly from 0, `alpha(t) = t / t_warmup` for `t < t_warmup`; the equations below
+apply after that. The factors equal those of Composer's and llm-foundry's schedulers of the same names.
+Composer steps the schedule before its clock, so a step uses the factor of the time at which the previous step
+began, and a run with warmup has a learning rate of 0 in its first two steps.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ DECAYS: dict[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class BatchSize:
-    """What one batch of the whole run, over all devices, is counted as.
+    """The size of a global batch, over all devices.
 
     Attributes:
         samples: Rows of a batch.
-        tokens: Tokens of a batch, padding included; None if batches differ.
+        tokens: Tokens of a batch, including padding; None if batches differ.
     """
 
     samples: int
@@ -44,12 +44,12 @@ class BatchSize:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A Composer scheduler: called with the trainer's state, it gives the factor on the learning rate.
+    """A Composer scheduler: called with the trainer's state, it returns the factor on the learning rate.
 
     Attributes:
-        times: The schedule's times by name, as written; `t_max` and `t_warmup` always among them.
+        times: The schedule's times by name, as written; always includes `t_max` and `t_warmup`.
         alpha: The equation after the warmup, called with `t` and all `times`, in one unit.
-        batch: Needed only where the units of `times` and of `max_duration` differ.
+        batch: Needed only if the units of `times` and `max_duration` differ.
         height: The factor at the end of the warmup.
     """
 
@@ -59,7 +59,7 @@ class Schedule:
     height: float = 1.0
 
     def __call__(self, state: State) -> float:
-        """The factor now. Raises ConfigError where the times don't fit `max_duration`."""
+        """The current factor. Raises ConfigError if the times don't fit `max_duration`."""
         assert state.max_duration is not None
         length = None if state.dataloader_len is None else int(state.dataloader_len)
         return self.factor(state.timestamp, state.max_duration, length)
@@ -70,10 +70,10 @@ class Schedule:
         Args:
             now: The time since the start, in all units.
             max_duration: The length of the run.
-            batches_per_epoch: Needed where something is counted in epochs.
+            batches_per_epoch: Needed if a time is in epochs.
 
         Raises:
-            ConfigError: The times don't fit one another or `max_duration`, or can't be compared with it.
+            ConfigError: The times don't fit each other or `max_duration`, or can't be compared with it.
         """
         unit = _clock_unit(max_duration)
         clock = _Clock(unit, max_duration, batches_per_epoch, self.batch)
@@ -92,7 +92,7 @@ class Schedule:
                 "run."
             )
         end = f"t_max: {t_max}, where max_duration is {max_duration}"
-        # The end may cut the warmup short: whoever tries the first batches of a recipe wants that.
+        # A run may end during warmup: that helps to try the first batches of a recipe.
         for name in ("t_decay", "t_cooldown"):
             if spans.get(name, 0) > spans["t_max"]:
                 raise ConfigError(
@@ -115,7 +115,7 @@ def constant_with_warmup(
     t_max: str | int = "1dur",
     batch: BatchSize | None = None,
 ) -> Schedule:
-    """`alpha(t) = alpha`, and the warmup ends there."""
+    """`alpha(t) = alpha`; the warmup ends at `alpha`."""
     return Schedule({"t_warmup": t_warmup, "t_max": t_max}, lambda t, **_: alpha, batch, height=alpha)
 
 
@@ -161,9 +161,9 @@ def inv_sqrt_with_warmup(
     alpha_f_cooldown: float = 0.0,
     batch: BatchSize | None = None,
 ) -> Schedule:
-    """Inverse square root, then a linear cooldown: for runs whose end is moved later, as in llm-foundry.
+    """Inverse square root, then a linear cooldown, as in llm-foundry: for runs that are extended later.
 
-    With `t_c = max(t_warmup, t_max - t_cooldown)`, where the cooldown begins:
+    With `t_c = max(t_warmup, t_max - t_cooldown)`, the start of the cooldown:
 
         alpha(t) = alpha_f_decay + (1 - alpha_f_decay) / sqrt((t - t_warmup + t_scale) / t_scale)  if t < t_c
         alpha(t) = alpha(t_c) + (alpha_f_cooldown - alpha(t_c)) * min(1, (t - t_c) / t_cooldown)   after
@@ -209,7 +209,7 @@ def warmup_stable_decay(
 
 @dataclass(frozen=True)
 class _Clock:
-    """Turns times of any unit into one unit: batches, samples or tokens."""
+    """Converts times of any unit into one unit: batches, samples or tokens."""
 
     unit: TimeUnit
     max_duration: Time
@@ -217,7 +217,7 @@ class _Clock:
     batch: BatchSize | None
 
     def span(self, name: str, written: str | int) -> float:
-        """A time in the clock's unit, cut to a whole number of it as Composer does."""
+        """A time in the clock's unit, rounded down to a whole number as Composer does."""
         try:
             time = Time.from_input(written, TimeUnit.EPOCH)
         except ValueError as error:
@@ -237,7 +237,7 @@ class _Clock:
         return float(time.value) * self._size(name, written, time.unit) / self._size(name, written, self.unit)
 
     def _size(self, name: str, written: str | int, unit: TimeUnit) -> float:
-        """How many batches one `unit` is, so that times of two units compare."""
+        """How many batches one `unit` is, to compare times in different units."""
         if unit == TimeUnit.BATCH:
             return 1.0
         if unit == TimeUnit.EPOCH and self.batches_per_epoch is not None:

@@ -1,7 +1,7 @@
-"""What a run computes on: found on this machine without importing torch.
+"""Detect this machine's devices without importing torch.
 
-Words: a device is a GPU, or one process's share of a CPU machine; memory is in bytes, peaks are dense bf16
-FLOP/s as the vendor states them.
+A device is a GPU, or one process's share of a CPU machine. Memory is in bytes; peaks are the vendor's dense
+bf16 FLOP/s.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Device:
-    """One kind of device, and how many of them a run has.
+    """The kind and number of a run's devices.
 
     Attributes:
         kind: `cpu` or `gpu`.
-        name: In words, such as `NVIDIA H100 80GB HBM3`.
+        name: A readable name, such as `NVIDIA H100 80GB HBM3`.
         count: Devices of the run, over all machines; one process drives each.
         per_node: Devices of the run on one machine.
-        memory: Bytes of one device; on a CPU its share of the machine's memory. None where unknown.
-        peak_flops: Dense bf16 FLOP/s of one device. None where unknown.
-        has_bf16: Whether it multiplies in bf16 faster than in fp32.
+        memory: Bytes of one device; on a CPU its share of the machine's memory. None if unknown.
+        peak_flops: Dense bf16 FLOP/s of one device. None if unknown.
+        has_bf16: Whether it multiplies faster in bf16 than in fp32.
         cores: CPU cores for one device.
-        found: How we know, in words for people.
+        found: How the device was detected, in words for the user.
     """
 
     kind: Literal["cpu", "gpu"]
@@ -45,11 +45,11 @@ class Device:
 
     @property
     def torch_type(self) -> str:
-        """What torch calls its kind: `cpu` or `cuda`."""
+        """torch's device type: `cpu` or `cuda`."""
         return "cuda" if self.kind == "gpu" else "cpu"
 
 
-# What nvidia-smi says contains the pattern; the first match counts. GiB, and FLOP/s.
+# A pattern in nvidia-smi's name -> GiB and FLOP/s. The first match counts.
 _KNOWN: tuple[tuple[str, int, float], ...] = (
     (r"a100.*40\s?gb", 40, 312e12),
     (r"a100", 80, 312e12),
@@ -60,7 +60,7 @@ _KNOWN: tuple[tuple[str, int, float], ...] = (
 
 
 def launcher_device(environ: Mapping[str, str] = os.environ) -> Device:
-    """What the `composer` launcher would give to a run here: all visible GPUs, or one CPU process."""
+    """The devices that the `composer` launcher would use here: all visible GPUs, or one CPU process."""
     world_size = int(environ.get("WORLD_SIZE") or 0) or max(1, len(visible_gpus(environ)[0]))
     return detect_device(world_size, environ)
 
@@ -69,7 +69,7 @@ def detect_device(world_size: int | None = None, environ: Mapping[str, str] = os
     """The devices that this process and its peers compute on.
 
     Args:
-        world_size: Processes of the run. Default: what a launcher put into the environment, or one.
+        world_size: Processes of the run. Default: from the launcher's environment variables, or one.
         environ: The environment variables.
     """
     gpus, found = visible_gpus(environ)
@@ -94,8 +94,8 @@ def detect_device(world_size: int | None = None, environ: Mapping[str, str] = os
 
 
 def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[list[tuple[str, int, float]], str]:
-    """The GPUs that this process may use, each as name, memory in MiB and compute capability (0: unknown),
-    and one phrase on how they were found or why there are none."""
+    """The GPUs that this process may use, as name, memory in MiB and compute capability (0: unknown),
+    and a phrase that says how they were detected or why there are none."""
     gpus = _nvidia_smi()
     how = "nvidia-smi"
     if not gpus:
@@ -109,7 +109,7 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[list[tuple[st
     visible = []
     for word in filter(None, chosen.replace(" ", "").split(",")):
         if word == "-1" or (word.isdigit() and int(word) >= len(gpus)):
-            break  # CUDA itself ignores all that follows an index that does not exist
+            break  # CUDA ignores everything after an invalid index
         visible.append(gpus[int(word)] if word.isdigit() else gpus[0])
     if not visible:
         return [], f"CUDA_VISIBLE_DEVICES={chosen!r} hides the {len(gpus)} GPUs of this machine"
@@ -159,9 +159,9 @@ def _cores() -> int:
 
 
 def total_memory() -> int | None:
-    """Bytes of memory that this machine or container has; None where the system doesn't tell.
+    """Total memory of this machine or container in bytes; None if unknown.
 
-    The total, not what happens to be free: a run that starts again has to resolve to the same values.
+    It is not the free memory, because a restarted run must resolve to the same values.
     """
     try:
         total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

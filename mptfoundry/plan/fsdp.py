@@ -1,4 +1,4 @@
-"""How FSDP2 spreads a model over the devices of a run."""
+"""Plan how FSDP2 shards a model over the devices of a run."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from mptfoundry.plan.devices import Device
 
 @dataclass(frozen=True)
 class Sharding:
-    """Weights, gradients and optimizer state over a mesh of replicas and shards.
+    """How weights, gradients and optimizer state are sharded over a mesh of replicas and shards.
 
     Attributes:
-        replicas: How often the weights exist.
-        shards: Into how many shards each replica is cut; replicas times shards are the devices.
-        reshard_after_forward: Whether the gathered weights are freed between forward and backward; a number:
-            they are kept in groups of so many devices.
+        replicas: The number of copies of the weights.
+        shards: The number of shards per replica; replicas * shards is the number of devices.
+        reshard_after_forward: Whether the gathered weights are freed between forward and backward; an int:
+            they are resharded over groups of this many devices.
     """
 
     replicas: int
@@ -29,10 +29,10 @@ class Sharding:
 
 
 def plan_sharding(config: FSDPConfig | None, device: Device) -> tuple[Sharding | None, str]:
-    """The sharding, or None where every device holds all weights (DDP); and why, in words.
+    """The sharding, or None if every device holds all weights (DDP); and the reason, in words.
 
     Raises:
-        ConfigError: Replicas times shards are not the devices.
+        ConfigError: Replicas * shards is not the number of devices.
     """
     if config is None:
         return None, ""

@@ -1,4 +1,4 @@
-"""How much memory a step takes on one device: an estimate from the config alone, in bytes."""
+"""Estimate the memory of a step on one device from the config alone, in bytes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from mptfoundry.plan.devices import GIB, Device
 from mptfoundry.plan.fsdp import Sharding
 
 FP32 = 4
-STATE_BYTES = {"decoupled_lionw": FP32, "decoupled_adamw": 2 * FP32}  # of the optimizer, for one parameter
+STATE_BYTES = {"decoupled_lionw": FP32, "decoupled_adamw": 2 * FP32}  # optimizer state per parameter
 LOSS_CHUNK_LOGITS = {"gpu": 2**27, "cpu": 2**24}
-# What the driver, the libraries and the process itself take.
+# Memory of the driver, the libraries and the process itself.
 OVERHEAD = {"gpu": 2 * GIB, "cpu": GIB}
 
 
@@ -33,9 +33,9 @@ class Memory:
         weights: The float32 weights, or this device's shard.
         gradients: Their gradients.
         optimizer: The optimizer's state.
-        gathered: Low-precision and gathered weights and gradients, for computing and communication.
-        activations: What forward keeps for backward.
-        logits: One chunk of logits and its gradient, and the gradient of the last matrix.
+        gathered: Low-precision and gathered weights and gradients, for compute and communication.
+        activations: Tensors that forward saves for backward.
+        logits: One chunk of logits and its gradient, and the gradient of the output projection.
         overhead: Everything else.
     """
 
@@ -49,7 +49,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(vars(self).values())
 
 
@@ -63,18 +63,18 @@ def estimate_memory(
 ) -> Memory:
     """Bytes of one device at the peak of a step that computes `microbatch` sequences at once.
 
-    Activations are counted from what each block keeps for backward (`block_activations`). With activation
-    checkpointing a block keeps only its input, and one block at a time is recomputed.
+    Activations are what each block saves for backward (`block_activations`). With activation checkpointing
+    a block saves only its input, and one block at a time is recomputed.
     """
     model, number = config.model, FP32 if precision == "fp32" else 2
     parameters, block = count_parameters(model) + trainable.adapters, block_parameters(model)
     shards = 1 if sharding is None else sharding.shards
     if sharding is None or shards == 1:
-        # autocast's low-precision weights, and the buckets in which DDP sends gradients
+        # autocast's low-precision weights, and DDP's gradient buckets
         gathered = parameters * number if number < FP32 else 0
         gathered += trainable.parameters * FP32 if device.count > 1 else 0
     else:
-        # weights and gradients of what is never resharded in a step, of one block, and of the next
+        # weights and gradients of the root, which is not resharded in a step, of one block, and of the next
         working = min(parameters, parameters - model.n_layers * block + 2 * block)
         weights = parameters if sharding.reshard_after_forward is False else working
         gathered = number * (working * trainable.parameters // parameters + weights)
@@ -98,11 +98,11 @@ def estimate_memory(
 
 
 def _saved_activations(model: AnyModelConfig, fsdp: FSDPConfig, block_keeps: int) -> int:
-    """Numbers for each token that activation checkpointing and offloading keep off the device.
+    """Numbers per token that checkpointing and offloading remove from the device's memory.
 
-    What is recomputed is there again, one part at a time.
+    Recomputation brings them back, one part at a time.
     """
-    # What a part keeps, and its input, which it still keeps where it is not offloaded.
+    # A part's activations, and its input, which stays on the device unless it is offloaded.
     sizes = {
         "block": (block_keeps, model.d_model),
         "attention": (attention_activations(model), 0),
@@ -119,9 +119,7 @@ def _saved_activations(model: AnyModelConfig, fsdp: FSDPConfig, block_keeps: int
 
 
 def _adapter_activations(model: AnyModelConfig) -> int:
-    """Numbers for each token that one block's adapters keep: what lies between their two matrices, and with
-    dropout their inputs.
-    """
+    """Numbers per token that one block's adapters keep: `lora_A`'s output, and with dropout its input."""
     lora = model.peft_config
     assert lora is not None
     shapes = lora.adapter_shapes(replace(model.network(), n_layers=1))

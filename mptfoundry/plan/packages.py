@@ -1,7 +1,7 @@
-"""Packages that a configuration needs and that this project does not install by itself.
+"""Optional packages that a configuration needs.
 
-Installed versions are read from the packages' metadata; nothing is imported. A folder of the same name in the
-working directory, such as the one that wandb writes, is not a package.
+Versions are read from package metadata; nothing is imported. So a folder of the same name in the working
+directory, such as the one that wandb writes, is not mistaken for a package.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 from mptfoundry.config.run import TrainConfig
 
-# (section, name) -> what pip is asked for: a version that works here.
+# (section, name) -> pip requirement, with a version that works here.
 OF_SECTIONS = {
-    # Composer calls Run.get_url, which later versions lack.
+    # Composer calls Run.get_url, which later versions removed.
     ("loggers", "wandb"): "wandb<0.28",
     ("loggers", "tensorboard"): "tensorboard",
     ("loggers", "mlflow"): "mlflow",
@@ -24,7 +24,7 @@ ADAPTERS, QUANTIZED = "peft>=0.15,<0.18", "bitsandbytes>=0.48"
 
 
 def missing_packages(config: TrainConfig, device_type: str) -> Iterator[tuple[str, str]]:
-    """What a run of `config` needs and what is not installed, or in a version that does not work, as (key,
+    """Packages that a run of `config` needs and that are missing or have an unsupported version, as (key,
     what to do)."""
     for key, wanted in _needed(config, device_type):
         if problem := package_problem(wanted):

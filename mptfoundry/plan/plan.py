@@ -1,7 +1,7 @@
-"""The plan of a run: every `auto` of its config decided for some devices, and its numbers.
+"""The plan of a run: every `auto` of its config resolved for its devices, and the run's numbers.
 
-A plan is made once, at the start of `check` and of a run, and handed down. Parameters, FLOPs, tokens and
-batches are exact; memory and time are estimates. Nothing is built, and torch is not imported.
+A plan is made once, at the start of `check` and of a run, and passed on. Parameters, FLOPs, tokens and
+batches are exact; memory and time are estimates. Planning builds no model and does not import torch.
 """
 
 from __future__ import annotations
@@ -24,38 +24,38 @@ from mptfoundry.plan.fsdp import Sharding, plan_sharding
 from mptfoundry.plan.memory import Memory, estimate_memory
 from mptfoundry.plan.packages import missing_packages
 
-# What each precision computes in, as torch calls it.
+# torch's compute dtype for each precision.
 COMPUTE_DTYPE = {"fp32": "float32", "amp_bf16": "bfloat16", "amp_fp16": "float16"}
-# The share of a device's memory to plan with: allocators leave gaps, and a CPU machine has other work.
+# The fraction of a device's memory to use: allocators fragment, and a CPU machine has other work.
 USABLE = {"gpu": 0.85, "cpu": 0.6}
 MOST_WORKERS = 4
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on its devices. Values that the config gives stand as they are.
+    """A run on its devices. Explicit values of the config are unchanged.
 
     Attributes:
-        device: What it computes on.
+        device: The devices of the run.
         precision: `precision`.
         attn_impl: `model.attn_config.attn_impl`.
         loss_fn: `model.loss_fn`.
-        sharding: How `fsdp_config` spreads the weights; None where every device holds all of them.
+        sharding: How `fsdp_config` shards the weights; None if every device holds all of them.
         init_device: `model.init_device`.
         device_train_batch_size: Sequences of one step on one device.
         device_train_microbatch_size: Sequences that a device trains at once.
         device_eval_batch_size: Sequences that a device evaluates at once.
-        num_workers: Reading processes for each device, by loader: `train`, and each evaluation label.
-        parameters: Of the model.
-        trainable: How many of them, and of adapters, the optimizer changes.
-        flops_per_token: Of training, in the convention in which MFU is published.
+        num_workers: Loader workers per device, by loader: `train`, and each evaluation label.
+        parameters: The number of the model's parameters.
+        trainable: How many of these, and of adapters' parameters, are trainable.
+        flops_per_token: Training FLOPs, in the convention of published MFU.
         causal_flops_per_token: The same with only the attention that a causal model needs.
-        tokens_per_batch: Of one step, over all devices.
-        batches: Steps of the run; None where they depend on the size of the data or on time.
-        memory: Of one device, estimated.
-        reasons: Why, by the key's path: one entry for each key that was `auto`, one for all `num_workers`.
-        missing: What the config asks for and this machine lacks, a GPU or a package, by the key's path, with
-            what to do. `check` plans such a run all the same, and `train` refuses to start it.
+        tokens_per_batch: Tokens of one step, over all devices.
+        batches: Steps of the run; None if they depend on the size of the data or on time.
+        memory: The estimated memory of one device.
+        reasons: The reasons, by key path: one for each key that was `auto`, one for all `num_workers`.
+        missing: What the config needs and this machine lacks, a GPU or a package, by key path, with what to
+            do. `check` still plans such a run; `train` refuses to start it.
     """
 
     device: Device
@@ -89,8 +89,8 @@ class Plan:
         return None if self.tokens is None else self.tokens * self.flops_per_token
 
     def seconds(self, mfu: float) -> float | None:
-        """How long the run takes at an MFU, a share of the device's dense bf16 peak; None where its length or
-        that peak is unknown.
+        """The run's duration at an MFU, a fraction of the device's dense bf16 peak; None if the run's length
+        or the peak is unknown.
         """
         if self.flops is None or self.device.peak_flops is None:
             return None
@@ -100,12 +100,12 @@ class Plan:
 def make_plan(config: TrainConfig, device: Device) -> Plan:
     """The plan of `config` on `device`.
 
-    A config always gives the same plan on the same kind of machine, so that a run that is started again
-    computes the same numbers.
+    The same config gives the same plan on the same kind of machine, so a restarted run computes the same
+    numbers.
 
     Raises:
-        ConfigError: The batch does not split over the devices, the attention backend can never serve this
-            model, or options exclude one another.
+        ConfigError: The batch does not split over the devices, the attention backend does not support the
+            model, or options exclude each other.
     """
     model, reasons, missing = config.model, {}, dict(missing_packages(config, device.torch_type))
 
@@ -166,7 +166,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
 
 
 def refuse_missing(plan: Plan) -> None:
-    """Raises ConfigError where the config asks for what this machine lacks."""
+    """Raise ConfigError if the config needs something that this machine lacks."""
     if plan.missing:
         raise ConfigError([f"{key}: {text}" for key, text in plan.missing.items()])
 
@@ -184,7 +184,7 @@ def device_batch(config: TrainConfig, device: Device) -> int:
 
 
 def choose_precision(device: Device) -> tuple[str, str]:
-    """What `precision: auto` means, and why."""
+    """Resolve `precision: auto`; returns the value and the reason."""
     if device.kind == "cpu":
         return "fp32", "a CPU computes in float32; Composer refuses amp_bf16 there"
     if device.has_bf16:
@@ -200,7 +200,7 @@ def precision_problem(precision: str, device: Device) -> str | None:
 
 
 def choose_workers(device: Device) -> tuple[int, str]:
-    """What `num_workers: auto` means, and why."""
+    """Resolve `num_workers: auto`; returns the value and the reason."""
     if device.kind == "cpu":
         return 0, "the processor that would read ahead is the one that computes"
     workers = min(MOST_WORKERS, max(1, device.cores - 1))
@@ -208,7 +208,7 @@ def choose_workers(device: Device) -> tuple[int, str]:
 
 
 def largest_microbatch(share: int, device: Device, memory: Callable[[int], Memory]) -> tuple[int, str]:
-    """The largest divisor of a device's batch, `share`, whose estimated memory fits, and why."""
+    """The largest divisor of a device's batch, `share`, whose estimated memory fits, and the reason."""
     if device.memory is None:
         return 1, "the device's memory is not known"
     room = int(USABLE[device.kind] * device.memory)
@@ -225,13 +225,13 @@ def largest_microbatch(share: int, device: Device, memory: Callable[[int], Memor
 
 
 def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str | None:
-    """Why the backend that the config names can't serve this model here, and what to do; None if it can.
+    """Why the config's backend can't be used here, and what to do; None if it can.
 
     Raises:
-        ConfigError: It can't serve this model on any machine.
+        ConfigError: The backend can't compute this model on any machine.
     """
     model, name = config.model, config.model.attn_config.attn_impl
-    # `precision: auto` is bfloat16 on the machines that a backend for GPUs supports.
+    # On the machines that a GPU backend supports, `precision: auto` is bfloat16.
     anywhere = "bfloat16" if config.precision == "auto" else dtype
     if never := why_never(name, model, anywhere):
         raise ConfigError(f"model.{refusal(name, never, model, device.torch_type, dtype)}")
@@ -245,7 +245,7 @@ def _choose_loss() -> tuple[str, str]:
 
 
 def _init_device(config: TrainConfig, sharding: Sharding | None, decide: Callable[..., Any]) -> str:
-    """Where weights are made. They are the same everywhere, so `cpu` may take the place of `meta`."""
+    """Where weights are initialized. The values are the same everywhere, so `cpu` may replace `meta`."""
     key, value = "model.init_device", config.model.init_device
     if sharding is None or config.fsdp_config is None:
         return decide(

@@ -1,4 +1,4 @@
-"""A plan in words: what `mptfoundry check` and the start of a run print."""
+"""A plan as text, for `mptfoundry check` and the start of a run."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from mptfoundry.places import is_url
 from mptfoundry.plan.devices import GIB, Device, launcher_device
 from mptfoundry.plan.plan import Plan, make_plan
 
-# Only for the line on time, which says that it is assumed.
+# Used only for the line on time, which names it as an assumption.
 ASSUMED_MFU = 0.4
 
 
 @dataclass(frozen=True)
 class Stream:
-    """What is known of a source of data before it is read.
+    """What is known about a data stream before it is read.
 
     Attributes:
-        place: Where it lies.
-        samples: Samples in it, where that is known.
+        place: Its location.
+        samples: The number of its samples, if known.
     """
 
     place: str
     samples: int | None = None
 
 
-# By loader (`train`, or an evaluation's label) and by stream.
+# Keyed by loader (`train`, or an evaluation's label), then by stream.
 Streams = Mapping[tuple[str, str], Stream]
 
 
 def summary_table(config: TrainConfig, device: Device | None = None, streams: Streams | None = None) -> str:
-    """The plan of a run in a short table.
+    """The plan of a run as a short table.
 
     Args:
         config: The run.
-        device: What it computes on. Default: what the `composer` launcher would give it here.
-        streams: What is known of the data.
+        device: The run's devices. Default: those that the `composer` launcher would use here.
+        streams: What is known about the data.
 
     Raises:
-        ConfigError: The batch does not split over the devices, or options exclude one another there.
+        ConfigError: The batch does not split over the devices, or options exclude each other there.
     """
     return describe_plan(config, make_plan(config, device or launcher_device()), streams)
 
 
 def describe_plan(config: TrainConfig, plan: Plan, streams: Streams | None = None) -> str:
-    """The plan of `config` in a short table, with what is known of the data."""
+    """The plan of `config` as a short table, with what is known about the data."""
     streams = streams or {}
     epochs = epochs_of_streams(config, streams) if streams else {}
     rows = [
@@ -137,7 +137,7 @@ def _learning_rate_in_words(config: TrainConfig) -> str:
 
 
 def epochs_of_streams(config: TrainConfig, streams: Streams) -> dict[str, float]:
-    """How often the run reads each stream of its training data on average, as far as its size is known."""
+    """How often the run reads each training stream on average, for streams of known size."""
     sources, batches = config.train_loader.dataset.sources, config.batches()
     weights: dict[str, float | None] = {name: stream.proportion for name, stream in sources.items()}
     if None in weights.values():
@@ -156,7 +156,7 @@ def epochs_of_streams(config: TrainConfig, streams: Streams) -> dict[str, float]
 
 
 def _drawn_in_an_epoch(config: TrainConfig, streams: Streams) -> dict[str, float | None]:
-    """Samples that an epoch of its own length draws of each stream; None where that is not known."""
+    """Samples of each stream in an epoch without `epoch_size`; None if unknown."""
     drawn: dict[str, float | None] = {}
     for name, stream in config.train_loader.dataset.sources.items():
         samples = _samples_of(name, streams)
@@ -177,7 +177,7 @@ def _samples_of(name: str, streams: Streams) -> int | None:
 
 
 def _sum(numbers: Mapping[str, float | None]) -> float | None:
-    """None where one of the numbers is not known."""
+    """The sum, or None if a number is unknown."""
     known = [number for number in numbers.values() if number is not None]
     return sum(known) if len(known) == len(numbers) else None
 
@@ -185,7 +185,7 @@ def _sum(numbers: Mapping[str, float | None]) -> float | None:
 def _data_in_words(
     name: str, loader_name: str, loader: LoaderConfig, streams: Streams, epochs: Mapping[str, float]
 ) -> list[tuple[str, str]]:
-    """One row for each stream: its share, its name, where it lies, and what is known of its size."""
+    """One row for each stream: its proportion, its name, its location, and its size if known."""
     sources = loader.dataset.sources
     total = sum(stream.proportion or 0 for stream in sources.values())
     width = max(map(len, sources))
@@ -210,12 +210,12 @@ def _data_in_words(
 
 
 def place_of(place: str | None, split: str | None) -> str:
-    """Where a stream lies, for people."""
+    """A stream's location, as users read it."""
     return "/".join(filter(None, [redacted(place), split]))
 
 
 def _tokenizer_in_words(config: TrainConfig) -> list[tuple[str, str]]:
-    """Which special tokens the tokenizer adds to a text by itself, where it lies on this machine."""
+    """The special tokens that the tokenizer adds to a text, if it is on this machine."""
     from mptfoundry.tokenizer import adds_in_words, borders_of_folder
 
     borders = borders_of_folder(config.tokenizer.name, config.tokenizer.kwargs)

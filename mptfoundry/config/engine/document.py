@@ -1,7 +1,7 @@
-"""A configuration as it was written: the values of a YAML and of the command line, each with its place.
+"""A configuration as written: the values of a YAML file and of the command line, with their origins.
 
-A path is the tuple of keys and list indices that leads to a value; its origin is
-the line or the word that the value comes from.
+A path is the tuple of keys and list indices that leads to a value. A value's origin is its line in the file
+or its word on the command line.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from typing import Any
 from mptfoundry.errors import ConfigError
 
 KeyPath = tuple[str | int, ...]
-# A value whose interpolation failed; the problem is reported where it was resolved.
+# A value whose interpolation failed; the resolver reports the problem.
 UNRESOLVED: Any = object()
 
 
-# Longer words and quotations in an error are cut.
+# Longer words and quotes in an error are truncated.
 _LONG = re.compile(r"'[^']{160,}'|\S{160,}")
 _SHOWN = 120
 
 
 def _shown(origin: Origin, text: str) -> str:
-    """The text of a problem, with long values cut and without control characters."""
+    """The text of a problem, with long values truncated and without control characters."""
     is_long = len(origin.place) > _SHOWN and origin.is_word
     place, said = ("", text) if is_long or not text.startswith(origin.place) else (origin.place, text)
     said = _LONG.sub(lambda match: f"{match[0][:_SHOWN]}...", said.removeprefix(place))
@@ -48,9 +48,9 @@ class Origin:
 
     Attributes:
         place: `FILE:LINE`, or `command line: WORD`.
-        line: The line in the file; words of the command line come after all lines.
-        written: A scalar as it was written, before it became a number or a bool.
-        expression: The interpolation that gave the value.
+        line: The line in the file; command-line words sort after all lines.
+        written: A scalar's text, before it became a number or a bool.
+        expression: The interpolation that produced the value.
     """
 
     place: str
@@ -67,11 +67,11 @@ class Document:
     Attributes:
         name: The file as the user named it, or `command line`.
         tree: The values: nested dicts and lists.
-        origins: Where values come from; a path that nobody gave has its parent's origin.
-        problems: Where and what.
-        absent: What words remove although nobody gave it.
+        origins: The origins of values; a path that was not given has its parent's origin.
+        problems: The problems with their places.
+        absent: Paths that words remove although they were not given.
         references: The keys that interpolations and YAML aliases refer to.
-        notes: What the user should know about how the file was read.
+        notes: Notes for the user on how the file was read.
     """
 
     name: str
@@ -83,14 +83,14 @@ class Document:
     notes: list[str] = field(default_factory=list)
 
     def origin(self, path: KeyPath) -> Origin:
-        """The origin of a value, or of the section it would stand in."""
+        """The origin of a value, or of its section if the value was not given."""
         for length in range(len(path), 0, -1):
             if path[:length] in self.origins:
                 return self.origins[path[:length]]
         return Origin(self.name, 0)
 
     def report(self, path: KeyPath, text: str, at: KeyPath | None = None) -> None:
-        """Note a problem of the value at `path`, once; `at` has the place to name, where it is another."""
+        """Record a problem of the value at `path`, once; `at` overrides the place to name."""
         origin = self.origin(path if at is None else at)
         key = dotted(path)
         is_said = origin.is_word and origin.place.startswith(f"command line: {key}=")
@@ -125,13 +125,13 @@ class Document:
         return value
 
     def has(self, path: KeyPath) -> bool:
-        """Whether the section of `path` has its last key, be it blank."""
+        """Whether the section at `path` has the last key, even if it is blank."""
         parent = self.get(path[:-1])
         return isinstance(parent, dict) and path[-1] in parent
 
     def put(self, path: KeyPath, value: Any, origin: Origin) -> None:
-        """Set the value at `path`, which comes from `origin`; sections on the way that are missing or blank
-        are made; nothing is set below a value that is not a section.
+        """Set the value at `path`, with its `origin`. Creates missing or blank sections; does nothing if a
+        parent is not a section.
         """
         for length in range(1, len(path)):
             if self.get(path[:length]) is None:

@@ -1,7 +1,7 @@
-"""Lengths of training as Composer writes them: a number and a unit.
+"""Training durations in Composer's format: a number and a unit.
 
 `1000ba` is a thousand batches, `3ep` three epochs, `1000000tok` a million tokens, `0.1dur` a tenth of the
-whole run; a bare integer counts epochs.
+run; a bare integer counts epochs.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FORM = re.compile(r"\s*(\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*([a-z]+)\s*")
 
 
 def parse_duration(value: int | str) -> tuple[float, str]:
-    """Split a duration into its number and its unit; a bare integer counts epochs.
+    """Split a duration into number and unit; a bare integer counts epochs.
 
     The number is an int except for `dur`.
 

@@ -1,7 +1,7 @@
-"""Texts with a form of their own: how a field's type says more than `str`.
+"""Text formats, for fields whose type is more specific than `str`.
 
-A field annotated `Annotated[int | str, Form(...)]` is checked by the form after its plain type, and
-described by the form's words in errors and explanations.
+A field annotated `Annotated[int | str, Form(...)]` is checked by the form after its plain type. Errors and
+explanations describe it in the form's words.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-# More than any run counts, of tokens as of bytes.
+# More tokens or bytes than any run has.
 LARGEST = 2**63 - 1
 
 
 @dataclass(frozen=True)
 class Form:
-    """What a value has to look like.
+    """The format of a value.
 
     Attributes:
-        words: The form in words, as in `expected ...`.
-        check: Raises ValueError for a value of another form.
+        words: The format in words, as in `expected ...`.
+        check: Raises ValueError for a value in another format.
     """
 
     words: str
@@ -29,7 +29,7 @@ class Form:
 
 
 def parse_bytes(value: int | str) -> int:
-    """Bytes from a number with a unit of 1024, such as `100gb`.
+    """Parse bytes with a unit in powers of 1024, such as `100gb`.
 
     Raises:
         ValueError: The text is not a size.
@@ -39,7 +39,7 @@ def parse_bytes(value: int | str) -> int:
 
 
 def parse_count(value: int | str) -> int:
-    """A number from its short form with k, M, B or T, such as `64M`.
+    """Parse a number with the suffix k, M, B or T, such as `64M`.
 
     Raises:
         ValueError: The text is not a number.
@@ -59,7 +59,7 @@ def _scaled(value: int | str, units: dict[str, int], words: str) -> int:
 
 
 def check_targets(value: str) -> None:
-    """Raises ValueError unless `value` says which prompts are trained on."""
+    """Raise ValueError unless `value` is a valid choice of prompts to train on."""
     if not re.fullmatch(r"none|all|length>=[1-9]\d*", value):
         raise ValueError(
             f"{value!r} is not allowed here. Expected none, all, or length>=N, such as length>=512."

@@ -1,4 +1,4 @@
-"""Nested plain values: dicts and lists within one another, and a path of keys and indices to each value."""
+"""Nested dicts and lists, where a path of keys and indices leads to each value."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ Path = tuple[Any, ...]
 
 
 def leaves(value: Any, path: Path = (), *, lists: bool = True) -> Iterator[tuple[Path, Any]]:
-    """Yield the path and the value of everything that holds nothing else; an empty dict or list is one.
+    """Yield the path and value of each leaf; an empty dict or list is a leaf.
 
     Args:
         value: Dicts, lists and plain values.
         path: The path of `value` itself.
-        lists: Look into lists; otherwise a list is a value, too.
+        lists: Whether to descend into lists; otherwise a list is a leaf.
     """
     items: Any = ()
     if isinstance(value, Mapping):
@@ -29,7 +29,7 @@ def leaves(value: Any, path: Path = (), *, lists: bool = True) -> Iterator[tuple
 
 
 def mapped(value: Any, change: Callable[[Any, Path], Any], path: Path = ()) -> Any:
-    """The same dicts and lists, with `change(value, path)` in place of each value; tuples become lists."""
+    """The same dicts and lists with each value replaced by `change(value, path)`; tuples become lists."""
     if isinstance(value, Mapping):
         return {key: mapped(item, change, (*path, key)) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,6 +1,6 @@
-"""Reading a document: a YAML file, `key=value` words merged into it, interpolations resolved.
+"""Read a document: load a YAML file, merge `key=value` words into it, resolve interpolations.
 
-OmegaConf reads, merges and resolves; PyYAML's node tree tells the lines.
+OmegaConf reads, merges and resolves; PyYAML's node tree provides the line numbers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def read_document(
     """Read a YAML file, if one is given, merge `key=value` words into it, and resolve interpolations.
 
     Values that can't be resolved become problems of the document. `defaults` are top-level values that
-    interpolations may refer to even where nobody wrote them.
+    interpolations may refer to even if the file doesn't set them.
 
     Raises:
         ConfigError: The file can't be read, is not YAML, or has a key twice; a word is not `key=value`.
@@ -56,7 +56,7 @@ def read_document(
 
 
 class _Environment:
-    """`${oc.env:NAME}`, and whether the last lookup gave a value; with `quotes` it gives its expression."""
+    """`${oc.env:NAME}`, and whether the last lookup found a value; `quotes` returns the expression."""
 
     def __init__(self) -> None:
         self.was_read = False
@@ -72,7 +72,7 @@ class _Environment:
         return f"${{oc.env:{','.join(words)}}}" if self.quotes else value
 
     def expression(self, node: Any, key: Any) -> str:
-        """A value with all in it resolved but the environment."""
+        """A value in which everything except the environment is resolved."""
         self.quotes = True
         try:
             return str(node[key])
@@ -87,7 +87,7 @@ def _quoted(text: str) -> str:
 
 
 def _environment_variable(name: str, *default: Any) -> Any:
-    """A file that somebody else wrote could send a secret away within an address."""
+    """Refuse secrets: a file from someone else could leak one in a URL."""
     if not may_be_read(name, os.environ.get(name, "")):
         raise ValueError(
             f"{name} may be a secret, which no file reads. Give the value on the command line, or leave it "
@@ -96,7 +96,7 @@ def _environment_variable(name: str, *default: Any) -> Any:
     return oc.env(name, *default)
 
 
-# In the resolver, since the name of a variable may be an interpolation itself.
+# Checked in the resolver, because a variable's name may be an interpolation itself.
 _environment = _Environment()
 OmegaConf.register_resolver("oc.env", _environment, replace=True)
 
@@ -127,7 +127,7 @@ def read_text(path: Path) -> str:
     """The text of a file.
 
     Raises:
-        ConfigError: It isn't there, can't be read or is not UTF-8.
+        ConfigError: It is missing, unreadable or not UTF-8.
     """
     try:
         raw = path.read_bytes()
@@ -170,7 +170,7 @@ def _unreadable(path: Path, error: yaml.MarkedYAMLError) -> str:
 
 
 class _Lines:
-    """Records the line of every value of a YAML file, and keys that are given twice."""
+    """Records the line of every value of a YAML file, and duplicate keys."""
 
     def __init__(self, file: Path, document: Document) -> None:
         self.file = file
@@ -179,7 +179,7 @@ class _Lines:
         self.values = 0
 
     def note(self, node: yaml.Node, path: KeyPath = ()) -> None:
-        """Note what stands below a node."""
+        """Record everything below a node."""
         if len(path) > DEEPEST:
             raise ConfigError(f"{self.file}:{node.start_mark.line + 1}: is nested too deeply, or in itself.")
         if isinstance(node, yaml.SequenceNode):
@@ -189,7 +189,7 @@ class _Lines:
             self.note_mapping(node, path)
 
     def note_mapping(self, node: yaml.MappingNode, path: KeyPath) -> None:
-        """Note the keys of a section."""
+        """Record the keys of a section."""
         lines: dict[str, int] = {}
         for key, value in node.value:
             line = key.start_mark.line + 1
@@ -209,7 +209,7 @@ class _Lines:
                 self.note_value(value, line, (*path, key.value))
 
     def note_lost(self, merged: yaml.Node, node: yaml.MappingNode, path: KeyPath) -> None:
-        """Note what a merged section holds that has no effect, since a section here takes its place whole."""
+        """Record keys of a merged section that have no effect, because a section here replaces it."""
         for key, value in merged.value if isinstance(merged, yaml.MappingNode) else ():
             name, own = next((pair for pair in node.value if pair[0].value == key.value), (None, None))
             if isinstance(value, yaml.MappingNode) and isinstance(own, yaml.MappingNode) and name is not None:
@@ -221,9 +221,9 @@ class _Lines:
                     self.document.notes.append(f"{place}: takes the place of {text}.")
 
     def note_value(self, node: yaml.Node, line: int, path: KeyPath) -> None:
-        """Note one value, and what stands below it."""
+        """Record a value and everything below it."""
         self.values += 1
-        if self.values > MOST_VALUES:  # aliases of aliases make billions out of a few lines
+        if self.values > MOST_VALUES:  # aliases of aliases can expand to billions of values
             raise ConfigError(f"{self.file}:{line}: has more than {MOST_VALUES:,} values. Use fewer.")
         is_plain = isinstance(node, yaml.ScalarNode) and node.style not in ("'", '"')
         self.note_alias(node)
@@ -232,7 +232,7 @@ class _Lines:
         self.note(node, path)
 
     def note_alias(self, node: yaml.Node) -> None:
-        """A node that is met again is an alias, which refers to the key where it first stood."""
+        """Record an alias: a node that occurs again refers to its first key."""
         if id(node) in self.seen:
             self.document.references.add(dotted(self.seen[id(node)]))
 
@@ -246,7 +246,7 @@ def _place_of(error: Exception, path: Path, document: Document) -> str:
 
 
 def _apply_word(config: DictConfig, word: str, document: Document) -> None:
-    """Merge one `key=value` word; a value that is not YAML is text."""
+    """Merge one `key=value` word; a value that is not valid YAML is text."""
     key, equals, text = word.partition("=")
     origin = Origin(f"command line: {word}", 1_000_000 + len(document.origins), text, is_word=True)
     if not equals or not _KEY.fullmatch(key):
@@ -295,7 +295,7 @@ def _open_blank_sections(config: DictConfig, path: KeyPath) -> None:
 
 
 def _resolve(node: Any, raw: Any, path: KeyPath, document: Document) -> Any:
-    """Plain values of an OmegaConf node; what can't be resolved becomes a problem, and UNRESOLVED."""
+    """Plain values of an OmegaConf node; a value that can't be resolved is a problem, and UNRESOLVED."""
     if isinstance(raw, dict):
         return {str(key): _resolve_child(node, key, raw[key], (*path, str(key)), document) for key in raw}
     return [_resolve_child(node, index, raw[index], (*path, index), document) for index in range(len(raw))]
@@ -320,7 +320,7 @@ def _interpolated(node: Any, key: Any, raw: str, path: KeyPath, document: Docume
         return UNRESOLVED
     if _environment.was_read and not OmegaConf.is_config(value):
         expression = _environment.expression(node, key)
-        # Of a section or a list that the environment gave no text is written.
+        # A section or list from the environment has no text to write.
         value = mapped(
             value,
             lambda leaf, at: (

@@ -1,7 +1,7 @@
-"""The rules of a section: plain generators that yield a key below the section and a text.
+"""The rules of a section: plain generators that yield a key below the section and a message.
 
-A section's `rules` yields one generator for each rule. One pass finds all problems: the rules run over a view
-of the section, and a rule that asks for a field which is missing or wrong ends there.
+A section's `rules` yields one generator per rule. One pass finds all problems: the rules run on a view of the
+section, and a rule stops when it reads a missing or invalid field.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ __all__ += ["refuse_problems"]
 
 
 class _NoValueError(Exception):
-    """A rule asked for a field that is missing or wrong."""
+    """A rule read a missing or invalid field."""
 
 
 class _View:
-    """A section before it is built: its valid fields, and the properties and methods of its class."""
+    """A section before it is built: its valid fields, with the properties and methods of its class."""
 
     def __init__(self, cls: type, values: Mapping[str, Any]) -> None:
         self._cls = cls
@@ -31,7 +31,7 @@ class _View:
         self._asked: set[str] = set()
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # `super()` and `isinstance` take a view for the section
+    def __class__(self) -> type:  # `super()` and `isinstance` treat the view as the section
         return self._cls
 
     def __getattr__(self, name: str) -> Any:
@@ -47,7 +47,7 @@ class _View:
 def broken_rules(cls: Any, values: Mapping[str, Any]) -> Iterator[Problem]:
     """All problems of a section whose valid fields are `values`.
 
-    A field that breaks a rule of its own, one that asks for no other field, counts as wrong from there on.
+    If a field breaks a rule that reads no other field, it counts as invalid for the following rules.
     """
     if not hasattr(cls, "rules"):
         return
@@ -63,7 +63,7 @@ def broken_rules(cls: Any, values: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def at_most(section: Any, **most: float) -> Rules:
-    """A rule for each field: a number is not larger; None and words such as `auto` are not numbers."""
+    """A rule for each field: a number has this maximum; None and words such as `auto` pass."""
 
     def rule(name: str) -> Iterator[Problem]:
         value, largest = getattr(section, name), most[name]
@@ -74,7 +74,7 @@ def at_most(section: Any, **most: float) -> Rules:
 
 
 def not_empty(section: Any, *names: str) -> Rules:
-    """A rule for each field: a text that names something is not blank."""
+    """A rule for each field: a name is not blank."""
 
     def rule(name: str) -> Iterator[Problem]:
         value = getattr(section, name)

@@ -1,6 +1,6 @@
-"""What the dataclasses of a configuration say about themselves: types, words for types, meanings, keys.
+"""Introspection of a configuration's dataclasses: types, words for types, meanings, keys.
 
-The walk that checks a file and the explanations both read the classes through these functions.
+Both the walk that checks a file and the explanations use these functions.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from mptfoundry.config.engine.secrets import FromEnvironment
 
 @cache
 def field_types(cls: Any) -> dict[str, Any]:
-    """The type of each field, in the order of the class, with `Annotated` kept."""
+    """The type of each field, in the class's order, including `Annotated`."""
     hints = get_type_hints(cls, include_extras=True)
     return {f.name: hints[f.name] for f in fields(cls)}
 
 
 def members(annotation: Any) -> tuple[Any, ...]:
-    """The alternatives of a union without None; anything else is its own only member."""
+    """The alternatives of a union without None; any other type is its only member."""
     if get_origin(annotation) in (Union, types.UnionType):
         return tuple(m for arg in get_args(annotation) if arg is not type(None) for m in members(arg))
     return (annotation,)
@@ -42,20 +42,20 @@ def sections(annotation: Any) -> tuple[type, ...]:
 
 
 def section_name(cls: type) -> str | None:
-    """The value of `name` that chooses this class, where it has one."""
+    """The value of `name` that selects this class, or None."""
     annotation = field_types(cls).get("name")
     choices = get_args(annotation) if get_origin(annotation) is Literal else ()
     return choices[0] if len(choices) == 1 else None
 
 
 def default_of(field: Field[Any]) -> Any:
-    """A field's default; MISSING for one that has to be given."""
+    """A field's default; MISSING for a required field."""
     return field.default_factory() if field.default_factory is not MISSING else field.default
 
 
 @cache
 def meanings(cls: Any) -> dict[str, str]:
-    """What each field means, from the `Attributes:` sections of the class and of its bases."""
+    """Each field's meaning, from the `Attributes:` sections of the class and its bases."""
     texts: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         lines = inspect.cleandoc(base.__doc__ or "").split("\n")
@@ -80,7 +80,7 @@ def subject(cls: type) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as in YAML; text in quotes, sections and long lists in short."""
+    """A value as in YAML; text in quotes, sections and long lists abbreviated."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, FromEnvironment):
@@ -95,13 +95,13 @@ def show(value: Any) -> str:
 
 
 def did_you_mean(word: Any, options: Iterable[str]) -> str:
-    """The option that is spelt nearest, as a sentence after a space, or nothing."""
+    """The option with the closest spelling, as a sentence after a space, or an empty text."""
     near = difflib.get_close_matches(str(word), list(options), 1)
     return f" Did you mean {near[0]}?" if near else ""
 
 
 def choice(value: Any) -> str:
-    """One choice of a Literal as it is written in YAML."""
+    """One choice of a Literal, as in YAML."""
     return value if isinstance(value, str) else show(value)
 
 
@@ -145,10 +145,9 @@ def _describe_member(member: Any) -> str:
 
 
 def walk_keys(cls: type, path: str = "", depth: int = 8) -> Iterator[tuple[str, type, str]]:
-    """All keys below a class: dotted path, the class that has it, its name there.
+    """All keys below a class: dotted path, the class that has the key, the key's name in that class.
 
-    `*` stands for a name that the user chooses, `[N]` for an index; classes that share a section each give
-    their own keys.
+    `*` is a name that the user chooses, `[N]` an index. If classes share a section, each yields its own keys.
     """
     for name, annotation in field_types(cls).items():
         here = f"{path}.{name}" if path else name

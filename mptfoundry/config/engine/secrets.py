@@ -1,9 +1,9 @@
-"""Secrets in a configuration: known by their names, by their form, or since the environment gave them.
+"""Redact secrets in a configuration, recognized by name, by format, or by origin in the environment.
 
-A config is saved with its run and sent to loggers. Neither needs a secret: a run that starts takes it from
-the user's own file or environment. Text that `${oc.env:NAME}` gave is never written, the expression is. Other
-text is replaced where its key's name says that it is a secret, or where it looks like one. The same names
-decide which variables of the environment no file may read.
+A config is saved with its run and sent to loggers. Neither needs a secret: a new run gets it from the user's
+own file or environment. Text from `${oc.env:NAME}` is never written, only the expression. Other text is
+redacted if its key's name is a secret's, or if it looks like a secret. The same names decide which
+environment variables no file may read.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from mptfoundry.config.engine.nested import leaves, mapped
 
 REDACTED = "<redacted>"
 
-# A name is split into words at `_`, `-`, `.` and capitals. These make it a secret's, unless the words tell of
-# a tokenizer's token, or of a key that is looked up.
+# A name is split into words at `_`, `-`, `.` and capitals. These words mark a secret, unless the other words
+# show that it is a tokenizer's token, or a lookup key.
 _SECRET = re.compile(
     r"\b(secrets|passwords|passphrase|pwd|pw|pat|auth|authorization|credentials?|creds|webhooks|bearer|sas|sig"
     r"|signature|dsn|cookies?|jwt|netrc|pgpass|pass$|key$|(api|access|private) keys|conn(ection)? str(ing)?"
@@ -30,7 +30,7 @@ _TOKENIZERS = re.compile(
 )
 _OTHER_KEY = re.compile(r"\b(text|prompt|response|target|label|sort|primary|foreign|index|metric) key$")
 
-# The folder where a command was started, which every shell keeps in the environment.
+# The working directory, which every shell keeps in the environment.
 _FOLDERS = ("PWD", "OLDPWD")
 
 _PASSWORD = re.compile(r"(\w[\w+.-]*://[^/\s:@]*:)[^/\s]+(?=@)")
@@ -52,12 +52,12 @@ _FORMS = re.compile(
 
 
 class FromEnvironment(str):
-    """Text that a variable of the environment gave, with the expression that is written in its place."""
+    """Text from an environment variable, with the expression to write instead."""
 
     expression: str
 
     def __new__(cls, value: str, expression: str) -> FromEnvironment:
-        """The text as it is used."""
+        """Create the text with its expression."""
         text = super().__new__(cls, value)
         text.expression = expression
         return text
@@ -76,12 +76,12 @@ def names_a_secret(name: str) -> bool:
 
 
 def may_be_read(name: str, value: str) -> bool:
-    """Whether a file may read this variable of the environment, and the value that it has."""
+    """Whether a file may read this environment variable with this value."""
     return (name in _FOLDERS or not names_a_secret(name)) and _without_secrets(value) == value
 
 
 def redacted(value: Any) -> Any:
-    """The same plain value, its secrets replaced by `<redacted>`, or by the expression that gave them."""
+    """The same plain value with secrets replaced by `<redacted>`, or by their expression."""
     return mapped(value, _redacted_leaf)
 
 
@@ -102,5 +102,5 @@ def _without_secrets(text: str) -> str:
 
 
 def redactions(value: Any) -> list[tuple[Any, ...]]:
-    """Where a configuration holds what stands for a secret, as the keys on the way."""
+    """The paths of a configuration's redacted values."""
     return [path for path, leaf in leaves(value) if isinstance(leaf, str) and REDACTED in leaf]

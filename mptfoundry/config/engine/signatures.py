@@ -1,7 +1,7 @@
-"""Other people's classes that a configuration names, described as dataclasses like our own sections.
+"""Describe third-party classes that a configuration names as dataclasses, like our own sections.
 
-Signatures are read from the sources of the installed packages; nothing is imported. Types are known as far as
-their annotations are plain (`int`, `Optional[str]`, `list[str]`, ...); any other argument takes anything.
+Signatures are read from the sources of the installed packages; nothing is imported. Only plain annotations
+(`int`, `Optional[str]`, `list[str]`, ...) are checked; other arguments accept anything.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ ALGORITHMS: dict[str, str] = {
 }
 _MIX = "a run has one data mix. Start a second run from load_path."
 _REMOVE = "nothing here does what it does. Remove it."
-# What llm-foundry has beyond Composer's, and why it is not here.
+# llm-foundry's callbacks, loggers and algorithms that are not supported, and why or what to use instead.
 REFUSED_CALLBACKS: dict[str, str] = {
     "async_eval": "runs evaluate as they go. Use eval_interval.",
     "curriculum_learning": _MIX,
@@ -75,13 +75,13 @@ REFUSED_ALGORITHMS: dict[str, str] = {
     "gated_linear_units": "it does nothing to an MPT. Set model.ffn_config.ffn_type: mptglu.",
     "low_precision_layernorm": "it changes the model. Set model.norm_type: low_precision_layernorm.",
 }
-# Arguments that the builder gives by itself, by class.
+# Arguments that the builder supplies, by class.
 GIVEN: dict[str, tuple[str, ...]] = {
     "mptfoundry.callbacks.samples:Generate": ("generate",),
     "mptfoundry.callbacks.hf_export:HFExport": ("write", "run_folder", "names"),
     "mptfoundry.callbacks.tensorboard:TensorBoardFile": ("run_folder",),
 }
-# Arguments that the builder takes next to the class's own, by class, with their types; none is required.
+# Additional optional arguments that the builder accepts, by class, with their types.
 EXTRA: dict[str, dict[str, type]] = {
     "mptfoundry.callbacks.samples:Generate": {
         "max_new_tokens": int,
@@ -91,7 +91,7 @@ EXTRA: dict[str, dict[str, type]] = {
         "seed": int,
     },
 }
-# Types that say more than their annotations, by class.
+# Types that are narrower than their annotations, by class.
 NARROWED: dict[str, dict[str, Any]] = {
     ALGORITHMS["gradient_clipping"]: {"clipping_type": Literal["norm", "value"]},
     CALLBACKS["hf_checkpointer"]: {"precision": Literal["float32", "float16", "bfloat16"]},
@@ -100,12 +100,12 @@ NARROWED: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, eq=False)
 class Catalogue:
-    """A section that names such classes, such as `callbacks`.
+    """The classes that a section such as `callbacks` can name.
 
     Attributes:
-        words: What it holds, in words.
-        known: Where each class lives, by the name in the configuration.
-        refused: Names that llm-foundry knows and that are not supported here, and why.
+        words: The section's contents, in words.
+        known: Each class's import path, by its name in the configuration.
+        refused: llm-foundry's names that are not supported here, and why.
     """
 
     words: str
@@ -115,9 +115,9 @@ class Catalogue:
 
 @cache
 def described(name: str, where: str) -> type:
-    """A dataclass called `name` with the arguments that `module:Class` takes from a configuration.
+    """A dataclass `name` with the arguments that `module:Class` takes from a configuration.
 
-    A field's default is the text of the argument's default in the source.
+    A field's default is the argument's default as source text.
 
     Raises:
         LookupError: The package is not installed, or has no such class.
@@ -134,13 +134,13 @@ def described(name: str, where: str) -> type:
 
 @cache
 def sentence_of(where: str) -> str:
-    """The first sentence of what a class says of itself, as plain text.
+    """The first sentence of a class's docstring, as plain text.
 
     Raises:
         LookupError: The package is not installed, or has no such class.
     """
     said = ast.get_docstring(_class_of(where))
-    if said is None:  # it may be put together when it is imported; its module says the same
+    if said is None:  # it may be built at import time; its module's docstring says the same
         said = ast.get_docstring(ast.parse(_source_of(where.partition(":")[0]).read_text(encoding="utf-8")))
     text = (said or "").split("\n\n")[0]
     text = re.sub(r"`([^`<]+?)\s*<[^>]*>`_*", r"\1", " ".join(text.split()))
@@ -180,7 +180,7 @@ def _constructor_arguments(node: ast.ClassDef) -> list[tuple[str, ast.expr | Non
 
 
 def _in_words(words: str, type_: Any) -> Any:
-    """A type that errors describe by other words."""
+    """A type with its own description in errors."""
     return Annotated[type_, Form(words, lambda value: None)]
 
 
@@ -198,7 +198,7 @@ _PLAIN: dict[str, Any] = {
 
 
 def _type_of(annotation: ast.expr | None) -> Any:
-    """The type of an annotation, without what a configuration can't give."""
+    """The type of an annotation, without alternatives that a configuration can't express."""
     if annotation is None:
         return Any
     name = _name(annotation)
@@ -206,7 +206,7 @@ def _type_of(annotation: ast.expr | None) -> Any:
         types = [_type_of(each) for each in _alternatives(annotation) if _name(each) != "Callable"]
         if set(types) <= {type(None)}:
             return Literal[None]
-        # Text takes numbers, too, as they are written.
+        # Text also accepts numbers, as written.
         return reduce(or_, sorted(types, key=lambda type_: type_ not in (int, float, bool)))
     if isinstance(annotation, ast.Subscript) and name in ("list", "List", "Sequence"):
         return list[_type_of(annotation.slice)]  # type: ignore[misc]

@@ -1,8 +1,8 @@
-"""The one walk that turns a document into a dataclass and finds everything that is wrong with it.
+"""Build a dataclass from a document in one walk, and find all its problems.
 
-Types come from the dataclasses' annotations: `Literal` lists choices, a union of dataclasses is chosen from
-by `name`, `Annotated[..., Form]` checks the form of a text. Objects are built from the leaves up. A problem
-never ends the walk; whatever has one is INVALID, and what stands above it is checked as far as it can be.
+Types come from the dataclasses' annotations: `Literal` lists choices, `name` selects from a union of
+dataclasses, `Annotated[..., Form]` checks the format of a text. Objects are built from the leaves up. A
+problem never ends the walk: the value becomes INVALID, and its section is still checked as far as possible.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _KEYS_IN_AN_ERROR = 30
 
 
 class _MismatchError(Exception):
-    """A value is not of this member of its type; another may take it."""
+    """A value does not fit this member of a union; another member may accept it."""
 
 
 def build(schema: type[T], document: Document, refused: Refused | None = None) -> T:
@@ -49,8 +49,8 @@ def build(schema: type[T], document: Document, refused: Refused | None = None) -
 
     Args:
         schema: The dataclass.
-        document: What was written.
-        refused: What is known but not supported, and why: (class name, key), (top section, its `name`) or
+        document: The document to read.
+        refused: Known but unsupported options, and why: (class name, key), (top section, its `name`) or
             (key, value).
 
     Raises:
@@ -62,7 +62,7 @@ def build(schema: type[T], document: Document, refused: Refused | None = None) -
 
 
 class _Walk:
-    """The state of the walk: where problems go, and what is known but not supported."""
+    """The state of the walk: the document that collects problems, and the refused options."""
 
     def __init__(self, root: type, document: Document, refused: Refused) -> None:
         self.root = root
@@ -70,7 +70,7 @@ class _Walk:
         self.refused = refused
 
     def value(self, annotation: Any, value: Any, path: KeyPath) -> Any:
-        """The value at `path` as its type wants it, or INVALID."""
+        """The value at `path`, converted to its type, or INVALID."""
         if value is UNRESOLVED:
             return INVALID
         if value is None and takes_none(annotation):
@@ -87,7 +87,7 @@ class _Walk:
             return INVALID
 
     def first_that_takes(self, annotation: Any, value: Any, path: KeyPath) -> Any:
-        """The value as the first member of its type takes it; raises _MismatchError if none does."""
+        """The value converted by the first member of its type that fits; _MismatchError if none does."""
         for member in members(annotation):
             try:
                 return self.member(member, value, path)
@@ -96,9 +96,9 @@ class _Walk:
         raise _MismatchError
 
     def chosen(self, classes: tuple[type, ...], value: dict[str, Any], path: KeyPath) -> Any:
-        """The section of the class that `name` chooses.
+        """The section of the class that `name` selects.
 
-        Without a name it is the one class whose `name` has a default, if there is one.
+        Without a name, it is the only class whose `name` has a default, if there is one.
         """
         by_name = {str(section_name(cls)): cls for cls in classes}
         name: Any = value.get("name")
@@ -112,7 +112,7 @@ class _Walk:
         return INVALID
 
     def unknown_name(self, by_name: dict[str, type], value: dict[str, Any], path: KeyPath) -> None:
-        """Report a `name` that chooses no class; the keys of a misspelled one are checked, too."""
+        """Report an unknown `name`; if it looks misspelled, also check its keys."""
         name, allowed = value.get("name"), f"Allowed: {', '.join(by_name)}."
         reason = self.refused.get((str(path[0]), str(name)))
         if "name" not in value:
@@ -129,7 +129,7 @@ class _Walk:
                 self.section(by_name[near], {**value, "name": near}, path)
 
     def section(self, cls: type, value: dict[str, Any], path: KeyPath) -> Any:
-        """A dataclass from its section, or INVALID."""
+        """The dataclass built from its section, or INVALID."""
         types = field_types(cls)
         for key in value:
             if key not in types:
@@ -157,13 +157,13 @@ class _Walk:
         return INVALID
 
     def missing_key(self, cls: type, path: KeyPath) -> None:
-        """Report a key that has to be given."""
+        """Report a missing required key."""
         key = str(path[-1])
         text = f"is missing. Expected {describe(field_types(cls)[key])}. {meanings(cls).get(key, '')}"
         self.document.report(path, text.rstrip())
 
     def broken_rules(self, cls: type, valid: dict[str, Any], path: KeyPath) -> bool:
-        """Report all rules that the valid fields break; whether there are any."""
+        """Report all rules that the valid fields break; returns whether there are any."""
         problems = list(broken_rules(cls, valid))
         for key, text in problems:
             if isinstance(key, tuple):
@@ -173,14 +173,14 @@ class _Walk:
         return bool(problems)
 
     def member(self, member: Any, value: Any, path: KeyPath) -> Any:
-        """The value as one member of a union takes it; raises _MismatchError if it doesn't."""
+        """The value converted to one member of a union; raises _MismatchError if it doesn't fit."""
         kind, arguments = get_origin(member), get_args(member)
         if is_dataclass(member):
             raise _MismatchError
         if kind is Annotated:
             return self.annotated(arguments[0], arguments[1], value, path)
         if kind is Literal:
-            if isinstance(value, bool):  # YAML reads an unquoted off or on as one
+            if isinstance(value, bool):  # YAML reads an unquoted off or on as a bool
                 value = next(
                     (each for each in arguments if each == self.document.origin(path).written), value
                 )
@@ -202,7 +202,7 @@ class _Walk:
         return _number(member, value)
 
     def annotated(self, plain: Any, form: Form | Catalogue, value: Any, path: KeyPath) -> Any:
-        """A value whose form is checked after its plain type."""
+        """A value whose format is checked after its plain type."""
         if isinstance(form, Catalogue):
             return self.foreign(form, value, path)
         result = self.first_that_takes(plain, value, path)
@@ -214,7 +214,7 @@ class _Walk:
         return result
 
     def foreign(self, catalogue: Catalogue, value: Any, path: KeyPath) -> Any:
-        """A section of other people's classes by name; one given as null on the command line is left out."""
+        """A section of third-party classes by name; null on the command line removes one."""
         if not isinstance(value, (dict, type(None))):
             raise _MismatchError
         self.nothing_to_leave_out(value or {}, path, catalogue.known)
@@ -226,7 +226,7 @@ class _Walk:
         return INVALID if any(kwargs is INVALID for kwargs in kept.values()) else kept
 
     def arguments(self, catalogue: Catalogue, name: str, value: Any, path: KeyPath) -> Any:
-        """The arguments of one of them, as a dict with the keys that are given, or INVALID."""
+        """The arguments of one such class, as a dict of the given keys, or INVALID."""
         if name in catalogue.known and isinstance(value, dict):
             try:
                 section = self.section(described(name, catalogue.known[name]), value, path)
@@ -245,7 +245,7 @@ class _Walk:
         return INVALID
 
     def sequence(self, arguments: tuple[Any, ...], value: Any, path: KeyPath) -> Any:
-        """A tuple from a list; one text alone is a list of one."""
+        """A tuple from a list; a single text counts as a list of one."""
         if value is None and arguments[-1] is Ellipsis:
             return ()
         if arguments[0] is str and not isinstance(value, (list, type(None))):
@@ -263,7 +263,7 @@ class _Walk:
         return INVALID if any(item is INVALID for item in items) else items
 
     def mapping(self, annotation: Any, value: Any, path: KeyPath) -> Any:
-        """A dict with names that the user chooses; a section given as null is left out."""
+        """A dict with names that the user chooses, without sections that are null."""
         if value is None:
             return {}
         if not isinstance(value, dict):
@@ -275,14 +275,14 @@ class _Walk:
         return INVALID if any(item is INVALID for item in items.values()) else items
 
     def nothing_to_leave_out(self, value: dict[str, Any], path: KeyPath, names: Iterable[str]) -> None:
-        """Report words such as `callbacks.x=null` for a name that nothing has."""
+        """Report words such as `callbacks.x=null` that remove a name nobody set."""
         for name, item in value.items():
             if item is None and (*path, name) in self.document.absent and name not in names:
                 text = f"nothing has this name, so it can't be left out.{did_you_mean(name, names)}"
                 self.document.report((*path, name), text)
 
     def text(self, value: Any, path: KeyPath) -> str:
-        """A text. A number is taken as it was written; so is a word of the command line, unless quoted."""
+        """A text. Numbers, and unquoted words of the command line, are taken as written."""
         origin = self.document.origin(path)
         if _is_a_list_or_mapping(value, origin):
             raise _MismatchError
@@ -296,7 +296,7 @@ class _Walk:
         raise _MismatchError
 
     def mismatch(self, annotation: Any, value: Any, path: KeyPath) -> str:
-        """Why a value does not fit its type, and what would."""
+        """Why a value does not fit its type, and what is expected."""
         origin = self.document.origin(path)
         is_shown = isinstance(value, FromEnvironment)
         source = f" (from {origin.expression})" if origin.expression and not is_shown else ""
@@ -320,13 +320,13 @@ class _Walk:
         return f"{show(value)}{source} is not allowed here.{hint} {expected}"
 
     def unknown_key(self, cls: type, path: KeyPath) -> str:
-        """Why the key at the end of a path is not allowed in a class, and which one was meant."""
+        """Why the last key of a path is not allowed in a class, with the closest allowed key."""
         key = str(path[-1])
         if (cls.__name__, key) in self.refused:
             return f"is not supported: {self.refused[cls.__name__, key]}"
         names = list(field_types(cls))
         near = did_you_mean(key, names)
-        if cls.__module__ == "types":  # made from a signature
+        if cls.__module__ == "types":  # built from a signature
             return f"unknown key.{near} {cls.__name__} takes {', '.join(names) or 'no arguments'}."
         if near:
             return f"unknown key.{near}"
@@ -345,7 +345,7 @@ def _has_usual_name(cls: type) -> bool:
 
 
 def _number(member: Any, value: Any) -> Any:
-    """An int, a float or a bool; whole floats are ints, ints are floats, texts are neither."""
+    """An int, a float or a bool; accepts whole floats as ints and ints as floats, but no text."""
     if member is bool and isinstance(value, bool):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -364,7 +364,7 @@ def _number(member: Any, value: Any) -> Any:
 
 
 def _is_a_list_or_mapping(value: Any, origin: Origin) -> bool:
-    """Whether a word is written as one, such as `[a]` or `{a: b}`; `{a}` and `note: b` may be text."""
+    """Whether a word is a list or mapping, such as `[a]` or `{a: b}`; `{a}` and `note: b` may be text."""
     if not origin.is_word or (origin.written or "")[:1] not in ("[", "{"):
         return False
     return isinstance(value, list) or (
