@@ -18,6 +18,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter, defaultdict
+from functools import cache
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -130,13 +131,19 @@ def measure(config: Path) -> dict[str, dict[str, int]]:
 
 def lines_of(path: Path, code: CodeType) -> set[int]:
     """The lines of the function that `code` belongs to; of a comprehension or a class body, none."""
+    return functions_of(path).get((code.co_name, code.co_firstlineno), set())
+
+
+@cache
+def functions_of(path: Path) -> dict[tuple[str, int], set[int]]:
+    """The lines of each function of a file, by its name and its first line, decorators included."""
+    functions = {}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             first = min([node.lineno, *(each.lineno for each in node.decorator_list)])
-            if first == code.co_firstlineno and node.name == code.co_name:
-                assert node.end_lineno is not None
-                return set(range(node.lineno, node.end_lineno + 1))
-    return set()
+            assert node.end_lineno is not None
+            functions[node.name, first] = set(range(node.lineno, node.end_lineno + 1))
+    return functions
 
 
 def by_room(lines: dict[Path, set[int]]) -> dict[str, dict[str, int]]:

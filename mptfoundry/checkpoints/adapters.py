@@ -138,6 +138,9 @@ def _lora_in(folder: Path) -> LoRAConfig:
             )
     given = {key: values[key] for key in known if values.get(key) is not None}
     targets = given.pop("target_modules", ())
+    for key in ("r", "lora_alpha", "lora_dropout"):
+        if not isinstance(given.get(key, 0), (int, float)):
+            raise CheckpointError(f"{folder / PEFT_CONFIG}: {key} is {given[key]!r}, which is not a number.")
     try:
         return LoRAConfig(target_modules=(targets,) if isinstance(targets, str) else tuple(targets), **given)
     except (TypeError, ValueError) as error:

@@ -14,7 +14,7 @@ from mptfoundry.config.engine.forms import (
     parse_bytes,
     parse_count,
 )
-from mptfoundry.config.engine.rules import (
+from mptfoundry.config.engine.section_rules import (
     Problem,
     Rules,
     at_least,

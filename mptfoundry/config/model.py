@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from mptfoundry.architecture.trainable import LoRAConfig
-from mptfoundry.config.engine.rules import Problem, Rules, not_empty, only_one, refuse_problems
+from mptfoundry.config.engine.section_rules import Problem, Rules, not_empty, only_one, refuse_problems
 from mptfoundry.config.parallel import Target, recomputed_parts
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import (

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from mptfoundry.config.engine.durations import Duration, parse_duration
-from mptfoundry.config.engine.rules import Problem, Rules, at_least, at_most, refuse_problems
+from mptfoundry.config.engine.section_rules import Problem, Rules, at_least, at_most, refuse_problems
 
 # Weights leave every number format long before it.
 LARGEST_RATE = 1000.0

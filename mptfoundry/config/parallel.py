@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from mptfoundry.config.engine.rules import Problem, Rules, at_least, only_one, refuse_problems
 from mptfoundry.config.engine.schema import show
+from mptfoundry.config.engine.section_rules import Problem, Rules, at_least, only_one, refuse_problems
 from mptfoundry.errors import ConfigError
 
 # Strategies that free the gathered weights after forward, and those with several replicas.

@@ -6,19 +6,18 @@ import re
 from collections.abc import Iterator
 from dataclasses import fields
 from string import Formatter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mptfoundry.architecture.trainable import pattern_problems
 from mptfoundry.config.data import label_problems, some_batches
 from mptfoundry.config.engine.durations import parse_duration
-from mptfoundry.config.engine.rules import Problem, Rules, at_least, at_most, broken_rules
+from mptfoundry.config.engine.section_rules import Problem, Rules, at_least, at_most, broken_rules
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.places import is_url, why_no_start_finds, why_not_a_path, why_not_a_run_name
 from mptfoundry.ranks import world_size
 
-if TYPE_CHECKING:
-    from mptfoundry.config.run import TrainConfig
+TrainConfig = Any  # config/run.py imports this file
 
 _PACKED = re.compile(r"\.(tar|tgz|tar\.\w+|pt\.(bz2|gz|lz4|lzma|lzo|xz|zst))$")
 # What is filled in for `{...}`: in names of checkpoints what Composer knows.

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from mptfoundry.config.data import LoaderConfig, loaders_by_label
 from mptfoundry.config.engine.durations import Duration, parse_duration
 from mptfoundry.config.engine.forms import parse_count
-from mptfoundry.config.engine.rules import Rules, refuse_problems
+from mptfoundry.config.engine.section_rules import Rules, refuse_problems
 from mptfoundry.config.engine.signatures import (
     ALGORITHMS,
     CALLBACKS,

@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-from mptfoundry.config.engine.rules import Problem, Rules, at_least, not_empty, only_one, refuse_problems
+from mptfoundry.config.engine.section_rules import (
+    Problem,
+    Rules,
+    at_least,
+    not_empty,
+    only_one,
+    refuse_problems,
+)
 from mptfoundry.places import is_url
 
 Amount = Literal["proportion", "repeat", "choose"]

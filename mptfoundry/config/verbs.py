@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mptfoundry.config.data import LoaderConfig, label_problems, loaders_by_label, some_batches
-from mptfoundry.config.engine.rules import Problem, Rules, at_least, refuse_problems
+from mptfoundry.config.engine.section_rules import Problem, Rules, at_least, refuse_problems
 
 
 @dataclass(frozen=True, kw_only=True)

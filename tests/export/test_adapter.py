@@ -101,7 +101,10 @@ def test_the_readme_of_an_adapter_loads_it(
     ids = made["tokenizer"]("def rows(table):", return_tensors="pt")["input_ids"]
     network, _ = load_network(tmp_path / "adapter", base=str(bases[kind]))
     with torch.no_grad():
-        torch.testing.assert_close(made["model"](ids).logits, network(ids).logits, rtol=1e-4, atol=1e-4)
+        # peft adds the adapter's product to the base's; here the matrices are added, with other rounding.
+        expected = network(ids).logits
+        limit = 1e-4 * float(expected.abs().max())
+        torch.testing.assert_close(made["model"](ids).logits, expected, rtol=0, atol=limit)
 
 
 def test_an_adapter_is_read_with_the_base_that_is_named(

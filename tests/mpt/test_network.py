@@ -157,7 +157,7 @@ def test_a_packed_row_teaches_what_its_examples_teach_alone(
     plain = MPT(config({"alibi": True}, d_model=64, no_bias=True), seed=1)
     ids, lengths = tokens(1, 27)[0].numpy(), np.array([11, 1, 15])
     pieces = np.split(ids, lengths.cumsum()[:-1])
-    row = {"input_ids": ids, "learned": np.ones(27, bool), "lengths": lengths, "sample_id": 0}
+    row = {"input_ids": ids, "trained": np.ones(27, bool), "lengths": lengths, "sample_id": 0}
     batch = RowCollator(32)([row])
     given = {name: batch[name] for name in ("attention_mask", "sequence_id", "labels", "max_documents")}
     packed(batch["input_ids"], **given).loss.backward()

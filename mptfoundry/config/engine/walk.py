@@ -16,7 +16,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 from mptfoundry.config.engine.document import UNRESOLVED, Document, KeyPath, Origin, parse_key
 from mptfoundry.config.engine.forms import Form
 from mptfoundry.config.engine.nested import leaves
-from mptfoundry.config.engine.rules import broken_rules, in_words
 from mptfoundry.config.engine.schema import (
     choice,
     default_of,
@@ -32,6 +31,7 @@ from mptfoundry.config.engine.schema import (
     walk_keys,
 )
 from mptfoundry.config.engine.secrets import FromEnvironment
+from mptfoundry.config.engine.section_rules import broken_rules, in_words
 from mptfoundry.config.engine.signatures import Catalogue, described
 
 INVALID: Any = object()

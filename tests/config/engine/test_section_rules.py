@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mptfoundry.config.engine.rules import (
+from mptfoundry.config.engine.section_rules import (
     Problem,
     Rules,
     at_least,
