@@ -152,8 +152,9 @@ def _heads(run: TrainConfig, key: str) -> Iterator[Problem]:
 
 
 def _no_text_from_heads(run: TrainConfig) -> Iterator[Problem]:
+    name = run.model.name
     if "generate_callback" in run.callbacks and isinstance(run.model, HeadConfig):
-        text = f"model.name: {run.model.name} generates no text. Remove it."
+        text = f"model.name: {name} generates no text. Remove it."
         yield "callbacks.generate_callback", text
 
 
