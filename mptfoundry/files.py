@@ -83,7 +83,7 @@ def refuse_what_is_there(
     _put_back(path.absolute(), _is_of_no_other)
     read = None if source is None or is_url(source) else Path(source).resolve()
     if read is not None and path.resolve() in (read, *read.parents) and path.exists():
-        raise CheckpointError(f"{path}: {source} is read and lies there. Name another place.")
+        raise CheckpointError(f"{path}: {source} is read from there. Name another place.")
     there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
     if not overwrite and (there or path.is_file()):
         raise CheckpointError(f"{path}: is there already. Name another place, or set overwrite=true.")

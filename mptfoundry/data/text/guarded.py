@@ -164,7 +164,7 @@ class GuardedStream(Stream):
                 return
             part.unlink()
         raise DataError(
-            f"{self.where}: {self._remote(entry.basename)} {found}, and so it was when fetched again. Mend "
+            f"{self.where}: {self._remote(entry.basename)} {found}, and so it was when fetched again. Fix "
             f"it there; if it was replaced there, remove {self.folder / INDEX} here."
         )
 
