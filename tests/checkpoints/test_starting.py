@@ -71,10 +71,12 @@ class Counting:
 
 
 @pytest.fixture(params=[0, 1])
-def rank_of_two(request: pytest.FixtureRequest) -> Iterator[int]:
+def rank_of_two(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """A process that takes itself for one of two, as far as no other is asked for anything."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(request.param))
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=request.param, world_size=2)
     yield request.param
     torch.distributed.destroy_process_group()
