@@ -239,7 +239,7 @@ def test_what_is_there_is_kept_unless_asked(write_run: WriteRun, tmp_path: Path)
 def test_an_export_never_replaces_what_it_reads(write_run: WriteRun, out: str) -> None:
     run = write_run()
     there = sorted(run.parent.rglob("*"))
-    with pytest.raises(CheckpointError, match="which is read, lies there"):
+    with pytest.raises(CheckpointError, match="is read from there"):
         export(run, run if out == "run" else run.parent, overwrite=True, progress=False)
     assert sorted(run.parent.rglob("*")) == there
 
