@@ -30,6 +30,7 @@ _OLD = ".old"
 _BEGUN = re.compile(rf"\.(?P<name>.+)\.(?P<host>[^.]+)\.(?P<pid>\d+)(?P<old>\{_OLD})?\.part")
 # From linux/fs.h and fcntl.h.
 _EXCHANGE, _HERE = 2, -100
+_LARGEST_JSON = 1 << 26  # bytes
 
 
 @contextmanager
@@ -236,9 +237,6 @@ def _is_of_the_dead(host: str, pid: int) -> bool:
 def _is_of_no_other(host: str, pid: int) -> bool:
     """The same, or it has this process's ID, as processes of successive containers often do."""
     return host == _host() and (pid == os.getpid() or not is_alive(pid))
-
-
-_LARGEST_JSON = 1 << 26
 
 
 def confined(folder: Path, name: str, named_by: Path) -> Path:
