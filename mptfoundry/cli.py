@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 STOPPED_WHILE_STARTING = "{name}: stopped while starting; nothing had to be saved."
 STOPPED_BY_CTRL_C = "stopped by Ctrl-C"
 CTRL_C_EXIT_CODE = 130
+# Modules that all installations have; if one is missing, the error has the command that installs them.
+REQUIRED = {"omegaconf", "yaml", "torch", "composer", "streaming", "transformers", "tokenizers", "datasets"}
 KEY = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
 
 
@@ -61,6 +63,16 @@ def _run(verb: Verb, words: list[str]) -> int:
             raise
         report(error)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        if error.name not in REQUIRED:
+            raise
+        from mptfoundry.plan.install_sets import install_command, usual_set
+
+        command = install_command(usual_set())
+        report(
+            MPTFoundryError(f"{error.name} is not installed. Install all that mptfoundry needs: {command}")
+        )
+        return MPTFoundryError.exit_code
     except KeyboardInterrupt:
         print(STOPPED_BY_CTRL_C, file=sys.stderr)
         return CTRL_C_EXIT_CODE
@@ -223,9 +235,13 @@ def _doctor(words: list[str]) -> None:
     options = _options(words, "DoctorConfig")
     with _importing():
         from mptfoundry.doctor import clean, doctor, troubles
+        from mptfoundry.plan.install_sets import install_command
 
     if options.clean:
         print(clean())
+        return
+    if options.install:
+        print(install_command(options.install))
         return
     print(doctor())
     if troubles():
@@ -345,7 +361,7 @@ VERBS = {
     "doctor": Verb(
         _doctor,
         "show what works on this machine, and why the rest does not",
-        "[clean=true]",
+        "[clean=true | install=SET]",
         "mptfoundry doctor",
         "DoctorConfig",
     ),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import resource
 import shutil
 import sys
@@ -23,6 +22,7 @@ from mptfoundry import __version__
 from mptfoundry.mpt.backends import choose_backend, why_not
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.plan.devices import GIB, Device, launcher_device, visible_gpus
+from mptfoundry.plan.install_sets import PYTHONS, installed_set, pins, release, version_of
 from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision
 from mptfoundry.run.leftovers import find_leftovers, remove_leftovers
 
@@ -79,38 +79,49 @@ def clean() -> str:
 def troubles() -> list[str]:
     """List what keeps a run from starting here, one sentence each; if any, the doctor exits with 1."""
     found = []
-    if not (3, 10) <= sys.version_info[:2] <= (3, 12):
-        found.append(f"Python {platform.python_version()} is not supported. Use 3.10, 3.11 or 3.12.")
+    if not any(low <= sys.version_info[:2] <= high for low, high in PYTHONS.values()):
+        found.append(f"Python {platform.python_version()} is not supported. Use 3.11, 3.12, 3.13 or 3.14.")
     for name, purpose in _PACKAGES.items():
-        if purpose is None and _version(name) is None:
-            found.append(f"{name} is not installed. Install the project: pip install -e .")
+        if purpose is None and version_of(name) is None:
+            found.append(f"{name} is not installed. `mptfoundry doctor install=current` prints the command.")
     if not os.access(Path.cwd(), os.W_OK):
         found.append(f"{Path.cwd()} is not writable: runs are kept there unless save_folder says otherwise.")
     return found
 
 
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
 def _packages() -> list[str]:
     width = max(map(len, _PACKAGES)) + 2
-    lines = []
+    lines = _set()
     for name, purpose in _PACKAGES.items():
-        version = _version(name)
+        version = version_of(name)
         missing = "MISSING" if purpose is None else f"not installed ({purpose})"
         lines.append(f"{name:{width}}{version or missing}{_outside(name, version)}")
     return lines
 
 
+def _set() -> list[str]:
+    """Name the tested set that is installed here, and what differs from it."""
+    try:
+        name, differences = installed_set()
+    except ImportError:  # packaging is not there
+        return []
+    if not differences:
+        return [f"the set {name}, exactly"]
+    differences.sort(key=lambda phrase: phrase.split()[0] not in _PACKAGES)
+    some = ", ".join(differences[:5]) + (", ..." if len(differences) > 5 else "")
+    return [f"nearest to the set {name}; {len(differences)} of its {len(pins(name))} packages differ: {some}"]
+
+
 def _outside(name: str, version: str | None) -> str:
-    """Say which package's declared range excludes the installed version, or return an empty string."""
+    """Say which package's declared range excludes the installed version, or return an empty string.
+
+    The versions of the installed set are tested, whatever Composer declares.
+    """
     try:
         from packaging.requirements import Requirement
     except ImportError:
+        return ""
+    if version and version.split("+")[0] == pins(installed_set()[0]).get(name):
         return ""
     for owner in ("mptfoundry", "mosaicml", "mosaicml-streaming"):
         try:
@@ -135,7 +146,7 @@ def _devices(device: Device) -> list[str]:
 
 def _attention(device: Device) -> list[str]:
     """Report which backends can run an MPT (ALiBi, causal) here in the precision that `auto` picks."""
-    if _version("torch") is None:
+    if version_of("torch") is None:
         return ["nothing works without torch"]
     config = MPTConfig(attn_config=AttnConfig(alibi=True), no_bias=True)
     where = device.torch_type, COMPUTE_DTYPE[choose_precision(device)[0]]
@@ -182,17 +193,15 @@ def _hub() -> str:
 
 def _traps(device: Device) -> list[str]:
     """List surprises in the installed versions, but only those that apply to this machine."""
-    torch, numpy, triton = _version("torch") or "", _version("numpy") or "", _version("triton") or ""
+    torch, numpy, triton = version_of("torch") or "", version_of("numpy") or "", version_of("triton") or ""
     lines = []
     if device.kind == "cpu":
         lines.append("precision: auto is fp32 here; Composer refuses amp_bf16 on a CPU.")
     elif "+cpu" in torch:
         lines.append(f"torch {torch} is built without CUDA: it will not use the GPU.")
-    if _numbers(torch) >= (2, 7, 1):
-        lines.append(f"torch {torch} is newer than mosaicml declares; installed with --no-deps it works.")
     if os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}:
         lines.append("TRITON_INTERPRET is set: Triton's kernels run slowly on the CPU, and wrongly in bf16.")
-        if _numbers(triton) >= (3, 6) and _numbers(numpy) >= (2, 4):
+        if (3, 6) <= release(triton) < (3, 7) and release(numpy) >= (2, 4):
             lines.append(f"Triton {triton}'s interpreter crashes with numpy {numpy}. Use numpy below 2.4.")
     shared = Path("/dev/shm")
     if shared.is_dir() and shutil.disk_usage(shared).total < GIB:
@@ -206,7 +215,3 @@ def _traps(device: Device) -> list[str]:
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1024:
         lines.append("Few files may be open at once; raise it for data sets of many shards: ulimit -n 4096")
     return lines
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(digits) for digits in re.findall(r"\d+", version.split("+")[0])[:3]) or (0,)

@@ -11,6 +11,7 @@ import pytest
 from mptfoundry import doctor as module
 from mptfoundry.doctor import doctor, troubles
 from mptfoundry.plan.devices import Device
+from mptfoundry.plan.install_sets import PYTHONS, pins
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +58,9 @@ def install(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
 
 def test_a_missing_package_is_trouble_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, omegaconf=None)
-    assert troubles() == ["omegaconf is not installed. Install the project: pip install -e ."]
+    assert troubles() == [
+        "omegaconf is not installed. `mptfoundry doctor install=current` prints the command."
+    ]
 
 
 def test_a_missing_optional_package_is_no_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,14 +69,18 @@ def test_a_missing_optional_package_is_no_trouble(monkeypatch: pytest.MonkeyPatc
     assert any(line.startswith("peft ") and "not installed (LoRA;" in line for line in section("Packages"))
 
 
-def test_a_version_outside_a_declared_range_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch, torch="2.11.0", transformers="5.0.0")
+def test_a_version_that_nobody_declares_or_tests_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, torch="2.1.0", transformers="6.0.0")
     said = {line.split()[0]: line for line in section("Packages")}
     assert "outside what mosaicml declares" in said["torch"] and "outside what" in said["transformers"]
-    install(monkeypatch, torch="2.7.0")
-    assert section("Packages")[[line.split()[0] for line in section("Packages")].index("torch")].endswith(
-        "2.7.0"
-    )
+    assert "differ: " in said["nearest"] and "torch 2.1.0 instead of " in said["nearest"]
+
+
+def test_what_a_tested_set_has_is_not_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in PYTHONS:
+        install(monkeypatch, **pins(name))
+        assert section("Packages")[0] == f"the set {name}, exactly"
+        assert not any("outside" in line for line in section("Packages"))
 
 
 @pytest.mark.serial

@@ -253,9 +253,12 @@ class DoctorConfig:
     Attributes:
         clean: Instead, remove and list the shared memory and temporary files that dead runs of this user
             left. Whatever a living process uses stays.
+        install: Instead, print the command that installs a tested set of packages: `current` (today's PyTorch
+            and transformers) or `composer-pins` (PyTorch 2.7, for Python 3.10, older GPUs and older drivers).
     """
 
     clean: bool = False
+    install: Literal["current", "composer-pins"] | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ OF_SECTIONS = {
     ("loggers", "slack"): "slack_sdk",
 }
 ON_A_GPU = {("callbacks", "system_metrics_monitor"): "pynvml"}
-ADAPTERS, QUANTIZED = "peft>=0.15,<0.18", "bitsandbytes>=0.48"
+ADAPTERS, QUANTIZED = "peft>=0.15,<0.22", "bitsandbytes>=0.48"
 
 
 def missing_packages(config: TrainConfig, device_type: str) -> Iterator[tuple[str, str]]:
