@@ -120,9 +120,14 @@ def _close_shared_memory() -> None:
     files, _shared_memory[:] = tuple(_shared_memory), []
     for file in files:
         try:
+            is_ours = False
             with contextlib.suppress(OSError):  # closed or removed already
+                # Streaming may have removed the file, and another process may use its name by now.
+                is_ours = os.path.samestat(os.fstat(file._fd), Path("/dev/shm", file.name).stat())
+            with contextlib.suppress(OSError):
                 file.close()
-                file.unlink()
+                if is_ours:
+                    file.unlink()
         except BufferError:
             _shared_memory.append(file)
 

@@ -60,4 +60,4 @@ def test_continued_from_the_end_of_each_epoch_two_ranks_read_what_they_read_in_o
         [row["eval"] for row in read_rows(tmp_path / name / "metrics.jsonl") if "eval" in row]
         for name in ("whole", "continued")
     ]
-    assert rows[0] == rows[1] and len(rows[0]) == 3
+    assert rows[0] == rows[1] and len(rows[0]) == 6  # three evaluations of two labels
