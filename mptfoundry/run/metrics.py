@@ -12,8 +12,6 @@ from math import isnan, nan
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mptfoundry.files import whole_or_absent
 
 Row = dict[str, Any]
@@ -108,22 +106,20 @@ FEWEST_POINTS = 20
 
 
 def smooth(values: Sequence[float]) -> list[float]:
-    """Return centred means over a fortieth of the points on each side, and fewer towards the start.
+    """Return centred means over a fortieth of the points on each side, and over fewer at the start.
 
-    Both sides have the same number of points, so that a curve that falls evenly stays where it is. At the
-    end, where one side is short, a line through the points replaces their mean.
+    Both sides have the same number of points, so that a curve that falls evenly stays where it is. The last
+    points, which lack the right side, have no mean (nan): the curve ends a little before the run does.
     """
     sums = [0.0, *accumulate(0.0 if isnan(value) else value for value in values)]
     counts = [0, *accumulate(int(not isnan(value)) for value in values)]
+    widest = round(len(values) / 2 / FEWEST_POINTS)
     means = []
     for place in range(len(values)):
-        side = min(round(len(values) / 2 / FEWEST_POINTS), place)
+        side = min(widest, place)
         first, end = place - side, place + side + 1
-        if end > len(values):
-            means.append(_on_a_line(values[first:], side))
-        else:
-            count = counts[end] - counts[first]
-            means.append((sums[end] - sums[first]) / count if count else nan)
+        count = counts[end] - counts[first] if end <= len(values) else 0
+        means.append((sums[end] - sums[first]) / count if count else nan)
     return means
 
 
@@ -131,13 +127,3 @@ def mean_at_the_end(values: Sequence[float]) -> float | None:
     """Return the mean over the last twentieth of the points, at least one; None if there is no number."""
     last = [value for value in values[-max(1, round(len(values) / 20)) :] if not isnan(value)]
     return sum(last) / len(last) if last else None
-
-
-def _on_a_line(values: Sequence[float], place: int) -> float:
-    """Return the value of a least-squares line through the points at one position."""
-    x, y = np.arange(len(values)) - float(place), np.asarray(values, float)
-    x, y = x[~np.isnan(y)], y[~np.isnan(y)]
-    if len(y) < 2:
-        return float(y[0]) if len(y) else nan
-    slope = ((x - x.mean()) * (y - y.mean())).sum() / np.square(x - x.mean()).sum()
-    return float(y.mean() - slope * x.mean())
