@@ -48,7 +48,7 @@ def main(words: list[str]) -> int:
             rows.append([package, newest, newest, "is the newest"])
         else:
             result, passed = try_package(package, newest, pinned, options["tests"].split(","))
-            rows.append([package, pinned.get(package), newest, result])
+            rows.append([package, pinned.get(package, ""), newest, result])
             failed |= not passed
         print(f"{package}: {rows[-1][-1]}", file=sys.stderr, flush=True)
     print(tabulate(rows, headers=["package", f"in {name}", "newest", "tests"], disable_numparse=True))

@@ -155,5 +155,5 @@ def best_spans(logits: Tensor, is_text: Tensor, longest: int = LONGEST_ANSWER) -
     for more in range(sums.shape[1]):
         sums[:, more, : seq - more] = scores[:, : seq - more, 0] + scores[:, more:, 1]
     best = sums.flatten(1).argmax(1)
-    first, more = best % seq, best // seq
-    return torch.stack([first, first + more], dim=1)
+    first, length = best % seq, best // seq
+    return torch.stack([first, first + length], dim=1)
