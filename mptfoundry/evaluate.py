@@ -1,6 +1,7 @@
-"""Evaluate a finished model: `evaluate(options)` measures its loss on labelled held-out text.
+"""Evaluate a finished model: its loss on labelled held-out text, and its answers to in-context tasks.
 
-Every token counts once, whatever the batch size and the number of ranks (see evals/token_loss.py).
+Every token and every document counts once, whatever the batch size and the number of ranks (see
+evals/token_loss.py and tasks/).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from composer import Trainer
+from composer.core.precision import get_precision_context
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 
@@ -32,6 +34,8 @@ from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.sharding import start_on_the_cpu
 from mptfoundry.plan.devices import Device, detect_device
 from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision, choose_workers, precision_problem
+from mptfoundry.ranks import say
+from mptfoundry.tasks.evaluation import Model, TaskPlan, evaluate_tasks, plan_tasks
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 EVAL_BATCH_SIZE = 8
@@ -42,10 +46,11 @@ Results = dict[str, dict[str, float]]
 
 
 def evaluate(options: EvalConfig) -> Results:
-    """Measure loss, perplexity and bits per byte of a model on each of its labelled loaders.
+    """Measure a model's loss on labelled loaders, or its accuracy in tasks, or both.
 
     Returns:
-        label -> metric -> value; `LanguageCrossEntropy` in nats per token. Also written to `options.out`.
+        label -> metric -> value; `LanguageCrossEntropy` in nats per token. Also written to a file, see
+        `EvalConfig.out`.
 
     Raises:
         ConfigError, DataError, CheckpointError: Something the options name is missing or doesn't fit.
@@ -63,8 +68,12 @@ def evaluate(options: EvalConfig) -> Results:
     if tokenizer is None:
         raise ConfigError(f"tokenizer: {options.model} has none. Name the one it was trained with.")
     check_tokenizer(tokenizer, source.config.vocab_size)
-    loaders = _loaders(options, source)
-    batch_size = options.device_eval_batch_size
+    max_seq_len = options.max_seq_len or source.config.max_seq_len
+    plan = plan_tasks(options, source, tokenizer, max_seq_len) if options.icl_tasks is not None else None
+    loaders = _loaders(options, source) if plan is None or options.eval_loaders else {}
+    batch_size = (
+        EVAL_BATCH_SIZE if options.device_eval_batch_size == "auto" else options.device_eval_batch_size
+    )
     is_sharded = dist.get_world_size() > 1 and _was_sharded(source)
     trainer = Trainer(
         model=_model(options, source, device, tokenizer, precision, is_sharded=is_sharded),
@@ -74,8 +83,8 @@ def evaluate(options: EvalConfig) -> Results:
             options,
             model=source.config,
             tokenizer=tokenizer,
-            max_seq_len=options.max_seq_len or source.config.max_seq_len,
-            device_batch_size=EVAL_BATCH_SIZE if batch_size == "auto" else batch_size,
+            max_seq_len=max_seq_len,
+            device_batch_size=batch_size,
             num_workers={label: _workers(loader, device) for label, loader in loaders.items()},
         ),
         eval_subset_num_batches=options.eval_subset_num_batches,
@@ -86,30 +95,43 @@ def evaluate(options: EvalConfig) -> Results:
         python_log_level="warning",
         dist_timeout=options.dist_timeout,
     )
-    trainer.eval()
-    results = {
-        label: {name: float(metric.compute()) for name, metric in metrics.items()}
-        for label, metrics in trainer.state.eval_metrics.items()
-    }
+    results: Results = {}
+    if loaders:
+        trainer.eval()
+        results = {
+            label: {name: float(metric.compute()) for name, metric in metrics.items()}
+            for label, metrics in trainer.state.eval_metrics.items()
+        }
+    if plan is not None:
+        network: Any = trainer.state.model.model
+        network.eval()
+        with get_precision_context(precision):
+            model = Model(network, tokenizer, is_sharded=is_sharded)
+            results |= evaluate_tasks(model, plan, tokens=batch_size * max_seq_len)
     trainer.close()
     if dist.get_global_rank() == 0:
-        _write(results, options, source)
+        _write(results, options, source, plan)
     return results
 
 
 def results_table(results: Results) -> str:
-    """Format the results as a table, one row per label."""
-    names = list(next(iter(results.values())))
-    width = max(len("label"), *(len(label) for label in results))
-    lines = ["  ".join([f"{'label':{width}}", *names])]
+    """Format the results as tables, one row per label and one table per set of metrics."""
+    tables: dict[tuple[str, ...], Results] = {}
     for label, metrics in results.items():
-        cells = (f"{_short(metrics[name]):>{len(name)}}" for name in names)
-        lines.append("  ".join([f"{label:{width}}", *cells]))
-    return "\n".join(lines)
+        tables.setdefault(tuple(metrics), {})[label] = metrics
+    width = max(len("label"), *(len(label) for label in results))
+    blocks = []
+    for names, rows in tables.items():
+        lines = ["  ".join([f"{'label':{width}}", *names])]
+        for label, metrics in rows.items():
+            cells = (f"{_short(metrics[name]):>{len(name)}}" for name in names)
+            lines.append("  ".join([f"{label:{width}}", *cells]))
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value.is_integer() else f"{value:.4f}"
+    return f"{value:,.0f}" if value.is_integer() and abs(value) > 1 else f"{value:.4f}"
 
 
 def _was_sharded(source: ModelSource) -> bool:
@@ -163,9 +185,13 @@ def _workers(loader: LoaderConfig, device: Device) -> int:
     return choose_workers(device)[0] if loader.num_workers == "auto" else loader.num_workers
 
 
-def _write(results: Results, options: EvalConfig, source: ModelSource) -> None:
+def _write(results: Results, options: EvalConfig, source: ModelSource, plan: TaskPlan | None) -> None:
     folder = source.path if source.path.is_dir() else source.path.parent
-    out = Path(options.out) if options.out else folder / "eval.json"
+    out = plan.results if plan is not None else Path(options.out) if options.out else folder / "eval.json"
     content: dict[str, Any] = {"model": str(source.path), "results": results, "options": asdict(options)}
+    if plan is not None:
+        content["settings"] = plan.settings
     with whole_or_absent(out, overwrite=True) as path:
-        path.write_text(json.dumps(content, indent=2) + "\n")
+        path.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    if plan is not None:
+        say(f"results: {out}")

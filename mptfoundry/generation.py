@@ -87,7 +87,7 @@ def generate_text(
         The continuations, without the prompts and without special tokens.
     """
     encoded = [encode_prompt(tokenizer, prompt, network.config) for prompt in prompts]
-    return _continue(network, tokenizer, encoded, max_new_tokens, sampling, stop, stream)
+    return continue_prompts(network, tokenizer, encoded, max_new_tokens, sampling, stop, stream)
 
 
 def encode_prompt(tokenizer: Any, prompt: str, config: MPTConfig) -> list[int]:
@@ -185,7 +185,7 @@ def check_length(config: MPTConfig, length: int) -> None:
     )
 
 
-def _continue(
+def continue_prompts(
     network: MPT,
     tokenizer: Any,
     encoded: Sequence[list[int]],
@@ -193,8 +193,14 @@ def _continue(
     sampling: Sampling,
     stop: Sequence[str],
     stream: Callable[[int, str], None] | None,
+    *,
+    to_the_end: bool = False,
 ) -> list[str]:
-    """The continuations of encoded prompts; `stream` gets the row's index and each piece."""
+    """The continuations of encoded prompts; `stream` gets the row's index and each piece.
+
+    With `to_the_end`, the network makes `max_new_tokens` steps even if all texts have ended, so that ranks
+    whose weights are sharded make equally many.
+    """
     device = next(network.parameters()).device
     width = max(len(ids) for ids in encoded)
     input_ids = torch.tensor([[ids[0]] * (width - len(ids)) + ids for ids in encoded], device=device)
@@ -208,12 +214,13 @@ def _continue(
         if piece and stream is not None:
             stream(number, piece)
 
-    for ids in _steps(network, input_ids, mask, max_new_tokens, sampling, end, done):
+    ends = None if to_the_end else end
+    for ids in _steps(network, input_ids, mask, max_new_tokens, sampling, ends, done):
         for number, (row, token) in enumerate(zip(rows, ids.tolist(), strict=True)):
             if not row.ended:
                 row.ended = token == end
                 show(number, "" if row.ended else row.add(token))
-                done[number] = row.ended
+                done[number] = row.ended and not to_the_end
     for number, row in enumerate(rows):
         show(number, row.finish())
     return [row.text for row in rows]
@@ -324,7 +331,7 @@ def chat(
                 output_fn(
                     f"({left_out} tokens from the beginning of the talk no longer fit and are left out.)\n"
                 )
-            answer = _continue(
+            answer = continue_prompts(
                 network, tokenizer, [ids], max_new_tokens, sampling, stop, lambda _, piece: output_fn(piece)
             )
             sampling = replace(sampling, seed=sampling.seed + 1)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from mptfoundry.config.data import LoaderConfig, label_problems, loaders_by_label, some_batches
 from mptfoundry.config.engine.section_rules import Problem, Rules, at_least, refuse_problems
+from mptfoundry.config.tasks import GauntletConfig, TaskConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +129,11 @@ class EvalConfig:
         max_seq_len: Tokens in a sequence. Default: the model's.
         device_eval_batch_size: Sequences a device evaluates at once. `auto` chooses by the memory.
         eval_subset_num_batches: Batches in an evaluation; -1: all.
+        icl_tasks: In-context tasks to evaluate, or a YAML file of them. Without an `eval_loader`, the loss is
+            then not measured.
+        eval_gauntlet: How the tasks' scores are averaged, or a YAML file that says it.
+        num_fewshot: Evaluate all tasks with this many examples, instead of each task's own numbers.
+        limit: Evaluate only the first documents of each task; -1: all.
         precision: Number format of the computation. `auto`: bfloat16 on GPUs that support it, else float32.
         attn_impl: The attention backend; all have the same mathematics.
         verify: Compare the weights with their checksums.
@@ -145,6 +151,10 @@ class EvalConfig:
     max_seq_len: int | None = None
     device_eval_batch_size: int | Literal["auto"] = "auto"
     eval_subset_num_batches: int = -1
+    icl_tasks: tuple[TaskConfig, ...] | str | None = None
+    eval_gauntlet: GauntletConfig | str | None = None
+    num_fewshot: int | None = None
+    limit: int = -1
     precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"] = "auto"
     attn_impl: Literal["auto", "torch", "flash", "triton"] = "auto"
     verify: bool = True
@@ -161,8 +171,16 @@ class EvalConfig:
         """What has to hold."""
         yield from at_least(self, max_seq_len=1, eval_subset_num_batches=-1, seed=0, dist_timeout=1)
         yield from at_least(self, device_eval_batch_size=1)
+        yield from at_least(self, num_fewshot=0, limit=-1)
         yield some_batches(self, "eval_subset_num_batches")
         yield label_problems(self)
+        yield self._tasks_needed()
+
+    def _tasks_needed(self) -> Iterator[Problem]:
+        if self.icl_tasks is None:
+            for key in ("eval_gauntlet", "num_fewshot"):
+                if getattr(self, key) is not None:
+                    yield key, "has no effect without icl_tasks. Name the tasks, or remove it."
 
     @property
     def eval_loaders(self) -> dict[str, LoaderConfig]:

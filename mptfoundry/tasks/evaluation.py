@@ -1,0 +1,284 @@
+"""Evaluate in-context tasks: the ranks take turns at the batches, and the first one keeps the answers."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from composer.utils import dist, get_file
+from tqdm import tqdm
+
+from mptfoundry import __version__
+from mptfoundry.checkpoints.source import ModelSource
+from mptfoundry.config.load import parse_words
+from mptfoundry.config.tasks import GauntletConfig, TaskConfig, TaskFileConfig
+from mptfoundry.config.verbs import EvalConfig, Sampling
+from mptfoundry.errors import ConfigError, DataError
+from mptfoundry.files import whole_or_absent
+from mptfoundry.generation import continue_prompts
+from mptfoundry.mpt.network import MPT
+from mptfoundry.places import path_of
+from mptfoundry.ranks import once_per_node, rank, say, world_size
+from mptfoundry.stores import AT_START, patiently, reason_of
+from mptfoundry.tasks.gauntlet import gauntlet_scores, refuse_missing
+from mptfoundry.tasks.outcomes import (
+    Outcome,
+    judge_scores,
+    judge_text,
+    mean_of_categories,
+    task_metrics,
+)
+from mptfoundry.tasks.questions import Question, TaskData, build_task, read_lines
+from mptfoundry.tasks.samples import SAMPLES, Samples, identity_of, settings_hash
+from mptfoundry.tasks.scoring import Batch, plan_batches, score_batch
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """The tasks of an evaluation with their questions, and where its answers and results go.
+
+    Attributes:
+        tasks: Each task with each number of examples.
+        gauntlet: How their scores are averaged.
+        results: The JSON file of results.
+        samples: The file of answers.
+        settings: All that changes numbers; a file of answers is continued only if they are the same.
+    """
+
+    tasks: tuple[TaskData, ...]
+    gauntlet: GauntletConfig | None
+    results: Path
+    samples: Path
+    settings: dict[str, Any]
+
+
+def plan_tasks(options: EvalConfig, source: ModelSource, tokenizer: Any, max_seq_len: int) -> TaskPlan:
+    """Read the tasks that the options name, and their data.
+
+    Raises:
+        ConfigError, DataError: A file of tasks or data is missing or wrong, or the gauntlet lacks a task.
+    """
+    tasks, gauntlet = options.icl_tasks, options.eval_gauntlet
+    if isinstance(tasks, str):
+        file = parse_words([], TaskFileConfig, tasks)
+        tasks, gauntlet = file.icl_tasks, gauntlet or file.eval_gauntlet
+    if isinstance(gauntlet, str):
+        gauntlet = parse_words([], TaskFileConfig, gauntlet).eval_gauntlet
+    if not tasks:
+        raise ConfigError(f"icl_tasks: {options.icl_tasks} names no task.")
+    built, digests = [], {}
+    for task in tasks:
+        path = once_per_node(partial(local_copy, task), what=f"fetching {task.dataset_uri}")
+        lines = read_lines(path, task)
+        digests[task.label] = hashlib.sha256(path.read_bytes()).hexdigest()
+        longest = min(task.max_seq_len or max_seq_len, max_seq_len)
+        for shots in task.shots if options.num_fewshot is None else (options.num_fewshot,):
+            built.append(build_task(task, shots, lines, tokenizer, longest, options.limit))
+    labels = [data.label for data in built]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ConfigError(
+            f"icl_tasks: {', '.join(twice)}: is there twice. Give each task a label of its own."
+        )
+    if gauntlet is not None:
+        refuse_missing(gauntlet, labels)
+    settings = {
+        "model": identity_of(source.path),
+        "tasks": [asdict(task) for task in tasks],
+        "data": digests,
+        "tokenizer": hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
+        "max_seq_len": max_seq_len,
+        "num_fewshot": options.num_fewshot,
+        "limit": options.limit,
+        "precision": options.precision,
+        "attn_impl": options.attn_impl,
+        "device_eval_batch_size": options.device_eval_batch_size,
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
+        "mptfoundry": __version__,
+    }
+    out = Path(options.out) if options.out else None
+    if out is None:
+        home = source.path.parent if source.run_folder is not None else source.path
+        out = (
+            (home if home.is_dir() else home.parent)
+            / "evals"
+            / f"{source.path.stem}-{settings_hash(settings)}"
+        )
+    results = out if out.suffix == ".json" else out / "eval.json"
+    samples = out.with_suffix(".samples.jsonl") if out.suffix == ".json" else out / SAMPLES
+    return TaskPlan(tuple(built), gauntlet, results, samples, settings)
+
+
+def local_copy(task: TaskConfig) -> Path:
+    """The file of a task's data, fetched if it is in an object store."""
+    path = path_of(task.dataset_uri)
+    if path is not None:
+        return path
+    name = hashlib.sha256(task.dataset_uri.encode()).hexdigest()[:16]
+    target = Path(tempfile.gettempdir()) / f"mptfoundry-tasks-{os.getuid()}" / f"{name}.jsonl"
+    what = f"{task.dataset_uri}: can't be fetched"
+    with whole_or_absent(target, overwrite=True) as file:
+        try:
+            patiently(
+                lambda: get_file(task.dataset_uri, str(file), overwrite=True), what=what, patience=AT_START
+            )
+        except Exception as error:  # each store raises its own kind
+            raise DataError(f"{what} ({reason_of(error)}). It is the data of {task.label}.") from error
+    return target
+
+
+def evaluate_tasks(model: Model, plan: TaskPlan, *, tokens: int) -> dict[str, dict[str, float]]:
+    """Evaluate all tasks of a plan; all ranks call it.
+
+    Args:
+        model: The model; the same on all ranks.
+        plan: The tasks.
+        tokens: The most tokens, with padding, of a batch.
+
+    Returns:
+        label -> metric -> value, for each task, each of its categories, and `eval_gauntlet`.
+    """
+    results: dict[str, dict[str, float]] = {}
+    with ExitStack() as stack:
+        samples = None
+        if rank() == 0:
+            samples = stack.enter_context(Samples(plan.samples, plan.settings))
+        for data in plan.tasks:
+            results |= run_task(model, data, samples, tokens=tokens)
+    if plan.gauntlet is not None:
+        scores = {data.label: results[data.label][data.task.metrics[0]] for data in plan.tasks}
+        documents = {data.label: int(results[data.label]["documents"]) for data in plan.tasks}
+        results["eval_gauntlet"] = gauntlet_scores(plan.gauntlet, scores, documents)
+    return results
+
+
+@dataclass(frozen=True)
+class Model:
+    """What answers: a network in eval mode, its tokenizer, and whether its weights are sharded over ranks."""
+
+    network: MPT
+    tokenizer: object
+    is_sharded: bool = False
+
+
+def run_task(
+    model: Model, data: TaskData, samples: Samples | None, *, tokens: int
+) -> dict[str, dict[str, float]]:
+    """Evaluate one task with one number of examples; all ranks call it.
+
+    Args:
+        model: The model; the same on all ranks.
+        data: The task's questions.
+        samples: Where the first rank keeps answers; None on other ranks.
+        tokens: The most tokens, with padding, of a batch.
+
+    Returns:
+        The task's label, and `label/category` for each category -> metric -> value, with `stderr`,
+        `documents` and, for the task, `seconds`.
+    """
+    began_at = time.monotonic()
+    finished = {} if samples is None else _finished(samples, data)
+    finished = dist.all_gather_object(finished)[0]
+    if finished:
+        say(f"{data.label}: {len(finished)} of {len(data.questions)} documents were evaluated before")
+    cut = sum(question.is_cut for question in data.questions)
+    if cut:
+        say(f"{data.label}: {cut} of {len(data.questions)} documents are too long: cut on the left")
+    outcomes = dict(finished)
+    todo = [
+        batch
+        for batch in plan_batches(data.questions, tokens)
+        if any(question.doc_id not in finished for question in batch.questions)
+    ]
+    with tqdm(
+        total=sum(len(batch.questions) for batch in todo),
+        desc=data.label,
+        unit="doc",
+        disable=rank() != 0 or not sys.stderr.isatty(),
+    ) as progress:
+        for answered in _rounds(model, data, todo):
+            outcomes.update(answered)
+            if samples is not None:
+                samples.append(data, answered)
+            progress.update(len(answered))
+    results = _results(data, outcomes)
+    results[data.label]["seconds"] = time.monotonic() - began_at
+    return results
+
+
+def _finished(samples: Samples, data: TaskData) -> dict[int, Outcome]:
+    return {
+        question.doc_id: samples.finished[data.label, question.doc_id]
+        for question in data.questions
+        if (data.label, question.doc_id) in samples.finished
+    }
+
+
+def _rounds(model: Model, data: TaskData, batches: Sequence[Batch]) -> Iterator[dict[int, Outcome]]:
+    """The outcomes of all ranks, round after round.
+
+    Sharded weights are gathered by all ranks together, so in a round they make the same number of passes: a
+    round has batches of one kind, and a rank without a batch of its own repeats another one.
+    """
+    for kind in (True, False):
+        alike = [batch for batch in batches if bool(max(batch.prefixes)) == kind]
+        for first in range(0, len(alike), world_size()):
+            own = first + rank()
+            answered: dict[int, Outcome] = {}
+            if own < len(alike) or model.is_sharded:
+                answered = _answer(model, data, alike[min(own, len(alike) - 1)])
+            gathered = dist.all_gather_object(answered)
+            yield {doc_id: outcome for each in gathered for doc_id, outcome in each.items()}
+
+
+def _answer(model: Model, data: TaskData, batch: Batch) -> dict[int, Outcome]:
+    """This rank's outcomes of a batch."""
+    if data.max_new_tokens:
+        return _generate(model, data, batch.questions)
+    scores = score_batch(model.network, batch)
+    return {
+        question.doc_id: judge_scores(data.task, question, scores[question.doc_id])
+        for question in batch.questions
+    }
+
+
+def _generate(model: Model, data: TaskData, questions: Sequence[Question]) -> dict[int, Outcome]:
+    options = dict(data.task.generation_kwargs)
+    options.pop("max_new_tokens", None)
+    samples = options.pop("do_sample", False)
+    texts = continue_prompts(
+        model.network,
+        model.tokenizer,
+        [list(question.rows[0].ids) for question in questions],
+        data.max_new_tokens,
+        Sampling(**options) if samples else Sampling(),
+        data.task.early_stopping_criteria,
+        None,
+        to_the_end=model.is_sharded,
+    )
+    return {
+        question.doc_id: judge_text(data.task, question, text)
+        for question, text in zip(questions, texts, strict=True)
+    }
+
+
+def _results(data: TaskData, outcomes: Mapping[int, Outcome]) -> dict[str, dict[str, float]]:
+    categories = sorted({question.category for question in data.questions if question.category is not None})
+    if not categories:
+        return {data.label: task_metrics(data.task, [outcomes[each.doc_id] for each in data.questions])}
+    apart = {
+        f"{data.label}/{category}": task_metrics(
+            data.task, [outcomes[each.doc_id] for each in data.questions if each.category == category]
+        )
+        for category in categories
+    }
+    return {data.label: mean_of_categories(data.task, list(apart.values())), **apart}
