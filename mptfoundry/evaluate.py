@@ -75,8 +75,9 @@ def evaluate(options: EvalConfig) -> Results:
         EVAL_BATCH_SIZE if options.device_eval_batch_size == "auto" else options.device_eval_batch_size
     )
     is_sharded = dist.get_world_size() > 1 and _was_sharded(source)
+    composer_model = _model(options, source, device, tokenizer, precision, is_sharded=is_sharded)
     trainer = Trainer(
-        model=_model(options, source, device, tokenizer, precision, is_sharded=is_sharded),
+        model=composer_model,
         parallelism_config={"fsdp": FSDP2Config()} if is_sharded else None,
         eval_dataloader=build_evaluators(
             loaders,
@@ -103,11 +104,10 @@ def evaluate(options: EvalConfig) -> Results:
             for label, metrics in trainer.state.eval_metrics.items()
         }
     if plan is not None:
-        network: Any = trainer.state.model.model
-        network.eval()
+        network: Any = composer_model.model.eval()
         with get_precision_context(precision):
             model = Model(network, tokenizer, is_sharded=is_sharded)
-            results |= evaluate_tasks(model, plan, tokens=batch_size * max_seq_len)
+            results |= evaluate_tasks(model, plan, batch_size=batch_size)
     trainer.close()
     if dist.get_global_rank() == 0:
         _write(results, options, source, plan)

@@ -173,6 +173,17 @@ class CategoryConfig:
     name: str
     benchmarks: tuple[BenchmarkConfig, ...]
 
+    def __post_init__(self) -> None:
+        refuse_problems(self)
+
+    def rules(self) -> Rules:
+        """What has to hold."""
+        yield self._some()
+
+    def _some(self) -> Iterator[Problem]:
+        if not self.benchmarks:
+            yield "benchmarks", "is empty. Name the category's tasks, or remove the category."
+
 
 @dataclass(frozen=True, kw_only=True)
 class GauntletConfig:
@@ -198,8 +209,13 @@ class GauntletConfig:
 
     def rules(self) -> Rules:
         """What has to hold."""
+        yield self._some()
         yield self._scale()
         yield self._names()
+
+    def _some(self) -> Iterator[Problem]:
+        if not self.categories:
+            yield "categories", "is empty. Name a category with its tasks."
 
     def _scale(self) -> Iterator[Problem]:
         if self.rescale_accuracy and not self.subtract_random_baseline:

@@ -52,6 +52,7 @@ class TaskPlan:
         gauntlet: How their scores are averaged.
         results: The JSON file of results.
         samples: The file of answers.
+        max_seq_len: The most tokens of a text.
         settings: All that changes numbers; a file of answers is continued only if they are the same.
     """
 
@@ -59,6 +60,7 @@ class TaskPlan:
     gauntlet: GauntletConfig | None
     results: Path
     samples: Path
+    max_seq_len: int
     settings: dict[str, Any]
 
 
@@ -78,7 +80,7 @@ def plan_tasks(options: EvalConfig, source: ModelSource, tokenizer: Any, max_seq
         raise ConfigError(f"icl_tasks: {options.icl_tasks} names no task.")
     built, digests = [], {}
     for task in tasks:
-        path = once_per_node(partial(local_copy, task), what=f"fetching {task.dataset_uri}")
+        path = Path(once_per_node(partial(local_copy, task), what=f"fetching {task.dataset_uri}"))
         lines = read_lines(path, task)
         digests[task.label] = hashlib.sha256(path.read_bytes()).hexdigest()
         longest = min(task.max_seq_len or max_seq_len, max_seq_len)
@@ -115,14 +117,14 @@ def plan_tasks(options: EvalConfig, source: ModelSource, tokenizer: Any, max_seq
         )
     results = out if out.suffix == ".json" else out / "eval.json"
     samples = out.with_suffix(".samples.jsonl") if out.suffix == ".json" else out / SAMPLES
-    return TaskPlan(tuple(built), gauntlet, results, samples, settings)
+    return TaskPlan(tuple(built), gauntlet, results, samples, max_seq_len, settings)
 
 
-def local_copy(task: TaskConfig) -> Path:
-    """The file of a task's data, fetched if it is in an object store."""
+def local_copy(task: TaskConfig) -> str:
+    """The path of a task's data, fetched if it is in an object store."""
     path = path_of(task.dataset_uri)
     if path is not None:
-        return path
+        return str(path)
     name = hashlib.sha256(task.dataset_uri.encode()).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"mptfoundry-tasks-{os.getuid()}" / f"{name}.jsonl"
     what = f"{task.dataset_uri}: can't be fetched"
@@ -133,16 +135,17 @@ def local_copy(task: TaskConfig) -> Path:
             )
         except Exception as error:  # each store raises its own kind
             raise DataError(f"{what} ({reason_of(error)}). It is the data of {task.label}.") from error
-    return target
+    return str(target)
 
 
-def evaluate_tasks(model: Model, plan: TaskPlan, *, tokens: int) -> dict[str, dict[str, float]]:
+def evaluate_tasks(model: Model, plan: TaskPlan, *, batch_size: int) -> dict[str, dict[str, float]]:
     """Evaluate all tasks of a plan; all ranks call it.
 
     Args:
         model: The model; the same on all ranks.
         plan: The tasks.
-        tokens: The most tokens, with padding, of a batch.
+        batch_size: The most texts of `plan.max_seq_len` tokens that a batch has room for; shorter ones are
+            more. A task may name another.
 
     Returns:
         label -> metric -> value, for each task, each of its categories, and `eval_gauntlet`.
@@ -153,6 +156,7 @@ def evaluate_tasks(model: Model, plan: TaskPlan, *, tokens: int) -> dict[str, di
         if rank() == 0:
             samples = stack.enter_context(Samples(plan.samples, plan.settings))
         for data in plan.tasks:
+            tokens = (data.task.batch_size or batch_size) * plan.max_seq_len
             results |= run_task(model, data, samples, tokens=tokens)
     if plan.gauntlet is not None:
         scores = {data.label: results[data.label][data.task.metrics[0]] for data in plan.tasks}

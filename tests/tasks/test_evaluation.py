@@ -1,0 +1,148 @@
+"""`eval MODEL icl_tasks=FILE` on a small run, to its end, killed, and on several ranks."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mptfoundry.config.load import parse_words
+from mptfoundry.config.verbs import EvalConfig
+from mptfoundry.errors import ConfigError
+from mptfoundry.evaluate import evaluate, results_table
+from tests.ranks import run_on_ranks
+
+TASKS = """
+icl_tasks:
+- label: sums
+  dataset_uri: {folder}/sums.jsonl
+  num_fewshot: [0, 2]
+  icl_task_type: multiple_choice
+- label: ends
+  dataset_uri: {folder}/ends.jsonl
+  num_fewshot: [1]
+  icl_task_type: language_modeling
+  has_categories: true
+- label: answers
+  dataset_uri: {folder}/answers.jsonl
+  num_fewshot: 0
+  icl_task_type: generation_task_with_answers
+eval_gauntlet:
+  categories:
+  - name: counting
+    benchmarks: [{{name: sums, num_fewshot: 2, random_baseline: 0.5}}, {{name: ends, num_fewshot: 1}}]
+"""
+
+
+@pytest.fixture
+def tasks(tmp_path: Path) -> Path:
+    def write(name: str, lines: list[dict[str, Any]]) -> None:
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    write(
+        "sums",
+        [
+            {"query": f"{n} and 1 is", "choices": ["a", "bc", "d e"][: 2 + n % 2], "gold": n % 2}
+            for n in range(9)
+        ],
+    )
+    write(
+        "ends", [{"context": f"item {n} is", "continuation": "x", "category": "ab"[n % 2]} for n in range(8)]
+    )
+    write("answers", [{"context": f"say {n}", "answer": "e", "aliases": ["t", " "]} for n in range(5)])
+    (tmp_path / "tasks.yaml").write_text(TASKS.format(folder=tmp_path))
+    return tmp_path / "tasks.yaml"
+
+
+def run(model: Path, tasks: Path, out: Path, *words: str) -> dict[str, dict[str, float]]:
+    options = [f"model={model}", f"icl_tasks={tasks}", f"out={out}", "max_seq_len=64", *words]
+    return evaluate(parse_words(options, EvalConfig))
+
+
+def without_seconds(results: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {
+        label: {name: value for name, value in metrics.items() if name != "seconds"}
+        for label, metrics in results.items()
+    }
+
+
+def test_every_task_is_in_the_table_and_every_answer_in_the_file(
+    write_run: Callable[..., Path], tasks: Path, tmp_path: Path
+) -> None:
+    results = run(write_run(), tasks, tmp_path / "out")
+    assert list(results) == [
+        "sums/0-shot", "sums/2-shot", "ends/1-shot", "ends/1-shot/a", "ends/1-shot/b", "answers/0-shot",
+        "eval_gauntlet",
+    ]  # fmt: skip
+    assert [results[label]["documents"] for label in list(results)[:-1]] == [9, 9, 8, 4, 4, 5]
+    accuracy = results["sums/2-shot"]["InContextLearningMultipleChoiceAccuracy"]
+    exact = results["ends/1-shot"]["InContextLearningLMAccuracy"]
+    assert results["eval_gauntlet"]["counting"] == pytest.approx(((accuracy - 0.5) / 0.5 + exact) / 2)
+    table = results_table(results)
+    assert "sums/2-shot" in table and "stderr" in table and "default_average" in table
+    stored = json.loads((tmp_path / "out/eval.json").read_text())
+    assert stored["results"] == results and stored["settings"]["limit"] == -1
+    lines = [json.loads(line) for line in (tmp_path / "out/eval.samples.jsonl").read_text().splitlines()[1:]]
+    assert len(lines) == 9 + 9 + 8 + 5
+    sums = [line for line in lines if line["task"] == "sums" and line["shots"] == 2]
+    assert sum(line["correct"] for line in sums) / 9 == pytest.approx(accuracy)
+    assert all(len(line["loglikelihoods"]) == len(line["choices"]) == len(line["tokens"]) for line in sums)
+
+
+def test_a_torn_evaluation_continues_to_the_same_numbers(
+    write_run: Callable[..., Path], tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, out = write_run(), tmp_path / "out"
+    whole = run(model, tasks, out, "device_eval_batch_size=1")
+    file = out / "eval.samples.jsonl"
+    content = file.read_bytes()
+    for kept in (len(content) // 3, len(content) // 2, len(content) - 1):
+        file.write_bytes(content[:kept])
+        again = run(model, tasks, out, "device_eval_batch_size=1")
+        assert without_seconds(again) == without_seconds(whole)
+        assert sorted(file.read_bytes().splitlines()) == sorted(content.splitlines())
+    assert "of 9 documents were evaluated before" in capsys.readouterr().out
+    run(model, tasks, out, "limit=3")
+    assert len(file.read_text().splitlines()) == 1 + 4 * 3  # other settings begin again
+
+
+def test_two_ranks_give_the_numbers_of_one(
+    write_run: Callable[..., Path], tasks: Path, tmp_path: Path
+) -> None:
+    model = write_run()
+    alone = run(model, tasks, tmp_path / "one")
+    done = run_on_ranks(
+        "scripts/eval.py", model, f"icl_tasks={tasks}", f"out={tmp_path}/two", "max_seq_len=64"
+    )
+    assert done.returncode == 0, done.stdout
+    together = json.loads((tmp_path / "two/eval.json").read_text())["results"]
+    assert without_seconds(together) == without_seconds(alone)
+
+
+def test_results_lie_with_the_model_in_a_folder_named_by_the_settings(
+    write_run: Callable[..., Path], tasks: Path
+) -> None:
+    model = write_run()
+    options = [f"model={model}", f"icl_tasks={tasks}", "max_seq_len=64"]
+    evaluate(parse_words(options, EvalConfig))
+    evaluate(parse_words([*options, "limit=2"], EvalConfig))
+    assert len(list(model.rglob("eval.samples.jsonl"))) == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["num_fewshot=1"], "sums/2-shot"),
+        (["icl_tasks=[]"], "names no task"),
+        (["icl_tasks=nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_what_can_not_be_evaluated_is_said_before_the_model_computes(
+    write_run: Callable[..., Path], tasks: Path, tmp_path: Path, words: list[str], said: str
+) -> None:
+    with pytest.raises(ConfigError) as error:
+        run(write_run(), tasks, tmp_path / "out", *words)
+    assert said in str(error.value)
