@@ -39,7 +39,7 @@ from mptfoundry.tasks.outcomes import (
     task_metrics,
 )
 from mptfoundry.tasks.questions import Question, TaskData, build_task, read_lines
-from mptfoundry.tasks.samples import SAMPLES, Samples, identity_of, settings_hash
+from mptfoundry.tasks.answers import SAMPLES, Samples, identity_of, settings_hash
 from mptfoundry.tasks.scoring import Batch, plan_batches, score_batch
 
 
