@@ -22,7 +22,8 @@ from pathlib import Path
 from mptfoundry import __version__
 from mptfoundry.mpt.backends import choose_backend, why_not
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
-from mptfoundry.plan.devices import GIB, Device, launcher_device, visible_gpus
+from mptfoundry.plan.devices import GIB, Device, launcher_device
+from mptfoundry.plan.gpu_support import describe_gpus, gpu_problem
 from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision
 from mptfoundry.run.leftovers import find_leftovers, remove_leftovers
 
@@ -86,6 +87,8 @@ def troubles() -> list[str]:
             found.append(f"{name} is not installed. Install the project: pip install -e .")
     if not os.access(Path.cwd(), os.W_OK):
         found.append(f"{Path.cwd()} is not writable: runs are kept there unless save_folder says otherwise.")
+    if problem := gpu_problem(launcher_device()):
+        found.append("{}: {}".format(*problem))
     return found
 
 
@@ -125,12 +128,10 @@ def _outside(name: str, version: str | None) -> str:
 
 
 def _devices(device: Device) -> list[str]:
-    gpus, _ = visible_gpus()
+    if device.kind == "gpu":
+        return [*describe_gpus(device), device.found]
     memory = f"{device.memory / GIB:.1f} GiB" if device.memory else "unknown"
-    if not gpus:
-        return [f"CPU: {device.cores} cores, {memory} memory", device.found]
-    lines = [f"GPU {number}: {name}, {mib / 1024:.1f} GiB" for number, (name, mib, _) in enumerate(gpus)]
-    return [*lines, device.found]
+    return [f"CPU: {device.cores} cores, {memory} memory", device.found]
 
 
 def _attention(device: Device) -> list[str]:
@@ -186,8 +187,6 @@ def _traps(device: Device) -> list[str]:
     lines = []
     if device.kind == "cpu":
         lines.append("precision: auto is fp32 here; Composer refuses amp_bf16 on a CPU.")
-    elif "+cpu" in torch:
-        lines.append(f"torch {torch} is built without CUDA: it will not use the GPU.")
     if _numbers(torch) >= (2, 7, 1):
         lines.append(f"torch {torch} is newer than mosaicml declares; installed with --no-deps it works.")
     if os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}:
