@@ -139,7 +139,7 @@ def _attention(device: Device) -> list[str]:
     if _version("torch") is None:
         return ["nothing works without torch"]
     config = MPTConfig(attn_config=AttnConfig(alibi=True), no_bias=True)
-    where = device.torch_type, COMPUTE_DTYPE[choose_precision(device)[0]]
+    where = device.torch_type, COMPUTE_DTYPE[choose_precision(device)[0]], device.capability
     name, reason = choose_backend(config, *where)
     lines = [f"auto      takes {name}, which {reason}"]
     for name in ("torch", "triton", "flash"):

@@ -57,6 +57,12 @@ class Device:
         return "cuda" if self.kind == "gpu" else "cpu"
 
     @property
+    def capability(self) -> tuple[int, int] | None:
+        """The lowest compute capability of the GPUs; None on a CPU or if one is unknown."""
+        known = [gpu.capability for gpu in self.gpus if gpu.capability is not None]
+        return min(known) if known and len(known) == len(self.gpus) else None
+
+    @property
     def lacks_bf16(self) -> bool:
         """Whether a GPU of the run is known to have no bfloat16 units."""
         return any(gpu.has_bf16 is False for gpu in self.gpus)

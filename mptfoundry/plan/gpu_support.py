@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 import platform
 import re
 from collections.abc import Iterable
@@ -104,7 +105,7 @@ def refuse_unsupported(device: Device, torch: TorchBuild | None = None) -> None:
     """Raise ConfigError if torch can't compute on the GPUs of this machine; see `gpu_problem`."""
     if problem := gpu_problem(device, torch):
         error = ConfigError("{}: {}".format(*problem))
-        error.of_this_machine = True
+        error.of_this_machine = os.environ.get("LOCAL_RANK", "0") == "0"
         raise error
 
 

@@ -281,11 +281,8 @@ def _driver_gpus() -> tuple[list[GPU], str, str | None]:
     match = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", version.read_text()) if version.is_file() else None
     gpus, hidden = [], 0
     for path in sorted((DRIVER / "gpus").glob("*/information")):
-        facts = dict(
-            (part.strip() for part in line.split(":", 1))
-            for line in path.read_text(errors="replace").splitlines()
-            if ":" in line
-        )
+        lines = path.read_text(errors="replace").splitlines()
+        facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
         if (DEVICE_FILES / f"nvidia{facts.get('Device Minor', '0')}").exists():
             name = facts.get("Model", "NVIDIA GPU")
             driver = match[1] if match else None

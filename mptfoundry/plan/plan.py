@@ -143,7 +143,9 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         device=device,
         precision=precision,
         attn_impl=decide(
-            "model.attn_config.attn_impl", attention, lambda: choose_backend(model, device.torch_type, dtype)
+            "model.attn_config.attn_impl",
+            attention,
+            lambda: choose_backend(model, device.torch_type, dtype, device.capability),
         ),
         loss_fn="torch" if isinstance(model, HeadConfig) else decide("model.loss_fn", loss_fn, _choose_loss),
         sharding=sharding,
@@ -244,10 +246,11 @@ def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str |
     model, name = config.model, config.model.attn_config.attn_impl
     # On the machines that a GPU backend supports, `precision: auto` is bfloat16.
     anywhere = "bfloat16" if config.precision == "auto" else dtype
+    here = device.torch_type, dtype, device.capability
     if never := why_never(name, model, anywhere):
-        raise ConfigError(f"model.{refusal(name, never, model, device.torch_type, dtype)}")
-    if reason := why_not(name, model, device.torch_type, dtype):
-        return refusal(name, reason, model, device.torch_type, dtype).partition(": ")[2]
+        raise ConfigError(f"model.{refusal(name, never, model, *here)}")
+    if reason := why_not(name, model, *here):
+        return refusal(name, reason, model, *here).partition(": ")[2]
     return None
 
 
