@@ -127,6 +127,7 @@ def _check(words: list[str]) -> None:
 
 def _eval(words: list[str]) -> None:
     options = _options(words, "EvalConfig", "model")
+    _refuse_unsupported_gpu()
     with _importing():
         from mptfoundry.evaluate import evaluate, results_table
 
@@ -186,6 +187,7 @@ def _generate(words: list[str]) -> None:
         raise ConfigError(
             'prompts: none is given. Say what to continue: mptfoundry generate MODEL "Once upon".'
         )
+    _refuse_unsupported_gpu()
     with _importing():
         from mptfoundry.generation import generate_text
 
@@ -216,6 +218,7 @@ def _print_piece(row: int, piece: str) -> None:
 
 def _chat(words: list[str]) -> None:
     options = _options(words, "ChatConfig", "model")
+    _refuse_unsupported_gpu()
     with _importing():
         from mptfoundry.generation import chat
 
@@ -246,6 +249,15 @@ def _doctor(words: list[str]) -> None:
     print(doctor())
     if troubles():
         raise MPTFoundryError("something that training needs is missing here; see above.")
+
+
+def _refuse_unsupported_gpu() -> None:
+    """Refuse a GPU that the installed torch can't compute on, before torch is imported."""
+    from mptfoundry.plan.devices import detect_device
+    from mptfoundry.plan.gpu_support import refuse_unsupported
+
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        refuse_unsupported(detect_device())
 
 
 def _load_network(options: TextConfig) -> tuple[Any, Any]:

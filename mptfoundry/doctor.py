@@ -21,7 +21,8 @@ from pathlib import Path
 from mptfoundry import __version__
 from mptfoundry.mpt.backends import choose_backend, why_not
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
-from mptfoundry.plan.devices import GIB, Device, launcher_device, visible_gpus
+from mptfoundry.plan.devices import GIB, Device, launcher_device
+from mptfoundry.plan.gpu_support import describe_gpus, gpu_problem
 from mptfoundry.plan.install_sets import PYTHONS, installed_set, pins, release, version_of
 from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision
 from mptfoundry.run.leftovers import find_leftovers, remove_leftovers
@@ -86,6 +87,8 @@ def troubles() -> list[str]:
             found.append(f"{name} is not installed. `mptfoundry doctor install=current` prints the command.")
     if not os.access(Path.cwd(), os.W_OK):
         found.append(f"{Path.cwd()} is not writable: runs are kept there unless save_folder says otherwise.")
+    if problem := gpu_problem(launcher_device()):
+        found.append("{}: {}".format(*problem))
     return found
 
 
@@ -136,12 +139,10 @@ def _outside(name: str, version: str | None) -> str:
 
 
 def _devices(device: Device) -> list[str]:
-    gpus, _ = visible_gpus()
+    if device.kind == "gpu":
+        return [*describe_gpus(device), device.found]
     memory = f"{device.memory / GIB:.1f} GiB" if device.memory else "unknown"
-    if not gpus:
-        return [f"CPU: {device.cores} cores, {memory} memory", device.found]
-    lines = [f"GPU {number}: {name}, {mib / 1024:.1f} GiB" for number, (name, mib, _) in enumerate(gpus)]
-    return [*lines, device.found]
+    return [f"CPU: {device.cores} cores, {memory} memory", device.found]
 
 
 def _attention(device: Device) -> list[str]:
@@ -149,7 +150,7 @@ def _attention(device: Device) -> list[str]:
     if version_of("torch") is None:
         return ["nothing works without torch"]
     config = MPTConfig(attn_config=AttnConfig(alibi=True), no_bias=True)
-    where = device.torch_type, COMPUTE_DTYPE[choose_precision(device)[0]]
+    where = device.torch_type, COMPUTE_DTYPE[choose_precision(device)[0]], device.capability
     name, reason = choose_backend(config, *where)
     lines = [f"auto      takes {name}, which {reason}"]
     for name in ("torch", "triton", "flash"):
@@ -193,12 +194,10 @@ def _hub() -> str:
 
 def _traps(device: Device) -> list[str]:
     """List surprises in the installed versions, but only those that apply to this machine."""
-    torch, numpy, triton = version_of("torch") or "", version_of("numpy") or "", version_of("triton") or ""
+    numpy, triton = version_of("numpy") or "", version_of("triton") or ""
     lines = []
     if device.kind == "cpu":
         lines.append("precision: auto is fp32 here; Composer refuses amp_bf16 on a CPU.")
-    elif "+cpu" in torch:
-        lines.append(f"torch {torch} is built without CUDA: it will not use the GPU.")
     if os.environ.get("TRITON_INTERPRET", "0") not in {"", "0"}:
         lines.append("TRITON_INTERPRET is set: Triton's kernels run slowly on the CPU, and wrongly in bf16.")
         if (3, 6) <= release(triton) < (3, 7) and release(numpy) >= (2, 4):

@@ -33,6 +33,7 @@ from mptfoundry.loaders import build_evaluators
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.sharding import start_on_the_cpu
 from mptfoundry.plan.devices import Device, detect_device
+from mptfoundry.plan.gpu_support import imported_torch, refuse_unsupported
 from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision, choose_workers, precision_problem
 from mptfoundry.ranks import say
 from mptfoundry.tasks.evaluation import Model, TaskPlan, evaluate_tasks, plan_tasks
@@ -56,6 +57,7 @@ def evaluate(options: EvalConfig) -> Results:
         ConfigError, DataError, CheckpointError: Something the options name is missing or doesn't fit.
     """
     device = detect_device()
+    refuse_unsupported(device, imported_torch())
     precision = choose_precision(device)[0] if options.precision == "auto" else options.precision
     if problem := precision_problem(precision, device):
         raise ConfigError(f"precision: {problem}")

@@ -22,6 +22,7 @@ from mptfoundry.config.run import TrainConfig
 from mptfoundry.models.gloo_average import average_gradients
 from mptfoundry.models.sharding import prefetch
 from mptfoundry.plan.devices import detect_device
+from mptfoundry.plan.gpu_support import imported_torch, refuse_unsupported
 from mptfoundry.plan.plan import Plan, make_plan, refuse_missing
 from mptfoundry.plan.table import describe_plan
 from mptfoundry.ranks import say
@@ -47,6 +48,7 @@ def train(config: TrainConfig, plan: Plan | None = None) -> Trainer:
     """
     plan = plan or make_plan(config, detect_device())
     refuse_missing(plan)
+    refuse_unsupported(plan.device, imported_torch())
     with guarded(config, plan.device) as run:
         trainer = build_trainer(config, plan, run)
         run.fit(trainer)

@@ -44,7 +44,8 @@ from mptfoundry.mpt import attention_triton
 from mptfoundry.mpt.attention_tiles import Tile, tile_of
 from mptfoundry.mpt.position import AttentionContext, alibi_slopes
 
-ARCHITECTURES = (90, 80)
+# Triton 3.3 has no code for sm_120, and torch 2.7, which comes with it, none for sm_100.
+ARCHITECTURES = (90, 80) if triton.__version__.startswith("3.3.") else (90, 80, 100, 120)
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 192, 256)
 EVERYTHING = "alibi+documents+window+prefix+softcap+dropout"
 FEATURES = (
@@ -52,8 +53,11 @@ FEATURES = (
     "dropout", "everything",
 )  # fmt: skip
 
-# 8.6 and 8.9, which run what is made for sm_80, have less shared memory than 8.0.
-SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024}
+# Bytes of shared memory that a program may use: "Technical Specifications per Compute Capability" in NVIDIA's
+# CUDA C++ Programming Guide. 8.6 and 8.9, which run what is made for sm_80, have less than 8.0.
+SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
+# Columns of sm_100's tensor memory: "Tensor Memory" in NVIDIA's PTX ISA.
+TENSOR_MEMORY_LIMIT = 512
 # The table of blocks was made with this Triton.
 TRITON = "3.3."
 # Bytes; of heads 256 wide in the second place.
@@ -228,6 +232,7 @@ def describe(compiled: Any) -> dict[str, Any]:
     ptx, layouts = compiled.asm["ptx"], compiled.asm["ttgir"]
     products = re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) [^\n]*-> tensor<[^\n#]*(#\w+)>", layouts)
     on_cores = set(re.findall(r"(#\w+) = #ttg\.nvidia_mma", layouts))
+    in_tensor_memory = len(re.findall(r"ttng\.tc_gen5_mma\b", layouts))  # sm_100: no layout of its own
     spilled = 0
     with tempfile.TemporaryDirectory() as folder:
         cubin, source = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
@@ -236,17 +241,25 @@ def describe(compiled: Any) -> dict[str, Any]:
         if _number(r"STACK:(\d+)", usage):
             source.write_text(ptx)
             arch = re.findall(r"\.target (sm_\w+)", ptx)[0]
-            told = _told_by("ptxas", "-v", "-lineinfo", f"--gpu-name={arch}", source, "-o", cubin)
+            told = _told_by(_assembler_of(arch), "-v", "-lineinfo", f"--gpu-name={arch}", source, "-o", cubin)
             spilled = _number(r"(\d+) bytes spill stores", told) + _number(r"(\d+) bytes spill loads", told)
     return {
         "registers": _number(r"REG:(\d+)", usage),
         "spilled": spilled,
         "shared": compiled.metadata.shared,
-        "dots": len(products),
-        "dots_on_cores": sum(layout in on_cores for layout in products),
+        "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
+        "dots": len(products) + in_tensor_memory,
+        "dots_on_cores": sum(layout in on_cores for layout in products) + in_tensor_memory,
         "wgmma": ptx.count("wgmma.mma_async"),
         "mma": ptx.count("mma.sync"),
+        "tcgen05": ptx.count("tcgen05.mma"),
     }
+
+
+def _assembler_of(arch: str) -> str:
+    """The ptxas that Triton calls for an architecture, such as `sm_120a`: it has one for Blackwell."""
+    newer = "ptxas-blackwell"
+    return newer if _number(r"sm_(\d+)", arch) >= 100 and (TOOLS / newer).is_file() else "ptxas"
 
 
 def _told_by(tool: str, *words: object) -> str:
@@ -269,6 +282,8 @@ def why_refused(row: dict[str, Any]) -> str | None:
         return f"{row['spilled']} bytes are spilled, {allowed} may be"
     if row["shared"] > SHARED_LIMIT[arch]:
         return f"it takes {row['shared']} bytes of shared memory, there are {SHARED_LIMIT[arch]}"
+    if row["tensor_memory"] > TENSOR_MEMORY_LIMIT:
+        return f"it takes {row['tensor_memory']} columns of tensor memory, there are {TENSOR_MEMORY_LIMIT}"
     dots = DOTS.get(name, 0)
     if row["dots"] < dots:
         return f"it has {row['dots']} matrix products, not {dots}"

@@ -15,6 +15,7 @@ from mptfoundry.config.load import load_train_config
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError, DataError, MPTFoundryError
 from mptfoundry.plan.devices import GIB, Device
+from mptfoundry.plan.gpus import Visible
 from mptfoundry.ranks import report
 
 # llm-foundry's pretraining files for MPT, with all the keys that they have.
@@ -129,7 +130,7 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine has no GPU, and no launcher has said how many processes there are."""
     for name in ("WORLD_SIZE", "RUN_NAME", "COMPOSER_RUN_NAME", "TRITON_INTERPRET", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr("mptfoundry.plan.devices.visible_gpus", lambda *_: ([], "no GPU found"))
+    monkeypatch.setattr("mptfoundry.plan.devices.visible_gpus", lambda *_: Visible((), "no GPU found"))
 
 
 @pytest.fixture

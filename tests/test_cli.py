@@ -13,6 +13,7 @@ import torch
 
 from mptfoundry.cli import VERBS, main
 from mptfoundry.errors import CheckpointError
+from tests.nvidia_smi import gpu_row, put_nvidia_smi
 from tests.ranks import run_on_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -193,3 +194,13 @@ def test_torchruns_name_for_the_number_of_a_machine_is_understood(
     monkeypatch.setenv("GROUP_RANK", "3")
     assert main(["explain", "seed"]) == 0
     assert os.environ["NODE_RANK"] == "3"
+
+
+@pytest.mark.parametrize("words", [["eval", "nowhere"], ["generate", "nowhere", "x"], ["chat", "nowhere"]])
+def test_a_gpu_that_torch_cannot_use_is_refused_before_a_model_is_opened(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    put_nvidia_smi(tmp_path, monkeypatch, [gpu_row("Tesla K80", "3.7", "470.82.01")])
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: torch: version ") and "has no code for the Tesla K80" in said

@@ -12,6 +12,7 @@ from mptfoundry import doctor as module
 from mptfoundry.doctor import doctor, troubles
 from mptfoundry.plan.devices import Device
 from mptfoundry.plan.install_sets import PYTHONS, pins
+from tests.nvidia_smi import gpu_row, put_nvidia_smi
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +42,15 @@ def test_every_backend_works_or_says_why_not(monkeypatch: pytest.MonkeyPatch) ->
     assert on_cpu[0] == "auto      takes torch, which serves this model in float32 on cpu"
     assert on_cpu[1].endswith("works")
     assert on_cpu[3] == "flash     does not work: it needs a GPU"
+
+
+def test_gpus_are_named_with_the_install_sets_that_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [gpu_row("Tesla V100-SXM2-32GB", "7.0", "470.82.01", uuid="GPU-7")]
+    put_nvidia_smi(tmp_path, monkeypatch, rows)
+    assert section("Devices")[0].endswith("no bf16, driver 470.82.01; install sets that work: none")
+    assert any("470.82.01 is too old" in line or "has no code for the" in line for line in troubles())
 
 
 def install(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.errors import CheckpointError, ConfigError, DataError
 from mptfoundry.evaluate import evaluate
 from mptfoundry.mpt.network import MPT
+from mptfoundry.plan.devices import detect_device
+from mptfoundry.plan.gpus import GPU
+from mptfoundry.plan.plan import make_plan
 from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 from tests.conftest import losses
@@ -235,3 +239,12 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_refused(run: Run) -> None:
 def test_data_that_does_not_fit_is_refused(run: Run, change: str) -> None:
     with pytest.raises(DataError, match=r"nowhere|max_seq_len"):
         run("unfit", change)
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused_before_the_run_begins(folder: Path) -> None:
+    config, _ = load_train_config(folder / "config.yaml", ["run_name=unsupported"])
+    plan = make_plan(config, detect_device())
+    device = replace(plan.device, gpus=(GPU("Tesla K80", capability=(3, 7)),))
+    with pytest.raises(ConfigError, match="no code for the Tesla K80"):
+        train(config, replace(plan, device=device))
+    assert not (folder / "runs" / "unsupported").exists()

@@ -177,12 +177,15 @@ def outline_of(
     Raises:
         ConfigError: As for `network_of`.
     """
+    from mptfoundry.mpt.attention import capability_of
     from mptfoundry.mpt.backends import choose_backend
     from mptfoundry.mpt.heads import make_network
 
     config = replace(source.config, attn_config=replace(source.config.attn_config, attn_impl=attn_impl))
+    device_type = torch.device(device).type
+    capability = capability_of(torch.device(device).index) if device_type == "cuda" else None
     try:
-        choose_backend(config, torch.device(device).type, str(compute_dtype).removeprefix("torch."))
+        choose_backend(config, device_type, str(compute_dtype).removeprefix("torch."), capability)
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return make_network(config, device="meta")

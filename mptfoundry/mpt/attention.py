@@ -33,6 +33,15 @@ BACKENDS: dict[str, Any] = {
 }
 
 
+def capability_of(gpu: int | None) -> tuple[int, int]:
+    """The compute capability of a GPU, by its index; a constant where blocks are compiled."""
+    return torch.cuda.get_device_capability(gpu)
+
+
+# What torch.compiler.assume_constant_result does, which imports torch._dynamo.
+capability_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query self-attention with a fused QKV projection."""
 
@@ -74,7 +83,8 @@ class Attention(nn.Module):
         if torch.jit.is_tracing():  # a trace must work for other lengths: no cuts by length
             return WeightsKept()
         dtype = str(query.dtype).removeprefix("torch.")
-        return BACKENDS[choose_backend(self.config, query.device.type, dtype)[0]]
+        capability = capability_of(query.device.index) if query.is_cuda else None
+        return BACKENDS[choose_backend(self.config, query.device.type, dtype, capability)[0]]
 
     def _normalise(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         """Split (batch, seq, width) into heads and normalise them, together or one by one."""

@@ -17,17 +17,23 @@ from .config import MPTConfig
 BACKENDS = ("torch", "triton", "flash")
 # `auto` takes the first of these that supports the model. Fastest first.
 _PREFERENCE = {"cuda": ("triton", "flash", "torch")}
+# Compute capabilities: Triton supports 8.0 and newer, and flash-attn is written for Ampere and newer.
+_CAPABILITY_AT_LEAST = (8, 0)
+Capability = tuple[int, int]
 # The first release with a correct softcap gradient; ALiBi and the deterministic backward are older.
 _FLASH_AT_LEAST = (2, 6, 2)
 
 
-def choose_backend(config: MPTConfig, device_type: str, dtype: str) -> tuple[str, str]:
+def choose_backend(
+    config: MPTConfig, device_type: str, dtype: str, capability: Capability | None = None
+) -> tuple[str, str]:
     """Choose the backend that ``attn_impl`` requests, or with ``auto`` the fastest one that can be used.
 
     Args:
         config: The model.
         device_type: torch's name: ``cpu``, ``cuda``.
         dtype: The dtype that attention computes in.
+        capability: The GPU's compute capability, such as (9, 0); None if it is not known.
 
     Returns:
         The backend's name and the reason, one clause.
@@ -37,38 +43,49 @@ def choose_backend(config: MPTConfig, device_type: str, dtype: str) -> tuple[str
     """
     name: str = config.attn_config.attn_impl
     if name != "auto":
-        reason = why_not(name, config, device_type, dtype)
+        reason = why_not(name, config, device_type, dtype, capability)
         if reason is None:
             return name, "asked for"
-        raise ValueError(refusal(name, reason, config, device_type, dtype))
+        raise ValueError(refusal(name, reason, config, device_type, dtype, capability))
     refused: list[str] = []
     for name in _PREFERENCE.get(device_type, ("torch",)):
-        reason = why_not(name, config, device_type, dtype)
+        reason = why_not(name, config, device_type, dtype, capability)
         if reason is None:
             break
         refused.append(f"not {name}: {reason}")
     return name, "; ".join([f"serves this model in {dtype} on {device_type}", *refused])
 
 
-def refusal(name: str, reason: str, config: MPTConfig, device_type: str, dtype: str) -> str:
+def refusal(
+    name: str,
+    reason: str,
+    config: MPTConfig,
+    device_type: str,
+    dtype: str,
+    capability: Capability | None = None,
+) -> str:
     """The error for a requested backend that can't be used: the key, the reason and what to use."""
-    able = [other for other in BACKENDS if why_not(other, config, device_type, dtype) is None]
+    able = [other for other in BACKENDS if why_not(other, config, device_type, dtype, capability) is None]
     return (
         f"attn_config.attn_impl: {name} can't be used: {reason}. "
         f"Use {' or '.join(['auto', *able])}; all give the same mathematics."
     )
 
 
-def why_not(name: str, config: MPTConfig, device_type: str, dtype: str) -> str | None:
+def why_not(
+    name: str, config: MPTConfig, device_type: str, dtype: str, capability: Capability | None = None
+) -> str | None:
     """Why the backend ``name`` can't compute this model's attention, one clause; None if it can.
 
     The arguments are those of `choose_backend`.
     """
-    return why_not_here(name, device_type, dtype) or why_never(name, config, dtype)
+    return why_not_here(name, device_type, dtype, capability) or why_never(name, config, dtype)
 
 
-def why_not_here(name: str, device_type: str, dtype: str) -> str | None:
+def why_not_here(name: str, device_type: str, dtype: str, capability: Capability | None = None) -> str | None:
     """What this machine lacks for the backend ``name``, for any model; None if nothing."""
+    if name != "torch" and capability is not None and capability < _CAPABILITY_AT_LEAST:
+        return f"it needs a GPU of compute capability 8.0 or newer, and this one has {_dotted(capability)}"
     if name == "flash":
         return "it needs a GPU" if device_type != "cuda" else _FLASH_IS_MISSING
     if name == "torch" or (device_type == "cuda" and _HAS_TRITON):
@@ -108,6 +125,10 @@ def _why_never_flash(config: MPTConfig, dtype: str) -> str | None:
     return None
 
 
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))
+
+
 def _flash_is_missing() -> str | None:
     """Check the flash-attn package itself; other packages install different modules under its name."""
     missing = "the package flash-attn is not installed (pip install --no-build-isolation flash-attn)"
@@ -120,7 +141,7 @@ def _flash_is_missing() -> str | None:
     except metadata.PackageNotFoundError:
         return missing
     if tuple(int(digits) for digits in re.findall(r"\d+", version)[:3]) < _FLASH_AT_LEAST:
-        return f"flash-attn {version} is too old; it takes {'.'.join(map(str, _FLASH_AT_LEAST))} or newer"
+        return f"flash-attn {version} is too old; it takes {_dotted(_FLASH_AT_LEAST)} or newer"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Detect this machine's devices without importing torch.
+"""The devices of a run on this machine, without importing torch.
 
 A device is a GPU, or one process's share of a CPU machine. Memory is in bytes; peaks are the vendor's dense
 bf16 FLOP/s.
@@ -7,14 +7,15 @@ bf16 FLOP/s.
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
+
+from mptfoundry.plan.gpus import GPU, Visible, visible_gpus
 
 GIB = 2**30
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,15 @@ class Device:
         name: A readable name, such as `NVIDIA H100 80GB HBM3`.
         count: Devices of the run, over all machines; one process drives each.
         per_node: Devices of the run on one machine.
-        memory: Bytes of one device; on a CPU its share of the machine's memory. None if unknown.
-        peak_flops: Dense bf16 FLOP/s of one device. None if unknown.
+        memory: Bytes of one device; on a CPU its share of the machine's memory. None if unknown. If GPUs
+            differ, the smallest.
+        peak_flops: Dense bf16 FLOP/s of one device. None if unknown. If GPUs differ, the slowest.
         has_bf16: Whether it multiplies faster in bf16 than in fp32.
         cores: CPU cores for one device.
         found: How the device was detected, in words for the user.
+        gpus: The GPUs of the run on this machine.
+        trouble: Why the GPUs of this machine can't be used, although it has some.
+        is_ordered: Whether CUDA is known to count the GPUs in this order.
     """
 
     kind: Literal["cpu", "gpu"]
@@ -42,27 +47,31 @@ class Device:
     has_bf16: bool = False
     cores: int = 1
     found: str = ""
+    gpus: tuple[GPU, ...] = ()
+    trouble: str | None = None
+    is_ordered: bool = True
 
     @property
     def torch_type(self) -> str:
         """torch's device type: `cpu` or `cuda`."""
         return "cuda" if self.kind == "gpu" else "cpu"
 
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """The lowest compute capability of the GPUs; None on a CPU or if one is unknown."""
+        known = [gpu.capability for gpu in self.gpus if gpu.capability is not None]
+        return min(known) if known and len(known) == len(self.gpus) else None
 
-# A pattern in nvidia-smi's name -> GiB and FLOP/s. The first match counts.
-_KNOWN: tuple[tuple[str, int, float], ...] = (
-    (r"a100.*40\s?gb", 40, 312e12),
-    (r"a100", 80, 312e12),
-    (r"h100.*pcie", 80, 756e12),
-    (r"h100", 80, 989.4e12),
-    (r"h200", 140, 989.4e12),
-)
+    @property
+    def lacks_bf16(self) -> bool:
+        """Whether a GPU of the run is known to have no bfloat16 units."""
+        return any(gpu.has_bf16 is False for gpu in self.gpus)
 
 
 def launcher_device(environ: Mapping[str, str] = os.environ) -> Device:
     """The devices that the `composer` launcher would use here: all visible GPUs, or one CPU process."""
-    world_size = int(environ.get("WORLD_SIZE") or 0) or max(1, len(visible_gpus(environ)[0]))
-    return detect_device(world_size, environ)
+    visible = visible_gpus(environ)
+    return _device(visible, int(environ.get("WORLD_SIZE") or 0) or max(1, len(visible.gpus)), environ)
 
 
 def detect_device(world_size: int | None = None, environ: Mapping[str, str] = os.environ) -> Device:
@@ -72,76 +81,38 @@ def detect_device(world_size: int | None = None, environ: Mapping[str, str] = os
         world_size: Processes of the run. Default: from the launcher's environment variables, or one.
         environ: The environment variables.
     """
-    gpus, found = visible_gpus(environ)
-    count = world_size or int(environ.get("WORLD_SIZE") or 1)
-    here = int(environ.get("LOCAL_WORLD_SIZE") or 0) or (len(gpus) if gpus else count)
+    return _device(visible_gpus(environ), world_size or int(environ.get("WORLD_SIZE") or 1), environ)
+
+
+def _device(visible: Visible, count: int, environ: Mapping[str, str]) -> Device:
+    here = int(environ.get("LOCAL_WORLD_SIZE") or 0) or len(visible.gpus) or count
     per_node = min(count, here)
-    if not gpus:
-        return _cpu(count, per_node, found)
-    name, mib, capability = gpus[0]
-    row = next((row for row in _KNOWN if re.search(row[0], name, re.IGNORECASE)), None)
+    used = visible.gpus[:per_node]
+    if not used:
+        return _cpu(visible, count, per_node)
+    uses_all = len(used) == len(visible.gpus) and "CUDA_VISIBLE_DEVICES" not in environ
     return Device(
         kind="gpu",
-        name=name,
+        name=" and ".join(dict.fromkeys(gpu.name for gpu in used)),
         count=count,
         per_node=per_node,
-        memory=mib * 2**20 if mib else row[1] * GIB if row else None,
-        peak_flops=row[2] if row else None,
-        has_bf16=row is not None or capability >= 8,
+        memory=_smallest([gpu.memory for gpu in used]),
+        peak_flops=_smallest([gpu.peak_flops for gpu in used]),
+        has_bf16=all(gpu.has_bf16 for gpu in used),
         cores=max(1, _cores() // per_node),
-        found=found,
+        found=visible.found,
+        gpus=used,
+        is_ordered=visible.is_ordered or uses_all,
     )
 
 
-def visible_gpus(environ: Mapping[str, str] = os.environ) -> tuple[list[tuple[str, int, float]], str]:
-    """The GPUs that this process may use, as name, memory in MiB and compute capability (0: unknown),
-    and a phrase that says how they were detected or why there are none."""
-    gpus = _nvidia_smi()
-    how = "nvidia-smi"
-    if not gpus:
-        gpus = [(name, 0, 0.0) for name in _driver_gpus()]
-        how = "/proc/driver/nvidia"
-    if not gpus:
-        return [], "no GPU found: neither nvidia-smi nor /proc/driver/nvidia names one"
-    chosen = environ.get("CUDA_VISIBLE_DEVICES")
-    if chosen is None:
-        return gpus, f"found by {how}"
-    visible = []
-    for word in filter(None, chosen.replace(" ", "").split(",")):
-        if word == "-1" or (word.isdigit() and int(word) >= len(gpus)):
-            break  # CUDA ignores everything after an invalid index
-        visible.append(gpus[int(word)] if word.isdigit() else gpus[0])
-    if not visible:
-        return [], f"CUDA_VISIBLE_DEVICES={chosen!r} hides the {len(gpus)} GPUs of this machine"
-    return visible, f"found by {how}, chosen by CUDA_VISIBLE_DEVICES={chosen}"
+def _smallest(numbers: Sequence[Number | None]) -> Number | None:
+    """The smallest number; None if one is unknown."""
+    known = [number for number in numbers if number is not None]
+    return min(known) if len(known) == len(numbers) else None
 
 
-def _nvidia_smi() -> list[tuple[str, int, float]]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=5, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    rows = [line.rsplit(",", 2) for line in answer.splitlines() if line.count(",") >= 2]
-    return [(name.strip(), int(_number(mib)), _number(capability)) for name, mib, capability in rows]
-
-
-def _driver_gpus() -> list[str]:
-    names = []
-    for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information")):
-        model = re.search(r"^Model:\s*(.+)$", path.read_text(errors="replace"), re.MULTILINE)
-        names.append(model[1].strip() if model else "NVIDIA GPU")
-    return names
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return 0.0
-
-
-def _cpu(count: int, per_node: int, found: str) -> Device:
+def _cpu(visible: Visible, count: int, per_node: int) -> Device:
     memory = total_memory()
     return Device(
         kind="cpu",
@@ -150,7 +121,8 @@ def _cpu(count: int, per_node: int, found: str) -> Device:
         per_node=per_node,
         memory=memory // per_node if memory else None,
         cores=max(1, _cores() // per_node),
-        found=found,
+        found=visible.found,
+        trouble=visible.trouble,
     )
 
 

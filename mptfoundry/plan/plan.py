@@ -21,6 +21,7 @@ from mptfoundry.mpt.flops import count_parameters, flops_per_token
 from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.plan.devices import GIB, Device
 from mptfoundry.plan.fsdp import Sharding, plan_sharding
+from mptfoundry.plan.gpu_support import gpu_problem
 from mptfoundry.plan.memory import Memory, estimate_memory
 from mptfoundry.plan.packages import missing_packages
 
@@ -109,6 +110,9 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     """
     model, reasons, missing = config.model, {}, dict(missing_packages(config, device.torch_type))
 
+    if unsupported := gpu_problem(device):
+        missing[unsupported[0]] = unsupported[1]
+
     def decide(key: str, value: Any, choice: Callable[[], tuple[Any, str]]) -> Any:
         if value == "auto":
             value, reasons[key] = choice()
@@ -139,7 +143,9 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         device=device,
         precision=precision,
         attn_impl=decide(
-            "model.attn_config.attn_impl", attention, lambda: choose_backend(model, device.torch_type, dtype)
+            "model.attn_config.attn_impl",
+            attention,
+            lambda: choose_backend(model, device.torch_type, dtype, device.capability),
         ),
         loss_fn="torch" if isinstance(model, HeadConfig) else decide("model.loss_fn", loss_fn, _choose_loss),
         sharding=sharding,
@@ -189,13 +195,20 @@ def choose_precision(device: Device) -> tuple[str, str]:
         return "fp32", "a CPU computes in float32; Composer refuses amp_bf16 there"
     if device.has_bf16:
         return "amp_bf16", "this GPU multiplies in bfloat16 at full speed"
-    return "fp32", "this GPU has no bfloat16 units"
+    if device.lacks_bf16:
+        return "fp32", "this GPU has no bfloat16 units; amp_fp16 is faster, and its gradients can overflow"
+    return "fp32", "this GPU is not known to have bfloat16 units"
 
 
 def precision_problem(precision: str, device: Device) -> str | None:
     """Why a device can't compute in a precision, and what to do; None if it can."""
     if device.kind == "cpu" and precision != "fp32":
         return f"{precision} needs a GPU. A CPU computes in float32: use auto or fp32."
+    if precision == "amp_bf16" and device.lacks_bf16:
+        return (
+            f"amp_bf16 needs a GPU with bfloat16 units (compute capability 8.0 or newer), which the "
+            f"{device.name} doesn't have. Use auto, fp32 or amp_fp16."
+        )
     return None
 
 
@@ -233,10 +246,11 @@ def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str |
     model, name = config.model, config.model.attn_config.attn_impl
     # On the machines that a GPU backend supports, `precision: auto` is bfloat16.
     anywhere = "bfloat16" if config.precision == "auto" else dtype
+    here = device.torch_type, dtype, device.capability
     if never := why_never(name, model, anywhere):
-        raise ConfigError(f"model.{refusal(name, never, model, device.torch_type, dtype)}")
-    if reason := why_not(name, model, device.torch_type, dtype):
-        return refusal(name, reason, model, device.torch_type, dtype).partition(": ")[2]
+        raise ConfigError(f"model.{refusal(name, never, model, *here)}")
+    if reason := why_not(name, model, *here):
+        return refusal(name, reason, model, *here).partition(": ")[2]
     return None
 
 

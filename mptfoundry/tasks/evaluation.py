@@ -30,6 +30,7 @@ from mptfoundry.mpt.network import MPT
 from mptfoundry.places import path_of
 from mptfoundry.ranks import once_per_node, rank, say, world_size
 from mptfoundry.stores import AT_START, patiently, reason_of
+from mptfoundry.tasks.answers import SAMPLES, Samples, identity_of, settings_hash
 from mptfoundry.tasks.gauntlet import gauntlet_scores, refuse_missing
 from mptfoundry.tasks.outcomes import (
     Outcome,
@@ -39,7 +40,6 @@ from mptfoundry.tasks.outcomes import (
     task_metrics,
 )
 from mptfoundry.tasks.questions import Question, TaskData, build_task, read_lines
-from mptfoundry.tasks.answers import SAMPLES, Samples, identity_of, settings_hash
 from mptfoundry.tasks.scoring import Batch, plan_batches, score_batch
 
 

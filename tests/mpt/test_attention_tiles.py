@@ -14,7 +14,7 @@ import pytest
 from mptfoundry.mpt.attention_tiles import TILES, Tile, padded, tile_of
 
 ROOT = Path(__file__).parents[2]
-# The width of the published models. `make soak` compiles ESSENTIAL for two architectures, the script all.
+# The width of the published models. `make soak` compiles ESSENTIAL for all architectures, the script all.
 PUBLISHED = "arch=90 group=1 dtype=bfloat16 head_dim=128 features=alibi+documents"
 ESSENTIAL = (
     "group=1 dtype=bfloat16 head_dim=64,80,128,256 features=alibi+documents "
@@ -45,8 +45,9 @@ def test_what_training_uses_compiles_without_spills_onto_tensor_cores(tmp_path: 
     assert {row["kernel"] for row in rows} == {
         f"{name}_kernel" for name in ("forward", "backward_query", "backward_key", "decode", "join")
     }
-    assert {row["arch"] for row in rows} == ({80, 90} if is_soak else {90})
-    assert len(rows) == (2 * (10 * 5 - 2 * 2) if is_soak else 5)
+    architectures = {row["arch"] for row in rows}
+    assert architectures >= {80, 90} if is_soak else architectures == {90}
+    assert len(rows) == (len(architectures) * (10 * 5 - 2 * 2) if is_soak else 5)
 
 
 REFUSED = """
@@ -77,7 +78,17 @@ def test_a_spill_a_lost_product_and_too_much_shared_memory_are_refused() -> None
 
 @pytest.mark.parametrize(
     ("capability", "name"),
-    [((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_90"), ((12, 0), "sm_80")],
+    [
+        ((8, 0), "sm_80"),
+        ((8, 6), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_90"),
+        ((10, 3), "sm_90"),
+        ((11, 0), "sm_80"),
+        ((12, 0), "sm_80"),
+        ((12, 1), "sm_80"),
+    ],
 )
 def test_a_gpu_of_little_shared_memory_has_the_smaller_tiles(capability: tuple[int, int], name: str) -> None:
     assert tile_of("forward", 128, capability, 2) == TILES[name]["forward"][128]

@@ -49,6 +49,17 @@ def test_auto_says_why_it_does_not_take_the_faster_ones(monkeypatch: pytest.Monk
     )
 
 
+def test_auto_takes_torch_on_a_gpu_older_than_ampere() -> None:
+    needs = "it needs a GPU of compute capability 8.0 or newer, and this one has 7.0"
+    assert choose_backend(config(), "cuda", "float16", (7, 0)) == (
+        "torch",
+        f"serves this model in float16 on cuda; not triton: {needs}; not flash: {needs}",
+    )
+    assert choose_backend(config(), "cuda", "float16", (8, 0))[0] == "triton"
+    with pytest.raises(ValueError, match=r"triton can't be used: it needs a GPU.*7\.5\. Use auto or torch;"):
+        choose_backend(config(attn_impl="triton"), "cuda", "float32", (7, 5))
+
+
 @pytest.mark.parametrize("device", ["cpu", "mps"])
 def test_auto_takes_torch_where_there_is_no_nvidia_gpu(device: str) -> None:
     assert choose_backend(config(), device, "float32") == (

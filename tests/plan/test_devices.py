@@ -1,20 +1,21 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
-from mptfoundry.plan.devices import Device, detect_device, launcher_device, visible_gpus
+from mptfoundry.plan.devices import Device, detect_device, launcher_device
+from mptfoundry.plan.gpus import visible_gpus
+from tests.nvidia_smi import gpu_row, put_nvidia_smi
 
 
 @pytest.fixture
 def two_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose nvidia-smi lists two GPUs."""
-    script = tmp_path / "nvidia-smi"
-    script.write_text("#!/bin/sh\nprintf 'NVIDIA H100 80GB HBM3, 81559, 9.0\\n%.0s' 1 2\n")
-    script.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    rows = [
+        gpu_row("NVIDIA H100 80GB HBM3", "9.0", "580.95.05", uuid=uuid) for uuid in ("GPU-8a1b", "GPU-9c")
+    ]
+    put_nvidia_smi(tmp_path, monkeypatch, rows)
 
 
 def test_a_device_has_torchs_name_for_its_kind() -> None:
@@ -37,9 +38,11 @@ def test_the_launcher_says_how_many_devices_a_run_has() -> None:
 
 
 @pytest.mark.usefixtures("two_h100")
-@pytest.mark.parametrize(("chosen", "count"), [("0,1", 2), ("1", 1), ("0,7", 1), ("GPU-8a1b,GPU-9c", 2)])
+@pytest.mark.parametrize(
+    ("chosen", "count"), [("0,1", 2), ("1", 1), ("0,7", 1), ("GPU-8a,GPU-9c", 2), ("GPU-7", 0)]
+)
 def test_cuda_visible_devices_chooses_gpus(chosen: str, count: int) -> None:
-    assert len(visible_gpus({"CUDA_VISIBLE_DEVICES": chosen})[0]) == count
+    assert len(visible_gpus({"CUDA_VISIBLE_DEVICES": chosen}).gpus) == count
 
 
 @pytest.mark.usefixtures("two_h100")

@@ -9,6 +9,8 @@ from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
 from mptfoundry.mpt import backends
 from mptfoundry.plan.devices import GIB, Device
+from mptfoundry.plan.gpu_support import SETS, TorchBuild
+from mptfoundry.plan.gpus import GPU
 from mptfoundry.plan.plan import USABLE, Plan, device_batch, make_plan, refuse_missing
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -219,3 +221,30 @@ def test_where_weights_are_made_follows_from_the_sharding() -> None:
     assert made("model.init_device=mixed") == "mixed"
     with pytest.raises(ConfigError, match=r"model.init_device.*Use mixed"):
         made("model.init_device=meta", *rank_0)
+
+
+def v100() -> Device:
+    gpu = GPU("Tesla V100-SXM2-32GB", 32 * GIB, (7, 0), "570.86.15")
+    return Device("gpu", gpu.name, memory=gpu.memory, cores=8, gpus=(gpu,))
+
+
+def test_a_gpu_without_bf16_computes_in_fp32_or_fp16() -> None:
+    config = load("mpt-tiny", "precision=amp_bf16")
+    assert make_plan(config, v100()).missing["precision"] == (
+        "amp_bf16 needs a GPU with bfloat16 units (compute capability 8.0 or newer), which the Tesla "
+        "V100-SXM2-32GB doesn't have. Use auto, fp32 or amp_fp16."
+    )
+    assert "precision" not in make_plan(load("mpt-tiny", "precision=amp_fp16"), v100()).missing
+    on_v100 = plan_of("mpt-tiny", v100())
+    assert (on_v100.precision, on_v100.attn_impl) == ("fp32", "torch")
+    assert plan_of("mpt-tiny", LAPTOP_GPU).reasons["precision"].endswith("not known to have bfloat16 units")
+
+
+def test_a_gpu_that_torch_cannot_use_is_planned_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = SETS[0]
+    build = TorchBuild("2.14.1+cu130", current.cuda, current.architectures)
+    monkeypatch.setattr("mptfoundry.plan.gpu_support.installed_torch", lambda: build)
+    plan = plan_of("mpt-tiny", v100())
+    assert set(plan.missing) == {"torch"}
+    with pytest.raises(ConfigError, match=r"no code for the Tesla V100.*make install SET=composer-pins"):
+        refuse_missing(plan)
