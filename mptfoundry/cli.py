@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mptfoundry import __version__
 from mptfoundry.errors import ConfigError, MPTFoundryError, RunStopped
-from mptfoundry.ranks import announce_failure, connect, rank, report, world_size
+from mptfoundry.ranks import announce_failure, connect, local_rank, rank, report, world_size
 from mptfoundry.run.signals import ending_at_once, heeded, lasting_output
 
 if TYPE_CHECKING:
@@ -50,29 +50,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(verb: Verb, words: list[str]) -> int:
     try:
         verb.run(words)
-    except RunStopped as stopped:
-        _leave_signals()
-        if rank() == 0:
-            print(stopped, file=sys.stderr, flush=True)
-        return stopped.exit_code
-    except MPTFoundryError as error:
-        _leave_signals()
-        if os.environ.get("MPTFOUNDRY_DEBUG") == "1":
-            raise
-        report(error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print(STOPPED_BY_CTRL_C, file=sys.stderr)
-        return CTRL_C_EXIT_CODE
     except BrokenPipeError:
         # The reader of our output, such as `head`, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
-        _leave_signals()
-        announce_failure(connect(), repr(error), MPTFoundryError.exit_code)
-        raise
+    except (Exception, KeyboardInterrupt) as error:
+        return _exit_code(error)
     _leave_signals()
     return 0
+
+
+def _exit_code(error: BaseException) -> int:
+    """Print an error that is written for the user, and return its exit code; raise any other again."""
+    if isinstance(error, KeyboardInterrupt):
+        print(STOPPED_BY_CTRL_C, file=sys.stderr)
+        return CTRL_C_EXIT_CODE
+    _leave_signals()
+    if isinstance(error, RunStopped):
+        if rank() == 0:
+            print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    if not isinstance(error, MPTFoundryError):
+        announce_failure(connect(), repr(error), MPTFoundryError.exit_code)
+        raise error
+    if os.environ.get("MPTFOUNDRY_DEBUG") == "1":
+        raise error
+    report(error)
+    return error.exit_code
 
 
 def _leave_signals() -> None:
@@ -92,7 +95,7 @@ def _train(words: list[str]) -> None:
         signal.signal(number, _stop_while_starting)
     config = _load_config(words)
     plan = None
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if local_rank() == 0:
         from mptfoundry.check import refuse_here
 
         plan = refuse_here(config)

@@ -32,6 +32,7 @@ from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.sharding import start_on_the_cpu
 from mptfoundry.plan.devices import Device, detect_device
 from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision, choose_workers, precision_problem
+from mptfoundry.ranks import rank, world_size
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
 EVAL_BATCH_SIZE = 8
@@ -56,7 +57,7 @@ def evaluate(options: EvalConfig) -> Results:
         raise ConfigError(f"precision: {problem}")
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
-    if dist.get_world_size() > 1:
+    if world_size() > 1:
         dist.initialize_dist(device.kind, timeout=options.dist_timeout)
     source = open_model(options.model, base=options.base, verify=options.verify)
     tokenizer: Any = load_tokenizer(options.tokenizer) if options.tokenizer else tokenizer_of(source)
@@ -65,7 +66,7 @@ def evaluate(options: EvalConfig) -> Results:
     check_tokenizer(tokenizer, source.config.vocab_size)
     loaders = _loaders(options, source)
     batch_size = options.device_eval_batch_size
-    is_sharded = dist.get_world_size() > 1 and _was_sharded(source)
+    is_sharded = world_size() > 1 and _was_sharded(source)
     trainer = Trainer(
         model=_model(options, source, device, tokenizer, precision, is_sharded=is_sharded),
         parallelism_config={"fsdp": FSDP2Config()} if is_sharded else None,
@@ -92,7 +93,7 @@ def evaluate(options: EvalConfig) -> Results:
         for label, metrics in trainer.state.eval_metrics.items()
     }
     trainer.close()
-    if dist.get_global_rank() == 0:
+    if rank() == 0:
         _write(results, options, source)
     return results
 
