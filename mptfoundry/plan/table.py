@@ -75,7 +75,9 @@ def describe_plan(config: TrainConfig, plan: Plan, streams: Streams | None = Non
     ]
     width = max(len(name) for name, _ in rows) + 2
     lines = [config.run_name, *(f"  {name:{width}}{text}".rstrip() for name, text in rows)]
-    return "\n".join([*lines, "  auto, here", *_auto_in_words(plan)])
+    width = max(map(len, plan.choices), default=0)
+    auto = [f"    {key:{width}} = {each.value!s:18} {each.reason}" for key, each in plan.choices.items()]
+    return "\n".join([*lines, "  auto, here", *auto])
 
 
 def _model_in_words(config: TrainConfig, plan: Plan) -> str:
@@ -246,22 +248,3 @@ def _time_in_words(plan: Plan) -> str:
         f"{span}, {days * 24 * plan.device.count:,.0f} device hours, if the MFU is {ASSUMED_MFU:.0%} "
         "(assumed, not measured)"
     )
-
-
-def _auto_in_words(plan: Plan) -> list[str]:
-    values = {
-        "precision": plan.precision,
-        "device_train_microbatch_size": plan.device_train_microbatch_size,
-        "device_eval_batch_size": plan.device_eval_batch_size,
-        "model.attn_config.attn_impl": plan.attn_impl,
-        "model.loss_fn": plan.loss_fn,
-        "model.init_device": plan.init_device,
-        "fsdp_config": plan.sharding or f"{plan.device.count} replicas",
-        "num_workers": ", ".join(sorted({str(number) for number in plan.num_workers.values()})),
-    }
-    width = max(map(len, values))
-    return [
-        f"    {key:{width}} = {value!s:18} {plan.reasons[key]}"
-        for key, value in values.items()
-        if key in plan.reasons
-    ]
