@@ -367,13 +367,13 @@ def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mptfoundry {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
+        options = _options_text(verb) if wants_help and name in words else ""
         sub = verbs.add_parser(
             name,
             help=verb.does,
             description=f"{verb.does[0].upper()}{verb.does[1:]}.",
             usage=f"mptfoundry {name} {verb.words}".rstrip(),
-            epilog=f"Example:\n  {verb.example}"
-            + (_options_text(verb) if wants_help and name in words else ""),
+            epilog=f"Example:\n  {verb.example}{options}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

@@ -142,7 +142,9 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     loss_fn = (
         "torch" if isinstance(model, HeadConfig) else decide("model.loss_fn", model.loss_fn, _choose_loss)
     )
-    init_device = _init_device(config, sharding, decide)
+    # The values are the same everywhere, so `cpu` may replace `meta`.
+    init_device = "auto" if sharding is None and model.init_device != "cpu" else model.init_device
+    init_device = decide("model.init_device", init_device, lambda: choose_init_device(config, sharding))
     if how:
         choices["fsdp_config"] = Choice(sharding or f"{device.count} replicas", how)
     loaders = {"train": config.train_loader, **config.eval_loaders}
@@ -251,13 +253,10 @@ def _choose_loss() -> tuple[str, str]:
     return "torch_crossentropy", "exact, in chunks of tokens: the full logits never exist"
 
 
-def _init_device(config: TrainConfig, sharding: Sharding | None, decide: Callable[..., Any]) -> str:
-    """Where weights are initialized. The values are the same everywhere, so `cpu` may replace `meta`."""
-    key, value = "model.init_device", config.model.init_device
+def choose_init_device(config: TrainConfig, sharding: Sharding | None) -> tuple[str, str]:
+    """Resolve `model.init_device: auto`: where weights are initialized; returns the value and the reason."""
     if sharding is None or config.fsdp_config is None:
-        return decide(
-            key, "auto" if value != "cpu" else value, lambda: ("cpu", "every device holds all weights")
-        )
+        return "cpu", "every device holds all weights"
     if config.fsdp_config.load_monolith_rank0_only:
-        return decide(key, value, lambda: ("mixed", "rank 0 loads the whole model"))
-    return decide(key, value, lambda: ("meta", "with FSDP each device draws only its own shards"))
+        return "mixed", "rank 0 loads the whole model"
+    return "meta", "with FSDP each device draws only its own shards"

@@ -38,6 +38,8 @@ _LAUNCHERS = ".of-the-launcher"
 _TORCH_MODULE = ("_remote_module_non_scriptable.py", "__pycache__")
 _SECONDS_TO_READ_A_MODULE = 3600.0
 _SOCKETS = PROCESSES / "net" / "unix"
+# The inode and the path at the end of a line of /proc/PID/maps.
+_MAPPED = re.compile(r" (\d+) +(/.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -204,12 +206,10 @@ def _used_files() -> set[str]:
     used = set()
     for process in PROCESSES.glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            for line in (process / "maps").read_text().splitlines():
-                place = line.split(maxsplit=5)
-                if len(place) == 6 and place[5].startswith("/"):
-                    used.add(place[5])
-                    if Path(place[5]).parent == SHARED_MEMORY:
-                        used.add(f"{SHARED_MEMORY} {place[4]}")
+            for inode, path in _MAPPED.findall((process / "maps").read_text()):
+                used.add(path)
+                if Path(path).parent == SHARED_MEMORY:
+                    used.add(f"{SHARED_MEMORY} {inode}")
         with contextlib.suppress(OSError):
             for link in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):
