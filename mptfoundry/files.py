@@ -50,7 +50,7 @@ def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     """
     path = Path(path).absolute()
     _refuse_existing(path, overwrite=overwrite)
-    temporary = _beside(path)
+    temporary = _temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for entry, left in _left_in(path.parent, _is_of_no_other):
@@ -114,7 +114,7 @@ def writing_into(save_folder: Path) -> Iterator[None]:
 
 def point(link: Path, target: Path) -> None:
     """Point a link at `target`, a file or folder next to it, in one atomic step."""
-    temporary = _beside(link)
+    temporary = _temporary_name(link)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, link.parent))
     temporary.replace(link)
@@ -213,7 +213,7 @@ def _flush_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def _beside(path: Path) -> Path:
+def _temporary_name(path: Path) -> Path:
     """Return the temporary name that this process uses to write `path`."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.part")
 

@@ -282,12 +282,12 @@ class RankWatch:
         return f"{said}. Its process or its machine has ended: look there. The same command continues."
 
     def _beats(self) -> dict[int, dict[str, Any]]:
-        found = {}
+        beats = {}
         for number in range(world_size()):
             key = f"{BEAT}/{number}"
-            there = self._store.check([key])
-            found[number] = json.loads(self._store.get(key)) if there else {"batch": 0, "waits": False}
-        return found
+            has_beat = self._store.check([key])
+            beats[number] = json.loads(self._store.get(key)) if has_beat else {"batch": 0, "waits": False}
+        return beats
 
     def _beat(self) -> None:
         count, stands_since, last, has_warned = 0, time.monotonic(), None, False
@@ -330,8 +330,8 @@ def _waits(frame: FrameType | None) -> bool:
 def _where(frame: FrameType | None) -> str | None:
     """Return the innermost line outside of libraries, or else the innermost line of all."""
     own = (each for each in _frames(frame) if not each.f_code.co_filename.startswith(_LIBRARIES))
-    found = next(own, frame)
-    if found is None:
+    shown = next(own, frame)
+    if shown is None:
         return None
-    place = Path(found.f_code.co_filename)
-    return f"{place.parent.name}/{place.name}:{found.f_lineno}, {found.f_code.co_name}"
+    place = Path(shown.f_code.co_filename)
+    return f"{place.parent.name}/{place.name}:{shown.f_lineno}, {shown.f_code.co_name}"

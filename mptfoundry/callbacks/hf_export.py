@@ -108,8 +108,8 @@ class HFExport(Callback):
 
     def init(self, state: State, logger: Logger) -> None:
         """Raise ConfigError before training if the model's weights are not an MPT's."""
-        found = {_WRAPPERS.sub("", name) for name, _ in _network(state).named_parameters()}
-        if unknown := sorted(found ^ self.names):
+        names = {_WRAPPERS.sub("", name) for name, _ in _network(state).named_parameters()}
+        if unknown := sorted(names ^ self.names):
             raise ConfigError(
                 f"callbacks.hf_checkpointer: the model's weights are not an MPT's, such as {unknown[0]}; "
                 "adapters are one reason. Remove the callback, and export when the training is over."
@@ -188,16 +188,16 @@ class HFExport(Callback):
     def _interrupted(self, folder: str) -> list[tuple[str, str, int]]:
         """The exports that were due but are missing: their names, checkpoints and batches."""
         marks = (_MARK.fullmatch(entry.name) for entry in sorted(self.run_folder.iterdir()))
-        found = [(mark["name"], mark["checkpoint"], int(mark["batch"])) for mark in marks if mark]
+        due = [(mark["name"], mark["checkpoint"], int(mark["batch"])) for mark in marks if mark]
         if not is_url(folder) and Path(folder).is_dir():
             is_ours = self.run_folder.resolve() in Path(folder).resolve().parents
             for entry in remove_unfinished(Path(folder), is_ours=is_ours):
                 _say(f"removed {entry}, which a run that was killed had not finished")
-            for name, checkpoint, _ in list(found):
+            for name, checkpoint, _ in list(due):
                 if (Path(folder) / name / "config.json").is_file():
                     self._mark(name, checkpoint).unlink()
-            found = [each for each in found if self._mark(*each[:2]).exists()]
-        return found
+            due = [each for each in due if self._mark(*each[:2]).exists()]
+        return due
 
     def _lost(self, name: str, checkpoint: str, batch: int, folder: str) -> str:
         """The message about an export whose batch has passed."""
@@ -251,9 +251,9 @@ def gather_weights(network: torch.nn.Module, dtype: torch.dtype) -> Iterator[tup
 def exports_in(folder: Path, name: str) -> list[Path]:
     """The exports in a folder whose names match `huggingface_folder_name`, newest first."""
     pattern = re.sub(r"\\\{(\w+)\\\}", lambda m: r"(\d+)" if m[1] == "batch" else ".+", re.escape(name))
-    found = [(match, path) for path in folder.iterdir() if (match := re.fullmatch(pattern, path.name))]
-    found = [(match, path) for match, path in found if (path / "config.json").is_file()]
-    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]), reverse=True)]
+    exports = [(match, path) for path in folder.iterdir() if (match := re.fullmatch(pattern, path.name))]
+    exports = [(match, path) for match, path in exports if (path / "config.json").is_file()]
+    return [path for _, path in sorted(exports, key=lambda pair: int(pair[0][1]), reverse=True)]
 
 
 def _say(text: str) -> None:

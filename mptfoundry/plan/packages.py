@@ -26,19 +26,19 @@ ADAPTERS, QUANTIZED = "peft>=0.15,<0.18", "bitsandbytes>=0.48"
 def missing_packages(config: TrainConfig, device_type: str) -> Iterator[tuple[str, str]]:
     """Packages that a run of `config` needs and that are missing or have an unsupported version, as (key,
     what to do)."""
-    for key, wanted in _needed(config, device_type):
-        if problem := package_problem(wanted):
+    for key, requirement in _needed(config, device_type):
+        if problem := package_problem(requirement):
             yield key, problem
 
 
-def package_problem(wanted: str) -> str | None:
+def package_problem(requirement: str) -> str | None:
     """Why a requirement such as `wandb<0.28` is not met, and what to do; None if it is."""
     from importlib import metadata
 
     from packaging.requirements import Requirement
 
-    package = Requirement(wanted)
-    command = f"pip install '{wanted}'" if str(package.specifier) else f"pip install {wanted}"
+    package = Requirement(requirement)
+    command = f"pip install '{requirement}'" if str(package.specifier) else f"pip install {requirement}"
     try:
         version = metadata.version(package.name)
     except metadata.PackageNotFoundError:
@@ -50,9 +50,9 @@ def package_problem(wanted: str) -> str | None:
 
 def _needed(config: TrainConfig, device_type: str) -> Iterator[tuple[str, str]]:
     table = OF_SECTIONS | (ON_A_GPU if device_type == "cuda" else {})
-    for (section, name), wanted in table.items():
+    for (section, name), requirement in table.items():
         if name in getattr(config, section):
-            yield f"{section}.{name}", wanted
+            yield f"{section}.{name}", requirement
     if config.model.peft_config is not None:
         yield "model.peft_config", ADAPTERS
     if config.model.bits:

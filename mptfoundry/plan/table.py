@@ -149,12 +149,12 @@ def epochs_of_streams(config: TrainConfig, streams: Streams) -> dict[str, float]
     run = batches * config.global_train_batch_size if batches is not None else None
     if batches is None and unit == "ep" and epoch is not None:
         run = int(number) * int(epoch)
-    found = {}
+    times = {}
     for name, weight in weights.items():
         samples = _samples_of(name, streams)
         if run and whole and samples and weight is not None:
-            found[name] = run * weight / whole / samples
-    return found
+            times[name] = run * weight / whole / samples
+    return times
 
 
 def _drawn_in_an_epoch(config: TrainConfig, streams: Streams) -> dict[str, float | None]:

@@ -63,12 +63,12 @@ def find_leftovers() -> list[Leftover]:
     return [Leftover(path, _size(path)) for path in unused]
 
 
-def remove_leftovers(found: Sequence[Leftover]) -> list[Leftover]:
+def remove_leftovers(leftovers: Sequence[Leftover]) -> list[Leftover]:
     """Remove leftovers; return those that are gone now."""
-    for leftover in found:
+    for leftover in leftovers:
         with contextlib.suppress(OSError):
             remove(leftover.path)
-    return [leftover for leftover in found if not leftover.path.exists()]
+    return [leftover for leftover in leftovers if not leftover.path.exists()]
 
 
 def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
@@ -189,8 +189,8 @@ def _size(path: Path) -> int:
 
 
 def _number(name: str) -> str | None:
-    found = _BLOCK.fullmatch(name) or _LOCK.fullmatch(name)
-    return found[1] if found else None
+    match = _BLOCK.fullmatch(name) or _LOCK.fullmatch(name)
+    return match[1] if match else None
 
 
 def _inode(path: Path) -> str:

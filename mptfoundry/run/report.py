@@ -133,16 +133,16 @@ def _evaluations(evaluations: Sequence[Row]) -> list[str]:
         for label, metrics in row["eval"].items():
             by_label.setdefault(label, []).append({"batch": row["batch"], **metrics})
     lines: list[str] = []
-    for label, found in by_label.items():
-        names = [name for name in found[-1] if name != "batch"]
+    for label, evaluated in by_label.items():
+        names = [name for name in evaluated[-1] if name != "batch"]
         lines += ["", f"## Evaluation: {label}", "", f"| batch | {' | '.join(names)} |"]
         lines += ["|" + "---|" * (len(names) + 1)]
-        count = min(len(found), MOST_EVALUATIONS)
-        shown = [found[round(place * (len(found) - 1) / max(1, count - 1))] for place in range(count)]
+        count = min(len(evaluated), MOST_EVALUATIONS)
+        shown = [evaluated[round(place * (len(evaluated) - 1) / max(1, count - 1))] for place in range(count)]
         for row in shown:
             lines.append(f"| {row['batch']} | {' | '.join(_number(row.get(name)) for name in names)} |")
-        if count < len(found):
-            lines += ["", f"{count} of {len(found):,} evaluations; all of them are in `{NAME}`."]
+        if count < len(evaluated):
+            lines += ["", f"{count} of {len(evaluated):,} evaluations; all of them are in `{NAME}`."]
     return lines
 
 

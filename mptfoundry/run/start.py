@@ -240,15 +240,13 @@ def _named_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Pa
         )
     checkpoint = find_checkpoint(local) if is_url(path) else decided_by_rank_0(lambda: find_checkpoint(local))
     assert checkpoint is not None
-    found = checkpoint.path
-    _refuse_one_file(found, config, "load_path")
-    if reason := _damage(found):
-        raise CheckpointError(f"load_path: {found}: {reason}. Name another checkpoint.")
+    _refuse_one_file(checkpoint.path, config, "load_path")
+    if reason := _damage(checkpoint.path):
+        raise CheckpointError(f"load_path: {checkpoint.path}: {reason}. Name another checkpoint.")
     if rank() == 0 and not checkpoint.parts():
-        print(
-            f"note: load_path: {found} has no checksums and is read unverified.", file=sys.stderr, flush=True
-        )
-    return found
+        note = f"note: load_path: {checkpoint.path} has no checksums and is read unverified."
+        print(note, file=sys.stderr, flush=True)
+    return checkpoint.path
 
 
 def _refuse_one_file(checkpoint: Path, config: TrainConfig, key: str) -> None:
@@ -289,14 +287,14 @@ def _is_sound(checkpoint: Path, config: TrainConfig, shown_as: str | None = None
 def _damage(checkpoint: Path) -> str | None:
     """Say which bytes of a checkpoint are damaged; each rank checks its share."""
     try:
-        found = checkpoint_at(checkpoint)
-        parts = [] if (reason := found.problem()) else found.parts()
-        reason = reason or found.damage(parts[rank() :: world_size()])
+        form = checkpoint_at(checkpoint)
+        parts = [] if (reason := form.problem()) else form.parts()
+        reason = reason or form.damage(parts[rank() :: world_size()])
     except FileNotFoundError:
         reason = "not seen by all nodes; save_folder has to lie on a disk that they share, or be a URL"
     except CheckpointError as error:
         reason = str(error).removeprefix(f"{checkpoint}: ").rstrip(".")
-    return next((found for found in dist.all_gather_object(reason) if found is not None), None)
+    return next((each for each in dist.all_gather_object(reason) if each is not None), None)
 
 
 def _fetched(url: str, folder: Path, stack: ExitStack) -> Path:
