@@ -114,7 +114,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         ConfigError: The batch does not split over the devices, the attention backend does not support the
             model, or options exclude each other.
     """
-    model, choices, missing = config.model, {}, dict(missing_packages(config, device.torch_type))
+    model, choices, missing = config.model, {}, missing_packages(config, device.torch_type)
 
     def decide(key: str, value: Any, choose: Callable[[], tuple[Any, str]]) -> Any:
         if value != "auto":

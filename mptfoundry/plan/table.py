@@ -54,6 +54,7 @@ def describe_plan(config: TrainConfig, plan: Plan, streams: Streams | None = Non
     """The plan of `config` as a short table, with what is known about the data."""
     streams = streams or {}
     epochs = epochs_of_streams(config, streams) if streams else {}
+    seconds = plan.seconds(ASSUMED_MFU)
     rows = [
         ("model", _model_in_words(config, plan)),
         *([("trainable", _trainable_in_words(config, plan.trainable))] if plan.trainable.frozen else []),
@@ -71,7 +72,7 @@ def describe_plan(config: TrainConfig, plan: Plan, streams: Streams | None = Non
         ("run folder", _run_folder_in_words(config)),
         ("device", f"{plan.device.count} x {plan.device.name} ({plan.device.found})"),
         *zip(("memory", ""), _memory_in_words(plan), strict=True),
-        ("time", _time_in_words(plan)),
+        ("time", _time_in_words(plan, seconds) if seconds else "not known before it is measured"),
     ]
     width = max(len(name) for name, _ in rows) + 2
     lines = [config.run_name, *(f"  {name:{width}}{text}".rstrip() for name, text in rows)]
@@ -112,13 +113,17 @@ def _batch_in_words(config: TrainConfig, plan: Plan) -> str:
 
 def _duration_in_words(config: TrainConfig, plan: Plan, streams: Streams) -> str:
     if plan.batches is None or plan.tokens is None or plan.flops is None:
-        number, unit = parse_duration(config.max_duration)
-        epoch = _samples_of_an_epoch(config, streams)
-        if unit == "ep" and epoch is not None:
-            batches = int(number) * int(epoch // config.global_train_batch_size)
-            return f"{number:g} epochs, about {batches:,} batches, {batches * plan.tokens_per_batch:,} tokens"
-        return f"{number:g} {UNITS[unit]}; how many batches depends on the size of the data"
+        return _duration_of_unknown_length(config, plan, streams)
     return f"{plan.batches:,} batches, {plan.tokens:,} tokens, {plan.flops:.4g} FLOPs"
+
+
+def _duration_of_unknown_length(config: TrainConfig, plan: Plan, streams: Streams) -> str:
+    number, unit = parse_duration(config.max_duration)
+    epoch = _samples_of_an_epoch(config, streams)
+    if unit == "ep" and epoch is not None:
+        batches = int(number) * int(epoch // config.global_train_batch_size)
+        return f"{number:g} epochs, about {batches:,} batches, {batches * plan.tokens_per_batch:,} tokens"
+    return f"{number:g} {UNITS[unit]}; how many batches depends on the size of the data"
 
 
 def _learning_rate_in_words(config: TrainConfig) -> str:
@@ -238,10 +243,7 @@ def _memory_in_words(plan: Plan) -> tuple[str, str]:
     return total, ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
 
 
-def _time_in_words(plan: Plan) -> str:
-    seconds = plan.seconds(ASSUMED_MFU)
-    if seconds is None:
-        return "not known before it is measured"
+def _time_in_words(plan: Plan, seconds: float) -> str:
     days = seconds / 86400
     span = f"{days:.1f} days" if days >= 2 else f"{seconds / 3600:.1f} hours"
     return (

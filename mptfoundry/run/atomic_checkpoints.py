@@ -30,7 +30,7 @@ from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from mptfoundry.architecture.trainable import ADAPTER
-from mptfoundry.checkpoints.checkpoint import newest_first
+from mptfoundry.checkpoints.checkpoint import Checkpoint, newest_first
 from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
 from mptfoundry.checkpoints.sharded import METADATA
 from mptfoundry.checkpoints.training_state import set_epoch_by_time
@@ -206,14 +206,9 @@ class AtomicCheckpoints(Callback):
             raise CheckpointError(
                 f"save_folder: {link} is a folder, and the run makes a link there. Move it away."
             )
-        batch = int(state.timestamp.batch)
-        for checkpoint in () if self.overwrite else newest_first(self.folder):
-            if checkpoint.batch > batch and checkpoint.problem() is None:
-                raise CheckpointError(
-                    f"save_folder: {checkpoint.path} is further than this start, batch {batch}, and would be "
-                    "replaced. Set autoresume: true to continue from it, save_overwrite: true to replace "
-                    "it, or use another run_name."
-                )
+        checkpoints = newest_first(self.folder)
+        if checkpoints and not self.overwrite:
+            _refuse_to_replace(checkpoints, int(state.timestamp.batch))
 
     def _refuse_what_does_not_fit(self, content: Any, state: State) -> None:
         """Raise CheckpointError on all ranks if the content needs more disk space than is free."""
@@ -231,6 +226,16 @@ class AtomicCheckpoints(Callback):
                 )
 
         decided_by_rank_0(look)
+
+
+def _refuse_to_replace(checkpoints: Sequence[Checkpoint], batch: int) -> None:
+    for checkpoint in checkpoints:
+        if checkpoint.batch > batch and checkpoint.problem() is None:
+            raise CheckpointError(
+                f"save_folder: {checkpoint.path} is further than this start, batch {batch}, and would be "
+                "replaced. Set autoresume: true to continue from it, save_overwrite: true to replace it, or "
+                "use another run_name."
+            )
 
 
 @dataclass

@@ -259,11 +259,7 @@ class Run:
         return f"{kept}. autoresume is off: name the checkpoint in load_path to continue."
 
     def _describe(self) -> list[Path]:
-        """Update the run's folder to describe the run as it trains now, before a checkpoint is written.
-
-        Returns:
-            The files that are new.
-        """
+        """Make the run's folder describe the run as it trains now, and return the files that are new."""
         if self._lock.is_lost():
             self._lock.take()
             say(f"save_folder: {self.folder} was removed while the run trains; it is made again")
