@@ -18,7 +18,6 @@ import torch
 from composer.core import Algorithm, Callback
 from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler, DecoupledAdamW
-from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 
 from mptfoundry.architecture.hub import locate
@@ -51,6 +50,7 @@ from mptfoundry.optim.groups import parameter_groups
 from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.optim.schedules import BatchSize, Schedule
 from mptfoundry.plan.plan import COMPUTE_DTYPE, Plan
+from mptfoundry.ranks import rank
 from mptfoundry.tokenizer import count_ids, load_tokenizer, token_byte_lengths, vocabulary_problem
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -81,7 +81,7 @@ def run_code_paths(config: TrainConfig) -> None:
             raise ConfigError(f"code_paths: {path} is code. Run it with allow_code=true on the command line.")
         if not Path(path).is_file():
             raise ConfigError(f"code_paths: {path} is missing. Name a Python file.")
-        if dist.get_global_rank() == 0:
+        if rank() == 0:
             digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             print(f"code_paths: running {path} (sha256 {digest})", flush=True)
         runpy.run_path(path)
@@ -152,7 +152,7 @@ def build_model(
     """
     network_config = config.model.network()
     # With `mixed`, Composer broadcasts the weights of global rank 0.
-    on_meta = plan.init_device == "meta" or (plan.init_device == "mixed" and dist.get_global_rank() != 0)
+    on_meta = plan.init_device == "meta" or (plan.init_device == "mixed" and rank() != 0)
     network: Any = make_network(
         network_config, device="meta" if on_meta else "cpu", seed=config.seed, empty=source is not None
     )
@@ -166,7 +166,7 @@ def build_model(
             block.compile(**options)
     weights = None
     if source is not None:
-        speaks, head = dist.get_global_rank() == 0, getattr(network_config, "head", None)
+        speaks, head = rank() == 0, getattr(network_config, "head", None)
         new, unused = ((f"{head}.",), ("lm_head.",)) if head else ((), ())
         weights = StartingWeights(source, network, seed=config.seed, new=new, unused=unused, progress=speaks)
         if weights.drawn and speaks:

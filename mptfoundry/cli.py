@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from mptfoundry import __version__
 from mptfoundry.errors import ConfigError, MPTFoundryError, RunStopped
-from mptfoundry.ranks import announce_failure, connect, rank, report, world_size
+from mptfoundry.ranks import announce_failure, connect, local_rank, rank, report, world_size
 from mptfoundry.run.signals import ending_at_once, heeded, lasting_output
 
 if TYPE_CHECKING:
@@ -52,39 +52,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(verb: Verb, words: list[str]) -> int:
     try:
         verb.run(words)
-    except RunStopped as stopped:
-        _leave_signals()
-        if rank() == 0:
-            print(stopped, file=sys.stderr, flush=True)
-        return stopped.exit_code
-    except MPTFoundryError as error:
-        _leave_signals()
-        if os.environ.get("MPTFOUNDRY_DEBUG") == "1":
-            raise
-        report(error)
-        return error.exit_code
-    except ModuleNotFoundError as error:
-        if error.name not in REQUIRED:
-            raise
-        from mptfoundry.plan.install_sets import install_command, usual_set
-
-        command = install_command(usual_set())
-        report(
-            MPTFoundryError(f"{error.name} is not installed. Install all that mptfoundry needs: {command}")
-        )
-        return MPTFoundryError.exit_code
-    except KeyboardInterrupt:
-        print(STOPPED_BY_CTRL_C, file=sys.stderr)
-        return CTRL_C_EXIT_CODE
     except BrokenPipeError:
         # The reader of our output, such as `head`, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except Exception as error:
-        _leave_signals()
-        announce_failure(connect(), repr(error), MPTFoundryError.exit_code)
-        raise
+    except (Exception, KeyboardInterrupt) as error:
+        return _exit_code(error)
     _leave_signals()
     return 0
+
+
+def _exit_code(error: BaseException) -> int:
+    """Print an error that is written for the user, and return its exit code; raise any other again."""
+    if isinstance(error, KeyboardInterrupt):
+        print(STOPPED_BY_CTRL_C, file=sys.stderr)
+        return CTRL_C_EXIT_CODE
+    _leave_signals()
+    if isinstance(error, RunStopped):
+        if rank() == 0:
+            print(error, file=sys.stderr, flush=True)
+        return error.exit_code
+    if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
+        from mptfoundry.plan.install_sets import install_command, usual_set
+
+        command = install_command(usual_set())
+        error = MPTFoundryError(
+            f"{error.name} is not installed. Install all that mptfoundry needs: {command}"
+        )
+    if not isinstance(error, MPTFoundryError):
+        announce_failure(connect(), repr(error), MPTFoundryError.exit_code)
+        raise error
+    if os.environ.get("MPTFOUNDRY_DEBUG") == "1":
+        raise error
+    report(error)
+    return error.exit_code
 
 
 def _leave_signals() -> None:
@@ -104,7 +104,7 @@ def _train(words: list[str]) -> None:
         signal.signal(number, _stop_while_starting)
     config = _load_config(words)
     plan = None
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if local_rank() == 0:
         from mptfoundry.check import refuse_here
 
         plan = refuse_here(config)
@@ -392,13 +392,13 @@ def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"mptfoundry {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, verb in VERBS.items():
+        options = _options_text(verb) if wants_help and name in words else ""
         sub = verbs.add_parser(
             name,
             help=verb.does,
             description=f"{verb.does[0].upper()}{verb.does[1:]}.",
             usage=f"mptfoundry {name} {verb.words}".rstrip(),
-            epilog=f"Example:\n  {verb.example}"
-            + (_options_text(verb) if wants_help and name in words else ""),
+            epilog=f"Example:\n  {verb.example}{options}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )

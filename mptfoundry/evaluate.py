@@ -35,7 +35,7 @@ from mptfoundry.models.sharding import start_on_the_cpu
 from mptfoundry.plan.devices import Device, detect_device
 from mptfoundry.plan.gpu_support import imported_torch, refuse_unsupported
 from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision, choose_workers, precision_problem
-from mptfoundry.ranks import say
+from mptfoundry.ranks import rank, say, world_size
 from mptfoundry.tasks.evaluation import Model, TaskPlan, evaluate_tasks, plan_tasks
 from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
 
@@ -63,7 +63,7 @@ def evaluate(options: EvalConfig) -> Results:
         raise ConfigError(f"precision: {problem}")
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
-    if dist.get_world_size() > 1:
+    if world_size() > 1:
         dist.initialize_dist(device.kind, timeout=options.dist_timeout)
     source = open_model(options.model, base=options.base, verify=options.verify)
     tokenizer: Any = load_tokenizer(options.tokenizer) if options.tokenizer else tokenizer_of(source)
@@ -76,7 +76,7 @@ def evaluate(options: EvalConfig) -> Results:
     batch_size = (
         EVAL_BATCH_SIZE if options.device_eval_batch_size == "auto" else options.device_eval_batch_size
     )
-    is_sharded = dist.get_world_size() > 1 and _was_sharded(source)
+    is_sharded = world_size() > 1 and _was_sharded(source)
     composer_model = _model(options, source, device, tokenizer, precision, is_sharded=is_sharded)
     trainer = Trainer(
         model=composer_model,
@@ -111,7 +111,7 @@ def evaluate(options: EvalConfig) -> Results:
             model = Model(network, tokenizer, is_sharded=is_sharded)
             results |= evaluate_tasks(model, plan, batch_size=batch_size)
     trainer.close()
-    if dist.get_global_rank() == 0:
+    if rank() == 0:
         _write(results, options, source, plan)
     return results
 

@@ -49,8 +49,8 @@ def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         CheckpointError: Something is already at `path`, or it can't be written to.
     """
     path = Path(path).absolute()
-    refuse_what_is_there(path, overwrite=overwrite)
-    temporary = _beside(path)
+    _refuse_existing(path, overwrite=overwrite)
+    temporary = _temporary_name(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         for entry, left in _left_in(path.parent, _is_of_no_other):
@@ -85,15 +85,19 @@ def refuse_what_is_there(
     read = None if source is None or is_url(source) else Path(source).resolve()
     if read is not None and path.resolve() in (read, *read.parents) and path.exists():
         raise CheckpointError(f"{path}: {source} is read from there. Name another place.")
-    there = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    if not overwrite and (there or path.is_file()):
-        raise CheckpointError(f"{path}: is there already. Name another place, or set overwrite=true.")
-    for name in there:
+    _refuse_existing(path, overwrite=overwrite)
+    for name in sorted(entry.name for entry in path.iterdir()) if path.is_dir() else ():
         if not any(fnmatch(name, pattern) for pattern in names):
             raise CheckpointError(
                 f"{path}: is there already and holds {name}, which is not of such a folder, so that it is "
                 "not overwritten. Name another place."
             )
+
+
+def _refuse_existing(path: Path, *, overwrite: bool) -> None:
+    _put_back(path.absolute(), _is_of_no_other)
+    if not overwrite and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
+        raise CheckpointError(f"{path}: is there already. Name another place, or set overwrite=true.")
 
 
 @contextmanager
@@ -110,7 +114,7 @@ def writing_into(save_folder: Path) -> Iterator[None]:
 
 def point(link: Path, target: Path) -> None:
     """Point a link at `target`, a file or folder next to it, in one atomic step."""
-    temporary = _beside(link)
+    temporary = _temporary_name(link)
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(os.path.relpath(target, link.parent))
     temporary.replace(link)
@@ -161,19 +165,23 @@ def remove(path: Path) -> None:
 
 def _put_in_place(temporary: Path, path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
-        if not _exchange(temporary, path):
-            old = temporary.with_name(temporary.name.removesuffix(".part") + f"{_OLD}.part")
-            path.rename(old)
-            try:
-                temporary.rename(path)
-            except OSError:
-                old.rename(path)
-                raise
-            temporary = old
-        shutil.rmtree(temporary, ignore_errors=True)
+        _replace_folder(temporary, path)
     else:
         temporary.replace(path)
     _flush_one(path.parent)
+
+
+def _replace_folder(temporary: Path, path: Path) -> None:
+    if not _exchange(temporary, path):
+        old = temporary.with_name(temporary.name.removesuffix(".part") + f"{_OLD}.part")
+        path.rename(old)
+        try:
+            temporary.rename(path)
+        except OSError:
+            old.rename(path)
+            raise
+        temporary = old
+    shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _exchange(one: Path, other: Path) -> bool:
@@ -205,7 +213,7 @@ def _flush_one(path: Path) -> None:
         os.close(descriptor)
 
 
-def _beside(path: Path) -> Path:
+def _temporary_name(path: Path) -> Path:
     """Return the temporary name that this process uses to write `path`."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.part")
 
@@ -287,10 +295,9 @@ class Held(Exception):
 
 @contextmanager
 def locked(path: Path, *, waiting: Callable[[str], None] | None = None) -> Iterator[None]:
-    """Hold a lock on a file, which is made with its parents; the lock ends with this process, even if killed.
+    """Hold a lock on a file; see `take_lock`.
 
-    The holder may remove the file or its folder; whoever waited then makes a new file. The lock works across
-    machines if the file system supports that (NFS 4, Lustre mounted with `flock`).
+    The holder may remove the file or its folder; whoever waited then makes a new file.
 
     Args:
         path: The file; it records which process holds the lock.
@@ -300,34 +307,89 @@ def locked(path: Path, *, waiting: Callable[[str], None] | None = None) -> Itera
         Held: Another process holds the lock.
         OSError: The file can't be made or locked.
     """
+    file = take_lock(path, waiting=waiting)
+    try:
+        yield
+    finally:
+        os.close(file)
+
+
+def take_lock(
+    path: Path,
+    *,
+    lock: Callable[[int, int], None] = fcntl.flock,
+    waiting: Callable[[str], None] | None = None,
+    unlocked: Callable[[OSError], None] | None = None,
+) -> int:
+    """Lock a file, which is made with its parents and records the holder, and return it open.
+
+    The lock ends when the file is closed or this process ends, even if killed. It works across machines if
+    the file system supports that (NFS 4, Lustre mounted with `flock`).
+
+    Args:
+        path: The file.
+        lock: `fcntl.flock`, which forked children share, or `fcntl.lockf`, which they don't, and which ends
+            as soon as this process closes the file anywhere.
+        waiting: Called with the holder before waiting for it. Default: raise Held, with the holder.
+        unlocked: Called on a file system without locks, where only processes of this machine exclude one
+            another. Default: raise the OSError.
+    """
     while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:
             continue  # the holder has just removed the folder
         try:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                if waiting is None:
-                    raise Held(_holder_of(file)) from error
-                waiting(_holder_of(file))
-                fcntl.flock(file, fcntl.LOCK_EX)
-            # If the holder has removed the file, a lock on it excludes nobody.
-            if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
-                os.ftruncate(file, 0)
-                os.pwrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
-                yield
-                return
-        finally:
+                lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                _wait(file, error, lock, waiting, unlocked)
+            if is_open_at(file, path):
+                rewrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+                return file
+        except BaseException:
             os.close(file)
+            raise
+        os.close(file)  # the holder has removed it since we opened it
 
 
-def _holder_of(file: int) -> str:
-    """Return who holds a lock, in words."""
+def _wait(
+    file: int,
+    error: OSError,
+    lock: Callable[[int, int], None],
+    waiting: Callable[[str], None] | None,
+    unlocked: Callable[[OSError], None] | None,
+) -> None:
+    """Wait for the holder of a lock if that is allowed, or raise Held."""
     try:
         said = json.loads(os.pread(file, 1 << 12, 0))
-        return f"process {int(said['pid'])} on {said['host']}"
+        host, pid = str(said["host"]), int(said["pid"])
+        holder = f"process {pid} on {host}"
     except (ValueError, KeyError, TypeError):
-        return "another process"
+        host, pid, holder = "", 0, "another process"
+    if error.errno in (errno.EACCES, errno.EAGAIN):
+        if waiting is None:
+            raise Held(holder) from error
+        waiting(holder)
+        lock(file, fcntl.LOCK_EX)
+    elif unlocked is None:
+        raise error
+    elif host == socket.gethostname() and pid != os.getpid() and is_alive(pid):
+        raise Held(holder) from error
+    else:
+        unlocked(error)
+
+
+def is_open_at(file: int, path: Path) -> bool:
+    """Whether `path` is still the open file, which may have been removed or replaced."""
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def rewrite(file: int, content: bytes) -> None:
+    """Replace the content of an open file."""
+    os.ftruncate(file, 0)
+    os.pwrite(file, content, 0)

@@ -48,6 +48,11 @@ def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
+def local_rank() -> int:
+    """Return this process's rank on its machine."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
 def world_size() -> int:
     """Return how many processes train together."""
     return int(os.environ.get("WORLD_SIZE", 1))
@@ -61,10 +66,14 @@ def say(text: str) -> None:
 
 def decided_by_rank_0(decide: Callable[[], T]) -> T | None:
     """Return rank 0's decision on all ranks, with a collective; an error of rank 0 is raised on all ranks."""
+    return decide() if world_size() == 1 else _broadcast(decide)
+
+
+def _broadcast(decide: Callable[[], T]) -> T | None:
     from composer.utils import dist
 
     told: list[Any] = [None, None]
-    if dist.get_global_rank() == 0:
+    if rank() == 0:
         try:
             told[0] = decide()
         except MPTFoundryError as error:
@@ -80,37 +89,39 @@ def once_per_node(work: Callable[[], T], *, what: str, say: Callable[[str], None
     """Run `work` once per node while other ranks wait, without a timeout, and return its result.
 
     Args:
-        work: Returns something that JSON can hold. The other ranks poll the store, outside of collectives, so
-            no backend timeout applies; nobody continues before every node is ready.
+        work: Returns something that JSON can hold.
         what: What the ranks wait for, in words.
         say: Called on the first rank with the nodes that are still working.
 
     Raises:
         DataError, ConfigError: What `work` raised, on all ranks.
     """
+    return work() if world_size() == 1 else _once_on_each_node(work, what, say)
+
+
+def _once_on_each_node(work: Callable[[], T], what: str, say: Callable[[str], None]) -> T:
+    """Poll the store, outside of collectives: no backend timeout applies, and nobody continues early."""
     import torch
     from composer.utils import dist
 
-    call, ranks = next(_calls), dist.get_world_size()
-    if ranks == 1:
-        return work()
+    call = next(_calls)
     store: Any = torch.distributed.distributed_c10d._get_default_store()
     per_node, node = dist.get_local_world_size(), dist.get_node_rank()
-    keys = [f"mptfoundry/once/{call}/{number}" for number in range(ranks // per_node)]
-    if dist.get_local_rank() == 0:
+    keys = [f"mptfoundry/once/{call}/{number}" for number in range(world_size() // per_node)]
+    if local_rank() == 0:
         try:
             store.set(keys[node], json.dumps({"result": work()}))
         except MPTFoundryError as error:
             store.set(keys[node], json.dumps({"error": str(error), "kind": type(error).__name__}))
         except BaseException as error:
-            text = f"{what}: rank {dist.get_global_rank()} failed ({type(error).__name__}: {error})."
+            text = f"{what}: rank {rank()} failed ({type(error).__name__}: {error})."
             store.set(keys[node], json.dumps({"error": text, "kind": "DataError"}))
             raise
     spoke_at = time.monotonic()
     for number, key in enumerate(keys):
         while not store.check([key]):
             time.sleep(SECONDS_BETWEEN_LOOKS)
-            if dist.get_global_rank() == 0 and time.monotonic() - spoke_at > SECONDS_BETWEEN_WORDS:
+            if rank() == 0 and time.monotonic() - spoke_at > SECONDS_BETWEEN_WORDS:
                 spoke_at = time.monotonic()
                 say(f"{what}: waiting for node {number}")
     answers = [json.loads(store.get(key)) for key in keys]
@@ -122,18 +133,16 @@ def once_per_node(work: Callable[[], T], *, what: str, say: Callable[[str], None
 
 def connect() -> Any:
     """Connect to the store; None if this process is alone, hasn't met the others, or the store is gone."""
-    if not _have_met():
-        return None
+    return _connect() if _have_met() else None
+
+
+def _connect() -> Any:
     with contextlib.suppress(RuntimeError, KeyError, OSError):
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # If nobody listens any more, torch would retry for a long time and print about it.
         socket.create_connection(place, timeout=_SECONDS_TO_CONNECT).close()
-        return sys.modules["torch"].distributed.TCPStore(
-            *place,
-            is_master=False,
-            wait_for_workers=False,
-            timeout=timedelta(seconds=10),
-        )
+        store = sys.modules["torch"].distributed.TCPStore
+        return store(*place, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
     return None
 
 
@@ -212,13 +221,11 @@ class RankWatch:
         self._store: Any = None
         self._has_waited = False
         self._ended = threading.Event()
-        self._thread: threading.Thread | None = None
 
     def __enter__(self) -> RankWatch:
         self._store = connect()
         if self._store is not None:
-            self._thread = threading.Thread(target=self._beat, name="beats", daemon=True)
-            self._thread.start()
+            threading.Thread(target=self._beat, name="beats", daemon=True).start()
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -275,12 +282,12 @@ class RankWatch:
         return f"{said}. Its process or its machine has ended: look there. The same command continues."
 
     def _beats(self) -> dict[int, dict[str, Any]]:
-        found = {}
+        beats = {}
         for number in range(world_size()):
             key = f"{BEAT}/{number}"
-            there = self._store.check([key])
-            found[number] = json.loads(self._store.get(key)) if there else {"batch": 0, "waits": False}
-        return found
+            has_beat = self._store.check([key])
+            beats[number] = json.loads(self._store.get(key)) if has_beat else {"batch": 0, "waits": False}
+        return beats
 
     def _beat(self) -> None:
         count, stands_since, last, has_warned = 0, time.monotonic(), None, False
@@ -323,8 +330,8 @@ def _waits(frame: FrameType | None) -> bool:
 def _where(frame: FrameType | None) -> str | None:
     """Return the innermost line outside of libraries, or else the innermost line of all."""
     own = (each for each in _frames(frame) if not each.f_code.co_filename.startswith(_LIBRARIES))
-    found = next(own, frame)
-    if found is None:
+    shown = next(own, frame)
+    if shown is None:
         return None
-    place = Path(found.f_code.co_filename)
-    return f"{place.parent.name}/{place.name}:{found.f_lineno}, {found.f_code.co_name}"
+    place = Path(shown.f_code.co_filename)
+    return f"{place.parent.name}/{place.name}:{shown.f_lineno}, {shown.f_code.co_name}"

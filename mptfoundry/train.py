@@ -18,7 +18,9 @@ from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
 from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.config.load import to_yaml
+from mptfoundry.config.parallel import FSDPConfig
 from mptfoundry.config.run import TrainConfig
+from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.gloo_average import average_gradients
 from mptfoundry.models.sharding import prefetch
 from mptfoundry.plan.devices import detect_device
@@ -30,24 +32,35 @@ from mptfoundry.run.lifecycle import Run, guarded
 from mptfoundry.run.start import Start
 from mptfoundry.tokenizer import fingerprint
 
+# Keys of the config that are arguments of Composer's Trainer under the same name.
+SAME_NAMES = (
+    "run_name",
+    "seed",
+    "max_duration",
+    "train_subset_num_batches",
+    "spin_dataloaders",
+    "eval_subset_num_batches",
+    "progress_bar",
+    "accumulate_train_batch_on_tokens",
+    "dist_timeout",
+    "python_log_level",
+)
+
 
 def train(config: TrainConfig, plan: Plan | None = None) -> Trainer:
     """Trains the model of `config` to its `max_duration`, from its newest checkpoint if there is one.
 
-    Args:
-        config: The run.
-        plan: Its plan on this machine. Default: it is made here.
-
-    Returns:
-        The trainer, finished: its `state` holds the model and the last measurements.
+    `plan` is made here unless it is already checked. The `state` of the returned trainer holds the model and
+    the last metrics.
 
     Raises:
         ConfigError, DataError, CheckpointError: Something that the config names is missing or doesn't fit.
         TrainingError: The numbers are not finite, or a rank is silent.
         RunStopped: SIGTERM or SIGINT came; what was trained is saved.
     """
-    plan = plan or make_plan(config, detect_device())
-    refuse_missing(plan)
+    if plan is None:
+        plan = make_plan(config, detect_device())
+        refuse_missing(plan)
     refuse_unsupported(plan.device, imported_torch())
     with guarded(config, plan.device) as run:
         trainer = build_trainer(config, plan, run)
@@ -65,7 +78,8 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     if run.start.is_own:
         say(f"resuming from {run.start.checkpoint}")
     say(describe_plan(config, plan))
-    source = starting_model(config, run.start)
+    takes_weights = config.model.takes_weights or run.start.checkpoint is not None
+    source = starting_model(config, run.start) if takes_weights else None
     build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
     run.compare_inputs({"tokenizer": fingerprint(tokenizer, with_special_tokens=True)})
@@ -108,13 +122,18 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
         buffers = trainer.state.model.named_buffers()
         check_base(source, next(value for name, value in buffers if name.endswith(FINGERPRINT)))
     if config.fsdp_config is not None and isinstance(model.model, FSDPModule):
-        forward, backward = config.fsdp_config.prefetched_blocks
-        prefetch(model.model, forward=forward, backward=backward)
-        if plan.device.kind == "cpu":
-            average_gradients(model)
+        set_up_sharding(config.fsdp_config, model, plan)
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": to_yaml(config)})
     return trainer
+
+
+def set_up_sharding(fsdp: FSDPConfig, model: ComposerMPT, plan: Plan) -> None:
+    """Tell FSDP what Composer leaves out, once it has sharded the model."""
+    forward, backward = fsdp.prefetched_blocks
+    prefetch(model.model, forward=forward, backward=backward)
+    if plan.device.kind == "cpu":
+        average_gradients(model)
 
 
 def starting_model(config: TrainConfig, start: Start) -> ModelSource | None:
@@ -137,20 +156,11 @@ def starting_model(config: TrainConfig, start: Start) -> ModelSource | None:
 def trainer_arguments(config: TrainConfig, plan: Plan) -> dict[str, Any]:
     """The Trainer's arguments that stand in the config or the plan."""
     return {
+        **{name: getattr(config, name) for name in SAME_NAMES},
         "device": plan.device.kind,
-        "run_name": config.run_name,
-        "seed": config.seed,
-        "max_duration": config.max_duration,
-        "train_subset_num_batches": config.train_subset_num_batches,
-        "spin_dataloaders": config.spin_dataloaders,
         # Composer warns of any other one without loaders, and so does `check` in words of its own.
         "eval_interval": config.eval_interval if config.eval_loaders else 1,
-        "eval_subset_num_batches": config.eval_subset_num_batches,
-        "progress_bar": config.progress_bar,
         "log_to_console": False,
         "precision": plan.precision,
         "device_train_microbatch_size": plan.device_train_microbatch_size,
-        "accumulate_train_batch_on_tokens": config.accumulate_train_batch_on_tokens,
-        "dist_timeout": config.dist_timeout,
-        "python_log_level": config.python_log_level,
     }

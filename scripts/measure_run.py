@@ -109,6 +109,8 @@ def measure(config: Path) -> dict[str, dict[str, int]]:
         if event == "call":
             entered.add(frame.f_code)
 
+    # A killed run's lock, since every start removes such leftovers where there are any.
+    (Path(tempfile.gettempdir()) / "999999_cache_filelock").touch()
     sys.path.insert(0, str(ROOT))
     os.environ["OMP_NUM_THREADS"] = "1"
     from mptfoundry.cli import main as run

@@ -15,6 +15,17 @@ from composer.utils import create_interval_scheduler
 
 from mptfoundry.run.metrics_file import Row, RowLogger
 
+# How a batch's line shows the values of its row.
+FORMS = {
+    "loss": "loss {:.3f}",
+    "lr": "lr {:.2g}",
+    "grad_norm": "grad norm {:.3f}",
+    "tokens_per_second": "{} tok/s",
+    "mfu": "MFU {:.1%}",
+    "padding_share": "padding {:.1%}",
+    "eta_seconds": "ETA {}",
+}
+
 
 class ConsoleLine(RowLogger):
     """Prints a line at an interval, for the first and the last batch, and for each evaluation.
@@ -28,22 +39,21 @@ class ConsoleLine(RowLogger):
         self._is_due = create_interval_scheduler(
             interval, checkpoint_events=False, final_events={Event.BATCH_END, Event.EPOCH_END}
         )
-        self._end: Time | None = None
+        self._end: Time | None = None  # a request to stop changes the state's own
         self._printed_batch = -1
         self._row: Row = {}
         # Saved at each batch, because during evaluation the state has the length of the evaluation's loader.
         self._progress = "batch 0"
 
-    def batch_start(self, state: State, logger: Logger) -> None:
-        """Save the run's length, which a request to stop changes."""
-        super().batch_start(state, logger)
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Save the run's length."""
         self._end = state.max_duration  # type: ignore[assignment]
 
     def write(self, row: Row, state: State) -> None:
         """Print an evaluation's line, and a batch's line if one is due."""
         for label, metrics in row.get("eval", {}).items():
             values = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
-            self._print(f"eval {label}: {values}")
+            print(f"[{self._progress}]  eval {label}: {values}", flush=True)
         if "eval" not in row:
             self._row, self._progress = row, progress(state, self._end)
             if self._is_due(state, Event.BATCH_END) or self._printed_batch < 0:
@@ -56,10 +66,7 @@ class ConsoleLine(RowLogger):
 
     def _print_batch(self) -> None:
         self._printed_batch = self._row["batch"]
-        self._print(batch_line(self._row))
-
-    def _print(self, text: str) -> None:
-        print(f"[{self._progress}]  {text}", flush=True)
+        print(f"[{self._progress}]  {batch_line(self._row)}", flush=True)
 
 
 def progress(state: State, end: Time | None) -> str:
@@ -74,18 +81,13 @@ def progress(state: State, end: Time | None) -> str:
 
 def batch_line(row: Row) -> str:
     """A batch's line of text, without missing values."""
-    parts = [f"loss {_fixed(row['loss'])}", f"lr {row['lr']:.2g}" if row.get("lr") is not None else ""]
-    if row.get("grad_norm") is not None:
-        parts.append(f"grad norm {_fixed(row['grad_norm'])}")
-    if row.get("tokens_per_second") is not None:
-        parts.append(f"{thousands(row['tokens_per_second'])} tok/s")
-    if row.get("mfu") is not None:
-        parts.append(f"MFU {row['mfu']:.1%}")
-    if row.get("padding_share") is not None:
-        parts.append(f"padding {row['padding_share']:.1%}")
-    if row.get("eta_seconds") is not None:
-        parts.append(f"ETA {timedelta(seconds=round(row['eta_seconds']))}")
-    return "  ".join(part for part in parts if part)
+    shown = dict(row)
+    if rate := row.get("tokens_per_second"):
+        shown["tokens_per_second"] = thousands(rate)
+    if (seconds := row.get("eta_seconds")) is not None:
+        shown["eta_seconds"] = timedelta(seconds=round(seconds))
+    parts = [form.format(shown[name]) for name, form in FORMS.items() if shown.get(name) is not None]
+    return "  ".join(parts if row["loss"] is not None else ["loss not finite", *parts])
 
 
 def thousands(value: float) -> str:
@@ -94,10 +96,6 @@ def thousands(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g}{letter}"
     return f"{value:.3g}"
-
-
-def _fixed(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.3f}"
 
 
 def _short(value: Any) -> str:

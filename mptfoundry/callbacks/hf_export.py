@@ -25,7 +25,7 @@ from mptfoundry.checkpoints.checkpoint import newest_first
 from mptfoundry.errors import ConfigError
 from mptfoundry.files import remove_unfinished
 from mptfoundry.places import is_url
-from mptfoundry.ranks import decided_by_rank_0
+from mptfoundry.ranks import decided_by_rank_0, rank
 from mptfoundry.run.metrics_file import NAME as METRICS
 from mptfoundry.run.report import report_if_possible
 from mptfoundry.stores import uploader
@@ -108,8 +108,8 @@ class HFExport(Callback):
 
     def init(self, state: State, logger: Logger) -> None:
         """Raise ConfigError before training if the model's weights are not an MPT's."""
-        found = {_WRAPPERS.sub("", name) for name, _ in _network(state).named_parameters()}
-        if unknown := sorted(found ^ self.names):
+        names = {_WRAPPERS.sub("", name) for name, _ in _network(state).named_parameters()}
+        if unknown := sorted(names ^ self.names):
             raise ConfigError(
                 f"callbacks.hf_checkpointer: the model's weights are not an MPT's, such as {unknown[0]}; "
                 "adapters are one reason. Remove the callback, and export when the training is over."
@@ -120,11 +120,11 @@ class HFExport(Callback):
         batch, folder = int(state.timestamp.batch), self._folder(state)
         for name, checkpoint, due in decided_by_rank_0(lambda: self._interrupted(folder)) or []:
             if due == batch:
-                if dist.get_global_rank() == 0:
+                if rank() == 0:
                     _say(f"the export {name} was interrupted, and is made now")
                 self._export(state, name, checkpoint, folder)
-                self._finish()
-            elif dist.get_global_rank() == 0:
+                self.wait()
+            elif rank() == 0:
                 if due < batch:
                     _say(self._lost(name, checkpoint, due, folder))
                 self._mark(name, checkpoint).unlink(missing_ok=True)
@@ -132,7 +132,7 @@ class HFExport(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Raise an error of the background thread."""
         if self._running is not None and self._running.done():
-            self._finish()
+            self.wait()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """Export if an interval in batches, samples or tokens is over."""
@@ -144,7 +144,7 @@ class HFExport(Callback):
 
     def fit_end(self, state: State, logger: Logger) -> None:
         """Wait for the last export."""
-        self._finish()
+        self.wait()
 
     def close(self, state: State, logger: Logger) -> None:
         """Let a running export finish, also if the run failed."""
@@ -156,9 +156,9 @@ class HFExport(Callback):
             return
         elapsed = state.get_elapsed_duration()
         if elapsed is not None and elapsed >= 1.0:
-            self._finish()
+            self.wait()
         elif _any_rank(self._running is not None, state):
-            if dist.get_global_rank() == 0:
+            if rank() == 0:
                 log.warning(
                     "callbacks.hf_checkpointer: the last export is still being written, so that of batch %d "
                     "is left out. A longer save_interval would give it time.",
@@ -176,10 +176,10 @@ class HFExport(Callback):
 
     def _export(self, state: State, name: str, checkpoint: str, folder: str) -> None:
         """Copy the weights, a collective operation, and start to write them."""
-        if dist.get_global_rank() == 0:
+        if rank() == 0:
             self._mark(name, checkpoint).touch()
         weights = dict(gather_weights(_network(state), self.dtype))
-        if dist.get_global_rank() == 0:
+        if rank() == 0:
             self._running = self._thread.submit(self._in_background, weights, checkpoint, folder, name)
 
     def _mark(self, name: str, checkpoint: str) -> Path:
@@ -188,16 +188,16 @@ class HFExport(Callback):
     def _interrupted(self, folder: str) -> list[tuple[str, str, int]]:
         """The exports that were due but are missing: their names, checkpoints and batches."""
         marks = (_MARK.fullmatch(entry.name) for entry in sorted(self.run_folder.iterdir()))
-        found = [(mark["name"], mark["checkpoint"], int(mark["batch"])) for mark in marks if mark]
+        due = [(mark["name"], mark["checkpoint"], int(mark["batch"])) for mark in marks if mark]
         if not is_url(folder) and Path(folder).is_dir():
             is_ours = self.run_folder.resolve() in Path(folder).resolve().parents
             for entry in remove_unfinished(Path(folder), is_ours=is_ours):
                 _say(f"removed {entry}, which a run that was killed had not finished")
-            for name, checkpoint, _ in list(found):
+            for name, checkpoint, _ in list(due):
                 if (Path(folder) / name / "config.json").is_file():
                     self._mark(name, checkpoint).unlink()
-            found = [each for each in found if self._mark(*each[:2]).exists()]
-        return found
+            due = [each for each in due if self._mark(*each[:2]).exists()]
+        return due
 
     def _lost(self, name: str, checkpoint: str, batch: int, folder: str) -> str:
         """The message about an export whose batch has passed."""
@@ -229,8 +229,8 @@ class HFExport(Callback):
             for old in exports_in(Path(folder), self.folder_name)[self.keep :]:
                 shutil.rmtree(old)
 
-    def _finish(self) -> None:
-        """Wait for the background thread, and raise its error."""
+    def wait(self) -> None:
+        """Wait for the export that is being written, and raise its error."""
         running, self._running = self._running, None
         if running is not None:
             running.result()
@@ -244,16 +244,16 @@ def gather_weights(network: torch.nn.Module, dtype: torch.dtype) -> Iterator[tup
     with torch.no_grad():
         for name, parameter in network.named_parameters():
             whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-            if dist.get_global_rank() == 0:
+            if rank() == 0:
                 yield _WRAPPERS.sub("", name), whole.detach().to(dtype).to("cpu", copy=True)
 
 
 def exports_in(folder: Path, name: str) -> list[Path]:
     """The exports in a folder whose names match `huggingface_folder_name`, newest first."""
     pattern = re.sub(r"\\\{(\w+)\\\}", lambda m: r"(\d+)" if m[1] == "batch" else ".+", re.escape(name))
-    found = [(match, path) for path in folder.iterdir() if (match := re.fullmatch(pattern, path.name))]
-    found = [(match, path) for match, path in found if (path / "config.json").is_file()]
-    return [path for _, path in sorted(found, key=lambda pair: int(pair[0][1]), reverse=True)]
+    exports = [(match, path) for path in folder.iterdir() if (match := re.fullmatch(pattern, path.name))]
+    exports = [(match, path) for match, path in exports if (path / "config.json").is_file()]
+    return [path for _, path in sorted(exports, key=lambda pair: int(pair[0][1]), reverse=True)]
 
 
 def _say(text: str) -> None:

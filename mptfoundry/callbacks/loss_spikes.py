@@ -7,6 +7,7 @@ was never stopped.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from statistics import fmean
@@ -47,15 +48,13 @@ class LossSpikes(Callback):
         loss_cap: float = 10.0,
         skip_batch: bool = False,
     ) -> None:
-        for name, value, least in (("patience", patience, 0), ("window_size", window_size, 2)):
-            if value < least:
-                raise ConfigError(
-                    f"callbacks.kill_loss_spike.{name}: {value} is too small. Use {least} or more."
-                )
+        if patience < 0:
+            raise _senseless(f"patience: {patience} is too small. Use 0 or more.")
+        if window_size < 2:
+            raise _senseless(f"window_size: {window_size} is too small. Use 2 or more.")
         if outlier_multiplier <= 1:
-            raise ConfigError(
-                f"callbacks.kill_loss_spike.outlier_multiplier: {outlier_multiplier} makes every loss an "
-                "outlier. Use a number above 1."
+            raise _senseless(
+                f"outlier_multiplier: {outlier_multiplier} makes every loss an outlier. Use a number above 1."
             )
         self.log_only = log_only
         self.patience = patience
@@ -70,29 +69,31 @@ class LossSpikes(Callback):
     def judge(self, loss: float) -> Verdict | None:
         """Judge the loss of the next batch; None if it is normal."""
         self._batches += 1
-        size = self._window.maxlen or 0
-        mean = fmean(self._window) if len(self._window) == size else None
-        is_outlier = mean is not None and loss >= self.outlier_multiplier * mean
+        is_full = len(self._window) == self._window.maxlen
+        mean = fmean(self._window) if is_full else math.inf
+        is_outlier = loss >= self.outlier_multiplier * mean
         self._in_a_row = self._in_a_row + 1 if is_outlier else 0
         if not (is_outlier and self.skip_batch):
             self._window.append(loss)
-        if is_outlier:
-            is_spike = self._in_a_row > self.patience
-            text = (
-                f"loss spike: {loss:.4g} is at least {self.outlier_multiplier:g} times the mean of the last "
-                f"{size} batches, {mean:.4g}; {self._in_a_row} in a row"
-            )
-            return Verdict(text, stops=is_spike and not self.log_only, skips=self.skip_batch)
-        was_high, self._is_high = self._is_high, self._stays_high()
-        if self._is_high and not (was_high and self.log_only):
-            text = f"high loss: half of the last {size} batches or more were above {self.loss_cap:g}"
-            return Verdict(text, stops=not self.log_only)
-        return None
+        return self._outlier(loss, mean) if is_outlier else self._high()
 
-    def _stays_high(self) -> bool:
+    def _outlier(self, loss: float, mean: float) -> Verdict:
+        text = (
+            f"loss spike: {loss:.4g} is at least {self.outlier_multiplier:g} times the mean of the last "
+            f"{self._window.maxlen} batches, {mean:.4g}; {self._in_a_row} in a row"
+        )
+        is_spike = self._in_a_row > self.patience
+        return Verdict(text, stops=is_spike and not self.log_only, skips=self.skip_batch)
+
+    def _high(self) -> Verdict | None:
+        """Judge whether the loss stays high; said once if it doesn't end the run."""
         size = self._window.maxlen or 0
         high = sum(loss > self.loss_cap for loss in self._window)
-        return self._batches > 2 * size and high >= size / 2
+        was_high, self._is_high = self._is_high, self._batches > 2 * size and high >= size / 2
+        if not self._is_high or (was_high and self.log_only):
+            return None
+        text = f"high loss: half of the last {size} batches or more were above {self.loss_cap:g}"
+        return Verdict(text, stops=not self.log_only)
 
     def state_dict(self) -> dict[str, Any]:
         """The window, for a checkpoint."""
@@ -102,3 +103,7 @@ class LossSpikes(Callback):
         """Continue with a checkpoint's window."""
         self._window.extend(state["window"])
         self._in_a_row, self._batches = state["in_a_row"], state["batches"]
+
+
+def _senseless(text: str) -> ConfigError:
+    return ConfigError(f"callbacks.kill_loss_spike.{text}")

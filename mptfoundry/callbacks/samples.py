@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from composer.core import Callback, Event, State, get_precision_context
 from composer.loggers import Logger, TensorboardLogger
-from composer.utils import create_interval_scheduler, dist, model_eval_mode
+from composer.utils import create_interval_scheduler, model_eval_mode
 
 from mptfoundry.errors import ConfigError
+from mptfoundry.ranks import rank
 
 COLUMNS = ["batch", "prompt", "generation"]
 
@@ -75,7 +76,7 @@ class Generate(Callback):
         batch = int(state.timestamp.batch)
         rows = [[batch, prompt, text] for prompt, text in zip(self.prompts, texts, strict=True)]
         logger.log_table(COLUMNS, rows, name="generations")
-        if dist.get_global_rank() != 0:
+        if rank() != 0:
             return
         for destination in logger.destinations:
             if isinstance(destination, TensorboardLogger) and destination.writer is not None:

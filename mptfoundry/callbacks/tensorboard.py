@@ -7,7 +7,8 @@ from typing import Any
 
 from composer.core import State
 from composer.loggers import Logger, TensorboardLogger
-from composer.utils import dist
+
+from mptfoundry.ranks import rank
 
 
 class TensorBoardFile(TensorboardLogger):
@@ -75,7 +76,7 @@ class TensorBoardFile(TensorboardLogger):
         self.writer = None
 
     def _begin(self) -> None:
-        if self.writer is not None or (self.rank_zero_only and dist.get_global_rank() != 0):
+        if self.writer is not None or (self.rank_zero_only and rank() != 0):
             return
         from torch.utils.tensorboard import SummaryWriter
 

@@ -16,10 +16,10 @@ from collections import deque
 import torch
 from composer.core import Callback, State, Time, TimeUnit
 from composer.loggers import Logger
-from composer.utils import dist
 
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import flops_per_token
+from mptfoundry.ranks import world_size
 
 # Rates are averages over this many batches. The second batch drops the first, which includes warmup.
 WINDOW = 10
@@ -51,32 +51,28 @@ class Throughput(Callback):
         self.peak_flops = peak_flops
         self._window: deque[tuple[float, int]] = deque(maxlen=WINDOW)
         self._batches = 0
-        self._tokens = self._rows = 0
-        self._fetched_at = 0.0
-        self._started_at = 0.0
-        self._trained_seconds = 0.0
+        self._fetched_at = self._started_at = self._trained_seconds = 0.0
         self._end: Time | None = None
 
     def before_dataloader(self, state: State, logger: Logger) -> None:
-        """Start timing the batch. Save the run's length, which a request to stop changes."""
-        self._end = state.max_duration  # type: ignore[assignment]
+        """Start timing the batch, and once more after the first one, which includes warmup."""
+        self._end = state.max_duration  # type: ignore[assignment]  # a request to stop changes it
         self._fetched_at = time.perf_counter()
-        self._tokens, self._rows = int(state.timestamp.token), int(state.timestamp.sample)
-        if not self._batches:
-            self._started_at = self._fetched_at
+        if self._batches <= 1:
+            self._started_at, self._trained_seconds = self._fetched_at, 0.0
+            self._window.clear()
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Stop timing the batch: Composer has synced on the loss, so the device is done."""
         seconds = time.perf_counter() - self._fetched_at
-        if self._batches == 1:
-            self._window.clear()
-            self._trained_seconds, self._started_at = 0.0, self._fetched_at
         self._batches += 1
         self._trained_seconds += seconds
-        tokens, rows = int(state.timestamp.token) - self._tokens, int(state.timestamp.sample) - self._rows
+        now, before = state.timestamp, state.previous_timestamp
+        assert before is not None
+        tokens, rows = int(now.token - before.token), int(now.sample - before.sample)
         self._window.append((seconds, tokens))
         per_second = sum(tokens for _, tokens in self._window) / sum(spent for spent, _ in self._window)
-        per_device = per_second / dist.get_world_size()
+        per_device = per_second / world_size()
         seq_len = state.batch["input_ids"].shape[1]
         known = {
             "tokens_per_second": per_second,
@@ -101,27 +97,22 @@ class Throughput(Callback):
 
     def _eta_seconds(self, state: State) -> float | None:
         """Remaining time at the window's pace, assuming evaluations and checkpoints as often as so far."""
-        batches = remaining_batches(state, self._end)
-        if batches is None:
+        total = total_batches(state, self._end)
+        if total is None:
             return None
         pace = sum(spent for spent, _ in self._window) / len(self._window)
         elapsed = time.perf_counter() - self._started_at
-        return batches * pace * max(1.0, elapsed / self._trained_seconds)
+        remaining = max(0.0, total - state.timestamp.batch.value)
+        return remaining * pace * max(1.0, elapsed / self._trained_seconds)
 
 
-def remaining_batches(state: State, end: Time | None) -> float | None:
-    """Batches until `end`, estimated from the average batch so far; None if unknown."""
-    now = state.timestamp
-    if end is None or not now.batch.value:
-        return None
-    if end.unit == TimeUnit.EPOCH:
-        if state.dataloader_len is None:
-            return None
-        return max(0.0, end.value * int(state.dataloader_len) - now.batch.value)
-    if end.unit not in (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN):
-        return None
-    done = now.get(end.unit).value
-    return max(0.0, (end.value - done) * now.batch.value / done) if done else None
+def total_batches(state: State, end: Time | None) -> float | None:
+    """Batches of the whole run, estimated from the average batch so far; None if unknown."""
+    if end is not None and end.unit == TimeUnit.EPOCH and state.dataloader_len is not None:
+        return end.value * int(state.dataloader_len)
+    if end is not None and end.unit in (TimeUnit.BATCH, TimeUnit.SAMPLE, TimeUnit.TOKEN):
+        return end.value * state.timestamp.batch.value / state.timestamp.get(end.unit).value
+    return None
 
 
 def peak_memory_bytes() -> int:

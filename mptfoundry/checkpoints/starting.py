@@ -14,6 +14,7 @@ from mptfoundry.checkpoints.source import ModelSource, shape_problems
 from mptfoundry.checkpoints.weights import PROJECTION, Rows
 from mptfoundry.errors import CheckpointError
 from mptfoundry.mpt.init import draw
+from mptfoundry.ranks import rank, world_size
 
 
 class StartingWeights:
@@ -85,11 +86,11 @@ class StartingWeights:
 
 def _verify_together(source: ModelSource) -> None:
     """Verify the weights by reading them, each rank a share, so that no rank has to read all."""
-    if dist.get_world_size() == 1 or not source.verifier.is_on:
+    if world_size() == 1 or not source.verifier.is_on:
         return
     reason = None
     try:
-        for name in list(source.weights.outlines)[dist.get_global_rank() :: dist.get_world_size()]:
+        for name in list(source.weights.outlines)[rank() :: world_size()]:
             source.weights.read(name)
     except CheckpointError as error:
         reason = str(error)

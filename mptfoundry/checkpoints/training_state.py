@@ -62,10 +62,8 @@ def set_epoch_by_time(state: dict[str, Any]) -> None:
     """Set the training data's epoch to that of the timestamp, if nothing of that epoch has been read.
 
     StreamingDataset counts an epoch when reading begins, Composer when the one before it ends: between the
-    two, StreamingDataset's own state names the epoch that is over.
-
-    Args:
-        state: The part `state` of a checkpoint; changed in place. It may lack parts.
+    two, StreamingDataset's own state names the epoch that is over. The `state` of a checkpoint is changed in
+    place; it may lack parts.
     """
     train, time = _place_in_data(state)
     if train and time and time["sample_in_epoch"] == 0:

@@ -28,14 +28,12 @@ class Sharding:
         return shards if self.replicas == 1 else f"{self.replicas} replicas of {shards}"
 
 
-def plan_sharding(config: FSDPConfig | None, device: Device) -> tuple[Sharding | None, str]:
-    """The sharding, or None if every device holds all weights (DDP); and the reason, in words.
+def plan_sharding(config: FSDPConfig, device: Device) -> tuple[Sharding | None, str]:
+    """The sharding, or None if every device holds all weights (DDP); and what it is, in words.
 
     Raises:
         ConfigError: Replicas * shards is not the number of devices.
     """
-    if config is None:
-        return None, ""
     replicas, shards = replicas_and_shards(config, devices=device.count, per_node=device.per_node)
     notes = ["NO_SHARD is DDP" if config.sharding_strategy == "NO_SHARD" else "FSDP2"]
     if config.version == 1:

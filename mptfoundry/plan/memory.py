@@ -67,17 +67,14 @@ def estimate_memory(
     a block saves only its input, and one block at a time is recomputed.
     """
     model, number = config.model, FP32 if precision == "fp32" else 2
-    parameters, block = count_parameters(model) + trainable.adapters, block_parameters(model)
+    parameters = count_parameters(model) + trainable.adapters
     shards = 1 if sharding is None else sharding.shards
     if sharding is None or shards == 1:
         # autocast's low-precision weights, and DDP's gradient buckets
         gathered = parameters * number if number < FP32 else 0
         gathered += trainable.parameters * FP32 if device.count > 1 else 0
     else:
-        # weights and gradients of the root, which is not resharded in a step, of one block, and of the next
-        working = min(parameters, parameters - model.n_layers * block + 2 * block)
-        weights = parameters if sharding.reshard_after_forward is False else working
-        gathered = number * (working * trainable.parameters // parameters + weights)
+        gathered = number * _gathered_parameters(model, parameters, trainable, sharding)
     tokens = microbatch * config.max_seq_len
     block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
     kept = model.n_layers * block_keeps
@@ -95,6 +92,16 @@ def estimate_memory(
         + (model.vocab_size * model.d_model * FP32 if trainable.trains_output else 0),
         overhead=OVERHEAD[device.kind],
     )
+
+
+def _gathered_parameters(
+    model: AnyModelConfig, parameters: int, trainable: Trainable, sharding: Sharding
+) -> int:
+    """Weights and gradients of the root, which is not resharded in a step, of one block, and of the next."""
+    block = block_parameters(model)
+    working = min(parameters, parameters - model.n_layers * block + 2 * block)
+    weights = parameters if sharding.reshard_after_forward is False else working
+    return working * trainable.parameters // parameters + weights
 
 
 def _saved_activations(model: AnyModelConfig, fsdp: FSDPConfig, block_keeps: int) -> int:

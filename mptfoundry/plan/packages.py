@@ -6,8 +6,6 @@ directory, such as the one that wandb writes, is not mistaken for a package.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from mptfoundry.config.run import TrainConfig
 
 # (section, name) -> pip requirement, with a version that works here.
@@ -23,22 +21,30 @@ ON_A_GPU = {("callbacks", "system_metrics_monitor"): "pynvml"}
 ADAPTERS, QUANTIZED = "peft>=0.15,<0.22", "bitsandbytes>=0.48"
 
 
-def missing_packages(config: TrainConfig, device_type: str) -> Iterator[tuple[str, str]]:
-    """Packages that a run of `config` needs and that are missing or have an unsupported version, as (key,
-    what to do)."""
-    for key, wanted in _needed(config, device_type):
-        if problem := package_problem(wanted):
-            yield key, problem
+def missing_packages(config: TrainConfig, device_type: str) -> dict[str, str]:
+    """What to do about each package that a run of `config` needs and that is missing here or has an
+    unsupported version, by key."""
+    table = OF_SECTIONS | (ON_A_GPU if device_type == "cuda" else {})
+    needed = {
+        f"{section}.{name}": each
+        for (section, name), each in table.items()
+        if name in getattr(config, section)
+    }
+    if config.model.peft_config is not None:
+        needed["model.peft_config"] = ADAPTERS
+    if config.model.bits:
+        needed[f"model.load_in_{config.model.bits}bit"] = QUANTIZED
+    return {key: problem for key, each in needed.items() if (problem := package_problem(each))}
 
 
-def package_problem(wanted: str) -> str | None:
+def package_problem(requirement: str) -> str | None:
     """Why a requirement such as `wandb<0.28` is not met, and what to do; None if it is."""
     from importlib import metadata
 
     from packaging.requirements import Requirement
 
-    package = Requirement(wanted)
-    command = f"pip install '{wanted}'" if str(package.specifier) else f"pip install {wanted}"
+    package = Requirement(requirement)
+    command = f"pip install '{requirement}'" if str(package.specifier) else f"pip install {requirement}"
     try:
         version = metadata.version(package.name)
     except metadata.PackageNotFoundError:
@@ -46,14 +52,3 @@ def package_problem(wanted: str) -> str | None:
     if package.specifier.contains(version, prereleases=True):
         return None
     return f"{package.name} {version} does not work here: {command}"
-
-
-def _needed(config: TrainConfig, device_type: str) -> Iterator[tuple[str, str]]:
-    table = OF_SECTIONS | (ON_A_GPU if device_type == "cuda" else {})
-    for (section, name), wanted in table.items():
-        if name in getattr(config, section):
-            yield f"{section}.{name}", wanted
-    if config.model.peft_config is not None:
-        yield "model.peft_config", ADAPTERS
-    if config.model.bits:
-        yield f"model.load_in_{config.model.bits}bit", QUANTIZED

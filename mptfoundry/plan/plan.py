@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from math import isqrt
 from typing import Any
 
 from mptfoundry.architecture.trainable import Trainable, count_trainable
@@ -30,6 +29,14 @@ COMPUTE_DTYPE = {"fp32": "float32", "amp_bf16": "bfloat16", "amp_fp16": "float16
 # The fraction of a device's memory to use: allocators fragment, and a CPU machine has other work.
 USABLE = {"gpu": 0.85, "cpu": 0.6}
 MOST_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a key that was `auto` means on these devices, and why."""
+
+    value: Any
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -54,7 +61,7 @@ class Plan:
         tokens_per_batch: Tokens of one step, over all devices.
         batches: Steps of the run; None if they depend on the size of the data or on time.
         memory: The estimated memory of one device.
-        reasons: The reasons, by key path: one for each key that was `auto`, one for all `num_workers`.
+        choices: What each key that was `auto` means here, by key path; one for all `num_workers`.
         missing: What the config needs and this machine lacks, a GPU or a package, by key path, with what to
             do. `check` still plans such a run; `train` refuses to start it.
     """
@@ -76,7 +83,7 @@ class Plan:
     tokens_per_batch: int
     batches: int | None
     memory: Memory
-    reasons: dict[str, str]
+    choices: dict[str, Choice]
     missing: dict[str, str]
 
     @property
@@ -108,53 +115,54 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         ConfigError: The batch does not split over the devices, the attention backend does not support the
             model, or options exclude each other.
     """
-    model, reasons, missing = config.model, {}, dict(missing_packages(config, device.torch_type))
+    model, choices, missing = config.model, {}, missing_packages(config, device.torch_type)
+    missing.update([problem] if (problem := gpu_problem(device)) else ())
 
-    if unsupported := gpu_problem(device):
-        missing[unsupported[0]] = unsupported[1]
+    def decide(key: str, value: Any, choose: Callable[[], tuple[Any, str]]) -> Any:
+        if value != "auto":
+            return value
+        choices[key] = Choice(*choose())
+        return choices[key].value
 
-    def decide(key: str, value: Any, choice: Callable[[], tuple[Any, str]]) -> Any:
-        if value == "auto":
-            value, reasons[key] = choice()
-        return value
-
-    sharding, why = plan_sharding(config.fsdp_config, device)
-    if why:
-        reasons["fsdp_config"] = why
+    sharding, how = plan_sharding(config.fsdp_config, device) if config.fsdp_config else (None, "")
     trainable = count_trainable(model.network(), model.peft_config, config.optimizer.disable_grad)
     share = device_batch(config, device)
     precision = decide("precision", config.precision, lambda: choose_precision(device))
     if problem := precision_problem(precision, device):
         missing["precision"] = problem
     memory = partial(estimate_memory, config, device, precision, sharding, trainable)
-    microbatch = decide(
-        "device_train_microbatch_size",
-        config.device_train_microbatch_size,
-        lambda: largest_microbatch(share, device, memory),
-    )
+    largest = partial(largest_microbatch, share, device, memory)
+    microbatch = decide("device_train_microbatch_size", config.device_train_microbatch_size, largest)
     microbatch = min(microbatch, share)
-    attention, loss_fn = model.attn_config.attn_impl, getattr(model, "loss_fn", "auto")
-    dtype = COMPUTE_DTYPE[precision]
+    eval_batch = config.device_eval_batch_size
+    eval_batch = decide("device_eval_batch_size", eval_batch, lambda: (microbatch, "as in training"))
+    key, dtype = "model.attn_config.attn_impl", COMPUTE_DTYPE[precision]
+    attention = model.attn_config.attn_impl
     if attention != "auto" and (problem := _attention_problem(config, device, dtype)):
-        missing["model.attn_config.attn_impl"] = problem
+        missing[key] = problem
+    attention = decide(
+        key, attention, lambda: choose_backend(model, device.torch_type, dtype, device.capability)
+    )
+    loss_fn = (
+        "torch" if isinstance(model, HeadConfig) else decide("model.loss_fn", model.loss_fn, _choose_loss)
+    )
+    # The values are the same everywhere, so `cpu` may replace `meta`.
+    init_device = "auto" if sharding is None and model.init_device != "cpu" else model.init_device
+    init_device = decide("model.init_device", init_device, lambda: choose_init_device(config, sharding))
+    if how:
+        choices["fsdp_config"] = Choice(sharding or f"{device.count} replicas", how)
     loaders = {"train": config.train_loader, **config.eval_loaders}
     flops = partial(flops_per_token, model, config.max_seq_len)
     return Plan(
         device=device,
         precision=precision,
-        attn_impl=decide(
-            "model.attn_config.attn_impl",
-            attention,
-            lambda: choose_backend(model, device.torch_type, dtype, device.capability),
-        ),
-        loss_fn="torch" if isinstance(model, HeadConfig) else decide("model.loss_fn", loss_fn, _choose_loss),
+        attn_impl=attention,
+        loss_fn=loss_fn,
         sharding=sharding,
-        init_device=_init_device(config, sharding, decide),
+        init_device=init_device,
         device_train_batch_size=share,
         device_train_microbatch_size=microbatch,
-        device_eval_batch_size=decide(
-            "device_eval_batch_size", config.device_eval_batch_size, lambda: (microbatch, "as in training")
-        ),
+        device_eval_batch_size=eval_batch,
         num_workers={
             name: decide("num_workers", loader.num_workers, lambda: choose_workers(device))
             for name, loader in loaders.items()
@@ -166,7 +174,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         tokens_per_batch=config.global_train_batch_size * config.max_seq_len,
         batches=config.batches(),
         memory=memory(microbatch),
-        reasons=reasons,
+        choices=choices,
         missing=missing,
     )
 
@@ -225,12 +233,11 @@ def largest_microbatch(share: int, device: Device, memory: Callable[[int], Memor
     if device.memory is None:
         return 1, "the device's memory is not known"
     room = int(USABLE[device.kind] * device.memory)
-    small = [size for size in range(1, isqrt(share) + 1) if share % size == 0]
-    for size in sorted({*small, *(share // size for size in small)}, reverse=True):
-        need = memory(size).total
-        if need <= room:
+    for size in range(share, 0, -1):
+        if share % size == 0 and (need := memory(size).total) <= room:
             fits = f"about {need / GIB:.1f} GiB of {device.memory / GIB:.1f} GiB"
             return size, f"the largest divisor of {share} that fits: {fits}"
+    need = memory(1).total
     return 1, (
         f"estimated {need / GIB:.1f} GiB, where {room / GIB:.1f} GiB of {device.memory / GIB:.1f} GiB can be "
         "planned with"
@@ -258,13 +265,10 @@ def _choose_loss() -> tuple[str, str]:
     return "torch_crossentropy", "exact, in chunks of tokens: the full logits never exist"
 
 
-def _init_device(config: TrainConfig, sharding: Sharding | None, decide: Callable[..., Any]) -> str:
-    """Where weights are initialized. The values are the same everywhere, so `cpu` may replace `meta`."""
-    key, value = "model.init_device", config.model.init_device
+def choose_init_device(config: TrainConfig, sharding: Sharding | None) -> tuple[str, str]:
+    """Resolve `model.init_device: auto`: where weights are initialized; returns the value and the reason."""
     if sharding is None or config.fsdp_config is None:
-        return decide(
-            key, "auto" if value != "cpu" else value, lambda: ("cpu", "every device holds all weights")
-        )
+        return "cpu", "every device holds all weights"
     if config.fsdp_config.load_monolith_rank0_only:
-        return decide(key, value, lambda: ("mixed", "rank 0 loads the whole model"))
-    return decide(key, value, lambda: ("meta", "with FSDP each device draws only its own shards"))
+        return "mixed", "rank 0 loads the whole model"
+    return "meta", "with FSDP each device draws only its own shards"

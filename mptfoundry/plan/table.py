@@ -54,6 +54,7 @@ def describe_plan(config: TrainConfig, plan: Plan, streams: Streams | None = Non
     """The plan of `config` as a short table, with what is known about the data."""
     streams = streams or {}
     epochs = epochs_of_streams(config, streams) if streams else {}
+    seconds = plan.seconds(ASSUMED_MFU)
     rows = [
         ("model", _model_in_words(config, plan)),
         *([("trainable", _trainable_in_words(config, plan.trainable))] if plan.trainable.frozen else []),
@@ -71,11 +72,13 @@ def describe_plan(config: TrainConfig, plan: Plan, streams: Streams | None = Non
         ("run folder", _run_folder_in_words(config)),
         ("device", f"{plan.device.count} x {plan.device.name} ({plan.device.found})"),
         *zip(("memory", ""), _memory_in_words(plan), strict=True),
-        ("time", _time_in_words(plan)),
+        ("time", _time_in_words(plan, seconds) if seconds else "not known before it is measured"),
     ]
     width = max(len(name) for name, _ in rows) + 2
     lines = [config.run_name, *(f"  {name:{width}}{text}".rstrip() for name, text in rows)]
-    return "\n".join([*lines, "  auto, here", *_auto_in_words(plan)])
+    width = max(map(len, plan.choices), default=0)
+    auto = [f"    {key:{width}} = {each.value!s:18} {each.reason}" for key, each in plan.choices.items()]
+    return "\n".join([*lines, "  auto, here", *auto])
 
 
 def _model_in_words(config: TrainConfig, plan: Plan) -> str:
@@ -110,13 +113,17 @@ def _batch_in_words(config: TrainConfig, plan: Plan) -> str:
 
 def _duration_in_words(config: TrainConfig, plan: Plan, streams: Streams) -> str:
     if plan.batches is None or plan.tokens is None or plan.flops is None:
-        number, unit = parse_duration(config.max_duration)
-        epoch = _samples_of_an_epoch(config, streams)
-        if unit == "ep" and epoch is not None:
-            batches = int(number) * int(epoch // config.global_train_batch_size)
-            return f"{number:g} epochs, about {batches:,} batches, {batches * plan.tokens_per_batch:,} tokens"
-        return f"{number:g} {UNITS[unit]}; how many batches depends on the size of the data"
+        return _duration_of_unknown_length(config, plan, streams)
     return f"{plan.batches:,} batches, {plan.tokens:,} tokens, {plan.flops:.4g} FLOPs"
+
+
+def _duration_of_unknown_length(config: TrainConfig, plan: Plan, streams: Streams) -> str:
+    number, unit = parse_duration(config.max_duration)
+    epoch = _samples_of_an_epoch(config, streams)
+    if unit == "ep" and epoch is not None:
+        batches = int(number) * int(epoch // config.global_train_batch_size)
+        return f"{number:g} epochs, about {batches:,} batches, {batches * plan.tokens_per_batch:,} tokens"
+    return f"{number:g} {UNITS[unit]}; how many batches depends on the size of the data"
 
 
 def _learning_rate_in_words(config: TrainConfig) -> str:
@@ -147,12 +154,12 @@ def epochs_of_streams(config: TrainConfig, streams: Streams) -> dict[str, float]
     run = batches * config.global_train_batch_size if batches is not None else None
     if batches is None and unit == "ep" and epoch is not None:
         run = int(number) * int(epoch)
-    found = {}
+    times = {}
     for name, weight in weights.items():
         samples = _samples_of(name, streams)
         if run and whole and samples and weight is not None:
-            found[name] = run * weight / whole / samples
-    return found
+            times[name] = run * weight / whole / samples
+    return times
 
 
 def _drawn_in_an_epoch(config: TrainConfig, streams: Streams) -> dict[str, float | None]:
@@ -236,32 +243,10 @@ def _memory_in_words(plan: Plan) -> tuple[str, str]:
     return total, ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
 
 
-def _time_in_words(plan: Plan) -> str:
-    seconds = plan.seconds(ASSUMED_MFU)
-    if seconds is None:
-        return "not known before it is measured"
+def _time_in_words(plan: Plan, seconds: float) -> str:
     days = seconds / 86400
     span = f"{days:.1f} days" if days >= 2 else f"{seconds / 3600:.1f} hours"
     return (
         f"{span}, {days * 24 * plan.device.count:,.0f} device hours, if the MFU is {ASSUMED_MFU:.0%} "
         "(assumed, not measured)"
     )
-
-
-def _auto_in_words(plan: Plan) -> list[str]:
-    values = {
-        "precision": plan.precision,
-        "device_train_microbatch_size": plan.device_train_microbatch_size,
-        "device_eval_batch_size": plan.device_eval_batch_size,
-        "model.attn_config.attn_impl": plan.attn_impl,
-        "model.loss_fn": plan.loss_fn,
-        "model.init_device": plan.init_device,
-        "fsdp_config": plan.sharding or f"{plan.device.count} replicas",
-        "num_workers": ", ".join(sorted({str(number) for number in plan.num_workers.values()})),
-    }
-    width = max(map(len, values))
-    return [
-        f"    {key:{width}} = {value!s:18} {plan.reasons[key]}"
-        for key, value in values.items()
-        if key in plan.reasons
-    ]

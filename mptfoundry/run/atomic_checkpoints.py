@@ -21,23 +21,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from composer.callbacks import CheckpointSaver
-from composer.core import State
+from composer.core import Callback, Event, State
 from composer.loggers import Logger
-from composer.utils import dist, format_name_with_dist_and_time, reproducibility
+from composer.utils import create_interval_scheduler, dist, format_name_with_dist_and_time, reproducibility
 from composer.utils.checkpoint import glob_filter
 from torch import Tensor
 from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 
 from mptfoundry.architecture.trainable import ADAPTER
-from mptfoundry.checkpoints.checkpoint import newest_first
+from mptfoundry.checkpoints.checkpoint import Checkpoint, newest_first
 from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
 from mptfoundry.checkpoints.sharded import METADATA
 from mptfoundry.checkpoints.training_state import set_epoch_by_time
 from mptfoundry.errors import CheckpointError, first_line
 from mptfoundry.files import Upload, point, remove, whole_or_absent
-from mptfoundry.ranks import decided_by_rank_0
+from mptfoundry.ranks import decided_by_rank_0, local_rank, rank, world_size
 from mptfoundry.run.changes import RUN, RunNotes
 from mptfoundry.run.metrics_file import NAME as METRICS
 
@@ -47,11 +46,19 @@ _MARGIN_BYTES = 1 << 20
 _SHARDED_NAME = "ep{epoch}-ba{batch}"
 
 
-class AtomicCheckpoints(CheckpointSaver):
-    """Composer's saver, with another way to write checkpoints.
+@dataclass(eq=False)
+class AtomicCheckpoints(Callback):
+    """Saves a checkpoint at an interval and at the end of training.
 
-    Args:
+    Attributes:
         folder: A local folder.
+        save_interval: How often, such as `1000ba` or `1ep`.
+        filename: The name of a whole checkpoint; `{epoch}`, `{batch}` and the like are filled in.
+        latest_filename: The name of the link to the newest checkpoint; None: no link.
+        overwrite: Replace checkpoints that are further than this start; otherwise the run is refused.
+        num_checkpoints_to_keep: How many of the newest stay; -1: all.
+        weights_only: Save the model without the rest of the training state.
+        ignore_keys: Parts of the state to leave out, with wildcards.
         upload: Also copies the files of a checkpoint elsewhere; `.metadata`, which completes a sharded
             checkpoint, comes last.
         upload_small: The same for small files next to checkpoints; one that fails is retried with the next
@@ -60,9 +67,6 @@ class AtomicCheckpoints(CheckpointSaver):
             returns the files that are new.
         in_background: Write while training continues; otherwise training waits.
         notes: What each checkpoint records about its run.
-        options: Arguments of Composer's CheckpointSaver.
-
-    Attributes:
         save_seconds: Seconds from the start of the last save until its checkpoint existed.
 
     Raises:
@@ -70,38 +74,33 @@ class AtomicCheckpoints(CheckpointSaver):
             the batch after a save: the write failed. Earlier checkpoints are unchanged.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        upload: Upload | None = None,
-        upload_small: Upload | None = None,
-        describe: Callable[[], Sequence[Path]] = lambda: (),
-        in_background: bool = True,
-        notes: RunNotes | None = None,
-        **options: Any,
-    ) -> None:
-        # Composer would parse `#` and `:` in the folder as parts of a URL, and braces as placeholders.
-        super().__init__(".", remote_file_name=None, latest_remote_file_name=None, **options)
-        self.folder = str(folder).replace("{", "{{").replace("}", "}}")
-        self.filename.folder = self.folder
-        if self.latest_filename is not None:
-            self.latest_filename.folder = self.folder
-        self._run_folder = folder
-        self.tmp_dir_for_symlink.cleanup()
-        self.upload = upload
-        self.upload_small = upload_small
-        self.describe = describe
+    folder: Path
+    save_interval: str | int
+    filename: str = "ep{epoch}-ba{batch}-rank{rank}.pt"
+    latest_filename: str | None = "latest-rank{rank}.pt"
+    overwrite: bool = False
+    num_checkpoints_to_keep: int = -1
+    weights_only: bool = False
+    ignore_keys: Sequence[str] = ()
+    upload: Upload | None = None
+    upload_small: Upload | None = None
+    describe: Callable[[], Sequence[Path]] = lambda: ()
+    in_background: bool = True
+    notes: RunNotes | None = None
+    save_seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self._is_due = create_interval_scheduler(self.save_interval)
+        self._saved_batch = -1
         self._owed: set[Path] = set()
-        self.notes = notes
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint") if in_background else None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
-        self.save_seconds = 0.0
         # Ranks that write together use their own group, separate from training's collectives.
         self._group: Any = None
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Check that the folder is free and has room for the first checkpoint."""
+        self.folder.mkdir(parents=True, exist_ok=True)
         if state.max_duration is not None and state.timestamp >= state.max_duration:
             return
         decided_by_rank_0(lambda: self._refuse_what_is_there(state))
@@ -114,9 +113,8 @@ class AtomicCheckpoints(CheckpointSaver):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Record where the run starts."""
-        self.start_batch = state.timestamp.batch  # type: ignore[assignment]
-        self.last_checkpoint_batch = state.timestamp.batch if int(state.timestamp.batch) else None
-        if dist.get_world_size() > 1 and state.fsdp_sharded_state_dict_enabled:
+        self._saved_batch = int(state.timestamp.batch) or -1
+        if world_size() > 1 and state.fsdp_sharded_state_dict_enabled:
             self._group = torch.distributed.new_group(backend="gloo")
 
     def batch_end(self, state: State, logger: Logger) -> None:
@@ -124,22 +122,22 @@ class AtomicCheckpoints(CheckpointSaver):
         if self._writing is not None and self._writing.done():
             self.wait()
 
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Save if an interval in batches, samples or tokens is over."""
+        self._save_if_due(Event.BATCH_CHECKPOINT, state, logger)
+
+    def epoch_checkpoint(self, state: State, logger: Logger) -> None:
+        """Save if an interval in epochs is over."""
+        self._save_if_due(Event.EPOCH_CHECKPOINT, state, logger)
+
     def fit_end(self, state: State, logger: Logger) -> None:
         """Wait until the last checkpoint is complete."""
         self.wait()
 
     def close(self, state: State, logger: Logger) -> None:
         """Wait for the last checkpoint, also if the run ends with an error."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._pool.shutdown()
         self.wait()
-
-    def post_close(self) -> None:
-        """Do nothing: Composer's own saver would close what it never opened."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: the folder shows what has been saved."""
-        return {}
 
     def wait(self) -> None:
         """Wait for the checkpoint that is being written. Raises CheckpointError if that failed."""
@@ -147,107 +145,110 @@ class AtomicCheckpoints(CheckpointSaver):
         if writing is not None:
             writing.result()
 
-    def _save_checkpoint(self, state: State, logger: Logger) -> None:
+    def _save_if_due(self, event: Event, state: State, logger: Logger) -> None:
         called_at = time.monotonic()
+        if not self._is_due(state, event) or self._saved_batch == int(state.timestamp.batch):
+            return
         self.wait()
         started_at = time.monotonic()
-        self.last_checkpoint_batch = state.timestamp.batch
-        is_sharded = bool(state.fsdp_sharded_state_dict_enabled)
+        self._saved_batch = int(state.timestamp.batch)
         decided_by_rank_0(lambda: self._owed.update(self.describe()))
         content = _content(state, self.ignore_keys, weights_only=self.weights_only)
         if self.notes is not None:
             content[RUN] = self.notes.to_text()
         self._refuse_what_does_not_fit(content, state)
-        name = f"{self.folder}/{_SHARDED_NAME}" if is_sharded else f"{self.folder}/{self.filename.filename}"
-        target = Path(format_name_with_dist_and_time(name, state.run_name, state.timestamp))
-        self.all_saved_checkpoints_to_timestamp[str(target)] = state.timestamp
-        self.saved_checkpoints.append(str(target))
-        if is_sharded or dist.get_global_rank() == 0:
-            if self._pool is not None:
-                content = _copied(content, _live(state))
-            save = _Save(content, target, self._group, self.upload, self._tidy(state, target))
+        is_sharded = bool(state.fsdp_sharded_state_dict_enabled)
+        if is_sharded or rank() == 0:
+            if self.in_background:
+                content = copied_to_host(content, _live(state))
+            save = _Save(
+                content,
+                target=self.folder / _named(_SHARDED_NAME if is_sharded else self.filename, state),
+                link=self._link(state) if self.num_checkpoints_to_keep != 0 else None,
+                batch=self._saved_batch,
+                keep=self.num_checkpoints_to_keep,
+                group=self._group,
+                upload=self.upload,
+            )
 
             def write() -> None:
-                # First, so that a run continued elsewhere from this checkpoint has all rows up to it.
-                self._owed.add(self._run_folder / METRICS)
-                self._upload_what_is_owed()
+                uploads = self.upload_small is not None and rank() == 0
+                if uploads:  # a run continued elsewhere from this checkpoint then has all rows up to it
+                    self._owed.add(self.folder / METRICS)
+                    self._upload_what_is_owed()
                 save.shards() if is_sharded else save.file()
                 self.save_seconds = time.monotonic() - started_at
-                self._upload_what_is_owed()
+                if uploads:
+                    self._upload_what_is_owed()
 
-            if self._pool is not None:
-                self._writing = self._pool.submit(write)
-            else:
-                write()
+            self._writing = self._pool.submit(write)
+            if not self.in_background:
+                self.wait()
         logger.log_metrics({"checkpoint/held_seconds": time.monotonic() - called_at})
 
     def _upload_what_is_owed(self) -> None:
         """Upload small files. A failure is printed, and does not end the run."""
-        if self.upload_small is None or dist.get_global_rank() != 0:
-            return
+        assert self.upload_small is not None
         for file in sorted(self._owed):
             try:
                 if file.is_file():
-                    self.upload_small(file, str(file.relative_to(self._run_folder)))
+                    self.upload_small(file, str(file.relative_to(self.folder)))
                 self._owed.discard(file)
             except CheckpointError as error:
                 print(f"{error} The run continues; the file comes with the next checkpoint.", flush=True)
 
-    def _tidy(self, state: State, target: Path) -> Callable[[], None]:
-        """Return what to do in the folder once a checkpoint exists: update the link, delete older ones."""
-        link = Path(self.latest_filename.format(state)) if self.latest_filename else None
-        batch, keep = int(state.timestamp.batch), self.num_checkpoints_to_keep
-
-        def tidy() -> None:
-            if link is not None and keep != 0:
-                point(link, target)
-            if keep >= 0:
-                _delete_older(target.parent, batch, keep=keep)
-
-        return tidy
+    def _link(self, state: State) -> Path | None:
+        return self.folder / _named(self.latest_filename, state) if self.latest_filename else None
 
     def _refuse_what_is_there(self, state: State) -> None:
-        link = Path(self.latest_filename.format(state)) if self.latest_filename else None
+        link = self._link(state)
         if link is not None and link.is_dir() and not link.is_symlink():
             raise CheckpointError(
                 f"save_folder: {link} is a folder, and the run makes a link there. Move it away."
             )
-        folder, batch = self._run_folder, int(state.timestamp.batch)
-        for checkpoint in () if self.overwrite else newest_first(folder):
-            if checkpoint.batch > batch and checkpoint.problem() is None:
-                raise CheckpointError(
-                    f"save_folder: {checkpoint.path} is further than this start, batch {batch}, and would be "
-                    "replaced. Set autoresume: true to continue from it, save_overwrite: true to replace "
-                    "it, or use another run_name."
-                )
+        checkpoints = newest_first(self.folder)
+        if checkpoints and not self.overwrite:
+            _refuse_to_replace(checkpoints, int(state.timestamp.batch))
 
     def _refuse_what_does_not_fit(self, content: Any, state: State) -> None:
         """Raise CheckpointError on all ranks if the content needs more disk space than is free."""
         needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(content))
         if self.upload is not None and state.fsdp_sharded_state_dict_enabled:
-            needed = needed * dist.get_local_world_size() // dist.get_world_size()
+            needed = needed * dist.get_local_world_size() // world_size()
 
         def look() -> None:
-            free = shutil.disk_usage(self._run_folder).free
+            free = shutil.disk_usage(self.folder).free
             if needed + _MARGIN_BYTES > free:
                 raise CheckpointError(
                     f"save_folder: a checkpoint takes {needed:,} bytes, and {free:,} are free on the disk of "
-                    f"{self._run_folder}. Those before it are as they were. Free some space, or keep fewer: "
+                    f"{self.folder}. Those before it are as they were. Free some space, or keep fewer: "
                     "save_num_checkpoints_to_keep."
                 )
 
         decided_by_rank_0(look)
 
 
+def _refuse_to_replace(checkpoints: Sequence[Checkpoint], batch: int) -> None:
+    for checkpoint in checkpoints:
+        if checkpoint.batch > batch and checkpoint.problem() is None:
+            raise CheckpointError(
+                f"save_folder: {checkpoint.path} is further than this start, batch {batch}, and would be "
+                "replaced. Set autoresume: true to continue from it, save_overwrite: true to replace it, or "
+                "use another run_name."
+            )
+
+
 @dataclass
 class _Save:
-    """One checkpoint on its way to disk and to a store; `tidy` is called at the end."""
+    """One checkpoint on its way to disk and to a store; then `link` points to it, and older ones go."""
 
     content: dict[str, Any]
     target: Path
+    link: Path | None
+    batch: int
+    keep: int
     group: Any
     upload: Upload | None
-    tidy: Callable[[], None]
 
     def file(self) -> None:
         """Write a whole checkpoint, on rank 0 only."""
@@ -265,7 +266,7 @@ class _Save:
     def shards(self) -> None:
         """Write a sharded checkpoint: each rank writes its own file, and the first one renames the folder."""
         with self._errors():
-            if dist.get_global_rank() == 0:
+            if rank() == 0:
                 with whole_or_absent(self.target, overwrite=True) as folder:
                     own = self._own_shards(self._gathered(folder)[0])
             else:
@@ -274,8 +275,8 @@ class _Save:
             self._gathered(None)
         self.content = {}
         # On a disk local to this node, the folder still has its temporary name.
-        is_first = dist.get_global_rank() == 0
-        if dist.get_local_rank() == 0 and not is_first and folder.exists():
+        is_first = rank() == 0
+        if local_rank() == 0 and not is_first and folder.exists():
             remove(self.target)
             folder.rename(self.target)
             is_first = True
@@ -293,9 +294,9 @@ class _Save:
         dcp.save(
             self.content, storage_writer=writer, planner=planner, process_group=self.group, no_dist=alone
         )
-        own = checksums_of(sorted(folder.glob(f"__{dist.get_global_rank()}_*.distcp")))
+        own = checksums_of(sorted(folder.glob(f"__{rank()}_*.distcp")))
         gathered = self._gathered(own)
-        if dist.get_global_rank() == 0:
+        if rank() == 0:
             every = {name: each for part in gathered for name, each in part.items()}
             write_checksums(folder, {**every, **checksums_of([folder / METADATA])})
         return list(own)
@@ -306,16 +307,25 @@ class _Save:
         for name in own:
             self.upload(self.target / name, f"{self.target.name}/{name}")
         self._gathered(None)
-        for name in last if dist.get_global_rank() == 0 else ():
+        for name in last if rank() == 0 else ():
             self.upload(self.target / name, f"{self.target.name}/{name}")
 
     def _gathered(self, own: Any) -> list[Any]:
         """Gather a value from all ranks, which wait for each other here."""
         if self.group is None:
             return [own]
-        gathered: list[Any] = [None] * dist.get_world_size()
+        gathered: list[Any] = [None] * world_size()
         torch.distributed.all_gather_object(gathered, own, group=self.group)
         return gathered
+
+    def tidy(self) -> None:
+        """Point the link to the checkpoint, and delete all but the newest, among those up to it."""
+        if self.link is not None:
+            point(self.link, self.target)
+        if self.keep >= 0:
+            older = [each for each in newest_first(self.target.parent) if 0 <= each.batch <= self.batch]
+            for checkpoint in older[self.keep :]:
+                remove(checkpoint.path)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -325,7 +335,7 @@ class _Save:
             raise CheckpointError(f"{self.target}: can't be written ({first_line(error)}).") from error
 
 
-def _content(state: State, ignore_keys: Any, *, weights_only: bool) -> dict[str, Any]:
+def _content(state: State, ignore_keys: Sequence[str], *, weights_only: bool) -> dict[str, Any]:
     """Return what Composer saves; a collective call. Tensors may be the live ones."""
     if weights_only:
         integrations, metadata = state._get_integrations_state_dict(), state._get_state_metadata()
@@ -334,10 +344,10 @@ def _content(state: State, ignore_keys: Any, *, weights_only: bool) -> dict[str,
     else:
         content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
         set_epoch_by_time(content["state"])
-        if state.fsdp_sharded_state_dict_enabled and dist.get_global_rank() > 0:
+        if state.fsdp_sharded_state_dict_enabled and rank() > 0:
             content.pop("rng")
     if ignore_keys:
-        (ignore_keys if callable(ignore_keys) else glob_filter(ignore_keys))(content)
+        glob_filter(list(ignore_keys))(content)
         content.setdefault("state", {})
     return content
 
@@ -350,31 +360,32 @@ def _tensors(content: Any) -> list[Tensor]:
     return [tensor for value in values for tensor in _tensors(value)] if is_section else []
 
 
-def _live(state: State) -> set[int]:
-    """Return the addresses of the memory that training keeps changing."""
-    tensors = [*state.model.parameters(), *state.model.buffers()]
-    tensors += [t for o in state.optimizers for t in _tensors(list(o.state.values()))]
-    return {_address(tensor.detach()) for tensor in tensors}
+def _live(state: State) -> list[Tensor]:
+    """Return the tensors that training keeps changing."""
+    moments = [tensor for o in state.optimizers for tensor in _tensors(list(o.state.values()))]
+    return [*state.model.parameters(), *state.model.buffers(), *moments]
+
+
+def copied_to_host(content: Any, live: Sequence[Tensor]) -> Any:
+    """Move the content to host memory; copy what is there only if it shares memory with `live` tensors."""
+    addresses = {_address(tensor) for tensor in live}
+
+    def copied(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.detach().to("cpu", copy=_address(value) in addresses)
+        if isinstance(value, dict):
+            return type(value)((key, copied(each)) for key, each in value.items())
+        if type(value) in (list, tuple):
+            return type(value)(map(copied, value))
+        return value
+
+    return copied(content)
 
 
 def _address(tensor: Tensor) -> int:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.untyped_storage().data_ptr()
+    local = tensor.detach()
+    return (local.to_local() if isinstance(local, DTensor) else local).untyped_storage().data_ptr()
 
 
-def _copied(content: Any, live: set[int]) -> Any:
-    """Move the content to host memory; copy what is there only if it shares memory with training."""
-    if isinstance(content, Tensor):
-        return content.detach().to("cpu", copy=_address(content) in live)
-    if isinstance(content, dict):
-        return type(content)((key, _copied(value, live)) for key, value in content.items())
-    if type(content) in (list, tuple):
-        return type(content)(_copied(value, live) for value in content)
-    return content
-
-
-def _delete_older(folder: Path, batch: int, *, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints, among those up to `batch`."""
-    older = [checkpoint for checkpoint in newest_first(folder) if 0 <= checkpoint.batch <= batch]
-    for checkpoint in older[keep:]:
-        remove(checkpoint.path)
+def _named(name: str, state: State) -> str:
+    return format_name_with_dist_and_time(name, state.run_name, state.timestamp)

@@ -12,15 +12,16 @@ import contextlib
 import fcntl
 import os
 import re
-import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from mptfoundry.errors import TrainingError
+from mptfoundry.files import remove
+from mptfoundry.ranks import local_rank
 
 SHARED_MEMORY, PROCESSES = Path("/dev/shm"), Path("/proc")
 # Names of streaming's blocks and locks, with the number of the data set; of torch's tensors, with a process
@@ -37,6 +38,8 @@ _LAUNCHERS = ".of-the-launcher"
 _TORCH_MODULE = ("_remote_module_non_scriptable.py", "__pycache__")
 _SECONDS_TO_READ_A_MODULE = 3600.0
 _SOCKETS = PROCESSES / "net" / "unix"
+# The inode and the path at the end of a line of /proc/PID/maps.
+_MAPPED = re.compile(r" (\d+) +(/.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -49,34 +52,23 @@ class Leftover:
 
 def find_leftovers() -> list[Leftover]:
     """Find what dead processes of this user left here, sorted by path; empty if there is no /proc."""
-    if not (PROCESSES / "self" / "fd").is_dir():
-        return []
     candidates = sorted({*_in_shared_memory(), *_in_temporary_folder()})
-    if not candidates:
+    if not candidates or not (PROCESSES / "self" / "fd").is_dir():
         return []
     # Done last, so that files that came into use meanwhile count as used.
     used = _used_files()
     living = {_number(Path(path).name) for path in used if Path(path).parent == SHARED_MEMORY} - {None}
-    return [
-        Leftover(path, _size(path))
-        for path in candidates
-        if not any({str(file), _inode(file)} & used for file in _files(path))
-        and _number(path.name) not in living
-    ]
+    dead = [path for path in candidates if _number(path.name) not in living]
+    unused = [path for path in dead if not any({str(f), _inode(f)} & used for f in _files(path))]
+    return [Leftover(path, _size(path)) for path in unused]
 
 
-def remove_leftovers(found: Iterable[Leftover]) -> list[Leftover]:
+def remove_leftovers(leftovers: Sequence[Leftover]) -> list[Leftover]:
     """Remove leftovers; return those that are gone now."""
-    gone = []
-    for leftover in found:
-        if leftover.path.is_dir():
-            shutil.rmtree(leftover.path, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                leftover.path.unlink()
-        if not leftover.path.exists():
-            gone.append(leftover)
-    return gone
+    for leftover in leftovers:
+        with contextlib.suppress(OSError):
+            remove(leftover.path)
+    return [leftover for leftover in leftovers if not leftover.path.exists()]
 
 
 def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
@@ -93,16 +85,18 @@ def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
         TrainingError: The other process does not finish in time.
     """
     starts = contextlib.ExitStack()
-    if os.environ.get("LOCAL_RANK", "0") != "0":
+    if local_rank() != 0:
         mark_logs()
         return starts
     with contextlib.suppress(OSError):
         place = Path(tempfile.gettempdir()) / f"mptfoundry-{os.getuid()}.lock"
         file = starts.enter_context(os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)))
-        with contextlib.suppress(BlockingIOError):
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove_leftovers(find_leftovers())
-        _share(file, place, seconds)
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _share(file, place, seconds)
     return starts
 
 
@@ -110,11 +104,8 @@ def _share(file: IO[str], place: Path, seconds: float) -> None:
     """Share the lock with other starts; a process that removes leftovers holds it only briefly."""
     began_at, pause, has_said = time.monotonic(), 0.05, False
     while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            pass
+        with contextlib.suppress(BlockingIOError):
+            return fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         waited = time.monotonic() - began_at
         if waited > seconds:
             raise TrainingError(
@@ -198,8 +189,8 @@ def _size(path: Path) -> int:
 
 
 def _number(name: str) -> str | None:
-    found = _BLOCK.fullmatch(name) or _LOCK.fullmatch(name)
-    return found[1] if found else None
+    match = _BLOCK.fullmatch(name) or _LOCK.fullmatch(name)
+    return match[1] if match else None
 
 
 def _inode(path: Path) -> str:
@@ -215,12 +206,10 @@ def _used_files() -> set[str]:
     used = set()
     for process in PROCESSES.glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            for line in (process / "maps").read_text().splitlines():
-                place = line.split(maxsplit=5)
-                if len(place) == 6 and place[5].startswith("/"):
-                    used.add(place[5])
-                    if Path(place[5]).parent == SHARED_MEMORY:
-                        used.add(f"{SHARED_MEMORY} {place[4]}")
+            for inode, path in _MAPPED.findall((process / "maps").read_text()):
+                used.add(path)
+                if Path(path).parent == SHARED_MEMORY:
+                    used.add(f"{SHARED_MEMORY} {inode}")
         with contextlib.suppress(OSError):
             for link in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):

@@ -26,9 +26,9 @@ from mptfoundry.architecture.of_run import RUN_CONFIG as CONFIG
 from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
-from mptfoundry.files import whole_or_absent, writing_into
+from mptfoundry.files import Upload, whole_or_absent, writing_into
 from mptfoundry.plan.devices import Device
-from mptfoundry.ranks import RankWatch, decided_by_rank_0, rank, say
+from mptfoundry.ranks import RankWatch, decided_by_rank_0, local_rank, rank, say, world_size
 from mptfoundry.run.atomic_checkpoints import AtomicCheckpoints
 from mptfoundry.run.changes import RunNotes
 from mptfoundry.run.leftovers import clean_start
@@ -103,10 +103,8 @@ class Run:
         self._tokenizer: Any = None
 
     def compare_inputs(self, fingerprints: Mapping[str, str]) -> None:
-        """Compare the data of this start with what the run read before, and record it for checkpoints.
-
-        Args:
-            fingerprints: The content of streams, or of the tokenizer, by their keys in the config.
+        """Compare the streams or the tokenizer of this start, by their keys in the config, with what the run
+        read before, and record them for checkpoints.
 
         Raises:
             ConfigError: A training stream or the tokenizer has changed, and `allow_changes` does not name it.
@@ -124,15 +122,7 @@ class Run:
         """
         config, start, self._tokenizer = self._config, self.start, tokenizer
         if start.checkpoint is not None and (start.is_own or not has_weights):
-            # The config's load_* keys apply only to the checkpoint that `load_path` names.
-            yield Resume(
-                start.checkpoint,
-                weights_only=config.load_weights_only and not start.is_own,
-                strict=config.load_strict_model_weights,
-                ignore_keys=None if start.is_own else config.load_ignore_keys,
-                keep_optimizer=start.is_own,
-                subset_num_batches=config.train_subset_num_batches,
-            )
+            yield _resume(config, start.checkpoint, is_own=start.is_own)
         if config.save_folder is not None:
             yield AtomicCheckpoints(
                 self.folder,
@@ -148,7 +138,7 @@ class Run:
                 overwrite=config.save_overwrite or start.is_own,
                 num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
                 weights_only=config.save_weights_only,
-                ignore_keys=config.save_ignore_keys and list(config.save_ignore_keys),
+                ignore_keys=config.save_ignore_keys or (),
             )
 
     def fit(self, trainer: Trainer) -> None:
@@ -173,11 +163,14 @@ class Run:
             return
         facts = facts_of(self._config, getattr(trainer.state.train_dataloader, "dataset", None))
         print(report_if_possible(self.folder, facts=facts), flush=True)
+        if upload := uploader_of(self._config, AT_START):
+            self._upload_report(upload)
+
+    def _upload_report(self, upload: Upload) -> None:
         try:
-            if (upload := uploader_of(self._config, AT_START)) is not None:
-                for name in (METRICS, PICTURE, PAGE):
-                    if (self.folder / name).is_file():
-                        upload(self.folder / name, name)
+            for name in (METRICS, PICTURE, PAGE):
+                if (self.folder / name).is_file():
+                    upload(self.folder / name, name)
         except CheckpointError as error:  # training is done and saved
             print(error, flush=True)
 
@@ -185,46 +178,53 @@ class Run:
         """Write the run's first files, and let other runs start: this start can't be refused any more."""
         start = self.start
         if start.checkpoint is not None and not start.is_own and is_finished(trainer):
-            raise ConfigError(
-                f"load_path: {start.checkpoint} is from batch {trainer.state.timestamp.batch.value}, and "
-                f"max_duration is {self._config.max_duration}: nothing is left to train. Use a longer "
-                "max_duration to continue it, or load_weights_only=true to begin a run with its weights."
-            )
+            raise self._nothing_left(trainer.state.timestamp.batch.value)
         decided_by_rank_0(self._begin_in_store)
-        if dist.get_local_rank() == 0:
+        if local_rank() == 0:
             remove_unfinished_files(self.folder, but=start.checkpoint)
         decided_by_rank_0(self._write_first_files)
         self._until_fit.close()
 
+    def _nothing_left(self, batch: int) -> ConfigError:
+        return ConfigError(
+            f"load_path: {self.start.checkpoint} is from batch {batch}, and max_duration is "
+            f"{self._config.max_duration}: nothing is left to train. Use a longer max_duration to continue "
+            "it, or load_weights_only=true to begin a run with its weights."
+        )
+
     def _begin_in_store(self) -> None:
         """Upload a new run's first files, which tests that the store can be written to."""
-        if not self.start.is_own and (upload := uploader_of(self._config, AT_START)) is not None:
+        if not self.start.is_own and (upload := uploader_of(self._config, AT_START)):
             with TemporaryDirectory() as temporary:
                 for file in self._write_run_files(Path(temporary)):
                     upload(file, str(file.relative_to(temporary)))
-        self._lock.begin()
+        self._lock.has_begun = True
 
     def _write_first_files(self) -> None:
         """Write the files that the run's folder holds from the first batch on.
 
         `config.yaml` describes the newest checkpoint: a resumed run updates it with its next checkpoint.
         """
-        start, file = self.start, self.folder / CONFIG
-        if start.is_fetched:
-            take_small_files(start, self.folder)
+        if self.start.is_fetched:
+            take_small_files(self.start, self.folder)
         self.metrics.begin()
-        if not start.is_own:
+        if self.start.is_own:
+            self._restore_run_files(self.start.notes)
+        else:
             self._write_run_files(self.folder)
-            return
+
+    def _restore_run_files(self, notes: RunNotes | None) -> None:
+        """Write what is missing of the files that make the folder's checkpoints usable."""
+        file = self.folder / CONFIG
         with writing_into(self.folder):
             if not (self.folder / "tokenizer").is_dir():
                 self._tokenizer.save_pretrained(self.folder / "tokenizer")
-            if start.notes is not None and not _holds(file, start.notes.config):
+            if notes is not None and not _holds(file, notes.config):
                 print(
                     f"{file} is not the checkpoint's; it is written again as the checkpoint has it",
                     flush=True,
                 )
-                _write_config(start.notes.config, file)
+                _write_config(notes.config, file)
             elif not file.is_file():
                 _write_config(self._yaml, file)
 
@@ -259,13 +259,9 @@ class Run:
         return f"{kept}. autoresume is off: name the checkpoint in load_path to continue."
 
     def _describe(self) -> list[Path]:
-        """Update the run's folder to describe the run as it trains now, before a checkpoint is written.
-
-        Returns:
-            The files that are new.
-        """
+        """Make the run's folder describe the run as it trains now, and return the files that are new."""
         if self._lock.is_lost():
-            self._lock.take_again()
+            self._lock.take()
             say(f"save_folder: {self.folder} was removed while the run trains; it is made again")
         return [] if _holds(self.folder / CONFIG, self._yaml) else self._write_run_files(self.folder)
 
@@ -275,6 +271,18 @@ class Run:
             _write_config(self._yaml, folder / CONFIG)
             self._tokenizer.save_pretrained(folder / "tokenizer")
             return [folder / CONFIG, *(folder / "tokenizer").iterdir()]
+
+
+def _resume(config: TrainConfig, checkpoint: Path, *, is_own: bool) -> Resume:
+    # The config's load_* keys apply only to the checkpoint that `load_path` names.
+    return Resume(
+        checkpoint,
+        weights_only=config.load_weights_only and not is_own,
+        strict=config.load_strict_model_weights,
+        ignore_keys=None if is_own else config.load_ignore_keys,
+        keep_optimizer=is_own,
+        subset_num_batches=config.train_subset_num_batches,
+    )
 
 
 def is_finished(trainer: Trainer) -> bool:
@@ -290,13 +298,17 @@ def set_up_process(config: TrainConfig, device: Device) -> None:
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
     if device.kind == "gpu":
-        allocator = [f"expandable_segments:{config.expandable_segments}"]
-        if config.max_split_size_mb is not None:
-            allocator.append(f"max_split_size_mb:{config.max_split_size_mb}")
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ",".join(allocator))
-        os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY" if config.cuda_load_lazy else "EAGER")
-    if dist.get_world_size() > 1:
+        _set_up_gpu(config)
+    if world_size() > 1:
         dist.initialize_dist(device.kind, timeout=config.dist_timeout)
+
+
+def _set_up_gpu(config: TrainConfig) -> None:
+    allocator = [f"expandable_segments:{config.expandable_segments}"]
+    if config.max_split_size_mb is not None:
+        allocator.append(f"max_split_size_mb:{config.max_split_size_mb}")
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", ",".join(allocator))
+    os.environ.setdefault("CUDA_MODULE_LOADING", "LAZY" if config.cuda_load_lazy else "EAGER")
 
 
 def _write_config(text: str, file: Path) -> None:

@@ -35,16 +35,10 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     """Yield the rows of a metrics file in order; lines damaged by a kill or a bad disk are skipped.
 
     Every row has a `batch`; a row with a `loss` is for a batch and has `tokens`, a row with an `eval` is for
-    an evaluation. Measured values are numbers or None.
-
-    Args:
-        path: A `metrics.jsonl`, which may still be growing.
+    an evaluation. Measured values are numbers or None. The file may still be growing.
     """
     with Path(path).open("rb") as file:
-        for line in file:
-            row = _parse(line)
-            if row is not None and _is_complete(row):
-                yield row
+        yield from (row for row in map(_parse, file) if row is not None and _is_complete(row))
 
 
 def cut_rows(path: str | Path, *, last_batch: int) -> None:
@@ -53,8 +47,6 @@ def cut_rows(path: str | Path, *, last_batch: int) -> None:
     The file is replaced in one step, so a kill leaves either the old or the new one.
     """
     path = Path(path)
-    if not path.exists():
-        return
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _belongs(line, last_batch)]
     if len(kept) == len(lines):

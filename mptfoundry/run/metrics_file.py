@@ -19,27 +19,23 @@ and an evaluation's row has `batch`, `tokens`, `seconds` and `eval: {label: {met
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 from abc import abstractmethod
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from composer.core import State
 from composer.loggers import Logger, LoggerDestination
-from composer.utils import dist
 from torch import Tensor
 
 from mptfoundry.files import writing_into
+from mptfoundry.ranks import rank
 from mptfoundry.run.metrics import MEASURED, NAME, Row, cut_rows
 from mptfoundry.run.metrics import read_rows as read_rows
 
-SHORT = {"loss/train/total": "loss"}
 # Composer logs these on its own; a row has them once, in its own fields.
 REPEATED = ("time/", "trainer/")
-OWN = ("throughput/",)
 
 
 class RowLogger(LoggerDestination):
@@ -57,7 +53,8 @@ class RowLogger(LoggerDestination):
         """Keep what was logged until the row is complete; the last value of a name wins."""
         for name, value in metrics.items():
             if not name.startswith(REPEATED):
-                self._logged[_short(name)] = plain(value)
+                short = "loss" if name == "loss/train/total" else name.removeprefix("throughput/")
+                self._logged[short] = plain(value)
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Record the learning rate; at the batch's end it is already that of the next batch."""
@@ -65,11 +62,10 @@ class RowLogger(LoggerDestination):
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Pass on the batch's row."""
-        loss = self._logged.pop("loss", None)
-        measured = dict.fromkeys(MEASURED)
-        row = {**_progress(state), "loss": loss, "lr": self._lr, **measured, **self._logged}
+        loss, others = self._logged.pop("loss", None), self._logged
         self._logged = {}
-        if dist.get_global_rank() == 0:
+        row = {**_progress(state), "loss": loss, "lr": self._lr, **dict.fromkeys(MEASURED), **others}
+        if rank() == 0:
             self.write(row, state)
 
     def eval_end(self, state: State, logger: Logger) -> None:
@@ -79,7 +75,7 @@ class RowLogger(LoggerDestination):
         metrics = {name.removeprefix(prefix): self._logged.pop(name) for name in names}
         row = {**_progress(state), "eval": {str(state.dataloader_label): metrics}}
         del row["samples"]
-        if dist.get_global_rank() == 0:
+        if rank() == 0:
             self.write(row, state)
 
 
@@ -95,15 +91,7 @@ def plain(value: Any) -> Any:
         return value if math.isfinite(value) else None
     if value is None or isinstance(value, (bool, int, str)):
         return value
-    if hasattr(value, "item"):
-        return plain(value.item())
-    return str(value)
-
-
-def _short(name: str) -> str:
-    for prefix in OWN:
-        name = name.removeprefix(prefix)
-    return SHORT.get(name, name)
+    return plain(value.item()) if hasattr(value, "item") else str(value)
 
 
 def _progress(state: State) -> Row:
@@ -126,7 +114,6 @@ class MetricsFile(RowLogger):
     def __init__(self, folder: str | Path) -> None:
         super().__init__()
         self.path = Path(folder) / NAME
-        self._file: TextIO | None = None
         self._last_batch: int | None = None
 
     def after_load(self, state: State, logger: Logger) -> None:
@@ -135,44 +122,30 @@ class MetricsFile(RowLogger):
         Raises ConfigError if the folder can't be written to.
         """
         self._last_batch = int(state.timestamp.batch)
-        if dist.get_global_rank() == 0:
+        if rank() == 0:
             with writing_into(self.path.parent):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
 
     def begin(self) -> None:
-        """Cut the rows past the point where the run starts, and open the file."""
+        """Make the file, or cut the rows past the point where the run starts."""
         with writing_into(self.path.parent):
-            if self._last_batch is not None:
+            if self._last_batch is not None and self.path.exists():
                 cut_rows(self.path, last_batch=self._last_batch)
             self._last_batch = None
-            self._file = self.path.open("a", encoding="utf-8")
+            self.path.touch()
 
-    def write(self, row: Row, state: State) -> None:
-        """Append the row."""
-        self._append(row)
+    def write(self, row: Row, state: State | None = None) -> None:
+        """Append the row; if the file has been removed while the run trains, it is made again."""
+        if self._last_batch is not None:
+            self.begin()
+        with writing_into(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(plain(row), allow_nan=False) + "\n")
 
     def log_table(
         self, columns: list[str], rows: list[list[Any]], name: str = "Table", step: int | None = None
     ) -> None:
         """Append a table, such as generated texts, as `{batch, name: [{column: value}]}`."""
-        if dist.get_global_rank() == 0:
-            self._append({"batch": step, name: [dict(zip(columns, row, strict=True)) for row in rows]})
-
-    def close(self, state: State, logger: Logger) -> None:
-        """Close the file."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # already raised for the row that could not be written
-                self._file.close()
-            self._file = None
-
-    def _append(self, row: Row) -> None:
-        if self._file is None:
-            self.begin()
-        with writing_into(self.path.parent):
-            assert self._file is not None
-            if os.fstat(self._file.fileno()).st_nlink == 0:
-                print(f"{self.path} was removed while the run trains; it is made again", flush=True)
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("a", encoding="utf-8")
-            self._file.write(json.dumps(plain(row), allow_nan=False) + "\n")
-            self._file.flush()
+        if rank() == 0:
+            self.write({"batch": step, name: [dict(zip(columns, row, strict=True)) for row in rows]})

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mptfoundry.checkpoints.checkpoint import newest_first
 from mptfoundry.config.run import TrainConfig
@@ -19,9 +19,6 @@ from mptfoundry.files import writing_into
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.run.metrics import FEWEST_POINTS, mean_at_the_end, smooth
 from mptfoundry.run.metrics_file import NAME, Row, read_rows
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 PICTURE = "report.png"
 PAGE = "report.md"
@@ -33,27 +30,23 @@ MOST_EVALUATIONS = 50
 
 
 def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = None) -> Path:
-    """Write `report.png` and `report.md` into the folder of a run, finished or not.
+    """Write `report.png` and `report.md` for a run, finished or not, and return the page's path.
 
     Args:
         run_folder: The folder that holds `metrics.jsonl`.
         facts: More rows for the page's table, shown first, such as the model and its parameters.
-
-    Returns:
-        The page's path.
 
     Raises:
         DataError: The folder has no metrics yet.
         ConfigError: The folder can't be written to.
     """
     folder = Path(run_folder)
-    source = folder / NAME
+    source, page = folder / NAME, folder / PAGE
     rows = list(read_rows(source)) if source.exists() else []
     batches = [row for row in rows if "loss" in row and row.get("seconds") is not None]
     if not batches:
         raise DataError(f"{source}: no batch has been recorded, so there is nothing to report. Train first.")
     evaluations = [row for row in rows if "eval" in row and row.get("tokens") is not None]
-    page = folder / PAGE
     with writing_into(folder):
         draw(batches, evaluations, folder / PICTURE)
         page.write_text(describe(folder, batches, evaluations, facts or {}))
@@ -71,14 +64,7 @@ def report_if_possible(run_folder: str | Path, *, facts: Mapping[str, str] | Non
 def describe(
     folder: Path, batches: Sequence[Row], evaluations: Sequence[Row], facts: Mapping[str, str]
 ) -> str:
-    """Return the page as Markdown.
-
-    Args:
-        folder: The run's folder.
-        batches: Rows of batches, one or more.
-        evaluations: Rows of evaluations.
-        facts: More rows for the table.
-    """
+    """Return the page as Markdown, from the rows of at least one batch and of any evaluations."""
     first, last = batches[0], batches[-1]
     losses = _column(batches, "loss")
     table = {
@@ -92,7 +78,7 @@ def describe(
         "time per step": f"{last['seconds'] / last['batch']:.3g} s",
         "tokens per second": _median(batches, "tokens_per_second", "{:,.0f}"),
         "MFU": _median(batches, "mfu", "{:.1%}"),
-        "peak memory": _gib(last.get("peak_memory_bytes")),
+        "peak memory": f"{peak / 2**30:.2f} GiB" if (peak := last.get("peak_memory_bytes")) else "",
     }
     lines = [f"# {folder.resolve().name}", "", f"![loss, learning rate, speed, gradients]({PICTURE})", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table.items() if value)]
@@ -103,49 +89,40 @@ def describe(
 
 
 def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None:
-    """Plot over tokens: loss, smoothed loss and evaluations, learning rate, tokens/s, gradient norm.
-
-    The loss of a short run isn't smoothed.
-
-    Args:
-        batches: Rows of batches, one or more.
-        evaluations: Rows of evaluations.
-        path: Where to write the PNG.
-    """
+    """Plot loss and evaluations, learning rate, tokens/s and gradient norm over tokens, as a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(9, 10), layout="constrained")
-    panels = figure.subplots(4, 1, sharex=True, height_ratios=[3, 1, 1, 1])
-    tokens = [row["tokens"] for row in batches]
-    losses = _column(batches, "loss")
+    loss, lr, speed, norm = figure.subplots(4, 1, sharex=True, height_ratios=[3, 1, 1, 1])
+    tokens, losses = [row["tokens"] for row in batches], _column(batches, "loss")
+    # The loss of a short run isn't smoothed.
     is_short = len(batches) < FEWEST_POINTS
-    points: dict[str, Any] = {"marker": ".", "markersize": 6} if is_short else {}
-    panels[0].plot(tokens, losses, color="C0" if is_short else "0.8", linewidth=0.8, label="loss", **points)
+    style: dict[str, Any] = {"linewidth": 0.8, **({"marker": ".", "markersize": 6} if is_short else {})}
+    loss.plot(tokens, losses, color="C0" if is_short else "0.8", label="loss", **style)
     if not is_short:
-        panels[0].plot(tokens, smooth(losses), color="C0", label="loss, smoothed")
-    for number, (label, found) in enumerate(_eval_losses(evaluations).items(), start=1):
-        style = {"marker": "o", "markersize": 4, "linewidth": 0.8, "color": f"C{number}"}
-        panels[0].plot(*zip(*found, strict=True), **style, label=f"eval {label}")
-    panels[0].legend()
+        loss.plot(tokens, smooth(losses), color="C0", label="loss, smoothed")
+    for number, (label, points) in enumerate(eval_losses(evaluations).items(), start=1):
+        line = {"marker": "o", "markersize": 4, "linewidth": 0.8, "color": f"C{number}"}
+        loss.plot(*zip(*points, strict=True), **line, label=f"eval {label}")
+    loss.legend()
+    for axes, name in ((lr, "lr"), (speed, "tokens_per_second"), (norm, "grad_norm")):
+        axes.plot(tokens, _column(batches, name), color="C0", **style)
     has_head = any("loss" in metrics for row in evaluations for metrics in row["eval"].values())
-    _panel(panels[0], "loss" if has_head else "loss, nats per token")
-    for axes, name, title in (
-        (panels[1], "lr", "learning rate"),
-        (panels[2], "tokens_per_second", "tokens/s"),
-        (panels[3], "grad_norm", "gradient norm"),
-    ):
-        axes.plot(tokens, _column(batches, name), color="C0", linewidth=0.8, **points)
-        _panel(axes, title)
-    panels[2].yaxis.set_major_formatter(EngFormatter(sep=""))
+    titles = ["loss" if has_head else "loss, nats per token", "learning rate", "tokens/s", "gradient norm"]
+    for axes, title in zip(figure.axes, titles, strict=True):
+        axes.set_ylabel(title)
+        axes.grid(True, color="0.9")
+        axes.margins(x=0.01)
+    speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     norms = [value for value in _column(batches, "grad_norm") if value > 0]
     if norms and max(norms) > 10 * min(norms):  # over a smaller range a log axis has hardly any round ticks
-        panels[3].set_yscale("log")
-        panels[3].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panels[3].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        panels[3].yaxis.set_minor_formatter(NullFormatter())
-    panels[3].set_xlabel("tokens")
-    panels[3].xaxis.set_major_formatter(EngFormatter(sep=""))
+        norm.set_yscale("log")
+        norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        norm.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        norm.yaxis.set_minor_formatter(NullFormatter())
+    norm.set_xlabel("tokens")
+    norm.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=110)
 
 
@@ -156,16 +133,16 @@ def _evaluations(evaluations: Sequence[Row]) -> list[str]:
         for label, metrics in row["eval"].items():
             by_label.setdefault(label, []).append({"batch": row["batch"], **metrics})
     lines: list[str] = []
-    for label, found in by_label.items():
-        names = [name for name in found[-1] if name != "batch"]
+    for label, evaluated in by_label.items():
+        names = [name for name in evaluated[-1] if name != "batch"]
         lines += ["", f"## Evaluation: {label}", "", f"| batch | {' | '.join(names)} |"]
         lines += ["|" + "---|" * (len(names) + 1)]
-        count = min(len(found), MOST_EVALUATIONS)
-        shown = [found[round(place * (len(found) - 1) / max(1, count - 1))] for place in range(count)]
+        count = min(len(evaluated), MOST_EVALUATIONS)
+        shown = [evaluated[round(place * (len(evaluated) - 1) / max(1, count - 1))] for place in range(count)]
         for row in shown:
             lines.append(f"| {row['batch']} | {' | '.join(_number(row.get(name)) for name in names)} |")
-        if count < len(found):
-            lines += ["", f"{count} of {len(found):,} evaluations; all of them are in `{NAME}`."]
+        if count < len(evaluated):
+            lines += ["", f"{count} of {len(evaluated):,} evaluations; all of them are in `{NAME}`."]
     return lines
 
 
@@ -182,20 +159,15 @@ def _places(folder: Path) -> dict[str, str]:
     return {what: str(path.resolve()) for what, path in places.items() if path.exists()}
 
 
-def _eval_losses(evaluations: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+def eval_losses(evaluations: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:
+    """Return each label's losses after so many tokens, whatever the model's task."""
     points: dict[str, list[tuple[int, float]]] = {}
     for row in evaluations:
         for label, metrics in row["eval"].items():
-            found = [metrics[name] for name in EVAL_LOSSES if metrics.get(name) is not None]
-            if found:
-                points.setdefault(label, []).append((row["tokens"], found[0]))
+            losses = [metrics[name] for name in EVAL_LOSSES if metrics.get(name) is not None]
+            if losses:
+                points.setdefault(label, []).append((row["tokens"], losses[0]))
     return points
-
-
-def _panel(axes: Axes, title: str) -> None:
-    axes.set_ylabel(title)
-    axes.grid(True, color="0.9")
-    axes.margins(x=0.01)
 
 
 def _column(rows: Sequence[Row], name: str) -> list[float]:
@@ -213,17 +185,8 @@ def _number(value: float | None) -> str:
     return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:.4g}"
 
 
-def _gib(size: int | None) -> str:
-    return "" if size is None else f"{size / 2**30:.2f} GiB"
-
-
 def facts_of(config: TrainConfig, dataset: Any) -> dict[str, str]:
-    """Return rows for the report's table; empty if there is nothing to report.
-
-    Args:
-        config: The run's config.
-        dataset: The training loader's dataset; one for finetuning knows its streams' examples.
-    """
+    """Return rows for the report's table; a dataset for finetuning knows the examples of its streams."""
     sources = config.train_loader.dataset.sources
     stores = getattr(dataset, "stores", [None] * len(sources))
     data = [_stream(*each) for each in zip(sources.items(), stores, strict=True)]
@@ -238,12 +201,10 @@ def facts_of(config: TrainConfig, dataset: Any) -> dict[str, str]:
 def _stream(named: tuple[str, Any], store: Any) -> str:
     """Describe a stream: its location, its share of the mix, and what its examples contain."""
     name, source = named
-    words = [str(place) for key in ("hf_name", "local", "remote") if (place := getattr(source, key, None))][
-        :1
-    ]
-    for key in ("proportion", "repeat", "choose"):
-        if (value := getattr(source, key, None)) is not None:
-            words.append(f"{key} {value:g}")
+    places = [getattr(source, key, None) for key in ("hf_name", "local", "remote")]
+    words = [str(place) for place in places if place][:1]
+    shares = {key: getattr(source, key, None) for key in ("proportion", "repeat", "choose")}
+    words += [f"{key} {value:g}" for key, value in shares.items() if value is not None]
     if store is not None:
         tokens, in_loss = int(store.lengths.sum()), int(store.trained.sum())
         words.append(f"{len(store):,} examples of {tokens:,} tokens, {in_loss:,} of them in the loss")

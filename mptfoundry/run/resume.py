@@ -35,7 +35,7 @@ from mptfoundry.checkpoints.training_state import (
     stored_weights,
 )
 from mptfoundry.errors import CheckpointError, MPTFoundryError
-from mptfoundry.ranks import decided_by_rank_0, say
+from mptfoundry.ranks import decided_by_rank_0, local_rank, rank, say
 
 _WRAPPERS = re.compile(r"(_orig_mod|module)\.")
 _MISFIT = (KeyError, TypeError, AttributeError, ValueError, RuntimeError, IndexError, AssertionError)
@@ -120,7 +120,7 @@ class Resume(Callback):
         if self._is_in_step or not hasattr(dataset, "next_epoch"):
             return
         self._is_in_step = True
-        if dist.get_local_rank() == 0:
+        if local_rank() == 0:
             dataset.next_epoch = int(state.timestamp.epoch)  # shared by all processes of this node
         dist.barrier()
 
@@ -167,7 +167,7 @@ class Resume(Callback):
         # Weights and optimizer state stay on rank 0, which distributes them when the model is sharded.
         kept: dict[str, Any] = {"model": None, "optimizers": None}
         content: list[Any] = [None]
-        if dist.get_global_rank() == 0:
+        if rank() == 0:
             content[0] = self._filtered(read_state(self.checkpoint, weights_only=only, mapped=True))
             kept = {part: content[0]["state"].pop(part, None) for part in kept}
         dist.broadcast_object_list(content)

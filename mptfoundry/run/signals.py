@@ -167,12 +167,8 @@ def heeded() -> list[signal.Signals]:
 def ending_at_once(numbers: Sequence[signal.Signals], said: str, exit_code: int) -> Iterator[None]:
     """Let some signals end the process without an exception in this context, such as during imports.
 
-    Afterwards the earlier handlers are back, whatever a library has set.
-
-    Args:
-        numbers: The signals.
-        said: The text to print, with the signal's name for `{name}`.
-        exit_code: Exit code of the process.
+    The process prints `said`, with the signal's name for `{name}`. After the context the earlier handlers are
+    back, whatever a library has set.
     """
     # macOS has no sigwaitinfo.
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "sigwaitinfo"):
@@ -205,12 +201,9 @@ def ending_at_once(numbers: Sequence[signal.Signals], said: str, exit_code: int)
 @contextmanager
 def lasting_output() -> Iterator[None]:
     """Within this context, drop output to a closed terminal or pipe instead of raising an error."""
-    before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)  # type: ignore[assignment]
-    try:
+    out, errors = _Lasting(sys.stdout), _Lasting(sys.stderr)
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):  # type: ignore[type-var]
         yield
-    finally:
-        sys.stdout, sys.stderr = before
 
 
 class _Lasting:
@@ -220,21 +213,18 @@ class _Lasting:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        with self._silent_when_gone():
-            self._stream.write(text)
+        self._unless_gone(self._stream.write, text)
         return len(text)
 
     def flush(self) -> None:
-        with self._silent_when_gone():
-            self._stream.flush()
+        self._unless_gone(self._stream.flush)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
-    @contextmanager
-    def _silent_when_gone(self) -> Iterator[None]:
+    def _unless_gone(self, act: Callable[..., object], *arguments: str) -> None:
         try:
-            yield
+            act(*arguments)
         except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())

@@ -28,7 +28,7 @@ from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import CheckpointError
 from mptfoundry.files import Upload, remove_unfinished, writing_into
 from mptfoundry.places import is_url, progress_of
-from mptfoundry.ranks import decided_by_rank_0, once_per_node, say
+from mptfoundry.ranks import decided_by_rank_0, once_per_node, rank, say, world_size
 from mptfoundry.run.changes import (
     Change,
     RunNotes,
@@ -80,19 +80,25 @@ def resolve_start(config: TrainConfig) -> Iterator[Start]:
     """
     folder = run_folder(config)
     local = decided_by_rank_0(lambda: newest_first(folder)) or []
+    start = Start()
+    with ExitStack() as stack:
+        if local or config.load_path is not None or is_url(config.save_folder or ""):
+            start = _find_checkpoint(config, folder, local, stack)
+        yield start
+        dist.barrier()
+
+
+def _find_checkpoint(
+    config: TrainConfig, folder: Path, local: Sequence[Checkpoint], stack: ExitStack
+) -> Start:
     if local:
         decided_by_rank_0(lambda: refuse_another_model(config, folder, local))
     own = None
-    with ExitStack() as stack:
-        if config.resumes and config.save_folder is not None and (local or is_url(config.save_folder)):
-            own = _own_checkpoint(config, folder, local, stack)
-        if own is not None:
-            yield own
-        elif config.load_path is not None:
-            yield Start(_named_checkpoint(config, folder, stack))
-        else:
-            yield Start()
-        dist.barrier()
+    if config.resumes and config.save_folder is not None and (local or is_url(config.save_folder)):
+        own = _own_checkpoint(config, folder, local, stack)
+    if own is None and config.load_path is not None:
+        return Start(_named_checkpoint(config, folder, stack))
+    return own or Start()
 
 
 def refuse_another_model(config: TrainConfig, folder: Path, checkpoints: Sequence[Checkpoint]) -> None:
@@ -234,15 +240,13 @@ def _named_checkpoint(config: TrainConfig, folder: Path, stack: ExitStack) -> Pa
         )
     checkpoint = find_checkpoint(local) if is_url(path) else decided_by_rank_0(lambda: find_checkpoint(local))
     assert checkpoint is not None
-    found = checkpoint.path
-    _refuse_one_file(found, config, "load_path")
-    if reason := _damage(found):
-        raise CheckpointError(f"load_path: {found}: {reason}. Name another checkpoint.")
-    if dist.get_global_rank() == 0 and not checkpoint.parts():
-        print(
-            f"note: load_path: {found} has no checksums and is read unverified.", file=sys.stderr, flush=True
-        )
-    return found
+    _refuse_one_file(checkpoint.path, config, "load_path")
+    if reason := _damage(checkpoint.path):
+        raise CheckpointError(f"load_path: {checkpoint.path}: {reason}. Name another checkpoint.")
+    if rank() == 0 and not checkpoint.parts():
+        note = f"note: load_path: {checkpoint.path} has no checksums and is read unverified."
+        print(note, file=sys.stderr, flush=True)
+    return checkpoint.path
 
 
 def _refuse_one_file(checkpoint: Path, config: TrainConfig, key: str) -> None:
@@ -283,21 +287,21 @@ def _is_sound(checkpoint: Path, config: TrainConfig, shown_as: str | None = None
 def _damage(checkpoint: Path) -> str | None:
     """Say which bytes of a checkpoint are damaged; each rank checks its share."""
     try:
-        found = checkpoint_at(checkpoint)
-        parts = [] if (reason := found.problem()) else found.parts()
-        reason = reason or found.damage(parts[dist.get_global_rank() :: dist.get_world_size()])
+        form = checkpoint_at(checkpoint)
+        parts = [] if (reason := form.problem()) else form.parts()
+        reason = reason or form.damage(parts[rank() :: world_size()])
     except FileNotFoundError:
         reason = "not seen by all nodes; save_folder has to lie on a disk that they share, or be a URL"
     except CheckpointError as error:
         reason = str(error).removeprefix(f"{checkpoint}: ").rstrip(".")
-    return next((found for found in dist.all_gather_object(reason) if found is not None), None)
+    return next((each for each in dist.all_gather_object(reason) if each is not None), None)
 
 
 def _fetched(url: str, folder: Path, stack: ExitStack) -> Path:
     """Download a checkpoint from a store to each node's own disk, where it stays until the stack closes."""
 
     def fetch() -> str:
-        first = dist.get_global_rank() == 0
+        first = rank() == 0
         remove_unfinished_files(folder)  # they take up disk space
         return str(stack.enter_context(staged(url, folder / "fetched", None, progress=first)))
 

@@ -22,7 +22,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from mptfoundry.errors import TrainingError
-from mptfoundry.ranks import RankWatch, say
+from mptfoundry.ranks import RankWatch, say, world_size
 from mptfoundry.run.signals import StopSignals
 
 LAUNCHER_SECONDS = 30.0
@@ -59,7 +59,7 @@ class StepGuard(Callback):
         self._clipping: Any = None
         self._losses: list[Tensor] = []
         self._recent: deque[float] = deque(maxlen=SHOWN_LOSSES)
-        self._started_at: float | None = None
+        self._started_at = 0.0
         self._steps: deque[float] = deque(maxlen=5)
         self._saver: Any = None
         self._has_warned = False
@@ -93,12 +93,13 @@ class StepGuard(Callback):
         norm = self._clipping.grad_norm
         told = told if norm is None else torch.cat([told, norm.to(told).reshape(1)])
         asked_by, broken, total, *norms = told.tolist()
-        loss = total / dist.get_world_size()
+        loss = total / world_size()
         # With a gradient scaler, an overflow only lowers the scale.
         is_scaled = state.precision == Precision.AMP_FP16
         if broken or not (is_scaled or all(map(math.isfinite, norms))):
             raise TrainingError(self._what_broke(state, own, norms))
-        self._judge(loss, state, logger)
+        if verdict := self._spikes.judge(loss):
+            self._obey(verdict, loss, state, logger)
         self._recent.append(loss)
         if asked_by:
             self._stop(state)
@@ -106,14 +107,12 @@ class StepGuard(Callback):
     def batch_end(self, state: State, logger: Logger) -> None:
         """Stop after this batch, or record how long it took."""
         if self.is_stopping:
-            is_last = state.max_duration is not None and state.timestamp >= state.max_duration
-            due = [each.eval_interval(state, Event.BATCH_END) for each in state.evaluators]  # type: ignore[misc]
-            self.owes_evaluation = bool(due) and (is_last or any(due))
-            state.evaluators = []
-            state.stop_training()
-        elif self._started_at is not None:
+            self._end_training(state)
+        else:
             self._steps.append(time.monotonic() - self._started_at)
-            self._warn_if_a_stop_takes_too_long()
+            step, save = statistics.median(self._steps), self._saver.save_seconds if self._saver else 0.0
+            if step + save > LAUNCHER_SECONDS and len(self._steps) >= 3:
+                self._warn_of_a_slow_stop(step, save)
 
     def eval_batch_end(self, state: State, logger: Logger) -> None:
         """Leave the evaluation if any rank was asked to stop."""
@@ -132,15 +131,19 @@ class StepGuard(Callback):
         """Load that from a checkpoint."""
         self.owes_evaluation = state["owes_evaluation"]
 
+    def _end_training(self, state: State) -> None:
+        is_last = state.max_duration is not None and state.timestamp >= state.max_duration
+        due = [each.eval_interval(state, Event.BATCH_END) for each in state.evaluators]  # type: ignore[misc]
+        self.owes_evaluation = bool(due) and (is_last or any(due))
+        state.evaluators = []
+        state.stop_training()
+
     def _stop(self, state: State) -> None:
         self.is_stopping = True
         # Callbacks that only show progress would take time that the checkpoint needs.
         state.callbacks = [c for c in state.callbacks if not getattr(c, "skipped_when_stopping", False)]
 
-    def _judge(self, loss: float, state: State, logger: Logger) -> None:
-        verdict = self._spikes.judge(loss)
-        if verdict is None:
-            return
+    def _obey(self, verdict: Any, loss: float, state: State, logger: Logger) -> None:
         batch = state.timestamp.batch.value + 1
         if verdict.stops:
             raise TrainingError(
@@ -171,18 +174,14 @@ class StepGuard(Callback):
             "optimizer.lr, with algorithms.gradient_clipping, or look at these samples."
         )
 
-    def _warn_if_a_stop_takes_too_long(self) -> None:
-        if self._has_warned or len(self._steps) < 3:
-            return
-        step, save = statistics.median(self._steps), self._saver.save_seconds if self._saver else 0.0
-        if step + save <= LAUNCHER_SECONDS:
-            return
-        self._has_warned = True
-        say(
-            f"note: a stop takes a step, {step:.0f} s, and a save, {save:.0f} s. The launcher kills "
-            f"{LAUNCHER_SECONDS:g} s after SIGTERM, and the run continues from an older checkpoint. Start "
-            "the ranks without it, with a longer grace, or save more often."
-        )
+    def _warn_of_a_slow_stop(self, step: float, save: float) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            say(
+                f"note: a stop takes a step, {step:.0f} s, and a save, {save:.0f} s. The launcher kills "
+                f"{LAUNCHER_SECONDS:g} s after SIGTERM, and the run continues from an older checkpoint. "
+                "Start the ranks without it, with a longer grace, or save more often."
+            )
 
 
 def _samples(ids: list[int]) -> str:

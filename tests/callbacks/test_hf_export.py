@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +60,7 @@ class Patience(Callback):
         self.export = export
 
     def batch_start(self, state: Any, logger: Any) -> None:
-        if self.export._running is not None:
-            wait([self.export._running])
+        self.export.wait()
 
 
 @pytest.fixture

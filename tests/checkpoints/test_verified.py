@@ -262,8 +262,8 @@ def test_ranks_verify_a_share_each_before_they_read_their_rows(
     from mptfoundry.checkpoints import starting
 
     model, read = make("whole"), []
-    monkeypatch.setattr(starting.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(starting.dist, "get_global_rank", lambda: 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(starting.dist, "all_gather_object", lambda own: [None, own])
     source = open_model(model)
     names = list(source.weights.outlines)
@@ -274,5 +274,5 @@ def test_ranks_verify_a_share_each_before_they_read_their_rows(
     flip(model)
     with pytest.raises(CheckpointError, match="holds other bytes"):
         for rank in range(2):
-            monkeypatch.setattr(starting.dist, "get_global_rank", lambda rank=rank: rank)
+            monkeypatch.setenv("RANK", str(rank))
             starting.StartingWeights(open_model(model), NETWORK, seed=0)

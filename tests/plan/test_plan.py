@@ -91,7 +91,7 @@ def test_a_gpu_without_bf16_computes_in_fp32() -> None:
 
 def test_every_auto_has_its_reason_and_what_was_given_has_none() -> None:
     auto = make_plan(load("mpt-7b"), gpus(8))
-    assert set(auto.reasons) == {
+    assert set(auto.choices) == {
         "precision",
         "device_train_microbatch_size",
         "device_eval_batch_size",
@@ -105,7 +105,7 @@ def test_every_auto_has_its_reason_and_what_was_given_has_none() -> None:
     given = make_plan(load("mpt-7b", *words, "train_loader.num_workers=7"), gpus(8))
     assert (given.precision, given.device_train_microbatch_size) == ("amp_fp16", 4)
     assert given.num_workers["train"] == 7
-    assert not {"precision", "device_train_microbatch_size"} & set(given.reasons)
+    assert not {"precision", "device_train_microbatch_size"} & set(given.choices)
 
 
 @pytest.fixture
@@ -121,9 +121,9 @@ def test_the_attention_backend_is_the_networks_own_choice() -> None:
     key = "model.attn_config.attn_impl"
     on_cpu, on_gpu = make_plan(load("mpt-tiny"), CPU), make_plan(load("mpt-tiny"), gpus())
     assert (on_cpu.attn_impl, on_gpu.attn_impl) == ("torch", "triton")
-    assert on_gpu.reasons[key] == "serves this model in bfloat16 on cuda"
+    assert on_gpu.choices[key].reason == "serves this model in bfloat16 on cuda"
     given = make_plan(load("mpt-tiny", f"{key}=flash", "precision=amp_fp16"), gpus())
-    assert given.attn_impl == "flash" and key not in given.reasons
+    assert given.attn_impl == "flash" and key not in given.choices
 
 
 @pytest.mark.usefixtures("all_backends")
@@ -180,7 +180,7 @@ def test_the_microbatch_is_the_largest_divisor_that_fits(gib: int) -> None:
 def test_what_cannot_fit_says_so_rather_than_pretend() -> None:
     plan = plan_of("mpt-7b", CPU)
     assert plan.device_train_microbatch_size == 1
-    assert plan.reasons["device_train_microbatch_size"].endswith(
+    assert plan.choices["device_train_microbatch_size"].reason.endswith(
         "where 9.6 GiB of 16.0 GiB can be planned with"
     )
 
@@ -188,7 +188,7 @@ def test_what_cannot_fit_says_so_rather_than_pretend() -> None:
 def test_unknown_memory_is_no_ground_to_guess() -> None:
     plan = plan_of("mpt-125m", Device("gpu", "GPU", memory=None))
     assert plan.device_train_microbatch_size == 1
-    assert plan.reasons["device_train_microbatch_size"] == "the device's memory is not known"
+    assert plan.choices["device_train_microbatch_size"].reason == "the device's memory is not known"
 
 
 def test_what_fsdp_config_says_in_older_words_is_told() -> None:
@@ -199,7 +199,7 @@ def test_what_fsdp_config_says_in_older_words_is_told() -> None:
     )
     plan, words = plan_of("mpt-7b", gpus(8)), plan_of("mpt-7b", gpus(8), *older)
     assert words.sharding == plan.sharding
-    assert words.reasons["fsdp_config"] == (
+    assert words.choices["fsdp_config"].reason == (
         "FSDP2; version: 1 means FSDP2 here, too; no effect: limit_all_gathers, use_orig_params"
     )
     strategy = ("fsdp_config.sharding_strategy=_HYBRID_SHARD_ZERO2", "global_train_batch_size=64")

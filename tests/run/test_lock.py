@@ -57,7 +57,7 @@ def test_a_second_process_is_refused_by_the_first_ones_host_and_number(tmp_path:
             assert json.loads((tmp_path / "run" / NAME).read_text())["pid"] == os.getpid()
         assert (tmp_path / "run" / NAME).read_text() == left
         with RunLock(tmp_path / "run") as lock:
-            lock.begin()
+            lock.has_begun = True
         assert not (tmp_path / "run" / NAME).exists()
 
 
@@ -72,12 +72,12 @@ def test_a_folder_that_was_removed_is_held_again_unless_another_run_has_taken_it
         assert not lock.is_lost()
         shutil.rmtree(tmp_path / "run")
         assert lock.is_lost()
-        lock.take_again()
+        lock.take()
         assert json.loads((tmp_path / "run" / NAME).read_text())["pid"] == os.getpid()
         shutil.rmtree(tmp_path / "run")
         with holder(tmp_path / "run") as other:
             with pytest.raises(CheckpointError, match=f"process {other.pid} on"):
-                lock.take_again()
+                lock.take()
             other.kill()
 
 

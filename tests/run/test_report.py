@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mptfoundry.errors import ConfigError, DataError
-from mptfoundry.run.report import _eval_losses, write_report
+from mptfoundry.run.report import eval_losses, write_report
 
 
 def record(folder: Path, batches: int) -> None:
@@ -100,7 +100,7 @@ def test_a_row_that_lacks_what_is_drawn_is_passed_over(tmp_path: Path) -> None:
 def test_the_picture_has_the_losses_of_evaluations_whatever_the_model() -> None:
     language = {"tokens": 10, "eval": {"held_out": {"LanguageCrossEntropy": 2.5, "tokens": 99.0}}}
     head = {"tokens": 20, "eval": {"held_out": {"accuracy": 0.9, "loss": 0.5}, "other": {"loss": None}}}
-    assert _eval_losses([language, head]) == {"held_out": [(10, 2.5), (20, 0.5)]}
+    assert eval_losses([language, head]) == {"held_out": [(10, 2.5), (20, 0.5)]}
 
 
 def test_a_report_for_which_there_is_no_room_is_one_error(

@@ -13,8 +13,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,9 @@ from mptfoundry.config.data import FinetuningDatasetConfig
 from mptfoundry.config.streams import RecordsConfig
 from mptfoundry.data.examples.store import ExampleWriter, why_damaged
 from mptfoundry.data.examples.turns import Counts, ExampleMaker, ExamplePlan, Targets, UnitExamples, source_of
-from mptfoundry.data.jobs import SMALLEST_PARALLEL_BYTES, Job, Make, read_state, run_job
+from mptfoundry.data.jobs import SMALLEST_PARALLEL_BYTES, Job, Make, Sink, read_state, run_job
 from mptfoundry.data.loading import LoaderContext
-from mptfoundry.data.records.records import UNIT_BYTES, UNIT_ROWS, Unit, plan_units
+from mptfoundry.data.records.records import UNIT_BYTES, UNIT_ROWS, plan_units
 from mptfoundry.data.records.sources import content_digest, find_records
 from mptfoundry.data.shards.index import narrowest_dtype
 from mptfoundry.errors import CheckpointError, ConfigError, DataError
@@ -43,26 +43,108 @@ def cache_folder(given: str | None) -> Path:
     return Path(given or f"{home}/mptfoundry/examples").expanduser()
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """How records become a store.
+
+    Attributes:
+        settings: All that the examples depend on except the records; a hash of both names the store.
+        make: Returns the function that converts a unit of records; see `jobs.run_job`.
+        sink: Receives the results; called with the folder to write in and that of the finished store.
+    """
+
+    settings: Mapping[str, Any]
+    make: Make
+    sink: Callable[[Path, Path], Sink]
+
+
+def prepare_store(
+    where: str,
+    source: RecordsConfig,
+    cache: Path,
+    recipe_for: Callable[[Sequence[Any]], Recipe],
+    *,
+    workers: int | None = None,
+    say: Callable[[str], None] = print,
+    progress: bool = True,
+) -> Path:
+    """Return the folder of a source's store; build it if it is missing or damaged.
+
+    Only one process builds it at a time, and a killed one is resumed.
+
+    Args:
+        where: The source's key in the config.
+        source: Where the records are.
+        cache: The folder of all stores.
+        recipe_for: Returns the recipe; called with the Hugging Face datasets that hold the records.
+        workers: Number of processes. By default one per CPU; small data uses only this process.
+        say: Called with progress messages.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        DataError: The records can't be found, a record is invalid, or the cache can't be written.
+    """
+    inventory = find_records(source, where, cache)
+    recipe = recipe_for(inventory.datasets)
+    settings = {**recipe.settings, "inputs": content_digest(inventory, cache)}
+    folder = cache / hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    title = f"{where}: checking examples" if progress and inventory.size >= SMALLEST_PARALLEL_BYTES else ""
+    if why_damaged(folder, title=title) is None:
+        return folder
+    parts = folder.with_name(f"{folder.name}.parts")
+
+    def begin() -> Job:
+        return Job(parts, where, inventory.size, recipe.sink(parts / "store", folder))
+
+    def waiting(holder: str) -> None:
+        say(f"{where}: {holder} is making {folder}; waiting for it")
+
+    try:
+        with locked(parts / "lock", waiting=waiting):
+            problem = why_damaged(folder, title=title)
+            if problem is not None:
+                if folder.exists():
+                    say(f"{where}: the examples are made again: {folder} {problem}")
+                units = plan_units(inventory.inputs, inventory.datasets, cut_texts=False)
+                run_job(_resumed(begin), units, recipe.make, workers=workers, progress=progress)
+            shutil.rmtree(parts, ignore_errors=True)
+    except (OSError, CheckpointError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{folder}: it can't be written ({reason}).") from error
+    return folder
+
+
+def _resumed(begin: Callable[[], Job]) -> Job:
+    """Return the job that `begin` makes, resumed from its saved state if that is intact."""
+    job = begin()
+    try:
+        state = read_state(job.folder)
+        if state is not None:
+            job.restore(state)
+    except (OSError, KeyError, TypeError, ValueError):
+        log.warning("%s: what %s holds is damaged; it is made from the beginning.", job.title, job.folder)
+        return begin()
+    return job
+
+
 def prepare_examples(
     where: str,
     source: RecordsConfig,
     dataset: FinetuningDatasetConfig,
     context: LoaderContext,
     *,
-    workers: int | None = None,
     say: Callable[[str], None] = print,
-    progress: bool = True,
+    **running: Any,
 ) -> Path:
-    """Return the folder of a source's example store; build it if it is missing or damaged.
+    """Return the folder of a source's finetuning examples, as `prepare_store` does.
 
     Args:
         where: The source's key in the config.
         source: Where the records are.
         dataset: The dataset config: which tokens are in the loss, and where the cache is.
         context: What the loader needs from the run; the tokenizer and `max_seq_len` are used.
-        workers: Number of processes. By default one per CPU; small data uses only this process.
         say: Called with progress messages.
-        progress: Whether to show a progress bar.
+        running: How to run, `workers` and `progress` of `prepare_store`.
 
     Raises:
         ConfigError: A user function creates the records, and the command line did not allow code.
@@ -73,39 +155,30 @@ def prepare_examples(
             f"{where}.preprocessing_fn: {source.preprocessing_fn} is code. Run it with allow_code=true on "
             "the command line."
         )
-    cache, tokenizer = cache_folder(dataset.cache_folder), context.tokenizer
-    inventory = find_records(source, where, cache)
-    vocab_size = count_ids(tokenizer)
-    plan = ExamplePlan(
-        tokenizer,
-        context.max_seq_len,
-        Targets(dataset.target_prompts, dataset.target_responses),
-        source.preprocessing_fn,
-        narrowest_dtype(vocab_size),
-        inventory.datasets,
-        dataset.token_encoding_type,
-        as_text=dataset.special_tokens == AS_TEXT,
-    )
-    folder = cache / _identity(plan, content_digest(inventory, cache), say)
-    title = f"{where}: checking examples" if progress and inventory.size >= SMALLEST_PARALLEL_BYTES else ""
+    tokenizer, vocab_size = context.tokenizer, count_ids(context.tokenizer)
 
-    def make(parts: Path) -> None:
-        def begin() -> Job:
-            sink = ExampleSink(parts / "store", folder, vocab_size, where)
-            return Job(parts, where, inventory.size, sink)
+    def recipe_for(datasets: Sequence[Any]) -> Recipe:
+        plan = ExamplePlan(
+            tokenizer,
+            context.max_seq_len,
+            Targets(dataset.target_prompts, dataset.target_responses),
+            source.preprocessing_fn,
+            narrowest_dtype(vocab_size),
+            datasets,
+            dataset.token_encoding_type,
+            as_text=dataset.special_tokens == AS_TEXT,
+        )
+        sink = partial(ExampleSink, vocab_size=vocab_size, where=where)
+        return Recipe(_settings(plan, say), partial(ExampleMaker, plan), sink)
 
-        units = plan_units(inventory.inputs, plan.datasets, False)
-        make_cached(begin, units, partial(ExampleMaker, plan), workers=workers, progress=progress)
-
-    return find_or_make(folder, where, partial(why_damaged, title=title), make, say)
+    return prepare_store(where, source, cache_folder(dataset.cache_folder), recipe_for, say=say, **running)
 
 
-def _identity(plan: ExamplePlan, inputs: str, say: Callable[[str], None]) -> str:
-    """Hash everything the examples depend on."""
+def _settings(plan: ExamplePlan, say: Callable[[str], None]) -> dict[str, Any]:
+    """Return all that the examples depend on, without the records."""
     tokenizer = plan.tokenizer
     settings = {
         "version": [VERSION, UNIT_BYTES, UNIT_ROWS, 16],
-        "inputs": inputs,
         "tokenizer": [fingerprint(tokenizer), backend_parts(tokenizer)["post_processor"]],
         "special": [tokenizer.bos_token_id, tokenizer.eos_token_id, *own_borders(tokenizer).after],
         "chat_template": tokenizer.chat_template,
@@ -114,65 +187,7 @@ def _identity(plan: ExamplePlan, inputs: str, say: Callable[[str], None]) -> str
         "preprocessing": _identity_of(plan.preprocessing, say),
         "token_encoding_type": plan.token_encoding_type,
     }
-    if plan.as_text:
-        settings["special_tokens"] = AS_TEXT
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-
-
-def find_or_make(
-    folder: Path,
-    where: str,
-    damage: Callable[[Path], str | None],
-    make: Callable[[Path], None],
-    say: Callable[[str], None],
-) -> Path:
-    """Return a cache folder; build it if it is missing or damaged. Only one process builds it at a time.
-
-    Args:
-        folder: The cache folder, named by a hash of everything it depends on.
-        where: The source's key in the config, for messages.
-        damage: Returns what is wrong with a folder, or None if it is intact.
-        make: Builds the folder. Its argument is the folder for the state of the job.
-        say: Called with progress messages.
-
-    Raises:
-        DataError: The cache can't be written.
-    """
-    if damage(folder) is None:
-        return folder
-    parts = folder.with_name(f"{folder.name}.parts")
-
-    def waiting(holder: str) -> None:
-        say(f"{where}: {holder} is making {folder}; waiting for it")
-
-    try:
-        with locked(parts / "lock", waiting=waiting):
-            problem = damage(folder)
-            if problem is not None:
-                if folder.exists():
-                    say(f"{where}: the examples are made again: {folder} {problem}")
-                make(parts)
-            shutil.rmtree(parts, ignore_errors=True)
-    except (OSError, CheckpointError) as error:
-        raise DataError(
-            f"{folder}: it can't be written ({getattr(error, 'strerror', None) or error})."
-        ) from error
-    return folder
-
-
-def make_cached(
-    begin: Callable[[], Job], units: Iterable[Unit], make: Make, *, workers: int | None, progress: bool
-) -> None:
-    """Run the job that `begin` returns, resuming from its saved state if that is intact."""
-    job = begin()
-    try:
-        state = read_state(job.folder)
-        if state is not None:
-            job.restore(state)
-    except (OSError, KeyError, TypeError, ValueError):
-        log.warning("%s: what %s holds is damaged; it is made from the beginning.", job.title, job.folder)
-        job = begin()
-    run_job(job, units, make, workers=workers, progress=progress)
+    return settings | ({"special_tokens": AS_TEXT} if plan.as_text else {})
 
 
 class ExampleSink:

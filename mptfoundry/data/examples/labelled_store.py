@@ -10,8 +10,7 @@ A store is a folder:
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,10 @@ import numpy as np
 
 from mptfoundry.config.data import LabelledDatasetConfig
 from mptfoundry.data.appended import AppendedFiles
-from mptfoundry.data.examples.cache import cache_folder, find_or_make, make_cached
+from mptfoundry.data.examples.cache import Recipe, cache_folder, prepare_store
 from mptfoundry.data.examples.labelled_records import LabelledMaker, LabelledPlan, UnitLabelled, unpack
-from mptfoundry.data.examples.store import read_content, seal, why_damaged
-from mptfoundry.data.jobs import SMALLEST_PARALLEL_BYTES, Job
+from mptfoundry.data.examples.store import read_content, seal
 from mptfoundry.data.loading import LoaderContext
-from mptfoundry.data.records.records import plan_units
-from mptfoundry.data.records.sources import content_digest, find_records
 from mptfoundry.files import whole_or_absent
 from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.tokenizer import backend_parts, fingerprint
@@ -36,13 +32,7 @@ VERSION = 1
 
 
 def prepare_labelled(
-    where: str,
-    dataset: LabelledDatasetConfig,
-    context: LoaderContext,
-    *,
-    workers: int | None = None,
-    say: Callable[[str], None] = print,
-    progress: bool = True,
+    where: str, dataset: LabelledDatasetConfig, context: LoaderContext, **running: Any
 ) -> Path:
     """Return the folder of a dataset's examples; build it if it is missing or damaged.
 
@@ -50,44 +40,33 @@ def prepare_labelled(
         where: The source's key in the config.
         dataset: The dataset's section of the config.
         context: What the loader needs from the run; its model has a head.
-        workers: Number of processes. By default one per CPU; small data uses only this process.
-        say: Called with progress messages.
-        progress: Whether to show a progress bar.
+        running: How to run: `workers`, `say` and `progress` of `prepare_store`.
 
     Raises:
         DataError: The records can't be found, a record is invalid, or the cache can't be written.
     """
-    cache, head = cache_folder(dataset.cache_folder), context.model
+    head = context.model
     assert isinstance(head, HeadConfig)
     (source,) = dataset.sources.values()
-    inventory = find_records(source, where, cache)
-    plan = LabelledPlan(context.tokenizer, context.max_seq_len, head, dataset.fields, inventory.datasets)
-    folder = cache / _identity(plan, content_digest(inventory, cache))
-    title = f"{where}: checking examples" if progress and inventory.size >= SMALLEST_PARALLEL_BYTES else ""
 
-    def make(parts: Path) -> None:
-        def begin() -> Job:
-            return Job(parts, where, inventory.size, LabelledSink(parts / "store", folder))
+    def recipe_for(datasets: Sequence[Any]) -> Recipe:
+        plan = LabelledPlan(context.tokenizer, context.max_seq_len, head, dataset.fields, datasets)
+        return Recipe(_settings(plan), partial(LabelledMaker, plan), LabelledSink)
 
-        units = plan_units(inventory.inputs, inventory.datasets, cut_texts=False)
-        make_cached(begin, units, partial(LabelledMaker, plan), workers=workers, progress=progress)
-
-    return find_or_make(folder, where, partial(why_damaged, title=title), make, say)
+    return prepare_store(where, source, cache_folder(dataset.cache_folder), recipe_for, **running)
 
 
-def _identity(plan: LabelledPlan, inputs: str) -> str:
-    """Hash everything the examples depend on."""
+def _settings(plan: LabelledPlan) -> dict[str, Any]:
+    """Return all that the examples depend on, without the records."""
     tokenizer, head = plan.tokenizer, plan.head
-    settings = {
+    return {
         "version": ["labelled", VERSION],
-        "inputs": inputs,
         "tokenizer": [fingerprint(tokenizer), backend_parts(tokenizer)["post_processor"]],
         "truncation_side": tokenizer.truncation_side,
         "max_seq_len": plan.max_seq_len,
         "fields": dict(plan.fields),
         "head": [head.task, getattr(head, "label2id", None), getattr(head, "problem", None)],
     }
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
 
 
 class LabelledSink:

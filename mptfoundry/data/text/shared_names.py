@@ -6,6 +6,8 @@ and claims it later. If another run claims it in between, startup fails with `Fi
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch.distributed as dist
 from streaming.base.constant import LOCALS, SHM_TO_CLEAN
 from streaming.base.shared import SharedMemory
@@ -37,18 +39,9 @@ def take_number(
     # Other processes must not look: they would mistake the first process's name for another run's.
     if world.is_local_leader:
         try:
-            number = max(
-                _check_and_find_retrying(streams_local, streams_remote, name, retry) for name in SHM_TO_CLEAN
-            )
+            number, taken = _claim(streams_local, streams_remote, retry)
         except ValueError as error:
             problem = str(error)
-    while world.is_local_leader and taken is None and not problem:
-        data = _pack_locals(streams_local, number)
-        try:
-            taken = SharedMemory(_get_path(number, LOCALS), True, len(data))
-            taken.buf[: len(data)] = data
-        except FileExistsError:
-            number += 1
     if dist.is_initialized():
         answers = [(number, problem)] * dist.get_world_size()
         dist.all_gather_object(answers, (number, problem))
@@ -57,3 +50,19 @@ def take_number(
     if problem:
         raise ValueError(problem)
     return number, taken or SharedMemory(_get_path(number, LOCALS), False)
+
+
+def _claim(
+    streams_local: list[str], streams_remote: list[str | None], retry: int
+) -> tuple[int, SharedMemory]:
+    """Claim the first number that is free, and stays so until its file is made."""
+    number = max(
+        _check_and_find_retrying(streams_local, streams_remote, name, retry) for name in SHM_TO_CLEAN
+    )
+    while True:
+        data = _pack_locals(streams_local, number)
+        with suppress(FileExistsError):
+            taken = SharedMemory(_get_path(number, LOCALS), True, len(data))
+            taken.buf[: len(data)] = data
+            return number, taken
+        number += 1

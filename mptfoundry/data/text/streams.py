@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from mptfoundry.config.streams import StreamConfig
 from mptfoundry.data.shards.index import ShardIndex, find_split, read_index
 from mptfoundry.errors import DataError
 from mptfoundry.places import is_url, path_of
+from mptfoundry.ranks import rank
 from mptfoundry.tokenizer import fingerprint
 
 log = logging.getLogger(__name__)
@@ -104,7 +104,7 @@ def tokenizer_problem(index: ShardIndex, fingerprint: str) -> str | None:
 
 def warn_of_unknown(streams: Sequence[ShardStream]) -> None:
     """Warn on rank 0 about streams that can't be checked against the run's tokenizer."""
-    if streams and os.environ.get("RANK", "0") == "0":
+    if streams and rank() == 0:
         log.warning(
             "%s: made by another tool, so the tokenizer can't be compared; only the ids' range is checked.",
             ", ".join(stream.where for stream in streams),
