@@ -107,11 +107,9 @@ def _refuse_code_from_file(document: Document) -> None:
 
 def _share_top_level(document: Document) -> None:
     """Give the model the `max_seq_len` of the run, unless it says it itself."""
-    model = document.tree.get("model")
-    is_number = isinstance(document.tree.get("max_seq_len"), int)  # anything else is reported where it stands
-    if isinstance(model, dict) and model.get("max_seq_len") is None and is_number:
-        origin = document.origin(("max_seq_len",))
-        document.put(("model", "max_seq_len"), document.tree["max_seq_len"], origin)
+    model, length = document.tree.get("model"), document.tree.get("max_seq_len")
+    if isinstance(model, dict) and model.get("max_seq_len") is None and isinstance(length, int):
+        document.put(("model", "max_seq_len"), length, document.origin(("max_seq_len",)))
 
 
 def _effects(config: TrainConfig) -> list[str]:
@@ -132,6 +130,6 @@ def _effects(config: TrainConfig) -> list[str]:
     if warmup is not None and whole is not None and warmup > whole:
         notes.append(
             f"scheduler.t_warmup: {config.scheduler.t_warmup} is longer than the run, max_duration: "
-            f"{config.max_duration}: the learning rate never gets to its top."
+            f"{config.max_duration}: the learning rate never reaches its peak."
         )
     return notes

@@ -18,8 +18,6 @@ from composer.loggers import Logger
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mptfoundry.errors import ConfigError
-
 # Avoids division by zero; PyTorch's clip_grad_norm_ uses the same value.
 EPSILON = 1e-6
 
@@ -40,11 +38,6 @@ class GradientClipping(Algorithm):
     """
 
     def __init__(self, clipping_type: ClippingType = "norm", clipping_threshold: float | None = None) -> None:
-        if clipping_threshold is not None and clipping_threshold <= 0:
-            raise ConfigError(
-                f"algorithms.gradient_clipping.clipping_threshold: {clipping_threshold} is not positive. "
-                "Use a number above 0."
-            )
         self.clipping_type = clipping_type
         self.clipping_threshold = clipping_threshold
         self.grad_norm: Tensor | None = None
@@ -66,14 +59,13 @@ class GradientClipping(Algorithm):
     @torch.no_grad()
     def _clip(self, state: State) -> None:
         threshold = self.clipping_threshold
-        by_norm = threshold if self.clipping_type == "norm" else None
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
         self.grad_norm = global_norm(gradients)
-        if by_norm is not None:
-            scale_to_norm(gradients, self.grad_norm, by_norm)
-        if threshold is None or self.clipping_type == "norm":
+        if threshold is None:
             return
-        if self.clipping_type == "value":
+        if self.clipping_type == "norm":
+            scale_to_norm(gradients, self.grad_norm, threshold)
+        elif self.clipping_type == "value":
             clamp(state.model.parameters(), threshold)
         else:
             apply_gradient_clipping(state.model, "adaptive", threshold, fsdp_enabled=False)

@@ -45,7 +45,7 @@ def test_several_evaluation_loaders_need_labels_of_their_own(problems: Problems)
     data = "dataset: {local: x}"
     more = f"eval_loader: [{{{data}}}, {{label: a, {data}}}, {{label: a, {data}}}]"
     assert problems(more) == (
-        "run.yaml:25: eval_loader[0].label: is missing. Each of several loaders needs a label of its own.",
+        "run.yaml:25: eval_loader[0].label: is missing. Each of several loaders needs its own label.",
         "run.yaml:25: eval_loader[2].label: 'a' is another loader's. Use a label of its own.",
     )
 
