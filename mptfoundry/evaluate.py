@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from composer import Trainer
+from composer.core import Evaluator
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 
@@ -25,6 +26,7 @@ from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.config.data import LoaderConfig
 from mptfoundry.config.load import load_train_config
 from mptfoundry.config.verbs import EvalConfig
+from mptfoundry.data.loading import LoaderContext
 from mptfoundry.errors import ConfigError
 from mptfoundry.files import whole_or_absent
 from mptfoundry.loaders import build_evaluators
@@ -63,21 +65,12 @@ def evaluate(options: EvalConfig) -> Results:
     if tokenizer is None:
         raise ConfigError(f"tokenizer: {options.model} has none. Name the one it was trained with.")
     check_tokenizer(tokenizer, source.config.vocab_size)
-    loaders = _loaders(options, source)
-    batch_size = options.device_eval_batch_size
+    evaluators = _evaluators(options, source, tokenizer, device)
     is_sharded = dist.get_world_size() > 1 and _was_sharded(source)
     trainer = Trainer(
         model=_model(options, source, device, tokenizer, precision, is_sharded=is_sharded),
         parallelism_config={"fsdp": FSDP2Config()} if is_sharded else None,
-        eval_dataloader=build_evaluators(
-            loaders,
-            options,
-            model=source.config,
-            tokenizer=tokenizer,
-            max_seq_len=options.max_seq_len or source.config.max_seq_len,
-            device_batch_size=EVAL_BATCH_SIZE if batch_size == "auto" else batch_size,
-            num_workers={label: _workers(loader, device) for label, loader in loaders.items()},
-        ),
+        eval_dataloader=evaluators,
         eval_subset_num_batches=options.eval_subset_num_batches,
         device=device.kind,
         precision=precision,
@@ -157,6 +150,23 @@ def _loaders(options: EvalConfig, source: ModelSource) -> dict[str, LoaderConfig
         "Say what to evaluate on: eval_loader.name=text eval_loader.dataset.local=SHARDS "
         "eval_loader.dataset.split=val."
     )
+
+
+def _evaluators(options: EvalConfig, source: ModelSource, tokenizer: Any, device: Device) -> list[Evaluator]:
+    loaders, batch_size = _loaders(options, source), options.device_eval_batch_size
+    context = LoaderContext(
+        model=source.config,
+        tokenizer=tokenizer,
+        max_seq_len=options.max_seq_len or source.config.max_seq_len,
+        device_batch_size=EVAL_BATCH_SIZE if batch_size == "auto" else batch_size,
+        seed=options.seed,
+        num_workers=0,
+        is_training=False,
+        where="eval_loader",
+        allow_code=options.allow_code,
+    )
+    workers = {label: _workers(loader, device) for label, loader in loaders.items()}
+    return build_evaluators(loaders, context, workers)
 
 
 def _workers(loader: LoaderConfig, device: Device) -> int:
