@@ -420,20 +420,25 @@ def _load_from_folder(folder: Path, options: dict[str, Any]) -> Any:
         named = (
             json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.is_file() else ""
         )
-        if not (has_ids and named in PLAIN_CLASSES):
-            from transformers import AutoTokenizer
-
-            try:
-                return AutoTokenizer.from_pretrained(
-                    folder, trust_remote_code=False, local_files_only=True, **options
-                )
-            except Exception:
-                if not has_ids:
-                    raise
-        # tokenizer.json alone defines the ids: the class adds nothing, is unknown, or needs remote code.
-        return _load_plain(folder, options)
+        if has_ids and named in PLAIN_CLASSES:
+            return _load_plain(folder, options)
+        return _load_by_class(folder, options, has_ids)
     except Exception as error:
         raise ConfigError(f"tokenizer.name: {folder} can't be read: {first_line(error)}.") from error
+
+
+def _load_by_class(folder: Path, options: dict[str, Any], has_ids: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, **options
+        )
+    except Exception:
+        if not has_ids:
+            raise
+    # The class is unknown or needs remote code; tokenizer.json alone defines the ids.
+    return _load_plain(folder, options)
 
 
 def _load_plain(folder: Path, options: dict[str, Any]) -> Any:

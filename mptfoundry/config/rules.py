@@ -234,9 +234,13 @@ def _schedule_ends(run: TrainConfig) -> Iterator[Problem]:
 
 def _decay_fits(run: TrainConfig) -> Iterator[Problem]:
     """Decay must fit inside the run and start after warmup; the end of the run may cut off a warmup."""
-    scheduler, whole = run.scheduler, tokens_of(run.max_duration, run)
-    key = "t_decay" if hasattr(scheduler, "t_decay") else "t_cooldown"
-    decay = getattr(scheduler, key, 0)
+    for key in ("t_decay", "t_cooldown"):
+        if hasattr(run.scheduler, key):
+            yield from _decay_problem(run, key)
+
+
+def _decay_problem(run: TrainConfig, key: str) -> Iterator[Problem]:
+    scheduler, whole, decay = run.scheduler, tokens_of(run.max_duration, run), getattr(run.scheduler, key)
     length, warmup = tokens_of(decay, run), tokens_of(scheduler.t_warmup, run)
     if whole is None or length is None:
         return

@@ -111,8 +111,10 @@ def _why_never_flash(config: MPTConfig, dtype: str) -> str | None:
 def _flash_is_missing() -> str | None:
     """Check the flash-attn package itself; other packages install different modules under its name."""
     missing = "the package flash-attn is not installed (pip install --no-build-isolation flash-attn)"
-    if importlib.util.find_spec("flash_attn") is None:
-        return missing
+    return missing if importlib.util.find_spec("flash_attn") is None else _flash_is_too_old(missing)
+
+
+def _flash_is_too_old(missing: str) -> str | None:
     from importlib import metadata  # slow to import, and rarely needed
 
     try:

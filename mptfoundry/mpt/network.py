@@ -229,9 +229,11 @@ class MPT(nn.Module):
             ValueError: The arguments don't fit each other or the model.
         """
         batch, seq = input_ids.shape
+        documents = None
         if attention_mask is not None:
             attention_mask = attention_mask[:, -seq:].bool()
-        documents = number_documents(attention_mask, sequence_id, cache)
+        if attention_mask is not None or sequence_id is not None:
+            documents = number_documents(attention_mask, sequence_id, cache)
         if cache is not None:
             _check_cache(cache, seq, max_documents)
             documents = cache.append_documents(documents, batch, seq)

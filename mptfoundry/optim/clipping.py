@@ -72,11 +72,7 @@ class GradientClipping(Algorithm):
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all gradients together, a 0-d float32 tensor on their device.
-
-    Args:
-        gradients: Tensors of any shapes; each shard of a DTensor counts once.
-    """
+    """The Euclidean norm of all gradients together, 0-d float32; a shard of a DTensor counts once."""
     if not gradients:
         return torch.zeros(())
     groups: dict[tuple, list[Tensor]] = {}
@@ -97,13 +93,7 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, threshold: float) -> None:
-    """Scale gradients in place by `threshold / norm` where that is below 1.
-
-    Args:
-        gradients: Tensors of any shapes, DTensors included.
-        norm: Their norm, 0-d.
-        threshold: The maximum norm.
-    """
+    """Scale gradients, with this norm (0-d), in place by `threshold / norm` where that is below 1."""
     scale = (threshold / (norm + EPSILON)).clamp(max=1.0)
     if scale.device.type == "cpu" and scale == 1:
         return

@@ -104,7 +104,7 @@ def tokenizer_problem(index: ShardIndex, fingerprint: str) -> str | None:
 
 def warn_of_unknown(streams: Sequence[ShardStream]) -> None:
     """Warn on rank 0 about streams that can't be checked against the run's tokenizer."""
-    if streams and os.environ.get("RANK", "0") == "0":
+    if os.environ.get("RANK", "0") == "0":
         log.warning(
             "%s: made by another tool, so the tokenizer can't be compared; only the ids' range is checked.",
             ", ".join(stream.where for stream in streams),

@@ -201,7 +201,8 @@ def _check_streams(dataset: TextDataset, streams: Sequence[ShardStream], tokeniz
         if index.meta is None:
             unknown.append(stream)
             _check_some_samples(dataset, position, stream)
-    warn_of_unknown(unknown)
+    if unknown:
+        warn_of_unknown(unknown)
 
 
 def _check_some_samples(dataset: TextDataset, position: int, stream: ShardStream) -> None:
