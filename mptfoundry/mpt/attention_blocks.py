@@ -130,9 +130,11 @@ class _Blocks(torch.autograd.Function):
         segments: tuple[Segment, ...],
     ) -> torch.Tensor:
         q, k, v = (_heads_second(x) for x in (query, key, value))
-        out = query.new_zeros(query.shape).transpose(1, 2)
-        lse = query.new_zeros(query.shape[:3]).transpose(1, 2)
         pieces = _cut(q, k, segments, context)
+        out = lse = None
+        if not _begins_whole(pieces, q):
+            out = query.new_zeros(query.shape).transpose(1, 2)
+            lse = query.new_zeros(query.shape[:3]).transpose(1, 2)
         for piece in pieces:
             bias, slant = _bias_of(piece, context)
             parts = _flash(
@@ -144,6 +146,9 @@ class _Blocks(torch.autograd.Function):
                 attn_mask=bias,
                 scale=context.scale,
             )
+            if out is None or lse is None:
+                out, lse = (_joined(part, q.shape[0]) for part in parts)
+                continue
             part, part_sum = (x.unflatten(0, (-1, piece.number)) for x in parts)
             old, old_sum = (_blocks(x, piece, piece.queries) for x in (out, lse))
             if slant is None:
@@ -155,12 +160,15 @@ class _Blocks(torch.autograd.Function):
                 old_sum.copy_(torch.logaddexp(old_sum, part_sum))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.pieces, ctx.context = pieces, context
+        assert out is not None
         return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        grads = [grad.new_zeros(grad.shape).transpose(1, 2) for _ in range(3)]
+        grads: list[torch.Tensor] = []
+        if not _begins_whole(ctx.pieces, q):
+            grads = [grad.new_zeros(grad.shape).transpose(1, 2) for _ in range(3)]
         grad = _heads_second(grad)
         for piece in ctx.pieces:
             bias, slant = _bias_of(piece, ctx.context)
@@ -177,6 +185,9 @@ class _Blocks(torch.autograd.Function):
                 attn_mask=bias,
                 scale=ctx.context.scale,
             )
+            if not grads:
+                grads = [_joined(part, q.shape[0]) for part in parts]
+                continue
             for whole, part, tokens in zip(
                 grads, parts, (piece.queries, piece.keys, piece.keys), strict=True
             ):
@@ -268,6 +279,21 @@ def _blocks(x: torch.Tensor, piece: _Piece, tokens: tuple[int, int]) -> torch.Te
     stop = start + (piece.number - 1) * piece.step + length
     part = x[piece.rows, piece.heads, start:stop].unfold(2, length, piece.step).movedim(2, 1)
     return part if x.dim() == 3 else part.mT
+
+
+def _begins_whole(pieces: list[_Piece], q: torch.Tensor) -> bool:
+    """Whether the first piece covers all queries, so that its results need not be copied."""
+    if not pieces:
+        return False
+    rows, heads, (start, length), _, step, number = pieces[0]
+    is_every_row = rows == slice(0, q.shape[0]) and heads == slice(0, q.shape[1])
+    return is_every_row and start == 0 and length == step and length * number == q.shape[2]
+
+
+def _joined(part: torch.Tensor, batch: int) -> torch.Tensor:
+    """The kernel's (batch * number, n_heads, length, ...) as (batch, n_heads, seq, ...)."""
+    part = part.transpose(1, 2)
+    return part.reshape(batch, -1, *part.shape[2:]).transpose(1, 2)
 
 
 def _bias_of(piece: _Piece, context: AttentionContext) -> tuple[torch.Tensor | None, torch.Tensor | None]:
