@@ -42,7 +42,12 @@ def build_loaders(config: TrainConfig, plan: Plan, tokenizer: Any) -> tuple[Data
         takes_other_rows=allows_other_rows(config),
     )
     train_loader = build_loader(config.train_loader, context)
-    held_out = replace(context, device_batch_size=plan.device_eval_batch_size)
+    held_out = replace(
+        context,
+        device_batch_size=plan.device_eval_batch_size,
+        is_training=False,
+        takes_other_rows=False,
+    )
     return train_loader, build_evaluators(config.eval_loaders, held_out, plan.num_workers)
 
 
@@ -52,9 +57,8 @@ def build_evaluators(
     """Build one evaluator per label, each with its own number of workers."""
     evaluators = []
     for label, loader in loaders.items():
-        own = {"num_workers": num_workers[label], "where": f"eval_loader {label}"}
-        spec = build_loader(loader, replace(context, is_training=False, takes_other_rows=False, **own))
-        evaluators.append(Evaluator(label=label, dataloader=spec))
+        own = replace(context, num_workers=num_workers[label], where=f"eval_loader {label}")
+        evaluators.append(Evaluator(label=label, dataloader=build_loader(loader, own)))
     return evaluators
 
 

@@ -39,7 +39,7 @@ def test_every_type_has_words(cls: type) -> None:
 def test_a_key_is_explained_with_meaning_type_and_default() -> None:
     assert explain("model.attn_config.alibi") == (
         "model.attn_config.alibi\n"
-        "    Attention with linear biases (https://arxiv.org/abs/2108.12409) in place of positions.\n"
+        "    Attention with linear biases (https://arxiv.org/abs/2108.12409) instead of positions.\n"
         "    type: true or false\n"
         "    default: false"
     )

@@ -84,8 +84,8 @@ def test_warmup_and_decay_have_to_fit_into_the_run(problems: Problems, t_decay: 
 def test_a_warmup_that_the_run_cuts_off_is_noted(write: Callable[..., str]) -> None:
     _, notes = load_train_config(write(), ["max_duration=5ba"])
     assert notes == [
-        "scheduler.t_warmup: 10ba is longer than the run, max_duration: 5ba: the learning rate never gets to "
-        "its top."
+        "scheduler.t_warmup: 10ba is longer than the run, max_duration: 5ba: the learning rate never "
+        "reaches its peak."
     ]
 
 
