@@ -86,10 +86,8 @@ def fingerprint(tokenizer: Any, *, with_special_tokens: bool = False) -> str:
     The hash covers the vocabulary, merges, added tokens, normalizer and pre-tokenizer. It does not depend on
     the path, the library version, truncation, padding, or which token is EOS or padding.
 
-    Args:
-        tokenizer: A tokenizer.
-        with_special_tokens: Also hash which tokens are BOS, EOS and padding, and which tokens are added to a
-            text. Only works for transformers tokenizers.
+    With `with_special_tokens`, for transformers tokenizers, it also covers which tokens are BOS, EOS and
+    padding, and which tokens are added to a text.
     """
     parts = backend_parts(tokenizer)
     if not with_special_tokens:

@@ -28,11 +28,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml")
 
 
 def load_train_config(path: str | Path, words: Sequence[str] = ()) -> tuple[TrainConfig, list[str]]:
-    """Read the configuration of a training run.
-
-    Args:
-        path: The YAML file.
-        words: `key=value` words of the command line, which override the file.
+    """Read the configuration of a training run; `key=value` words override the YAML file.
 
     Returns:
         The configuration, and notes for the user: one line for each thing that was translated from an older

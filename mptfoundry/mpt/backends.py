@@ -24,10 +24,7 @@ _FLASH_AT_LEAST = (2, 6, 2)
 def choose_backend(config: MPTConfig, device_type: str, dtype: str) -> tuple[str, str]:
     """Choose the backend that ``attn_impl`` requests, or with ``auto`` the fastest one that can be used.
 
-    Args:
-        config: The model.
-        device_type: torch's name: ``cpu``, ``cuda``.
-        dtype: The dtype that attention computes in.
+    ``device_type`` (``cpu``, ``cuda``) and ``dtype``, which attention computes in, are torch's names.
 
     Returns:
         The backend's name and the reason, one clause.

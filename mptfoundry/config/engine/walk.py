@@ -48,11 +48,8 @@ class _MismatchError(Exception):
 def build(schema: type[T], document: Document, refused: Refused | None = None) -> T:
     """Build the dataclass `schema` from the document.
 
-    Args:
-        schema: The dataclass.
-        document: The document to read.
-        refused: Known but unsupported options, and why: (class name, key), (top section, its `name`) or
-            (key, value).
+    `refused` has known but unsupported options, and why: (class name, key), (top section, its `name`) or
+    (key, value).
 
     Raises:
         ConfigError: All problems of the document, each with its place.

@@ -106,11 +106,7 @@ def narrowest_dtype(vocab_size: int) -> str:
 
 
 def read_index(folder: str | Path, where: str) -> ShardIndex:
-    """Read and check `folder/index.json`.
-
-    Args:
-        folder: The folder of one split.
-        where: The stream's key in the config, for errors: `train_loader.dataset.streams.code`.
+    """Read and check `folder/index.json`; `where` is the stream's key in the config, for errors.
 
     Raises:
         DataError: The index is missing, half prepared, damaged or empty, names files outside its folder, or

@@ -42,10 +42,6 @@ class ShardStream:
 def plan_streams(loader: TextLoaderConfig, where: str) -> list[ShardStream]:
     """Decide where to read each stream from, and read the indexes that are on this machine.
 
-    Args:
-        loader: The loader's section of the config.
-        where: The section's key, for errors.
-
     Raises:
         DataError: A local folder, its split or its index is missing, damaged or empty.
     """
