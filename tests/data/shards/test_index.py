@@ -134,7 +134,10 @@ def test_an_index_may_name_files_in_folders_of_its_folder(tmp_path: Path, prepar
         ({"samples": -5}, r"shards\[1\]: samples is -5, but must be a count\. Prepare or fetch"),
         ({"samples": 1.5}, "is damaged"),
         ({"samples": True}, "is damaged"),
-        ({"column_names": ["tokens", "more"]}, "is damaged: .* not as many column_names as column_encodings"),
+        (
+            {"column_names": ["tokens", "more"]},
+            "is damaged: .* column_encodings and column_sizes differ in length",
+        ),
         ({"column_sizes": "x"}, "column_sizes is 'x', but must be a list of counts and null"),
         ({"version": 1}, "version is 1, but must be 2"),
         ({"license": "MIT"}, r"shards\[1\] has the unknown key 'license'"),
