@@ -136,7 +136,7 @@ def test_an_index_may_name_files_in_folders_of_its_folder(tmp_path: Path, prepar
         ({"samples": True}, "is damaged"),
         (
             {"column_names": ["tokens", "more"]},
-            "is damaged: .* column_encodings and column_sizes differ in length",
+            "column_encodings and column_sizes differ in length",
         ),
         ({"column_sizes": "x"}, "column_sizes is 'x', but must be a list of counts and null"),
         ({"version": 1}, "version is 1, but must be 2"),
