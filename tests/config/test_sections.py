@@ -146,7 +146,7 @@ def test_replicas_and_shards_have_to_make_the_devices(keys: dict[str, Any]) -> N
     [
         ({"state_dict_type": "sharded"}, "no shards to save"),
         ({"mixed_precision": "PURE"}, r"only applies to shards, and NO_SHARD has none \(DDP\)"),
-        ({"forward_prefetch": True}, "is for shards"),
+        ({"forward_prefetch": True}, "only applies to shards"),
         ({"data_parallel_shard_degree": 4}, "cuts nothing"),
     ],
 )
