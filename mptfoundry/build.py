@@ -131,10 +131,10 @@ def open_base(config: TrainConfig, checkpoint: Path) -> ModelSource | None:
 
 def _check_trunk(source: ModelSource, model: ModelConfig, name: str) -> None:
     changes = leaves(model.config_overrides)
-    for path, there, here in differing(trunk_of(source.config), model.network().to_dict(), changes):
+    for path, expected, value in differing(trunk_of(source.config), model.network().to_dict(), changes):
         # A checkpoint from load_path has no config_overrides, so its dropout may differ from the config's.
         if model.pretrained_model_name_or_path is not None or not path[-1].endswith("pdrop"):
-            raise ConfigError(f"model.{'.'.join(path)}: {here} is not what {name} says, {there}.")
+            raise ConfigError(f"model.{'.'.join(path)}: {value} is not what {name} says, {expected}.")
 
 
 def build_model(
@@ -203,8 +203,8 @@ def build_optimizer(config: TrainConfig, model: ComposerMPT) -> torch.optim.Opti
     """The optimizer over the network's parameter groups, without frozen parameters."""
     options = asdict(config.optimizer)
     name, groups, frozen = (options.pop(key) for key in ("name", "param_groups", "disable_grad"))
-    given = [{key: value for key, value in group.items() if value is not None} for group in groups]
-    parameters = parameter_groups(model.model.named_parameters(), param_groups=given, disable_grad=frozen)
+    groups = [{key: value for key, value in group.items() if value is not None} for group in groups]
+    parameters = parameter_groups(model.model.named_parameters(), param_groups=groups, disable_grad=frozen)
     return OPTIMIZERS[name](parameters, **options)
 
 

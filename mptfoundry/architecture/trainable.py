@@ -80,16 +80,16 @@ class LoRAConfig(Section):
         Raises:
             ValueError: The blocks of `network` have no matrix of this name.
         """
-        there = tuple(name.split(".")[4] for name in _matrices(network) if name.split(".")[2] == "0")
+        modules = tuple(name.split(".")[4] for name in _matrices(network) if name.split(".")[2] == "0")
         if self.target_modules == (ALL_LINEAR,):
-            return there
+            return modules
         for name in self.target_modules:
-            if name not in there:
+            if name not in modules:
                 raise ValueError(
-                    f"target_modules: '{name}' is not a matrix of a block.{did_you_mean(name, there)} "
-                    f"Allowed: {', '.join(there)}, or {ALL_LINEAR} alone."
+                    f"target_modules: '{name}' is not a matrix of a block.{did_you_mean(name, modules)} "
+                    f"Allowed: {', '.join(modules)}, or {ALL_LINEAR} alone."
                 )
-        return tuple(name for name in there if name in self.target_modules)
+        return tuple(name for name in modules if name in self.target_modules)
 
     def target_problems(self, network: MPTConfig) -> Iterator[Problem]:
         """The problem of `target_modules` with this network, if there is one."""

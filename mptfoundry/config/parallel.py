@@ -295,15 +295,15 @@ def _blocks(name: str, choice: BlockChoice, n_layers: int) -> frozenset[int]:
     if isinstance(choice, int):
         choice = f"first-{choice}"
     entries: Sequence[int | str] = choice.replace(" ", "").split(",") if isinstance(choice, str) else choice
-    found: set[int] = set()
+    numbers: set[int] = set()
     for entry in entries:
         blocks = range(entry, entry + 1) if isinstance(entry, int) else _range(where, entry, n_layers)
         if not blocks or blocks[0] < 0 or blocks[-1] >= n_layers:
             raise ValueError(f"{where}: {show(entry)} is not within the blocks 0 to {n_layers - 1}.")
-        found.update(blocks)
-    if not found:
+        numbers.update(blocks)
+    if not numbers:
         raise ValueError(f"{where}: names no blocks. Use {_CHOICES}.")
-    return frozenset(found)
+    return frozenset(numbers)
 
 
 def _range(where: str, entry: str, n_layers: int) -> range:

@@ -185,8 +185,8 @@ def check_shard_files(index: ShardIndex, where: str, *, by_hash: bool = True, ti
         algorithm = fastest_hash(entry["hashes"]) if by_hash else None
         return problem_of(folder / entry["basename"], entry, algorithm)
 
-    found = problems_of(map(stored, index.shards), look, lambda entry: entry["bytes"], title=title)
-    refuse(where, [f"{folder / entry['basename']} {problem}" for entry, problem in found])
+    problems = problems_of(map(stored, index.shards), look, lambda entry: entry["bytes"], title=title)
+    refuse(where, [f"{folder / entry['basename']} {problem}" for entry, problem in problems])
 
 
 def _problem_of_entry(shard: Mapping[str, Any]) -> str | None:

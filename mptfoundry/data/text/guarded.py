@@ -161,13 +161,13 @@ class GuardedStream(Stream):
             log.warning("%s: the copy %s %s. It is fetched again.", self.where, path, problem)
         for _ in range(MOST_FETCHES):
             part = self._download(entry.basename)
-            found = self.problem(entry, part)
-            if found is None:
+            problem_again = self.problem(entry, part)
+            if problem_again is None:
                 part.replace(path)
                 return
             part.unlink()
         raise DataError(
-            f"{self.where}: {self._remote(entry.basename)} {found}, and so it was when fetched again. Fix "
+            f"{self.where}: {self._remote(entry.basename)} {problem_again}, also when fetched again. Fix "
             f"it there; if it was replaced there, remove {self.folder / INDEX} here."
         )
 
@@ -197,9 +197,9 @@ class GuardedStream(Stream):
         except (ValueError, OSError) as error:
             part.unlink(missing_ok=True)
             raise DataError(f"{self.where}: {source} can't be unpacked: {error}.") from error
-        found = self.problem(raw)
-        if found:
-            raise DataError(f"{self.where}: {source}, once unpacked, {found}. Prepare it again.")
+        problem = self.problem(raw)
+        if problem:
+            raise DataError(f"{self.where}: {source}, once unpacked, {problem}. Prepare it again.")
 
     def _remote(self, name: str) -> str:
         return os.path.join(self.remote or "", self.split, name)  # noqa: PTH118 -- a URL
