@@ -28,7 +28,7 @@ from mptfoundry.checkpoints.source import ModelSource, expected_shapes, with_row
 from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.config.engine import signatures
 from mptfoundry.config.model import ModelConfig
-from mptfoundry.config.parallel import recomputed_parts
+from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.errors import ConfigError
@@ -49,6 +49,7 @@ from mptfoundry.optim.clipping import GradientClipping
 from mptfoundry.optim.groups import parameter_groups
 from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.optim.schedules import BatchSize, Schedule
+from mptfoundry.plan.fsdp import Sharding
 from mptfoundry.plan.plan import COMPUTE_DTYPE, Plan
 from mptfoundry.ranks import rank
 from mptfoundry.tokenizer import count_ids, load_tokenizer, token_byte_lengths, vocabulary_problem
@@ -71,16 +72,9 @@ ALGORITHMS: dict[str, str | type] = {"gradient_clipping": GradientClipping}
 
 
 def run_code_paths(config: TrainConfig) -> None:
-    """Run the user's own files, which may change the tables above; print each with its hash.
-
-    Raises:
-        ConfigError: A file is missing, or the command line did not allow code.
-    """
+    """Run the user's own files, which may change the tables above; print each with its hash."""
+    assert config.allow_code or not config.code_paths
     for path in config.code_paths:
-        if not config.allow_code:
-            raise ConfigError(f"code_paths: {path} is code. Run it with allow_code=true on the command line.")
-        if not Path(path).is_file():
-            raise ConfigError(f"code_paths: {path} is missing. Name a Python file.")
         if rank() == 0:
             digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             print(f"code_paths: running {path} (sha256 {digest})", flush=True)
@@ -137,10 +131,10 @@ def open_base(config: TrainConfig, checkpoint: Path) -> ModelSource | None:
 
 def _check_trunk(source: ModelSource, model: ModelConfig, name: str) -> None:
     changes = leaves(model.config_overrides)
-    for path, there, here in differing(trunk_of(source.config), model.network().to_dict(), changes):
+    for path, expected, value in differing(trunk_of(source.config), model.network().to_dict(), changes):
         # A checkpoint from load_path has no config_overrides, so its dropout may differ from the config's.
         if model.pretrained_model_name_or_path is not None or not path[-1].endswith("pdrop"):
-            raise ConfigError(f"model.{'.'.join(path)}: {here} is not what {name} says, {there}.")
+            raise ConfigError(f"model.{'.'.join(path)}: {value} is not what {name} says, {expected}.")
 
 
 def build_model(
@@ -150,13 +144,13 @@ def build_model(
 
     Weights are drawn, or read from `source` tensor by tensor; each rank handles only its own part.
     """
-    network_config = config.model.network()
+    network_config, fsdp = config.model.network(), config.fsdp_config
     # With `mixed`, Composer broadcasts the weights of global rank 0.
     on_meta = plan.init_device == "meta" or (plan.init_device == "mixed" and rank() != 0)
     network: Any = make_network(
         network_config, device="meta" if on_meta else "cpu", seed=config.seed, empty=source is not None
     )
-    if (fsdp := config.fsdp_config) is not None and fsdp.saves_activations:
+    if fsdp is not None and fsdp.saves_activations:
         parts = recomputed_parts(config.model.activation_checkpointing_target, network_config.n_layers)
         recompute, offload = fsdp.activation_checkpointing, fsdp.activation_cpu_offload
         checkpoint_activations(network, parts, recompute=recompute, offload=offload)
@@ -164,15 +158,9 @@ def build_model(
         options = {key: value for key, value in asdict(config.compile_config).items() if value}
         for block in network.transformer.blocks:
             block.compile(**options)
-    weights = None
-    if source is not None:
-        speaks, head = rank() == 0, getattr(network_config, "head", None)
-        new, unused = ((f"{head}.",), ("lm_head.",)) if head else ((), ())
-        weights = StartingWeights(source, network, seed=config.seed, new=new, unused=unused, progress=speaks)
-        if weights.drawn and speaks:
-            print(f"weights: drawn are {', '.join(weights.drawn)}", flush=True)
-        if not on_meta:
-            weights.fill(network)
+    weights = None if source is None else _starting_weights(source, network, config.seed)
+    if weights is not None and not on_meta:
+        weights.fill(network)
     if (bits := config.model.bits) is not None:
         quantize_blocks(network, bits, getattr(torch, COMPUTE_DTYPE[plan.precision]))
     if source is not None and (lora := config.model.peft_config) is not None:
@@ -185,6 +173,16 @@ def build_model(
     if weights is not None:
         model.start_from(weights)
     return model
+
+
+def _starting_weights(source: ModelSource, network: Any, seed: int) -> StartingWeights:
+    """The weights of `source`; those of a head that it lacks are drawn."""
+    is_first, head = rank() == 0, getattr(network.config, "head", None)
+    new, unused = ((f"{head}.",), ("lm_head.",)) if head else ((), ())
+    weights = StartingWeights(source, network, seed=seed, new=new, unused=unused, progress=is_first)
+    if weights.drawn and is_first:
+        print(f"weights: drawn are {', '.join(weights.drawn)}", flush=True)
+    return weights
 
 
 def compose(network: Any, tokenizer: Any, *, seed: int = 0, extra_flops_per_token: int = 0) -> ComposerMPT:
@@ -205,8 +203,8 @@ def build_optimizer(config: TrainConfig, model: ComposerMPT) -> torch.optim.Opti
     """The optimizer over the network's parameter groups, without frozen parameters."""
     options = asdict(config.optimizer)
     name, groups, frozen = (options.pop(key) for key in ("name", "param_groups", "disable_grad"))
-    given = [{key: value for key, value in group.items() if value is not None} for group in groups]
-    parameters = parameter_groups(model.model.named_parameters(), param_groups=given, disable_grad=frozen)
+    groups = [{key: value for key, value in group.items() if value is not None} for group in groups]
+    parameters = parameter_groups(model.model.named_parameters(), param_groups=groups, disable_grad=frozen)
     return OPTIMIZERS[name](parameters, **options)
 
 
@@ -222,7 +220,8 @@ def build_scheduler(config: TrainConfig) -> ComposerScheduler:
 
 def build_algorithms(config: TrainConfig) -> list[Algorithm]:
     """Composer's algorithms: gradient clipping if configured; the gradient norm is always measured."""
-    return [_make(ALGORITHMS, "gradient_clipping", config.algorithms.get("gradient_clipping", {}))]
+    clipping = config.algorithms.gradient_clipping
+    return [_make(ALGORITHMS, "gradient_clipping", {} if clipping is None else asdict(clipping))]
 
 
 def build_callbacks(config: TrainConfig, tokenizer: Any, run_folder: Path) -> list[Callback]:
@@ -233,17 +232,24 @@ def build_callbacks(config: TrainConfig, tokenizer: Any, run_folder: Path) -> li
     given: dict[str, dict[str, Any]] = {"kill_loss_spike": {}}
     given |= {name: dict(kwargs) for name, kwargs in config.callbacks.items()}
     if "generate_callback" in given:
-        kwargs = given["generate_callback"]
-        names = {field.name for field in fields(Sampling)}
-        sampling = Sampling(**{key: kwargs.pop(key) for key in names & set(kwargs)})
-        how = {"max_new_tokens": kwargs.pop("max_new_tokens", 50), "sampling": sampling}
-        kwargs["generate"] = partial(_generate_text, tokenizer=tokenizer, how=how)
+        _add_generation(given["generate_callback"], tokenizer)
     if "hf_checkpointer" in given:
-        kwargs, network = given["hf_checkpointer"], config.model.network()
-        kwargs |= {"run_folder": run_folder, "names": frozenset(expected_shapes(network))}
-        overwrite = kwargs.get("overwrite", True)
-        kwargs["write"] = partial(export_weights, config=network, run_folder=run_folder, overwrite=overwrite)
+        _add_export(given["hf_checkpointer"], config, run_folder)
     return [_make(CALLBACKS, name, kwargs) for name, kwargs in given.items()]
+
+
+def _add_generation(kwargs: dict[str, Any], tokenizer: Any) -> None:
+    names = {field.name for field in fields(Sampling)}
+    sampling = Sampling(**{key: kwargs.pop(key) for key in names & set(kwargs)})
+    how = {"max_new_tokens": kwargs.pop("max_new_tokens", 50), "sampling": sampling}
+    kwargs["generate"] = partial(_generate_text, tokenizer=tokenizer, how=how)
+
+
+def _add_export(kwargs: dict[str, Any], config: TrainConfig, run_folder: Path) -> None:
+    network = config.model.network()
+    kwargs |= {"run_folder": run_folder, "names": frozenset(expected_shapes(network))}
+    overwrite = kwargs.get("overwrite", True)
+    kwargs["write"] = partial(export_weights, config=network, run_folder=run_folder, overwrite=overwrite)
 
 
 def build_loggers(config: TrainConfig, run_folder: Path) -> list[LoggerDestination]:
@@ -256,9 +262,12 @@ def build_loggers(config: TrainConfig, run_folder: Path) -> list[LoggerDestinati
 
 def build_parallelism(config: TrainConfig, plan: Plan) -> dict[str, Any] | None:
     """Composer's FSDP2 configuration, or None if every device holds all weights (DDP)."""
-    sharding, fsdp = plan.sharding, config.fsdp_config
-    if sharding is None or fsdp is None:
+    if plan.sharding is None or config.fsdp_config is None:
         return None
+    return _sharding(plan.sharding, config.fsdp_config)
+
+
+def _sharding(sharding: Sharding, fsdp: FSDPConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "reshard_after_forward": sharding.reshard_after_forward,
         "state_dict_type": fsdp.state_dict_type,

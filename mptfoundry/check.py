@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mptfoundry.config.data import LoaderConfig
+from mptfoundry.config.data import sources_by_key
 from mptfoundry.config.parallel import replicas_and_shards
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.streams import RecordsConfig, StreamConfig
@@ -42,12 +42,16 @@ class Look:
     """What the check finds on this machine.
 
     Attributes:
+        config: The run.
+        tokenizer: Its tokenizer's files, if they are on this machine.
         problems: Errors: contradictions with the config, each with its key.
         lacking: What `train` needs and this machine lacks, each with its key.
         notes: Other useful facts about this machine.
         streams: What is known about the data, by loader and stream.
     """
 
+    config: TrainConfig
+    tokenizer: TokenizerFiles | None = None
     problems: list[MPTFoundryError] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -97,17 +101,16 @@ def refuse_here(config: TrainConfig) -> Plan:
 
 def look_here(config: TrainConfig) -> Look:
     """Check the files that a config names, if they are on this machine."""
-    look = Look()
-    tokenizer = _look_at_tokenizer(config, look)
+    look = Look(config)
+    _look_at_tokenizer(look)
     loaders = [("train", "train_loader", config.train_loader)]
     loaders += [(label, f"eval_loader {label}", loader) for label, loader in config.eval_loaders.items()]
     for loader_name, where, loader in loaders:
-        for name, stream in loader.dataset.sources.items():
-            place = f"{where}.dataset" + (f".streams.{name}" if _has_streams(loader) else "")
+        sources = sources_by_key(loader, where).items()
+        for name, (place, stream) in zip(loader.dataset.sources, sources, strict=True):
             try:
                 if isinstance(stream, StreamConfig):
-                    split = stream.split or loader.dataset.split
-                    known = _look_at_shards(config, stream, split, place, tokenizer, look)
+                    known = _look_at_shards(stream, stream.split or loader.dataset.split, place, look)
                 else:
                     known = _look_at_records(stream, place)
             except MissingError as error:
@@ -158,10 +161,6 @@ def _raise(problems: list[MPTFoundryError]) -> None:
     raise (ConfigError if any(isinstance(p, ConfigError) for p in problems) else DataError)("\n".join(texts))
 
 
-def _has_streams(loader: LoaderConfig) -> bool:
-    return getattr(loader.dataset, "streams", None) is not None
-
-
 def _look_at_start(config: TrainConfig, look: Look) -> None:
     """Check the checkpoint of `load_path`; a run that already has its own checkpoint doesn't need it."""
     place = (config.load_path or "").replace("{run_name}", config.run_name).replace("{rank}", "0")
@@ -172,54 +171,50 @@ def _look_at_start(config: TrainConfig, look: Look) -> None:
         )
 
 
-def _look_at_tokenizer(config: TrainConfig, look: Look) -> TokenizerFiles | None:
-    name, revision = config.tokenizer.name, config.tokenizer.kwargs.get("revision")
+def _look_at_tokenizer(look: Look) -> None:
+    model, tokenizer = look.config.model, look.config.tokenizer
+    name, revision = tokenizer.name, tokenizer.kwargs.get("revision")
     if revision is not None and "@" not in name and not os.path.lexists(name):
         name = f"{name}@{revision}"
     try:
         folder = find_tokenizer(name)
+        if folder is None:
+            _note_missing_tokenizer(name, look)
+        else:
+            look.tokenizer = read_tokenizer_files(folder)
     except (OSError, RuntimeError) as error:
         look.problems.append(ConfigError(f"tokenizer.name: can't be read: {_reason(error)}."))
-        return None
-    if folder is None:
-        if name.startswith(("/", "./", "../", "~")) or Path(name).exists():
-            text = f"tokenizer.name: {name} is not a folder. Give a folder that holds tokenizer.json."
-            look.lacking.append(text)
-        elif os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-            look.lacking.append(
-                f"tokenizer.name: {name} is neither a folder nor in the Hugging Face cache, "
-                "and HF_HUB_OFFLINE is set"
-            )
-        else:
-            look.notes.append(f"tokenizer.name: {name} is not on this machine; train fetches it from the hub")
-        return None
-    try:
-        tokenizer = read_tokenizer_files(folder)
     except ConfigError as error:
         look.problems.append(error)
-        return None
-    if tokenizer is not None and (problem := vocabulary_problem(tokenizer.ids, config.model.vocab_size)):
-        look.problems.append(ConfigError(f"{config.model.vocabulary_key}: {problem}"))
-    return tokenizer
+    if look.tokenizer is not None and (problem := vocabulary_problem(look.tokenizer.ids, model.vocab_size)):
+        look.problems.append(ConfigError(f"{model.vocabulary_key}: {problem}"))
 
 
-def _look_at_shards(
-    config: TrainConfig,
-    stream: StreamConfig,
-    split: str | None,
-    where: str,
-    tokenizer: TokenizerFiles | None,
-    look: Look,
-) -> Stream | None:
-    """Read a stream's index if it is on this machine; for a URL, look in its local cache."""
-    origin = path_of(stream.place)
-    if origin is None:
-        cached = Path(stream.local).expanduser() / (split or "") if stream.local else None
-        if cached is None or not (cached / "index.json").is_file():
-            return None
-        folder = cached
+def _note_missing_tokenizer(name: str, look: Look) -> None:
+    if name.startswith(("/", "./", "../", "~")) or Path(name).exists():
+        text = f"tokenizer.name: {name} is not a folder. Give a folder that holds tokenizer.json."
+        look.lacking.append(text)
+    elif os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+        look.lacking.append(
+            f"tokenizer.name: {name} is neither a folder nor in the Hugging Face cache, "
+            "and HF_HUB_OFFLINE is set"
+        )
     else:
-        folder = find_split(origin, split, where)
+        look.notes.append(f"tokenizer.name: {name} is not on this machine; train fetches it from the hub")
+
+
+def _cached_shards(stream: StreamConfig, split: str | None) -> Path | None:
+    """The folder of a URL's local cache, if it has an index."""
+    folder = Path(stream.local).expanduser() / (split or "") if stream.local else None
+    return folder if folder is not None and (folder / "index.json").is_file() else None
+
+
+def _look_at_shards(stream: StreamConfig, split: str | None, where: str, look: Look) -> Stream | None:
+    """Read a stream's index if it is on this machine; for a URL, look in its local cache."""
+    config, tokenizer, origin = look.config, look.tokenizer, path_of(stream.place)
+    folder = _cached_shards(stream, split) if origin is None else find_split(origin, split, where)
+    if folder is None:
+        return None
     index = read_index(folder, where)
     if problem := length_problem(index, config.max_seq_len):
         raise DataError(f"{where}: {problem}")

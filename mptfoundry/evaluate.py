@@ -27,6 +27,7 @@ from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.config.data import LoaderConfig
 from mptfoundry.config.load import load_train_config
 from mptfoundry.config.verbs import EvalConfig
+from mptfoundry.data.loading import LoaderContext
 from mptfoundry.errors import ConfigError
 from mptfoundry.files import whole_or_absent
 from mptfoundry.loaders import build_evaluators
@@ -72,24 +73,15 @@ def evaluate(options: EvalConfig) -> Results:
     check_tokenizer(tokenizer, source.config.vocab_size)
     max_seq_len = options.max_seq_len or source.config.max_seq_len
     plan = plan_tasks(options, source, tokenizer, max_seq_len) if options.icl_tasks is not None else None
-    loaders = _loaders(options, source) if plan is None or options.eval_loaders else {}
-    batch_size = (
-        EVAL_BATCH_SIZE if options.device_eval_batch_size == "auto" else options.device_eval_batch_size
-    )
+    evaluators = []
+    if plan is None or options.eval_loaders:
+        evaluators = _evaluators(options, source, tokenizer, device)
     is_sharded = world_size() > 1 and _was_sharded(source)
     composer_model = _model(options, source, device, tokenizer, precision, is_sharded=is_sharded)
     trainer = Trainer(
         model=composer_model,
         parallelism_config={"fsdp": FSDP2Config()} if is_sharded else None,
-        eval_dataloader=build_evaluators(
-            loaders,
-            options,
-            model=source.config,
-            tokenizer=tokenizer,
-            max_seq_len=max_seq_len,
-            device_batch_size=batch_size,
-            num_workers={label: _workers(loader, device) for label, loader in loaders.items()},
-        ),
+        eval_dataloader=evaluators,
         eval_subset_num_batches=options.eval_subset_num_batches,
         device=device.kind,
         precision=precision,
@@ -98,18 +90,12 @@ def evaluate(options: EvalConfig) -> Results:
         python_log_level="warning",
         dist_timeout=options.dist_timeout,
     )
-    results: Results = {}
-    if loaders:
-        trainer.eval()
-        results = {
-            label: {name: float(metric.compute()) for name, metric in metrics.items()}
-            for label, metrics in trainer.state.eval_metrics.items()
-        }
+    results = _losses(trainer) if evaluators else {}
     if plan is not None:
         network: Any = composer_model.model.eval()
         with get_precision_context(precision):
             model = Model(network, tokenizer, is_sharded=is_sharded)
-            results |= evaluate_tasks(model, plan, batch_size=batch_size)
+            results |= evaluate_tasks(model, plan, batch_size=_batch_size(options))
     trainer.close()
     if rank() == 0:
         _write(results, options, source, plan)
@@ -134,6 +120,14 @@ def results_table(results: Results) -> str:
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value.is_integer() and abs(value) > 1 else f"{value:.4f}"
+
+
+def _losses(trainer: Trainer) -> Results:
+    trainer.eval()
+    return {
+        label: {name: float(metric.compute()) for name, metric in metrics.items()}
+        for label, metrics in trainer.state.eval_metrics.items()
+    }
 
 
 def _was_sharded(source: ModelSource) -> bool:
@@ -181,6 +175,28 @@ def _loaders(options: EvalConfig, source: ModelSource) -> dict[str, LoaderConfig
         "Say what to evaluate on: eval_loader.name=text eval_loader.dataset.local=SHARDS "
         "eval_loader.dataset.split=val."
     )
+
+
+def _evaluators(options: EvalConfig, source: ModelSource, tokenizer: Any, device: Device) -> list[Evaluator]:
+    loaders = _loaders(options, source)
+    context = LoaderContext(
+        model=source.config,
+        tokenizer=tokenizer,
+        max_seq_len=options.max_seq_len or source.config.max_seq_len,
+        device_batch_size=_batch_size(options),
+        seed=options.seed,
+        num_workers=0,
+        is_training=False,
+        where="eval_loader",
+        allow_code=options.allow_code,
+    )
+    workers = {label: _workers(loader, device) for label, loader in loaders.items()}
+    return build_evaluators(loaders, context, workers)
+
+
+def _batch_size(options: EvalConfig) -> int:
+    wanted = options.device_eval_batch_size
+    return EVAL_BATCH_SIZE if wanted == "auto" else wanted
 
 
 def _workers(loader: LoaderConfig, device: Device) -> int:

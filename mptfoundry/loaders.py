@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from composer.core import DataSpec, Evaluator
 
 from mptfoundry.config.data import FinetuningLoaderConfig, LoaderConfig, TextLoaderConfig
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.data.examples.finetuning import build_finetuning_loader
 from mptfoundry.data.examples.labelled import build_labelled_loader
 from mptfoundry.data.loading import LoaderContext
 from mptfoundry.data.text.text import build_text_loader
-from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.plan.plan import Plan
 from mptfoundry.run.changes import allows_other_rows
 
@@ -28,8 +27,8 @@ def build_loader(loader: LoaderConfig, context: LoaderContext) -> DataSpec:
     return build_labelled_loader(loader, context)
 
 
-def build_train_loader(config: TrainConfig, plan: Plan, tokenizer: Any) -> DataSpec:
-    """Build this rank's training loader."""
+def build_loaders(config: TrainConfig, plan: Plan, tokenizer: Any) -> tuple[DataSpec, list[Evaluator]]:
+    """Build this rank's training loader, and one evaluator per label."""
     context = LoaderContext(
         model=config.model,
         tokenizer=tokenizer,
@@ -42,34 +41,24 @@ def build_train_loader(config: TrainConfig, plan: Plan, tokenizer: Any) -> DataS
         allow_code=config.allow_code,
         takes_other_rows=allows_other_rows(config),
     )
-    return build_loader(config.train_loader, context)
+    train_loader = build_loader(config.train_loader, context)
+    held_out = replace(
+        context,
+        device_batch_size=plan.device_eval_batch_size,
+        is_training=False,
+        takes_other_rows=False,
+    )
+    return train_loader, build_evaluators(config.eval_loaders, held_out, plan.num_workers)
 
 
 def build_evaluators(
-    loaders: Mapping[str, LoaderConfig],
-    config: TrainConfig | EvalConfig,
-    *,
-    model: MPTConfig,
-    tokenizer: Any,
-    max_seq_len: int,
-    device_batch_size: int,
-    num_workers: Mapping[str, int],
+    loaders: Mapping[str, LoaderConfig], context: LoaderContext, num_workers: Mapping[str, int]
 ) -> list[Evaluator]:
-    """Build one evaluator per label, for a training run or a standalone evaluation."""
+    """Build one evaluator per label, each with its own number of workers."""
     evaluators = []
     for label, loader in loaders.items():
-        context = LoaderContext(
-            model=model,
-            tokenizer=tokenizer,
-            max_seq_len=max_seq_len,
-            device_batch_size=device_batch_size,
-            seed=config.seed,
-            num_workers=num_workers[label],
-            is_training=False,
-            where=f"eval_loader {label}",
-            allow_code=config.allow_code,
-        )
-        evaluators.append(Evaluator(label=label, dataloader=build_loader(loader, context)))
+        own = replace(context, num_workers=num_workers[label], where=f"eval_loader {label}")
+        evaluators.append(Evaluator(label=label, dataloader=build_loader(loader, own)))
     return evaluators
 
 

@@ -1,5 +1,7 @@
 """Load tokenizers, fingerprint them, and check that they fit the model.
 
+A function that takes "a tokenizer" takes a transformers fast tokenizer or a `tokenizers.Tokenizer`.
+
 Words used here: an *id* is an integer the model reads; a *special token* does not represent text (EOS,
 padding); two tokenizers that produce the same ids have the same *fingerprint*.
 """
@@ -84,10 +86,8 @@ def fingerprint(tokenizer: Any, *, with_special_tokens: bool = False) -> str:
     The hash covers the vocabulary, merges, added tokens, normalizer and pre-tokenizer. It does not depend on
     the path, the library version, truncation, padding, or which token is EOS or padding.
 
-    Args:
-        tokenizer: A transformers fast tokenizer or a `tokenizers.Tokenizer`.
-        with_special_tokens: Also hash which tokens are BOS, EOS and padding, and which tokens are added to a
-            text. Only works for transformers tokenizers.
+    With `with_special_tokens`, for transformers tokenizers, it also covers which tokens are BOS, EOS and
+    padding, and which tokens are added to a text.
     """
     parts = backend_parts(tokenizer)
     if not with_special_tokens:
@@ -116,14 +116,14 @@ def fingerprint_of_parts(parts: Mapping[str, Any], **more: Any) -> str:
 
 
 def backend_parts(tokenizer: Any) -> dict[str, Any]:
-    """Return the content of the tokenizer's `tokenizer.json`.
-
-    Args:
-        tokenizer: A transformers fast tokenizer or a `tokenizers.Tokenizer`.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    parts: dict[str, Any] = json.loads(backend.to_str())
+    """Return the content of the tokenizer's `tokenizer.json`."""
+    parts: dict[str, Any] = json.loads(_backend_of(tokenizer).to_str())
     return parts
+
+
+def _backend_of(tokenizer: Any) -> Any:
+    """The `tokenizers.Tokenizer` in a transformers fast tokenizer; one without the other is also taken."""
+    return getattr(tokenizer, "backend_tokenizer", tokenizer)
 
 
 def default_template(tokenizer: Any) -> str | None:
@@ -145,20 +145,14 @@ def default_template(tokenizer: Any) -> str | None:
 
 def count_ids(tokenizer: Any) -> int:
     """Return the tokenizer's largest id plus one, so gaps in the ids count."""
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    return max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    return max(_backend_of(tokenizer).get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
 def own_borders(tokenizer: Any) -> Borders:
-    """Return the ids a tokenizer adds to every text by default: Llama adds BOS, T5 adds EOS.
-
-    Args:
-        tokenizer: A transformers fast tokenizer or a `tokenizers.Tokenizer`.
-    """
+    """Return the ids a tokenizer adds to every text by default: Llama adds BOS, T5 adds EOS."""
     from tokenizers import Tokenizer, models
 
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
-    processor = getattr(backend, "post_processor", None)
+    processor = getattr(_backend_of(tokenizer), "post_processor", None)
     if processor is None:
         return Borders()
     # A one-token text that does not depend on the tokenizer's vocabulary, truncation or padding.
@@ -200,11 +194,8 @@ def document_borders(
 def borders_of_folder(folder: str | Path, kwargs: Mapping[str, Any] | None = None) -> Borders | None:
     """Return the special tokens, as strings, that a local tokenizer adds to every text by default.
 
-    This is fast because it does not import transformers. Returns None if the files don't tell.
-
-    Args:
-        folder: A folder with `tokenizer.json`.
-        kwargs: The same as for `load_tokenizer`.
+    This is fast because it does not import transformers. Returns None if the files don't tell. The arguments
+    are those of `load_tokenizer`.
     """
     from tokenizers import Tokenizer
 
@@ -216,13 +207,19 @@ def borders_of_folder(folder: str | Path, kwargs: Mapping[str, Any] | None = Non
         config = {**config, **(kwargs or {})}
         borders = Borders(*(tuple(map(backend.id_to_token, side)) for side in own_borders(backend)))
         if str(config.get("tokenizer_class")).startswith(CLASSES_WITH_SWITCHES):
-            for name, side in (("bos", "before"), ("eos", "after")):
-                token = config.get(f"{name}_token")
-                token = token["content"] if isinstance(token, dict) else token
-                if (switch := config.get(f"add_{name}_token")) is not None:
-                    borders = borders._replace(**{side: (token,) if switch and token else ()})
+            borders = _switched(borders, config)
     except Exception:  # the tokenizers library raises plain Exceptions
         return None
+    return borders
+
+
+def _switched(borders: Borders, config: Mapping[str, Any]) -> Borders:
+    """The borders as `add_bos_token` and `add_eos_token` say."""
+    for name, side in (("bos", "before"), ("eos", "after")):
+        token = config.get(f"{name}_token")
+        token = token["content"] if isinstance(token, dict) else token
+        if (switch := config.get(f"add_{name}_token")) is not None:
+            borders = borders._replace(**{side: (token,) if switch and token else ()})
     return borders
 
 
@@ -340,21 +337,16 @@ def token_byte_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
     Exact for byte-level BPE (MPT, GPT-2) and for byte fallback. WordPiece drops the spaces between words, so
     they are not counted.
 
-    Args:
-        tokenizer: A transformers fast tokenizer or a `tokenizers.Tokenizer`.
-        vocab_size: Length of the result; larger ids are left out.
-
     Returns:
-        (vocab_size,) int64, bytes.
+        (vocab_size,) int64, bytes; larger ids are left out.
     """
     import numpy as np
 
     parts = backend_parts(tokenizer)
-    backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     byte_level = any('"ByteLevel"' in json.dumps(parts[key]) for key in ("pre_tokenizer", "decoder"))
     added = {token["content"]: token["special"] for token in parts["added_tokens"]}
     lengths = np.zeros(vocab_size, np.int64)
-    for token, token_id in backend.get_vocab(with_added_tokens=True).items():
+    for token, token_id in _backend_of(tokenizer).get_vocab(with_added_tokens=True).items():
         if token_id >= vocab_size or added.get(token, False):
             continue
         if token in added:
@@ -426,20 +418,25 @@ def _load_from_folder(folder: Path, options: dict[str, Any]) -> Any:
         named = (
             json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.is_file() else ""
         )
-        if not (has_ids and named in PLAIN_CLASSES):
-            from transformers import AutoTokenizer
-
-            try:
-                return AutoTokenizer.from_pretrained(
-                    folder, trust_remote_code=False, local_files_only=True, **options
-                )
-            except Exception:
-                if not has_ids:
-                    raise
-        # tokenizer.json alone defines the ids: the class adds nothing, is unknown, or needs remote code.
-        return _load_plain(folder, options)
+        if has_ids and named in PLAIN_CLASSES:
+            return _load_plain(folder, options)
+        return _load_by_class(folder, options, has_ids)
     except Exception as error:
         raise ConfigError(f"tokenizer.name: {folder} can't be read: {first_line(error)}.") from error
+
+
+def _load_by_class(folder: Path, options: dict[str, Any], has_ids: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True, **options
+        )
+    except Exception:
+        if not has_ids:
+            raise
+    # The class is unknown or needs remote code; tokenizer.json alone defines the ids.
+    return _load_plain(folder, options)
 
 
 def _load_plain(folder: Path, options: dict[str, Any]) -> Any:

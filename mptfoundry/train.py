@@ -83,16 +83,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
     run.compare_inputs({"tokenizer": fingerprint(tokenizer, with_special_tokens=True)})
-    train_loader = loaders.build_train_loader(config, plan, tokenizer)
-    evaluators = loaders.build_evaluators(
-        config.eval_loaders,
-        config,
-        model=config.model,
-        tokenizer=tokenizer,
-        max_seq_len=config.max_seq_len,
-        device_batch_size=plan.device_eval_batch_size,
-        num_workers=plan.num_workers,
-    )
+    train_loader, evaluators = loaders.build_loaders(config, plan, tokenizer)
     run.compare_inputs(loaders.fingerprints_of(train_loader, evaluators))
     model = build.build_model(config, plan, tokenizer, source)
     throughput = Throughput(

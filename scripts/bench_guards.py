@@ -115,7 +115,7 @@ def trainer_of(config: Any, device: Any, guards: list[Callback]) -> Trainer:
     model = build.build_model(config, plan, tokenizer)
     return Trainer(
         model=model,
-        train_dataloader=loaders.build_train_loader(config, plan, tokenizer),
+        train_dataloader=loaders.build_loaders(config, plan, tokenizer)[0],
         optimizers=build.build_optimizer(config, model),
         schedulers=build.build_scheduler(config),
         algorithms=build.build_algorithms(config),

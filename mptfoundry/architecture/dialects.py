@@ -92,7 +92,7 @@ def config_of_others(values: Mapping[str, Any], where: str) -> MPTConfig:
     if has_their_norms and not agrees and not is_ours:
         raise CheckpointError(
             f"{where}: qk_ln or qk_gn with norm_type: {config.norm_type} and norm_eps: {config.norm_eps}. "
-            "llm-foundry computes these as layernorms with 1e-5 all the same, which can't be expressed here."
+            "llm-foundry computes these as layernorms with 1e-5 in any case, which is not supported here."
         )
     return config.with_plain_heads() if has_our_code else config
 
@@ -160,8 +160,8 @@ def _from_first_generation(values: Mapping[str, Any], where: str) -> dict[str, A
         heads = values.get("n_heads")
         if values.get("alibi") and isinstance(heads, int) and heads & (heads - 1):
             raise CheckpointError(
-                f"{where}: alibi with n_heads: {heads}, no power of two. This generation of models "
-                "had other slopes there, which can't be expressed here."
+                f"{where}: alibi with n_heads: {heads}, which is not a power of two. This generation of "
+                "models used other slopes there, which are not supported."
             )
     if (multiquery := values.pop("multiquery_attention", None)) is not None:
         values["attn_type"] = "multiquery_attention" if multiquery else "multihead_attention"

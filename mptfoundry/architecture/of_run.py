@@ -32,8 +32,8 @@ def architecture_of(path: Path) -> MPTConfig:
     if (run := run_of(path)) is not None:
         return config_of_run(run)
     raise CheckpointError(
-        f"{path}: neither a config.json in it nor a run's {RUN_CONFIG} tells its architecture. A checkpoint "
-        "of another program becomes a Hugging Face folder with `mptfoundry import`."
+        f"{path}: neither a config.json in it nor a run's {RUN_CONFIG} describes its architecture. A "
+        "checkpoint of another program becomes a Hugging Face folder with `mptfoundry import`."
     )
 
 
@@ -77,7 +77,9 @@ def config_of_run(folder: Path) -> MPTConfig:
     if model.get("max_seq_len") is None and "max_seq_len" in run:
         model["max_seq_len"] = run["max_seq_len"]
     if "pretrained_model_name_or_path" in model and "d_model" not in model:
-        raise CheckpointError(f"{file}: model is not spelled out. Use the {RUN_CONFIG} that a run wrote.")
+        raise CheckpointError(
+            f"{file}: model does not list the architecture. Use the {RUN_CONFIG} that a run wrote."
+        )
     return config_from_dict(model, f"{file}: model")
 
 

@@ -10,12 +10,12 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from mptfoundry.config.engine.schema import did_you_mean
-from mptfoundry.mpt.config import MPTConfig, Problem, Rules, at_least, refuse_problems
+from mptfoundry.mpt.config import MPTConfig, Problem, Rules, Section, at_least
 from mptfoundry.mpt.flops import parameter_shapes
 
 ALL_LINEAR = "all-linear"
@@ -27,18 +27,18 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAConfig:
-    """Train small low-rank matrices on top of a base model's, which stay fixed (peft's LoRA).
+class LoRAConfig(Section):
+    """Train low-rank adapters; the base model's own weights stay frozen (peft's LoRA).
 
     Attributes:
-        peft_type: The kind of adapter.
-        task_type: What the model is for.
+        peft_type: The kind of adapter. Only `LORA`.
+        task_type: The task of the model. Only `CAUSAL_LM`.
         r: Rank of the adapters.
-        lora_alpha: An adapter's output is scaled by `lora_alpha / r`.
+        lora_alpha: The output of an adapter is multiplied by `lora_alpha / r`.
         lora_dropout: Dropout probability of an adapter's input.
         target_modules: Matrices of each block that get an adapter: `Wqkv`, `out_proj`, `up_proj`,
-            `down_proj`, and `gate_proj` if there is one; `all-linear` means all of them.
-        use_rslora: Scale by `lora_alpha / sqrt(r)` instead (https://arxiv.org/abs/2312.03732).
+            `down_proj`, and `gate_proj` with `ffn_type: mptglu`; `all-linear` means all of them.
+        use_rslora: Multiply by `lora_alpha / sqrt(r)` instead (https://arxiv.org/abs/2312.03732).
         bias: Only `none`: biases are not trained.
     """
 
@@ -51,11 +51,7 @@ class LoRAConfig:
     use_rslora: bool = False
     bias: Literal["none"] = "none"
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """The rules of this section."""
         yield from at_least(self, r=1)
         yield self._alpha()
         yield self._dropout()
@@ -84,16 +80,23 @@ class LoRAConfig:
         Raises:
             ValueError: The blocks of `network` have no matrix of this name.
         """
-        there = tuple(name.split(".")[4] for name in _matrices(network) if name.split(".")[2] == "0")
+        modules = tuple(name.split(".")[4] for name in _matrices(network) if name.split(".")[2] == "0")
         if self.target_modules == (ALL_LINEAR,):
-            return there
+            return modules
         for name in self.target_modules:
-            if name not in there:
+            if name not in modules:
                 raise ValueError(
-                    f"target_modules: '{name}' is not a matrix of a block.{did_you_mean(name, there)} "
-                    f"Allowed: {', '.join(there)}, or {ALL_LINEAR} alone."
+                    f"target_modules: '{name}' is not a matrix of a block.{did_you_mean(name, modules)} "
+                    f"Allowed: {', '.join(modules)}, or {ALL_LINEAR} alone."
                 )
-        return tuple(name for name in there if name in self.target_modules)
+        return tuple(name for name in modules if name in self.target_modules)
+
+    def target_problems(self, network: MPTConfig) -> Iterator[Problem]:
+        """The problem of `target_modules` with this network, if there is one."""
+        try:
+            self.targets(network)
+        except ValueError as error:
+            yield "peft_config.target_modules", str(error).removeprefix("target_modules: ")
 
     def adapter_shapes(self, network: MPTConfig) -> Shapes:
         """Names and shapes of the adapters in a network."""
@@ -111,7 +114,7 @@ class Trainable:
     """How many parameters of a run are trainable.
 
     Attributes:
-        parameters: All of them, adapters included.
+        parameters: The trainable parameters, adapters included.
         frozen: Parameters that the optimizer does not change.
         adapters: Trainable parameters that belong to adapters.
         trains_output: Whether the matrix that computes the logits is trainable.
@@ -143,14 +146,17 @@ def names_in(network: MPTConfig, lora: LoRAConfig | None) -> Shapes:
     return shapes | adapters
 
 
+def trainable_names(names: Iterable[str], lora: LoRAConfig | None, disable_grad: Sequence[str]) -> list[str]:
+    """Those of the names that no `disable_grad` pattern matches; with adapters, only theirs."""
+    candidates = [name for name in names if lora is None or ADAPTER in name]
+    return [name for name in candidates if not any(re.search(each, name) for each in disable_grad)]
+
+
 def count_trainable(network: MPTConfig, lora: LoRAConfig | None, disable_grad: Sequence[str]) -> Trainable:
     """The trainable parameters of a network whose `disable_grad` patterns are valid."""
     shapes = names_in(network, lora)
-    trainable = {
-        name: math.prod(shape)
-        for name, shape in shapes.items()
-        if (lora is None or ADAPTER in name) and not any(re.search(each, name) for each in disable_grad)
-    }
+    names = trainable_names(shapes, lora, disable_grad)
+    trainable = {name: math.prod(shapes[name]) for name in names}
     output = "transformer.wte.weight" if network.tie_word_embeddings else "lm_head.weight"
     return Trainable(
         parameters=sum(trainable.values()),
@@ -184,9 +190,19 @@ def pattern_problems(
     asked = [("disable_grad", pattern) for pattern in disable_grad]
     asked += [(f"param_groups[{i}].param_str_match", pattern) for i, pattern in enumerate(groups)]
     problems = [(key, text) for key, pattern in asked if (text := pattern_problem(pattern, names))]
-    if not problems and not count_trainable(network, lora, disable_grad).parameters:
-        problems.append(("disable_grad", "every parameter is frozen. Leave one or more to learn."))
     yield from problems
+    if problems:
+        return
+    free = trainable_names(names, lora, disable_grad)
+    if not free:
+        yield "disable_grad", "every parameter is frozen. Leave at least one trainable."
+        return
+    for key, pattern in asked[len(disable_grad) :]:
+        left = [name for name in free if not re.search(pattern, name)]
+        if left == free:
+            text = "only parameters that are frozen or in a group above. Move the group up, or take it out."
+            yield key, f"{pattern} matches {text}"
+        free = left
 
 
 def _matrices(network: MPTConfig) -> Mapping[str, tuple[int, ...]]:

@@ -17,11 +17,11 @@ from mptfoundry.config.engine.forms import (
 from mptfoundry.config.engine.section_rules import (
     Problem,
     Rules,
+    Section,
     at_least,
     at_most,
     not_empty,
     only_one,
-    refuse_problems,
 )
 from mptfoundry.config.streams import (
     AMOUNTS,
@@ -35,7 +35,7 @@ from mptfoundry.config.streams import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class _AnyLoaderConfig:
+class _AnyLoaderConfig(Section):
     """What all kinds of loaders have.
 
     Attributes:
@@ -52,11 +52,7 @@ class _AnyLoaderConfig:
     drop_last: bool | None = None
     num_workers: int | Literal["auto"] = "auto"
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield self._workers()
         yield from at_most(self, num_workers=10_000)
 
@@ -82,13 +78,12 @@ class _StreamingLoaderConfig(_AnyLoaderConfig):
     timeout: float = 0
 
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from super().rules()
         yield from at_least(self, prefetch_factor=1, timeout=0)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextDatasetConfig:
+class TextDatasetConfig(Section):
     """Tokenized (or raw) text in MDS shards, each sample one sequence of `max_seq_len` tokens.
 
     Attributes:
@@ -156,11 +151,7 @@ class TextDatasetConfig:
     eos_token_id: int | None = None
     bos_token_id: int | None = None
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield self._sources()
         yield shares(self)
         yield from not_empty(self, "remote", "local")
@@ -217,7 +208,7 @@ class TextLoaderConfig(_StreamingLoaderConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledDatasetConfig:
+class LabelledDatasetConfig(Section):
     """Labelled examples in JSONL or Parquet files, or in a data set.
 
     The model decides what a record holds: `text`, optionally `text_pair`, and `label`; or `words` and
@@ -248,11 +239,7 @@ class LabelledDatasetConfig:
     epoch_size: ClassVar[None] = None
     separates_documents: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from not_empty(self, "hf_name", "local")
         yield only_one(self, "are both given. Give the one that has the examples.", "hf_name", "local")
         yield self._some_source()
@@ -277,7 +264,7 @@ class LabelledLoaderConfig(_AnyLoaderConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuningDatasetConfig:
+class FinetuningDatasetConfig(Section):
     """Prompts and responses, or conversations, with a loss mask over their tokens.
 
     A record has `prompt` and `response` (or `completion`), or `messages`, or ShareGPT's `conversations`,
@@ -339,11 +326,7 @@ class FinetuningDatasetConfig:
     epoch_size: ClassVar[None] = None
     separates_documents: ClassVar[bool] = False
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield self._sources()
         yield from records_rules(self)
         yield shares(self)
@@ -418,15 +401,12 @@ def loaders_by_label(
 def label_problems(section: Any) -> Iterator[Problem]:
     """Each of several evaluation loaders has a label of its own."""
     given = section.eval_loader
-    seen: set[str] = set()
-    for index, loader in enumerate(given if isinstance(given, tuple) and len(given) > 1 else ()):
-        key = f"eval_loader[{index}].label"
-        if loader.label is None:
-            yield key, "is missing. Each of several loaders needs a label of its own."
-        elif loader.label in seen:
-            yield key, f"'{loader.label}' is another loader's. Use a label of its own."
-        else:
-            seen.add(loader.label)
+    labels = [loader.label for loader in given] if isinstance(given, tuple) and len(given) > 1 else []
+    for index, label in enumerate(labels):
+        if label is None:
+            yield f"eval_loader[{index}].label", "is missing. Each of several loaders needs its own label."
+        elif label in labels[:index]:
+            yield f"eval_loader[{index}].label", f"'{label}' is another loader's. Use a label of its own."
 
 
 def some_batches(section: Any, name: str) -> Iterator[Problem]:

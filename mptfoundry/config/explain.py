@@ -60,7 +60,7 @@ def options_of(schema: type) -> str:
         annotation = field_types(schema)[field.name]
         has_default = default_of(field) not in (MISSING, None)
         default = "" if not has_default else f"; default {_default(field)}"
-        needed = "; has to be given" if default_of(field) is MISSING else ""
+        needed = "; required" if default_of(field) is MISSING else ""
         lines.append(f"  {field.name}: {describe(annotation)}{default}{needed}")
         lines += _wrapped(meanings(schema).get(field.name, ""), "      ")
     return "\n".join(lines)
@@ -120,7 +120,7 @@ def _entry(path: str, cls: type, name: str) -> str:
 def _default(field: Any) -> str:
     default = default_of(field)
     if default is MISSING:
-        return "none; it has to be given"
+        return "none; required"
     if is_dataclass(default):
         return "those of its keys"
     return default if isinstance(default, str) and default else show(default)
@@ -161,7 +161,7 @@ def _foreign(asked: tuple[str, ...]) -> str | None:
             continue
         lines = [f"{section}.{names[0]}", *_wrapped(sentence), f"    {where.replace(':', '.')}"]
         for argument in arguments:
-            default = "has to be given" if argument.default is MISSING else f"default {argument.default}"
+            default = "required" if argument.default is MISSING else f"default {argument.default}"
             lines.append(f"    {argument.name}: {describe(field_types(cls)[argument.name])}; {default}")
         return "\n".join(lines)
     return None
@@ -169,7 +169,10 @@ def _foreign(asked: tuple[str, ...]) -> str | None:
 
 def _refused(asked: tuple[str, ...]) -> str | None:
     """What llm-foundry knows and what is not supported here, with the reason."""
-    tables = {name: why for (_, name), why in REFUSED.items()}
+    above = ".".join(asked[:-1])
+    owners = {cls.__name__ for path, cls, _ in walk_keys(TrainConfig) if path.rpartition(".")[0] == above}
+    owners |= set(asked[:-1])
+    tables = {name: why for (owner, name), why in REFUSED.items() if not above or owner in owners}
     for section, annotation in field_types(TrainConfig).items():
         catalogue = _catalogue(annotation)
         if catalogue is not None and asked[:-1] in ((), (section,)):

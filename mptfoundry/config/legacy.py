@@ -35,7 +35,8 @@ def translate(document: Document) -> list[str]:
         One line for each thing that was moved or left out, with its place.
     """
     notes: list[str] = []
-    _old_model_name(document, notes)
+    if document.get(("model", "name")) == "mosaic_gpt":
+        _old_model_name(document, notes)
     for old, new in _MOVED.items():
         if document.has(_path(old)):
             _move(document, _path(old), _path(new), notes)
@@ -49,7 +50,6 @@ def translate(document: Document) -> list[str]:
         for key, entry in _TABLES["dropped_from_loaders"].items():
             if document.has(loader + _path(key)):
                 _drop(document, loader + _path(key), entry, notes)
-    _unmasked_packing(document, notes)
     known = field_types(TrainConfig)
     if unknown := [k for k in document.tree if k not in known and ("TrainConfig", k) not in REFUSED]:
         _top_level_variables(document, unknown, notes)
@@ -94,10 +94,9 @@ def _drop(document: Document, path: KeyPath, entry: Mapping[str, Any], notes: li
 
 def _old_model_name(document: Document, notes: list[str]) -> None:
     name = ("model", "name")
-    if document.get(name) == "mosaic_gpt":
-        origin = document.origin(name)
-        document.put(name, "mpt_causal_lm", origin)
-        notes.append(f"{origin.place}: model.name: mosaic_gpt is now mpt_causal_lm.")
+    origin = document.origin(name)
+    document.put(name, "mpt_causal_lm", origin)
+    notes.append(f"{origin.place}: model.name: mosaic_gpt is now mpt_causal_lm.")
 
 
 def _low_precision_norm(document: Document, notes: list[str]) -> None:
@@ -123,7 +122,8 @@ def _unmasked_packing(document: Document, notes: list[str]) -> None:
     ratios = [document.get((*loader, "dataset", "packing_ratio")) for loader in _loader_paths(document)]
     if off and any(ratios):
         text = "is false, but packed examples never see one another here"
-        notes.append(f"{document.origin(off).place}: {dotted(off)} {text}.")
+        note = f"{document.origin(off).place}: {dotted(off)} {text}."
+        notes += [] if note in notes else [note]
 
 
 def _multiquery(document: Document, notes: list[str]) -> None:
@@ -137,6 +137,8 @@ def _multiquery(document: Document, notes: list[str]) -> None:
 
 # What is translated by code, by the key that asks for it.
 _TRANSLATIONS: dict[str, Callable[[Document, list[str]], None]] = {
+    "model.attn_config.attn_uses_sequence_id": _unmasked_packing,
+    "model.config_overrides.attn_config.attn_uses_sequence_id": _unmasked_packing,
     "model.multiquery_attention": _multiquery,
     "icl_tasks": _tasks_without_data,
     "algorithms.low_precision_layernorm": _low_precision_norm,

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 
+from mptfoundry.architecture.pretrained import fill_architecture
 from mptfoundry.config.engine.document import Document
 from mptfoundry.config.engine.nested import mapped
 from mptfoundry.config.engine.read_document import read_document
@@ -18,7 +19,6 @@ from mptfoundry.config.engine.schema import default_of
 from mptfoundry.config.engine.secrets import REDACTED, FromEnvironment, redacted, redactions
 from mptfoundry.config.engine.walk import build
 from mptfoundry.config.legacy import OTHER_KINDS, REFUSED, translate
-from mptfoundry.config.pretrained import fill_architecture
 from mptfoundry.config.rules import tokens_of
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
@@ -28,11 +28,7 @@ CONFIG_SUFFIXES = (".yaml", ".yml")
 
 
 def load_train_config(path: str | Path, words: Sequence[str] = ()) -> tuple[TrainConfig, list[str]]:
-    """Read the configuration of a training run.
-
-    Args:
-        path: The YAML file.
-        words: `key=value` words of the command line, which override the file.
+    """Read the configuration of a training run; `key=value` words override the YAML file.
 
     Returns:
         The configuration, and notes for the user: one line for each thing that was translated from an older
@@ -107,11 +103,9 @@ def _refuse_code_from_file(document: Document) -> None:
 
 def _share_top_level(document: Document) -> None:
     """Give the model the `max_seq_len` of the run, unless it says it itself."""
-    model = document.tree.get("model")
-    is_number = isinstance(document.tree.get("max_seq_len"), int)  # anything else is reported where it stands
-    if isinstance(model, dict) and model.get("max_seq_len") is None and is_number:
-        origin = document.origin(("max_seq_len",))
-        document.put(("model", "max_seq_len"), document.tree["max_seq_len"], origin)
+    model, length = document.tree.get("model"), document.tree.get("max_seq_len")
+    if isinstance(model, dict) and model.get("max_seq_len") is None and isinstance(length, int):
+        document.put(("model", "max_seq_len"), length, document.origin(("max_seq_len",)))
 
 
 def _effects(config: TrainConfig) -> list[str]:
@@ -132,6 +126,6 @@ def _effects(config: TrainConfig) -> list[str]:
     if warmup is not None and whole is not None and warmup > whole:
         notes.append(
             f"scheduler.t_warmup: {config.scheduler.t_warmup} is longer than the run, max_duration: "
-            f"{config.max_duration}: the learning rate never gets to its top."
+            f"{config.max_duration}: the learning rate never reaches its peak."
         )
     return notes

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from mptfoundry.architecture.trainable import LoRAConfig
-from mptfoundry.config.engine.section_rules import Problem, Rules, not_empty, only_one, refuse_problems
-from mptfoundry.config.parallel import Target, recomputed_parts
+from mptfoundry.config.engine.section_rules import Problem, Rules, Section, not_empty, only_one
+from mptfoundry.config.parallel import Target, target_problems
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import (
     HEADS,
@@ -60,12 +60,11 @@ class ModelConfig(MPTConfig):
     activation_checkpointing_target: Target | None = None
 
     def __post_init__(self) -> None:
-        refuse_problems(self)
+        super().__post_init__()
         # Older configs say true next to alibi, which has no effect; a resolved config says what is computed.
         object.__setattr__(self, "learned_pos_emb", self.has_learned_positions)
 
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from super().rules()
         yield from not_empty(self, "pretrained_model_name_or_path")
         yield self._checkpointed_parts()
@@ -75,13 +74,8 @@ class ModelConfig(MPTConfig):
         yield self._adapters()
 
     def _checkpointed_parts(self) -> Iterator[Problem]:
-        if self.activation_checkpointing_target is None:
-            return
-        try:
-            recomputed_parts(self.activation_checkpointing_target, self.n_layers)
-        except ValueError as error:
-            key, _, text = str(error).partition(": ")
-            yield key, text
+        if self.activation_checkpointing_target is not None:
+            yield from target_problems(self.activation_checkpointing_target, self.n_layers)
 
     def _needs_a_model(self, name: str) -> Iterator[Problem]:
         if getattr(self, name) and self.pretrained_model_name_or_path is None:
@@ -92,15 +86,10 @@ class ModelConfig(MPTConfig):
             yield f"load_in_{self.bits}bit", "can't be trained. Add adapters: peft_config."
 
     def _adapters(self) -> Iterator[Problem]:
-        if self.peft_config is None:
-            return
-        if isinstance(self, HeadConfig):
-            yield "peft_config", f"is for language models alone, and not for {self.name}."
-            return
-        try:
-            self.peft_config.targets(self)
-        except ValueError as error:
-            yield "peft_config.target_modules", str(error).removeprefix("target_modules: ")
+        if self.peft_config is not None and isinstance(self, HeadConfig):
+            yield "peft_config", f"is only for language models, not for {self.name}."
+        elif self.peft_config is not None:
+            yield from self.peft_config.target_problems(self)
 
     @property
     def bits(self) -> Literal[8, 4] | None:
@@ -154,7 +143,7 @@ AnyModelConfig = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
+class TokenizerConfig(Section):
     """Which tokenizer turns text into ids.
 
     Attributes:
@@ -166,9 +155,5 @@ class TokenizerConfig:
     name: str
     kwargs: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from not_empty(self, "name")

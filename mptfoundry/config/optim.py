@@ -7,14 +7,14 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from mptfoundry.config.engine.durations import Duration, parse_duration
-from mptfoundry.config.engine.section_rules import Problem, Rules, at_least, at_most, refuse_problems
+from mptfoundry.config.engine.section_rules import Problem, Rules, Section, at_least, at_most
 
 # Weights leave every number format long before it.
 LARGEST_RATE = 1000.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParamGroupConfig:
+class ParamGroupConfig(Section):
     """Parameters with their own settings; keys that are not given are as in the optimizer.
 
     Attributes:
@@ -32,17 +32,13 @@ class ParamGroupConfig:
     betas: tuple[float, float] | None = None
     eps: float | None = None
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from _rates(self)
         yield _eps(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class _AnyOptimizerConfig:
+class _AnyOptimizerConfig(Section):
     """What all optimizers have.
 
     Attributes:
@@ -61,11 +57,7 @@ class _AnyOptimizerConfig:
     disable_grad: tuple[str, ...] = ()
     param_groups: tuple[ParamGroupConfig, ...] = ()
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from _rates(self)
 
 
@@ -84,12 +76,13 @@ class DecoupledLionWConfig(_AnyOptimizerConfig):
     weight_decay: float = 0.0
 
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from super().rules()
-        yield self._no_eps()
+        yield _of_lion(self, "")
+        yield self._groups()
 
-    def _no_eps(self) -> Iterator[Problem]:
+    def _groups(self) -> Iterator[Problem]:
         for index, group in enumerate(self.param_groups):
+            yield from _of_lion(group, f"param_groups[{index}].")
             if group.eps is not None:
                 yield f"param_groups[{index}].eps", "decoupled_lionw has none. Remove it."
 
@@ -111,7 +104,6 @@ class DecoupledAdamWConfig(_AnyOptimizerConfig):
     amsgrad: bool = False
 
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from super().rules()
         yield _eps(self)
 
@@ -120,7 +112,39 @@ OptimizerConfig = DecoupledLionWConfig | DecoupledAdamWConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class _AnyScheduleConfig:
+class GradientClippingConfig(Section):
+    """Gradients that are too large are reduced before each step.
+
+    Attributes:
+        clipping_type: `norm` scales all gradients so that their norm is at most the threshold; `value` clamps
+            every element to [-threshold, threshold].
+        clipping_threshold: The threshold.
+    """
+
+    clipping_type: Literal["norm", "value"]
+    clipping_threshold: float
+
+    def rules(self) -> Rules:
+        yield self._positive()
+
+    def _positive(self) -> Iterator[Problem]:
+        if self.clipping_threshold <= 0:
+            yield "clipping_threshold", f"{self.clipping_threshold} is not positive. Use a number above 0."
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmsConfig(Section):
+    """Composer's algorithms by name.
+
+    Attributes:
+        gradient_clipping: Clip gradients. Default: only measure their norm, which is always logged.
+    """
+
+    gradient_clipping: GradientClippingConfig | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _AnyScheduleConfig(Section):
     """What all schedules have.
 
     Attributes:
@@ -135,11 +159,7 @@ class _AnyScheduleConfig:
     t_max: Duration = "1dur"
     scale_warmup: Literal[False] = False
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         alphas = [each.name for each in fields(self) if each.name.startswith("alpha")]
         yield from at_least(self, **dict.fromkeys(alphas, 0))
         yield from at_most(self, **dict.fromkeys(alphas, LARGEST_RATE))
@@ -203,15 +223,19 @@ class InvSqrtWithWarmupConfig(_AnyScheduleConfig):
     alpha_f_cooldown: float = 0.0
 
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from super().rules()
         yield from map(self._no_fraction, ("t_warmup", "t_scale", "t_cooldown"))
+        yield self._scale()
         yield self._decays()
 
     def _no_fraction(self, name: str) -> Iterator[Problem]:
         length = getattr(self, name)
         if parse_duration(length)[1] == "dur":
             yield name, f"{length} is a fraction of the run. Use batches or tokens."
+
+    def _scale(self) -> Iterator[Problem]:
+        if parse_duration(self.t_scale)[0] == 0:
+            yield "t_scale", f"{self.t_scale} is not positive. Use 1ba or more."
 
     def _decays(self) -> Iterator[Problem]:
         if self.alpha_f_decay < self.alpha_f_cooldown:
@@ -258,6 +282,15 @@ def _rates(section: ParamGroupConfig | _AnyOptimizerConfig) -> Rules:
 def _no_negative_rate(section: ParamGroupConfig | _AnyOptimizerConfig) -> Iterator[Problem]:
     if section.lr is not None and section.lr < 0:
         yield "lr", f"{section.lr} is negative. Use a positive number, such as 1e-4."
+
+
+def _of_lion(section: ParamGroupConfig | _AnyOptimizerConfig, prefix: str) -> Iterator[Problem]:
+    """A step divides by the highest learning rate, and takes the share `weight_decay` of every weight."""
+    if section.lr == 0:
+        yield f"{prefix}lr", f"{section.lr} is not positive. Use a number above 0."
+    if section.weight_decay is not None and section.weight_decay >= 1:
+        text = "Use 0 or more and less than 1: the share of every weight that a step takes at full rate."
+        yield f"{prefix}weight_decay", f"{section.weight_decay}. {text}"
 
 
 def _betas(section: ParamGroupConfig | _AnyOptimizerConfig) -> Iterator[Problem]:

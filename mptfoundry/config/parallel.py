@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mptfoundry.config.engine.schema import show
-from mptfoundry.config.engine.section_rules import Problem, Rules, at_least, only_one, refuse_problems
+from mptfoundry.config.engine.section_rules import Problem, Rules, Section, at_least, only_one
 from mptfoundry.errors import ConfigError
 
 # Strategies that free the gathered weights after forward, and those with several replicas.
@@ -44,7 +44,7 @@ WITHOUT_EFFECT = ("sync_module_states", "limit_all_gathers", "use_orig_params")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FSDPConfig:
+class FSDPConfig(Section):
     """Shard weights, gradients and optimizer state over all devices, with PyTorch's FSDP2
     (https://arxiv.org/abs/2304.11277).
 
@@ -112,11 +112,7 @@ class FSDPConfig:
     te_shard_fp8_weight: Literal[False] = False
     verbose: bool = False
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield self._one_strategy()
         for name in _ALWAYS:
             yield self._always(name)
@@ -160,7 +156,7 @@ class FSDPConfig:
     def _only_for_shards(self, name: str) -> Iterator[Problem]:
         value = getattr(self, name)
         if self.sharding_strategy == "NO_SHARD" and value not in (None, False, "DEFAULT", "FULL"):
-            yield name, f"{show(value)} is for shards, and NO_SHARD has replicas alone (DDP). Remove it."
+            yield name, f"{show(value)} only applies to shards, and NO_SHARD has none (DDP). Remove it."
 
     def _prefetch(self) -> Iterator[Problem]:
         if self.forward_prefetch_limit is not None and not self.forward_prefetch:
@@ -187,7 +183,7 @@ class FSDPConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompileConfig:
+class CompileConfig(Section):
     """`torch.compile` for each block of the model.
 
     Attributes:
@@ -204,11 +200,7 @@ class CompileConfig:
     dynamic: bool | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield only_one(self, "are both given. torch.compile takes one of them.", "mode", "options")
 
 
@@ -289,20 +281,29 @@ def recomputed_parts(target: Target | None, n_layers: int) -> dict[str, frozense
     return parts
 
 
+def target_problems(target: Target, n_layers: int) -> Iterator[Problem]:
+    """The problem of a `target` that does not fit a model of this many blocks, if there is one."""
+    try:
+        recomputed_parts(target, n_layers)
+    except ValueError as error:
+        key, _, text = str(error).partition(": ")
+        yield key, text
+
+
 def _blocks(name: str, choice: BlockChoice, n_layers: int) -> frozenset[int]:
     where = f"activation_checkpointing_target.{name}"
     if isinstance(choice, int):
         choice = f"first-{choice}"
     entries: Sequence[int | str] = choice.replace(" ", "").split(",") if isinstance(choice, str) else choice
-    found: set[int] = set()
+    numbers: set[int] = set()
     for entry in entries:
         blocks = range(entry, entry + 1) if isinstance(entry, int) else _range(where, entry, n_layers)
         if not blocks or blocks[0] < 0 or blocks[-1] >= n_layers:
             raise ValueError(f"{where}: {show(entry)} is not within the blocks 0 to {n_layers - 1}.")
-        found.update(blocks)
-    if not found:
+        numbers.update(blocks)
+    if not numbers:
         raise ValueError(f"{where}: names no blocks. Use {_CHOICES}.")
-    return frozenset(found)
+    return frozenset(numbers)
 
 
 def _range(where: str, entry: str, n_layers: int) -> range:

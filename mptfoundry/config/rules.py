@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from string import Formatter
 from typing import Any
 
 from mptfoundry.architecture.trainable import pattern_problems
-from mptfoundry.config.data import label_problems, some_batches
+from mptfoundry.config.data import FinetuningDatasetConfig, label_problems, some_batches
 from mptfoundry.config.engine.durations import parse_duration
 from mptfoundry.config.engine.section_rules import Problem, Rules, at_least, at_most, broken_rules
+from mptfoundry.config.parallel import FSDPConfig
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.places import is_url, why_no_start_finds, why_not_a_path, why_not_a_run_name
@@ -53,12 +54,9 @@ def between_sections(run: TrainConfig) -> Rules:
         yield _file_name(run, key)
     for rule_of_a_run in (
         *(_batch_splits, _model_length_given_twice, _tokenizer_length_given_twice, label_problems),
-        *(_no_text_from_heads, _sampling, _patterns),
-        *(_adapters, _schedule_ends, _decay_fits),
+        *(_generated_samples, _patterns, _adapters, _schedule_ends, _decay_fits),
         *(_one_source_of_weights, _run_name, _names_that_a_start_finds, _link_name),
-        *(_folder_to_resume_from, _whole_checkpoints_to_resume_from),
-        *(_target_without_checkpointing, _meta_on_rank_0, _offload_with_compile),
-        *(_code, _allowed_changes),
+        *(_resuming, _target_without_checkpointing, _sharding, _code, _allowed_changes),
     ):
         yield rule_of_a_run(run)
 
@@ -151,34 +149,35 @@ def _heads(run: TrainConfig, key: str) -> Iterator[Problem]:
             yield f"{path}.name", f"labelled: model.name: {name} has no head that predicts labels. Use text."
 
 
-def _no_text_from_heads(run: TrainConfig) -> Iterator[Problem]:
-    name = run.model.name
-    if "generate_callback" in run.callbacks and isinstance(run.model, HeadConfig):
-        text = f"model.name: {name} generates no text. Remove it."
-        yield "callbacks.generate_callback", text
-
-
-def _sampling(run: TrainConfig) -> Iterator[Problem]:
-    """The callback that generates takes the sampling of `generate`, with its rules."""
+def _generated_samples(run: TrainConfig) -> Iterator[Problem]:
     if "generate_callback" in run.callbacks:
-        names = {field.name: field.default for field in fields(Sampling)}
-        values = {k: v for k, v in run.callbacks["generate_callback"].items() if k in names}
-        for name, text in broken_rules(Sampling, names | values):
-            yield f"callbacks.generate_callback.{name}", text
+        yield from _sampling(run.callbacks["generate_callback"])
+        name = run.model.name
+        if isinstance(run.model, HeadConfig):
+            yield "callbacks.generate_callback", f"model.name: {name} generates no text. Remove it."
+
+
+def _sampling(arguments: Mapping[str, Any]) -> Iterator[Problem]:
+    """The callback that generates takes the sampling of `generate`, with its rules."""
+    names = {field.name: field.default for field in fields(Sampling)}
+    values = {k: v for k, v in arguments.items() if k in names}
+    for name, text in broken_rules(Sampling, names | values):
+        yield f"callbacks.generate_callback.{name}", text
 
 
 def _preprocessing(run: TrainConfig, key: str) -> Iterator[Problem]:
     """Code that a file names runs only with the user's permission."""
     for path, loader in _loaders(run, key):
-        for name, source in loader.dataset.sources.items() if loader.name == "finetuning" else ():
-            if not isinstance(source.preprocessing_fn, str) or run.allow_code:
-                continue
-            is_shared = loader.dataset.preprocessing_fn is not None or loader.dataset.streams is None
-            place = f"{path}.dataset" if is_shared else f"{path}.dataset.streams.{name}"
-            text = "names code, which runs only with allow_code=true on the command line."
-            yield f"{place}.preprocessing_fn", text
-            if is_shared:
-                break
+        if loader.name == "finetuning" and not run.allow_code:
+            yield from _refused_code(loader.dataset, f"{path}.dataset")
+
+
+def _refused_code(dataset: FinetuningDatasetConfig, place: str) -> Iterator[Problem]:
+    text = "names code, which runs only with allow_code=true on the command line."
+    is_shared = dataset.preprocessing_fn is not None or dataset.streams is None
+    named = [name for name, source in dataset.sources.items() if isinstance(source.preprocessing_fn, str)]
+    for name in named[:1] if is_shared else named:
+        yield f"{place}{'' if is_shared else f'.streams.{name}'}.preprocessing_fn", text
 
 
 def _patterns(run: TrainConfig) -> Iterator[Problem]:
@@ -235,9 +234,13 @@ def _schedule_ends(run: TrainConfig) -> Iterator[Problem]:
 
 def _decay_fits(run: TrainConfig) -> Iterator[Problem]:
     """Decay must fit inside the run and start after warmup; the end of the run may cut off a warmup."""
-    scheduler, whole = run.scheduler, tokens_of(run.max_duration, run)
-    key = "t_decay" if hasattr(scheduler, "t_decay") else "t_cooldown"
-    decay = getattr(scheduler, key, 0)
+    for key in ("t_decay", "t_cooldown"):
+        if hasattr(run.scheduler, key):
+            yield from _decay_problem(run, key)
+
+
+def _decay_problem(run: TrainConfig, key: str) -> Iterator[Problem]:
+    scheduler, whole, decay = run.scheduler, tokens_of(run.max_duration, run), getattr(run.scheduler, key)
     length, warmup = tokens_of(decay, run), tokens_of(scheduler.t_warmup, run)
     if whole is None or length is None:
         return
@@ -267,7 +270,7 @@ def _one_source_of_weights(run: TrainConfig) -> Iterator[Problem]:
         yield (
             "load_path",
             "and model.pretrained_model_name_or_path both say where the weights come from. Remove one; with "
-            "model.pretrained: false the latter gives the architecture alone.",
+            "model.pretrained: false the latter gives only the architecture.",
         )
 
 
@@ -318,12 +321,9 @@ def _link_name(run: TrainConfig) -> Iterator[Problem]:
         yield "save_filename", f"{name} is the name of the link to the newest checkpoint. Use another."
 
 
-def _folder_to_resume_from(run: TrainConfig) -> Iterator[Problem]:
+def _resuming(run: TrainConfig) -> Iterator[Problem]:
     if run.autoresume and run.save_folder is None:
         yield "autoresume", "needs save_folder, which holds the checkpoint to resume from."
-
-
-def _whole_checkpoints_to_resume_from(run: TrainConfig) -> Iterator[Problem]:
     if run.autoresume and run.save_weights_only:
         yield "autoresume", "needs whole checkpoints. Set save_weights_only: false."
 
@@ -337,19 +337,20 @@ def _target_without_checkpointing(run: TrainConfig) -> Iterator[Problem]:
         )
 
 
-def _meta_on_rank_0(run: TrainConfig) -> Iterator[Problem]:
-    fsdp = run.fsdp_config
-    if fsdp is not None and fsdp.load_monolith_rank0_only and run.model.init_device == "meta":
+def _sharding(run: TrainConfig) -> Iterator[Problem]:
+    if run.fsdp_config is not None:
+        yield from _around_sharding(run, run.fsdp_config)
+
+
+def _around_sharding(run: TrainConfig, fsdp: FSDPConfig) -> Iterator[Problem]:
+    """What sharding can't be combined with."""
+    if fsdp.activation_cpu_offload and run.compile_config is not None:
+        yield "fsdp_config.activation_cpu_offload", "true can't be combined with compile_config."
+    if fsdp.load_monolith_rank0_only and run.model.init_device == "meta":
         yield (
             "model.init_device",
             "meta: fsdp_config.load_monolith_rank0_only loads into a whole model on rank 0. Use mixed.",
         )
-
-
-def _offload_with_compile(run: TrainConfig) -> Iterator[Problem]:
-    fsdp = run.fsdp_config
-    if fsdp is not None and fsdp.activation_cpu_offload and run.compile_config is not None:
-        yield "fsdp_config.activation_cpu_offload", "true can't be combined with compile_config."
 
 
 def _code(run: TrainConfig) -> Iterator[Problem]:

@@ -13,18 +13,16 @@ from typing import Annotated, Any, Literal
 from mptfoundry.config.data import LoaderConfig, loaders_by_label
 from mptfoundry.config.engine.durations import Duration, parse_duration
 from mptfoundry.config.engine.forms import parse_count
-from mptfoundry.config.engine.section_rules import Rules, refuse_problems
+from mptfoundry.config.engine.section_rules import Rules, Section
 from mptfoundry.config.engine.signatures import (
-    ALGORITHMS,
     CALLBACKS,
     LOGGERS,
-    REFUSED_ALGORITHMS,
     REFUSED_CALLBACKS,
     REFUSED_LOGGERS,
     Catalogue,
 )
 from mptfoundry.config.model import AnyModelConfig, TokenizerConfig
-from mptfoundry.config.optim import OptimizerConfig, SchedulerConfig
+from mptfoundry.config.optim import AlgorithmsConfig, OptimizerConfig, SchedulerConfig
 from mptfoundry.config.parallel import CompileConfig, FSDPConfig
 from mptfoundry.config.rules import between_sections
 
@@ -32,13 +30,10 @@ Callbacks = Annotated[
     dict[str, Any], Catalogue("a section of callbacks by name", CALLBACKS, REFUSED_CALLBACKS)
 ]
 Loggers = Annotated[dict[str, Any], Catalogue("a section of loggers by name", LOGGERS, REFUSED_LOGGERS)]
-Algorithms = Annotated[
-    dict[str, Any], Catalogue("a section of algorithms by name", ALGORITHMS, REFUSED_ALGORITHMS)
-]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Section):
     """A training run.
 
     Attributes:
@@ -52,7 +47,7 @@ class TrainConfig:
         eval_loader: The held-out data: none, one loader, or a list of loaders, each with a `label`.
         optimizer: How gradients change the weights.
         scheduler: How the learning rate changes over the run.
-        algorithms: Composer's algorithms by name, such as `gradient_clipping`.
+        algorithms: What changes the gradients before the optimizer uses them.
         max_duration: Length of the run.
         global_train_batch_size: Sequences in one step, over all devices.
         device_train_microbatch_size: Sequences a device computes at once; affects memory, not results.
@@ -113,7 +108,7 @@ class TrainConfig:
     eval_loader: LoaderConfig | tuple[LoaderConfig, ...] | None = None
     optimizer: OptimizerConfig
     scheduler: SchedulerConfig
-    algorithms: Algorithms = field(default_factory=dict)
+    algorithms: AlgorithmsConfig = field(default_factory=AlgorithmsConfig)
     max_duration: Duration
     global_train_batch_size: int
     device_train_microbatch_size: int | Literal["auto"] = "auto"
@@ -158,9 +153,6 @@ class TrainConfig:
     code_paths: tuple[str, ...] = ()
     allow_code: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        refuse_problems(self)
 
     def rules(self) -> Rules:
         """What has to hold, also between sections."""

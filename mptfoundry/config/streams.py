@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from mptfoundry.config.engine.section_rules import (
     Problem,
     Rules,
+    Section,
     at_least,
     not_empty,
     only_one,
-    refuse_problems,
 )
 from mptfoundry.places import is_url
 
@@ -22,7 +22,7 @@ AMOUNTS: tuple[Amount, ...] = get_args(Amount)
 
 
 @dataclass(frozen=True, kw_only=True)
-class StreamConfig:
+class StreamConfig(Section):
     """One source of the data mix.
 
     At most one of `proportion`, `repeat` and `choose` says how much of it is read; all streams of a
@@ -52,11 +52,7 @@ class StreamConfig:
     validate_hash: str | None = None
     keep_zip: bool | None = None
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield self._some_source()
         yield from not_empty(self, "remote", "local")
         yield _whole_url(self)
@@ -74,7 +70,7 @@ class StreamConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RecordsConfig:
+class RecordsConfig(Section):
     """One source of records to finetune on.
 
     Attributes:
@@ -105,11 +101,7 @@ class RecordsConfig:
 
     streams: ClassVar[None] = None
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from records_rules(self)
         yield from _amount_rules(self)
 
@@ -173,14 +165,18 @@ def _amount_rules(section: StreamConfig | RecordsConfig) -> Rules:
 
 def shares(section: Any) -> Iterator[Problem]:
     """All streams of a mix have a share, or none."""
-    streams = section.streams or {}
+    if section.streams:
+        yield from _shares(section.streams)
+
+
+def _shares(streams: Mapping[str, StreamConfig | RecordsConfig]) -> Iterator[Problem]:
     weighted = {name for name, s in streams.items() if s.proportion is not None}
     if weighted and weighted != set(streams):
         missing = ", ".join(name for name in streams if name not in weighted)
         text = f"{missing} lacks the proportion that {min(weighted)} has. Give it to all or none."
         yield "streams", text
     elif weighted and not sum(s.proportion or 0 for s in streams.values()):
-        yield "streams", "all proportions are 0. At least one has to be positive."
+        yield "streams", "all proportions are 0. At least one must be positive."
 
 
 def one_amount_for_all(section: Any) -> Iterator[Problem]:

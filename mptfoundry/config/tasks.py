@@ -12,10 +12,10 @@ from typing import Any, Literal
 from mptfoundry.config.engine.section_rules import (
     Problem,
     Rules,
+    Section,
     at_least,
     not_empty,
     only_one,
-    refuse_problems,
 )
 
 TaskType = Literal["multiple_choice", "schema", "language_modeling", "generation_task_with_answers"]
@@ -33,7 +33,7 @@ GENERATION_KEYS = ("max_new_tokens", "temperature", "top_k", "top_p", "do_sample
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskConfig:
+class TaskConfig(Section):
     """A task that a model answers from its context, with the documents of a JSONL file.
 
     Attributes:
@@ -86,11 +86,7 @@ class TaskConfig:
     early_stopping_criteria: tuple[str, ...] = ()
     do_normalization: bool = True
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from not_empty(self, "label", "dataset_uri")
         yield from at_least(self, batch_size=1, max_seq_len=2)
         yield only_one(self, "are the same. Use prelimiter.", "prelimiter", "question_prelimiter")
@@ -135,7 +131,7 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
+class BenchmarkConfig(Section):
     """A task in a category of the gauntlet.
 
     Attributes:
@@ -148,11 +144,7 @@ class BenchmarkConfig:
     num_fewshot: int
     random_baseline: float = 0.0
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from at_least(self, num_fewshot=0, random_baseline=0)
         yield self._baseline()
 
@@ -162,7 +154,7 @@ class BenchmarkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CategoryConfig:
+class CategoryConfig(Section):
     """A category of the gauntlet; its score is the weighted mean of its tasks' scores.
 
     Attributes:
@@ -173,11 +165,7 @@ class CategoryConfig:
     name: str
     benchmarks: tuple[BenchmarkConfig, ...]
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield self._some()
 
     def _some(self) -> Iterator[Problem]:
@@ -186,7 +174,7 @@ class CategoryConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GauntletConfig:
+class GauntletConfig(Section):
     """One score for each of several abilities, and averages of them.
 
     Attributes:
@@ -204,11 +192,7 @@ class GauntletConfig:
     rescale_accuracy: bool = True
     averages: dict[str, tuple[str, ...]] | None = None
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield self._some()
         yield self._scale()
         yield self._names()

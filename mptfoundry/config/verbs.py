@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from mptfoundry.config.data import LoaderConfig, label_problems, loaders_by_label, some_batches
-from mptfoundry.config.engine.section_rules import Problem, Rules, at_least, refuse_problems
+from mptfoundry.config.engine.section_rules import Problem, Rules, Section, at_least
 from mptfoundry.config.tasks import GauntletConfig, TaskConfig
+
+COMPRESSIONS = ("br", "bz2", "snappy", "zstd")
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
+class PrepareConfig(Section):
     """Turn text into shards of tokens.
 
     Attributes:
@@ -65,13 +68,40 @@ class PrepareConfig:
     compression: str | None = None
     progress: bool = True
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield self._local_workers()
         yield from at_least(self, workers=1)
+        yield self._something_to_predict()
+        yield self._share_held_out()
+        yield self._split_names()
+        yield self._bad_input()
+        yield self._compression()
+
+    def _something_to_predict(self) -> Iterator[Problem]:
+        if self.max_seq_len < 2:
+            text = f"{self.max_seq_len} leaves nothing to predict. Use 2 or more, such as 2048."
+            yield "max_seq_len", text
+
+    def _share_held_out(self) -> Iterator[Problem]:
+        if not 0 <= self.held_out < 1:
+            yield "held_out", f"{self.held_out} is not a share from 0 to 1. Use one such as 0.01."
+
+    def _split_names(self) -> Iterator[Problem]:
+        for key in ("split", "held_out_split") if self.held_out else ("split",):
+            name = getattr(self, key)
+            if not name or Path(name).name != name or name.startswith("."):
+                yield key, f"{name!r} is not the name of a folder. Use one such as train or val."
+        if self.held_out and self.split == self.held_out_split:
+            yield "held_out_split", f"it has the same name as split, {self.split!r}. Use another."
+
+    def _bad_input(self) -> Iterator[Problem]:  # the Python API does not check types
+        if self.bad_input not in ("error", "skip"):
+            yield "bad_input", f"{self.bad_input!r} is not allowed. Use error or skip."
+
+    def _compression(self) -> Iterator[Problem]:
+        if self.compression is not None and self.compression.split(":")[0] not in COMPRESSIONS:
+            text = f"{self.compression!r} is not allowed. Use one of {', '.join(COMPRESSIONS)}."
+            yield "compression", text
 
     def _local_workers(self) -> Iterator[Problem]:
         if self.engine == "spark" and self.workers != "auto":
@@ -79,7 +109,7 @@ class PrepareConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreviewConfig:
+class PreviewConfig(Section):
     """Show samples of a data set as text, and the mix that a config reads.
 
     Further words, such as `max_seq_len=512`, override the config, as for `train`.
@@ -104,11 +134,7 @@ class PreviewConfig:
     picture: str | None = None
     allow_code: bool = False
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from at_least(self, samples=0)
         yield self._format()
 
@@ -118,7 +144,7 @@ class PreviewConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(Section):
     """Evaluate a model on held-out text.
 
     Attributes:
@@ -164,11 +190,7 @@ class EvalConfig:
     allow_code: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from at_least(self, max_seq_len=1, eval_subset_num_batches=-1, seed=0, dist_timeout=1)
         yield from at_least(self, device_eval_batch_size=1)
         yield from at_least(self, num_fewshot=0, limit=-1)
@@ -189,7 +211,7 @@ class EvalConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(Section):
     """Write a model as a Hugging Face folder.
 
     Attributes:
@@ -223,11 +245,7 @@ class ExportConfig:
     verify: bool = True
     overwrite: bool = False
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from map(self._of_merged_weights, ("format", "shard_bytes", "license"))
 
     def _of_merged_weights(self, name: str) -> Iterator[Problem]:
@@ -236,7 +254,7 @@ class ExportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportConfig:
+class ImportConfig(Section):
     """Write another project's model, or llm-foundry's checkpoint, as a Hugging Face folder to start from.
 
     Attributes:
@@ -265,7 +283,7 @@ class ImportConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DoctorConfig:
+class DoctorConfig(Section):
     """Show what works on this machine.
 
     Attributes:
@@ -280,7 +298,7 @@ class DoctorConfig:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Section):
     """How the next token is chosen.
 
     Attributes:
@@ -296,11 +314,7 @@ class Sampling:
     top_p: float = 1.0
     seed: int = 17
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from at_least(self, temperature=0)
         yield self._probability()
         yield self._most_likely()
@@ -341,7 +355,6 @@ class TextConfig(Sampling):
     verify: bool = True
 
     def rules(self) -> Rules:
-        """What has to hold."""
         yield from super().rules()
         yield self._no_empty_stop()
         yield from at_least(self, max_new_tokens=1)

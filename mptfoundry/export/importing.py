@@ -18,12 +18,12 @@ import torch
 from mptfoundry.architecture.dialects import config_from_dict, config_of_others
 from mptfoundry.architecture.hub import locate
 from mptfoundry.architecture.of_run import architecture_of, differing
+from mptfoundry.architecture.pretrained import fill_architecture
 from mptfoundry.checkpoints.reading import open_model, with_overrides
 from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.checkpoints.staging import staged
 from mptfoundry.config.engine.read_document import read_document
 from mptfoundry.config.legacy import translate
-from mptfoundry.config.pretrained import fill_architecture
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.export.folder import NAMES, ExportSummary, write_folder
 from mptfoundry.export.native import native_config, why_not_native

@@ -54,7 +54,8 @@ class ComposerMPT(ComposerModel):
     ) -> None:
         super().__init__()
         self.model = network
-        if any(is_adapter(name) for name, _ in network.named_parameters()):
+        self._has_adapters = any(is_adapter(name) for name, _ in network.named_parameters())
+        if self._has_adapters:
             keep_adapters_alone(self)
         self.config = network.config
         self.tokenizer = tokenizer
@@ -69,7 +70,8 @@ class ComposerMPT(ComposerModel):
     def start_from(self, first_value: FirstValue) -> None:
         """Fill weights on the meta device from `first_value` after FSDP allocates them."""
         names = {module: name for name, module in self.model.named_modules()}
-        first_value = with_adapters(first_value, self._seed)
+        if self._has_adapters:
+            first_value = with_adapters(first_value, self._seed)
 
         def set_weights(module: nn.Module) -> None:
             _initialize(module, names[module], first_value)

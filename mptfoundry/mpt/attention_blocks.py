@@ -88,6 +88,11 @@ def find_segments(documents: torch.Tensor | None, batch: int, seq: int) -> tuple
     """
     if documents is None:
         return ((0, batch, 0, seq),)
+    return _segments_of(documents)
+
+
+def _segments_of(documents: torch.Tensor) -> tuple[Segment, ...] | None:
+    batch, seq = documents.shape
     starts = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True).nonzero()
     numbers = documents[starts[:, 0], starts[:, 1]].tolist()
     cuts: list[list[tuple[int, int]]] = [[] for _ in range(batch)]
@@ -110,7 +115,10 @@ def find_segments(documents: torch.Tensor | None, batch: int, seq: int) -> tuple
 
 
 class _Blocks(torch.autograd.Function):
-    """Causal attention of (batch, seq, n_heads, head_dim) float32 on a CPU, piece by piece."""
+    """Causal attention of (batch, seq, n_heads, head_dim) float32 on a CPU, piece by piece.
+
+    Inside, tensors are (batch, n_heads, seq, head_dim), and lse is (batch, n_heads, seq).
+    """
 
     @staticmethod
     def forward(
@@ -121,17 +129,69 @@ class _Blocks(torch.autograd.Function):
         context: AttentionContext,
         segments: tuple[Segment, ...],
     ) -> torch.Tensor:
-        q, k, v = (_heads_second(x) for x in (query, key, value))  # (batch, n_heads, seq, head_dim)
+        q, k, v = (_heads_second(x) for x in (query, key, value))
         pieces = _cut(q, k, segments, context)
-        out, lse = _forward(q, k, v, pieces, context)
+        out = lse = None
+        if not _begins_whole(pieces, q):
+            out = query.new_zeros(query.shape).transpose(1, 2)
+            lse = query.new_zeros(query.shape[:3]).transpose(1, 2)
+        for piece in pieces:
+            bias, slant = _bias_of(piece, context)
+            parts = _flash(
+                _blocks(q, piece, piece.queries).flatten(0, 1),
+                _blocks(k, piece, piece.keys).flatten(0, 1),
+                _blocks(v, piece, piece.keys).flatten(0, 1),
+                0.0,
+                piece.is_triangle,
+                attn_mask=bias,
+                scale=context.scale,
+            )
+            if out is None or lse is None:
+                out, lse = (_joined(part, q.shape[0]) for part in parts)
+                continue
+            part, part_sum = (x.unflatten(0, (-1, piece.number)) for x in parts)
+            old, old_sum = (_blocks(x, piece, piece.queries) for x in (out, lse))
+            if slant is None:
+                old.copy_(part)
+                old_sum.copy_(part_sum)
+            else:
+                part_sum = part_sum - slant
+                old.lerp_(part, torch.sigmoid(part_sum - old_sum).unsqueeze(-1))
+                old_sum.copy_(torch.logaddexp(old_sum, part_sum))
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.pieces, ctx.context = pieces, context
+        assert out is not None
         return out.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, out, lse = ctx.saved_tensors
-        grads = _backward(_heads_second(grad), q, k, v, out, lse, ctx.pieces, ctx.context)
+        grads: list[torch.Tensor] = []
+        if not _begins_whole(ctx.pieces, q):
+            grads = [grad.new_zeros(grad.shape).transpose(1, 2) for _ in range(3)]
+        grad = _heads_second(grad)
+        for piece in ctx.pieces:
+            bias, slant = _bias_of(piece, ctx.context)
+            sums = _blocks(lse, piece, piece.queries)
+            parts = _flash_backward(
+                _blocks(grad, piece, piece.queries).flatten(0, 1),
+                _blocks(q, piece, piece.queries).flatten(0, 1),
+                _blocks(k, piece, piece.keys).flatten(0, 1),
+                _blocks(v, piece, piece.keys).flatten(0, 1),
+                _blocks(out, piece, piece.queries).flatten(0, 1),
+                (sums if slant is None else sums + slant).flatten(0, 1),
+                0.0,
+                piece.is_triangle,
+                attn_mask=bias,
+                scale=ctx.context.scale,
+            )
+            if not grads:
+                grads = [_joined(part, q.shape[0]) for part in parts]
+                continue
+            for whole, part, tokens in zip(
+                grads, parts, (piece.queries, piece.keys, piece.keys), strict=True
+            ):
+                _blocks(whole, piece, tokens).add_(part.unflatten(0, (-1, piece.number)))
         return *(x.transpose(1, 2) for x in grads), None, None
 
 
@@ -154,15 +214,22 @@ def _cut(
 
 
 def _cut_segment(segment: Segment, side: int, reaches: tuple[int, ...]) -> list[_Piece]:
-    """Split one triangle into triangles of ``side``, and rectangles that double in size: left of every second
-    triangle, of every second pair, and so on. At the end of a segment each kind may have a shorter piece."""
+    """Split one triangle into triangles of ``side``, the last one smaller, and rectangles left of them."""
+    first, last, begin, end = segment
+    rows, heads, length = slice(first, last), slice(0, len(reaches)), end - begin
+    triangles = []
+    for start, size, number in ((begin, side, length // side), (end - length % side, length % side, 1)):
+        if size and number:
+            triangles.append(_Piece(rows, heads, (start, size), (start, size), size, number))
+    return triangles if length <= side else triangles + _rectangles(segment, side, reaches)
+
+
+def _rectangles(segment: Segment, side: int, reaches: tuple[int, ...]) -> list[_Piece]:
+    """Rectangles that double in size: left of every second triangle, of every second pair, and so on. At the
+    end of a segment each size may have a shorter piece."""
     first, last, begin, end = segment
     rows, length = slice(first, last), end - begin
     pieces = []
-    every = slice(0, len(reaches))
-    for start, size, number in ((begin, side, length // side), (end - length % side, length % side, 1)):
-        if size and number:
-            pieces.append(_Piece(rows, every, (start, size), (start, size), size, number))
     size = side
     while size < length:
         pairs, rest = divmod(length, 2 * size)
@@ -206,84 +273,6 @@ def _longest(x: torch.Tensor) -> torch.Tensor:
     return torch.linalg.vector_norm(x, dim=-1).amax((0, 2))
 
 
-def _forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: list[_Piece], context: AttentionContext
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend piece by piece.
-
-    Returns:
-        The output, (batch, n_heads, seq, head_dim), zero for padding, and lse, (batch, n_heads, seq).
-    """
-    is_whole = bool(pieces) and _is_whole(pieces[0], q)
-    out = lse = None
-    if not is_whole:
-        out = q.new_zeros(q.transpose(1, 2).shape).transpose(1, 2)
-        lse = q.new_zeros(q.shape[0], q.shape[2], q.shape[1]).transpose(1, 2)
-    for piece in pieces:
-        bias, slant = _bias_of(piece, context)
-        parts = _flash(
-            _blocks(q, piece, piece.queries).flatten(0, 1),
-            _blocks(k, piece, piece.keys).flatten(0, 1),
-            _blocks(v, piece, piece.keys).flatten(0, 1),
-            0.0,
-            piece.is_triangle,
-            attn_mask=bias,
-            scale=context.scale,
-        )
-        if out is None or lse is None:
-            out, lse = (_joined(part, q.shape[0]) for part in parts)
-            continue
-        part, part_sum = (x.unflatten(0, (-1, piece.number)) for x in parts)
-        old, old_sum = (_blocks(x, piece, piece.queries) for x in (out, lse))
-        if slant is None:
-            old.copy_(part)
-            old_sum.copy_(part_sum)
-        else:
-            part_sum = part_sum - slant
-            old.lerp_(part, torch.sigmoid(part_sum - old_sum).unsqueeze(-1))
-            old_sum.copy_(torch.logaddexp(old_sum, part_sum))
-    assert out is not None and lse is not None
-    return out, lse
-
-
-def _backward(
-    grad: torch.Tensor,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    pieces: list[_Piece],
-    context: AttentionContext,
-) -> tuple[torch.Tensor, ...]:
-    """Gradients of queries, keys and values, each (batch, n_heads, seq, head_dim)."""
-    grads: tuple[torch.Tensor, ...] = ()
-    if not pieces or not _is_whole(pieces[0], q):
-        shape = q.transpose(1, 2).shape
-        grads = tuple(q.new_zeros(shape).transpose(1, 2) for _ in range(3))
-    for piece in pieces:
-        bias, slant = _bias_of(piece, context)
-        sums = _blocks(lse, piece, piece.queries)
-        parts = _flash_backward(
-            _blocks(grad, piece, piece.queries).flatten(0, 1),
-            _blocks(q, piece, piece.queries).flatten(0, 1),
-            _blocks(k, piece, piece.keys).flatten(0, 1),
-            _blocks(v, piece, piece.keys).flatten(0, 1),
-            _blocks(out, piece, piece.queries).flatten(0, 1),
-            (sums if slant is None else sums + slant).flatten(0, 1),
-            0.0,
-            piece.is_triangle,
-            attn_mask=bias,
-            scale=context.scale,
-        )
-        if not grads:
-            grads = tuple(_joined(part, q.shape[0]) for part in parts)
-            continue
-        for whole, part, tokens in zip(grads, parts, (piece.queries, piece.keys, piece.keys), strict=True):
-            _blocks(whole, piece, tokens).add_(part.unflatten(0, (-1, piece.number)))
-    return grads
-
-
 def _blocks(x: torch.Tensor, piece: _Piece, tokens: tuple[int, int]) -> torch.Tensor:
     """A view of a piece's part of (batch, n_heads, seq, ...) as (rows, number, heads, length, ...)."""
     start, length = tokens
@@ -292,11 +281,13 @@ def _blocks(x: torch.Tensor, piece: _Piece, tokens: tuple[int, int]) -> torch.Te
     return part if x.dim() == 3 else part.mT
 
 
-def _is_whole(piece: _Piece, q: torch.Tensor) -> bool:
-    """Whether a piece covers all queries."""
-    start, length = piece.queries
-    is_every_row = piece.rows == slice(0, q.shape[0]) and piece.heads == slice(0, q.shape[1])
-    return is_every_row and start == 0 and length == piece.step and length * piece.number == q.shape[2]
+def _begins_whole(pieces: list[_Piece], q: torch.Tensor) -> bool:
+    """Whether the first piece covers all queries, so that its results need not be copied."""
+    if not pieces:
+        return False
+    rows, heads, (start, length), _, step, number = pieces[0]
+    is_every_row = rows == slice(0, q.shape[0]) and heads == slice(0, q.shape[1])
+    return is_every_row and start == 0 and length == step and length * number == q.shape[2]
 
 
 def _joined(part: torch.Tensor, batch: int) -> torch.Tensor:

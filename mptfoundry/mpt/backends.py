@@ -29,11 +29,8 @@ def choose_backend(
 ) -> tuple[str, str]:
     """Choose the backend that ``attn_impl`` requests, or with ``auto`` the fastest one that can be used.
 
-    Args:
-        config: The model.
-        device_type: torch's name: ``cpu``, ``cuda``.
-        dtype: The dtype that attention computes in.
-        capability: The GPU's compute capability, such as (9, 0); None if it is not known.
+    ``device_type`` (``cpu``, ``cuda``) and ``dtype``, which attention computes in, are torch's names;
+    ``capability`` is the GPU's, such as (9, 0), or None if it is not known.
 
     Returns:
         The backend's name and the reason, one clause.
@@ -132,8 +129,10 @@ def _dotted(numbers: tuple[int, ...]) -> str:
 def _flash_is_missing() -> str | None:
     """Check the flash-attn package itself; other packages install different modules under its name."""
     missing = "the package flash-attn is not installed (pip install --no-build-isolation flash-attn)"
-    if importlib.util.find_spec("flash_attn") is None:
-        return missing
+    return missing if importlib.util.find_spec("flash_attn") is None else _flash_is_too_old(missing)
+
+
+def _flash_is_too_old(missing: str) -> str | None:
     from importlib import metadata  # slow to import, and rarely needed
 
     try:

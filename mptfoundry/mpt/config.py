@@ -1,7 +1,7 @@
-"""Every option of the MPT architecture, with its default and its rules.
+"""The options of the MPT architecture, with their defaults and rules.
 
-Names and defaults are llm-foundry's. The classes hold plain values, import only the standard library, and
-raise ValueError for impossible values. Lengths are in tokens, widths in features.
+Names and defaults are llm-foundry's. The classes hold plain values and raise ValueError for invalid ones.
+This module imports only the standard library. Lengths are in tokens, widths in features.
 """
 
 from __future__ import annotations
@@ -19,11 +19,17 @@ Problem = tuple[str | tuple[str, ...], str]
 Rules = Iterator[Iterable[Problem]]
 
 
-def refuse_problems(section: Any) -> None:
-    """Raise ValueError for the first broken rule of a section; called in every `__post_init__`."""
-    for problems in section.rules():
-        for key, text in problems:
-            raise ValueError(in_words(key, text))
+class Section:
+    """A dataclass with rules; an instance that breaks one can't be made."""
+
+    def __post_init__(self) -> None:
+        for problems in self.rules():
+            for key, text in problems:
+                raise ValueError(in_words(key, text))
+
+    def rules(self) -> Rules:
+        """What has to hold, for an instance or for a view of the fields that are valid."""
+        yield from ()
 
 
 def in_words(key: str | tuple[str, ...], text: str) -> str:
@@ -34,34 +40,30 @@ def in_words(key: str | tuple[str, ...], text: str) -> str:
 
 
 @dataclass(frozen=True)
-class RotaryScalingConfig:
-    """How rotary positions stretch beyond the trained length.
+class RotaryScalingConfig(Section):
+    """How rotary positions are extended beyond the trained length.
 
     Attributes:
-        type: `no_scaling`; `linear` divides positions by `factor`; `dynamic` raises the base once a
-            sequence is longer than `max_seq_len` (NTK-aware).
-        factor: By how much the context grows.
+        type: `no_scaling`: they are not extended; `linear`: positions are divided by `factor`; `dynamic`: the
+            base is increased for sequences longer than `max_seq_len` (NTK-aware scaling).
+        factor: The extended length divided by the trained length.
     """
 
     type: Literal["no_scaling", "linear", "dynamic"] = "no_scaling"
     factor: float = 1.0
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """The rules of this section."""
         yield from at_least(self, factor=1)
 
 
 @dataclass(frozen=True)
-class RotaryDailConfig:
-    """llm-foundry's options of the `dail` rotary implementation; the mathematics is the same as `hf`.
+class RotaryDailConfig(Section):
+    """Options of llm-foundry's `dail` implementation of rotary positions, which computes the same as `hf`.
 
     Attributes:
-        type: Only the original form (https://arxiv.org/abs/2104.09864); xPos is not supported.
-        pos_idx_in_fp32: Positions are always computed in float32 here.
-        xpos_scale_base: Read for compatibility; only xPos uses it.
+        type: Only `original` (https://arxiv.org/abs/2104.09864); xPos is not supported.
+        pos_idx_in_fp32: Only `true`: positions are computed in float32.
+        xpos_scale_base: Has no effect, because only xPos uses it; accepted for older configs.
     """
 
     type: Literal["original"] = "original"
@@ -70,32 +72,32 @@ class RotaryDailConfig:
 
 
 @dataclass(frozen=True)
-class AttnConfig:
+class AttnConfig(Section):
     """The attention of every block.
 
     Attributes:
-        attn_type: Heads for keys and values: one for each query head, one in all, or `kv_n_heads`.
+        attn_type: How many heads keys and values have: as many as queries, one, or `kv_n_heads`.
         attn_pdrop: Dropout probability of the attention weights.
-        attn_impl: The backend that computes attention; all give the same mathematics. `auto` chooses
-            by the hardware and says so at start.
-        qk_ln: Layer-normalise queries and keys over all heads together.
-        qk_gn: Layer-normalise queries and keys head by head.
-        fused_qkv: Queries, keys and values come from one matrix, `Wqkv`. Separate ones aren't supported.
-        clip_qkv: Clamp queries, keys and values to [-clip_qkv, clip_qkv].
+        attn_impl: The backend that computes attention; the result is the same for all. `auto` chooses one for
+            the hardware, and the run prints which.
+        qk_ln: Apply layer norm to queries and keys, over all heads together.
+        qk_gn: Apply layer norm to queries and keys, for each head separately.
+        fused_qkv: Only `true`: one matrix, `Wqkv`, computes queries, keys and values.
+        clip_qkv: Clamp queries, keys and values to [-clip_qkv, clip_qkv]. Default: no clamping.
         softmax_scale: Factor on the attention scores. Default: 1 / sqrt(head_dim).
-        attn_uses_sequence_id: Tokens attend only to tokens of their own document in a packed row.
-        sliding_window_size: A token attends to itself and this many tokens before it; -1: to all.
-        attn_logit_softcapping: Scores become cap * tanh(score / cap).
-        alibi: Attention with linear biases (https://arxiv.org/abs/2108.12409) in place of positions.
-        alibi_bias_max: The steepest head's slope is 2 ** (-alibi_bias_max / n_heads).
-        alibi_skips: Don't compute what ALiBi provably pushes below rounding. No result changes.
+        attn_uses_sequence_id: In a packed row, tokens attend only to tokens of their own document.
+        sliding_window_size: A token attends to itself and to this many tokens before it; -1: to all of them.
+        attn_logit_softcapping: Cap of the scores: they become cap * tanh(score / cap). Default: no cap.
+        alibi: Attention with linear biases (https://arxiv.org/abs/2108.12409) instead of positions.
+        alibi_bias_max: The steepest slope of a head is 2 ** (-alibi_bias_max / n_heads).
+        alibi_skips: Skip keys whose weight is below rounding error because of ALiBi. The result is the same.
         rope: Rotary positions (https://arxiv.org/abs/2104.09864).
         rope_theta: Base of the rotary frequencies.
-        rope_impl: llm-foundry's two implementations of the same formula.
+        rope_impl: Which of llm-foundry's implementations; both compute the same formula.
         rope_dail_config: Options of `dail`.
-        rope_hf_config: Options of `hf`: scaling beyond the trained length.
-        kv_n_heads: Heads for keys and values, with `grouped_query_attention`.
-        prefix_lm: Tokens marked by the batch's `prefix_mask` attend to one another in both directions.
+        rope_hf_config: Options of `hf`: how to extend the context beyond the trained length.
+        kv_n_heads: How many heads keys and values have with `grouped_query_attention`.
+        prefix_lm: Tokens in the batch's `prefix_mask` attend to each other in both directions.
     """
 
     attn_type: Literal["multihead_attention", "multiquery_attention", "grouped_query_attention"] = (
@@ -122,11 +124,7 @@ class AttnConfig:
     kv_n_heads: int | None = None
     prefix_lm: bool = False
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """The rules of this section."""
         yield from probabilities(self, "attn_pdrop")
         yield from positive(self, _OR_NONE, "clip_qkv", "softmax_scale", "attn_logit_softcapping")
         yield from positive(self, _WHOLE, "alibi_bias_max", "kv_n_heads")
@@ -149,22 +147,18 @@ class AttnConfig:
 
 
 @dataclass(frozen=True)
-class ActivationConfig:
+class ActivationConfig(Section):
     """The nonlinearity of the feed-forward network.
 
     Attributes:
-        name: A function of `torch.nn.functional`, or `quick_gelu`.
-        approximate: For `gelu`: exact, or its tanh approximation.
+        name: The function: one of `torch.nn.functional`, or `quick_gelu`, which is x * sigmoid(1.702 * x).
+        approximate: Compute `gelu` exactly (`none`), or with the `tanh` approximation.
     """
 
     name: Literal["gelu", "quick_gelu", "relu", "silu"] = "gelu"
     approximate: Literal["none", "tanh"] = "none"
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """The rules of this section."""
         yield self._approximation()
 
     def _approximation(self) -> Iterator[Problem]:
@@ -173,11 +167,11 @@ class ActivationConfig:
 
 
 @dataclass(frozen=True)
-class FFNConfig:
+class FFNConfig(Section):
     """The feed-forward network of every block.
 
     Attributes:
-        ffn_type: `mptmlp` has two matrices; `mptglu` multiplies by a third, gating one.
+        ffn_type: `mptmlp`: two matrices; `mptglu`: a gated linear unit, with a third matrix for the gate.
         ffn_hidden_size: Width of the hidden layer. Default: `expansion_ratio` * `d_model`.
         ffn_act_fn: The nonlinearity.
     """
@@ -186,11 +180,7 @@ class FFNConfig:
     ffn_hidden_size: int | None = None
     ffn_act_fn: ActivationConfig = field(default_factory=ActivationConfig)
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """The rules of this section."""
         yield from positive(self, _WHOLE, "ffn_hidden_size")
 
 
@@ -207,19 +197,20 @@ InitName = Literal[
 
 
 @dataclass(frozen=True)
-class InitConfig:
-    """How a new network's weights are drawn.
+class InitConfig(Section):
+    """How the weights of a new network are initialized.
 
     Attributes:
-        name: The scheme for matrices.
-        fan_mode: For the kaiming schemes.
-        init_nonlinearity: For the kaiming schemes.
-        init_div_is_residual: Divide the matrices that write into the residual stream: `true` by
-            sqrt(2 * n_layers), a number by itself.
-        emb_init_std: Standard deviation of the embeddings. Default: as the matrices.
+        name: How to draw the matrices: `default_` is PyTorch's own; `baseline_` is normal with `init_std`;
+            `neox_init_` is `small_init_` with smaller matrices at the end of each branch.
+        fan_mode: For kaiming: whether to scale by the inputs or the outputs of a matrix.
+        init_nonlinearity: For kaiming: the nonlinearity that sets the gain.
+        init_div_is_residual: Divide the weights of matrices that write into the residual stream by
+            sqrt(2 * n_layers) (`true`), or by this number.
+        emb_init_std: Standard deviation of the embeddings. Default: they are drawn like the matrices.
         emb_init_uniform_lim: Draw the embeddings uniformly from [-lim, lim], or from [low, high].
-        init_std: Standard deviation of the `baseline_` scheme, which needs it.
-        init_gain: Gain of the kaiming (as slope) and xavier schemes.
+        init_std: Standard deviation of the matrices with `baseline_`, which requires it.
+        init_gain: Gain for xavier; for kaiming, the negative slope of `leaky_relu`.
     """
 
     name: InitName = "kaiming_normal_"
@@ -231,11 +222,7 @@ class InitConfig:
     init_std: float | None = None
     init_gain: float = 0.0
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """The rules of this section."""
         yield self._baseline()
         yield only_one(self, "are both given. Use one of them.", "emb_init_std", "emb_init_uniform_lim")
 
@@ -245,33 +232,34 @@ class InitConfig:
 
 
 @dataclass(frozen=True)
-class MPTConfig:
+class MPTConfig(Section):
     """The architecture of an MPT: pre-norm decoder blocks between one embedding and the logits.
 
     Attributes:
         d_model: Width of the residual stream.
-        n_heads: Query heads.
-        n_layers: Blocks.
+        n_heads: Number of query heads.
+        n_layers: Number of blocks.
         head_dim: Width of a head. Default: `d_model` / `n_heads`.
-        expansion_ratio: Hidden width of the feed-forward network over `d_model`.
-        max_seq_len: Longest sequence the model is made for; more only where positions allow it.
-        vocab_size: Rows of the embedding; at least the tokenizer's size.
-        resid_pdrop: Dropout probability where a block writes into the residual stream.
+        expansion_ratio: Hidden width of the feed-forward network divided by `d_model`.
+        max_seq_len: Longest sequence that the model is trained for. ALiBi and rotary positions allow longer
+            ones.
+        vocab_size: Rows of the embedding: at least as many as the tokenizer has ids.
+        resid_pdrop: Dropout probability of what a block adds to the residual stream.
         emb_pdrop: Dropout probability after the embedding.
-        learned_pos_emb: Learned positions; without effect where `alibi` or `rope` is on, as in MPT.
+        learned_pos_emb: Use a learned embedding for each position. Has no effect with `alibi` or `rope`.
         attn_config: The attention.
         ffn_config: The feed-forward network.
-        logit_scale: Factor on the logits; `inv_sqrt_d_model` is 1 / sqrt(d_model).
-        no_bias: Leave out every bias, of matrices and of norms.
-        attention_bias: Bias of `Wqkv` alone (`out_proj` follows `no_bias`). Default: the opposite of
+        logit_scale: Factor on the logits; `inv_sqrt_d_model` is 1 / sqrt(d_model). Default: 1.
+        no_bias: Use no biases, neither in matrices nor in norms.
+        attention_bias: Whether `Wqkv` has a bias; `out_proj` follows `no_bias`. Default: the opposite of
             `no_bias`.
-        embedding_fraction: Share of the gradient that reaches the embedding
+        embedding_fraction: Fraction of the gradient that reaches the embedding
             (https://arxiv.org/abs/2210.02414).
-        norm_type: The norm; `low_precision_*` computes in the compute dtype under autocast.
-        norm_eps: Added to the variance before its root.
-        init_config: How a new network's weights are drawn.
-        tie_word_embeddings: The logits' matrix is the embedding.
-        final_logit_softcapping: Logits become cap * tanh(logit / cap).
+        norm_type: The norm. With autocast, `low_precision_*` computes in the low precision.
+        norm_eps: Added to the variance before the square root.
+        init_config: How the weights of a new network are initialized.
+        tie_word_embeddings: Use the embedding as the output projection, too.
+        final_logit_softcapping: Cap of the logits: they become cap * tanh(logit / cap). Default: no cap.
     """
 
     d_model: int = 2048
@@ -298,11 +286,7 @@ class MPTConfig:
     tie_word_embeddings: bool = True
     final_logit_softcapping: float | None = None
 
-    def __post_init__(self) -> None:
-        refuse_problems(self)
-
     def rules(self) -> Rules:
-        """The rules of this section."""
         sizes = ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size", "head_dim")
         yield from positive(self, _WHOLE, *sizes)
         yield from positive(self, _POSITIVE, "expansion_ratio", "norm_eps")
@@ -401,7 +385,7 @@ class MPTConfig:
         return replace(self, head_dim=head_dim, attn_config=attention)
 
 
-# No model is larger, and counting the parameters of one would use up the machine's memory.
+# Any model is smaller. Counting the parameters of a larger one would use up the machine's memory.
 _LARGEST = {
     "n_layers": 10_000,
     "n_heads": 100_000,
@@ -475,7 +459,7 @@ def from_values(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:
         if key not in types_of:
             if value is None:
                 continue
-            raise ValueError(f"{path}{key}: {value!r}. No such switch of MPT is known here.")
+            raise ValueError(f"{path}{key}: {value!r}. MPT has no such option here.")
         inner = next((t for t in _alternatives(types_of[key]) if is_dataclass(t)), None)
         if inner is None:
             if not _fits(value, types_of[key]):

@@ -1,7 +1,7 @@
-"""Task heads as plain values: what a network has instead of its output projection.
+"""Options of task heads, which replace a network's output projection.
 
-The names are transformers' (`num_labels`, `problem_type`, `id2label`), and so are the weights' names. Like
-config.py, this module imports only the standard library and raises ValueError for impossible values.
+The names of the options (`num_labels`, `problem_type`, `id2label`) and of the weights are transformers'. Like
+config.py, this module imports only the standard library and raises ValueError for invalid values.
 """
 
 from __future__ import annotations
@@ -43,15 +43,14 @@ class _LabelsConfig(HeadConfig):
     """A head with an output for each label.
 
     Attributes:
-        num_labels: Labels.
-        id2label: Their names, by number: `{0: negative, 1: positive}`. Default: LABEL_0, LABEL_1, ...
+        num_labels: Number of labels.
+        id2label: Name of each label by number: `{0: negative, 1: positive}`. Default: LABEL_0, LABEL_1, ...
     """
 
     num_labels: int = 2
     id2label: dict[str, str] | None = None
 
     def rules(self) -> Rules:
-        """The rules of this section."""
         yield from super().rules()
         yield from positive(self, "Use 1 or more.", "num_labels")
         yield self._names_of_labels()
@@ -94,12 +93,12 @@ class _LabelsConfig(HeadConfig):
 
 @dataclass(frozen=True)
 class SequenceClassifierConfig(_LabelsConfig):
-    """An MPT that classifies texts, or rates them, by their last token.
+    """An MPT that classifies or rates texts, from the output for their last token.
 
     Attributes:
         name: The kind of model.
-        problem_type: What the labels are: numbers to come close to, one of `num_labels`, or any of them.
-            Default: `regression` with one label, `single_label_classification` with more.
+        problem_type: What a text is labelled with: numbers (`regression`), one label, or any number of
+            labels. Default: `regression` if `num_labels` is 1, else `single_label_classification`.
     """
 
     architecture: ClassVar[str] = "MptForSequenceClassification"
@@ -111,7 +110,6 @@ class SequenceClassifierConfig(_LabelsConfig):
     problem_type: ProblemType | None = None
 
     def rules(self) -> Rules:
-        """The rules of this section."""
         yield from super().rules()
         yield self._several_labels()
 
@@ -148,7 +146,6 @@ class TokenClassifierConfig(_LabelsConfig):
     classifier_dropout: float = 0.1
 
     def rules(self) -> Rules:
-        """The rules of this section."""
         yield from super().rules()
         yield self._several_labels()
         yield from probabilities(self, "classifier_dropout")
@@ -160,7 +157,7 @@ class TokenClassifierConfig(_LabelsConfig):
 
 @dataclass(frozen=True)
 class SpanFinderConfig(HeadConfig):
-    """An MPT that answers a question by a span of a text: it rates each token as its first and as its last.
+    """An MPT that answers a question with a span of a text: it rates each token as the first and as the last.
 
     Attributes:
         name: The kind of model.

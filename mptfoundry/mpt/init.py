@@ -51,14 +51,7 @@ def initialize_parameter(parameter: torch.Tensor, name: str, config: MPTConfig, 
 def draw(
     name: str, shape: tuple[int, ...], config: MPTConfig, seed: int, rows: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """Draw a weight, or some of its rows.
-
-    Args:
-        name: The parameter's full name.
-        shape: The whole parameter's shape.
-        config: The architecture, with the scheme.
-        seed: The network's seed.
-        rows: The rows to draw, as (start, stop); all if None.
+    """Draw the parameter with this full name and whole shape, or its rows from start to stop.
 
     Returns:
         (rows, ...) float32 on the CPU.

@@ -229,11 +229,13 @@ class MPT(nn.Module):
             ValueError: The arguments don't fit each other or the model.
         """
         batch, seq = input_ids.shape
+        documents = None
         if attention_mask is not None:
             attention_mask = attention_mask[:, -seq:].bool()
-        documents = number_documents(attention_mask, sequence_id, cache)
-        self._check(seq, cache, max_documents)
+        if attention_mask is not None or sequence_id is not None:
+            documents = number_documents(attention_mask, sequence_id, cache)
         if cache is not None:
+            _check_cache(cache, seq, max_documents)
             documents = cache.append_documents(documents, batch, seq)
             if prefix_mask is not None:
                 prefix_mask = F.pad(prefix_mask, (cache.length, 0))
@@ -266,12 +268,11 @@ class MPT(nn.Module):
         correct = None if correct is None else correct.view_as(labels)
         return MPTOutput(loss=loss, token_loss=token_loss.view_as(labels), token_correct=correct)
 
-    def _check(self, seq: int, cache: KVCache | None, max_documents: int | None) -> None:
-        """Raise ValueError for arguments that don't fit the cache."""
-        if cache is None:
-            return
-        keys = cache.length + seq
-        if max_documents is not None:
-            raise ValueError("max_documents: it is a number for whole rows and can't be given with a cache.")
-        if keys > cache.max_len:
-            raise ValueError(f"cache: {keys} tokens don't fit into its {cache.max_len}.")
+
+def _check_cache(cache: KVCache, seq: int, max_documents: int | None) -> None:
+    """Raise ValueError for arguments that don't fit the cache."""
+    keys = cache.length + seq
+    if max_documents is not None:
+        raise ValueError("max_documents: it is a number for whole rows and can't be given with a cache.")
+    if keys > cache.max_len:
+        raise ValueError(f"cache: {keys} tokens don't fit into its {cache.max_len}.")

@@ -18,8 +18,6 @@ from composer.loggers import Logger
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mptfoundry.errors import ConfigError
-
 # Avoids division by zero; PyTorch's clip_grad_norm_ uses the same value.
 EPSILON = 1e-6
 
@@ -40,11 +38,6 @@ class GradientClipping(Algorithm):
     """
 
     def __init__(self, clipping_type: ClippingType = "norm", clipping_threshold: float | None = None) -> None:
-        if clipping_threshold is not None and clipping_threshold <= 0:
-            raise ConfigError(
-                f"algorithms.gradient_clipping.clipping_threshold: {clipping_threshold} is not positive. "
-                "Use a number above 0."
-            )
         self.clipping_type = clipping_type
         self.clipping_threshold = clipping_threshold
         self.grad_norm: Tensor | None = None
@@ -66,25 +59,20 @@ class GradientClipping(Algorithm):
     @torch.no_grad()
     def _clip(self, state: State) -> None:
         threshold = self.clipping_threshold
-        by_norm = threshold if self.clipping_type == "norm" else None
         gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
         self.grad_norm = global_norm(gradients)
-        if by_norm is not None:
-            scale_to_norm(gradients, self.grad_norm, by_norm)
-        if threshold is None or self.clipping_type == "norm":
+        if threshold is None:
             return
-        if self.clipping_type == "value":
+        if self.clipping_type == "norm":
+            scale_to_norm(gradients, self.grad_norm, threshold)
+        elif self.clipping_type == "value":
             clamp(state.model.parameters(), threshold)
         else:
             apply_gradient_clipping(state.model, "adaptive", threshold, fsdp_enabled=False)
 
 
 def global_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The Euclidean norm of all gradients together, a 0-d float32 tensor on their device.
-
-    Args:
-        gradients: Tensors of any shapes; each shard of a DTensor counts once.
-    """
+    """The Euclidean norm of all gradients together, 0-d float32; a shard of a DTensor counts once."""
     if not gradients:
         return torch.zeros(())
     groups: dict[tuple, list[Tensor]] = {}
@@ -105,13 +93,7 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, threshold: float) -> None:
-    """Scale gradients in place by `threshold / norm` where that is below 1.
-
-    Args:
-        gradients: Tensors of any shapes, DTensors included.
-        norm: Their norm, 0-d.
-        threshold: The maximum norm.
-    """
+    """Scale gradients, with this norm (0-d), in place by `threshold / norm` where that is below 1."""
     scale = (threshold / (norm + EPSILON)).clamp(max=1.0)
     if scale.device.type == "cpu" and scale == 1:
         return

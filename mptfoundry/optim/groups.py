@@ -12,8 +12,6 @@ from typing import Any
 
 from torch import nn
 
-from mptfoundry.errors import ConfigError
-
 
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
@@ -23,7 +21,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Freeze the parameters that match `disable_grad`, and split the rest into optimizer groups.
 
-    Config checks ensure that every pattern matches a parameter, and that some parameters stay trainable.
+    Config checks ensure that each pattern has parameters, and that some parameters stay trainable.
 
     Args:
         named_parameters: Names and parameters, as from `module.named_parameters()`.
@@ -34,9 +32,6 @@ def parameter_groups(
     Returns:
         The groups: first the parameters that no pattern matches, if any, with the optimizer's defaults,
         then one for each of `param_groups`, in their order.
-
-    Raises:
-        ConfigError: A pattern matches only parameters that are frozen or in an earlier group.
     """
     trainable = {}
     for name, parameter in named_parameters:
@@ -45,13 +40,9 @@ def parameter_groups(
         if parameter.requires_grad:
             trainable[name] = parameter
     groups = []
-    for i, group in enumerate(param_groups):
+    for group in param_groups:
         names = [name for name in trainable if re.search(group["param_str_match"], name)]
-        if not names:
-            raise ConfigError(
-                f"optimizer.param_groups[{i}].param_str_match: {group['param_str_match']} matches only "
-                "parameters that are frozen or in a group above. Move the group up, or take it out."
-            )
+        assert names
         options = {key: value for key, value in group.items() if key != "param_str_match"}
         groups.append({"params": [trainable.pop(name) for name in names], **options})
     return [{"params": list(trainable.values())}, *groups] if trainable else groups

@@ -24,8 +24,6 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from mptfoundry.errors import ConfigError
-
 # The signs are a temporary tensor; updates in chunks of at most this many elements keep it small.
 ELEMENTS_AT_ONCE = 1 << 26
 
@@ -70,9 +68,6 @@ class DecoupledLionW(torch.optim.Optimizer):
         lr: The peak learning rate of the schedule. LION needs a tenth to a third of Adam's.
         betas: The momentum's coefficients: for the direction, and for the momentum's own update.
         weight_decay: Fraction of every weight that a step at full learning rate removes.
-
-    Raises:
-        ConfigError: A value is out of its range.
     """
 
     def __init__(
@@ -89,15 +84,7 @@ class DecoupledLionW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         # Sharding recreates groups in the middle of a schedule, where `lr` may be 0; `initial_lr` never is.
-        if group.setdefault("initial_lr", group["lr"]) <= 0:
-            raise ConfigError(f"optimizer.lr: {group['initial_lr']} is not positive. Use a number above 0.")
-        if not all(0 <= beta <= 1 for beta in group["betas"]):
-            raise ConfigError(f"optimizer.betas: {list(group['betas'])}. Use two numbers from 0 to 1.")
-        if not 0 <= group["weight_decay"] < 1:
-            raise ConfigError(
-                f"optimizer.weight_decay: {group['weight_decay']}. Use 0 or more and less than 1: it is the "
-                "share of every weight that is taken in a step at full learning rate."
-            )
+        assert group.setdefault("initial_lr", group["lr"]) > 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

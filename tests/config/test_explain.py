@@ -7,7 +7,7 @@ import pytest
 
 from mptfoundry.config import verbs
 from mptfoundry.config.engine.schema import describe, field_types, meanings, walk_keys
-from mptfoundry.config.engine.signatures import ALGORITHMS, CALLBACKS, LOGGERS
+from mptfoundry.config.engine.signatures import CALLBACKS, LOGGERS
 from mptfoundry.config.explain import explain, options_of
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
@@ -39,7 +39,7 @@ def test_every_type_has_words(cls: type) -> None:
 def test_a_key_is_explained_with_meaning_type_and_default() -> None:
     assert explain("model.attn_config.alibi") == (
         "model.attn_config.alibi\n"
-        "    Attention with linear biases (https://arxiv.org/abs/2108.12409) in place of positions.\n"
+        "    Attention with linear biases (https://arxiv.org/abs/2108.12409) instead of positions.\n"
         "    type: true or false\n"
         "    default: false"
     )
@@ -75,10 +75,10 @@ def test_names_and_indices_of_the_user_are_understood() -> None:
 
 def test_composers_classes_are_explained_by_their_signatures() -> None:
     assert "window_size: a whole number; default 100" in explain("callbacks.speed_monitor")
-    assert "monitor: text; has to be given" in explain("early_stopper.monitor")
+    assert "monitor: text; required" in explain("early_stopper.monitor")
 
 
-@pytest.mark.parametrize("name", [*CALLBACKS, *LOGGERS, *ALGORITHMS])
+@pytest.mark.parametrize("name", [*CALLBACKS, *LOGGERS])
 def test_every_class_is_explained_by_a_sentence(name: str) -> None:
     sentence = explain(name).split("\n")[1].strip()
     assert len(sentence) > 10 and sentence[0].isupper() and ":`" not in sentence and "``" not in sentence
@@ -95,7 +95,7 @@ def test_an_unknown_key_gets_the_nearest_ones() -> None:
 
 def test_the_options_of_a_verb_are_listed_from_its_class() -> None:
     text = options_of(verbs.ExportConfig)
-    assert "  model: text; has to be given\n      Folder of a run, a checkpoint, an exported folder" in text
+    assert "  model: text; required\n      Folder of a run, a checkpoint, an exported folder" in text
     assert "  dtype: bf16, fp16 or fp32; default bf16\n" in text
 
 

@@ -45,7 +45,7 @@ def test_several_evaluation_loaders_need_labels_of_their_own(problems: Problems)
     data = "dataset: {local: x}"
     more = f"eval_loader: [{{{data}}}, {{label: a, {data}}}, {{label: a, {data}}}]"
     assert problems(more) == (
-        "run.yaml:25: eval_loader[0].label: is missing. Each of several loaders needs a label of its own.",
+        "run.yaml:25: eval_loader[0].label: is missing. Each of several loaders needs its own label.",
         "run.yaml:25: eval_loader[2].label: 'a' is another loader's. Use a label of its own.",
     )
 
@@ -84,8 +84,8 @@ def test_warmup_and_decay_have_to_fit_into_the_run(problems: Problems, t_decay: 
 def test_a_warmup_that_the_run_cuts_off_is_noted(write: Callable[..., str]) -> None:
     _, notes = load_train_config(write(), ["max_duration=5ba"])
     assert notes == [
-        "scheduler.t_warmup: 10ba is longer than the run, max_duration: 5ba: the learning rate never gets to "
-        "its top."
+        "scheduler.t_warmup: 10ba is longer than the run, max_duration: 5ba: the learning rate never "
+        "reaches its peak."
     ]
 
 

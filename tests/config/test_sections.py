@@ -15,6 +15,7 @@ from mptfoundry.config.engine.forms import parse_bytes, parse_count
 from mptfoundry.config.engine.schema import field_types
 from mptfoundry.config.optim import (
     DecoupledLionWConfig,
+    GradientClippingConfig,
     InvSqrtWithWarmupConfig,
     ParamGroupConfig,
     WarmupStableDecayConfig,
@@ -144,8 +145,8 @@ def test_replicas_and_shards_have_to_make_the_devices(keys: dict[str, Any]) -> N
     ("keys", "said"),
     [
         ({"state_dict_type": "sharded"}, "no shards to save"),
-        ({"mixed_precision": "PURE"}, r"is for shards, and NO_SHARD has replicas alone \(DDP\)"),
-        ({"forward_prefetch": True}, "is for shards"),
+        ({"mixed_precision": "PURE"}, r"only applies to shards, and NO_SHARD has none \(DDP\)"),
+        ({"forward_prefetch": True}, "only applies to shards"),
         ({"data_parallel_shard_degree": 4}, "cuts nothing"),
     ],
 )
@@ -213,6 +214,14 @@ def test_optimizers_refuse_values_that_cannot_be() -> None:
         DecoupledLionWConfig(lr=1, param_groups=(ParamGroupConfig(param_str_match="x", eps=1e-8),))
     with pytest.raises(ValueError, match=r"lr: 1e\+300 is too large\. Use 1000 or less"):
         DecoupledLionWConfig(lr=1e300)
+    with pytest.raises(ValueError, match=r"^lr: 0 is not positive"):
+        DecoupledLionWConfig(lr=0)
+    with pytest.raises(ValueError, match=r"^weight_decay: 1. Use 0 or more and less than 1"):
+        DecoupledLionWConfig(lr=1, weight_decay=1)
+    with pytest.raises(ValueError, match=r"^param_groups\[0\].lr: 0 is not positive"):
+        DecoupledLionWConfig(lr=1, param_groups=(ParamGroupConfig(param_str_match="x", lr=0),))
+    with pytest.raises(ValueError, match="clipping_threshold: 0 is not positive"):
+        GradientClippingConfig(clipping_type="norm", clipping_threshold=0)
     for rate in (
         {"lr": -1},
         {"lr": 1e300},
@@ -260,6 +269,8 @@ def test_every_form_of_decay_that_a_config_takes_is_one_of_the_schedules() -> No
 def test_the_inverse_square_root_is_not_counted_in_fractions_of_the_run() -> None:
     with pytest.raises(ValueError, match=r"t_scale: 0\.1dur is a fraction of the run"):
         InvSqrtWithWarmupConfig(t_warmup="1ba", t_scale="0.1dur", t_cooldown="1ba")
+    with pytest.raises(ValueError, match="t_scale: 0ba is not positive"):
+        InvSqrtWithWarmupConfig(t_warmup="1ba", t_scale="0ba", t_cooldown="1ba")
 
 
 def test_compile_takes_a_mode_or_options() -> None:

@@ -101,12 +101,18 @@ def test_a_pattern_that_names_nothing_or_everything_is_refused_before_the_run(pr
     (text,) = problems(words=("optimizer.disable_grad=.",))
     assert (
         text
-        == "command line: optimizer.disable_grad=.: every parameter is frozen. Leave one or more to learn."
+        == "command line: optimizer.disable_grad=.: every parameter is frozen. Leave at least one trainable."
     )
     (text,) = problems(words=("optimizer.param_groups=[{param_str_match: nrom_f, lr: 1}]",))
     assert "nrom_f matches no parameter. The nearest names are transformer.norm_f" in text
+    groups = "optimizer.param_groups=[{param_str_match: norm}, {param_str_match: norm_f}]"
+    (text,) = problems(words=(groups,))
+    assert "norm_f matches only parameters that are frozen or in a group above. Move the group up" in text
+    groups = "optimizer.param_groups=[{param_str_match: wte}]"
+    (text,) = problems(words=("optimizer.disable_grad=wte", groups))
+    assert "wte matches only parameters that are frozen" in text
     (text,) = problems(words=(*LORA, "optimizer.disable_grad=lora_"))
-    assert text.endswith("every parameter is frozen. Leave one or more to learn.")
+    assert text.endswith("every parameter is frozen. Leave at least one trainable.")
 
 
 def test_check_shows_what_is_learned(load: Load) -> None:

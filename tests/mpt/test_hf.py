@@ -384,7 +384,7 @@ def test_a_problem_type_that_was_given_stays(tmp_path: Path) -> None:
 
 
 def test_a_switch_that_no_mpt_has_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"attn_config.alibi_max: 3. No such switch of MPT is known here"):
+    with pytest.raises(ValueError, match=r"attn_config.alibi_max: 3. MPT has no such option here"):
         MPTFoundryConfig(attn_config={"alibi_max": 3})
     sections = {"attn_config": {"alibi": True}, "ffn_config": {"ffn_act_fn": {"approximate": "tanh"}}}
     made = MPTFoundryConfig(**sections, learned_pos_emb=False)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from torch import nn
 
-from mptfoundry.errors import ConfigError
 from mptfoundry.optim.groups import parameter_groups
 
 
@@ -43,13 +41,3 @@ def test_frozen_parameters_have_no_gradient_and_no_group() -> None:
     assert not module["wte"].weight.requires_grad
     assert not module["norm_f"].bias.requires_grad
     assert {id(p) for p in group["params"]} == {id(p) for p in module["up_proj"].parameters()}
-
-
-def test_a_group_that_gets_nothing_is_refused() -> None:
-    with pytest.raises(
-        ConfigError, match=r"param_groups\[1\].*only parameters that are frozen or in a group"
-    ):
-        parameter_groups(
-            network().named_parameters(),
-            param_groups=[{"param_str_match": "."}, {"param_str_match": "norm"}],
-        )

@@ -25,32 +25,34 @@ _FORM = re.compile(r"\s*(\d[\d_]*(?:\.\d*)?(?:e[+-]?\d+)?|\.\d+)\s*([a-z]+)\s*")
 
 
 def parse_duration(value: int | str) -> tuple[float, str]:
-    """Split a duration into number and unit; a bare integer counts epochs.
-
-    The number is an int except for `dur`.
+    """Split a duration into number and unit; a bare integer counts epochs. Only `dur` takes a fraction.
 
     Raises:
         ValueError: The text is not a duration; the message says what is allowed.
     """
-    if isinstance(value, int):
-        if value < 0:
-            raise ValueError(f"{value} is negative. Expected {EXAMPLES}.")
-        if value > LARGEST:
-            raise ValueError(f"{value} is too large. Use {LARGEST} or less.")
+    if isinstance(value, int) and 0 <= value <= LARGEST:
         return value, "ep"
-    match = _FORM.fullmatch(value.lower())
-    if match is None or match[2] not in UNITS:
-        raise ValueError(f"'{value}' is not a duration. Expected {EXAMPLES}.")
-    number = float(match[1].replace("_", ""))
+    match = _FORM.fullmatch(str(value).lower())
+    number, unit = (float(match[1].replace("_", "")), match[2]) if match else (-1.0, "")
+    if unit == "dur" and number <= 1:
+        return number, unit
+    if unit in UNITS and unit != "dur" and number <= LARGEST and number % 1 == 0:
+        return int(number), unit
+    raise ValueError(_why_not_a_duration(value, number, unit))
+
+
+def _why_not_a_duration(value: int | str, number: float, unit: str) -> str:
+    if isinstance(value, int) and value < 0:
+        return f"{value} is negative. Expected {EXAMPLES}."
+    if isinstance(value, int):
+        return f"{value} is too large. Use {LARGEST} or less."
+    if unit not in UNITS:
+        return f"'{value}' is not a duration. Expected {EXAMPLES}."
     if number > LARGEST:
-        raise ValueError(f"'{value}' is too large. Use {LARGEST} or less.")
-    if match[2] == "dur":
-        if number > 1:
-            raise ValueError(f"'{value}' is more than the whole run, which is 1dur.")
-        return number, "dur"
-    if number % 1:
-        raise ValueError(f"'{value}' is not a whole number of {UNITS[match[2]]}.")
-    return int(number), match[2]
+        return f"'{value}' is too large. Use {LARGEST} or less."
+    if unit == "dur":
+        return f"'{value}' is more than the whole run, which is 1dur."
+    return f"'{value}' is not a whole number of {UNITS[unit]}."
 
 
 Duration = Annotated[int | str, Form(EXAMPLES, parse_duration)]

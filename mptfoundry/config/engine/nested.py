@@ -9,13 +9,7 @@ Path = tuple[Any, ...]
 
 
 def leaves(value: Any, path: Path = (), *, lists: bool = True) -> Iterator[tuple[Path, Any]]:
-    """Yield the path and value of each leaf; an empty dict or list is a leaf.
-
-    Args:
-        value: Dicts, lists and plain values.
-        path: The path of `value` itself.
-        lists: Whether to descend into lists; otherwise a list is a leaf.
-    """
+    """Yield the path and value of each leaf: an empty dict or list is one, and without `lists` any list."""
     items: Any = ()
     if isinstance(value, Mapping):
         items = value.items()

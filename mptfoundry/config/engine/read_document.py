@@ -105,15 +105,11 @@ def _read_file(path: Path, document: Document) -> DictConfig:
     text = read_text(path)
     try:
         node = yaml.compose(text, Loader=_Loader)
-    except yaml.MarkedYAMLError as error:
-        raise ConfigError(_unreadable(path, error)) from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: is not valid YAML: {first_line(error)}.") from None
-    if node is None:
-        raise ConfigError(f"{path}: is empty. A configuration has at least model, data and optimizer.")
+        raise ConfigError(_why_not_yaml(path, error)) from None
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{path}:{node.start_mark.line + 1}: has no `key: value` lines at the top.")
-    _Lines(path, document).note(node)
+        raise ConfigError(_why_not_a_config(path, node))
+    _Lines(path, document).note(node, line=1)
     document.raise_problems()
     try:
         config = OmegaConf.create(text)
@@ -130,20 +126,22 @@ def read_text(path: Path) -> str:
         ConfigError: It is missing, unreadable or not UTF-8.
     """
     try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
+        return path.read_bytes().decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(_why_unreadable(path, error)) from None
+
+
+def _why_unreadable(path: Path, error: OSError | UnicodeDecodeError) -> str:
+    if isinstance(error, FileNotFoundError):
         near = difflib.get_close_matches(path.name, _yaml_names(path.parent), 1)
         hint = f" Did you mean {path.parent / near[0]}?" if near else ""
-        raise ConfigError(f"{path}: there is no such file.{hint}") from None
-    except IsADirectoryError:
-        raise ConfigError(f"{path}: is a folder. Name a YAML file.") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: can't be read: {error.strerror}.") from None
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ConfigError(f"{path}:{line}: is not UTF-8 text. Save the file as UTF-8.") from None
+        return f"{path}: there is no such file.{hint}"
+    if isinstance(error, IsADirectoryError):
+        return f"{path}: is a folder. Name a YAML file."
+    if isinstance(error, OSError):
+        return f"{path}: can't be read: {error.strerror}."
+    line = error.object.count(b"\n", 0, error.start) + 1
+    return f"{path}:{line}: is not UTF-8 text. Save the file as UTF-8."
 
 
 def _yaml_names(folder: Path) -> list[str]:
@@ -153,7 +151,15 @@ def _yaml_names(folder: Path) -> list[str]:
         return []
 
 
-def _unreadable(path: Path, error: yaml.MarkedYAMLError) -> str:
+def _why_not_a_config(path: Path, node: yaml.Node | None) -> str:
+    if node is None:
+        return f"{path}: is empty. A configuration has at least model, data and optimizer."
+    return f"{path}:{node.start_mark.line + 1}: has no `key: value` lines at the top."
+
+
+def _why_not_yaml(path: Path, error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError):
+        return f"{path}: is not valid YAML: {first_line(error)}."
     mark = error.problem_mark or error.context_mark
     line = f":{mark.line + 1}" if mark else ""
     problem = error.problem or error.context or "unreadable"
@@ -178,13 +184,22 @@ class _Lines:
         self.seen: dict[int, KeyPath] = {}
         self.values = 0
 
-    def note(self, node: yaml.Node, path: KeyPath = ()) -> None:
-        """Record everything below a node."""
+    def note(self, node: yaml.Node, line: int, path: KeyPath = ()) -> None:
+        """Record a value and everything below it."""
+        self.values += 1
         if len(path) > DEEPEST:
-            raise ConfigError(f"{self.file}:{node.start_mark.line + 1}: is nested too deeply, or in itself.")
+            raise ConfigError(f"{self.file}:{line}: is nested too deeply, or in itself.")
+        if self.values > MOST_VALUES:  # aliases of aliases can expand to billions of values
+            raise ConfigError(f"{self.file}:{line}: has more than {MOST_VALUES:,} values. Use fewer.")
+        self.note_alias(node)
+        self.seen.setdefault(id(node), path)
+        if path:
+            is_plain = isinstance(node, yaml.ScalarNode) and node.style not in ("'", '"')
+            written = node.value if is_plain else None
+            self.document.origins[path] = Origin(f"{self.file}:{line}", line, written)
         if isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
-                self.note_value(item, item.start_mark.line + 1, (*path, index))
+                self.note(item, item.start_mark.line + 1, (*path, index))
         elif isinstance(node, yaml.MappingNode):
             self.note_mapping(node, path)
 
@@ -194,19 +209,24 @@ class _Lines:
         for key, value in node.value:
             line = key.start_mark.line + 1
             if not isinstance(key, yaml.ScalarNode):
-                raise ConfigError(f"{self.file}:{line}: a key has to be a plain name.")
+                raise ConfigError(f"{self.file}:{line}: a key must be a plain name.")
             if key.value in lines:
                 where = f"{self.file}:{line}: {dotted((*path, key.value))}"
                 text = f"{where}: is given twice, in lines {lines[key.value]} and {line}. Remove one."
                 self.document.problems.append((Origin(where, line), text))
             lines[key.value] = line
             if key.value == "<<":
-                for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
-                    self.note_alias(merged)
-                    self.note_lost(merged, node, path)
-                    self.note(merged, path)
+                self.note_merged(value, node, path)
             else:
-                self.note_value(value, line, (*path, key.value))
+                self.note(value, line, (*path, key.value))
+
+    def note_merged(self, value: yaml.Node, node: yaml.MappingNode, path: KeyPath) -> None:
+        """Record the keys that `<<` takes from other sections."""
+        for merged in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+            self.note_alias(merged)
+            self.note_lost(merged, node, path)
+            if isinstance(merged, yaml.MappingNode):
+                self.note_mapping(merged, path)
 
     def note_lost(self, merged: yaml.Node, node: yaml.MappingNode, path: KeyPath) -> None:
         """Record keys of a merged section that have no effect, because a section here replaces it."""
@@ -219,17 +239,6 @@ class _Lines:
                     place = f"{self.file}:{name.start_mark.line + 1}: {dotted((*path, key.value))}"
                     text = f"a merged section, whose {', '.join(map(str, lost))} has no effect"
                     self.document.notes.append(f"{place}: takes the place of {text}.")
-
-    def note_value(self, node: yaml.Node, line: int, path: KeyPath) -> None:
-        """Record a value and everything below it."""
-        self.values += 1
-        if self.values > MOST_VALUES:  # aliases of aliases can expand to billions of values
-            raise ConfigError(f"{self.file}:{line}: has more than {MOST_VALUES:,} values. Use fewer.")
-        is_plain = isinstance(node, yaml.ScalarNode) and node.style not in ("'", '"')
-        self.note_alias(node)
-        self.seen.setdefault(id(node), path)
-        self.document.origins[path] = Origin(f"{self.file}:{line}", line, node.value if is_plain else None)
-        self.note(node, path)
 
     def note_alias(self, node: yaml.Node) -> None:
         """Record an alias: a node that occurs again refers to its first key."""
@@ -338,7 +347,7 @@ def _interpolated(node: Any, key: Any, raw: str, path: KeyPath, document: Docume
 
 def _unresolved(raw: str, error: Exception, document: Document) -> str:
     if raw == "???":
-        return "has to be given, for example on the command line."
+        return "is required. Give it, for example on the command line."
     reference = re.search(r"\$\{([\w.\[\]]+)\}", raw)
     if "Interpolation key" in str(error) and reference:
         known = [dotted(path) for path in document.origins]

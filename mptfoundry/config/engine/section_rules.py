@@ -12,10 +12,10 @@ from contextlib import suppress
 from typing import Any
 
 from mptfoundry.config.engine.schema import field_types
-from mptfoundry.mpt.config import Problem, Rules, at_least, in_words, only_one, refuse_problems
+from mptfoundry.mpt.config import Problem, Rules, Section, at_least, in_words, only_one
 
-__all__ = ["Problem", "Rules", "at_least", "at_most", "broken_rules", "in_words", "not_empty", "only_one"]
-__all__ += ["refuse_problems"]
+__all__ = ["Problem", "Rules", "Section", "at_least", "at_most", "broken_rules", "in_words"]
+__all__ += ["not_empty", "only_one"]
 
 
 class _NoValueError(Exception):
@@ -49,8 +49,6 @@ def broken_rules(cls: Any, values: Mapping[str, Any]) -> Iterator[Problem]:
 
     If a field breaks a rule that reads no other field, it counts as invalid for the following rules.
     """
-    if not hasattr(cls, "rules"):
-        return
     view = _View(cls, values)
     for rule in cls.rules(view):
         view._asked.clear()

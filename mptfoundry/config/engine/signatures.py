@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mptfoundry.config.engine.forms import Form
+from mptfoundry.config.engine.section_rules import Section
 
 CALLBACKS: dict[str, str] = {
     "activation_monitor": "composer.callbacks.activation_monitor:ActivationMonitor",
@@ -45,12 +46,9 @@ LOGGERS: dict[str, str] = {
     "tensorboard": "mptfoundry.callbacks.tensorboard:TensorBoardFile",
     "wandb": "composer.loggers.wandb_logger:WandBLogger",
 }
-ALGORITHMS: dict[str, str] = {
-    "gradient_clipping": "composer.algorithms.gradient_clipping.gradient_clipping:GradientClipping",
-}
 _MIX = "a run has one data mix. Start a second run from load_path."
 _REMOVE = "nothing here does what it does. Remove it."
-# llm-foundry's callbacks, loggers and algorithms that are not supported, and why or what to use instead.
+# llm-foundry's callbacks and loggers that are not supported, and why or what to use instead.
 REFUSED_CALLBACKS: dict[str, str] = {
     "async_eval": "runs evaluate as they go. Use eval_interval.",
     "curriculum_learning": _MIX,
@@ -70,11 +68,6 @@ REFUSED_CALLBACKS: dict[str, str] = {
 REFUSED_LOGGERS: dict[str, str] = {
     "mosaicml": "it belongs to a vendor's platform. Remove it; metrics.jsonl is always written.",
 }
-REFUSED_ALGORITHMS: dict[str, str] = {
-    "alibi": "it does nothing to an MPT. Set model.attn_config.alibi: true.",
-    "gated_linear_units": "it does nothing to an MPT. Set model.ffn_config.ffn_type: mptglu.",
-    "low_precision_layernorm": "it changes the model. Set model.norm_type: low_precision_layernorm.",
-}
 # Arguments that the builder supplies, by class.
 GIVEN: dict[str, tuple[str, ...]] = {
     "mptfoundry.callbacks.samples:Generate": ("generate",),
@@ -93,7 +86,6 @@ EXTRA: dict[str, dict[str, type]] = {
 }
 # Types that are narrower than their annotations, by class.
 NARROWED: dict[str, dict[str, Any]] = {
-    ALGORITHMS["gradient_clipping"]: {"clipping_type": Literal["norm", "value"]},
     CALLBACKS["hf_checkpointer"]: {"precision": Literal["float32", "float16", "bfloat16"]},
 }
 
@@ -129,7 +121,7 @@ def described(name: str, where: str) -> type:
             with_default = () if default is None else (field(default=ast.unparse(default)),)
             arguments.append((argument, type_, *with_default))
     arguments += [(key, type_, field(default="None")) for key, type_ in EXTRA.get(where, {}).items()]
-    return make_dataclass(name, arguments, kw_only=True)
+    return make_dataclass(name, arguments, bases=(Section,), kw_only=True)
 
 
 @cache

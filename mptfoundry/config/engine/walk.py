@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -45,13 +46,10 @@ class _MismatchError(Exception):
 
 
 def build(schema: type[T], document: Document, refused: Refused | None = None) -> T:
-    """Build `schema` from the document.
+    """Build the dataclass `schema` from the document.
 
-    Args:
-        schema: The dataclass.
-        document: The document to read.
-        refused: Known but unsupported options, and why: (class name, key), (top section, its `name`) or
-            (key, value).
+    `refused` has known but unsupported options, and why: (class name, key), (top section, its `name`) or
+    (key, value).
 
     Raises:
         ConfigError: All problems of the document, each with its place.
@@ -145,15 +143,11 @@ class _Walk:
             elif default_of(field) is MISSING:
                 invalid.add(field.name)
                 self.missing_key(cls, (*path, field.name))
-        why = ""
         if not invalid:
-            try:
+            with suppress(ValueError):
                 return cls(**valid)
-            except ValueError as error:
-                why = str(error)
         defaults = {f.name: default_of(f) for f in fields(cls) if f.name not in invalid}
-        if not self.broken_rules(cls, defaults | valid, path) and why:
-            self.document.report(path, why)  # of a class without rules
+        self.broken_rules(cls, defaults | valid, path)
         return INVALID
 
     def missing_key(self, cls: type, path: KeyPath) -> None:
@@ -162,15 +156,13 @@ class _Walk:
         text = f"is missing. Expected {describe(field_types(cls)[key])}. {meanings(cls).get(key, '')}"
         self.document.report(path, text.rstrip())
 
-    def broken_rules(self, cls: type, valid: dict[str, Any], path: KeyPath) -> bool:
-        """Report all rules that the valid fields break; returns whether there are any."""
-        problems = list(broken_rules(cls, valid))
-        for key, text in problems:
+    def broken_rules(self, cls: type, valid: dict[str, Any], path: KeyPath) -> None:
+        """Report all rules that the valid fields break."""
+        for key, text in broken_rules(cls, valid):
             if isinstance(key, tuple):
                 self.document.report(path, in_words(key, text), at=(*path, key[0]))
             else:
                 self.document.report((*path, *parse_key(key)), text)
-        return bool(problems)
 
     def member(self, member: Any, value: Any, path: KeyPath) -> Any:
         """The value converted to one member of a union; raises _MismatchError if it doesn't fit."""
@@ -282,13 +274,10 @@ class _Walk:
                 self.document.report((*path, name), text)
 
     def text(self, value: Any, path: KeyPath) -> str:
-        """A text. Numbers, and unquoted words of the command line, are taken as written."""
+        """A text; numbers are taken as written."""
         origin = self.document.origin(path)
-        if _is_a_list_or_mapping(value, origin):
-            raise _MismatchError
-        if origin.is_word and origin.written and origin.expression is None and value is not None:
-            is_quoted = isinstance(value, str) and origin.written[0] in "\"'"
-            return value if is_quoted else origin.written
+        if origin.is_word:
+            value = _text_of_word(value, origin)
         if isinstance(value, str):
             return value
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -361,6 +350,16 @@ def _number(member: Any, value: Any) -> Any:
     if member is int and math.isfinite(value) and value == int(value):
         return int(value)
     raise _MismatchError
+
+
+def _text_of_word(value: Any, origin: Origin) -> Any:
+    """The value of a command-line word where text is expected: the word as written, unless it is quoted."""
+    if _is_a_list_or_mapping(value, origin):
+        raise _MismatchError
+    is_quoted = isinstance(value, str) and (origin.written or "")[:1] in ("'", '"')
+    if not origin.written or origin.expression is not None or value is None or is_quoted:
+        return value
+    return origin.written
 
 
 def _is_a_list_or_mapping(value: Any, origin: Origin) -> bool:

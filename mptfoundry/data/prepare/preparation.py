@@ -31,9 +31,6 @@ from mptfoundry.tokenizer import (
     spelled,
 )
 
-COMPRESSIONS = ("br", "bz2", "snappy", "zstd")
-
-
 # These options affect the bytes of the shards, so the index stores them.
 OPTIONS = (
     *("max_seq_len", "split", "text_key", "held_out", "held_out_split"),
@@ -105,13 +102,12 @@ class Preparation:
 
 
 def plan_preparation(config: PrepareConfig) -> Preparation:
-    """Check the options, load the tokenizer, and find the inputs.
+    """Load the tokenizer, and find the inputs.
 
     Raises:
         ConfigError: The tokenizer can't be loaded.
-        DataError: An option or an input is invalid.
+        DataError: An input is invalid.
     """
-    _check_options(config)
     tokenizer: Any = load_tokenizer(config.tokenizer)
     borders = document_borders(tokenizer, add_bos=config.add_bos, add_eos=config.add_eos)
     options = {name: getattr(config, name) for name in OPTIONS}
@@ -295,23 +291,3 @@ def _describe_inputs(inputs: Mapping[str, Any] | None) -> str:
         if inputs
         else "unknown"
     )
-
-
-def _check_options(config: PrepareConfig) -> None:
-    if config.max_seq_len < 2:
-        raise DataError(
-            f"max_seq_len: {config.max_seq_len} leaves nothing to predict. Use 2 or more, such as 2048."
-        )
-    if not 0 <= config.held_out < 1:
-        raise DataError(f"held_out: {config.held_out} is not a share from 0 to 1. Use one such as 0.01.")
-    for key in ("split", *["held_out_split"] * bool(config.held_out)):
-        name = getattr(config, key)
-        if not name or Path(name).name != name or name.startswith("."):
-            raise DataError(f"{key}: {name!r} is not the name of a folder. Use one such as train or val.")
-    if config.held_out and config.split == config.held_out_split:
-        raise DataError(f"held_out_split: it has the same name as split, {config.split!r}. Use another.")
-    if config.bad_input not in ("error", "skip"):
-        raise DataError(f"bad_input: {config.bad_input!r} is not allowed. Use error or skip.")
-    compression = config.compression
-    if compression is not None and compression.split(":")[0] not in COMPRESSIONS:
-        raise DataError(f"compression: {compression!r} is not allowed. Use one of {', '.join(COMPRESSIONS)}.")

@@ -26,6 +26,7 @@ META_KEY = "mptfoundry"
 LARGEST_SHARD = 2**32 - 1
 # Maximum bytes in a file name on common file systems.
 LONGEST_NAME = 255
+AGAIN = "Prepare or fetch the folder again."
 INTEGER_DTYPES = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
 
 
@@ -105,11 +106,7 @@ def narrowest_dtype(vocab_size: int) -> str:
 
 
 def read_index(folder: str | Path, where: str) -> ShardIndex:
-    """Read and check `folder/index.json`.
-
-    Args:
-        folder: The folder of one split.
-        where: The stream's key in the config, for errors: `train_loader.dataset.streams.code`.
+    """Read and check `folder/index.json`; `where` is the stream's key in the config, for errors.
 
     Raises:
         DataError: The index is missing, half prepared, damaged or empty, names files outside its folder, or
@@ -123,21 +120,18 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
         content = json.loads(path.read_text(encoding="utf-8"))
         check_index_keys(content)
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: {path} is damaged: {first_line(error)}. Prepare or fetch the folder again."
-        ) from error
+        raise DataError(f"{where}: {path} is damaged: {first_line(error)}. {AGAIN}") from error
     shards = content["shards"]
-    for shard in shards:
-        _check_entry(shard, path, where)
+    for problem in filter(None, map(_problem_of_entry, shards)):
+        raise DataError(f"{where}: {path} {problem}")
     samples = sum(shard["samples"] for shard in shards)
     if samples == 0:
         raise DataError(f"{where}: {folder} holds no samples. Prepare more text than max_seq_len tokens.")
-    _refuse_pickles(shards, path, where)
     meta = _read_meta(content.get(META_KEY), path, where)
     if meta is not None and meta.samples != samples:
         raise DataError(
             f"{where}: {path} is damaged: its shards hold {samples:,} samples, and {META_KEY} says "
-            f"{meta.samples:,}. Prepare or fetch the folder again."
+            f"{meta.samples:,}. {AGAIN}"
         )
     return ShardIndex(folder, shards, meta)
 
@@ -164,8 +158,8 @@ def refuse_slice(split: str | None, where: str) -> None:
     """Raise DataError if the split of a local dataset is a slice, such as `train[:50%]`."""
     if split and "[" in split:
         raise DataError(
-            f"{where}: {split}: slices are read from data sets of the hub alone. "
-            f"Use {split.partition('[')[0]}, and put what is to be read into a file of its own."
+            f"{where}: {split}: only data sets on the hub can be read in slices. "
+            f"Use {split.partition('[')[0]}, and put the samples to read into their own file."
         )
 
 
@@ -191,41 +185,38 @@ def check_shard_files(index: ShardIndex, where: str, *, by_hash: bool = True, ti
         algorithm = fastest_hash(entry["hashes"]) if by_hash else None
         return problem_of(folder / entry["basename"], entry, algorithm)
 
-    found = problems_of(map(stored, index.shards), look, lambda entry: entry["bytes"], title=title)
-    refuse(where, [f"{folder / entry['basename']} {problem}" for entry, problem in found])
+    problems = problems_of(map(stored, index.shards), look, lambda entry: entry["bytes"], title=title)
+    refuse(where, [f"{folder / entry['basename']} {problem}" for entry, problem in problems])
 
 
-def _check_entry(shard: Mapping[str, Any], path: Path, where: str) -> None:
-    """Raise DataError if an index entry is outside its folder or impossible."""
+def _problem_of_entry(shard: Mapping[str, Any]) -> str | None:
+    """Why a shard of the index must not be read, after the index's name; None if it may."""
     samples, raw, packed = shard["samples"], shard["raw_data"], shard["zip_data"]
     if shard["format"] != "mds":
-        raise DataError(
-            f"{where}: {path} is of {shortened(shard['format'])} shards. Only mds shards are read."
-        )
+        return f"is of {shortened(shard['format'])} shards. Only mds shards are read."
     for part in filter(None, (raw, packed)):
-        name = part["basename"]
-        parts = name.split("/")
-        if {"", ".", "..", INDEX} & set(parts) or "\\" in name or "\0" in name:
-            raise DataError(
-                f"{where}: {path} names the shard {shortened(name)}, which lies outside its folder. Don't "
-                "use it."
-            )
-        if max(map(len, map(os.fsencode, parts))) > LONGEST_NAME:
-            raise DataError(
-                f"{where}: {path} names the shard {shortened(name)}, which is longer than a file's name "
-                "can be. Prepare or fetch the folder again."
-            )
+        if problem := _problem_of_name(part["basename"]):
+            return f"names the shard {shortened(part['basename'])}, which {problem}"
     if packed and str(shard["compression"]).split(":")[0] not in CODECS:
-        raise DataError(
-            f"{where}: {path} names the compression {shortened(shard['compression'])}. Known are "
-            f"{', '.join(CODECS)}."
-        )
+        return f"names the compression {shortened(shard['compression'])}. Known are {', '.join(CODECS)}."
     # A shard starts with the number of samples, the offset of each sample, and the offset of the end.
     if not 4 * samples + 8 <= raw["bytes"] <= LARGEST_SHARD:
-        raise DataError(
-            f"{where}: {path} says that {raw['basename']} holds {samples} samples in {raw['bytes']} bytes, "
-            "which can't be. Prepare or fetch the folder again."
-        )
+        size = f"{samples} samples in {raw['bytes']} bytes"
+        return f"says that {raw['basename']} holds {size}, which can't be. {AGAIN}"
+    for name, encoding in zip(shard["column_names"], shard["column_encodings"], strict=True):
+        if encoding.partition(":")[0] == "pkl":
+            text = f"the column {shortened(name)} is pickled, and reading it could run code"
+            return f"is refused, since {text}. Write it in another encoding."
+    return None
+
+
+def _problem_of_name(name: str) -> str | None:
+    parts = name.split("/")
+    if {"", ".", "..", INDEX} & set(parts) or "\\" in name or "\0" in name:
+        return "lies outside its folder. Don't use it."
+    if max(map(len, map(os.fsencode, parts))) > LONGEST_NAME:
+        return f"is longer than a file's name can be. {AGAIN}"
+    return None
 
 
 def _read_meta(content: Any, path: Path, where: str) -> ShardMeta | None:
@@ -238,17 +229,6 @@ def _read_meta(content: Any, path: Path, where: str) -> ShardMeta | None:
     return ShardMeta(
         **{field.name: content[field.name] for field in fields(ShardMeta) if field.name in content}
     )
-
-
-def _refuse_pickles(shards: Sequence[Mapping[str, Any]], path: Path, where: str) -> None:
-    """Raise DataError if reading a sample would unpickle data, which can run code."""
-    for shard in shards:
-        for name, encoding in zip(shard["column_names"], shard["column_encodings"], strict=True):
-            if encoding.partition(":")[0] == "pkl":
-                raise DataError(
-                    f"{where}: {path}: refused, since the column {shortened(name)} is pickled, and "
-                    "reading it could run code. Write it in another encoding."
-                )
 
 
 def _why_no_index(folder: Path) -> str:

@@ -78,7 +78,7 @@ def check_index_keys(content: Any) -> None:
             if shard[part] is not None:
                 check_keys(shard[part], _FILE, f"{place}.{part}")
         if len({len(shard[f"column_{what}"]) for what in ("names", "encodings", "sizes")}) > 1:
-            raise ValueError(f"{place} has not as many column_names as column_encodings and column_sizes")
+            raise ValueError(f"{place}: column_names, column_encodings and column_sizes differ in length")
 
 
 def check_keys(
@@ -86,12 +86,12 @@ def check_keys(
 ) -> None:
     """Raise ValueError unless a value is an object with these keys. Streaming refuses others in a shard."""
     if not isinstance(value, dict):
-        raise ValueError(f"{place} is {shortened(value)}, and has to be an object")
+        raise ValueError(f"{place} is {shortened(value)}, but must be an object")
     for key, (words, is_kind) in kinds.items():
         if key not in value:
             raise ValueError(f"{place} lacks the key {key!r}")
         if not is_kind(value[key]):
-            raise ValueError(f"{place}: {key} is {shortened(value[key])}, and has to be {words}")
+            raise ValueError(f"{place}: {key} is {shortened(value[key])}, but must be {words}")
     unknown = [key for key in value if key not in kinds]
     if unknown and others == "refused":
         raise ValueError(f"{place} has the unknown key {shortened(unknown[0])}")

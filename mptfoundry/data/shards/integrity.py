@@ -137,7 +137,7 @@ def problems_of(
     from tqdm import tqdm  # slow to import, and reading an index doesn't need it
 
     items = list(items)
-    found = []
+    problems = []
     with (
         ThreadPoolExecutor(min(32, len(os.sched_getaffinity(0)))) as pool,
         tqdm(total=sum(map(size_of, items)), desc=title, unit="B", unit_scale=True, disable=not title) as bar,
@@ -145,8 +145,8 @@ def problems_of(
         for item, problem in zip(items, pool.map(look, items), strict=True):
             bar.update(size_of(item))
             if problem is not None:
-                found.append((item, problem))
-    return found
+                problems.append((item, problem))
+    return problems
 
 
 def refuse(where: str, problems: Iterable[str]) -> None:

@@ -32,7 +32,10 @@ def read_sample(sample: Mapping[str, Any], token_encoding_type: str, place: str)
     if "text" not in sample:
         columns = ", ".join(name[:40] for name in sorted(sample)[:9])
         raise DataError(f"{place} has the columns {columns}. Give shards with a column `tokens` or `text`.")
-    text = sample["text"]
+    return _stored_text(sample["text"], place)
+
+
+def _stored_text(text: Any, place: str) -> str:
     try:
         text = text.decode("utf-8") if isinstance(text, bytes) else text
     except UnicodeDecodeError as error:

@@ -88,13 +88,8 @@ class GuardedStream(Stream):
 
     def get_shards(self, world: Any, allow_unsafe_types: bool) -> list[Any]:
         """Fetch the index if it is missing, and check it before using any file it names."""
-        path = self.folder / INDEX
-        if not path.is_file() and not self.is_only_copy:
-            if world.is_local_leader:
-                self._download(INDEX).replace(path)
-            else:
-                text = f"{self.where}: {path} was not fetched by the first process of this node in time."
-                wait_for_file_to_exist(str(path), TICK, self.download_timeout + self.patience.seconds, text)
+        if not (self.folder / INDEX).is_file() and not self.is_only_copy:
+            self._fetch_index(world)
         index = read_index(self.folder, self.where)
         hashes = [dict(shard["zip_data"] or shard["raw_data"])["hashes"] for shard in index.shards]
         if self.verify != "off" and not all(map(fastest_hash, hashes)) and get_rank() == 0:
@@ -102,6 +97,14 @@ class GuardedStream(Stream):
                 "%s: its index has no hashes, so that only the sizes of files are checked.", self.where
             )
         return super().get_shards(world, allow_unsafe_types)
+
+    def _fetch_index(self, world: Any) -> None:
+        path = self.folder / INDEX
+        if world.is_local_leader:
+            self._download(INDEX).replace(path)
+        else:
+            text = f"{self.where}: {path} was not fetched by the first process of this node in time."
+            wait_for_file_to_exist(str(path), TICK, self.download_timeout + self.patience.seconds, text)
 
     def set_up_local(self, shards: list[Any], cache_usage_per_shard: Any) -> None:
         """List the local files. Streaming would delete unexpected ones, even if they are the only copy."""
@@ -158,13 +161,13 @@ class GuardedStream(Stream):
             log.warning("%s: the copy %s %s. It is fetched again.", self.where, path, problem)
         for _ in range(MOST_FETCHES):
             part = self._download(entry.basename)
-            found = self.problem(entry, part)
-            if found is None:
+            problem_again = self.problem(entry, part)
+            if problem_again is None:
                 part.replace(path)
                 return
             part.unlink()
         raise DataError(
-            f"{self.where}: {self._remote(entry.basename)} {found}, and so it was when fetched again. Fix "
+            f"{self.where}: {self._remote(entry.basename)} {problem_again}, also when fetched again. Fix "
             f"it there; if it was replaced there, remove {self.folder / INDEX} here."
         )
 
@@ -194,9 +197,9 @@ class GuardedStream(Stream):
         except (ValueError, OSError) as error:
             part.unlink(missing_ok=True)
             raise DataError(f"{self.where}: {source} can't be unpacked: {error}.") from error
-        found = self.problem(raw)
-        if found:
-            raise DataError(f"{self.where}: {source}, once unpacked, {found}. Prepare it again.")
+        problem = self.problem(raw)
+        if problem:
+            raise DataError(f"{self.where}: {source}, once unpacked, {problem}. Prepare it again.")
 
     def _remote(self, name: str) -> str:
         return os.path.join(self.remote or "", self.split, name)  # noqa: PTH118 -- a URL
@@ -267,7 +270,8 @@ class GuardedDataset(StreamingDataset):
             for (_, stream, entry), text in problems
             if stream.is_only_copy
         ]
-        refuse(self.where, [f"{path} {text}" for path, text in lost])
+        if lost:
+            refuse(self.where, [f"{path} {text}" for path, text in lost])
         if is_full:
             bad = {shard_id for (shard_id, _, _), _ in problems}
             good = [shard_id for shard_id, _, _ in files if shard_id not in bad]

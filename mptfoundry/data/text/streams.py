@@ -42,10 +42,6 @@ class ShardStream:
 def plan_streams(loader: TextLoaderConfig, where: str) -> list[ShardStream]:
     """Decide where to read each stream from, and read the indexes that are on this machine.
 
-    Args:
-        loader: The loader's section of the config.
-        where: The section's key, for errors.
-
     Raises:
         DataError: A local folder, its split or its index is missing, damaged or empty.
     """
@@ -104,7 +100,7 @@ def tokenizer_problem(index: ShardIndex, fingerprint: str) -> str | None:
 
 def warn_of_unknown(streams: Sequence[ShardStream]) -> None:
     """Warn on rank 0 about streams that can't be checked against the run's tokenizer."""
-    if streams and rank() == 0:
+    if rank() == 0:
         log.warning(
             "%s: made by another tool, so the tokenizer can't be compared; only the ids' range is checked.",
             ", ".join(stream.where for stream in streams),

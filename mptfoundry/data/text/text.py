@@ -112,8 +112,8 @@ class TextDataset(GuardedDataset):
         except Exception as error:  # a damaged sample can raise anything
             reason = first_line(self.background_error or error)
             raise DataError(f"{self._place(sample_id)} can't be read: {reason}.") from error
-        found = read_sample(sample, self.token_encoding_type, self._place(sample_id))
-        ids = self._ids_of_text(found) if isinstance(found, str) else found
+        content = read_sample(sample, self.token_encoding_type, self._place(sample_id))
+        ids = self._ids_of_text(content) if isinstance(content, str) else content
         if len(ids) > self.max_seq_len:
             raise DataError(
                 f"{self._place(sample_id)} has {len(ids)} tokens; max_seq_len is {self.max_seq_len}. "
@@ -201,7 +201,8 @@ def _check_streams(dataset: TextDataset, streams: Sequence[ShardStream], tokeniz
         if index.meta is None:
             unknown.append(stream)
             _check_some_samples(dataset, position, stream)
-    warn_of_unknown(unknown)
+    if unknown:
+        warn_of_unknown(unknown)
 
 
 def _check_some_samples(dataset: TextDataset, position: int, stream: ShardStream) -> None:

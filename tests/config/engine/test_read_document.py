@@ -172,7 +172,7 @@ def test_three_question_marks_have_to_be_given(
     problems: Callable[..., tuple[str, ...]], load: Callable[..., object]
 ) -> None:
     assert problems("save_folder: ???") == (
-        "run.yaml:25: save_folder: has to be given, for example on the command line.",
+        "run.yaml:25: save_folder: is required. Give it, for example on the command line.",
     )
     assert load("save_folder: ???", words=("save_folder=x",)).save_folder == "x"
 

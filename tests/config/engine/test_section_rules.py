@@ -11,22 +11,19 @@ import pytest
 from mptfoundry.config.engine.section_rules import (
     Problem,
     Rules,
+    Section,
     at_least,
     broken_rules,
     only_one,
-    refuse_problems,
 )
 
 
 @dataclass
-class Box:
+class Box(Section):
     width: int = 1
     height: int = 1
     depth: int | None = None
     volume: int | None = None
-
-    def __post_init__(self) -> None:
-        refuse_problems(self)
 
     def rules(self) -> Rules:
         yield from at_least(self, width=1, height=1)

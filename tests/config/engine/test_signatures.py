@@ -11,12 +11,10 @@ import pytest
 from mptfoundry.config.engine.document import Document
 from mptfoundry.config.engine.schema import describe, field_types
 from mptfoundry.config.engine.signatures import (
-    ALGORITHMS,
     CALLBACKS,
     GIVEN,
     LOGGERS,
     NARROWED,
-    REFUSED_ALGORITHMS,
     REFUSED_CALLBACKS,
     REFUSED_LOGGERS,
     described,
@@ -27,7 +25,7 @@ from mptfoundry.errors import ConfigError
 Problems = Callable[..., tuple[str, ...]]
 
 
-@pytest.mark.parametrize("where", sorted({*CALLBACKS.values(), *LOGGERS.values(), *ALGORITHMS.values()}))
+@pytest.mark.parametrize("where", sorted({*CALLBACKS.values(), *LOGGERS.values()}))
 def test_signatures_read_from_sources_are_those_of_the_classes(where: str) -> None:
     module, _, name = where.partition(":")
     theirs = inspect.signature(getattr(importlib.import_module(module), name)).parameters.values()
@@ -40,7 +38,6 @@ def test_signatures_read_from_sources_are_those_of_the_classes(where: str) -> No
 def test_no_name_is_both_known_and_refused() -> None:
     assert not CALLBACKS.keys() & REFUSED_CALLBACKS.keys()
     assert not LOGGERS.keys() & REFUSED_LOGGERS.keys()
-    assert not ALGORITHMS.keys() & REFUSED_ALGORITHMS.keys()
 
 
 def test_narrower_types_are_of_arguments_that_exist() -> None:

@@ -104,17 +104,17 @@ def test_records_are_the_same_wherever_they_lie(
         *(
             (
                 {key: place, "split": "train[:50%]"},
-                "split: train[:50%]: slices are read from data sets of the hub alone",
+                "split: train[:50%]: only data sets on the hub can be read in slices",
             )
             for key, place in (("hf_name", "lines"), ("local", "train.parquet"), ("hf_name", "saved"))
         ),
         (
             {"hf_name": "json", "hf_kwargs": {"data_files": "lines/train.jsonl"}, "split": "train[:50%]"},
-            "split: train[:50%]: slices are read from data sets of the hub alone",
+            "split: train[:50%]: only data sets on the hub can be read in slices",
         ),
         (
             {"remote": "s3://bucket/mds", "split": "train[:9]"},
-            "split: train[:9]: slices are read from data sets of the hub alone",
+            "split: train[:9]: only data sets on the hub can be read in slices",
         ),
         ({"hf_name": "s3://bucket/folder"}, "hf_name: s3://bucket/folder: a URL of shards is a remote."),
     ],

@@ -124,11 +124,11 @@ def test_a_shard_that_is_removed_while_a_run_reads_is_named(
     [
         (
             flip_a_bit,
-            r"is damaged: its xxh64 is not what its index says, and so it was when fetched again\. Fix it",
+            r"is damaged: its xxh64 is not what its index says, also when fetched again\. Fix it",
         ),
         (
             cut_short,
-            r"has [\d,]+ bytes, and its index says [\d,]+, and so it was when fetched again\. Fix it",
+            r"has [\d,]+ bytes, and its index says [\d,]+, also when fetched again\. Fix it",
         ),
         (remove, r"can't be fetched: No such file or directory\.$"),
     ],
