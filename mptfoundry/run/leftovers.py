@@ -209,20 +209,23 @@ def _inode(path: Path) -> str:
 
 
 def _used_files() -> set[str]:
-    """Return every file that a process has open or mapped, among processes that this user may inspect.
+    """Return the files of our two folders that a process has mapped, and every file that one has open.
 
-    A semaphore is mapped under a temporary name that is then removed, so we also compare inodes."""
+    Only processes that this user may inspect are read. A semaphore is mapped under a temporary name that is
+    then removed, so we also compare inodes.
+    """
+    shared, temporary = f"{SHARED_MEMORY}/", f"{tempfile.gettempdir()}/"
     used = set()
     for process in PROCESSES.glob("[0-9]*"):
         with contextlib.suppress(OSError):
             for line in (process / "maps").read_text().splitlines():
-                place = line.split(maxsplit=5)
-                if len(place) == 6 and place[5].startswith("/"):
-                    used.add(place[5])
-                    if Path(place[5]).parent == SHARED_MEMORY:
-                        used.add(f"{SHARED_MEMORY} {place[4]}")
+                if shared in line or temporary in line:
+                    inode, path = line.split(maxsplit=5)[4:]
+                    used.add(path)
+                    if path.startswith(shared):
+                        used.add(f"{SHARED_MEMORY} {inode}")
         with contextlib.suppress(OSError):
             for link in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):
-                    used.add(str(link.readlink()))
+                    used.add(os.readlink(link))  # noqa: PTH115 - a path for each would take most of the time
     return used
