@@ -15,6 +15,8 @@ from mptfoundry.cli import VERBS, main
 from mptfoundry.errors import CheckpointError
 from tests.ranks import run_on_ranks
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "mpt-tiny.yaml")
 
