@@ -46,11 +46,11 @@ test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile -m "not serial"
-	$(BIN)/python -m pytest -m serial
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder -m "not serial"
+	$(BIN)/python -m pytest -m serial $$(grep -rl --include='test_*.py' --exclude-dir=soak mark.serial tests)
 
 soak: install
-	MPTFOUNDRY_SOAK=1 $(BIN)/python -m pytest tests/soak tests/mpt/test_attention_kernels.py tests/mpt/test_attention_tiles.py
+	MPTFOUNDRY_SOAK=1 $(BIN)/python -m pytest tests/soak tests/mpt/test_attention_kernels.py tests/mpt/test_attention_tiles.py tests/checkpoints/test_checksums.py
 
 docs: install
 	$(BIN)/python scripts/write_docs.py

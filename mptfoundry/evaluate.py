@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from composer import Trainer
+from composer.core import Evaluator
 from composer.core.precision import get_precision_context
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config

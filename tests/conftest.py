@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import functools
 import gc
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -91,6 +93,50 @@ class RunsCode:
 
 
 _shared_memory: list[Any] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "pictures: draws the pictures of reports; other tests don't")
+    config.addinivalue_line("markers", "long: a file whose tests take long, so that they start early")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let long files start first: one that starts last leaves all other processes without work."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A picture takes more time than all else of a tiny run, so only tests of pictures draw them.
+
+    Runs in other processes draw theirs.
+    """
+    if (report := sys.modules.get("mptfoundry.run.report")) is not None:
+        draw = vars(report).setdefault("_draw_pictures", report.draw)
+        report.draw = draw if item.get_closest_marker("pictures") else _draw_nothing
+    # Composer reads a list of all its files for each checkpoint.
+    if (environment := sys.modules.get("composer.utils.collect_env")) is not None:
+        commit_hash = environment.get_composer_commit_hash
+        if not hasattr(commit_hash, "cache_info"):
+            environment.get_composer_commit_hash = functools.cache(commit_hash)
+
+
+def _draw_nothing(batches: Any, evaluations: Any, path: Path) -> None:
+    path.write_bytes(b"a picture")
+
+
+@pytest.fixture(autouse=True)
+def readers_are_ended() -> Iterator[None]:
+    """Streaming's two threads for an epoch that isn't read to its end poll until the process ends.
+
+    A few hundred of them take most of the time of a test process.
+    """
+    yield
+    calls = threading._threading_atexits  # type: ignore[attr-defined]
+    for call in tuple(calls):
+        epoch = getattr(call.func, "__self__", None)
+        if type(epoch).__module__ == "streaming.base.dataset":
+            epoch.non_blocking_exit()
+            calls.remove(call)
 
 
 @pytest.fixture(autouse=True)

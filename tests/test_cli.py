@@ -16,6 +16,8 @@ from mptfoundry.errors import CheckpointError
 from tests.nvidia_smi import gpu_row, put_nvidia_smi
 from tests.ranks import run_on_ranks
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "mpt-tiny.yaml")
 

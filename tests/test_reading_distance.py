@@ -11,6 +11,8 @@ import pytest
 
 from scripts.measure_run import STORY
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 # Lines of the functions that a run enters: of the story, of everything. They are lowered, never raised.
 LIMITS = {"pretraining": (2720, 6570)}

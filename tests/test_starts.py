@@ -20,6 +20,12 @@ from mptfoundry.config.load import load_train_config
 from mptfoundry.errors import CheckpointError, ConfigError, DataError, MPTFoundryError, RunStopped
 from mptfoundry.train import train
 from tests.conftest import losses
+from tests.runs import run, whole
+from tests.runs import stopped as before_the_last
+
+__all__ = ["before_the_last", "run", "whole"]
+
+pytestmark = pytest.mark.long
 
 # Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
 FAULTS = [
@@ -31,36 +37,15 @@ FAULTS = [
 ]
 
 Usage = namedtuple("Usage", "total used free")
-QUIET = ("max_duration=4ba", "save_interval=2ba", "log_to_console=false")
-
-
-@pytest.fixture(scope="module")
-def run(tiny_runs: Path) -> Callable[..., Path]:
-    """Trains under a name, with further words; returns the run's folder."""
-
-    def start(name: str, *words: str) -> Path:
-        train(load_train_config(tiny_runs, [*QUIET, f"run_name={name}", *words])[0])
-        return tiny_runs.parent / name
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def whole(run: Callable[..., Path]) -> Path:
-    return run("whole")
+WORDS = ("max_duration=4ba", "save_interval=2ba", "log_to_console=false")
 
 
 @pytest.fixture
-def stopped(whole: Path, request: pytest.FixtureRequest) -> Path:
+def stopped(before_the_last: Path) -> Path:
     """The folder of a run that was killed in its third batch, with what a killed one leaves."""
-    folder = whole.parent / f"stopped-{abs(hash(request.node.name))}"
-    shutil.copytree(whole, folder, symlinks=True)
-    (folder / "ep0-ba4-rank0.pt").unlink()
-    (folder / "latest-rank0.pt").unlink()
-    (folder / "latest-rank0.pt").symlink_to("ep0-ba2-rank0.pt")
-    (folder / ".lock").write_text('{"host": "elsewhere", "pid": 17}')
-    (folder / ".ep0-ba4-rank0.pt.elsewhere.17.part").write_bytes(b"half")
-    return folder
+    (before_the_last / ".lock").write_text('{"host": "elsewhere", "pid": 17}')
+    (before_the_last / ".ep0-ba4-rank0.pt.elsewhere.17.part").write_bytes(b"half")
+    return before_the_last
 
 
 def content(folder: Path) -> dict[str, Any]:
@@ -379,15 +364,15 @@ def finetuning(tiny_runs: Path, records: list[dict[str, str]]) -> Path:
 def test_a_start_that_ends_while_it_tokenizes_leaves_no_folder(tiny_runs: Path) -> None:
     path = finetuning(tiny_runs, [{"prompt": "a", "response": "b"}] * 9 + [{"prompt": "a", "answer": "b"}])
     with pytest.raises(DataError):
-        train(load_train_config(path, [*QUIET, "run_name=untokenized"])[0])
+        train(load_train_config(path, [*WORDS, "run_name=untokenized"])[0])
     assert not (tiny_runs.parent / "untokenized").exists()
 
 
 def test_a_text_loader_does_not_continue_the_checkpoint_of_a_finetuning_loader(tiny_runs: Path) -> None:
     path = finetuning(tiny_runs, [{"prompt": f"Say {n}.", "response": f"{n}"} for n in range(64)])
-    train(load_train_config(path, [*QUIET, "run_name=tuned"])[0])
+    train(load_train_config(path, [*WORDS, "run_name=tuned"])[0])
     before = content(tiny_runs.parent / "tuned")
-    words = [*QUIET, "run_name=tuned", "allow_changes=[train_loader]", "max_duration=9ba"]
+    words = [*WORDS, "run_name=tuned", "allow_changes=[train_loader]", "max_duration=9ba"]
     with pytest.raises(DataError, match=r"place in the data is that of another loader\. Restore that one"):
         train(load_train_config(tiny_runs, words)[0])
     assert content(tiny_runs.parent / "tuned") == before

@@ -25,6 +25,8 @@ from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 from tests.conftest import losses
 
+pytestmark = pytest.mark.long
+
 # Mean losses of batches 1 to 6 of the run below, in float32; processors differ in the last digits.
 GOLDEN_LOSSES = [7.0044, 7.1258, 7.1561, 6.7707, 6.6154, 6.2096]
 CONFIG = """

@@ -19,6 +19,8 @@ from mptfoundry.tokenizer import load_tokenizer
 from mptfoundry.train import train
 from tests.ranks import run_on_ranks
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 # The layout of llm-foundry's mpt-7b_dolly_sft.yaml and mpt-30b-instruct.yaml: their keys, in their places.
 DOLLY = """

@@ -24,6 +24,8 @@ from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 from tests.conftest import losses
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 SOURCES = ["textwrap.py", "shlex.py", "pprint.py", "configparser.py"]
 SMALL = """

@@ -22,6 +22,8 @@ from mptfoundry.train import train
 from tests.conftest import losses
 from tests.ranks import run_on_ranks
 
+pytestmark = pytest.mark.long
+
 # Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
 FAULTS = [
     ("a LoRA run's base was changed, or is gone", "edited, renamed, 3 starts", "refused; the error names it"),

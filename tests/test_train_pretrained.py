@@ -21,6 +21,8 @@ from mptfoundry.mpt.network import MPT
 from mptfoundry.train import train
 from tests.ranks import run_on_ranks
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parent.parent
 MODEL = MPTConfig(
     d_model=32,

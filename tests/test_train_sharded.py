@@ -13,6 +13,8 @@ from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 from tests.ranks import run_on_ranks
 
+pytestmark = pytest.mark.long
+
 # LION's step is a sign, which the rounding of a gradient near zero may turn; this AdamW's is smooth there.
 SMOOTH = "optimizer={name: decoupled_adamw, lr: 1e-3, eps: 1e-3}"
 PLAIN = (SMOOTH, "model.resid_pdrop=0", "max_duration=6ba", "save_interval=6ba")

@@ -19,6 +19,8 @@ from mptfoundry.errors import RunStopped
 from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
 
+pytestmark = pytest.mark.long
+
 # Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
 FAULTS = [
     (
@@ -48,8 +50,8 @@ class SignalAt(Callback):
                 assert time.monotonic() < deadline, "the signal was not heard"
 
 
-@pytest.fixture
-def run(tiny_run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+@pytest.fixture(scope="module")
+def run(tiny_runs: Path, shards: Path) -> Run:
     """Trains under a name, with a signal at an event of a batch or without; returns its metrics."""
     evaluation = f"eval_loader={{name: text, label: held_out, dataset: {{local: {shards}/a, split: val}}}}"
     words = [
@@ -61,17 +63,17 @@ def run(tiny_run: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     ]
 
     def start(name: str, event: str = "", batch: int = -1, *more: str) -> list[dict[str, Any]]:
-        monkeypatch.setitem(
-            build.CALLBACKS, "lr_monitor", type("SignalAt", (SignalAt,), {"event": event, "batch": batch})
-        )
         told = ["callbacks.lr_monitor={}"] if event else []
-        config, _ = load_train_config(tiny_run, [f"run_name={name}", *words, *told, *more])
+        config, _ = load_train_config(tiny_runs, [f"run_name={name}", *words, *told, *more])
         try:
-            train(config)
+            with pytest.MonkeyPatch.context() as patch:
+                signals = type("SignalAt", (SignalAt,), {"event": event, "batch": batch})
+                patch.setitem(build.CALLBACKS, "lr_monitor", signals)
+                train(config)
         except RunStopped as stopped:
             assert event, "only who was asked stops"
             assert f"{name} stopped after batch " in str(stopped)
-        return list(read_rows(tmp_path / name / "metrics.jsonl"))
+        return list(read_rows(tiny_runs.parent / name / "metrics.jsonl"))
 
     return start
 
@@ -82,7 +84,7 @@ def told(rows: list[dict[str, Any]]) -> list[tuple[int, Any]]:
     return sorted(found, key=lambda each: (each[0], isinstance(each[1], dict)))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def whole(run: Run) -> list[tuple[int, Any]]:
     return told(run("whole"))
 
@@ -100,22 +102,23 @@ def whole(run: Run) -> list[tuple[int, Any]]:
 def test_stopped_anywhere_a_run_goes_on_to_the_same_losses_and_evaluations(
     run: Run, whole: list[tuple[int, Any]], event: str, batch: int
 ) -> None:
-    stopped = told(run("stopped", event, batch))
+    name = f"stopped-{event}-{batch}"
+    stopped = told(run(name, event, batch))
     assert len(stopped) < len(whole)
-    assert told(run("stopped")) == whole
+    assert told(run(name)) == whole
 
 
 def test_stopped_in_the_evaluation_at_an_epochs_end_a_run_goes_on_with_the_next_epoch(run: Run) -> None:
     words = ["eval_interval=1ep", "max_duration=2ep", "train_loader.dataset.epoch_size=16"]
-    whole = told(run("whole", "", -1, *words))
+    whole = told(run("epochs", "", -1, *words))
     assert [batch for batch, value in whole if isinstance(value, float)] == [1, 2, 3, 4]
-    stopped = told(run("stopped", "eval_batch_start", 2, *words))
+    stopped = told(run("stopped-epochs", "eval_batch_start", 2, *words))
     assert [batch for batch, _ in stopped] == [1, 2]
-    assert told(run("stopped", "", -1, *words)) == whole
+    assert told(run("stopped-epochs", "", -1, *words)) == whole
 
 
 def test_a_run_that_keeps_nothing_says_so(
-    tiny_run: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(

@@ -116,7 +116,8 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
             model, or options exclude each other.
     """
     model, choices, missing = config.model, {}, missing_packages(config, device.torch_type)
-    missing.update([problem] if (problem := gpu_problem(device)) else ())
+    if unsupported := gpu_problem(device):
+        missing.update([unsupported])
 
     def decide(key: str, value: Any, choose: Callable[[], tuple[Any, str]]) -> Any:
         if value != "auto":

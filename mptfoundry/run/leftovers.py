@@ -39,7 +39,6 @@ _TORCH_MODULE = ("_remote_module_non_scriptable.py", "__pycache__")
 _SECONDS_TO_READ_A_MODULE = 3600.0
 _SOCKETS = PROCESSES / "net" / "unix"
 # The inode and the path at the end of a line of /proc/PID/maps.
-_MAPPED = re.compile(r" (\d+) +(/.*)$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -200,18 +199,23 @@ def _inode(path: Path) -> str:
 
 
 def _used_files() -> set[str]:
-    """Return every file that a process has open or mapped, among processes that this user may inspect.
+    """Return the files of our two folders that a process has mapped, and every file that one has open.
 
-    A semaphore is mapped under a temporary name that is then removed, so we also compare inodes."""
+    Only processes that this user may inspect are read. A semaphore is mapped under a temporary name that is
+    then removed, so we also compare inodes.
+    """
+    shared, temporary = f"{SHARED_MEMORY}/", f"{tempfile.gettempdir()}/"
     used = set()
     for process in PROCESSES.glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            for inode, path in _MAPPED.findall((process / "maps").read_text()):
-                used.add(path)
-                if Path(path).parent == SHARED_MEMORY:
-                    used.add(f"{SHARED_MEMORY} {inode}")
+            for line in (process / "maps").read_text().splitlines():
+                if shared in line or temporary in line:
+                    inode, path = line.split(maxsplit=5)[4:]
+                    used.add(path)
+                    if path.startswith(shared):
+                        used.add(f"{SHARED_MEMORY} {inode}")
         with contextlib.suppress(OSError):
             for link in (process / "fd").iterdir():
                 with contextlib.suppress(OSError):
-                    used.add(str(link.readlink()))
+                    used.add(os.readlink(link))  # noqa: PTH115 - a path for each would take most of the time
     return used

@@ -20,6 +20,8 @@ from mptfoundry.run.atomic_checkpoints import AtomicCheckpoints
 from mptfoundry.run.resume import Resume
 from tests.loaders import labelled_loader, text_loader
 
+pytestmark = pytest.mark.long
+
 # Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
 FAULTS = [
     (

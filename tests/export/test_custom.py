@@ -25,6 +25,8 @@ from mptfoundry.mpt.hf import MPTFoundryForCausalLM
 from mptfoundry.mpt.network import MPT
 from tests.mpt.reference import in_float64, livelier, rms
 
+pytestmark = pytest.mark.long
+
 TINY = MPTConfig(d_model=32, n_heads=4, n_layers=2, max_seq_len=64, vocab_size=384)
 ARCHITECTURES = {
     "steep_slopes": replace(

@@ -31,7 +31,7 @@ from .cases import (
 )
 from .reference import assert_as_exact, assert_attention_as_exact
 
-pytestmark = pytest.mark.usefixtures("triton_runs")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("triton_runs")]
 
 IS_SOAK = os.environ.get("MPTFOUNDRY_SOAK") == "1"
 ALONE: dict[str, dict[str, Any]] = {

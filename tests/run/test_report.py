@@ -13,6 +13,8 @@ import pytest
 from mptfoundry.errors import ConfigError, DataError
 from mptfoundry.run.report import eval_losses, write_report
 
+pytestmark = pytest.mark.pictures
+
 
 def record(folder: Path, batches: int) -> None:
     rows = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,8 +17,12 @@ from mptfoundry.config.load import load_train_config
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.run.start import resolve_start
-from mptfoundry.train import train
 from tests.conftest import losses
+from tests.runs import run, stopped, whole
+
+__all__ = ["run", "stopped", "whole"]
+
+pytestmark = pytest.mark.long
 
 # Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
 FAULTS = [
@@ -39,35 +42,8 @@ FAULTS = [
     ("the batch size was changed, when allowed", "8 to 4 and 12; 2 workers", "continues at the same sample"),
 ]
 
-QUIET = ["max_duration=9ba", "log_to_console=false"]
+WORDS = ["max_duration=9ba", "log_to_console=false"]
 Damage = Callable[[Path], None]
-
-
-@pytest.fixture(scope="module")
-def run(tiny_runs: Path) -> Callable[..., Path]:
-    """Trains under a name, with further words; returns the run's folder."""
-
-    def start(name: str, *words: str) -> Path:
-        train(load_train_config(tiny_runs, [*QUIET, f"run_name={name}", *words])[0])
-        return tiny_runs.parent / name
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def whole(run: Callable[..., Path]) -> Path:
-    return run("whole")
-
-
-@pytest.fixture
-def stopped(whole: Path, request: pytest.FixtureRequest) -> Path:
-    """The folder of the run as it was after six batches."""
-    folder = whole.parent / f"stopped-{abs(hash(request.node.name))}"
-    shutil.copytree(whole, folder, symlinks=True)
-    (folder / "ep0-ba9-rank0.pt").unlink()
-    (folder / "latest-rank0.pt").unlink()
-    (folder / "latest-rank0.pt").symlink_to("ep0-ba6-rank0.pt")
-    return folder
 
 
 def weights(folder: Path, batch: int = 9) -> dict[str, torch.Tensor]:
@@ -76,7 +52,7 @@ def weights(folder: Path, batch: int = 9) -> dict[str, torch.Tensor]:
 
 def start_of(tiny_runs: Path, folder: Path, *words: str) -> Path | None:
     """What the run in `folder` would go on from."""
-    given, _ = load_train_config(tiny_runs, [*QUIET, f"run_name={folder.name}", *words])
+    given, _ = load_train_config(tiny_runs, [*WORDS, f"run_name={folder.name}", *words])
     with resolve_start(given) as start:
         assert start.is_own or start.checkpoint is None
         return start.checkpoint

@@ -22,6 +22,8 @@ from mptfoundry.run.start import resolve_start
 from mptfoundry.train import train
 from tests.conftest import RunsCode, losses
 
+pytestmark = pytest.mark.long
+
 # Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
 FAULTS = [
     ("a shard or the metadata of a sharded checkpoint is cut or lost", "3", "passed over"),

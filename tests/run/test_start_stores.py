@@ -18,6 +18,8 @@ from mptfoundry.stores import Patience
 from mptfoundry.train import train
 from tests.conftest import TINY_RUN, losses
 
+pytestmark = pytest.mark.long
+
 # Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
 FAULTS = [
     (

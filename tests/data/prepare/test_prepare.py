@@ -25,6 +25,8 @@ from mptfoundry.data.records import records
 from mptfoundry.data.shards.index import read_index
 from mptfoundry.errors import DataError, MPTFoundryError
 
+pytestmark = pytest.mark.long
+
 Reader = Callable[[Path], np.ndarray]
 Files = Callable[[Path], dict[str, bytes]]
 

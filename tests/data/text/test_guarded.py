@@ -19,6 +19,8 @@ from streaming import MDSWriter
 from mptfoundry.errors import DataError
 from tests.loaders import text_loader
 
+pytestmark = pytest.mark.long
+
 # Rows of docs/internals/reliability.md: the fault; how it is made, and how often; what the run does.
 FAULTS = [
     (
