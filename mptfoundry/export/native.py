@@ -84,6 +84,9 @@ _AUTO_MAP = {
     )
 }
 
+# transformers 4's pipeline() looks for a tokenizer's class here if it does not know the config's class.
+_CODE_KEYS = {"auto_map": _AUTO_MAP, "tokenizer_class": "PreTrainedTokenizerFast"}
+
 # Switches without effect if a head replaces the logits.
 _OF_LOGITS = {"tie_word_embeddings", "logit_scale", "final_logit_softcapping"}
 
@@ -121,7 +124,7 @@ def native_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict
     return {
         "architectures": ["MptForCausalLM"],
         **({"llm_config": {"architectures": ["MPTForCausalLM"]}} if is_plain and not head else {}),
-        **({"auto_map": _AUTO_MAP} if is_plain and attention.clip_qkv is None and not head else {}),
+        **(_CODE_KEYS if is_plain and attention.clip_qkv is None and not head else {}),
         "model_type": "mpt",
         "d_model": config.d_model,
         "n_heads": config.n_heads,

@@ -156,7 +156,10 @@ NEEDED: dict[str, dict[str, tuple[type, Any]]] = {
         "vocab_size": (int, 384),
     },
     "CTranslate2": {"auto_map.AutoConfig": (str, "modeling_mpt.MPTConfig")},
-    "trust_remote_code": {"auto_map.AutoModelForCausalLM": (str, "modeling_mpt.MPTForCausalLM")},
+    "trust_remote_code": {
+        "auto_map.AutoModelForCausalLM": (str, "modeling_mpt.MPTForCausalLM"),
+        "tokenizer_class": (str, "PreTrainedTokenizerFast"),
+    },
     "MPT's own code, MLC": {"norm_eps": (float, 1e-5), "no_bias": (bool, True), "use_cache": (bool, True)},
 }
 
