@@ -1,16 +1,18 @@
 """Run the export tests with another version of transformers than the installed one.
 
     python scripts/check_transformers.py version=5.23.0 [folder=ENVIRONMENT] [tests=PATH,...]
+    python scripts/check_transformers.py version=newest [folder=ENVIRONMENT] [tests=PATH,...]
     python scripts/check_transformers.py python=OTHER/bin/python [tests=PATH,...]
 
-The first creates an environment with that version, accelerate, PEFT and their dependencies; everything else,
-such as torch, comes from this environment. It is temporary unless `folder` is given. (pip warns that
-Composer's streaming needs another transformers; the tests don't import it.) The second uses an existing
-environment. The exit code is pytest's.
+The first two create an environment with that version, accelerate, PEFT and their dependencies; everything
+else, such as torch, comes from this environment. `newest` is the version that pip would install today. The
+environment is temporary unless `folder` is given. (pip warns that Composer's streaming needs another
+transformers; the tests don't import it.) The third uses an existing environment. The exit code is pytest's.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTS = "tests/mpt/test_hf.py,tests/export"
+TESTS = "tests/mpt/test_hf.py,tests/mpt/test_hf_generation.py,tests/export"
 
 
 def main(words: list[str]) -> int:
@@ -44,18 +46,23 @@ def environment(folder: Path, version: str) -> Path:
         venv.create(folder, with_pip=True)
         own = sysconfig.get_path("purelib", vars={"base": str(folder), "platbase": str(folder)})
         Path(own, "around.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
-    install = [
-        str(python),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        f"transformers=={version}",
-        "accelerate",
-        "peft",
-    ]
-    subprocess.run(install, check=True)
+    if version == "newest":
+        version = newest(str(python))
+    pip = [str(python), "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, f"transformers=={version}", "accelerate", "peft"], check=True)
+    # This environment's PEFT may be too old for that version of transformers.
+    if subprocess.run([str(python), "-c", "import peft"], capture_output=True).returncode:
+        subprocess.run([*pip, "--upgrade", f"transformers=={version}", "peft"], check=True)
     return python
+
+
+def newest(python: str) -> str:
+    """Ask pip for the newest version of transformers that this Python can use."""
+    pip = [python, "-m", "pip", "install", "--quiet", "--dry-run", "--ignore-installed", "--no-deps"]
+    answer = subprocess.run(
+        [*pip, "--report", "-", "transformers"], check=True, stdout=subprocess.PIPE, text=True
+    )
+    return str(json.loads(answer.stdout)["install"][0]["metadata"]["version"])
 
 
 def check(python: str, tests: list[str]) -> int:

@@ -31,7 +31,10 @@ from mptfoundry.files import confined
 METADATA = ".metadata"
 _CHILD = "state.model.model."
 _NOTES = "state.integrations.huggingface."
-DAMAGE = (RuntimeError, ValueError, KeyError, AssertionError, OSError, EOFError, pickle.UnpicklingError)
+DAMAGE = (
+    *(RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, AssertionError),
+    *(OSError, EOFError, pickle.UnpicklingError),
+)
 _OUTLINE_CLASSES = {
     "Metadata",
     "TensorStorageMetadata",
@@ -169,9 +172,36 @@ def read_metadata(folder: Path, verifier: Verifier | None = None) -> outline.Met
         raise CheckpointError(f"{file}: damaged, it can't be read ({type(error).__name__}).") from error
     if not isinstance(metadata, outline.Metadata) or not isinstance(metadata.storage_data, dict):
         raise CheckpointError(f"{file}: not the outline of a sharded checkpoint.")
+    if not _has_the_types_of_an_outline(metadata):
+        raise CheckpointError(f"{file}: damaged, its entries are not those of a sharded checkpoint.")
     if getattr(metadata, "storage_meta", None) is None:
         metadata.storage_meta = outline.StorageMeta()
     return metadata
+
+
+def _has_the_types_of_an_outline(metadata: outline.Metadata) -> bool:
+    """Whether every entry is what torch writes: one changed bit of a pickle can put another value there."""
+
+    def is_entry(entry: Any) -> bool:
+        if isinstance(entry, outline.BytesStorageMetadata):
+            return True
+        sizes = [entry.size, *(size for chunk in entry.chunks for size in (chunk.offsets, chunk.sizes))]
+        return isinstance(entry.properties.dtype, torch.dtype) and all(
+            isinstance(s, torch.Size) for s in sizes
+        )
+
+    try:
+        entries, paths = metadata.state_dict_metadata, getattr(metadata, "planner_data", None) or {}
+        return (
+            all(isinstance(key, str) and is_entry(entry) for key, entry in entries.items())
+            and all(isinstance(key, str) and isinstance(path, tuple) for key, path in paths.items())
+            and all(
+                (type(key.fqn), type(p.relative_path), type(p.offset), type(p.length)) == (str, str, int, int)
+                for key, p in metadata.storage_data.items()
+            )
+        )
+    except (AttributeError, TypeError):
+        return False
 
 
 def why_folder_is_not_whole(folder: Path, metadata: outline.Metadata | None = None) -> str | None:

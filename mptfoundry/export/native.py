@@ -84,6 +84,9 @@ _AUTO_MAP = {
     )
 }
 
+# transformers 4's pipeline() looks for a tokenizer's class here if it does not know the config's class.
+_CODE_KEYS = {"auto_map": _AUTO_MAP, "tokenizer_class": "PreTrainedTokenizerFast"}
+
 # Switches without effect if a head replaces the logits.
 _OF_LOGITS = {"tie_word_embeddings", "logit_scale", "final_logit_softcapping"}
 
@@ -109,16 +112,19 @@ def native_config(config: MPTConfig, tokenizer: Any, dtype: torch.dtype) -> dict
     `softmax_scale` floats or null, `expansion_ratio` an integer, `embedding_fraction` a float. It and older
     versions read `layer_norm_epsilon`; MPT's own code and other converters read `norm_eps`.
 
-    Two converters select by name but support fewer kinds of MPT, so a model gets the name that they look for
-    only if they support it: llama.cpp's `MPTForCausalLM`, and CTranslate2's class `MPTConfig`, which is in
-    the folder (`NATIVE_CODE`).
+    `architectures` has transformers' own name, because `transformers serve` looks up its first entry. Two
+    converters select by name but support fewer kinds of MPT, so a model gets the name that they look for only
+    if they support it. CTranslate2 looks for the class `MPTConfig`, which is in the folder (`NATIVE_CODE`).
+    llama.cpp looks for `MPTForCausalLM`, also as the first entry of `architectures`, but prefers the one in
+    `llm_config`, a key that transformers keeps and does not interpret.
     """
     attention = config.attn_config
     head = config.head_keys() if isinstance(config, HeadConfig) else {}
     is_plain = attention.softmax_scale is None and config.norm_eps == 1e-5
     return {
-        "architectures": ["MPTForCausalLM" if is_plain else "MptForCausalLM"],
-        **({"auto_map": _AUTO_MAP} if is_plain and attention.clip_qkv is None and not head else {}),
+        "architectures": ["MptForCausalLM"],
+        **({"llm_config": {"architectures": ["MPTForCausalLM"]}} if is_plain and not head else {}),
+        **(_CODE_KEYS if is_plain and attention.clip_qkv is None and not head else {}),
         "model_type": "mpt",
         "d_model": config.d_model,
         "n_heads": config.n_heads,

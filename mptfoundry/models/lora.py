@@ -45,13 +45,14 @@ def add_adapters(
         seed: For `lora_A`; `lora_B` is zero, so that the network's output is the base's at first.
 
     Raises:
-        ConfigError: peft is not installed.
+        ConfigError: peft can't be imported.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise ConfigError(
-            "model.peft_config: needs the package peft. Install it: pip install 'mptfoundry[peft]'."
+            f"model.peft_config: peft can't be imported ({error}). Install it, or a version that fits "
+            "transformers: pip install --upgrade peft."
         ) from error
     device = next(network.parameters()).device
     config = LoraConfig(**{**options, "target_modules": list(targets)})

@@ -49,9 +49,9 @@ with suppress(ImportError):  # triton may be missing
 # The problem_type in folders from earlier versions; transformers does not have this value.
 _FORMER_PROBLEM_TYPE = "none of these: it needs AutoModelForCausalLM and trust_remote_code=True"
 
-# transformers 5.24 names a cache `cache` in arguments and outputs; earlier versions `past_key_values`.
+# transformers 5.24 names a cache `cache` in arguments and outputs; earlier ones and PEFT, `past_key_values`.
 _CACHE_NAMES = ("past_key_values", "cache")
-_CACHE_OUTPUT = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in _CACHE_NAMES)
+_CACHE_NAME = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in _CACHE_NAMES)
 _SWITCHES = tuple(field.name for field in fields(MPTConfig))
 
 
@@ -161,17 +161,22 @@ class LayersOf:
 
     def __init__(self, cache: Any) -> None:
         self.cache = cache
+        if getattr(cache, "is_compileable", False):
+            raise self._refusal()
         self.length = int(cache.get_seq_length())
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Store a layer's new keys and values, each (batch, seq, kv_heads, head_dim); returns all so far."""
         keys, values = self.cache.update(key.transpose(1, 2), value.transpose(1, 2), layer)
         if keys.shape[2] != self.length + key.shape[1]:
-            raise ValueError(
-                f"past_key_values: {type(self.cache).__name__} does not hold all tokens and nothing else. "
-                "Use a DynamicCache."
-            )
+            raise self._refusal()
         return keys.transpose(1, 2), values.transpose(1, 2)
+
+    def _refusal(self) -> ValueError:
+        return ValueError(
+            f"{_CACHE_NAME}: {type(self.cache).__name__} does not hold all tokens and nothing else. "
+            "Use a DynamicCache."
+        )
 
 
 class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
@@ -252,7 +257,8 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("input_ids, inputs_embeds: exactly one of them is needed.")
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training and sequence_id is None
-        opened = self._opened_cache(past_key_values if cache is None else cache, use_cache)
+        given = _rename_cache({"past_key_values": past_key_values, "cache": cache})[_CACHE_NAME]
+        opened = self._opened_cache(given, use_cache)
         past = 0 if opened is None else opened.length
         mask = _only_if_padded(attention_mask, past + tokens.shape[1])
         prefix = None if prefix_mask is None else F.pad(prefix_mask.bool(), (past, 0))  # (batch, keys)
@@ -264,7 +270,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=None if hidden is None else (*hidden, x),
             attentions=None if kept is None else tuple(kept.weights),
-            **{_CACHE_OUTPUT: None if opened is None else opened.cache},
+            **{_CACHE_NAME: None if opened is None else opened.cache},
         )
         as_dict = _returns_dict(self.config) if return_dict is None else return_dict
         return output if as_dict else output.to_tuple()
@@ -275,7 +281,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             return None
         if self.training and any(block.gradient_checkpointing for block in self.transformer.blocks):
             raise ValueError(
-                "use_cache, past_key_values: gradient checkpointing computes the blocks twice, which a cache "
+                f"use_cache, {_CACHE_NAME}: gradient checkpointing computes the blocks twice, which a cache "
                 "would notice. Use use_cache=False."
             )
         return LayersOf(DynamicCache() if given is None else given)
@@ -342,13 +348,18 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             loss = loss * (targets != IGNORED).sum().to(loss.device) / items
         return loss, None if self.training else logits_of(x[:, kept])
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' method; it takes a cache under both names."""
+        return super().generate(*args, **_rename_cache(kwargs))
+
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """transformers' method; also trims or extends `prefix_mask` to the tokens of the pass."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(*args, **_rename_cache(kwargs))
+        inputs = _rename_cache(inputs, "past_key_values")  # PEFT's prompts look for a cache by this name
         inputs.pop("cache_position", None)  # the cache knows its length
-        prefix = inputs.get("prefix_mask")
-        cache = next((inputs[name] for name in _CACHE_NAMES if inputs.get(name) is not None), None)
+        prefix, cache = inputs.get("prefix_mask"), inputs.get("past_key_values")
         if prefix is not None:
             tokens = inputs["input_ids"] if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
             past = 0 if cache is None else int(cache.get_seq_length())
@@ -381,6 +392,16 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
             if not (parameter.is_meta or getattr(parameter, "_is_hf_initialized", False)):
                 seed = int(torch.randint(2**31, (), device="cpu"))
                 initialize_parameter(parameter, f"{place}.{name}", self.transformer.config, seed)
+
+
+def _rename_cache(arguments: Mapping[str, Any], name: str = _CACHE_NAME) -> dict[str, Any]:
+    """Arguments in which the cache, if any, has this name; raises ValueError if there are two caches."""
+    caches = [arguments[each] for each in _CACHE_NAMES if arguments.get(each) is not None]
+    if len(caches) > 1:
+        raise ValueError(f"{', '.join(_CACHE_NAMES)}: two names of one argument. Give one of them.")
+    others = {key: value for key, value in arguments.items() if key not in _CACHE_NAMES}
+    is_named = any(each in arguments for each in _CACHE_NAMES)
+    return {**others, name: caches[0] if caches else None} if is_named else others
 
 
 def _returns_dict(config: PretrainedConfig) -> bool:

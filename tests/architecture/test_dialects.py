@@ -90,7 +90,7 @@ def test_all_that_transformers_base_class_can_write_is_known() -> None:
     from transformers import MptConfig
 
     values = json.loads(MptConfig(d_model=64, n_heads=4).to_json_string(use_diff=False))
-    assert "num_beams" in values and config_from_dict(values, "x").d_model == 64
+    assert "return_dict" in values and config_from_dict(values, "x").d_model == 64
 
 
 def test_llm_foundrys_silence_means_llm_foundrys_defaults() -> None:

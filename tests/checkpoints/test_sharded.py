@@ -1,14 +1,17 @@
 from __future__ import annotations
 
 import pickle
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from mptfoundry.checkpoints.sharded import ShardedWeights, read_metadata
+from mptfoundry.checkpoints.sharded import ShardedWeights, read_metadata, why_folder_is_not_whole
 from mptfoundry.errors import CheckpointError
 from mptfoundry.mpt.network import MPT
 from tests.conftest import TINY, RunsCode
@@ -57,6 +60,42 @@ def test_the_pieces_of_two_ranks_become_one_tensor(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
     assert {entry.name for entry in folder.glob("*.distcp")} == {"__0_0.distcp", "__1_0.distcp"}
     torch.testing.assert_close(ShardedWeights(folder).read("a"), torch.arange(35.0).reshape(7, 5))
+
+
+def first_piece(metadata: Any) -> Any:
+    return next(iter(metadata.storage_data.values()))
+
+
+def first_tensor(metadata: Any) -> Any:
+    return metadata.state_dict_metadata["state.model.model.a"]
+
+
+OTHER = BytesStorageMetadata()  # any other object of the same pickle
+MISPLACED: dict[str, Callable[[Any], object]] = {
+    "file": lambda metadata: setattr(first_piece(metadata), "relative_path", OTHER),
+    "offset": lambda metadata: setattr(first_piece(metadata), "offset", OTHER),
+    "no offset": lambda metadata: delattr(first_piece(metadata), "offset"),
+    "piece": lambda metadata: metadata.storage_data.update(dict.fromkeys(metadata.storage_data, OTHER)),
+    "name of a piece": lambda metadata: metadata.storage_data.update({("a", 0): first_piece(metadata)}),
+    "size": lambda metadata: setattr(first_tensor(metadata), "size", OTHER),
+    "dtype": lambda metadata: setattr(first_tensor(metadata).properties, "dtype", OTHER),
+    "chunk": lambda metadata: first_tensor(metadata).chunks.append(OTHER),
+    "entry": lambda metadata: metadata.state_dict_metadata.update({"state.model.model.a": "a"}),
+    "entries": lambda metadata: setattr(metadata, "state_dict_metadata", OTHER),
+    "path": lambda metadata: metadata.planner_data.update({"state.model.model.a": OTHER}),
+    "paths": lambda metadata: setattr(metadata, "planner_data", OTHER),
+}
+
+
+@pytest.mark.parametrize("place", MISPLACED)
+def test_an_outline_with_a_value_in_anothers_place_is_damaged(tmp_path: Path, place: str) -> None:
+    """As one changed bit does, where no checksums tell: the pickle refers to another of its objects."""
+    folder = save(tmp_path / "ep0-ba1", {"a": torch.ones(2)})
+    rewrite(folder, MISPLACED[place])
+    damaged = r"\.metadata: damaged, its entries are not those of a sharded checkpoint"
+    assert re.search(damaged, why_folder_is_not_whole(folder) or "")
+    with pytest.raises(CheckpointError, match=damaged):
+        ShardedWeights(folder)
 
 
 def test_an_outline_that_runs_code_is_refused_by_the_name_of_what_it_calls(tmp_path: Path) -> None:

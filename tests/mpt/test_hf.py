@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from torch import nn
-from transformers import DynamicCache, set_seed
+from transformers import set_seed
 
 from mptfoundry.mpt import hf
 from mptfoundry.mpt.config import InitConfig, MPTConfig
@@ -87,54 +87,6 @@ def test_logits_are_those_of_transformers_own_mpt(attention: dict[str, Any]) -> 
         native = theirs(ids, attention_mask=mask).logits[mask.bool()]
         custom = wrapped(ours)(ids, attention_mask=mask).logits[mask.bool()]
     assert_as_exact([custom], [native], [truth])
-
-
-@EACH
-def test_generation_with_a_cache_gives_what_it_gives_without(architecture: str) -> None:
-    _, model = pair(architecture)
-    ids, mask = left_padded()
-    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 8}
-    if model.config.attn_config["prefix_lm"]:
-        options["prefix_mask"] = mask
-    for search in ({"do_sample": False}, {"num_beams": 3, "num_return_sequences": 2}):
-        cached = model.generate(ids, **options, **search)
-        assert torch.equal(cached, model.generate(ids, **options, **search, use_cache=False))
-    set_seed(5)
-    sampled = model.generate(ids, **options, do_sample=True)
-    set_seed(5)
-    assert torch.equal(sampled, model.generate(ids, **options, do_sample=True, use_cache=False))
-
-
-def test_a_prefix_changes_what_is_generated() -> None:
-    _, model = pair("prefix")
-    ids, mask = left_padded()
-    without = model.generate(ids, attention_mask=mask, max_new_tokens=8)
-    assert not torch.equal(
-        without, model.generate(ids, attention_mask=mask, prefix_mask=mask, max_new_tokens=8)
-    )
-
-
-@EACH
-def test_a_padded_row_continues_as_it_does_alone(architecture: str) -> None:
-    _, model = pair(architecture)
-    ids, mask = left_padded()
-    together = model.generate(ids, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    for row in range(3):
-        alone = model.generate(ids[row : row + 1, mask[row] == 1], max_new_tokens=8, do_sample=False)
-        assert together[row, -8:].tolist() == alone[0, -8:].tolist()
-
-
-def test_a_cache_goes_on_with_several_tokens_and_follows_its_beams() -> None:
-    _, model = pair("rotary")
-    ids = tokens(3, 12)
-    with torch.no_grad():
-        first = model(ids[:, :5], use_cache=True)
-        order = torch.tensor([2, 0, 2])
-        first.past_key_values.reorder_cache(order)
-        rest = model(ids[:, 5:], past_key_values=first.past_key_values)
-        whole = model(torch.cat([ids[order, :5], ids[:, 5:]], 1))
-    torch.testing.assert_close(rest.logits, whole.logits[:, 5:])
-    assert rest.past_key_values.get_seq_length() == 12
 
 
 def test_logits_of_the_last_tokens_alone() -> None:
@@ -505,23 +457,6 @@ def test_arguments_that_do_not_fit_are_refused(case: str) -> None:
     arguments, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         pair("mpt")[1](**arguments)
-
-
-class Roomy(DynamicCache):
-    """As static caches do, it returns places that hold no token yet."""
-
-    def update(self, *arguments: Any, **options: Any) -> Any:
-        return tuple(nn.functional.pad(x, (0, 0, 0, 1)) for x in super().update(*arguments, **options))
-
-
-def test_a_cache_with_room_left_is_refused() -> None:
-    _, model = pair("mpt")
-    with pytest.raises(
-        ValueError, match=r"Roomy does not hold all tokens and nothing else. Use a DynamicCache"
-    ):
-        model(tokens(1, 4), past_key_values=Roomy())
-    with pytest.raises(ValueError, match=r"static|StaticCache|attention_mask"):
-        model.generate(tokens(1, 4), max_new_tokens=3, cache_implementation="static")
 
 
 def test_packed_documents_do_not_see_each_other() -> None:
