@@ -25,7 +25,8 @@ from mptfoundry.run.signals import ending_at_once, heeded, lasting_output
 
 if TYPE_CHECKING:
     from mptfoundry.config.run import TrainConfig
-    from mptfoundry.config.verbs import TextConfig
+    from mptfoundry.config.tasks import TaskConfig
+    from mptfoundry.config.verbs import EvalConfig, TextConfig
 
 STOPPED_WHILE_STARTING = "{name}: stopped while starting; nothing had to be saved."
 STOPPED_BY_CTRL_C = "stopped by Ctrl-C"
@@ -119,21 +120,54 @@ def _stop_while_starting(number: int, frame: Any) -> None:
 
 
 def _check(words: list[str]) -> None:
+    from mptfoundry.config.load import kind_of, parse_words, tasks_of
+    from mptfoundry.config.tasks import TaskFileConfig
+
+    kind = kind_of(words[0]) if words else "run"
+    if kind == "tasks":
+        print(_tasks_line(parse_words(words[1:], TaskFileConfig, words[0]).icl_tasks))
+        return
+    if kind == "evaluation":
+        for name, options in _load_evaluations(words).items():
+            print(f"{name}: {options.model}; {_tasks_line(tasks_of(options)[0])}")
+        return
     config = _load_config(words)
     from mptfoundry.check import check
 
     print(check(config))
 
 
+def _tasks_line(tasks: Sequence[TaskConfig]) -> str:
+    labels = (f"{task.label} {list(task.shots)}" for task in tasks)
+    return f"{len(tasks)} tasks with their numbers of examples: {', '.join(labels)}" if tasks else "no tasks"
+
+
 def _eval(words: list[str]) -> None:
-    options = _options(words, "EvalConfig", "model")
+    from mptfoundry.config.load import CONFIG_SUFFIXES
+
+    if words and words[0].endswith(CONFIG_SUFFIXES):
+        evaluations = _load_evaluations(words)
+    else:
+        evaluations = {"": _options(words, "EvalConfig", "model")}
     _refuse_unsupported_gpu()
     with _importing():
         from mptfoundry.evaluate import evaluate, results_table
 
-    results = evaluate(options)
+    for name, options in evaluations.items():
+        results = evaluate(options)
+        if rank() == 0:
+            print(f"{name}\n{results_table(results)}\n" if name else results_table(results))
+
+
+def _load_evaluations(words: list[str]) -> dict[str, EvalConfig]:
+    """Read an evaluation file; its notes are printed."""
+    from mptfoundry.config.load import load_evaluations
+
+    evaluations, notes = load_evaluations(words[0], words[1:])
     if rank() == 0:
-        print(results_table(results))
+        for note in notes:
+            print(f"note: {note}", file=sys.stderr)
+    return evaluations
 
 
 def _prepare(words: list[str]) -> None:
@@ -256,7 +290,7 @@ def _refuse_unsupported_gpu() -> None:
     from mptfoundry.plan.devices import detect_device
     from mptfoundry.plan.gpu_support import refuse_unsupported
 
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if local_rank() == 0:
         refuse_unsupported(detect_device())
 
 
@@ -338,7 +372,7 @@ VERBS = {
     "eval": Verb(
         _eval,
         "evaluate a run, a checkpoint or an exported folder on held-out text",
-        "MODEL [key=value ...]",
+        "MODEL_OR_YAML [key=value ...]",
         "composer scripts/eval.py runs/mpt-125m",
         "EvalConfig",
     ),

@@ -5,14 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 
 from mptfoundry.architecture.pretrained import fill_architecture
-from mptfoundry.config.engine.document import Document
+from mptfoundry.config.engine.document import Document, KeyPath
 from mptfoundry.config.engine.nested import mapped
 from mptfoundry.config.engine.read_document import read_document
 from mptfoundry.config.engine.schema import default_of
@@ -21,10 +22,21 @@ from mptfoundry.config.engine.walk import build
 from mptfoundry.config.legacy import OTHER_KINDS, REFUSED, translate
 from mptfoundry.config.rules import tokens_of
 from mptfoundry.config.run import TrainConfig
+from mptfoundry.config.tasks import GauntletConfig, TaskConfig, TaskFileConfig
+from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.errors import ConfigError
 
 T = TypeVar("T")
 CONFIG_SUFFIXES = (".yaml", ".yml")
+_NOT_IN_EVALUATIONS = {
+    "fsdp_config": "a model is sharded over several devices if its run was",
+    "loggers": "results are printed and written to a file",
+    "run_name": "results are named by the checkpoint",
+    "python_log_level": "an evaluation prints warnings and its results",
+    "log_config": "the results hold all settings",
+    "metadata": "it is for a platform",
+    "console_log_interval": "progress is shown anyway",
+}
 
 
 def load_train_config(path: str | Path, words: Sequence[str] = ()) -> tuple[TrainConfig, list[str]]:
@@ -55,6 +67,83 @@ def parse_words(words: Sequence[str], schema: type[T], path: str | Path | None =
         ConfigError: All problems at once.
     """
     return build(schema, read_document(path, words), REFUSED)
+
+
+def load_evaluations(path: str | Path, words: Sequence[str] = ()) -> tuple[dict[str, EvalConfig], list[str]]:
+    """Read a file that describes an evaluation, as llm-foundry's do: one or more models, and their tasks.
+
+    Returns:
+        The options of each model's evaluation by its name, and notes for the user.
+
+    Raises:
+        ConfigError: All problems at once, also of the files of tasks that it names.
+    """
+    document = read_document(path, words)
+    notes = list(document.notes)
+    for key, because in _NOT_IN_EVALUATIONS.items():
+        if document.take((key,)) is not None:
+            notes.append(f"{document.origin((key,)).place}: {key} is left out: {because}.")
+    batches, size = document.take(("icl_subset_num_batches",)), document.get(("device_eval_batch_size",))
+    if batches is not None and batches != -1:
+        origin = document.origin(("icl_subset_num_batches",))
+        limit = batches * size if isinstance(size, int) and isinstance(batches, int) else batches
+        document.put(("limit",), limit, origin)
+        notes.append(f"{origin.place}: icl_subset_num_batches is now limit: {limit} documents of each task.")
+    models = document.tree.get("models")
+    entries: list[KeyPath] = [("models", n) for n in range(len(models))] if isinstance(models, list) else [()]
+    evaluations = {}
+    for entry in entries:
+        one = deepcopy(document)
+        name = _take_model(one, entry)
+        one.take(("models",))
+        evaluations[name] = build(EvalConfig, one, REFUSED)
+        tasks_of(evaluations[name])
+    return evaluations, notes
+
+
+def kind_of(path: str) -> Literal["run", "evaluation", "tasks"]:
+    """What a YAML file describes, by its keys."""
+    keys = read_document(path, ()).tree.keys() if path.endswith(CONFIG_SUFFIXES) else set()
+    if keys and keys <= {"icl_tasks", "eval_gauntlet"}:
+        return "tasks"
+    is_evaluation = "train_loader" not in keys and keys & {"models", "icl_tasks"}
+    return "evaluation" if is_evaluation else "run"
+
+
+def _take_model(document: Document, entry: KeyPath) -> str:
+    """Replace the description of a model by the place of its weights; returns the model's name."""
+    kind, load_path = document.get((*entry, "model", "name")), (*entry, "load_path")
+    place = load_path if document.get(load_path) else (*entry, "model", "pretrained_model_name_or_path")
+    weights, tokenizer = document.get(place), document.get((*entry, "tokenizer", "name"))
+    name = document.get((*entry, "model_name")) or weights
+    if kind not in ("mpt_causal_lm", "hf_causal_lm"):
+        text = f"{kind} is not an MPT model. Evaluate others with lm-evaluation-harness: lm_eval --model hf."
+        document.report((*entry, "model", "name"), text)
+    elif not isinstance(weights, str):
+        document.report(load_path, "is blank. Name a run, a checkpoint or an exported folder.")
+    document.raise_problems()
+    origins = document.origin(place), document.origin((*entry, "tokenizer", "name"))
+    for key in ("model_name", "model", "tokenizer", "load_path"):
+        document.take((*entry, key))
+    document.put(("model",), weights, origins[0])
+    if tokenizer is not None:
+        document.put(("tokenizer",), tokenizer, origins[1])
+    return str(name)
+
+
+def tasks_of(options: EvalConfig) -> tuple[tuple[TaskConfig, ...], GauntletConfig | None]:
+    """The tasks of an evaluation and its gauntlet, read from the files that the options name.
+
+    Raises:
+        ConfigError: A file is missing or wrong.
+    """
+    tasks, gauntlet = options.icl_tasks, options.eval_gauntlet
+    if isinstance(tasks, str):
+        file = parse_words([], TaskFileConfig, tasks)
+        tasks, gauntlet = file.icl_tasks, gauntlet or file.eval_gauntlet
+    if isinstance(gauntlet, str):
+        gauntlet = parse_words([], TaskFileConfig, gauntlet).eval_gauntlet
+    return tasks or (), gauntlet
 
 
 def to_yaml(config: Any) -> str:

@@ -220,7 +220,7 @@ class GauntletConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TaskFileConfig:
+class TaskFileConfig(Section):
     """A file of tasks, of a gauntlet, or of both.
 
     Attributes:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 import platform
 import re
 from collections.abc import Iterable
@@ -18,6 +17,7 @@ from typing import NamedTuple
 from mptfoundry.errors import ConfigError
 from mptfoundry.plan.devices import GIB, Device
 from mptfoundry.plan.gpus import GPU
+from mptfoundry.ranks import local_rank
 
 
 class InstallSet(NamedTuple):
@@ -105,7 +105,7 @@ def refuse_unsupported(device: Device, torch: TorchBuild | None = None) -> None:
     """Raise ConfigError if torch can't compute on the GPUs of this machine; see `gpu_problem`."""
     if problem := gpu_problem(device, torch):
         error = ConfigError("{}: {}".format(*problem))
-        error.of_this_machine = os.environ.get("LOCAL_RANK", "0") == "0"
+        error.of_this_machine = local_rank() == 0
         raise error
 
 

@@ -115,9 +115,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         ConfigError: The batch does not split over the devices, the attention backend does not support the
             model, or options exclude each other.
     """
-    model, choices, missing = config.model, {}, missing_packages(config, device.torch_type)
-    if unsupported := gpu_problem(device):
-        missing.update([unsupported])
+    model, choices, missing = config.model, {}, _lacking(config, device)
 
     def decide(key: str, value: Any, choose: Callable[[], tuple[Any, str]]) -> Any:
         if value != "auto":
@@ -260,6 +258,14 @@ def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str |
     if reason := why_not(name, model, *here):
         return refusal(name, reason, model, *here).partition(": ")[2]
     return None
+
+
+def _lacking(config: TrainConfig, device: Device) -> dict[str, str]:
+    """What to do about packages that are missing here and GPUs that torch can't use, by key."""
+    lacking = missing_packages(config, device.torch_type)
+    if problem := gpu_problem(device):
+        lacking.update([problem])
+    return lacking
 
 
 def _choose_loss() -> tuple[str, str]:

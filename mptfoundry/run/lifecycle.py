@@ -181,7 +181,8 @@ class Run:
             raise self._nothing_left(trainer.state.timestamp.batch.value)
         decided_by_rank_0(self._begin_in_store)
         if local_rank() == 0:
-            remove_unfinished_files(self.folder, but=start.checkpoint)
+            # Rank 0 removes its own part before it writes; it does not wait for the other nodes.
+            remove_unfinished_files(self.folder, is_ours=rank() == 0, but=start.checkpoint)
         decided_by_rank_0(self._write_first_files)
         self._until_fit.close()
 

@@ -302,15 +302,20 @@ def _fetched(url: str, folder: Path, stack: ExitStack) -> Path:
 
     def fetch() -> str:
         first = rank() == 0
-        remove_unfinished_files(folder)  # they take up disk space
+        # They take up disk space. Nodes may share the folder.
+        remove_unfinished_files(folder, is_ours=world_size() == dist.get_local_world_size())
         return str(stack.enter_context(staged(url, folder / "fetched", None, progress=first)))
 
     return Path(once_per_node(fetch, what=f"fetching {url}"))
 
 
-def remove_unfinished_files(folder: Path, but: Path | None = None) -> None:
-    """Remove files that a killed run left unfinished in a folder, except what contains `but`."""
-    for entry in remove_unfinished(folder, but=but) if folder.is_dir() else ():
+def remove_unfinished_files(folder: Path, *, is_ours: bool, but: Path | None = None) -> None:
+    """Remove files that a killed run left unfinished in a folder, except what contains `but`.
+
+    `is_ours` says that no other rank writes there now; otherwise only what dead processes of this machine
+    left is removed. Nodes may share the folder.
+    """
+    for entry in remove_unfinished(folder, is_ours=is_ours, but=but) if folder.is_dir() else ():
         print(f"removed: {entry}, which a run that was killed had not finished", flush=True)
 
 

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from mptfoundry import __version__
 from mptfoundry.checkpoints.source import ModelSource
-from mptfoundry.config.load import parse_words
-from mptfoundry.config.tasks import GauntletConfig, TaskConfig, TaskFileConfig
+from mptfoundry.config.load import tasks_of
+from mptfoundry.config.tasks import GauntletConfig, TaskConfig
 from mptfoundry.config.verbs import EvalConfig, Sampling
 from mptfoundry.errors import ConfigError, DataError
 from mptfoundry.files import whole_or_absent
@@ -70,12 +70,7 @@ def plan_tasks(options: EvalConfig, source: ModelSource, tokenizer: Any, max_seq
     Raises:
         ConfigError, DataError: A file of tasks or data is missing or wrong, or the gauntlet lacks a task.
     """
-    tasks, gauntlet = options.icl_tasks, options.eval_gauntlet
-    if isinstance(tasks, str):
-        file = parse_words([], TaskFileConfig, tasks)
-        tasks, gauntlet = file.icl_tasks, gauntlet or file.eval_gauntlet
-    if isinstance(gauntlet, str):
-        gauntlet = parse_words([], TaskFileConfig, gauntlet).eval_gauntlet
+    tasks, gauntlet = tasks_of(options)
     if not tasks:
         raise ConfigError(f"icl_tasks: {options.icl_tasks} names no task.")
     built, digests = [], {}

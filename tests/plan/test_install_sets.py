@@ -80,12 +80,17 @@ def test_a_set_has_every_package_that_a_run_imports(name: str) -> None:
 
 
 def test_composer_pins_keep_to_what_composer_declares() -> None:
+    compared = 0
     for owner in ("mosaicml", "mosaicml-streaming"):
+        if metadata.version(owner) != pins("composer-pins")[owner]:
+            continue  # what the pinned version declares is not known here
+        compared += 1
         for line in metadata.requires(owner) or []:
             requirement = Requirement(line)
             if requirement.marker is None and requirement.name in pins("composer-pins"):
                 pin = pins("composer-pins")[requirement.name]
                 assert requirement.specifier.contains(pin), f"{owner} declares {requirement}, pinned is {pin}"
+    assert compared
 
 
 def test_an_exact_installation_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

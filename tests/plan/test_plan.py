@@ -237,7 +237,11 @@ def test_a_gpu_without_bf16_computes_in_fp32_or_fp16() -> None:
     assert "precision" not in make_plan(load("mpt-tiny", "precision=amp_fp16"), v100()).missing
     on_v100 = plan_of("mpt-tiny", v100())
     assert (on_v100.precision, on_v100.attn_impl) == ("fp32", "torch")
-    assert plan_of("mpt-tiny", LAPTOP_GPU).reasons["precision"].endswith("not known to have bfloat16 units")
+    assert (
+        plan_of("mpt-tiny", LAPTOP_GPU)
+        .choices["precision"]
+        .reason.endswith("not known to have bfloat16 units")
+    )
 
 
 def test_a_gpu_that_torch_cannot_use_is_planned_and_refused(monkeypatch: pytest.MonkeyPatch) -> None:

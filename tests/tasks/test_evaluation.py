@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mptfoundry.cli import main
 from mptfoundry.config.load import parse_words
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.errors import ConfigError
@@ -146,3 +147,71 @@ def test_what_can_not_be_evaluated_is_said_before_the_model_computes(
     with pytest.raises(ConfigError) as error:
         run(write_run(), tasks, tmp_path / "out", *words)
     assert said in str(error.value)
+
+
+LLMFOUNDRY = """
+variables: {{length: 64}}
+max_seq_len: ${{variables.length}}
+seed: 1
+precision: fp32
+models:
+- model_name: first
+  model: {{name: mpt_causal_lm, d_model: 32, attn_config: {{attn_impl: flash}}}}
+  tokenizer: {{name: {model}/tokenizer, kwargs: {{model_max_length: 64}}}}
+  load_path: {model}
+- model_name: second
+  model: {{name: hf_causal_lm, pretrained_model_name_or_path: {model}, pretrained: true}}
+device_eval_batch_size: 2
+fsdp_config: {{sharding_strategy: FULL_SHARD}}
+icl_subset_num_batches: 2
+icl_tasks: {tasks}
+"""
+
+
+@pytest.fixture
+def evaluation(write_run: Callable[..., Path], tasks: Path, tmp_path: Path) -> Path:
+    file = tmp_path / "evaluation.yaml"
+    file.write_text(LLMFOUNDRY.format(model=write_run(), tasks=tasks))
+    return file
+
+
+def test_an_evaluation_file_evaluates_each_of_its_models(
+    evaluation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(evaluation)]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("3 tasks with their numbers of examples: sums [0, 2], ends [1], answers [0]") == 2
+    assert "fsdp_config is left out" in shown.err and "is now limit: 4 documents" in shown.err
+    assert main(["eval", str(evaluation)]) == 0
+    printed = capsys.readouterr().out
+    assert "first\nlabel" in printed and "second\nlabel" in printed
+    assert "sums/2-shot: 4 of 4 documents were evaluated before" in printed  # it is the same model
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("  load_path: ", "  load_path:  # ", "models[0].load_path: is blank. Name a run,"),
+        ("name: hf_causal_lm", "name: openai_chat", "models[1].model.name: openai_chat is not an MPT model."),
+        ("precision: fp32", "precison: fp32", "precison"),
+        ("tasks.yaml", "nowhere.yaml", "nowhere.yaml: there is no such file"),
+    ],
+)
+def test_mistakes_in_an_evaluation_file_are_one_error_each(
+    evaluation: Path, old: str, new: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluation.write_text(evaluation.read_text().replace(old, new))
+    for verb in ("check", "eval"):
+        assert main([verb, str(evaluation)]) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+        assert len(errors) == 1 and said in errors[0]
+
+
+def test_a_file_of_tasks_can_be_checked(tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", str(tasks)]) == 0
+    assert capsys.readouterr().out.startswith("3 tasks")
+    tasks.write_text(
+        tasks.read_text().replace("icl_task_type: language_modeling", "icl_task_type: modelling")
+    )
+    assert main(["check", str(tasks)]) == 2
+    assert "tasks.yaml:10" in capsys.readouterr().err
