@@ -115,7 +115,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         ConfigError: The batch does not split over the devices, the attention backend does not support the
             model, or options exclude each other.
     """
-    model, choices, missing = config.model, {}, _lacking(config, device)
+    model, choices = config.model, {}
 
     def decide(key: str, value: Any, choose: Callable[[], tuple[Any, str]]) -> Any:
         if value != "auto":
@@ -127,8 +127,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     trainable = count_trainable(model.network(), model.peft_config, config.optimizer.disable_grad)
     share = device_batch(config, device)
     precision = decide("precision", config.precision, lambda: choose_precision(device))
-    if problem := precision_problem(precision, device):
-        missing["precision"] = problem
+    missing = _lacking(config, device, precision)
     memory = partial(estimate_memory, config, device, precision, sharding, trainable)
     largest = partial(largest_microbatch, share, device, memory)
     microbatch = decide("device_train_microbatch_size", config.device_train_microbatch_size, largest)
@@ -260,11 +259,13 @@ def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str |
     return None
 
 
-def _lacking(config: TrainConfig, device: Device) -> dict[str, str]:
-    """What to do about packages that are missing here and GPUs that torch can't use, by key."""
+def _lacking(config: TrainConfig, device: Device, precision: str) -> dict[str, str]:
+    """What to do about missing packages, GPUs that torch can't use, and a precision they don't have, by key."""
     lacking = missing_packages(config, device.torch_type)
     if problem := gpu_problem(device):
         lacking.update([problem])
+    if reason := precision_problem(precision, device):
+        lacking["precision"] = reason
     return lacking
 
 
