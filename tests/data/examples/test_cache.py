@@ -71,7 +71,7 @@ def test_what_was_made_is_found_again_by_its_content(
     assert sorted(path.name for path in cache.iterdir()) == [first.name]
     copy = tmp_path / "elsewhere.jsonl"
     shutil.copy(file, copy)
-    monkeypatch.setattr(example_cache, "ExampleMaker", None)
+    monkeypatch.setattr(example_cache, "ExampleMaker", pytest.fail)
     assert prepare(copy, tiny_tokenizer, cache) == first
 
 

@@ -193,12 +193,15 @@ def test_ranks_share_each_batch_that_one_rank_alone_would_have(
 def test_examples_are_made_once_and_found_again_by_content_and_settings(
     build: Build, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def refuse(plan: LabelledPlan) -> None:
+        raise TypeError("made again")
+
     first = build([WORDS] * 4, "token").dataloader.dataset
     with monkeypatch.context() as patch:
-        patch.setattr(labelled_store, "LabelledMaker", None)
+        patch.setattr(labelled_store, "LabelledMaker", refuse)
         again = build([WORDS] * 4, "token").dataloader.dataset
         for change in ({"max_seq_len": 63}, {"labels": {"no": 2, "maybe": 1, "yes": 0}}):
-            with pytest.raises(TypeError):
+            with pytest.raises(TypeError, match="made again"):
                 build([WORDS] * 4, "token", **change)
     assert again.fingerprints == first.fingerprints
     assert again[3]["labels"].tolist() == first[3]["labels"].tolist()
