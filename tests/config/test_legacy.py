@@ -179,6 +179,8 @@ def test_low_precision_layernorm_is_what_the_model_has_already(
         "python_log_level:",
         "eval_gauntlet: null",
         "spin_dataloaders:",
+        "algorithms: {alibi: null}",
+        "algorithms: {gradient_clipping: null}",
     ],
 )
 def test_what_is_blank_or_off_needs_no_word(write: Callable[..., str], line: str) -> None:

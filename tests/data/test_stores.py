@@ -64,7 +64,7 @@ def test_a_shard_that_a_store_lacks_or_has_damaged_is_named(
     shard.put(Body=bytes(data))
     far = {"remote": "s3://data/text", "local": str(tmp_path / "cache")}
     name = r"s3://data/text/train/shard\.00001\.mds"
-    with pytest.raises(DataError, match=rf"{name} is damaged: its xxh64 .* so it was when fetched again"):
+    with pytest.raises(DataError, match=rf"{name} is damaged: its xxh64 .* also when fetched again"):
         read(tiny_tokenizer, **far)
     shard.delete()
     with pytest.raises(DataError, match=rf"{name} can't be fetched: .*not found"):
