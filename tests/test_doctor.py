@@ -78,7 +78,8 @@ def test_a_version_outside_a_declared_range_is_said(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.serial
 def test_an_unreachable_hub_is_said_within_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     started_at = time.monotonic()
