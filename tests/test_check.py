@@ -316,7 +316,8 @@ def test_what_one_machine_of_several_lacks_is_said_there(
 def test_a_tokenizer_that_the_hub_has_is_said_to_be_fetched(
     tiny: Load, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(variable, raising=False)
     [line] = here(check(tiny("tokenizer.name=some/name")))
     assert line == "here: tokenizer.name: some/name is not on this machine; train fetches it from the hub"
     refuse_here(tiny("tokenizer.name=some/name"))

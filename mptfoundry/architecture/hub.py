@@ -9,6 +9,7 @@ import os
 import re
 import socket
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from mptfoundry.errors import CheckpointError, first_line
@@ -43,8 +44,9 @@ def locate(name: str, revision: str | None = None, *, config_only: bool = False)
 
 def why_out_of_reach() -> str | None:
     """Do one DNS lookup first, because the Hub's client retries for most of a minute."""
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
-        return "HF_HUB_OFFLINE is set"
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        if os.environ.get(variable, "0").upper() in ("1", "TRUE", "YES", "ON"):
+            return f"{variable} is set"
     if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return None
     host = urlsplit(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname or "huggingface.co"
@@ -65,7 +67,7 @@ def _snapshot(name: str, revision: str | None, config_only: bool) -> Path:
             file = hf_hub_download(name, "config.json", revision=revision, local_files_only=bool(offline))
             return Path(file).parent
         if offline:
-            return Path(snapshot_download(name, revision=revision, local_files_only=True))
+            return _cached_snapshot(name, revision)
         files = HfApi().list_repo_files(name, revision=revision)
         kind = "*.safetensors" if any(file.endswith(".safetensors") for file in files) else "*.bin"
         patterns = [*_TEXTS, kind]
@@ -79,3 +81,18 @@ def _snapshot(name: str, revision: str | None, config_only: bool) -> Path:
             f"{name}{at}: is neither a folder nor in the Hugging Face cache, and can't be fetched: {why}. "
             "Name a local folder, or fetch it once while online."
         ) from error
+
+
+def _cached_snapshot(name: str, revision: str | None) -> Path:
+    """A snapshot in the cache; huggingface_hub 2 returns it only if it holds all files that are asked for."""
+    from huggingface_hub import snapshot_download
+
+    def cached(weights: str) -> Path:
+        patterns = [*_TEXTS, weights]
+        options: dict[str, Any] = {"allow_patterns": patterns, "ignore_patterns": "*/*"}
+        return Path(snapshot_download(name, revision=revision, local_files_only=True, **options))
+
+    try:
+        return cached("*.safetensors")
+    except Exception:  # whatever it is, the other kind fails in the same way, or is there
+        return cached("*.bin")

@@ -349,7 +349,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
         return loss, None if self.training else logits_of(x[:, kept])
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
+    def generate(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """transformers' method; it takes a cache under both names."""
         return super().generate(*args, **_rename_cache(kwargs))
 

@@ -74,12 +74,13 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def environment(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """In which the client finds this hub, and an empty cache."""
+    """In which the client finds this hub and an empty cache, whatever this process's own variables say."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    without = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+    settings = ("HF_", "HUGGINGFACE_", "TRANSFORMERS_")
+    others = {key: value for key, value in os.environ.items() if not key.startswith(settings)}
     yield {
-        **without,
+        **{key: value for key, value in others.items() if not key.lower().endswith("_proxy")},
         "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
         "HF_HOME": str(tmp_path / "cache"),
         "HF_HUB_DISABLE_XET": "1",
@@ -101,9 +102,10 @@ def test_weights_and_texts_of_a_revision_are_fetched_once_and_no_code(environmen
     }
     offline = {**environment, "HF_HUB_OFFLINE": "1"}
     assert located(offline, "team/mpt", "v2") == str(folder)
-    said = located(offline, "team/mpt", "main")
-    assert "team/mpt at revision main: is neither a folder nor in the Hugging Face cache" in said
-    assert "HF_HUB_OFFLINE is set" in said
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        said = located({**environment, variable: "1"}, "team/mpt", "main")
+        assert "team/mpt at revision main: is neither a folder nor in the Hugging Face cache" in said
+        assert f"{variable} is set" in said
     assert "team/mpt at revision v3: is neither" in located(environment, "team/mpt", "v3")
 
 
