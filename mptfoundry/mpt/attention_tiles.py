@@ -19,8 +19,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Generation -> kernel -> width -> tile. `sm_80` also serves 8.6, 8.9 and 12.x, which have 99 KiB of shared
-# memory.
+# Generation -> kernel -> width -> tile. `sm_90` also serves 10.x, which has 227 KiB of shared memory for a
+# program, too; `sm_80` serves 8.6, 8.9 and 12.x, which have 99 KiB. Triton has no code for older ones.
 # `backward_key_grouped` is for grouped heads, where query heads share a key head.
 TILES: dict[str, dict[str, dict[int, Tile]]] = {
     "sm_90": {

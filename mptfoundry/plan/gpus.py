@@ -176,17 +176,13 @@ def _chosen_gpus(gpus: list[GPU], words: list[str]) -> Iterator[GPU]:
 
 def _with_slices(visible: Visible) -> Visible:
     """A process uses one MIG slice at most: the first, where the first GPU is cut into slices."""
-    first = visible.gpus[0]
-    if first.has_mig:
-        slices = _slices(first)
-        if not slices:
-            trouble = f"the {first.name} is in MIG mode and has no slices"
-            return visible._replace(gpus=(), found=trouble, trouble=trouble)
-        first = slices[0]
-    if first.profile:
-        found = f"{visible.found}; a process uses one MIG slice"
-        return visible._replace(gpus=(first,), found=found)
-    return visible._replace(gpus=tuple(gpu for gpu in visible.gpus if not gpu.has_mig and not gpu.profile))
+    parts = [part for gpu in visible.gpus for part in (_slices(gpu) if gpu.has_mig else [gpu])]
+    if not parts:
+        trouble = f"the {visible.gpus[0].name} is in MIG mode and has no slices"
+        return visible._replace(gpus=(), found=trouble, trouble=trouble)
+    if parts[0].profile:
+        return visible._replace(gpus=(parts[0],), found=f"{visible.found}; a process uses one MIG slice")
+    return visible._replace(gpus=tuple(part for part in parts if not part.profile))
 
 
 def _slices(gpu: GPU) -> list[GPU]:

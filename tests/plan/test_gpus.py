@@ -157,6 +157,15 @@ def test_a_gpu_cut_into_no_slices_is_trouble(tmp_path: Path, monkeypatch: pytest
     assert launcher_device({}).trouble == f"the {A100} is in MIG mode and has no slices"
 
 
+def test_a_gpu_cut_into_no_slices_leaves_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [
+        gpu_row(A100, "8.0", "550.54.15", uuid="GPU-5d5b", mig="Enabled"),
+        gpu_row(A100, "8.0", "550.54.15", uuid="GPU-6e6c"),
+    ]
+    put_nvidia_smi(tmp_path, monkeypatch, rows, listing=f"GPU 0: {A100} (UUID: GPU-5d5b)\n")
+    assert [gpu.uuid for gpu in visible_gpus({}).gpus] == ["GPU-6e6c"]
+
+
 @pytest.mark.parametrize("error", [NO_DRIVER, MISMATCH])
 def test_a_driver_that_fails_is_trouble_where_there_is_a_gpu(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: tuple[str, int]
