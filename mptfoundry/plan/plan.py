@@ -138,9 +138,8 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     attention = model.attn_config.attn_impl
     if attention != "auto" and (problem := _attention_problem(config, device, dtype)):
         missing[key] = problem
-    attention = decide(
-        key, attention, lambda: choose_backend(model, device.torch_type, dtype, device.capability)
-    )
+    here = device.torch_type, dtype, device.capability
+    attention = decide(key, attention, lambda: choose_backend(model, *here))
     loss_fn = (
         "torch" if isinstance(model, HeadConfig) else decide("model.loss_fn", model.loss_fn, _choose_loss)
     )
@@ -260,7 +259,7 @@ def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str |
 
 
 def _lacking(config: TrainConfig, device: Device, precision: str) -> dict[str, str]:
-    """What to do about missing packages, GPUs that torch can't use, and a precision they don't have, by key."""
+    """What to do about missing packages, and about GPUs that torch can't use or not in this precision."""
     lacking = missing_packages(config, device.torch_type)
     if problem := gpu_problem(device):
         lacking.update([problem])
