@@ -25,7 +25,7 @@ from mptfoundry.plan.devices import GIB, Device, launcher_device
 from mptfoundry.plan.gpu_support import describe_gpus, gpu_problem
 from mptfoundry.plan.install_sets import PYTHONS, installed_set, pins, release, version_of
 from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision
-from mptfoundry.run.leftovers import find_leftovers, remove_leftovers
+from mptfoundry.run.leftovers import clean_now, find_leftovers
 
 # Name on PyPI, and for optional packages what they are used for.
 _PACKAGES: dict[str, str | None] = {
@@ -70,10 +70,9 @@ def doctor() -> str:
 
 def clean() -> str:
     """Remove what dead runs left, and return the list that `mptfoundry doctor clean=true` prints."""
-    found = find_leftovers()
-    gone = remove_leftovers(found)
+    leftovers, gone = clean_now()
     lines = [f"removed {each.path}, {each.bytes:,} bytes" for each in gone]
-    lines += [f"{each.path} can't be removed" for each in found if each not in gone]
+    lines += [f"{each.path} can't be removed" for each in leftovers if each not in gone]
     return "\n".join(lines or ["dead runs left nothing here"])
 
 

@@ -88,8 +88,8 @@ def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
         mark_logs()
         return starts
     with contextlib.suppress(OSError):
-        place = Path(tempfile.gettempdir()) / f"mptfoundry-{os.getuid()}.lock"
-        file = starts.enter_context(os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)))
+        place, file = _lock_file()
+        starts.enter_context(file)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             remove_leftovers(find_leftovers())
@@ -97,6 +97,30 @@ def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
         except BlockingIOError:
             _share(file, place, seconds)
     return starts
+
+
+def clean_now() -> tuple[list[Leftover], list[Leftover]]:
+    """Remove leftovers while no run starts; returns what was there and what of it is gone.
+
+    Raises:
+        TrainingError: A run is starting here, whose new files may look like leftovers.
+    """
+    place, file = _lock_file()
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TrainingError(
+                f"{place}: {_holder(file)} is starting a run on this machine. Clean when that run trains."
+            ) from None
+        leftovers = find_leftovers()
+        return leftovers, remove_leftovers(leftovers)
+
+
+def _lock_file() -> tuple[Path, IO[str]]:
+    """The file that starts of this user share on this machine, opened."""
+    place = Path(tempfile.gettempdir()) / f"mptfoundry-{os.getuid()}.lock"
+    return place, os.fdopen(os.open(place, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600))
 
 
 def _share(file: IO[str], place: Path, seconds: float) -> None:

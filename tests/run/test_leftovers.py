@@ -206,6 +206,17 @@ def test_doctor_lists_what_it_removes(own_temporary: Path, capsys: pytest.Captur
         assert not lock.exists()
 
 
+def test_doctor_removes_nothing_while_a_run_starts(
+    own_temporary: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with clean_start():
+        left = own_temporary / "000901_barrier_filelock"  # what a run makes while it starts looks the same
+        left.touch()
+        assert main(["doctor", "clean=true"]) == 1
+        assert "is starting a run on this machine" in capsys.readouterr().err and left.exists()
+    assert main(["doctor", "clean=true"]) == 0 and not left.exists()
+
+
 def test_without_a_view_of_processes_nothing_is_removed(
     own_temporary: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
