@@ -13,6 +13,8 @@ import pytest
 
 from mptfoundry.mpt.attention_tiles import TILES, Tile, padded, tile_of
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 # The width of the published models. `make soak` compiles ESSENTIAL for all architectures, the script all.
 PUBLISHED = "arch=90 group=1 dtype=bfloat16 head_dim=128 features=alibi+documents"
