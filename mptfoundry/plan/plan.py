@@ -108,10 +108,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         ConfigError: The batch does not split over the devices, the attention backend does not support the
             model, or options exclude each other.
     """
-    model, reasons, missing = config.model, {}, dict(missing_packages(config, device.torch_type))
-
-    if unsupported := gpu_problem(device):
-        missing[unsupported[0]] = unsupported[1]
+    model, reasons, missing = config.model, {}, _missing_here(config, device)
 
     def decide(key: str, value: Any, choice: Callable[[], tuple[Any, str]]) -> Any:
         if value == "auto":
@@ -169,6 +166,14 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         reasons=reasons,
         missing=missing,
     )
+
+
+def _missing_here(config: TrainConfig, device: Device) -> dict[str, str]:
+    """What the config needs and this machine lacks before anything is decided, by key path or part."""
+    missing = dict(missing_packages(config, device.torch_type))
+    if unsupported := gpu_problem(device):
+        missing[unsupported[0]] = unsupported[1]
+    return missing
 
 
 def refuse_missing(plan: Plan) -> None:
