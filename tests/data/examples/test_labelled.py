@@ -236,7 +236,7 @@ def test_making_examples_continues_after_a_kill(
         (parts / damaged).write_bytes(b"")
     assert build(TEXTS, cache_folder=cache).dataloader.dataset.fingerprints == expected
     assert made[4] == (0 if damaged else made[3])
-    assert len(list((tmp_path / ".killed").iterdir())) == 1
+    assert len({path.name for path in (tmp_path / ".killed").iterdir()} - {"inputs"}) == 1
 
 
 def test_what_makes_examples_can_be_sent_to_a_worker(tiny_tokenizer: Any) -> None:
