@@ -53,13 +53,17 @@ def test_what_training_uses_compiles_without_spills_onto_tensor_cores(tmp_path: 
 
 
 REFUSED = """
-from compile_kernels import Case, compile_case, why_refused
+import compile_kernels
+from compile_kernels import TRITON, Case, compile_case, triton, why_refused
 from mptfoundry.mpt.attention_tiles import Tile
 
 if __name__ == "__main__":
     tile = ("forward", Tile(128, 128, 4, 2))
     (row,) = compile_case(Case(90, 64, "causal", kernels=("forward_kernel",), tiles=(tile,)))
-    print(row["refused"])
+    # Another Triton may compile it without spills, and is not judged by them.
+    print(row["spilled"] > 0 or not triton.__version__.startswith(TRITON))
+    compile_kernels.TRITON = triton.__version__
+    print(why_refused(row | {"spilled": 8}))
     for change in ({"dots_on_cores": 3}, {"dots": 2}, {"mma": 8}, {"shared": 240_000}):
         print(why_refused(row | {"spilled": 0} | change))
 """
@@ -68,14 +72,14 @@ if __name__ == "__main__":
 def test_a_spill_a_lost_product_and_too_much_shared_memory_are_refused() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     done = run(["-c", REFUSED], timeout=300)
-    spills, *others = done.stdout.splitlines()
-    assert spills.endswith("bytes are spilled, 0 may be"), done.stderr
-    assert others == [
+    assert done.stdout.splitlines() == [
+        "True",
+        "8 bytes are spilled, 0 may be",
         "1 of its matrix products are not done by tensor cores",
         "it has 2 matrix products, not 4",
         "its matrix products are not done by wgmma",
         "it takes 240000 bytes of shared memory, there are 232448",
-    ]
+    ], done.stderr
 
 
 @pytest.mark.parametrize(
