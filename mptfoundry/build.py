@@ -72,9 +72,15 @@ ALGORITHMS: dict[str, str | type] = {"gradient_clipping": GradientClipping}
 
 
 def run_code_paths(config: TrainConfig) -> None:
-    """Run the user's own files, which may change the tables above; print each with its hash."""
+    """Run the user's own files, which may change the tables above; print each with its hash.
+
+    Raises:
+        ConfigError: A file is missing.
+    """
     assert config.allow_code or not config.code_paths
     for path in config.code_paths:
+        if not Path(path).is_file():
+            raise ConfigError(f"code_paths: {path} is missing. Name a Python file.")
         if rank() == 0:
             digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
             print(f"code_paths: running {path} (sha256 {digest})", flush=True)
