@@ -16,6 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -32,8 +33,10 @@ UNLIMITED = int(1e30)
 AS_TEXT = "as_text"
 # These only read tokenizer.json. Listing them here avoids a one-second import of AutoTokenizer.
 PLAIN_CLASSES = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
-# For these, add_bos_token and add_eos_token override tokenizer.json.
+# For these, transformers 4 lets add_bos_token and add_eos_token override tokenizer.json. With transformers 5
+# the file wins for some, and the others write their own.
 CLASSES_WITH_SWITCHES = ("Llama", "CodeLlama", "Gemma", "GPTNeoX", "Cohere")
+CLASSES_OF_THE_FILE = ("Llama", "Gemma", "Cohere")
 
 
 class Borders(NamedTuple):
@@ -206,8 +209,14 @@ def borders_of_folder(folder: str | Path, kwargs: Mapping[str, Any] | None = Non
         config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         config = {**config, **(kwargs or {})}
         borders = Borders(*(tuple(map(backend.id_to_token, side)) for side in own_borders(backend)))
-        if str(config.get("tokenizer_class")).startswith(CLASSES_WITH_SWITCHES):
-            borders = _switched(borders, config)
+        name = str(config.get("tokenizer_class"))
+        if name.startswith(CLASSES_WITH_SWITCHES):
+            if metadata.version("transformers").startswith("4."):
+                borders = _switched(borders, config)
+            elif not name.startswith(CLASSES_OF_THE_FILE) or {"add_bos_token", "add_eos_token"} & set(
+                kwargs or ()
+            ):
+                return None
     except Exception:  # the tokenizers library raises plain Exceptions
         return None
     return borders

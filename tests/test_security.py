@@ -341,6 +341,7 @@ def test_a_tokenizer_of_the_hub_is_read_at_the_revision_that_is_named(
         content["added_tokens"] = content["added_tokens"][: 2 - number]
         (snapshot / "tokenizer.json").write_text(json.dumps(content))
         (snapshot / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+        (snapshot / "config.json").write_text('{"model_type": "mpt"}')  # transformers 5 looks for it first
 
     def special(name: str, **kwargs: Any) -> int:
         return len(load_tokenizer(name, {"cache_dir": str(tmp_path), **kwargs}).added_tokens_decoder)

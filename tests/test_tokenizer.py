@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,9 @@ def test_what_a_tokenizer_adds_by_itself_is_told_with_and_without_transformers(
 def test_switches_of_llamas_class_go_before_its_file(
     adding_tokenizers: dict[str, str], tmp_path: Path
 ) -> None:
-    """As transformers has it: the class writes the template again."""
+    """As transformers 4 has it, where the class writes the template again.
+
+    In transformers 5 the file wins, and what arguments change can't be told without loading it."""
     for name, words in (("bos", {}), ("bos", {"add_bos_token": False}), ("nothing", {"add_eos_token": True})):
         folder = tmp_path / f"{name}{len(words)}{len(list(tmp_path.iterdir()))}"
         shutil.copytree(adding_tokenizers[name], folder)
@@ -191,4 +194,6 @@ def test_switches_of_llamas_class_go_before_its_file(
         assert borders_of_folder(folder) == spelled(own_borders(tokenizer), tokenizer)
         changed = {"add_bos_token": True, "add_eos_token": True}
         tokenizer = load_tokenizer(str(folder), changed)
-        assert borders_of_folder(folder, changed) == spelled(own_borders(tokenizer), tokenizer)
+        told = borders_of_folder(folder, changed)
+        assert told in (spelled(own_borders(tokenizer), tokenizer), None)
+        assert told is not None or not metadata.version("transformers").startswith("4.")

@@ -133,7 +133,7 @@ def test_our_own_dictionary_comes_back() -> None:
     ("change", "message"),
     [
         ({"attn_config": {"qk_lm": True}}, "config.json: attn_config.qk_lm: True. MPT has no such option"),
-        ({"n_layer": 3}, "config.json: n_layer: 3. No such switch"),
+        ({"n_layer": 3}, "config.json: n_layer: 3. MPT has no such option here"),
         ({"n_layers": "3"}, "config.json: n_layers: '3'. Allowed: int"),
         ({"no_bias": 1}, "config.json: no_bias: 1. Allowed: bool"),
         ({"norm_type": "batchnorm"}, "norm_type: 'batchnorm'. Allowed: low_precision_layernorm, layernorm"),

@@ -25,7 +25,7 @@ def test_the_backend_is_chosen_once_for_all_layers_by_what_is_computed(
 ) -> None:
     asked = []
 
-    def choose(config: MPTConfig, device_type: str, dtype: str) -> tuple[str, str]:
+    def choose(config: MPTConfig, device_type: str, dtype: str, capability: None) -> tuple[str, str]:
         asked.append((device_type, dtype))
         return "torch", "asked for"
 

@@ -38,12 +38,12 @@ def test_a_version_that_does_not_work_is_named_with_one_that_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    said = "needs the package wandb: pip install 'wandb<0.28'"
-    assert package_problem("wandb<0.28") == said
-    (tmp_path / "wandb").mkdir()  # as a run of wandb leaves one in the working directory
-    assert package_problem("wandb<0.28") == said
-    installed(tmp_path, "wandb", "0.31.0")
-    assert package_problem("wandb<0.28") == "wandb 0.31.0 does not work here: pip install 'wandb<0.28'"
+    said = "needs the package nobodys: pip install 'nobodys<0.28'"
+    assert package_problem("nobodys<0.28") == said
+    (tmp_path / "nobodys").mkdir()  # as a run of wandb leaves `wandb` in the working directory
+    assert package_problem("nobodys<0.28") == said
+    installed(tmp_path, "nobodys", "0.31.0")
+    assert package_problem("nobodys<0.28") == "nobodys 0.31.0 does not work here: pip install 'nobodys<0.28'"
 
 
 def test_a_version_that_works_is_no_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
