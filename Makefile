@@ -29,7 +29,7 @@ $(VENV)/installed: pyproject.toml $(wildcard mptfoundry/requirements/*.txt)
 	@$(PYTHON) -c 'import sys; sys.path.insert(0, "."); from mptfoundry.plan.install_sets import why_not; sys.exit(why_not("$(SET)"))'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade 'pip>=24'
-	@echo "Installing the set $(SET): about 7 GB with PyTorch's CUDA build; five minutes on two cores."
+	@echo "Installing the set $(SET): about 7 GB with PyTorch's CUDA build; five to eight minutes on two cores."
 	$(BIN)/python -m pip install --quiet --no-deps --requirement $(LIST)
 	$(BIN)/python -m pip install --quiet --no-deps --editable .
 	@touch $@
