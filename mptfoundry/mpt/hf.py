@@ -83,7 +83,8 @@ class MPTFoundryConfig(PretrainedConfig):
         for name, value in network.to_dict().items():
             setattr(self, name, value)
         self.head_dim = network.d_head
-        super().__init__(tie_word_embeddings=self.tie_word_embeddings, **kwargs)
+        kwargs["tie_word_embeddings"] = self.tie_word_embeddings
+        super().__init__(**kwargs)
         self.init_device = init_device
         self.use_cache = use_cache
 
