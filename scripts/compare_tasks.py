@@ -92,7 +92,10 @@ def load_theirs(clone: Path) -> types.SimpleNamespace:
     sys.modules[helpers.__name__] = helpers
     data = importlib.import_module("llmfoundry.eval.datasets.in_context_learning_evaluation")
     sys.path.insert(0, str(clone / "llmfoundry/eval/metrics"))
-    return types.SimpleNamespace(**vars(importlib.import_module("nlp")), **vars(data))
+    both = {**vars(data), **vars(importlib.import_module("nlp"))}
+    return types.SimpleNamespace(
+        **{name: each for name, each in both.items() if name.startswith("InContext")}
+    )
 
 
 def their_data(theirs: Any, file: Path, kind: str, texts: dict[str, Any], **options: Any) -> Any:
