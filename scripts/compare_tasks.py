@@ -170,7 +170,7 @@ def compare_decisions(
             calibration.update(batch, logits, labels)
         task = our_task(file, kind, shots, texts)
         ours = build_task(task, shots, read_lines(file, task), tokenizer, SCORED_LENGTH)
-        scores = {}
+        scores: dict[int, Any] = {}
         for some in plan_batches(ours.questions, 8192):
             scores |= score_batch(network, some)
         outcomes = [judge_scores(task, each, scores[each.doc_id]) for each in ours.questions]
