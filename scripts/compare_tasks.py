@@ -143,7 +143,7 @@ def compare_decisions(
     """How many documents a random network decides alike, with equal calibration errors, and of how many."""
     torch.manual_seed(0)
     attention = AttnConfig(alibi=True)
-    size = {
+    size: dict[str, Any] = {
         "d_model": 64,
         "n_heads": 4,
         "n_layers": 3,
