@@ -15,6 +15,7 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -93,37 +94,40 @@ def troubles() -> list[str]:
 
 def _packages() -> list[str]:
     width = max(map(len, _PACKAGES)) + 2
-    lines = _set()
+    lines, tested = _set()
     for name, purpose in _PACKAGES.items():
         version = version_of(name)
         missing = "MISSING" if purpose is None else f"not installed ({purpose})"
-        lines.append(f"{name:{width}}{version or missing}{_outside(name, version)}")
+        lines.append(f"{name:{width}}{version or missing}{_outside(name, version, tested)}")
     return lines
 
 
-def _set() -> list[str]:
-    """Name the tested set that is installed here, and what differs from it."""
+def _set() -> tuple[list[str], dict[str, str]]:
+    """Name the tested set that is installed here and what differs from it; return its versions, too."""
     try:
         name, differences = installed_set()
     except ImportError:  # packaging is not there
-        return []
+        return [], {}
+    tested = pins(name)
     if not differences:
-        return [f"the set {name}, exactly"]
+        return [f"the set {name}, exactly"], tested
     differences.sort(key=lambda phrase: phrase.split()[0] not in _PACKAGES)
     some = ", ".join(differences[:5]) + (", ..." if len(differences) > 5 else "")
-    return [f"nearest to the set {name}; {len(differences)} of its {len(pins(name))} packages differ: {some}"]
+    return [
+        f"nearest to the set {name}; {len(differences)} of its {len(tested)} packages differ: {some}"
+    ], tested
 
 
-def _outside(name: str, version: str | None) -> str:
+def _outside(name: str, version: str | None, tested: Mapping[str, str]) -> str:
     """Say which package's declared range excludes the installed version, or return an empty string.
 
-    The versions of the installed set are tested, whatever Composer declares.
+    Versions of the installed set, `tested`, are fine whatever Composer declares.
     """
     try:
         from packaging.requirements import Requirement
     except ImportError:
         return ""
-    if version and version.split("+")[0] == pins(installed_set()[0]).get(name):
+    if version and version.split("+")[0] == tested.get(name):
         return ""
     for owner in ("mptfoundry", "mosaicml", "mosaicml-streaming"):
         try:

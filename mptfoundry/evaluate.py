@@ -73,7 +73,11 @@ def evaluate(options: EvalConfig) -> Results:
         raise ConfigError(f"tokenizer: {options.model} has none. Name the one it was trained with.")
     check_tokenizer(tokenizer, source.config.vocab_size)
     max_seq_len = options.max_seq_len or source.config.max_seq_len
-    plan = plan_tasks(options, source, tokenizer, max_seq_len) if options.icl_tasks is not None else None
+    plan = None
+    if options.icl_tasks is not None:
+        plan = plan_tasks(
+            options, source, tokenizer, max_seq_len=max_seq_len, device=device.name, precision=precision
+        )
     evaluators = []
     if plan is None or options.eval_loaders:
         evaluators = _evaluators(options, source, tokenizer, device)

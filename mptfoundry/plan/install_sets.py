@@ -52,17 +52,14 @@ def install_command(name: str) -> str:
     )
 
 
-def pins(name: str, python: tuple[int, int] | None = None) -> dict[str, str]:
-    """Return package -> version for all that a run needs in a set, on this machine or with another Python."""
+def pins(name: str) -> dict[str, str]:
+    """Return package -> version for all that a run needs in a set, on this machine."""
     from packaging.requirements import Requirement
 
-    versions = (
-        {"python_version": _dotted(python), "python_full_version": f"{_dotted(python)}.0"} if python else {}
-    )
     return {
         requirement.name: str(requirement.specifier).removeprefix("==")
         for requirement in map(Requirement, lines_of(FOLDER / f"{name}.txt"))
-        if requirement.marker is None or requirement.marker.evaluate(versions)
+        if requirement.marker is None or requirement.marker.evaluate()
     }
 
 

@@ -17,6 +17,7 @@ from mptfoundry.tasks.outcomes import Outcome
 from mptfoundry.tasks.questions import Question, TaskData
 
 SAMPLES = "eval.samples.jsonl"
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp")
 
 
 class Samples:
@@ -106,7 +107,8 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
 
 def identity_of(path: Path) -> str:
     """A hash of a model's files: of their own checksums, or else of their sizes and times of change."""
-    files = sorted(each for each in path.rglob("*") if each.is_file()) if path.is_dir() else [path]
+    # Results may be written into the model's folder, too, and must not change what it is.
+    files = sorted(each for each in path.iterdir() if _makes_the_model(each)) if path.is_dir() else [path]
     digest = hashlib.sha256()
     for file in files:
         if zipfile.is_zipfile(file):
@@ -117,3 +119,7 @@ def identity_of(path: Path) -> str:
             parts = (file.name, status.st_size, status.st_mtime_ns)
         digest.update(repr(parts).encode())
     return digest.hexdigest()
+
+
+def _makes_the_model(file: Path) -> bool:
+    return file.suffix in _WEIGHTS or file.name in (".metadata", "config.json", "adapter_config.json")

@@ -64,8 +64,10 @@ class TaskPlan:
     settings: dict[str, Any]
 
 
-def plan_tasks(options: EvalConfig, source: ModelSource, tokenizer: Any, max_seq_len: int) -> TaskPlan:
-    """Read the tasks that the options name, and their data.
+def plan_tasks(
+    options: EvalConfig, source: ModelSource, tokenizer: Any, *, max_seq_len: int, device: str, precision: str
+) -> TaskPlan:
+    """Read the tasks that the options name, and their data; `device` and `precision` are what `auto` became.
 
     Raises:
         ConfigError, DataError: A file of tasks or data is missing or wrong, or the gauntlet lacks a task.
@@ -90,13 +92,15 @@ def plan_tasks(options: EvalConfig, source: ModelSource, tokenizer: Any, max_seq
         refuse_missing(gauntlet, labels)
     settings = {
         "model": identity_of(source.path),
+        "base": options.base,
         "tasks": [asdict(task) for task in tasks],
         "data": digests,
         "tokenizer": hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),
         "max_seq_len": max_seq_len,
         "num_fewshot": options.num_fewshot,
         "limit": options.limit,
-        "precision": options.precision,
+        "device": device,
+        "precision": precision,
         "attn_impl": options.attn_impl,
         "device_eval_batch_size": options.device_eval_batch_size,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},

@@ -14,6 +14,7 @@ from mptfoundry.config.load import parse_words
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.errors import ConfigError
 from mptfoundry.evaluate import evaluate, results_table
+from mptfoundry.export.folder import export
 from tests.ranks import run_on_ranks
 
 TASKS = """
@@ -131,6 +132,19 @@ def test_results_lie_with_the_model_in_a_folder_named_by_the_settings(
     evaluate(parse_words(options, EvalConfig))
     evaluate(parse_words([*options, "limit=2"], EvalConfig))
     assert len(list(model.rglob("eval.samples.jsonl"))) == 2
+
+
+def test_results_inside_an_exported_folder_do_not_make_it_another_model(
+    write_run: Callable[..., Path], tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "hf"
+    export(write_run(), folder, dtype="fp32", progress=False)
+    options = [f"model={folder}", f"icl_tasks={tasks}", "max_seq_len=64"]
+    first = evaluate(parse_words(options, EvalConfig))
+    again = evaluate(parse_words(options, EvalConfig))
+    assert without_seconds(again) == without_seconds(first)
+    assert "sums/0-shot: 9 of 9 documents were evaluated before" in capsys.readouterr().out
+    assert len(list(folder.rglob("eval.samples.jsonl"))) == 1
 
 
 @pytest.mark.parametrize(
