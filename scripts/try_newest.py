@@ -58,7 +58,7 @@ def main(words: list[str]) -> int:
 def resolve(
     requirements: list[str], deep: bool = True, constraints: list[str] | None = None
 ) -> dict[str, str]:
-    """Package -> version as uv resolves it, with dependencies if `deep`; empty if there is no solution."""
+    """Package -> version as uv resolves it, with dependencies if `deep`; empty if it finds none."""
     with tempfile.TemporaryDirectory() as folder:
         files = {"in.txt": requirements, "constraints.txt": constraints or []}
         for file, lines in files.items():
