@@ -19,6 +19,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 from tabulate import tabulate
+from update_requirements import uv_compile
 
 from mptfoundry.plan.install_sets import installed_set, pins
 
@@ -56,25 +57,11 @@ def main(words: list[str]) -> int:
 
 
 def resolve(
-    requirements: list[str], deep: bool = True, constraints: list[str] | None = None
+    requirements: list[str], constraints: list[str] | None = None, deep: bool = True
 ) -> dict[str, str]:
     """Package -> version as uv resolves it, with dependencies if `deep`; empty if it finds none."""
-    with tempfile.TemporaryDirectory() as folder:
-        files = {"in.txt": requirements, "constraints.txt": constraints or []}
-        for file, lines in files.items():
-            Path(folder, file).write_text("\n".join(lines) + "\n")
-        command = [
-            "uv",
-            "pip",
-            "compile",
-            "in.txt",
-            "--constraint",
-            "constraints.txt",
-            "--python",
-            sys.executable,
-        ]
-        command += ["--quiet", "--no-header", "--no-annotate", *([] if deep else ["--no-deps"])]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    words = ["--python", sys.executable, *([] if deep else ["--no-deps"])]
+    done = uv_compile(requirements, words, constraints or [])
     chosen = map(Requirement, done.stdout.splitlines()) if done.returncode == 0 else ()
     return {each.name: str(each.specifier).removeprefix("==") for each in chosen}
 
@@ -86,17 +73,8 @@ def try_package(package: str, version: str, pinned: dict[str, str], tests: list[
     needs = resolve(wanted, constraints=others) or resolve(wanted)
     changed = [f"{name}=={each}" for name, each in needs.items() if pinned.get(name) != each]
     with tempfile.TemporaryDirectory() as folder:
-        install = [
-            "uv",
-            "pip",
-            "install",
-            "--quiet",
-            "--no-deps",
-            "--target",
-            folder,
-            "--python",
-            sys.executable,
-        ]
+        install = ["uv", "pip", "install", "--quiet", "--no-deps"]
+        install += ["--target", folder, "--python", sys.executable]
         subprocess.run([*install, *(changed or wanted)], check=True)
         paths = {**os.environ, "PYTHONPATH": f"{folder}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests]

@@ -62,25 +62,33 @@ def main(words: list[str]) -> int:
 def resolve(name: str, extras: Sequence[str], constraints: Sequence[str] = ()) -> list[str]:
     """The pins of all packages that the project and `extras` need in a set, Linux only."""
     oldest, newest = PYTHONS[name]
-    with tempfile.TemporaryDirectory() as folder:
-        files = {"constraints.txt": constraints, "overrides.txt": OVERRIDES if name == "current" else ()}
-        for file, lines in files.items():
-            Path(folder, file).write_text("\n".join(lines) + "\n")
-        command = [
-            "uv",
-            "pip",
-            "compile",
-            str(ROOT / "pyproject.toml"),
-            "--python-version",
-            "{}.{}".format(*oldest),
-        ]
-        command += ["--universal", "--no-annotate", "--no-header", "--quiet"]
-        command += ["--constraint", "constraints.txt", "--override", "overrides.txt"]
-        command += [word for extra in extras for word in ("--extra", extra)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    words = ["--universal", "--python-version", "{}.{}".format(*oldest)]
+    words += [word for extra in extras for word in ("--extra", extra)]
+    overrides = OVERRIDES if name == "current" else ()
+    done = uv_compile(ROOT / "pyproject.toml", words, constraints, overrides)
     if done.returncode:
         raise SystemExit(f"error: uv could not resolve the set {name}:\n{done.stderr}")
     return [line for line in done.stdout.splitlines() if used_on_linux(line, oldest, newest)]
+
+
+def uv_compile(
+    requirements: Path | Sequence[str],
+    words: Sequence[str],
+    constraints: Sequence[str] = (),
+    overrides: Sequence[str] = (),
+) -> subprocess.CompletedProcess[str]:
+    """Resolve a pyproject.toml, or a list of requirements, with uv; the pins are its output, one a line."""
+    with tempfile.TemporaryDirectory() as folder:
+
+        def file(name: str, lines: Sequence[str]) -> str:
+            Path(folder, name).write_text("\n".join(lines) + "\n")
+            return name
+
+        source = str(requirements) if isinstance(requirements, Path) else file("in.txt", requirements)
+        command = ["uv", "pip", "compile", source, "--quiet", "--no-header", "--no-annotate", *words]
+        command += ["--constraint", file("constraints.txt", constraints)]
+        command += ["--override", file("overrides.txt", overrides)]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 def used_on_linux(line: str, oldest: tuple[int, int], newest: tuple[int, int]) -> bool:

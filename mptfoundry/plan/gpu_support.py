@@ -25,14 +25,12 @@ class InstallSet(NamedTuple):
 
     Attributes:
         name: As in `make install SET=NAME`.
-        torch: The version of torch.
-        cuda: The CUDA of its build on PyPI, for x86.
+        cuda: The CUDA of its torch on PyPI, for x86.
         architectures: What this build has code for: `torch._C._cuda_getArchFlags()`.
         driver: The lowest driver that works.
     """
 
     name: str
-    torch: str
     cuda: str
     architectures: tuple[str, ...]
     driver: str
@@ -43,12 +41,9 @@ class InstallSet(NamedTuple):
 DRIVERS = {11: "450.80.02", 12: "525.60.13", 13: "580"}
 # The preferred one first.
 SETS = (
-    InstallSet(
-        "current", "2.14.1", "13.0", ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), DRIVERS[13]
-    ),
+    InstallSet("current", "13.0", ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), DRIVERS[13]),
     InstallSet(
         "composer-pins",
-        "2.7.0",
         "12.6",
         ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"),
         DRIVERS[12],

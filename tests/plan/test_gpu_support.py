@@ -20,9 +20,10 @@ from mptfoundry.plan.gpu_support import (
     runs_on,
 )
 from mptfoundry.plan.gpus import GPU
+from mptfoundry.plan.install_sets import pins
 from tests.nvidia_smi import gpu_row, put_nvidia_smi
 
-CURRENT, PINS = (TorchBuild(f"{each.torch}+cu", each.cuda, each.architectures) for each in SETS)
+CURRENT, PINS = (TorchBuild(f"{pins(each.name)['torch']}+cu", each.cuda, each.architectures) for each in SETS)
 A100 = GPU("NVIDIA A100-SXM4-80GB", capability=(8, 0), driver="580.95.05")
 V100 = GPU("Tesla V100-SXM2-32GB", capability=(7, 0), driver="580.95.05")
 B200 = GPU("NVIDIA B200", capability=(10, 0), driver="580.95.05")
