@@ -180,7 +180,7 @@ class LayersOf:
         )
 
 
-class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):
+class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     """An MPT language model; weights have the names of published MPTs, and `lm_head` if it is not tied."""
 
     config_class = MPTFoundryConfig  # type: ignore[assignment]
