@@ -120,8 +120,9 @@ def write(path: Path, lines: list[str]) -> None:
     path.write_text("\n".join(lines) + "\n")
     changes = [f"  - {line}" for line in sorted(old - set(lines))]
     changes += [f"  + {line}" for line in sorted(set(lines) - old)]
-    print(f"{path.relative_to(ROOT)}: {len(changes)} changes" if changes else f"{path.name}: no change")
-    print("\n".join(sorted(changes, key=lambda line: line[4:])))
+    print(f"{path.relative_to(ROOT)}: {len(changes) or 'no'} changes")
+    for line in sorted(changes, key=lambda line: line[4:]):
+        print(line)
 
 
 if __name__ == "__main__":
