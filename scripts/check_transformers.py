@@ -50,9 +50,10 @@ def environment(folder: Path, version: str) -> Path:
         version = newest(str(python))
     pip = [str(python), "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, f"transformers=={version}", "accelerate", "peft"], check=True)
-    # This environment's PEFT may be too old for that version of transformers.
-    if subprocess.run([str(python), "-c", "import peft"], capture_output=True).returncode:
-        subprocess.run([*pip, "--upgrade", f"transformers=={version}", "peft"], check=True)
+    # This environment's may be too old for that version of transformers, or too new.
+    for package, fitting in (("peft", "peft"), ("datasets", "datasets<5")):
+        if subprocess.run([str(python), "-c", f"import {package}"], capture_output=True).returncode:
+            subprocess.run([*pip, "--upgrade", f"transformers=={version}", fitting], check=True)
     return python
 
 
