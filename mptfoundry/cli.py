@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -42,12 +43,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     # Accept the usual form of the flag; a verb's own parser only knows `key=value`.
     words = ["clean=true" if word == "--clean" and words[0] == "doctor" else word for word in words]
+    if words and words[0] not in VERBS and not words[0].startswith("-"):
+        return _unknown_verb(words[0])
     arguments = _parser(words).parse_args(words)
     if "GROUP_RANK" in os.environ:
         os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])  # torchrun calls it GROUP_RANK
     # Training continues when its terminal, or the reader of its output, goes away.
     with lasting_output() if arguments.verb == "train" else nullcontext():
         return _run(VERBS[arguments.verb], arguments.words)
+
+
+def _unknown_verb(word: str) -> int:
+    from mptfoundry.config.engine.schema import did_you_mean
+
+    hint = did_you_mean(word, VERBS)
+    report(ConfigError(f"{word}: there is no such verb.{hint} `mptfoundry --help` lists them."))
+    return ConfigError.exit_code
 
 
 def _run(verb: Verb, words: list[str]) -> int:
@@ -72,13 +83,8 @@ def _exit_code(error: BaseException) -> int:
         if rank() == 0:
             print(error, file=sys.stderr, flush=True)
         return error.exit_code
-    if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
-        from mptfoundry.plan.install_sets import install_command, usual_set
-
-        command = install_command(usual_set())
-        error = MPTFoundryError(
-            f"{error.name} is not installed. Install all that mptfoundry needs: {command}"
-        )
+    if isinstance(error, ImportError) and os.environ.get("MPTFOUNDRY_DEBUG") != "1":
+        error = _explained(error) or error
     if not isinstance(error, MPTFoundryError):
         announce_failure(connect(), repr(error), MPTFoundryError.exit_code)
         raise error
@@ -86,6 +92,28 @@ def _exit_code(error: BaseException) -> int:
         raise error
     report(error)
     return error.exit_code
+
+
+def _explained(error: ImportError) -> MPTFoundryError | None:
+    """The sentence for a package that is missing or can't be imported; None if the fault is in our files."""
+    if isinstance(error, ModuleNotFoundError) and error.name in REQUIRED:
+        trouble = f"{error.name} is not installed. Install all that mptfoundry needs"
+    else:
+        innermost: BaseException = error
+        while (cause := innermost.__cause__ or innermost.__context__) is not None:
+            innermost = cause
+        package = Path(__file__).parent
+        ours = [
+            frame
+            for frame in traceback.extract_tb(error.__traceback__)
+            if Path(frame.filename).is_relative_to(package)
+        ]
+        if (getattr(innermost, "name", None) or "").startswith("mptfoundry") or not ours:
+            return None
+        trouble = f"`{ours[-1].line}` fails here: {innermost}. Install packages that fit together"
+    from mptfoundry.plan.install_sets import install_command, usual_set
+
+    return MPTFoundryError(f"{trouble}: {install_command(usual_set())}")
 
 
 def _leave_signals() -> None:
@@ -268,10 +296,20 @@ def _explain(words: list[str]) -> None:
     print(explain(words[0] if words else None))
 
 
+def _completion(words: list[str]) -> None:
+    from mptfoundry.completion import SHELLS, completion
+    from mptfoundry.config import verbs
+
+    if len(words) != 1 or words[0] not in SHELLS:
+        raise ConfigError(f"completion: name one shell of {', '.join(SHELLS)}.")
+    options = {name: getattr(verbs, verb.options) if verb.options else None for name, verb in VERBS.items()}
+    print(completion(words[0], options), end="")
+
+
 def _doctor(words: list[str]) -> None:
     options = _options(words, "DoctorConfig")
     with _importing():
-        from mptfoundry.doctor import clean, doctor, troubles
+        from mptfoundry.doctor import clean, doctor, environment, troubles
         from mptfoundry.plan.install_sets import install_command
 
     if options.clean:
@@ -279,6 +317,9 @@ def _doctor(words: list[str]) -> None:
         return
     if options.install:
         print(install_command(options.install))
+        return
+    if options.env:
+        print(environment())
         return
     print(doctor())
     if troubles():
@@ -407,9 +448,15 @@ VERBS = {
     "doctor": Verb(
         _doctor,
         "show what works on this machine, and why the rest does not",
-        "[clean=true | install=SET]",
+        "[clean=true | install=SET | env=true]",
         "mptfoundry doctor",
         "DoctorConfig",
+    ),
+    "completion": Verb(
+        _completion,
+        "print a script that completes verbs, keys and choices in your shell",
+        "bash | zsh | fish",
+        'eval "$(mptfoundry completion bash)"',
     ),
 }
 

@@ -20,10 +20,11 @@ from importlib import metadata
 from pathlib import Path
 
 from mptfoundry import __version__
+from mptfoundry.config.engine.secrets import redacted
 from mptfoundry.mpt.backends import choose_backend, why_not
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.plan.devices import GIB, Device, launcher_device
-from mptfoundry.plan.gpu_support import describe_gpus, gpu_problem
+from mptfoundry.plan.gpu_support import describe_gpus, gpu_problem, installed_torch
 from mptfoundry.plan.install_sets import PYTHONS, installed_set, pins, release, version_of
 from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision
 from mptfoundry.run.leftovers import clean_now, find_leftovers
@@ -46,6 +47,12 @@ _PACKAGES: dict[str, str | None] = {
     "bitsandbytes": "LoRA with 8 or 4 bits; pip install 'mptfoundry[bitsandbytes]'",
 }
 _HUB_TIMEOUT_SECONDS = 3.0
+# Beginnings of the names of environment variables that change what a run does.
+_VARIABLES = (
+    "MPTFOUNDRY_ COMPOSER_ RUN_NAME CUDA_ NVIDIA_ NCCL_ GLOO_ TORCH PYTORCH_ TRITON_ OMP_ MKL_ LD_ PYTHON "
+    "HF_ TRANSFORMERS_ TOKENIZERS_ WANDB_ MLFLOW_ SLURM_ RANK WORLD_SIZE LOCAL_ NODE_RANK GROUP_RANK MASTER_ "
+    "XDG_CACHE_HOME TMPDIR"
+)
 
 
 def doctor() -> str:
@@ -64,9 +71,30 @@ def doctor() -> str:
     sections["Network"] = hub or [f"Hugging Face hub: no answer within {_HUB_TIMEOUT_SECONDS:g} s"]
     sections["Good to know here"] = _traps(device) or ["nothing in particular"]
     sections["Trouble"] = troubles() or ["none"]
-    head = f"mptfoundry {__version__}, Python {platform.python_version()}, {platform.platform()}"
     blocks = ["\n".join([title, *(f"  {line}" for line in lines)]) for title, lines in sections.items()]
-    return "\n\n".join([head, *blocks])
+    return "\n\n".join([_head(), *blocks])
+
+
+def environment() -> str:
+    """Return the block that `mptfoundry doctor env=true` prints, as Markdown for a report of a fault."""
+    device = launcher_device()
+    starts = tuple(_VARIABLES.split())
+    variables = redacted({name: os.environ[name] for name in sorted(os.environ) if name.startswith(starts)})
+    build = installed_torch()
+    versions = {name: version_of(name) for name in (*pins("current"), *_PACKAGES)}
+    lines = [
+        _head(),
+        f"Python: {sys.executable}",
+        *_set()[0],
+        f"torch: {build.version}, CUDA {build.cuda or 'none'}" if build else "torch: another build, or none",
+        *_devices(device),
+        *_room(),
+        "",
+        *(f"{name}=={version}" for name, version in sorted(versions.items()) if version),
+        "",
+        *(f"{name}={value}" for name, value in variables.items()),
+    ]
+    return "\n".join(["```", *lines, "```"])
 
 
 def clean() -> str:
@@ -75,6 +103,10 @@ def clean() -> str:
     lines = [f"removed {each.path}, {each.bytes:,} bytes" for each in gone]
     lines += [f"{each.path} can't be removed" for each in leftovers if each not in gone]
     return "\n".join(lines or ["dead runs left nothing here"])
+
+
+def _head() -> str:
+    return f"mptfoundry {__version__}, Python {platform.python_version()}, {platform.platform()}"
 
 
 def troubles() -> list[str]:

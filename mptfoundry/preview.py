@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ def preview(options: PreviewConfig, words: Sequence[str] = ()) -> str:
         ConfigError, DataError: An input is missing or can't be read.
         RunWouldEnd: A stream has more bad or dropped records than its config allows.
     """
-    color = sys.stdout.isatty()
+    color = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
     if not options.data.endswith(CONFIG_SUFFIXES):
         if options.picture:
             raise ConfigError(

@@ -50,6 +50,7 @@ def test_check_prints_the_run(capsys: Capture) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
+        (["chekc", "a.yaml"], 2, "error: chekc: there is no such verb. Did you mean check?"),
         (["check"], 2, "error: no config named."),
         (["check", "nowhere.yaml"], 2, "error: nowhere.yaml: there is no such file."),
         (["check", TINY, "max_duration"], 2, "'max_duration' is not of the form key=value"),
@@ -206,3 +207,26 @@ def test_a_gpu_that_torch_cannot_use_is_refused_before_a_model_is_opened(
     assert main(words) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: torch: version ") and "has no code for the Tesla K80" in said
+
+
+@pytest.mark.parametrize(
+    ("module", "text", "said"),
+    [
+        ("omegaconf", None, "omegaconf is not installed. Install all that mptfoundry needs: "),
+        (
+            "omegaconf",
+            "try:\n    1 / 0\nexcept ZeroDivisionError as error:\n    raise ImportError('outer') from error",
+            "fails here: division by zero. Install packages that fit together: ",
+        ),
+        ("omegaconf", "from missing_parser import parse", "fails here: No module named 'missing_parser'."),
+    ],
+)
+def test_a_failing_import_is_one_sentence(module: str, text: str | None, said: str, tmp_path: Path) -> None:
+    """The innermost cause, and the command that installs a tested set."""
+    shadow = text if text is not None else "raise ModuleNotFoundError('gone', name=__name__)"
+    (tmp_path / f"{module}.py").write_text(shadow)
+    paths = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    command = [sys.executable, "-m", "mptfoundry.cli", "check", TINY]
+    done = subprocess.run(command, env=paths, capture_output=True, text=True)
+    assert done.returncode == 1 and said in done.stderr and "pip install --no-deps -r" in done.stderr
+    assert "Traceback" not in done.stderr

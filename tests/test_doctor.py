@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from mptfoundry import doctor as module
+from mptfoundry.cli import main
 from mptfoundry.doctor import doctor, troubles
 from mptfoundry.plan.devices import Device
 from mptfoundry.plan.install_sets import PYTHONS, pins
@@ -117,3 +118,15 @@ def test_it_works_where_only_python_is_installed(tmp_path: Path) -> None:
     assert answer.returncode == 1, answer.stderr
     assert "torch" in answer.stdout and "MISSING" in answer.stdout
     assert "nothing works without torch" in answer.stdout
+
+
+def test_the_report_of_a_fault_has_versions_and_variables_but_no_secret(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NCCL_DEBUG", "INFO")
+    monkeypatch.setenv("WANDB_API_KEY", "0123456789abcdef")
+    assert main(["doctor", "env=true"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("```\nmptfoundry ") and printed.endswith("```\n")
+    assert f"torch=={metadata.version('torch')}" in printed and "NCCL_DEBUG=INFO" in printed
+    assert "WANDB_API_KEY=<redacted>" in printed and "0123456789abcdef" not in printed

@@ -291,9 +291,12 @@ class DoctorConfig(Section):
             left. Whatever a living process uses stays.
         install: Instead, print the command that installs a tested set of packages: `current` (today's PyTorch
             and transformers) or `composer-pins` (PyTorch 2.7, for Python 3.10, older GPUs and older drivers).
+        env: Instead, print what a report of a fault needs: versions, devices, limits and the variables that
+            change a run. Values that may hold a secret are hidden.
     """
 
     clean: bool = False
+    env: bool = False
     install: Literal["current", "composer-pins"] | None = None
 
 
