@@ -206,6 +206,20 @@ def _prepare(words: list[str]) -> None:
     print(prepare_shards(options))
 
 
+def _tokenizer(words: list[str]) -> None:
+    action, *words = words or [""]
+    if action == "train":
+        options = _options(words, "TokenizerTrainConfig", rest="inputs")
+    elif action == "compare":
+        options = _options(words, "TokenizerCompareConfig", "first", "second", rest="text")
+    else:
+        raise ConfigError("tokenizer: say train or compare, as `mptfoundry tokenizer --help` shows.")
+    with _importing():
+        from mptfoundry.vocabulary import compare_tokenizers, train_tokenizer
+
+    print(train_tokenizer(options) if action == "train" else compare_tokenizers(options))
+
+
 def _preview(words: list[str]) -> None:
     from mptfoundry.config.engine.schema import field_types
     from mptfoundry.config.load import CONFIG_SUFFIXES
@@ -302,7 +316,7 @@ def _completion(words: list[str]) -> None:
 
     if len(words) != 1 or words[0] not in SHELLS:
         raise ConfigError(f"completion: name one shell of {', '.join(SHELLS)}.")
-    options = {name: getattr(verbs, verb.options) if verb.options else None for name, verb in VERBS.items()}
+    options = {name: [getattr(verbs, each) for each in verb.options] for name, verb in VERBS.items()}
     print(completion(words[0], options), end="")
 
 
@@ -368,13 +382,13 @@ def _how(options: TextConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Verb:
-    """What a verb does, its arguments, an example, and the class of its options in config/verbs.py."""
+    """What a verb does, its arguments, an example, and the classes of its options in config/verbs.py."""
 
     run: Callable[[list[str]], None]
     does: str
     words: str
     example: str
-    options: str | None = None
+    options: tuple[str, ...] = ()
 
 
 VERBS = {
@@ -401,56 +415,63 @@ VERBS = {
         "turn text into shards of tokens",
         "INPUT ... out=FOLDER tokenizer=NAME max_seq_len=N [key=value ...]",
         "mptfoundry prepare my-text/ out=shards tokenizer=EleutherAI/gpt-neox-20b max_seq_len=2048",
-        "PrepareConfig",
+        ("PrepareConfig",),
+    ),
+    "tokenizer": Verb(
+        _tokenizer,
+        "train a tokenizer on your text, or compare two by bytes per token",
+        "train INPUT ... out=FOLDER vocab_size=N [key=value ...] | compare A B TEXT ... [key=value ...]",
+        "mptfoundry tokenizer train my-text/ out=tokenizers/mine vocab_size=32000",
+        ("TokenizerTrainConfig", "TokenizerCompareConfig"),
     ),
     "preview": Verb(
         _preview,
         "show samples of a data set as text, and which tokens count in the loss",
         "SHARDS_OR_CONFIG [key=value ...]",
         "mptfoundry preview shards samples=5",
-        "PreviewConfig",
+        ("PreviewConfig",),
     ),
     "eval": Verb(
         _eval,
         "evaluate a run, a checkpoint or an exported folder on held-out text",
         "MODEL_OR_YAML [key=value ...]",
         "composer scripts/eval.py runs/mpt-125m",
-        "EvalConfig",
+        ("EvalConfig",),
     ),
     "export": Verb(
         _export,
         "write a model as a Hugging Face folder",
         "RUN_OR_CHECKPOINT OUT [key=value ...]",
         "mptfoundry export runs/mpt-125m hf/mpt-125m dtype=bf16",
-        "ExportConfig",
+        ("ExportConfig",),
     ),
     "import": Verb(
         _import,
         "write another project's model, or llm-foundry's checkpoint, as a Hugging Face folder to start from",
         "SOURCE OUT [key=value ...]",
         "mptfoundry import mosaicml/mpt-7b hf/mpt-7b",
-        "ImportConfig",
+        ("ImportConfig",),
     ),
     "generate": Verb(
         _generate,
         "continue a text",
         "MODEL PROMPT ... [key=value ...]",
         "mptfoundry generate hf/mpt-125m 'Once upon a time' temperature=0.7",
-        "GenerateConfig",
+        ("GenerateConfig",),
     ),
     "chat": Verb(
         _chat,
         "talk with a model",
         "MODEL [key=value ...]",
         "mptfoundry chat hf/mpt-7b-chat",
-        "ChatConfig",
+        ("ChatConfig",),
     ),
     "doctor": Verb(
         _doctor,
         "show what works on this machine, and why the rest does not",
         "[clean=true | install=SET | env=true]",
         "mptfoundry doctor",
-        "DoctorConfig",
+        ("DoctorConfig",),
     ),
     "completion": Verb(
         _completion,
@@ -488,12 +509,17 @@ def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:
 
 
 def _options_text(verb: Verb) -> str:
-    if verb.options is None:
+    if not verb.options:
         return ""
     from mptfoundry.config import verbs
     from mptfoundry.config.explain import options_of
 
-    return f"\n\nOptions, each as key=value:\n{options_of(getattr(verbs, verb.options))}"
+    classes = [getattr(verbs, name) for name in verb.options]
+    heads = [f" ({cls.__doc__.splitlines()[0]})" if len(classes) > 1 else "" for cls in classes]
+    return "".join(
+        f"\n\nOptions{head}, each as key=value:\n{options_of(cls)}"
+        for head, cls in zip(heads, classes, strict=True)
+    )
 
 
 def _load_config(words: list[str]) -> TrainConfig:

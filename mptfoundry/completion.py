@@ -7,7 +7,8 @@ config, so it knows what this version knows; nothing is started while somebody t
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Literal, get_args, get_origin
 
 from mptfoundry.config.engine.schema import choice, field_types, members, walk_keys
@@ -64,17 +65,17 @@ complete -c mptfoundry -n __fish_use_subcommand -f -a {verbs}
 """
 
 
-def completion(shell: str, verbs: Mapping[str, type | None]) -> str:
+def completion(shell: str, verbs: Mapping[str, Sequence[type]]) -> str:
     """Return the script for a shell, one of SHELLS.
 
     Args:
         shell: The shell.
-        verbs: Each verb with the class of its options; None if it takes a run's config.
+        verbs: Each verb with the classes of its options; without any, it takes a run's config.
     """
     names = shlex.quote(" ".join(verbs))
-    of_options: dict[type | None, list[str]] = {}
+    of_options: dict[tuple[type, ...], list[str]] = {}
     for verb, options in verbs.items():
-        of_options.setdefault(options, []).append(verb)
+        of_options.setdefault(tuple(options), []).append(verb)
     words = {tuple(some): " ".join(_words(options)) for options, some in of_options.items()}
     if shell == "bash":
         cases = [f"        {'|'.join(some)}) words={shlex.quote(each)} ;;" for some, each in words.items()]
@@ -89,13 +90,15 @@ def completion(shell: str, verbs: Mapping[str, type | None]) -> str:
     return _FISH.format(verbs=names, cases="\n".join(cases))
 
 
-def _words(options: type | None) -> Iterator[str]:
-    """`key=` for each key that can be typed, and `key=value` for each choice."""
-    for path, cls, name in walk_keys(options or TrainConfig):
+def _words(options: Sequence[type]) -> list[str]:
+    """`key=` for each key that can be typed, or `key=value` for each choice."""
+    words: dict[str, None] = {}
+    for path, cls, name in chain.from_iterable(map(walk_keys, options or (TrainConfig,))):
         if "[N]" in path or "*" in path or (options and "." in path):
             continue
         values = sorted(set(_choices(field_types(cls)[name])))
-        yield from dict.fromkeys(f"{path}={value}" for value in values or [""])
+        words |= dict.fromkeys(f"{path}={value}" for value in values or [""])
+    return list(words)
 
 
 def _choices(annotation: object) -> Iterator[str]:

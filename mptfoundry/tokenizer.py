@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -367,25 +367,37 @@ def token_byte_lengths(tokenizer: Any, vocab_size: int) -> np.ndarray:
     return lengths
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> PreTrainedTokenizerFast:
+def train_bpe(
+    texts: Iterable[str],
+    vocab_size: int,
+    folder: str | Path,
+    *,
+    special_tokens: Sequence[str] = (),
+    chat_template: str | None = None,
+) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer like MPT's on `texts` and save it atomically.
 
     Ids 0 and 1 are `<|endoftext|>` (EOS, BOS and unknown, as in GPT-NeoX) and `<|padding|>`. The 256 bytes
-    follow, so every text can be encoded and decodes exactly.
+    follow after `special_tokens`, so every text can be encoded and decodes exactly.
 
     Args:
         texts: Documents; read once.
         vocab_size: Number of ids, at least 258. With little text the tokenizer may have fewer.
         folder: Where to save `tokenizer.json` and `tokenizer_config.json`; an existing folder is replaced.
+        special_tokens: More special tokens; their ids follow those of the first two.
+        chat_template: A Jinja template for conversations, saved with the tokenizer.
 
     Raises:
-        ConfigError: `vocab_size` is below 258.
+        ConfigError: `vocab_size` is too small for the bytes and the special tokens.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
-    if vocab_size < 258:
-        raise ConfigError(f"vocab_size: {vocab_size} can't hold 256 bytes and 2 special tokens. Use 258.")
+    specials = list(dict.fromkeys((END_OF_TEXT, PADDING, *special_tokens)))
+    if vocab_size < (least := 256 + len(specials)):
+        raise ConfigError(
+            f"vocab_size: {vocab_size} can't hold 256 bytes and {len(specials)} special tokens. Use {least}."
+        )
     backend = Tokenizer(models.BPE())
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -394,7 +406,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> PreT
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
-        special_tokens=[END_OF_TEXT, PADDING],
+        special_tokens=specials,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -407,6 +419,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> PreT
         pad_token=PADDING,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
+        additional_special_tokens=specials[2:] or None,
+        chat_template=chat_template,
     )
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -75,8 +75,10 @@ def cli_page() -> str:
         does = f"{verb.does[0].upper()}{verb.does[1:]}."
         parts += [f"## {name}", _prose(does), f"```text\nmptfoundry {name} {verb.words}".rstrip() + "\n```"]
         parts.append(f"Example: `{verb.example}`")
-        if verb.options is not None:
-            parts.append(_table(getattr(verbs, verb.options)))
+        for options in verb.options:
+            cls = getattr(verbs, options)
+            parts += [cls.__doc__.splitlines()[0]] if len(verb.options) > 1 else []
+            parts.append(_table(cls))
     return "\n\n".join(parts) + "\n"
 
 

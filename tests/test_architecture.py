@@ -21,7 +21,7 @@ FLOORS = [
     ["config", "tokenizer"],
     ["plan", "checkpoints", "generation", "optim", "evals", "data", "data/records"],
     ["models", "run", "data/text", "data/prepare", "data/examples"],
-    ["export", "callbacks", "data/views", "tasks", "check", "doctor", "completion"],
+    ["export", "callbacks", "data/views", "tasks", "check", "doctor", "completion", "vocabulary"],
     ["build", "loaders"],
     ["train", "evaluate", "preview"],
     ["cli"],

@@ -109,6 +109,76 @@ class PrepareConfig(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TokenizerTrainConfig(Section):
+    """Train a byte-level BPE tokenizer like MPT's on your own text.
+
+    Attributes:
+        inputs: Files and folders of text, source code, JSONL or Parquet, or `hf:NAME`, as for `prepare`.
+        out: Folder for the tokenizer.
+        vocab_size: Number of ids, at least 258 and the special tokens. With little text there may be fewer.
+        special_tokens: Further special tokens, besides `<|endoftext|>` and `<|padding|>`.
+        chat_template: A Jinja file, or `chatml`, which adds `<|im_start|>` and `<|im_end|>`.
+        text_key: The field of a record that holds the text.
+        include: File name patterns to take from folders, such as `*.py`. Default: every known format.
+        exclude: Patterns of files and folders to leave out.
+        sample_bytes: Read a random sample of about this many bytes, if there is more text. Memory grows with
+            the number of different words in the sample.
+        seed: Seed of the sample.
+        overwrite: Replace an existing folder.
+        progress: Show a progress bar.
+    """
+
+    inputs: tuple[str, ...]
+    out: str
+    vocab_size: int
+    special_tokens: tuple[str, ...] = ()
+    chat_template: str | None = None
+    text_key: str = "text"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    sample_bytes: int = 1_000_000_000
+    seed: int = 17
+    overwrite: bool = False
+    progress: bool = True
+
+    def rules(self) -> Rules:
+        yield from at_least(self, sample_bytes=1, seed=0)
+        yield self._room_for_bytes()
+
+    def _room_for_bytes(self) -> Iterator[Problem]:
+        least = 258 + len(self.special_tokens)
+        if self.vocab_size < least:
+            text = f"{self.vocab_size} can't hold 256 bytes and the special tokens. Use {least} or more."
+            yield "vocab_size", text
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerCompareConfig(Section):
+    """Compare two tokenizers by bytes per token: the more, the shorter a text becomes.
+
+    Attributes:
+        first: Folder of a tokenizer, or its name on the hub.
+        second: Another one.
+        text: Files and folders of text, as for `prepare`.
+        text_key: The field of a record that holds the text.
+        sample_bytes: Read a random sample of about this many bytes of each text, if there is more.
+        seed: Seed of the sample.
+        progress: Show a progress bar.
+    """
+
+    first: str
+    second: str
+    text: tuple[str, ...]
+    text_key: str = "text"
+    sample_bytes: int = 20_000_000
+    seed: int = 17
+    progress: bool = True
+
+    def rules(self) -> Rules:
+        yield from at_least(self, sample_bytes=1, seed=0)
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreviewConfig(Section):
     """Show samples of a data set as text, and the mix that a config reads.
 
