@@ -52,6 +52,8 @@ from mptfoundry.optim.schedules import BatchSize, Schedule
 from mptfoundry.plan.fsdp import Sharding
 from mptfoundry.plan.plan import COMPUTE_DTYPE, Plan
 from mptfoundry.ranks import rank
+from mptfoundry.run.report import read_trackers
+from mptfoundry.run.start import Start
 from mptfoundry.tokenizer import count_ids, load_tokenizer, token_byte_lengths, vocabulary_problem
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -67,7 +69,12 @@ SCHEDULERS: dict[str, Callable[..., Schedule]] = {
 }
 # `module:Class`, so that a callback is imported only if a config names it.
 CALLBACKS: dict[str, str | type] = {**signatures.CALLBACKS}
-LOGGERS: dict[str, str | type] = {**signatures.LOGGERS}
+# With an id that all starts of a run share.
+TRACKERS = {
+    "wandb": "mptfoundry.callbacks.trackers:WandBRun",
+    "mlflow": "mptfoundry.callbacks.trackers:MLFlowRun",
+}
+LOGGERS: dict[str, str | type] = {**signatures.LOGGERS, **TRACKERS}
 ALGORITHMS: dict[str, str | type] = {"gradient_clipping": GradientClipping}
 
 
@@ -258,12 +265,21 @@ def _add_export(kwargs: dict[str, Any], config: TrainConfig, run_folder: Path) -
     kwargs["write"] = partial(export_weights, config=network, run_folder=run_folder, overwrite=overwrite)
 
 
-def build_loggers(config: TrainConfig, run_folder: Path) -> list[LoggerDestination]:
-    """The loggers that the config names."""
+def build_loggers(config: TrainConfig, run_folder: Path, start: Start) -> list[LoggerDestination]:
+    """The loggers that the config names; trackers continue what the run's earlier starts began."""
     given = {name: dict(kwargs) for name, kwargs in config.loggers.items()}
     if "tensorboard" in given:
         given["tensorboard"] |= {"run_folder": run_folder}
+    for name in given:
+        if LOGGERS[name] == TRACKERS.get(name):
+            given[name] |= {"run_folder": run_folder, "kept": _kept_of(name, config, run_folder, start)}
     return [_make(LOGGERS, name, kwargs) for name, kwargs in given.items()]
+
+
+def _kept_of(tracker: str, config: TrainConfig, run_folder: Path, start: Start) -> dict[str, Any]:
+    """What earlier starts of the run kept of a tracker."""
+    found = start.checkpoint.parent if start.is_fetched and start.checkpoint else run_folder
+    return read_trackers(found).get(tracker, {}) if config.resumes else {}
 
 
 def build_parallelism(config: TrainConfig, plan: Plan) -> dict[str, Any] | None:

@@ -105,7 +105,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
             *build.build_callbacks(config, tokenizer, run.folder),
             *run.checkpointing(tokenizer, has_weights=source is not None),
         ],
-        loggers=[*build.build_loggers(config, run.folder), run.metrics, *console],
+        loggers=[*build.build_loggers(config, run.folder, run.start), run.metrics, *console],
         parallelism_config=build.build_parallelism(config, plan),
         **trainer_arguments(config, plan),
     )

@@ -1,4 +1,7 @@
-"""TensorBoard event files in the run's folder, one for each start."""
+"""TensorBoard event files in the run's folder, one for each start.
+
+A resumed run repeats the batches since its checkpoint; TensorBoard is told to show each point once.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from composer.core import State
 from composer.loggers import Logger, TensorboardLogger
 
 from mptfoundry.ranks import rank
+from mptfoundry.run.metrics import NAME as METRICS
+from mptfoundry.run.metrics import read_rows
 
 
 class TensorBoardFile(TensorboardLogger):
@@ -34,21 +39,36 @@ class TensorBoardFile(TensorboardLogger):
         super().__init__(log_dir, flush_interval, rank_zero_only)
         self.run_folder = run_folder
         self._early: list[tuple[dict[str, Any], int | None]] = []
+        self._repeated: int | None = None
 
     def init(self, state: State, logger: Logger) -> None:
         """Save the run's name."""
         self.run_name = state.run_name
 
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Record the batch that an earlier start has begun and this one repeats first, if there is one."""
+        batch, metrics = int(state.timestamp.batch), self.run_folder / METRICS
+        if batch > 0 and metrics.is_file() and any(row["batch"] > batch for row in read_rows(metrics)):
+            self._repeated = batch
+
     def fit_start(self, state: State, logger: Logger) -> None:
         """Create the file."""
-        self._begin()
+        self._begin(state)
 
     def eval_start(self, state: State, logger: Logger) -> None:
         """Create the file if an evaluation comes first."""
-        self._begin()
+        self._begin(state)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """End the first batch that may be repeated."""
+        self._repeated = None
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Write metrics, or buffer them until there is a file."""
+        if step is not None and step == self._repeated:
+            # The loss of batch N has step N - 1, what is measured at its end has step N. The file has both up
+            # to the checkpoint, and of what follows this one alone, which purge_step keeps.
+            metrics = {name: each for name, each in metrics.items() if name.startswith("metrics/")}
         if self.writer is None:
             self._early.append((metrics, step))
         else:
@@ -75,7 +95,7 @@ class TensorBoardFile(TensorboardLogger):
         self.writer.close()
         self.writer = None
 
-    def _begin(self) -> None:
+    def _begin(self, state: State) -> None:
         if self.writer is not None or (self.rank_zero_only and rank() != 0):
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -83,7 +103,8 @@ class TensorBoardFile(TensorboardLogger):
         folder = self.run_folder / "tensorboard"
         if self.log_dir is not None:
             folder = Path(self.log_dir) / str(self.run_name)
-        self.writer = SummaryWriter(log_dir=str(folder))
+        batch = int(state.timestamp.batch)
+        self.writer = SummaryWriter(log_dir=str(folder), purge_step=batch + 1 if batch else None)
         for metrics, step in self._early:
             super().log_metrics(metrics, step)
         self._early = []

@@ -35,7 +35,7 @@ from mptfoundry.run.leftovers import clean_start
 from mptfoundry.run.lock import RunLock, lock_run_folder
 from mptfoundry.run.metrics_file import NAME as METRICS
 from mptfoundry.run.metrics_file import MetricsFile
-from mptfoundry.run.report import PAGE, PICTURE, facts_of, report_if_possible
+from mptfoundry.run.report import PAGE, PICTURE, TRACKERS, facts_of, report_if_possible
 from mptfoundry.run.resume import Resume
 from mptfoundry.run.signals import StopSignals
 from mptfoundry.run.start import (
@@ -199,6 +199,8 @@ class Run:
             with TemporaryDirectory() as temporary:
                 for file in self._write_run_files(Path(temporary)):
                     upload(file, str(file.relative_to(temporary)))
+            if (self.folder / TRACKERS).is_file():
+                upload(self.folder / TRACKERS, TRACKERS)
         self._lock.has_begun = True
 
     def _write_first_files(self) -> None:

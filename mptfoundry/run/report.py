@@ -6,6 +6,7 @@ or after a crash.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
@@ -22,11 +23,29 @@ from mptfoundry.run.metrics_file import NAME, Row, read_rows
 
 PICTURE = "report.png"
 PAGE = "report.md"
+TRACKERS = "trackers.json"
 # The evaluation metric that compares with the training loss: for a language model, and for a model with a
 # head.
 EVAL_LOSSES = ("LanguageCrossEntropy", "loss")
 # Rows of a table of evaluations.
 MOST_EVALUATIONS = 50
+
+
+def read_trackers(folder: Path) -> dict[str, dict[str, Any]]:
+    """Return the ids and pages of a run's trackers, `{"wandb": {"id": ..., "url": ...}}`; empty without any.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    file = folder / TRACKERS
+    try:
+        return {name: dict(entry) for name, entry in json.loads(file.read_bytes()).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{file}: can't be read ({first_line(error)}). Remove it to begin new runs in the trackers."
+        ) from error
 
 
 def write_report(run_folder: str | Path, *, facts: Mapping[str, str] | None = None) -> Path:
@@ -156,7 +175,10 @@ def _places(folder: Path) -> dict[str, str]:
         "the tokenizer": folder / "tokenizer",
         **({"the last checkpoint": checkpoints[0].path} if checkpoints else {}),
     }
-    return {what: str(path.resolve()) for what, path in places.items() if path.exists()}
+    found = {what: str(path.resolve()) for what, path in places.items() if path.exists()}
+    if (folder / TRACKERS).is_file():
+        found |= {name: entry["url"] for name, entry in read_trackers(folder).items() if entry.get("url")}
+    return found
 
 
 def eval_losses(evaluations: Sequence[Row]) -> dict[str, list[tuple[int, float]]]:

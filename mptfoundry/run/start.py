@@ -40,6 +40,7 @@ from mptfoundry.run.changes import (
     saved_config,
 )
 from mptfoundry.run.metrics_file import NAME as METRICS
+from mptfoundry.run.report import TRACKERS
 from mptfoundry.stores import IN_BACKGROUND, Patience, uploader
 
 log = logging.getLogger(__name__)
@@ -323,7 +324,7 @@ def take_small_files(start: Start, folder: Path) -> None:
     """Copy the small files next to a downloaded checkpoint, so that metrics continue and upload again."""
     assert start.checkpoint is not None
     with writing_into(folder):
-        for name in (CONFIG, METRICS):
+        for name in (CONFIG, METRICS, TRACKERS):
             if (fetched := start.checkpoint.parent / name).is_file():
                 shutil.copyfile(fetched, folder / name)
         if (fetched := start.checkpoint.parent / "tokenizer").is_dir():
