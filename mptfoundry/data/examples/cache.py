@@ -34,7 +34,7 @@ from mptfoundry.tokenizer import AS_TEXT, backend_parts, count_ids, fingerprint,
 
 log = logging.getLogger(__name__)
 
-VERSION = 3
+VERSION = 4
 
 
 def cache_folder(given: str | None) -> Path:

@@ -4,7 +4,8 @@ A record's columns determine its form:
 
     prompt, response (or completion)     one turn, unchanged
     messages, conversations              [{role, content}, ...] or ShareGPT's [{from, value}, ...], rendered
-                                         with the tokenizer's chat template; `system` is optional
+                                         with the tokenizer's chat template; `system` is optional, and so
+                                         are `tools` and an assistant's `tool_calls` in OpenAI's form
     instruction, input, output           one turn in Dolly's prompt format; `input` is optional. Dolly's own
                                          names also work: instruction, context (optional), response
 
@@ -15,6 +16,7 @@ text that opens that message belongs to the prompt.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,7 +38,12 @@ INSTRUCTION = (
 ROLES = ("system", "user", "assistant", "tool")
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant"}
 MAY_BE_EMPTY = ("system", "tool")
-TOOL_CALLS = ("tool_calls", "function_call")
+MAY_REPEAT = ("tool",)
+CALLS = "tool_calls"
+# Keys of a tool's result that templates may write.
+RESULT_KEYS = ("tool_call_id", "name")
+CALL_FORM = "a call is {type: function, function: {name: NAME, arguments: {...}}}"
+ANOTHER_TEMPLATE = "Give the tokenizer a chat template that does, in its folder"
 OPENAI, SHAREGPT = ("role", "content"), ("from", "value")
 # Columns of conversations, and the usual keys in their messages.
 CONVERSATIONS = {"messages": OPENAI, "conversations": SHAREGPT}
@@ -137,14 +144,68 @@ def _conversation(record: Mapping[str, Any], field: str, tokenizer: Any, needs_a
         raise RecordError(field, f"is {a_type(given)}, not a list of messages")
     keys = _keys_of(given, CONVERSATIONS[field])
     messages = _messages(given, field, *keys)
-    used = {field}
+    tools = _tools(record)
+    used = {field} if tools is None else {field, "tools"}
     if _has(record, "system") and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": _text(record, "system")})
         used.add("system")
-    turns = _render(messages, field, len(messages) - len(given), tokenizer, needs_all)
-    names = {str(key) for message in given for key, value in message.items() if value is not None}
-    others = {f"{field}[].{name}" for name in names - set(keys)}
+    added = len(messages) - len(given)
+    turns = _render(messages, tools, field, added, tokenizer, needs_all)
+    others: set[str] = set()
+    for message, taken in zip(given, messages[added:], strict=True):
+        names = {str(key) for key, value in message.items() if value is not None}
+        others |= {f"{field}[].{name}" for name in names - {*keys, *taken}}
     return Turns(turns, True, unused(record, used) | others)
+
+
+def _tools(record: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The functions that the record offers to the model, as JSON schemas; None without any."""
+    if not _has(record, "tools"):
+        return None
+    tools = _parsed(record["tools"], "tools")
+    if not isinstance(tools, (list, tuple)):
+        raise RecordError("tools", f"is {a_type(tools)}, not a list of functions")
+    for number, tool in enumerate(tools):
+        if _name_of(tool) is None:
+            raise RecordError(
+                f"tools[{number}]", "has no name; a tool is {type: function, function: {name: ...}}"
+            )
+    return [dict(tool) for tool in tools] or None
+
+
+def _name_of(tool: Any) -> str | None:
+    """The name of a tool, or of the function that a call calls."""
+    function = tool.get("function", tool) if isinstance(tool, Mapping) else None
+    name = function.get("name") if isinstance(function, Mapping) else None
+    return name if isinstance(name, str) and name else None
+
+
+def _calls(message: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
+    """The calls of an assistant's message, with their arguments as objects: OpenAI writes them as text."""
+    calls = _parsed(message[CALLS], f"{place}.{CALLS}")
+    if not isinstance(calls, (list, tuple)):
+        raise RecordError(f"{place}.{CALLS}", f"is {a_type(calls)}, not a list of calls; {CALL_FORM}")
+    checked = []
+    for number, call in enumerate(calls):
+        here = f"{place}.{CALLS}[{number}]"
+        if _name_of(call) is None or "function" not in call:
+            raise RecordError(here, f"has no function with a name; {CALL_FORM}")
+        function = dict(call["function"])
+        arguments = _parsed(function.get("arguments") or {}, f"{here}.function.arguments")
+        if not isinstance(arguments, Mapping):
+            raise RecordError(f"{here}.function.arguments", f"is {a_type(arguments)}, not an object")
+        checked.append({**call, "function": {**function, "arguments": dict(arguments)}})
+    return checked
+
+
+def _parsed(value: Any, place: str) -> Any:
+    """A value that may be written as JSON text."""
+    if not isinstance(value, (str, bytes)):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise RecordError(place, f"is not JSON: {first_line(error)}") from error
 
 
 def unused(record: Mapping[str, Any], used: set[str]) -> frozenset[str]:
@@ -167,33 +228,49 @@ def _keys_of(messages: Sequence[Any], usual: tuple[str, str]) -> tuple[str, str]
     return other if messages and all(have(other[0])) and not any(have(usual[0])) else usual
 
 
-def _messages(given: Sequence[Any], field: str, role_key: str, text_key: str) -> list[dict[str, str]]:
-    """Check the messages and convert them to `role` and `content`."""
+def _messages(given: Sequence[Any], field: str, role_key: str, text_key: str) -> list[dict[str, Any]]:
+    """Check the messages and convert them to `role` and `content`, with tool calls and their results."""
     if len(given) < 2:
         raise RecordError(field, f"has {counted(len(given), 'message')}. A conversation needs two or more")
-    messages: list[dict[str, str]] = []
+    messages: list[dict[str, Any]] = []
     for number, message in enumerate(given):
         place = f"{field}[{number}]"
         if not isinstance(message, Mapping):
             raise RecordError(place, f"is {a_type(message)}, not an object with {role_key} and {text_key}")
         role = _role(message.get(role_key), role_key, f"{place}.{role_key}")
-        for key in TOOL_CALLS:
-            if message.get(key):
-                raise RecordError(
-                    f"{place}.{key}", f"a call is not rendered. Write it into {text_key}, as the model is to"
-                )
-        if messages and messages[-1]["role"] == role:
+        if message.get("function_call"):
+            raise RecordError(f"{place}.function_call", f"is OpenAI's older form. Use {CALLS}; {CALL_FORM}")
+        if messages and messages[-1]["role"] == role and role not in MAY_REPEAT:
             raise RecordError(f"{place}.{role_key}", f"is {role!r}, as the one before. Join the two")
-        if message.get(text_key) is None:
-            raise RecordError(f"{place}.{text_key}", f"is missing or null; {MESSAGES}")
-        text = _text(message, text_key, place=f"{place}.", may_be_empty=role in MAY_BE_EMPTY)
-        messages.append({"role": role, "content": text})
+        more: dict[str, Any] = {}
+        if message.get(CALLS):
+            if role != "assistant":
+                raise RecordError(f"{place}.{CALLS}", f"is the {role}'s; only the assistant calls tools")
+            more = {CALLS: _calls(message, place)}
+        elif role == "tool":
+            more = {key: message[key] for key in RESULT_KEYS if message.get(key) is not None}
+        messages.append({"role": role, "content": _content(message, text_key, place, role, more), **more})
     if messages[0]["role"] == "assistant":
         raise RecordError(f"{field}[0].{role_key}", "is the assistant's: there is nothing that it answers")
     if messages[-1]["role"] != "assistant":
         last = f"{field}[{len(messages) - 1}].{role_key}"
         raise RecordError(last, f"the last message is the {messages[-1]['role']}'s, not the assistant's")
     return messages
+
+
+def _content(message: Mapping[str, Any], key: str, place: str, role: str, more: Mapping[str, Any]) -> str:
+    """A message's text; a list of text parts is joined, and a message that calls tools may have none."""
+    value = message.get(key)
+    if value is None and CALLS in more:
+        return ""
+    if value is None:
+        raise RecordError(f"{place}.{key}", f"is missing or null; {MESSAGES}")
+    if isinstance(value, (list, tuple)):
+        parts = [each.get("text") if isinstance(each, Mapping) else None for each in value]
+        if bad := [number for number, part in enumerate(parts) if not isinstance(part, str)]:
+            raise RecordError(f"{place}.{key}[{bad[0]}]", "is not a part {type: text, text: ...}")
+        message = {key: "".join(map(str, parts))}
+    return _text(message, key, place=f"{place}.", may_be_empty=role in MAY_BE_EMPTY or CALLS in more)
 
 
 def _role(given: Any, role_key: str, place: str) -> str:
@@ -208,16 +285,23 @@ def _role(given: Any, role_key: str, place: str) -> str:
 
 
 def _render(
-    messages: Sequence[dict[str, str]], field: str, added: int, tokenizer: Any, needs_all: bool
+    messages: Sequence[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    field: str,
+    added: int,
+    tokenizer: Any,
+    needs_all: bool,
 ) -> list[Turn]:
     """Render messages into turns. The first `added` messages are not in the record's `field`."""
     turns: list[Turn] = []
-    done = ""
+    done = whole = ""
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = _apply(tokenizer, messages[:number], field, opens_answer=True)
-        whole = _apply(tokenizer, messages[: number + 1], field, opens_answer=False)
+        prompt = _apply(tokenizer, messages[:number], tools, field, opens_answer=True)
+        whole = _apply(tokenizer, messages[: number + 1], tools, field, opens_answer=False)
+        place = f"{field}[{number - added}].{CALLS}"
+        _refuse_unwritten(message.get(CALLS, ()), whole.removeprefix(prompt), place, "call")
         is_told, follows = whole.startswith(prompt), prompt.startswith(done)
         if not is_told and (needs_all or number == len(messages) - 1):
             raise RecordError(
@@ -238,15 +322,37 @@ def _render(
         if is_told:
             turns.append((prompt[len(done) :], whole[len(prompt) :]))
             done = whole
+    _refuse_unwritten(tools or (), whole, "tools", "tool")
     return turns
 
 
-def _apply(tokenizer: Any, messages: Sequence[dict[str, str]], field: str, *, opens_answer: bool) -> str:
-    template = default_template(tokenizer) or CHATML
+def _refuse_unwritten(tools: Sequence[Mapping[str, Any]], text: str, place: str, what: str) -> None:
+    """Raise RecordError if the chat template left out a tool or a call."""
+    for tool in tools:
+        if (name := str(_name_of(tool))) not in text:
+            raise RecordError(
+                place, f"the chat template does not write the {what} {name}. {ANOTHER_TEMPLATE}"
+            )
+
+
+def _apply(
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    tools: list[dict[str, Any]] | None,
+    field: str,
+    *,
+    opens_answer: bool,
+) -> str:
+    templates = tokenizer.chat_template
+    if tools and isinstance(templates, Mapping) and "tool_use" in templates:
+        template = str(templates["tool_use"])  # as transformers does
+    else:
+        template = default_template(tokenizer) or CHATML
     try:
         return str(
             tokenizer.apply_chat_template(
                 list(messages),
+                tools=tools,
                 tokenize=False,
                 add_generation_prompt=opens_answer,
                 chat_template=template,

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -288,12 +289,13 @@ def _refuse_special_tokens(record: Mapping[str, Any], ignored: frozenset[str], t
     """Raise RecordError if a conversation spells out a special token in a field that is read."""
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     field = next(name for name in CONVERSATIONS if record.get(name) is not None)
-    texts: dict[str, Any] = {} if "system" in ignored else {"system": record.get("system")}
+    texts: dict[str, Any] = {name: record.get(name) for name in ("system", "tools") if name not in ignored}
     for number, message in enumerate(record[field]):
         read = {key: text for key, text in message.items() if f"{field}[].{key}" not in ignored}
         texts |= {f"{field}[{number}].{key}": text for key, text in read.items()}
     for place, given in texts.items():
-        text = "" if given is None else text_of(given)
+        is_nested = isinstance(given, (list, tuple, Mapping))
+        text = json.dumps(given, default=str) if is_nested else "" if given is None else text_of(given)
         found = next((token for token in special if token in text), None)
         if found:
             raise RecordError(

@@ -68,6 +68,10 @@ def message(role: Any, content: Any = "x") -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
+def call(name: str, arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
 @pytest.mark.parametrize("answer", ["output", "response"])
 @pytest.mark.parametrize("more", ["input", "context"])
 def test_the_columns_of_dolly_and_alpaca_may_be_mixed(answer: str, more: str, tiny_tokenizer: Any) -> None:
@@ -214,7 +218,37 @@ def test_of_two_complete_forms_the_first_is_read(tiny_tokenizer: Any) -> None:
         ({"messages": [message("user"), message("user")]}, "messages[1].role: is 'user', as the one"),
         (
             {"messages": [message("user"), {**message("assistant", None), "tool_calls": [{}]}]},
-            "messages[1].tool_calls: a call is not rendered. Write it into content",
+            "messages[1].tool_calls[0]: has no function with a name; a call is {type: function,",
+        ),
+        (
+            {"messages": [message("user"), {**message("assistant"), "function_call": {"name": "f"}}]},
+            "messages[1].function_call: is OpenAI's older form. Use tool_calls",
+        ),
+        (
+            {"messages": [{**message("user"), "tool_calls": [call("f", {})]}, message("assistant")]},
+            "messages[0].tool_calls: is the user's; only the assistant calls tools",
+        ),
+        (
+            {"messages": [message("user"), {**message("assistant"), "tool_calls": [call("f", "{")]}]},
+            "messages[1].tool_calls[0].function.arguments: is not JSON",
+        ),
+        (
+            {"messages": [message("user"), {**message("assistant"), "tool_calls": [call("f", "[1]")]}]},
+            "messages[1].tool_calls[0].function.arguments: is an array, not an object",
+        ),
+        ({"messages": [message("user"), message("assistant")], "tools": [{}]}, "tools[0]: has no name"),
+        ({"messages": [message("user"), message("assistant")], "tools": "{"}, "tools: is not JSON"),
+        (
+            {"messages": [message("user"), {**message("assistant"), "tool_calls": [call("f", {})]}]},
+            "messages[1].tool_calls: the chat template does not write the call f. Give the tokenizer a chat",
+        ),
+        (
+            {"messages": [message("user"), message("assistant")], "tools": [{"name": "look"}]},
+            "tools: the chat template does not write the tool look. Give the tokenizer a chat template",
+        ),
+        (
+            {"messages": [message("user", [{"type": "image_url"}]), message("assistant")]},
+            "messages[0].content[0]: is not a part {type: text, text: ...}",
         ),
         (
             {"messages": [message("user"), message("tool")]},
