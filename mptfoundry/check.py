@@ -26,6 +26,7 @@ from mptfoundry.plan.plan import Plan, device_batch, make_plan
 from mptfoundry.plan.table import Stream, describe_plan, place_of
 from mptfoundry.tokenizer import (
     TokenizerFiles,
+    borders_of_folder,
     find_tokenizer,
     fingerprint_of_parts,
     read_tokenizer_files,
@@ -77,7 +78,8 @@ def check(config: TrainConfig) -> str:
             f"{device.memory / GIB:.1f} GiB; more devices with fsdp_config hold it in parts"
         )
     lines += [f"here: {text}" for text in look.notes]
-    return "\n".join([describe_plan(config, plan, look.streams), *lines])
+    borders = borders_of_folder(config.tokenizer.name, config.tokenizer.kwargs)
+    return "\n".join([describe_plan(config, plan, borders, look.streams), *lines])
 
 
 def refuse_here(config: TrainConfig) -> Plan:

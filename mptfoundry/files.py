@@ -41,12 +41,9 @@ def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     it is flushed to disk and renamed to `path`; if the block raises, or the process dies, `path` stays as it
     was. Leftovers of earlier, dead processes of this machine are removed first.
 
-    Args:
-        path: The final name; its parents are made.
-        overwrite: Replace what is at `path`. Without it only an empty folder is replaced.
-
     Raises:
-        CheckpointError: Something is already at `path`, or it can't be written to.
+        CheckpointError: `path` can't be written to, or something other than an empty folder is there and
+            `overwrite` is not set.
     """
     path = Path(path).absolute()
     _refuse_existing(path, overwrite=overwrite)
@@ -121,12 +118,8 @@ def point(link: Path, target: Path) -> None:
 
 
 def remove_unfinished(folder: Path, *, is_ours: bool = True, but: Path | None = None) -> list[Path]:
-    """Remove unfinished writes from a folder; what they were about to replace gets its name back.
-
-    Args:
-        folder: Where to look.
-        is_ours: Nobody else writes there. Otherwise only leftovers of this machine's dead processes go.
-        but: Keep what contains this.
+    """Remove unfinished writes from a folder, except what contains `but`; what they were about to replace gets
+    its name back. If it isn't ours alone, only those of this machine's dead processes are removed.
     """
     # We can't ask about a process on another machine, or one whose ID has been reused.
     is_left = (lambda host, pid: True) if is_ours else _is_of_the_dead
@@ -327,7 +320,6 @@ def take_lock(
     the file system supports that (NFS 4, Lustre mounted with `flock`).
 
     Args:
-        path: The file.
         lock: `fcntl.flock`, which forked children share, or `fcntl.lockf`, which they don't, and which ends
             as soon as this process closes the file anywhere.
         waiting: Called with the holder before waiting for it. Default: raise Held, with the holder.

@@ -420,21 +420,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> PreT
 
 
 def _load_from_folder(folder: Path, options: dict[str, Any]) -> Any:
-    has_ids, config = (folder / "tokenizer.json").is_file(), folder / "tokenizer_config.json"
-    if not has_ids and not config.is_file():
-        raise ConfigError(f"tokenizer.name: {folder} holds neither tokenizer.json nor tokenizer_config.json.")
+    files = read_tokenizer_files(folder)
     try:
-        named = (
-            json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.is_file() else ""
-        )
-        if has_ids and named in PLAIN_CLASSES:
+        if files is not None and files.is_plain:
             return _load_plain(folder, options)
-        return _load_by_class(folder, options, has_ids)
+        return _load_by_class(folder, options, has_ids=files is not None)
     except Exception as error:
         raise ConfigError(f"tokenizer.name: {folder} can't be read: {first_line(error)}.") from error
 
 
-def _load_by_class(folder: Path, options: dict[str, Any], has_ids: bool) -> Any:
+def _load_by_class(folder: Path, options: dict[str, Any], *, has_ids: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:

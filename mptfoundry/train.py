@@ -30,7 +30,7 @@ from mptfoundry.plan.table import describe_plan
 from mptfoundry.ranks import say
 from mptfoundry.run.lifecycle import Run, guarded
 from mptfoundry.run.start import Start
-from mptfoundry.tokenizer import fingerprint
+from mptfoundry.tokenizer import fingerprint, own_borders, spelled
 
 # Keys of the config that are arguments of Composer's Trainer under the same name.
 SAME_NAMES = (
@@ -61,7 +61,7 @@ def train(config: TrainConfig, plan: Plan | None = None) -> Trainer:
     if plan is None:
         plan = make_plan(config, detect_device())
         refuse_missing(plan)
-    refuse_unsupported(plan.device, imported_torch())
+    refuse_unsupported(plan.device, imported_torch)
     with guarded(config, plan.device) as run:
         trainer = build_trainer(config, plan, run)
         run.fit(trainer)
@@ -77,11 +77,12 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     """
     if run.start.is_own:
         say(f"resuming from {run.start.checkpoint}")
-    say(describe_plan(config, plan))
     takes_weights = config.model.takes_weights or run.start.checkpoint is not None
     source = starting_model(config, run.start) if takes_weights else None
-    build.run_code_paths(config)
+    if config.code_paths:
+        build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
+    say(describe_plan(config, plan, spelled(own_borders(tokenizer), tokenizer)))
     run.compare_inputs({"tokenizer": fingerprint(tokenizer, with_special_tokens=True)})
     train_loader, evaluators = loaders.build_loaders(config, plan, tokenizer)
     run.compare_inputs(loaders.fingerprints_of(train_loader, evaluators))

@@ -184,8 +184,9 @@ def _patterns(run: TrainConfig) -> Iterator[Problem]:
     """Every pattern names parameters of the model, and some parameter stays trainable."""
     model, optimizer = run.model, run.optimizer
     groups = [group.param_str_match for group in optimizer.param_groups]
-    for key, text in pattern_problems(model.network(), model.peft_config, optimizer.disable_grad, groups):
-        yield f"optimizer.{key}", text
+    if groups or optimizer.disable_grad:
+        problems = pattern_problems(model.network(), model.peft_config, optimizer.disable_grad, groups)
+        yield from ((f"optimizer.{key}", text) for key, text in problems)
 
 
 def _adapters(run: TrainConfig) -> Iterator[Problem]:

@@ -78,13 +78,8 @@ def attend_by_blocks(
 def find_segments(documents: torch.Tensor | None, batch: int, seq: int) -> tuple[Segment, ...] | None:
     """The documents' bounds as plain numbers; adjacent rows with the same bounds share segments.
 
-    Args:
-        documents: (batch, seq) int64 on a CPU, or None if each row is one document.
-        batch: Rows.
-        seq: Tokens in a row.
-
-    Returns:
-        The segments without padding; None if there is padding inside a document.
+    ``documents`` is (batch, seq) int64 on a CPU, or None if each row is one document. Returns None if there is
+    padding inside a document.
     """
     if documents is None:
         return ((0, batch, 0, seq),)

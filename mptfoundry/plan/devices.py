@@ -75,11 +75,8 @@ def launcher_device(environ: Mapping[str, str] = os.environ) -> Device:
 
 
 def detect_device(world_size: int | None = None, environ: Mapping[str, str] = os.environ) -> Device:
-    """The devices that this process and its peers compute on.
-
-    Args:
-        world_size: Processes of the run. Default: from the launcher's environment variables, or one.
-        environ: The environment variables.
+    """The devices that this process and its peers compute on: `world_size` processes, by default as many as the
+    launcher's environment variables say.
     """
     return _device(visible_gpus(environ), world_size or int(environ.get("WORLD_SIZE") or 1), environ)
 

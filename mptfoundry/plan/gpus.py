@@ -16,6 +16,7 @@ from typing import NamedTuple
 # nvidia-smi takes many seconds on a machine of eight GPUs without persistence mode.
 SMI_TIMEOUT_SECONDS = 30
 DRIVER = Path("/proc/driver/nvidia")
+NO_DRIVER = "no GPU found: neither nvidia-smi nor /proc/driver/nvidia names one"
 PCI = Path("/sys/bus/pci/devices")
 DEVICE_FILES = Path("/dev")
 
@@ -222,7 +223,7 @@ def _machine_gpus() -> tuple[list[GPU], str, str | None]:
         return [], found, f"nvidia-smi says: {error}" if _has_nvidia_hardware() else None
     if error:
         return [], f"no GPU found: nvidia-smi says: {error}", None
-    return _driver_gpus()
+    return _driver_gpus() if DRIVER.is_dir() else ([], NO_DRIVER, None)
 
 
 _AS_CSV = ("--format=csv,noheader,nounits",)
@@ -271,8 +272,8 @@ def _capability_of(text: str) -> tuple[int, int] | None:
 
 
 def _driver_gpus() -> tuple[list[GPU], str, str | None]:
-    """The GPUs in /proc/driver/nvidia, for containers without nvidia-smi. A GPU without a device file is not
-    in this container."""
+    """The GPUs that the driver lists, for containers without nvidia-smi. One without a device file is not in
+    this container."""
     version = DRIVER / "version"
     match = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", version.read_text()) if version.is_file() else None
     gpus, hidden = [], 0
@@ -288,8 +289,7 @@ def _driver_gpus() -> tuple[list[GPU], str, str | None]:
     if hidden and not gpus:
         found = f"no GPU found: the machine has {hidden}, and this container none (docker run --gpus all)"
         return [], found, None
-    none = "no GPU found: neither nvidia-smi nor /proc/driver/nvidia names one"
-    return gpus, str(DRIVER) if gpus else none, None
+    return gpus, str(DRIVER) if gpus else NO_DRIVER, None
 
 
 def _has_nvidia_hardware() -> bool:

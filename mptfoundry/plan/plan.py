@@ -263,7 +263,7 @@ def _lacking(config: TrainConfig, device: Device, precision: str) -> dict[str, s
     lacking = missing_packages(config, device.torch_type)
     if problem := gpu_problem(device):
         lacking.update([problem])
-    if reason := precision_problem(precision, device):
+    if config.precision != "auto" and (reason := precision_problem(precision, device)):
         lacking["precision"] = reason
     return lacking
 

@@ -234,9 +234,10 @@ class GuardedDataset(StreamingDataset):
 
     def __len__(self) -> int:
         """Return this rank's samples per epoch, including repeats that even out ranks and canonical nodes."""
+        return self._samples_at_random() if self.batching_method == "random" else super().__len__()
+
+    def _samples_at_random(self) -> int:
         world = self._parallel_rank_world
-        if self.batching_method != "random":
-            return super().__len__()
         canonical = self.num_canonical_nodes or world.num_nodes
         of_each = ceil(self.epoch_size / canonical)
         physical = max(1, world.num_nodes // canonical)
