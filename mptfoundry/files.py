@@ -118,8 +118,8 @@ def point(link: Path, target: Path) -> None:
 
 
 def remove_unfinished(folder: Path, *, is_ours: bool = True, but: Path | None = None) -> list[Path]:
-    """Remove unfinished writes from a folder, except what contains `but`; what they were about to replace gets
-    its name back. If it isn't ours alone, only those of this machine's dead processes are removed.
+    """Remove unfinished writes from a folder, except what contains `but`; what they would have replaced gets its
+    name back. If others write there, too, only those of this machine's dead processes are removed.
     """
     # We can't ask about a process on another machine, or one whose ID has been reused.
     is_left = (lambda host, pid: True) if is_ours else _is_of_the_dead

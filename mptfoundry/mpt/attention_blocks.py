@@ -78,8 +78,8 @@ def attend_by_blocks(
 def find_segments(documents: torch.Tensor | None, batch: int, seq: int) -> tuple[Segment, ...] | None:
     """The documents' bounds as plain numbers; adjacent rows with the same bounds share segments.
 
-    ``documents`` is (batch, seq) int64 on a CPU, or None if each row is one document. Returns None if there is
-    padding inside a document.
+    ``documents`` is (batch, seq) int64 on a CPU, or None if each row is one document. The result, without
+    padding, is None if there is padding inside a document.
     """
     if documents is None:
         return ((0, batch, 0, seq),)

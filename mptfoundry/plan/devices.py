@@ -75,8 +75,8 @@ def launcher_device(environ: Mapping[str, str] = os.environ) -> Device:
 
 
 def detect_device(world_size: int | None = None, environ: Mapping[str, str] = os.environ) -> Device:
-    """The devices that this process and its peers compute on: `world_size` processes, by default as many as the
-    launcher's environment variables say.
+    """The devices that this process and its peers compute on; `world_size`, the number of processes, is by
+    default that of the launcher's environment variables.
     """
     return _device(visible_gpus(environ), world_size or int(environ.get("WORLD_SIZE") or 1), environ)
 

@@ -114,8 +114,8 @@ class Run:
             decided_by_rank_0(lambda: say_changed_inputs(self._config, notes, fingerprints))
 
     def checkpointing(self, tokenizer: Any, *, has_weights: bool) -> Iterator[Callback]:
-        """Yield the callbacks that load the starting checkpoint, if the model doesn't have its weights already,
-        and save new ones, with the tokenizer next to them.
+        """Yield the callbacks that load the starting checkpoint, if the model doesn't have its weights yet, and
+        save new ones, with the tokenizer next to them.
         """
         config, start, self._tokenizer = self._config, self.start, tokenizer
         if start.checkpoint is not None and (start.is_own or not has_weights):
