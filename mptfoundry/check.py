@@ -83,10 +83,7 @@ def check(config: TrainConfig) -> str:
 
 
 def refuse_here(config: TrainConfig) -> Plan:
-    """Check the config before `train` does its slow imports.
-
-    Returns:
-        The run's plan on this machine.
+    """Check the config before `train` does its slow imports; return the run's plan on this machine.
 
     Raises:
         ConfigError, DataError: The config contradicts this machine, or needs something it lacks.
@@ -127,7 +124,8 @@ def look_here(config: TrainConfig) -> Look:
     for path in config.code_paths:
         if not Path(path).is_file():
             look.lacking.append(f"code_paths: {path} is missing. Name a Python file.")
-    _look_at_start(config, look)
+    if config.load_path:
+        _look_at_start(config.load_path, config.run_name, look)
     return look
 
 
@@ -163,10 +161,10 @@ def _raise(problems: list[MPTFoundryError]) -> None:
     raise (ConfigError if any(isinstance(p, ConfigError) for p in problems) else DataError)("\n".join(texts))
 
 
-def _look_at_start(config: TrainConfig, look: Look) -> None:
+def _look_at_start(load_path: str, run_name: str, look: Look) -> None:
     """Check the checkpoint of `load_path`; a run that already has its own checkpoint doesn't need it."""
-    place = (config.load_path or "").replace("{run_name}", config.run_name).replace("{rank}", "0")
-    start = path_of(place) if place else None
+    place = load_path.replace("{run_name}", run_name).replace("{rank}", "0")
+    start = path_of(place)
     if start is not None and not os.path.lexists(start):
         look.notes.append(
             f"load_path: {place} is not on this machine; train needs it unless the run has its own checkpoint"

@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -53,16 +53,14 @@ def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         for entry, left in _left_in(path.parent, _is_of_no_other):
             if left["name"] == path.name:
                 remove(entry)
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be written ({error.strerror}).") from error
-    try:
         yield temporary
         _flush(temporary)
         _put_in_place(temporary, path)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be written ({error.strerror or error}).") from error
     finally:
-        remove(temporary)
+        with suppress(OSError):
+            remove(temporary)
 
 
 def refuse_what_is_there(
@@ -118,8 +116,8 @@ def point(link: Path, target: Path) -> None:
 
 
 def remove_unfinished(folder: Path, *, is_ours: bool = True, but: Path | None = None) -> list[Path]:
-    """Remove unfinished writes from a folder, except what contains `but`; what they would have replaced gets its
-    name back. If others write there, too, only those of this machine's dead processes are removed.
+    """Remove unfinished writes from a folder, except what contains `but`, and give what they were about to
+    replace its name back; if others write there, too, only those of this machine's dead processes.
     """
     # We can't ask about a process on another machine, or one whose ID has been reused.
     is_left = (lambda host, pid: True) if is_ours else _is_of_the_dead
@@ -332,18 +330,16 @@ def take_lock(
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:
             continue  # the holder has just removed the folder
-        try:
+        with ExitStack() as unless_locked:
+            unless_locked.callback(os.close, file)
             try:
                 lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 _wait(file, error, lock, waiting, unlocked)
-            if is_open_at(file, path):
+            if is_open_at(file, path):  # else the holder has removed it since we opened it
                 rewrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+                unless_locked.pop_all()
                 return file
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)  # the holder has removed it since we opened it
 
 
 def _wait(

@@ -64,17 +64,7 @@ def load_tokenizer(
     if options.pop("trust_remote_code", False):
         raise ConfigError("tokenizer.kwargs.trust_remote_code: no tokenizer's code is run. Remove the key.")
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        if "revision" in options:
-            raise ConfigError(
-                f"tokenizer.kwargs.revision: {name} is a folder, which has none. Remove the key."
-            )
-        tokenizer = _load_from_folder(folder, options)
-    elif name.startswith(("/", "./", "../", "~")) or folder.exists():
-        raise ConfigError(f"tokenizer.name: {name} is not a folder. Give a folder that holds tokenizer.json.")
-    else:
-        name, at, revision = name.partition("@")
-        tokenizer = _load_from_hub(name, {**options, "revision": revision} if at else options)
+    tokenizer = _load_from_folder(folder, options) if folder.is_dir() else _load_from_hub(name, options)
     if not tokenizer.is_fast:
         raise ConfigError(
             f"tokenizer.name: {name} has no tokenizer.json and transformers can't convert it to one. "
@@ -303,8 +293,10 @@ class TokenizerFiles:
 def find_tokenizer(name: str) -> Path | None:
     """Find a tokenizer's folder on this machine: `name` itself, or its folder in the Hub cache."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    return folder if folder.is_dir() else _find_in_hub_cache(name)
+
+
+def _find_in_hub_cache(name: str) -> Path | None:
     repository, _, revision = name.partition("@")
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{repository.replace('/', '--')}"
@@ -420,6 +412,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, folder: str | Path) -> PreT
 
 
 def _load_from_folder(folder: Path, options: dict[str, Any]) -> Any:
+    if "revision" in options:
+        raise ConfigError(f"tokenizer.kwargs.revision: {folder} is a folder, which has none. Remove the key.")
     files = read_tokenizer_files(folder)
     try:
         if files is not None and files.is_plain:
@@ -458,6 +452,10 @@ def _load_plain(folder: Path, options: dict[str, Any]) -> Any:
 def _load_from_hub(name: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
+    if name.startswith(("/", "./", "../", "~")) or Path(name).expanduser().exists():
+        raise ConfigError(f"tokenizer.name: {name} is not a folder. Give a folder that holds tokenizer.json.")
+    name, at, revision = name.partition("@")
+    options = {**options, "revision": revision} if at else options
     with contextlib.suppress(Exception):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True, **options)
     why = why_out_of_reach()

@@ -17,7 +17,6 @@ from mptfoundry.callbacks.console import ConsoleLine
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
 from mptfoundry.checkpoints.source import ModelSource
-from mptfoundry.config.load import to_yaml
 from mptfoundry.config.parallel import FSDPConfig
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.models.causal_lm import ComposerMPT
@@ -70,11 +69,7 @@ def train(config: TrainConfig, plan: Plan | None = None) -> Trainer:
 
 
 def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
-    """Composer's Trainer with everything that the config describes, at the point where the run starts.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: Something that the config names is missing or doesn't fit.
-    """
+    """Composer's Trainer with everything that the config describes, at the point where the run starts."""
     if run.start.is_own:
         say(f"resuming from {run.start.checkpoint}")
     takes_weights = config.model.takes_weights or run.start.checkpoint is not None
@@ -116,7 +111,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     if config.fsdp_config is not None and isinstance(model.model, FSDPModule):
         set_up_sharding(config.fsdp_config, model, plan)
     if config.log_config:
-        trainer.logger.log_hyperparameters({"config": to_yaml(config)})
+        trainer.logger.log_hyperparameters({"config": run.yaml})
     return trainer
 
 

@@ -231,17 +231,15 @@ class MPT(nn.Module):
         Raises:
             ValueError: The arguments don't fit each other or the model.
         """
-        batch, seq = input_ids.shape
+        seq = input_ids.shape[1]
         documents = None
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, -seq:].bool()
         if attention_mask is not None or sequence_id is not None:
-            documents = number_documents(attention_mask, sequence_id, cache)
+            mask = None if attention_mask is None else attention_mask[:, -seq:].bool()
+            documents = number_documents(mask, sequence_id, cache)
         if cache is not None:
             _check_cache(cache, seq, max_documents)
-            documents = cache.append_documents(documents, batch, seq)
-            if prefix_mask is not None:
-                prefix_mask = F.pad(prefix_mask, (cache.length, 0))
+            documents = cache.append_documents(documents, input_ids.shape[0], seq)
+            prefix_mask = None if prefix_mask is None else F.pad(prefix_mask, (cache.length, 0))
         # (batch, seq, d_model)
         x = self.transformer(input_ids, documents, prefix_mask, cache, max_documents)
         if cache is not None:

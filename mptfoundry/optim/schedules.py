@@ -59,7 +59,7 @@ class Schedule:
     height: float = 1.0
 
     def __call__(self, state: State) -> float:
-        """The current factor. Raises ConfigError if the times don't fit `max_duration`."""
+        """The current factor, see `factor`."""
         assert state.max_duration is not None
         length = None if state.dataloader_len is None else int(state.dataloader_len)
         return self.factor(state.timestamp, state.max_duration, length)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -84,10 +85,14 @@ def detect_device(world_size: int | None = None, environ: Mapping[str, str] = os
 def _device(visible: Visible, count: int, environ: Mapping[str, str]) -> Device:
     here = int(environ.get("LOCAL_WORLD_SIZE") or 0) or len(visible.gpus) or count
     per_node = min(count, here)
-    used = visible.gpus[:per_node]
-    if not used:
+    if not visible.gpus:
         return _cpu(visible, count, per_node)
-    uses_all = len(used) == len(visible.gpus) and "CUDA_VISIBLE_DEVICES" not in environ
+    return _gpus(visible, count, per_node, is_limited="CUDA_VISIBLE_DEVICES" in environ)
+
+
+def _gpus(visible: Visible, count: int, per_node: int, *, is_limited: bool) -> Device:
+    used = visible.gpus[:per_node]
+    uses_all = len(used) == len(visible.gpus) and not is_limited
     return Device(
         kind="gpu",
         name=" and ".join(dict.fromkeys(gpu.name for gpu in used)),
@@ -137,8 +142,6 @@ def total_memory() -> int | None:
     except (ValueError, OSError, AttributeError):
         return None
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
+        with suppress(OSError, ValueError):
             total = min(total, int(Path(path).read_text()))
-        except (OSError, ValueError):
-            continue
     return total

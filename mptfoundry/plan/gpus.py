@@ -144,14 +144,18 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> Visible:
     if not gpus:
         return Visible((), how, None if is_hidden else trouble)
     is_ordered = len({gpu.name for gpu in gpus}) == 1 or environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
-    if chosen is None:
-        return _with_slices(Visible(tuple(gpus), f"found by {how}", is_ordered=is_ordered))
+    visible = Visible(tuple(gpus), f"found by {how}", is_ordered=is_ordered)
+    return _with_slices(visible) if chosen is None else _chosen(chosen, gpus, visible)
+
+
+def _chosen(chosen: str, gpus: list[GPU], all_gpus: Visible) -> Visible:
+    """The GPUs that CUDA_VISIBLE_DEVICES names."""
     words = [word for word in chosen.replace(" ", "").split(",") if word]
     visible = tuple(_chosen_gpus(gpus, words))
     if not visible:
         return Visible((), f"CUDA_VISIBLE_DEVICES={chosen!r} hides the {len(gpus)} GPUs of this machine")
-    is_ordered = is_ordered or not any(word.isdigit() for word in words)
-    found = f"found by {how}, chosen by CUDA_VISIBLE_DEVICES={chosen}"
+    is_ordered = all_gpus.is_ordered or not any(word.isdigit() for word in words)
+    found = f"{all_gpus.found}, chosen by CUDA_VISIBLE_DEVICES={chosen}"
     return _with_slices(Visible(visible, found, is_ordered=is_ordered))
 
 

@@ -183,11 +183,7 @@ def refuse_missing(plan: Plan) -> None:
 
 
 def device_batch(config: TrainConfig, device: Device) -> int:
-    """Sequences of one step on one device.
-
-    Raises:
-        ConfigError: The global batch does not split over the devices.
-    """
+    """Sequences of one step on one device; ConfigError if the global batch does not split."""
     batch = config.global_train_batch_size
     if problem := split_problem(batch, device.count):
         raise ConfigError(f"global_train_batch_size: {problem}")

@@ -88,6 +88,7 @@ class Run:
     Attributes:
         folder: The run's folder.
         start: What the run starts from.
+        yaml: Its resolved config, as `config.yaml` holds it.
         guard: Guards each step.
         metrics: Writes `metrics.jsonl`.
     """
@@ -97,25 +98,23 @@ class Run:
     ) -> None:
         self.folder, self.start, self.guard = lock.folder, start, guard
         self.metrics = MetricsFile(lock.folder)
-        self._config, self._yaml = config, to_yaml(config)
+        self._config, self.yaml = config, to_yaml(config)
         self._lock, self._until_fit = lock, until_fit
         self._inputs: dict[str, str] = {}
         self._tokenizer: Any = None
 
     def compare_inputs(self, fingerprints: Mapping[str, str]) -> None:
         """Compare the streams or the tokenizer of this start, by their keys in the config, with what the run
-        read before, and record them for checkpoints.
-
-        Raises:
-            ConfigError: A training stream or the tokenizer has changed, and `allow_changes` does not name it.
+        read before, and record them for checkpoints. ConfigError if one has changed without permission.
         """
         self._inputs |= fingerprints
         if (notes := self.start.notes) is not None:
             decided_by_rank_0(lambda: say_changed_inputs(self._config, notes, fingerprints))
 
     def checkpointing(self, tokenizer: Any, *, has_weights: bool) -> Iterator[Callback]:
-        """Yield the callbacks that load the starting checkpoint, if the model doesn't have its weights yet, and
-        save new ones, with the tokenizer next to them.
+        """Yield the callbacks that load the starting checkpoint and save new ones, with the tokenizer.
+
+        A model that has its weights already loads only the run's own checkpoint.
         """
         config, start, self._tokenizer = self._config, self.start, tokenizer
         if start.checkpoint is not None and (start.is_own or not has_weights):
@@ -127,7 +126,7 @@ class Run:
                 upload_small=uploader_of(config, ONCE),
                 describe=self._describe,
                 in_background=config.save_async,
-                notes=RunNotes(self._yaml, self._inputs),
+                notes=RunNotes(self.yaml, self._inputs),
                 filename=config.save_filename,
                 latest_filename=config.latest_filename,
                 save_interval=config.save_interval,
@@ -139,13 +138,7 @@ class Run:
             )
 
     def fit(self, trainer: Trainer) -> None:
-        """Train to the run's end, and close the trainer.
-
-        Raises:
-            ConfigError: The checkpoint that `load_path` names leaves nothing to train.
-            TrainingError: The numbers are not finite, or a rank is silent.
-            RunStopped: The run was asked to stop. Everything is saved.
-        """
+        """Train to the run's end, and close the trainer. RunStopped if it was asked to stop, and saved."""
         self._begin(trainer)
         if is_finished(trainer) and not self.guard.owes_evaluation:
             done = trainer.state.timestamp.batch.value
@@ -224,7 +217,7 @@ class Run:
                 )
                 _write_config(notes.config, file)
             elif not file.is_file():
-                _write_config(self._yaml, file)
+                _write_config(self.yaml, file)
 
     def _train(self, trainer: Trainer) -> None:
         config, guard, state = self._config, self.guard, trainer.state
@@ -261,12 +254,12 @@ class Run:
         if self._lock.is_lost():
             self._lock.take()
             say(f"save_folder: {self.folder} was removed while the run trains; it is made again")
-        return [] if _holds(self.folder / CONFIG, self._yaml) else self._write_run_files(self.folder)
+        return [] if _holds(self.folder / CONFIG, self.yaml) else self._write_run_files(self.folder)
 
     def _write_run_files(self, folder: Path) -> list[Path]:
         """Write the resolved config and the tokenizer, which make the folder's checkpoints usable."""
         with writing_into(folder):
-            _write_config(self._yaml, folder / CONFIG)
+            _write_config(self.yaml, folder / CONFIG)
             self._tokenizer.save_pretrained(folder / "tokenizer")
             return [folder / CONFIG, *(folder / "tokenizer").iterdir()]
 

@@ -383,7 +383,10 @@ class GuardedDataset(StreamingDataset):
         yield from super().__iter__()
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
-        yield from super()._each_sample_id(it)
+        try:
+            yield from super()._each_sample_id(it)
+        finally:
+            it.non_blocking_exit()  # else its threads poll until the process ends, if nobody reads the rest
         # If a background fetch fails, streaming just stops, which looks like the end of the epoch.
         self._raise_background_error()
 

@@ -162,7 +162,7 @@ class TextLoader(StreamingDataLoader):
         self._check_that_all_came()
 
     def _end_workers(self, error: DataError) -> None:
-        """End the workers, which takes the garbage collector seconds, and raise their error without traces."""
+        """End the workers, which takes the garbage collector seconds, and raise their error as plain text."""
         workers: Any = self._iterator
         if workers is not None:
             workers._shutdown_workers()
