@@ -92,7 +92,7 @@ def refuse_what_is_there(
 def _refuse_existing(path: Path, *, overwrite: bool) -> None:
     _put_back(path.absolute(), _is_of_no_other)
     if not overwrite and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
-        raise CheckpointError(f"{path}: is there already. Name another place, or set overwrite=true.")
+        raise CheckpointError(f"{path}: exists already. Use another path, or set overwrite=true.")
 
 
 @contextmanager

@@ -283,7 +283,7 @@ def _file_name(run: TrainConfig, key: str) -> Iterator[Problem]:
     if problem := _placeholder_problem(name, _FILLED_IN[key]):
         yield key, problem
     if key in ("save_filename", "save_latest_filename") and "/" in name:
-        yield key, f"{name} names a folder, too. Say that in save_folder."
+        yield key, f"{name} contains a folder. Name the folder in save_folder."
     if problem := why_not_a_path(name):
         yield key, problem
 
@@ -293,10 +293,10 @@ def _placeholder_problem(text: str, known: tuple[str, ...]) -> str | None:
     try:
         names = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
     except ValueError:
-        return f"{text} has a brace without its other one. Remove it."
+        return f"{text} has an unmatched brace. Remove it."
     unknown = next((name for name in names if name not in known), None)
     allowed = ", ".join(f"{{{name}}}" for name in known)
-    return None if unknown is None else f"{{{unknown}}} is not filled in here. Allowed: {allowed}."
+    return None if unknown is None else f"{{{unknown}}} is not a placeholder here. Allowed: {allowed}."
 
 
 def _run_name(run: TrainConfig) -> Iterator[Problem]:

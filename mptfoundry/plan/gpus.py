@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -215,6 +216,14 @@ def _slices(gpu: GPU) -> list[GPU]:
 
 def _machine_gpus() -> tuple[list[GPU], str, str | None]:
     """All GPUs of this machine; how they were detected or why there are none; and what is wrong with them."""
+    found = _gpus_of_smi() if shutil.which("nvidia-smi") else None
+    if found is not None:
+        return found
+    return _driver_gpus() if DRIVER.is_dir() else ([], NO_DRIVER, None)
+
+
+def _gpus_of_smi() -> tuple[list[GPU], str, str | None] | None:
+    """The same from nvidia-smi; None if it can't be started or hangs."""
     query = "name,memory.total,driver_version,uuid"
     answer, error = _nvidia_smi(f"--query-gpu={query},compute_cap,mig.mode.current", *_AS_CSV)
     if answer is None and "not a valid field" in error:  # drivers before 510
@@ -227,7 +236,7 @@ def _machine_gpus() -> tuple[list[GPU], str, str | None]:
         return [], found, f"nvidia-smi says: {error}" if _has_nvidia_hardware() else None
     if error:
         return [], f"no GPU found: nvidia-smi says: {error}", None
-    return _driver_gpus() if DRIVER.is_dir() else ([], NO_DRIVER, None)
+    return None
 
 
 _AS_CSV = ("--format=csv,noheader,nounits",)

@@ -230,11 +230,8 @@ def largest_microbatch(share: int, device: Device, memory: Callable[[int], Memor
         if share % size == 0 and (need := memory(size).total) <= room:
             fits = f"about {need / GIB:.1f} GiB of {device.memory / GIB:.1f} GiB"
             return size, f"the largest divisor of {share} that fits: {fits}"
-    need = memory(1).total
-    return 1, (
-        f"estimated {need / GIB:.1f} GiB, where {room / GIB:.1f} GiB of {device.memory / GIB:.1f} GiB can be "
-        "planned with"
-    )
+    usable = f"{room / GIB:.1f} of {device.memory / GIB:.1f} GiB are usable"
+    return 1, f"none fits: 1 needs about {memory(1).total / GIB:.1f} GiB, and {usable}"
 
 
 def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str | None:

@@ -169,7 +169,9 @@ class Run:
         start = self.start
         if start.checkpoint is not None and not start.is_own and is_finished(trainer):
             raise self._nothing_left(trainer.state.timestamp.batch.value)
-        decided_by_rank_0(self._begin_in_store)
+        if not start.is_own and (upload := uploader_of(self._config, AT_START)):
+            decided_by_rank_0(lambda: self._begin_in_store(upload))
+        self._lock.has_begun = True
         if local_rank() == 0:
             # Rank 0 removes its own part before it writes; it does not wait for the other nodes.
             remove_unfinished_files(self.folder, is_ours=rank() == 0, but=start.checkpoint)
@@ -183,13 +185,11 @@ class Run:
             "it, or load_weights_only=true to begin a run with its weights."
         )
 
-    def _begin_in_store(self) -> None:
+    def _begin_in_store(self, upload: Upload) -> None:
         """Upload a new run's first files, which tests that the store can be written to."""
-        if not self.start.is_own and (upload := uploader_of(self._config, AT_START)):
-            with TemporaryDirectory() as temporary:
-                for file in self._write_run_files(Path(temporary)):
-                    upload(file, str(file.relative_to(temporary)))
-        self._lock.has_begun = True
+        with TemporaryDirectory() as temporary:
+            for file in self._write_run_files(Path(temporary)):
+                upload(file, str(file.relative_to(temporary)))
 
     def _write_first_files(self) -> None:
         """Write the files that the run's folder holds from the first batch on.

@@ -182,7 +182,7 @@ class _Lines:
         """Record a value and everything below it."""
         self.values += 1
         if len(path) > DEEPEST:
-            raise ConfigError(f"{self.file}:{line}: is nested too deeply, or in itself.")
+            raise ConfigError(f"{self.file}:{line}: is nested too deeply, or contains itself.")
         if self.values > MOST_VALUES:  # aliases of aliases can expand to billions of values
             raise ConfigError(f"{self.file}:{line}: has more than {MOST_VALUES:,} values. Use fewer.")
         self.note_alias(node)
