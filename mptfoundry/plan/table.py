@@ -62,7 +62,7 @@ def describe_plan(
     """
     streams = streams or {}
     epochs = epochs_of_streams(config, streams) if streams else {}
-    seconds = plan.seconds(ASSUMED_MFU)
+    seconds, tokenizer = plan.seconds(ASSUMED_MFU), config.tokenizer.name
     rows = [
         ("model", _model_in_words(config, plan)),
         *([("trainable", _trainable_in_words(config, plan.trainable))] if plan.trainable.frozen else []),
@@ -76,7 +76,7 @@ def describe_plan(
             for label, loader in config.eval_loaders.items()
             for row in _data_in_words(f"eval {label}", label, loader, streams, {})
         ),
-        *([("tokenizer", f"{config.tokenizer.name} {adds_in_words(borders)}")] if borders else []),
+        *([("tokenizer", f"{tokenizer} {adds_in_words(borders)}")] if borders is not None else []),
         ("run folder", _run_folder_in_words(config)),
         ("device", f"{plan.device.count} x {plan.device.name} ({plan.device.found})"),
         *zip(("memory", ""), _memory_in_words(plan), strict=True),
