@@ -66,10 +66,8 @@ def _some_time(run: TrainConfig, key: str) -> Iterator[Problem]:
     if number == 0:
         yield key, f"{getattr(run, key)} is not longer than 0. Use more than 0."
     if key == "max_duration" and unit == "dur":
-        yield (
-            key,
-            "can't be given in dur, which is a fraction of max_duration. Use batches, tokens or epochs.",
-        )
+        text = "can't be given in dur, which is a fraction of max_duration. Use batches, tokens or epochs."
+        yield key, text
 
 
 def _batch_splits(run: TrainConfig) -> Iterator[Problem]:
@@ -132,11 +130,8 @@ def _documents(run: TrainConfig, key: str) -> Iterator[Problem]:
             if token_id is not None and not 0 <= token_id < ids:
                 yield f"{path}.dataset.{name}", f"{token_id} is not one of the {ids} ids that the model has."
         if run.model.attn_config.attn_uses_sequence_id and not loader.dataset.separates_documents:
-            yield (
-                f"{path}.dataset",
-                "model.attn_config.attn_uses_sequence_id needs eos_token_id or bos_token_id here, to "
-                "separate documents.",
-            )
+            text = "needs eos_token_id or bos_token_id here, to separate documents."
+            yield f"{path}.dataset", f"model.attn_config.attn_uses_sequence_id {text}"
 
 
 def _heads(run: TrainConfig, key: str) -> Iterator[Problem]:
@@ -268,11 +263,9 @@ def tokens_of(duration: int | str, run: TrainConfig) -> float | None:
 
 def _one_source_of_weights(run: TrainConfig) -> Iterator[Problem]:
     if run.load_path and run.model.takes_weights:
-        yield (
-            "load_path",
-            "and model.pretrained_model_name_or_path both say where the weights come from. Remove one; with "
-            "model.pretrained: false the latter gives only the architecture.",
-        )
+        text = "Remove one; with model.pretrained: false the latter gives only the architecture."
+        both = "and model.pretrained_model_name_or_path both say where the weights come from."
+        yield "load_path", f"{both} {text}"
 
 
 def _file_name(run: TrainConfig, key: str) -> Iterator[Problem]:
@@ -309,11 +302,8 @@ def _names_that_a_start_finds(run: TrainConfig) -> Iterator[Problem]:
     if problem := why_no_start_finds(name, in_a_store=in_a_store):
         yield "save_filename", problem
     elif run.save_num_checkpoints_to_keep > 0 and why_no_start_finds(name, in_a_store=True):
-        yield (
-            "save_num_checkpoints_to_keep",
-            f"save_filename: {name} does not tell which checkpoint is the oldest. Use -1, or "
-            "ep{epoch}-ba{batch}-rank{rank}.pt.",
-        )
+        text = f"save_filename: {name} does not tell which checkpoint is the oldest."
+        yield "save_num_checkpoints_to_keep", f"{text} Use -1, or ep{{epoch}}-ba{{batch}}-rank{{rank}}.pt."
 
 
 def _link_name(run: TrainConfig) -> Iterator[Problem]:
@@ -332,10 +322,10 @@ def _resuming(run: TrainConfig) -> Iterator[Problem]:
 def _target_without_checkpointing(run: TrainConfig) -> Iterator[Problem]:
     saves = run.fsdp_config is not None and run.fsdp_config.saves_activations
     if run.model.activation_checkpointing_target is not None and not saves:
-        yield (
-            "model.activation_checkpointing_target",
-            "has no effect without fsdp_config.activation_checkpointing or activation_cpu_offload. Set one.",
+        text = (
+            "has no effect without fsdp_config.activation_checkpointing or activation_cpu_offload. Set one."
         )
+        yield "model.activation_checkpointing_target", text
 
 
 def _sharding(run: TrainConfig) -> Iterator[Problem]:

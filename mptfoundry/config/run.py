@@ -186,10 +186,10 @@ class TrainConfig(Section):
         return -(-int(tokens) // (self.global_train_batch_size * self.max_seq_len))
 
     def _batches_of_epochs(self) -> int | None:
-        epochs, _ = parse_duration(self.max_duration)
+        number, unit = parse_duration(self.max_duration)
         epoch_size = self.train_loader.dataset.epoch_size
-        if self.train_subset_num_batches > 0:
-            return int(epochs) * self.train_subset_num_batches
-        if epoch_size is not None:
-            return int(epochs) * (parse_count(epoch_size) // self.global_train_batch_size)
+        if unit == "ep" and self.train_subset_num_batches > 0:
+            return int(number) * self.train_subset_num_batches
+        if unit == "ep" and epoch_size is not None:
+            return int(number) * (parse_count(epoch_size) // self.global_train_batch_size)
         return None

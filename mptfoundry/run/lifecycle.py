@@ -212,7 +212,7 @@ class Run:
                 self._tokenizer.save_pretrained(self.folder / "tokenizer")
             if notes is not None and not _holds(file, notes.config):
                 print(
-                    f"{file} is not the checkpoint's; it is written again as the checkpoint has it",
+                    f"{file} is not the checkpoint's config, which replaces it",
                     flush=True,
                 )
                 _write_config(notes.config, file)
@@ -253,7 +253,7 @@ class Run:
         """Make the run's folder describe the run as it trains now, and return the files that are new."""
         if self._lock.is_lost():
             self._lock.take()
-            say(f"save_folder: {self.folder} was removed while the run trains; it is made again")
+            say(f"save_folder: {self.folder} was removed during training, and is created again")
         return [] if _holds(self.folder / CONFIG, self.yaml) else self._write_run_files(self.folder)
 
     def _write_run_files(self, folder: Path) -> list[Path]:

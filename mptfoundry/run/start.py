@@ -147,11 +147,8 @@ def say_config_changes(config: TrainConfig, folder: Path, notes: RunNotes | None
     with _config_of_checkpoint(folder, notes) as place:
         if notes is None:
             unknown = "config, data and tokenizer" if place is None else "data and tokenizer"
-            print(
-                f"{unknown}: nothing to compare with, since an older version wrote the checkpoint: what has "
-                "changed since is not known",
-                flush=True,
-            )
+            text = "not compared, since an older version wrote the checkpoint without recording them"
+            print(f"{unknown}: {text}", flush=True)
         if place is not None:
             _say_changes(changes_since(place / CONFIG, config), config, folder, "config")
 

@@ -150,7 +150,8 @@ def test_a_wrong_section_does_not_hide_what_is_wrong_between_the_others(problems
 
 
 @pytest.mark.parametrize(
-    ("max_duration", "batches"), [("100ba", 100), ("1024tok", 1), ("1025tok", 2), ("17sp", 3), ("2ep", None)]
+    ("max_duration", "batches"),
+    [("100ba", 100), ("1024tok", 1), ("1025tok", 2), ("17sp", 3), ("2ep", None), ("9sec", None)],
 )
 def test_batches_are_counted_where_they_do_not_depend_on_the_data(
     load: Callable[..., object], max_duration: str, batches: int | None
@@ -199,7 +200,7 @@ def test_a_run_is_not_called_what_lies_outside_of_the_folder_of_runs(problems: P
         (["save_filename=latest-rank{rank}.pt"], "is the name of the link to the newest checkpoint"),
         (
             ["train_loader.dataset.streams.code.remote=s3://b/a#1"],
-            "holds #, and StreamingDataset reads a URL",
+            "contains #, and StreamingDataset reads a URL",
         ),
     ],
 )
