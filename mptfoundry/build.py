@@ -22,13 +22,14 @@ from composer.utils.parallelism import FSDP2Config
 
 from mptfoundry.architecture.hub import locate
 from mptfoundry.architecture.of_run import differing, leaves
+from mptfoundry.architecture.trainable import LoRAConfig
 from mptfoundry.checkpoints.adapters import fingerprint
 from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.checkpoints.source import ModelSource, expected_shapes, with_rows
 from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.config.engine import signatures
 from mptfoundry.config.model import ModelConfig
-from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
+from mptfoundry.config.parallel import CompileConfig, FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.errors import ConfigError
@@ -157,28 +158,21 @@ def build_model(
 
     Weights are drawn, or read from `source` tensor by tensor; each rank handles only its own part.
     """
-    network_config, fsdp = config.model.network(), config.fsdp_config
     # With `mixed`, Composer broadcasts the weights of global rank 0.
     on_meta = plan.init_device == "meta" or (plan.init_device == "mixed" and rank() != 0)
-    network: Any = make_network(
-        network_config, device="meta" if on_meta else "cpu", seed=config.seed, empty=source is not None
-    )
-    if fsdp is not None and fsdp.saves_activations:
-        parts = recomputed_parts(config.model.activation_checkpointing_target, network_config.n_layers)
-        recompute, offload = fsdp.activation_checkpointing, fsdp.activation_cpu_offload
-        checkpoint_activations(network, parts, recompute=recompute, offload=offload)
+    device, is_empty = "meta" if on_meta else "cpu", source is not None
+    network: Any = make_network(config.model.network(), device=device, seed=config.seed, empty=is_empty)
+    if config.fsdp_config is not None and config.fsdp_config.saves_activations:
+        _save_activations(network, config.model, config.fsdp_config)
     if config.compile_config is not None:
-        options = {key: value for key, value in asdict(config.compile_config).items() if value}
-        for block in network.transformer.blocks:
-            block.compile(**options)
+        _compile(network, config.compile_config)
     weights = None if source is None else _starting_weights(source, network, config.seed)
     if weights is not None and not on_meta:
         weights.fill(network)
     if (bits := config.model.bits) is not None:
         quantize_blocks(network, bits, getattr(torch, COMPUTE_DTYPE[plan.precision]))
-    if source is not None and (lora := config.model.peft_config) is not None:
-        options, targets = asdict(lora), lora.targets(network_config)
-        add_adapters(network, options, targets=targets, fingerprint=fingerprint(source), seed=config.seed)
+    if source is not None and config.model.peft_config is not None:
+        _adapt(network, config.model.peft_config, source, config.seed)
     if on_meta and not torch.cuda.is_available():
         start_on_the_cpu(network)
     extra_flops = plan.trainable.extra_flops_per_token
@@ -186,6 +180,24 @@ def build_model(
     if weights is not None:
         model.start_from(weights)
     return model
+
+
+def _save_activations(network: Any, model: ModelConfig, fsdp: FSDPConfig) -> None:
+    """Recompute activations in backward, or keep them on the host, in the parts that the config names."""
+    parts = recomputed_parts(model.activation_checkpointing_target, model.n_layers)
+    recompute, offload = fsdp.activation_checkpointing, fsdp.activation_cpu_offload
+    checkpoint_activations(network, parts, recompute=recompute, offload=offload)
+
+
+def _compile(network: Any, compile_config: CompileConfig) -> None:
+    options = {key: value for key, value in asdict(compile_config).items() if value}
+    for block in network.transformer.blocks:
+        block.compile(**options)
+
+
+def _adapt(network: Any, lora: LoRAConfig, base: ModelSource, seed: int) -> None:
+    options, targets = asdict(lora), lora.targets(network.config)
+    add_adapters(network, options, targets=targets, fingerprint=fingerprint(base), seed=seed)
 
 
 def _starting_weights(source: ModelSource, network: Any, seed: int) -> StartingWeights:

@@ -26,6 +26,7 @@ from mptfoundry.plan.plan import Plan, device_batch, make_plan
 from mptfoundry.plan.table import Stream, describe_plan, place_of
 from mptfoundry.tokenizer import (
     TokenizerFiles,
+    borders_of_folder,
     find_tokenizer,
     fingerprint_of_parts,
     read_tokenizer_files,
@@ -77,14 +78,12 @@ def check(config: TrainConfig) -> str:
             f"{device.memory / GIB:.1f} GiB; more devices with fsdp_config hold it in parts"
         )
     lines += [f"here: {text}" for text in look.notes]
-    return "\n".join([describe_plan(config, plan, look.streams), *lines])
+    borders = borders_of_folder(config.tokenizer.name, config.tokenizer.kwargs)
+    return "\n".join([describe_plan(config, plan, borders, look.streams), *lines])
 
 
 def refuse_here(config: TrainConfig) -> Plan:
-    """Check the config before `train` does its slow imports.
-
-    Returns:
-        The run's plan on this machine.
+    """Check the config before `train` does its slow imports; return the run's plan on this machine.
 
     Raises:
         ConfigError, DataError: The config contradicts this machine, or needs something it lacks.
@@ -125,7 +124,8 @@ def look_here(config: TrainConfig) -> Look:
     for path in config.code_paths:
         if not Path(path).is_file():
             look.lacking.append(f"code_paths: {path} is missing. Name a Python file.")
-    _look_at_start(config, look)
+    if config.load_path:
+        _look_at_start(config.load_path, config.run_name, look)
     return look
 
 
@@ -161,10 +161,10 @@ def _raise(problems: list[MPTFoundryError]) -> None:
     raise (ConfigError if any(isinstance(p, ConfigError) for p in problems) else DataError)("\n".join(texts))
 
 
-def _look_at_start(config: TrainConfig, look: Look) -> None:
+def _look_at_start(load_path: str, run_name: str, look: Look) -> None:
     """Check the checkpoint of `load_path`; a run that already has its own checkpoint doesn't need it."""
-    place = (config.load_path or "").replace("{run_name}", config.run_name).replace("{rank}", "0")
-    start = path_of(place) if place else None
+    place = load_path.replace("{run_name}", run_name).replace("{rank}", "0")
+    start = path_of(place)
     if start is not None and not os.path.lexists(start):
         look.notes.append(
             f"load_path: {place} is not on this machine; train needs it unless the run has its own checkpoint"

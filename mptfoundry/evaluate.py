@@ -59,7 +59,7 @@ def evaluate(options: EvalConfig) -> Results:
         ConfigError, DataError, CheckpointError: Something the options name is missing or doesn't fit.
     """
     device = detect_device()
-    refuse_unsupported(device, imported_torch())
+    refuse_unsupported(device, imported_torch)
     precision = choose_precision(device)[0] if options.precision == "auto" else options.precision
     if problem := precision_problem(precision, device):
         raise ConfigError(f"precision: {problem}")

@@ -11,7 +11,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -41,12 +41,9 @@ def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
     it is flushed to disk and renamed to `path`; if the block raises, or the process dies, `path` stays as it
     was. Leftovers of earlier, dead processes of this machine are removed first.
 
-    Args:
-        path: The final name; its parents are made.
-        overwrite: Replace what is at `path`. Without it only an empty folder is replaced.
-
     Raises:
-        CheckpointError: Something is already at `path`, or it can't be written to.
+        CheckpointError: `path` can't be written to, or something other than an empty folder is there and
+            `overwrite` is not set.
     """
     path = Path(path).absolute()
     _refuse_existing(path, overwrite=overwrite)
@@ -56,16 +53,14 @@ def whole_or_absent(path: str | Path, *, overwrite: bool = False) -> Iterator[Pa
         for entry, left in _left_in(path.parent, _is_of_no_other):
             if left["name"] == path.name:
                 remove(entry)
-    except OSError as error:
-        raise CheckpointError(f"{path}: can't be written ({error.strerror}).") from error
-    try:
         yield temporary
         _flush(temporary)
         _put_in_place(temporary, path)
     except OSError as error:
         raise CheckpointError(f"{path}: can't be written ({error.strerror or error}).") from error
     finally:
-        remove(temporary)
+        with suppress(OSError):
+            remove(temporary)
 
 
 def refuse_what_is_there(
@@ -97,7 +92,7 @@ def refuse_what_is_there(
 def _refuse_existing(path: Path, *, overwrite: bool) -> None:
     _put_back(path.absolute(), _is_of_no_other)
     if not overwrite and (path.is_file() or (path.is_dir() and any(path.iterdir()))):
-        raise CheckpointError(f"{path}: is there already. Name another place, or set overwrite=true.")
+        raise CheckpointError(f"{path}: exists already. Use another path, or set overwrite=true.")
 
 
 @contextmanager
@@ -121,12 +116,8 @@ def point(link: Path, target: Path) -> None:
 
 
 def remove_unfinished(folder: Path, *, is_ours: bool = True, but: Path | None = None) -> list[Path]:
-    """Remove unfinished writes from a folder; what they were about to replace gets its name back.
-
-    Args:
-        folder: Where to look.
-        is_ours: Nobody else writes there. Otherwise only leftovers of this machine's dead processes go.
-        but: Keep what contains this.
+    """Remove unfinished writes from a folder, except what contains `but`, and give what they were about to
+    replace its name back; if others write there, too, only those of this machine's dead processes.
     """
     # We can't ask about a process on another machine, or one whose ID has been reused.
     is_left = (lambda host, pid: True) if is_ours else _is_of_the_dead
@@ -327,7 +318,6 @@ def take_lock(
     the file system supports that (NFS 4, Lustre mounted with `flock`).
 
     Args:
-        path: The file.
         lock: `fcntl.flock`, which forked children share, or `fcntl.lockf`, which they don't, and which ends
             as soon as this process closes the file anywhere.
         waiting: Called with the holder before waiting for it. Default: raise Held, with the holder.
@@ -340,18 +330,16 @@ def take_lock(
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except FileNotFoundError:
             continue  # the holder has just removed the folder
-        try:
+        with ExitStack() as unless_locked:
+            unless_locked.callback(os.close, file)
             try:
                 lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 _wait(file, error, lock, waiting, unlocked)
-            if is_open_at(file, path):
+            if is_open_at(file, path):  # else the holder has removed it since we opened it
                 rewrite(file, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode())
+                unless_locked.pop_all()
                 return file
-        except BaseException:
-            os.close(file)
-            raise
-        os.close(file)  # the holder has removed it since we opened it
 
 
 def _wait(

@@ -45,7 +45,7 @@ def why_not_a_run_name(name: str) -> str | None:
     if problem := why_not_a_path(name):
         return problem
     if "{" in name or "}" in name:
-        return f"{name} holds a brace, which stands for something to fill in. Remove it."
+        return f"{name} contains a brace, which marks a placeholder. Remove it."
     if any(part in ("", ".", "..") for part in name.split("/")):
         return f"{name} has an empty part, `.` or `..` between slashes. Use a plain name such as my-run."
     return None
@@ -65,9 +65,7 @@ def why_no_start_finds(filename: str, *, in_a_store: bool) -> str | None:
     name = re.sub(r"\{[^}]*\}", "0", filename)
     tells_batch = progress_of(Path(name)) is not None and "{batch}" in filename
     if name.startswith(".") or not (tells_batch or name.endswith(".pt")):
-        return (
-            f"{filename} is not a name that a start finds. Use one that ends in .pt, without a leading dot."
-        )
+        return f"{filename} would not be found again. Use a name that ends in .pt and has no leading dot."
     if in_a_store and not tells_batch:
-        return f"{filename} does not tell the batch. In a store use ep{{epoch}}-ba{{batch}}-rank{{rank}}.pt."
+        return f"{filename} has no batch number. In a store use ep{{epoch}}-ba{{batch}}-rank{{rank}}.pt."
     return None

@@ -86,15 +86,10 @@ def _broadcast(decide: Callable[[], T]) -> T | None:
 
 
 def once_per_node(work: Callable[[], T], *, what: str, say: Callable[[str], None] = print) -> T:
-    """Run `work` once per node while other ranks wait, without a timeout, and return its result.
+    """Run `work` once per node while other ranks wait, without a timeout. All return its result, which JSON
+    can hold, or raise its error.
 
-    Args:
-        work: Returns something that JSON can hold.
-        what: What the ranks wait for, in words.
-        say: Called on the first rank with the nodes that are still working.
-
-    Raises:
-        DataError, ConfigError: What `work` raised, on all ranks.
+    The first rank says with `say` which nodes still work, and on `what`.
     """
     return work() if world_size() == 1 else _once_on_each_node(work, what, say)
 

@@ -64,17 +64,7 @@ def load_tokenizer(
     if options.pop("trust_remote_code", False):
         raise ConfigError("tokenizer.kwargs.trust_remote_code: no tokenizer's code is run. Remove the key.")
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        if "revision" in options:
-            raise ConfigError(
-                f"tokenizer.kwargs.revision: {name} is a folder, which has none. Remove the key."
-            )
-        tokenizer = _load_from_folder(folder, options)
-    elif name.startswith(("/", "./", "../", "~")) or folder.exists():
-        raise ConfigError(f"tokenizer.name: {name} is not a folder. Give a folder that holds tokenizer.json.")
-    else:
-        name, at, revision = name.partition("@")
-        tokenizer = _load_from_hub(name, {**options, "revision": revision} if at else options)
+    tokenizer = _load_from_folder(folder, options) if folder.is_dir() else _load_from_hub(name, options)
     if not tokenizer.is_fast:
         raise ConfigError(
             f"tokenizer.name: {name} has no tokenizer.json and transformers can't convert it to one. "
@@ -303,8 +293,10 @@ class TokenizerFiles:
 def find_tokenizer(name: str) -> Path | None:
     """Find a tokenizer's folder on this machine: `name` itself, or its folder in the Hub cache."""
     folder = Path(name).expanduser()
-    if folder.is_dir():
-        return folder
+    return folder if folder.is_dir() else _find_in_hub_cache(name)
+
+
+def _find_in_hub_cache(name: str) -> Path | None:
     repository, _, revision = name.partition("@")
     home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
     cache = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{repository.replace('/', '--')}"
@@ -434,21 +426,18 @@ def train_bpe(
 
 
 def _load_from_folder(folder: Path, options: dict[str, Any]) -> Any:
-    has_ids, config = (folder / "tokenizer.json").is_file(), folder / "tokenizer_config.json"
-    if not has_ids and not config.is_file():
-        raise ConfigError(f"tokenizer.name: {folder} holds neither tokenizer.json nor tokenizer_config.json.")
+    if "revision" in options:
+        raise ConfigError(f"tokenizer.kwargs.revision: {folder} is a folder, which has none. Remove the key.")
+    files = read_tokenizer_files(folder)
     try:
-        named = (
-            json.loads(config.read_text(encoding="utf-8")).get("tokenizer_class") if config.is_file() else ""
-        )
-        if has_ids and named in PLAIN_CLASSES:
+        if files is not None and files.is_plain:
             return _load_plain(folder, options)
-        return _load_by_class(folder, options, has_ids)
+        return _load_by_class(folder, options, has_ids=files is not None)
     except Exception as error:
         raise ConfigError(f"tokenizer.name: {folder} can't be read: {first_line(error)}.") from error
 
 
-def _load_by_class(folder: Path, options: dict[str, Any], has_ids: bool) -> Any:
+def _load_by_class(folder: Path, options: dict[str, Any], *, has_ids: bool) -> Any:
     from transformers import AutoTokenizer
 
     try:
@@ -477,6 +466,10 @@ def _load_plain(folder: Path, options: dict[str, Any]) -> Any:
 def _load_from_hub(name: str, options: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
+    if name.startswith(("/", "./", "../", "~")) or Path(name).expanduser().exists():
+        raise ConfigError(f"tokenizer.name: {name} is not a folder. Give a folder that holds tokenizer.json.")
+    name, at, revision = name.partition("@")
+    options = {**options, "revision": revision} if at else options
     with contextlib.suppress(Exception):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False, local_files_only=True, **options)
     why = why_out_of_reach()

@@ -17,7 +17,6 @@ from mptfoundry.callbacks.console import ConsoleLine
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
 from mptfoundry.checkpoints.source import ModelSource
-from mptfoundry.config.load import to_yaml
 from mptfoundry.config.parallel import FSDPConfig
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.models.causal_lm import ComposerMPT
@@ -30,7 +29,7 @@ from mptfoundry.plan.table import describe_plan
 from mptfoundry.ranks import say
 from mptfoundry.run.lifecycle import Run, guarded
 from mptfoundry.run.start import Start
-from mptfoundry.tokenizer import fingerprint
+from mptfoundry.tokenizer import fingerprint, own_borders, spelled
 
 # Keys of the config that are arguments of Composer's Trainer under the same name.
 SAME_NAMES = (
@@ -61,7 +60,7 @@ def train(config: TrainConfig, plan: Plan | None = None) -> Trainer:
     if plan is None:
         plan = make_plan(config, detect_device())
         refuse_missing(plan)
-    refuse_unsupported(plan.device, imported_torch())
+    refuse_unsupported(plan.device, imported_torch)
     with guarded(config, plan.device) as run:
         trainer = build_trainer(config, plan, run)
         run.fit(trainer)
@@ -70,18 +69,15 @@ def train(config: TrainConfig, plan: Plan | None = None) -> Trainer:
 
 
 def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
-    """Composer's Trainer with everything that the config describes, at the point where the run starts.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: Something that the config names is missing or doesn't fit.
-    """
+    """Composer's Trainer with everything that the config describes, at the point where the run starts."""
     if run.start.is_own:
         say(f"resuming from {run.start.checkpoint}")
-    say(describe_plan(config, plan))
     takes_weights = config.model.takes_weights or run.start.checkpoint is not None
     source = starting_model(config, run.start) if takes_weights else None
-    build.run_code_paths(config)
+    if config.code_paths:
+        build.run_code_paths(config)
     tokenizer = build.build_tokenizer(config)
+    say(describe_plan(config, plan, spelled(own_borders(tokenizer), tokenizer)))
     run.compare_inputs({"tokenizer": fingerprint(tokenizer, with_special_tokens=True)})
     train_loader, evaluators = loaders.build_loaders(config, plan, tokenizer)
     run.compare_inputs(loaders.fingerprints_of(train_loader, evaluators))
@@ -115,7 +111,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     if config.fsdp_config is not None and isinstance(model.model, FSDPModule):
         set_up_sharding(config.fsdp_config, model, plan)
     if config.log_config:
-        trainer.logger.log_hyperparameters({"config": to_yaml(config)})
+        trainer.logger.log_hyperparameters({"config": run.yaml})
     return trainer
 
 

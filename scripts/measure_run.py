@@ -49,8 +49,8 @@ LOADERS = {
     "pretraining": ("text", "local: {folder}/shards, split: train", "local: {folder}/shards, split: val"),
     "finetuning": (
         "finetuning",
-        "local: {folder}/records.jsonl, cache: {folder}/cache",
-        "local: {folder}/held_out.jsonl, cache: {folder}/cache",
+        "local: {folder}/records.jsonl, cache_folder: {folder}/cache",
+        "local: {folder}/held_out.jsonl, cache_folder: {folder}/cache",
     ),
 }
 

@@ -15,7 +15,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -122,21 +121,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 def _draw_nothing(batches: Any, evaluations: Any, path: Path) -> None:
     path.write_bytes(b"a picture")
-
-
-@pytest.fixture(autouse=True)
-def readers_are_ended() -> Iterator[None]:
-    """Streaming's two threads for an epoch that isn't read to its end poll until the process ends.
-
-    A few hundred of them take most of the time of a test process.
-    """
-    yield
-    calls = threading._threading_atexits  # type: ignore[attr-defined]
-    for call in tuple(calls):
-        epoch = getattr(call.func, "__self__", None)
-        if type(epoch).__module__ == "streaming.base.dataset":
-            epoch.non_blocking_exit()
-            calls.remove(call)
 
 
 @pytest.fixture(autouse=True)

@@ -59,7 +59,7 @@ def test_what_is_there_is_refused_unless_it_is_an_empty_folder(tmp_path: Path) -
     with whole_or_absent(out) as temporary:
         temporary.mkdir()
         (temporary / "file").touch()
-    with pytest.raises(CheckpointError, match=r"is there already. Name another place, or set overwrite=true"):
+    with pytest.raises(CheckpointError, match=r"exists already. Use another path, or set overwrite=true"):
         whole_or_absent(out).__enter__()
     assert entries(out) == ["file"]
 

@@ -291,7 +291,7 @@ def test_a_config_that_is_lost_or_damaged_is_the_checkpoints_again(
     monkeypatch.setitem(build.CALLBACKS, "lr_monitor", lambda: Fails("batch_start", KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         run(stopped.name, "callbacks={lr_monitor: {}}")
-    assert "config.yaml is not the checkpoint's; it is written again" in capsys.readouterr().out
+    assert "config.yaml is not the checkpoint's config, which replaces it" in capsys.readouterr().out
     assert (stopped / "config.yaml").read_text() == config
 
 
@@ -301,7 +301,7 @@ def test_where_nothing_tells_the_config_of_an_older_checkpoint_that_is_said(
     without_notes(stopped)
     (stopped / "config.yaml").unlink()
     run(stopped.name)
-    assert "config, data and tokenizer: nothing to compare with" in capsys.readouterr().out
+    assert "config, data and tokenizer: not compared" in capsys.readouterr().out
     assert losses(stopped) == losses(whole) and (stopped / "config.yaml").is_file()
 
 
@@ -331,7 +331,7 @@ def test_a_folder_that_is_removed_while_the_run_trains_is_made_again_and_the_run
 
     monkeypatch.setitem(build.CALLBACKS, "lr_monitor", Removes)
     run(stopped.name, "callbacks={lr_monitor: {}}")
-    assert "was removed while the run trains; it is made again" in capsys.readouterr().out
+    assert "was removed during training, and is created again" in capsys.readouterr().out
     assert {"config.yaml", "tokenizer", "ep0-ba4-rank0.pt", "latest-rank0.pt"} <= {
         p.name for p in stopped.iterdir()
     }

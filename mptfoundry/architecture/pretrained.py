@@ -26,11 +26,7 @@ _ALIASES: dict[tuple[str, ...], tuple[str, ...]] = {("layer_norm_epsilon",): ("n
 
 
 def fill_architecture(document: Document) -> list[str]:
-    """Bring the architecture of the model that a document names into its `model` section, in place.
-
-    Returns:
-        Notes for the user: what was taken for what.
-    """
+    """Bring the architecture of the model that a document names into its `model` section; return notes."""
     name = document.get(_NAME)
     return _fill(name, document) if isinstance(name, str) else []
 

@@ -135,8 +135,10 @@ class Trainable:
 
 def names_in(network: MPTConfig, lora: LoRAConfig | None) -> Shapes:
     """Names and shapes of all parameters of a network with its adapters, as peft names them."""
-    if lora is None:
-        return parameter_shapes(network)
+    return parameter_shapes(network) if lora is None else _names_with_adapters(network, lora)
+
+
+def _names_with_adapters(network: MPTConfig, lora: LoRAConfig) -> Shapes:
     adapters = lora.adapter_shapes(network)
     adapted = {name.split(ADAPTER)[0] for name in adapters}
     shapes = Shapes()

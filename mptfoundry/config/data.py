@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -160,8 +160,8 @@ class TextDatasetConfig(Section):
         )
         yield from at_least(self, shuffle_block_size=1, num_canonical_nodes=1, predownload=1)
         yield from at_least(self, download_retry=0, download_timeout=1, sampling_granularity=1)
-        yield self._some_samples()
-        yield self._some_cache()
+        yield self._at_least_one("epoch_size", parse_count)
+        yield self._at_least_one("cache_limit", parse_bytes)
         yield self._verification()
 
     def _sources(self) -> Iterator[Problem]:
@@ -174,13 +174,10 @@ class TextDatasetConfig(Section):
         if self.streams is None and self.remote is None and self.local is None:
             yield "", "neither streams nor remote nor local is given. Say where the shards lie."
 
-    def _some_samples(self) -> Iterator[Problem]:
-        if self.epoch_size is not None and parse_count(self.epoch_size) < 1:
-            yield "epoch_size", f"{self.epoch_size} is too small. Use 1 or more."
-
-    def _some_cache(self) -> Iterator[Problem]:
-        if self.cache_limit is not None and parse_bytes(self.cache_limit) < 1:
-            yield "cache_limit", f"{self.cache_limit} is too small. Use 1 or more."
+    def _at_least_one(self, name: str, parse: Callable[[Any], int]) -> Iterator[Problem]:
+        value = getattr(self, name)
+        if value is not None and parse(value) < 1:
+            yield name, f"{value} is too small. Use 1 or more."
 
     def _verification(self) -> Iterator[Problem]:
         if self.verify == "off" and self.validate_hash is not None:

@@ -29,11 +29,7 @@ REFUSED = {(owner, key): why for owner, table in _TABLES["refused"].items() for 
 
 
 def translate(document: Document) -> list[str]:
-    """Bring an older llm-foundry layout into today's, in place.
-
-    Returns:
-        One line for each thing that was moved or left out, with its place.
-    """
+    """Bring an older llm-foundry layout into today's, in place; return a line for each thing that changed."""
     notes: list[str] = []
     if document.get(("model", "name")) == "mosaic_gpt":
         _old_model_name(document, notes)

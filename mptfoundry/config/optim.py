@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from mptfoundry.config.engine.durations import Duration, parse_duration
-from mptfoundry.config.engine.section_rules import Problem, Rules, Section, at_least, at_most
+from mptfoundry.config.engine.section_rules import Problem, Rules, Section, at_least, at_most, positive
 
 # Weights leave every number format long before it.
 LARGEST_RATE = 1000.0
@@ -125,11 +125,7 @@ class GradientClippingConfig(Section):
     clipping_threshold: float
 
     def rules(self) -> Rules:
-        yield self._positive()
-
-    def _positive(self) -> Iterator[Problem]:
-        if self.clipping_threshold <= 0:
-            yield "clipping_threshold", f"{self.clipping_threshold} is not positive. Use a number above 0."
+        yield from positive(self, "Use a number above 0.", "clipping_threshold")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -66,10 +66,8 @@ def _some_time(run: TrainConfig, key: str) -> Iterator[Problem]:
     if number == 0:
         yield key, f"{getattr(run, key)} is not longer than 0. Use more than 0."
     if key == "max_duration" and unit == "dur":
-        yield (
-            key,
-            "can't be given in dur, which is a fraction of max_duration. Use batches, tokens or epochs.",
-        )
+        text = "can't be given in dur, which is a fraction of max_duration. Use batches, tokens or epochs."
+        yield key, text
 
 
 def _batch_splits(run: TrainConfig) -> Iterator[Problem]:
@@ -132,11 +130,8 @@ def _documents(run: TrainConfig, key: str) -> Iterator[Problem]:
             if token_id is not None and not 0 <= token_id < ids:
                 yield f"{path}.dataset.{name}", f"{token_id} is not one of the {ids} ids that the model has."
         if run.model.attn_config.attn_uses_sequence_id and not loader.dataset.separates_documents:
-            yield (
-                f"{path}.dataset",
-                "model.attn_config.attn_uses_sequence_id needs eos_token_id or bos_token_id here, to "
-                "separate documents.",
-            )
+            text = "needs eos_token_id or bos_token_id here, to separate documents."
+            yield f"{path}.dataset", f"model.attn_config.attn_uses_sequence_id {text}"
 
 
 def _heads(run: TrainConfig, key: str) -> Iterator[Problem]:
@@ -184,8 +179,9 @@ def _patterns(run: TrainConfig) -> Iterator[Problem]:
     """Every pattern names parameters of the model, and some parameter stays trainable."""
     model, optimizer = run.model, run.optimizer
     groups = [group.param_str_match for group in optimizer.param_groups]
-    for key, text in pattern_problems(model.network(), model.peft_config, optimizer.disable_grad, groups):
-        yield f"optimizer.{key}", text
+    if groups or optimizer.disable_grad:
+        problems = pattern_problems(model.network(), model.peft_config, optimizer.disable_grad, groups)
+        yield from ((f"optimizer.{key}", text) for key, text in problems)
 
 
 def _adapters(run: TrainConfig) -> Iterator[Problem]:
@@ -267,11 +263,9 @@ def tokens_of(duration: int | str, run: TrainConfig) -> float | None:
 
 def _one_source_of_weights(run: TrainConfig) -> Iterator[Problem]:
     if run.load_path and run.model.takes_weights:
-        yield (
-            "load_path",
-            "and model.pretrained_model_name_or_path both say where the weights come from. Remove one; with "
-            "model.pretrained: false the latter gives only the architecture.",
-        )
+        text = "Remove one; with model.pretrained: false the latter gives only the architecture."
+        both = "and model.pretrained_model_name_or_path both say where the weights come from."
+        yield "load_path", f"{both} {text}"
 
 
 def _file_name(run: TrainConfig, key: str) -> Iterator[Problem]:
@@ -282,7 +276,7 @@ def _file_name(run: TrainConfig, key: str) -> Iterator[Problem]:
     if problem := _placeholder_problem(name, _FILLED_IN[key]):
         yield key, problem
     if key in ("save_filename", "save_latest_filename") and "/" in name:
-        yield key, f"{name} names a folder, too. Say that in save_folder."
+        yield key, f"{name} contains a folder. Name the folder in save_folder."
     if problem := why_not_a_path(name):
         yield key, problem
 
@@ -292,10 +286,10 @@ def _placeholder_problem(text: str, known: tuple[str, ...]) -> str | None:
     try:
         names = [name for _, name, _, _ in Formatter().parse(text) if name is not None]
     except ValueError:
-        return f"{text} has a brace without its other one. Remove it."
+        return f"{text} has an unmatched brace. Remove it."
     unknown = next((name for name in names if name not in known), None)
     allowed = ", ".join(f"{{{name}}}" for name in known)
-    return None if unknown is None else f"{{{unknown}}} is not filled in here. Allowed: {allowed}."
+    return None if unknown is None else f"{{{unknown}}} is not a placeholder here. Allowed: {allowed}."
 
 
 def _run_name(run: TrainConfig) -> Iterator[Problem]:
@@ -308,11 +302,8 @@ def _names_that_a_start_finds(run: TrainConfig) -> Iterator[Problem]:
     if problem := why_no_start_finds(name, in_a_store=in_a_store):
         yield "save_filename", problem
     elif run.save_num_checkpoints_to_keep > 0 and why_no_start_finds(name, in_a_store=True):
-        yield (
-            "save_num_checkpoints_to_keep",
-            f"save_filename: {name} does not tell which checkpoint is the oldest. Use -1, or "
-            "ep{epoch}-ba{batch}-rank{rank}.pt.",
-        )
+        text = f"save_filename: {name} does not tell which checkpoint is the oldest."
+        yield "save_num_checkpoints_to_keep", f"{text} Use -1, or ep{{epoch}}-ba{{batch}}-rank{{rank}}.pt."
 
 
 def _link_name(run: TrainConfig) -> Iterator[Problem]:
@@ -331,10 +322,10 @@ def _resuming(run: TrainConfig) -> Iterator[Problem]:
 def _target_without_checkpointing(run: TrainConfig) -> Iterator[Problem]:
     saves = run.fsdp_config is not None and run.fsdp_config.saves_activations
     if run.model.activation_checkpointing_target is not None and not saves:
-        yield (
-            "model.activation_checkpointing_target",
-            "has no effect without fsdp_config.activation_checkpointing or activation_cpu_offload. Set one.",
+        text = (
+            "has no effect without fsdp_config.activation_checkpointing or activation_cpu_offload. Set one."
         )
+        yield "model.activation_checkpointing_target", text
 
 
 def _sharding(run: TrainConfig) -> Iterator[Problem]:

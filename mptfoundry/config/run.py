@@ -24,7 +24,7 @@ from mptfoundry.config.engine.signatures import (
 from mptfoundry.config.model import AnyModelConfig, TokenizerConfig
 from mptfoundry.config.optim import AlgorithmsConfig, OptimizerConfig, SchedulerConfig
 from mptfoundry.config.parallel import CompileConfig, FSDPConfig
-from mptfoundry.config.rules import between_sections
+from mptfoundry.config.rules import between_sections, tokens_of
 
 Callbacks = Annotated[
     dict[str, Any], Catalogue("a section of callbacks by name", CALLBACKS, REFUSED_CALLBACKS)
@@ -180,15 +180,16 @@ class TrainConfig(Section):
 
     def batches(self) -> int | None:
         """Steps of the run; None where they depend on the size of the data."""
+        tokens = tokens_of(self.max_duration, self)
+        if tokens is None:
+            return self._batches_of_epochs()
+        return -(-int(tokens) // (self.global_train_batch_size * self.max_seq_len))
+
+    def _batches_of_epochs(self) -> int | None:
         number, unit = parse_duration(self.max_duration)
         epoch_size = self.train_loader.dataset.epoch_size
         if unit == "ep" and self.train_subset_num_batches > 0:
             return int(number) * self.train_subset_num_batches
         if unit == "ep" and epoch_size is not None:
             return int(number) * (parse_count(epoch_size) // self.global_train_batch_size)
-        size = {
-            "ba": 1,
-            "sp": self.global_train_batch_size,
-            "tok": self.global_train_batch_size * self.max_seq_len,
-        }
-        return -(-int(number) // size[unit]) if unit in size else None
+        return None

@@ -134,10 +134,8 @@ def _whole_url(section: Any) -> Iterator[Problem]:
     """The end of some URLs would be lost where shards are downloaded."""
     remote = section.remote
     if remote is not None and is_url(remote) and (letter := next((c for c in "#?" if c in remote), None)):
-        yield (
-            "remote",
-            f"{remote} holds {letter}, and StreamingDataset reads a URL only up to there. Rename the folder.",
-        )
+        text = f"contains {letter}, and StreamingDataset reads a URL only up to there. Rename the folder."
+        yield "remote", f"{remote} {text}"
 
 
 def _hub_arguments(section: Any) -> Iterator[Problem]:

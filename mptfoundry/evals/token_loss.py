@@ -131,7 +131,7 @@ class TokenLoss(Metric):
     def compute(self) -> Tensor:
         """The result over all ranks, float64."""
         rows = self.rows
-        table = rows if isinstance(rows, Tensor) else torch.cat([_no_rows(self.device), *rows])
+        table = rows if isinstance(rows, Tensor) else torch.cat(rows or [_no_rows(self.device)])
         return torch.tensor(add_up(table)[self.result], dtype=torch.float64)
 
     def _sync_dist(self, *args: Any, **kwargs: Any) -> None:

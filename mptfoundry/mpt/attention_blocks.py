@@ -78,13 +78,8 @@ def attend_by_blocks(
 def find_segments(documents: torch.Tensor | None, batch: int, seq: int) -> tuple[Segment, ...] | None:
     """The documents' bounds as plain numbers; adjacent rows with the same bounds share segments.
 
-    Args:
-        documents: (batch, seq) int64 on a CPU, or None if each row is one document.
-        batch: Rows.
-        seq: Tokens in a row.
-
-    Returns:
-        The segments without padding; None if there is padding inside a document.
+    ``documents`` is (batch, seq) int64 on a CPU, or None if each row is one document. The result, without
+    padding, is None if there is padding inside a document.
     """
     if documents is None:
         return ((0, batch, 0, seq),)
@@ -148,16 +143,8 @@ class _Blocks(torch.autograd.Function):
             )
             if out is None or lse is None:
                 out, lse = (_joined(part, q.shape[0]) for part in parts)
-                continue
-            part, part_sum = (x.unflatten(0, (-1, piece.number)) for x in parts)
-            old, old_sum = (_blocks(x, piece, piece.queries) for x in (out, lse))
-            if slant is None:
-                old.copy_(part)
-                old_sum.copy_(part_sum)
             else:
-                part_sum = part_sum - slant
-                old.lerp_(part, torch.sigmoid(part_sum - old_sum).unsqueeze(-1))
-                old_sum.copy_(torch.logaddexp(old_sum, part_sum))
+                _combine(out, lse, parts, piece, slant)
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.pieces, ctx.context = pieces, context
         assert out is not None
@@ -193,6 +180,25 @@ class _Blocks(torch.autograd.Function):
             ):
                 _blocks(whole, piece, tokens).add_(part.unflatten(0, (-1, piece.number)))
         return *(x.transpose(1, 2) for x in grads), None, None
+
+
+def _combine(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    parts: tuple[torch.Tensor, torch.Tensor],
+    piece: _Piece,
+    slant: torch.Tensor | None,
+) -> None:
+    """Add a piece's results to those of all pieces, weighted by their lse."""
+    part, part_sum = (x.unflatten(0, (-1, piece.number)) for x in parts)
+    old, old_sum = (_blocks(x, piece, piece.queries) for x in (out, lse))
+    if slant is None:
+        old.copy_(part)
+        old_sum.copy_(part_sum)
+    else:
+        part_sum = part_sum - slant
+        old.lerp_(part, torch.sigmoid(part_sum - old_sum).unsqueeze(-1))
+        old_sum.copy_(torch.logaddexp(old_sum, part_sum))
 
 
 def _heads_second(x: torch.Tensor) -> torch.Tensor:

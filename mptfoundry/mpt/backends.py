@@ -76,6 +76,8 @@ def why_not(
 
     The arguments are those of `choose_backend`.
     """
+    if name == "torch":
+        return None
     return why_not_here(name, device_type, dtype, capability) or why_never(name, config, dtype)
 
 

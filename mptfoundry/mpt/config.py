@@ -300,11 +300,8 @@ class MPTConfig(Section):
 
     def _heads(self) -> Iterator[Problem]:
         if self.head_dim is None and self.d_model % self.n_heads:
-            yield (
-                "d_model",
-                f"{self.d_model} does not split over {self.n_heads} heads. Use a multiple of "
-                f"{self.n_heads}, or set head_dim.",
-            )
+            text = f"{self.d_model} does not split over {self.n_heads} heads."
+            yield "d_model", f"{text} Use a multiple of {self.n_heads}, or set head_dim."
 
     def _kv_heads(self) -> Iterator[Problem]:
         if self.n_heads % self.kv_heads:
@@ -312,10 +309,8 @@ class MPTConfig(Section):
 
     def _hidden_size(self) -> Iterator[Problem]:
         if self.ffn_config.ffn_hidden_size is None and self.d_model * self.expansion_ratio % 1:
-            yield (
-                "expansion_ratio",
-                f"{self.expansion_ratio} times d_model {self.d_model} is not a whole number.",
-            )
+            text = f"times d_model {self.d_model} is not a whole number."
+            yield "expansion_ratio", f"{self.expansion_ratio} {text}"
 
     def _rotary_pairs(self) -> Iterator[Problem]:
         if self.attn_config.rope and self.d_head % 2:

@@ -126,21 +126,12 @@ class Transformer(nn.Module):
 
         ``documents`` (batch, keys) and ``prefix`` (batch, keys) cover the tokens in the cache too.
         """
-        seq = input_ids.shape[1]
-        past = cache.length if cache is not None else 0
-        limit = self.config.max_seq_len
         if prefix is not None and not self.config.attn_config.prefix_lm:
             raise ValueError("prefix_mask: this model is not a prefix-LM. Set attn_config.prefix_lm: true.")
-        if self.config.has_learned_positions and past + seq > limit:
-            raise ValueError(f"input_ids: {past + seq} tokens, but the model has {limit} learned positions.")
         x = input_ids if input_ids.is_floating_point() else self.wte(input_ids)  # (batch, seq, d_model)
         rotary = None
         if self.config.has_learned_positions or self.config.attn_config.rope:
-            positions = count_positions(documents, past, seq, x.device)
-            if self.config.has_learned_positions:
-                x = x + self.wpe(positions)
-            else:
-                rotary = rotary_tables(self.config, positions, past + seq)
+            x, rotary = self._with_positions(x, documents, cache.length if cache is not None else 0)
         fraction = self.config.embedding_fraction
         if fraction < 1:
             x = x * fraction + x.detach() * (1 - fraction)
@@ -163,6 +154,18 @@ class Transformer(nn.Module):
         for block in self.blocks:
             x = block(x, context)
         return self.norm_f(x)
+
+    def _with_positions(
+        self, x: torch.Tensor, documents: torch.Tensor | None, past: int
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Add learned positions to x (batch, seq, d_model), or return the tables that rotate keys."""
+        seq, limit = x.shape[1], self.config.max_seq_len
+        if self.config.has_learned_positions and past + seq > limit:
+            raise ValueError(f"input_ids: {past + seq} tokens, but the model has {limit} learned positions.")
+        positions = count_positions(documents, past, seq, x.device)
+        if self.config.has_learned_positions:
+            return x + self.wpe(positions), None
+        return x, rotary_tables(self.config, positions, past + seq)
 
 
 class MPT(nn.Module):
@@ -228,17 +231,15 @@ class MPT(nn.Module):
         Raises:
             ValueError: The arguments don't fit each other or the model.
         """
-        batch, seq = input_ids.shape
+        seq = input_ids.shape[1]
         documents = None
-        if attention_mask is not None:
-            attention_mask = attention_mask[:, -seq:].bool()
         if attention_mask is not None or sequence_id is not None:
-            documents = number_documents(attention_mask, sequence_id, cache)
+            mask = None if attention_mask is None else attention_mask[:, -seq:].bool()
+            documents = number_documents(mask, sequence_id, cache)
         if cache is not None:
             _check_cache(cache, seq, max_documents)
-            documents = cache.append_documents(documents, batch, seq)
-            if prefix_mask is not None:
-                prefix_mask = F.pad(prefix_mask, (cache.length, 0))
+            documents = cache.append_documents(documents, input_ids.shape[0], seq)
+            prefix_mask = None if prefix_mask is None else F.pad(prefix_mask, (cache.length, 0))
         # (batch, seq, d_model)
         x = self.transformer(input_ids, documents, prefix_mask, cache, max_documents)
         if cache is not None:

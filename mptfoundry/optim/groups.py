@@ -19,19 +19,14 @@ def parameter_groups(
     param_groups: Sequence[Mapping[str, Any]] = (),
     disable_grad: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
-    """Freeze the parameters that match `disable_grad`, and split the rest into optimizer groups.
+    """Freeze the parameters that match a pattern of `disable_grad`, and split the rest into optimizer groups.
 
     Config checks ensure that each pattern has parameters, and that some parameters stay trainable.
 
-    Args:
-        named_parameters: Names and parameters, as from `module.named_parameters()`.
-        param_groups: One mapping for each group: `param_str_match`, its pattern, and its own options
-            (`lr`, `weight_decay`, ...). A parameter goes into the first group that matches it.
-        disable_grad: Patterns; parameters that match get `requires_grad = False` and no group.
-
     Returns:
         The groups: first the parameters that no pattern matches, if any, with the optimizer's defaults,
-        then one for each of `param_groups`, in their order.
+        then one for each of `param_groups`: what its `param_str_match` matches and no group before it, with
+        its options (`lr`, `weight_decay`, ...).
     """
     trainable = {}
     for name, parameter in named_parameters:

@@ -59,18 +59,13 @@ class Schedule:
     height: float = 1.0
 
     def __call__(self, state: State) -> float:
-        """The current factor. Raises ConfigError if the times don't fit `max_duration`."""
+        """The current factor, see `factor`."""
         assert state.max_duration is not None
         length = None if state.dataloader_len is None else int(state.dataloader_len)
         return self.factor(state.timestamp, state.max_duration, length)
 
     def factor(self, now: Timestamp, max_duration: Time, batches_per_epoch: int | None = None) -> float:
-        """The factor at `now` in a run of `max_duration`.
-
-        Args:
-            now: The time since the start, in all units.
-            max_duration: The length of the run.
-            batches_per_epoch: Needed if a time is in epochs.
+        """The factor at `now` in a run of `max_duration`; `batches_per_epoch` is for times in epochs.
 
         Raises:
             ConfigError: The times don't fit each other or `max_duration`, or can't be compared with it.
@@ -207,17 +202,10 @@ class _Clock:
 
     def span(self, name: str, written: str | int) -> float:
         """A time in the clock's unit, rounded down to a whole number as Composer does."""
-        try:
-            time = Time.from_input(written, TimeUnit.EPOCH)
-        except ValueError as error:
-            raise ConfigError(
-                f"{name}: {written} is not a time. Write a number and ba, sp, tok, ep or dur."
-            ) from error
-        value = float(time.value)
-        if value < 0:
-            raise ConfigError(f"{name}: {written} is negative. Use 0 or more.")
+        time = Time.from_input(written, TimeUnit.EPOCH)
         if time.unit == TimeUnit.DURATION:
-            return float(int(value * self._convert(name, str(self.max_duration), self.max_duration)))
+            whole = self._convert(name, str(self.max_duration), self.max_duration)
+            return float(int(float(time.value) * whole))
         return float(int(self._convert(name, written, time)))
 
     def _convert(self, name: str, written: str | int, time: Time) -> float:

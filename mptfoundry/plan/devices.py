@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -75,11 +76,8 @@ def launcher_device(environ: Mapping[str, str] = os.environ) -> Device:
 
 
 def detect_device(world_size: int | None = None, environ: Mapping[str, str] = os.environ) -> Device:
-    """The devices that this process and its peers compute on.
-
-    Args:
-        world_size: Processes of the run. Default: from the launcher's environment variables, or one.
-        environ: The environment variables.
+    """The devices that this process and its peers compute on; `world_size`, the number of processes, is by
+    default that of the launcher's environment variables.
     """
     return _device(visible_gpus(environ), world_size or int(environ.get("WORLD_SIZE") or 1), environ)
 
@@ -87,10 +85,14 @@ def detect_device(world_size: int | None = None, environ: Mapping[str, str] = os
 def _device(visible: Visible, count: int, environ: Mapping[str, str]) -> Device:
     here = int(environ.get("LOCAL_WORLD_SIZE") or 0) or len(visible.gpus) or count
     per_node = min(count, here)
-    used = visible.gpus[:per_node]
-    if not used:
+    if not visible.gpus:
         return _cpu(visible, count, per_node)
-    uses_all = len(used) == len(visible.gpus) and "CUDA_VISIBLE_DEVICES" not in environ
+    return _gpus(visible, count, per_node, is_limited="CUDA_VISIBLE_DEVICES" in environ)
+
+
+def _gpus(visible: Visible, count: int, per_node: int, *, is_limited: bool) -> Device:
+    used = visible.gpus[:per_node]
+    uses_all = len(used) == len(visible.gpus) and not is_limited
     return Device(
         kind="gpu",
         name=" and ".join(dict.fromkeys(gpu.name for gpu in used)),
@@ -140,8 +142,6 @@ def total_memory() -> int | None:
     except (ValueError, OSError, AttributeError):
         return None
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
+        with suppress(OSError, ValueError):
             total = min(total, int(Path(path).read_text()))
-        except (OSError, ValueError):
-            continue
     return total

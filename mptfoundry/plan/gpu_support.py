@@ -10,7 +10,7 @@ import ctypes
 import importlib.util
 import platform
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -96,7 +96,7 @@ def imported_torch() -> TorchBuild | None:
     return TorchBuild(torch.__version__, torch.version.cuda, tuple(flags.split()) if flags else None)
 
 
-def refuse_unsupported(device: Device, torch: TorchBuild | None = None) -> None:
+def refuse_unsupported(device: Device, torch: Callable[[], TorchBuild | None] = installed_torch) -> None:
     """Raise ConfigError if torch can't compute on the GPUs of this machine; see `gpu_problem`."""
     if problem := gpu_problem(device, torch):
         error = ConfigError("{}: {}".format(*problem))
@@ -104,20 +104,21 @@ def refuse_unsupported(device: Device, torch: TorchBuild | None = None) -> None:
         raise error
 
 
-def gpu_problem(device: Device, torch: TorchBuild | None = None) -> tuple[str, str] | None:
-    """Why torch can't compute on the GPUs of a run on this machine.
-
-    Args:
-        device: The devices of the run.
-        torch: The torch that will compute. Default: the installed one.
+def gpu_problem(
+    device: Device, torch: Callable[[], TorchBuild | None] = installed_torch
+) -> tuple[str, str] | None:
+    """Why `torch`, asked only if there are GPUs, can't compute on the GPUs of a run on this machine.
 
     Returns:
         What is wrong, `driver` or `torch`, and why with what to do; None if nothing is known to be wrong.
     """
     if device.trouble is not None:
         return "driver", f"{device.trouble}. Repair it, or set CUDA_VISIBLE_DEVICES= to compute on the CPU."
-    torch = torch or installed_torch()
-    if torch is None or not device.gpus:
+    return _problem_of_gpus(device, torch()) if device.gpus else None
+
+
+def _problem_of_gpus(device: Device, torch: TorchBuild | None) -> tuple[str, str] | None:
+    if torch is None:
         return None
     problems = {gpu: _problem_of(gpu, torch) for gpu in device.gpus}
     working = [gpu for gpu, problem in problems.items() if problem is None]

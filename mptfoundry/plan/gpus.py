@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import NamedTuple
 # nvidia-smi takes many seconds on a machine of eight GPUs without persistence mode.
 SMI_TIMEOUT_SECONDS = 30
 DRIVER = Path("/proc/driver/nvidia")
+NO_DRIVER = "no GPU found: neither nvidia-smi nor /proc/driver/nvidia names one"
 PCI = Path("/sys/bus/pci/devices")
 DEVICE_FILES = Path("/dev")
 
@@ -143,14 +145,18 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> Visible:
     if not gpus:
         return Visible((), how, None if is_hidden else trouble)
     is_ordered = len({gpu.name for gpu in gpus}) == 1 or environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
-    if chosen is None:
-        return _with_slices(Visible(tuple(gpus), f"found by {how}", is_ordered=is_ordered))
+    visible = Visible(tuple(gpus), f"found by {how}", is_ordered=is_ordered)
+    return _with_slices(visible) if chosen is None else _chosen(chosen, gpus, visible)
+
+
+def _chosen(chosen: str, gpus: list[GPU], all_gpus: Visible) -> Visible:
+    """The GPUs that CUDA_VISIBLE_DEVICES names."""
     words = [word for word in chosen.replace(" ", "").split(",") if word]
     visible = tuple(_chosen_gpus(gpus, words))
     if not visible:
         return Visible((), f"CUDA_VISIBLE_DEVICES={chosen!r} hides the {len(gpus)} GPUs of this machine")
-    is_ordered = is_ordered or not any(word.isdigit() for word in words)
-    found = f"found by {how}, chosen by CUDA_VISIBLE_DEVICES={chosen}"
+    is_ordered = all_gpus.is_ordered or not any(word.isdigit() for word in words)
+    found = f"{all_gpus.found}, chosen by CUDA_VISIBLE_DEVICES={chosen}"
     return _with_slices(Visible(visible, found, is_ordered=is_ordered))
 
 
@@ -210,6 +216,14 @@ def _slices(gpu: GPU) -> list[GPU]:
 
 def _machine_gpus() -> tuple[list[GPU], str, str | None]:
     """All GPUs of this machine; how they were detected or why there are none; and what is wrong with them."""
+    found = _gpus_of_smi() if shutil.which("nvidia-smi") else None
+    if found is not None:
+        return found
+    return _driver_gpus() if DRIVER.is_dir() else ([], NO_DRIVER, None)
+
+
+def _gpus_of_smi() -> tuple[list[GPU], str, str | None] | None:
+    """The same from nvidia-smi; None if it can't be started or hangs."""
     query = "name,memory.total,driver_version,uuid"
     answer, error = _nvidia_smi(f"--query-gpu={query},compute_cap,mig.mode.current", *_AS_CSV)
     if answer is None and "not a valid field" in error:  # drivers before 510
@@ -222,7 +236,7 @@ def _machine_gpus() -> tuple[list[GPU], str, str | None]:
         return [], found, f"nvidia-smi says: {error}" if _has_nvidia_hardware() else None
     if error:
         return [], f"no GPU found: nvidia-smi says: {error}", None
-    return _driver_gpus()
+    return None
 
 
 _AS_CSV = ("--format=csv,noheader,nounits",)
@@ -271,8 +285,8 @@ def _capability_of(text: str) -> tuple[int, int] | None:
 
 
 def _driver_gpus() -> tuple[list[GPU], str, str | None]:
-    """The GPUs in /proc/driver/nvidia, for containers without nvidia-smi. A GPU without a device file is not
-    in this container."""
+    """The GPUs that the driver lists, for containers without nvidia-smi. One without a device file is not in
+    this container."""
     version = DRIVER / "version"
     match = re.search(r"\s(\d+\.\d+(\.\d+)?)\s", version.read_text()) if version.is_file() else None
     gpus, hidden = [], 0
@@ -288,8 +302,7 @@ def _driver_gpus() -> tuple[list[GPU], str, str | None]:
     if hidden and not gpus:
         found = f"no GPU found: the machine has {hidden}, and this container none (docker run --gpus all)"
         return [], found, None
-    none = "no GPU found: neither nvidia-smi nor /proc/driver/nvidia names one"
-    return gpus, str(DRIVER) if gpus else none, None
+    return gpus, str(DRIVER) if gpus else NO_DRIVER, None
 
 
 def _has_nvidia_hardware() -> bool:

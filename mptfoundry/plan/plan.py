@@ -183,11 +183,7 @@ def refuse_missing(plan: Plan) -> None:
 
 
 def device_batch(config: TrainConfig, device: Device) -> int:
-    """Sequences of one step on one device.
-
-    Raises:
-        ConfigError: The global batch does not split over the devices.
-    """
+    """Sequences of one step on one device; ConfigError if the global batch does not split."""
     batch = config.global_train_batch_size
     if problem := split_problem(batch, device.count):
         raise ConfigError(f"global_train_batch_size: {problem}")
@@ -234,11 +230,8 @@ def largest_microbatch(share: int, device: Device, memory: Callable[[int], Memor
         if share % size == 0 and (need := memory(size).total) <= room:
             fits = f"about {need / GIB:.1f} GiB of {device.memory / GIB:.1f} GiB"
             return size, f"the largest divisor of {share} that fits: {fits}"
-    need = memory(1).total
-    return 1, (
-        f"estimated {need / GIB:.1f} GiB, where {room / GIB:.1f} GiB of {device.memory / GIB:.1f} GiB can be "
-        "planned with"
-    )
+    usable = f"{room / GIB:.1f} of {device.memory / GIB:.1f} GiB are usable"
+    return 1, f"none fits: 1 needs about {memory(1).total / GIB:.1f} GiB, and {usable}"
 
 
 def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str | None:
@@ -263,7 +256,7 @@ def _lacking(config: TrainConfig, device: Device, precision: str) -> dict[str, s
     lacking = missing_packages(config, device.torch_type)
     if problem := gpu_problem(device):
         lacking.update([problem])
-    if reason := precision_problem(precision, device):
+    if config.precision != "auto" and (reason := precision_problem(precision, device)):
         lacking["precision"] = reason
     return lacking
 

@@ -14,6 +14,7 @@ from mptfoundry.config.run import TrainConfig
 from mptfoundry.places import is_url
 from mptfoundry.plan.devices import GIB, Device, launcher_device
 from mptfoundry.plan.plan import Plan, make_plan
+from mptfoundry.tokenizer import Borders, adds_in_words, borders_of_folder
 
 # Used only for the line on time, which names it as an assumption.
 ASSUMED_MFU = 0.4
@@ -47,14 +48,21 @@ def summary_table(config: TrainConfig, device: Device | None = None, streams: St
     Raises:
         ConfigError: The batch does not split over the devices, or options exclude each other there.
     """
-    return describe_plan(config, make_plan(config, device or launcher_device()), streams)
+    plan = make_plan(config, device or launcher_device())
+    borders = borders_of_folder(config.tokenizer.name, config.tokenizer.kwargs)
+    return describe_plan(config, plan, borders, streams)
 
 
-def describe_plan(config: TrainConfig, plan: Plan, streams: Streams | None = None) -> str:
-    """The plan of `config` as a short table, with what is known about the data."""
+def describe_plan(
+    config: TrainConfig, plan: Plan, borders: Borders | None, streams: Streams | None = None
+) -> str:
+    """The plan of `config` as a short table, with what is known about the data.
+
+    `borders` are the special tokens that the tokenizer adds to a text, as strings; None if that is unknown.
+    """
     streams = streams or {}
     epochs = epochs_of_streams(config, streams) if streams else {}
-    seconds = plan.seconds(ASSUMED_MFU)
+    seconds, tokenizer = plan.seconds(ASSUMED_MFU), config.tokenizer.name
     rows = [
         ("model", _model_in_words(config, plan)),
         *([("trainable", _trainable_in_words(config, plan.trainable))] if plan.trainable.frozen else []),
@@ -68,7 +76,7 @@ def describe_plan(config: TrainConfig, plan: Plan, streams: Streams | None = Non
             for label, loader in config.eval_loaders.items()
             for row in _data_in_words(f"eval {label}", label, loader, streams, {})
         ),
-        *_tokenizer_in_words(config),
+        *([("tokenizer", f"{tokenizer} {adds_in_words(borders)}")] if borders is not None else []),
         ("run folder", _run_folder_in_words(config)),
         ("device", f"{plan.device.count} x {plan.device.name} ({plan.device.found})"),
         *zip(("memory", ""), _memory_in_words(plan), strict=True),
@@ -219,14 +227,6 @@ def _data_in_words(
 def place_of(place: str | None, split: str | None) -> str:
     """A stream's location, as users read it."""
     return "/".join(filter(None, [redacted(place), split]))
-
-
-def _tokenizer_in_words(config: TrainConfig) -> list[tuple[str, str]]:
-    """The special tokens that the tokenizer adds to a text, if it is on this machine."""
-    from mptfoundry.tokenizer import adds_in_words, borders_of_folder
-
-    borders = borders_of_folder(config.tokenizer.name, config.tokenizer.kwargs)
-    return [] if borders is None else [("tokenizer", f"{config.tokenizer.name} {adds_in_words(borders)}")]
 
 
 def _run_folder_in_words(config: TrainConfig) -> str:

@@ -137,7 +137,7 @@ def read_notes(checkpoint: Path) -> RunNotes | None:
         if not all(isinstance(each, str) for each in (config, *fingerprints.values())):
             raise TypeError("not texts")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{checkpoint}: damaged, what it notes of its run can't be read.") from error
+        raise CheckpointError(f"{checkpoint}: is damaged: its record of the run can't be read.") from error
     return RunNotes(config, fingerprints)
 
 
@@ -162,12 +162,12 @@ class ChangedInput(Change):
     """A stream or the tokenizer with other content under the same key; values are fingerprints."""
 
     def __str__(self) -> str:
-        return f"{self.key}: has other content than before ({self.before[:8]} -> {self.after[:8]})"
+        return f"{self.key}: its content has changed ({self.before[:8]} -> {self.after[:8]})"
 
     def refusal(self, place: Path) -> str:
         """Say in an error where the two contents are."""
         return (
-            f"{self.key}: its content is not what the run of {place} has read (fingerprint "
+            f"{self.key}: its content is not what the run of {place} read (fingerprint "
             f"{self.after[:8]}, then {self.before[:8]})."
         )
 
@@ -215,8 +215,8 @@ def saved_config(path: Path) -> dict[str, Any]:
 
 def _damaged(path: Path, reason: str) -> ConfigError:
     return ConfigError(
-        f"save_folder: {path} is damaged ({reason}), so that what has changed since the checkpoint can't be "
-        "told. Restore it, or remove it to continue without that comparison."
+        f"save_folder: {path} is damaged ({reason}), and can't be compared with this start's config. "
+        "Restore it, or remove it to continue without that comparison."
     )
 
 

@@ -77,11 +77,8 @@ def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
     removed while another run on this machine starts, and the result keeps others from removing. Every rank
     calls this before the ranks meet; the first rank of a machine does the work.
 
-    Args:
-        seconds: How long to wait for another process that removes leftovers.
-
     Raises:
-        TrainingError: The other process does not finish in time.
+        TrainingError: Another process that removes leftovers does not finish within `seconds`.
     """
     starts = contextlib.ExitStack()
     if local_rank() != 0:

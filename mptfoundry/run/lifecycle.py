@@ -88,6 +88,7 @@ class Run:
     Attributes:
         folder: The run's folder.
         start: What the run starts from.
+        yaml: Its resolved config, as `config.yaml` holds it.
         guard: Guards each step.
         metrics: Writes `metrics.jsonl`.
     """
@@ -97,28 +98,23 @@ class Run:
     ) -> None:
         self.folder, self.start, self.guard = lock.folder, start, guard
         self.metrics = MetricsFile(lock.folder)
-        self._config, self._yaml = config, to_yaml(config)
+        self._config, self.yaml = config, to_yaml(config)
         self._lock, self._until_fit = lock, until_fit
         self._inputs: dict[str, str] = {}
         self._tokenizer: Any = None
 
     def compare_inputs(self, fingerprints: Mapping[str, str]) -> None:
         """Compare the streams or the tokenizer of this start, by their keys in the config, with what the run
-        read before, and record them for checkpoints.
-
-        Raises:
-            ConfigError: A training stream or the tokenizer has changed, and `allow_changes` does not name it.
+        read before, and record them for checkpoints. ConfigError if one has changed without permission.
         """
         self._inputs |= fingerprints
         if (notes := self.start.notes) is not None:
             decided_by_rank_0(lambda: say_changed_inputs(self._config, notes, fingerprints))
 
     def checkpointing(self, tokenizer: Any, *, has_weights: bool) -> Iterator[Callback]:
-        """Yield the callbacks that load the starting checkpoint and save new ones.
+        """Yield the callbacks that load the starting checkpoint and save new ones, with the tokenizer.
 
-        Args:
-            tokenizer: The run's tokenizer, saved next to its checkpoints.
-            has_weights: The model has its weights already: load only the run's own checkpoint.
+        A model that has its weights already loads only the run's own checkpoint.
         """
         config, start, self._tokenizer = self._config, self.start, tokenizer
         if start.checkpoint is not None and (start.is_own or not has_weights):
@@ -130,7 +126,7 @@ class Run:
                 upload_small=uploader_of(config, ONCE),
                 describe=self._describe,
                 in_background=config.save_async,
-                notes=RunNotes(self._yaml, self._inputs),
+                notes=RunNotes(self.yaml, self._inputs),
                 filename=config.save_filename,
                 latest_filename=config.latest_filename,
                 save_interval=config.save_interval,
@@ -142,13 +138,7 @@ class Run:
             )
 
     def fit(self, trainer: Trainer) -> None:
-        """Train to the run's end, and close the trainer.
-
-        Raises:
-            ConfigError: The checkpoint that `load_path` names leaves nothing to train.
-            TrainingError: The numbers are not finite, or a rank is silent.
-            RunStopped: The run was asked to stop. Everything is saved.
-        """
+        """Train to the run's end, and close the trainer. RunStopped if it was asked to stop, and saved."""
         self._begin(trainer)
         if is_finished(trainer) and not self.guard.owes_evaluation:
             done = trainer.state.timestamp.batch.value
@@ -179,7 +169,9 @@ class Run:
         start = self.start
         if start.checkpoint is not None and not start.is_own and is_finished(trainer):
             raise self._nothing_left(trainer.state.timestamp.batch.value)
-        decided_by_rank_0(self._begin_in_store)
+        if not start.is_own and (upload := uploader_of(self._config, AT_START)):
+            decided_by_rank_0(lambda: self._begin_in_store(upload))
+        self._lock.has_begun = True
         if local_rank() == 0:
             # Rank 0 removes its own part before it writes; it does not wait for the other nodes.
             remove_unfinished_files(self.folder, is_ours=rank() == 0, but=start.checkpoint)
@@ -193,15 +185,13 @@ class Run:
             "it, or load_weights_only=true to begin a run with its weights."
         )
 
-    def _begin_in_store(self) -> None:
+    def _begin_in_store(self, upload: Upload) -> None:
         """Upload a new run's first files, which tests that the store can be written to."""
-        if not self.start.is_own and (upload := uploader_of(self._config, AT_START)):
-            with TemporaryDirectory() as temporary:
-                for file in self._write_run_files(Path(temporary)):
-                    upload(file, str(file.relative_to(temporary)))
-            if (self.folder / TRACKERS).is_file():
-                upload(self.folder / TRACKERS, TRACKERS)
-        self._lock.has_begun = True
+        with TemporaryDirectory() as temporary:
+            for file in self._write_run_files(Path(temporary)):
+                upload(file, str(file.relative_to(temporary)))
+        if (self.folder / TRACKERS).is_file():
+            upload(self.folder / TRACKERS, TRACKERS)
 
     def _write_first_files(self) -> None:
         """Write the files that the run's folder holds from the first batch on.
@@ -224,12 +214,12 @@ class Run:
                 self._tokenizer.save_pretrained(self.folder / "tokenizer")
             if notes is not None and not _holds(file, notes.config):
                 print(
-                    f"{file} is not the checkpoint's; it is written again as the checkpoint has it",
+                    f"{file} is not the checkpoint's config, which replaces it",
                     flush=True,
                 )
                 _write_config(notes.config, file)
             elif not file.is_file():
-                _write_config(self._yaml, file)
+                _write_config(self.yaml, file)
 
     def _train(self, trainer: Trainer) -> None:
         config, guard, state = self._config, self.guard, trainer.state
@@ -265,13 +255,13 @@ class Run:
         """Make the run's folder describe the run as it trains now, and return the files that are new."""
         if self._lock.is_lost():
             self._lock.take()
-            say(f"save_folder: {self.folder} was removed while the run trains; it is made again")
-        return [] if _holds(self.folder / CONFIG, self._yaml) else self._write_run_files(self.folder)
+            say(f"save_folder: {self.folder} was removed during training, and is created again")
+        return [] if _holds(self.folder / CONFIG, self.yaml) else self._write_run_files(self.folder)
 
     def _write_run_files(self, folder: Path) -> list[Path]:
         """Write the resolved config and the tokenizer, which make the folder's checkpoints usable."""
         with writing_into(folder):
-            _write_config(self._yaml, folder / CONFIG)
+            _write_config(self.yaml, folder / CONFIG)
             self._tokenizer.save_pretrained(folder / "tokenizer")
             return [folder / CONFIG, *(folder / "tokenizer").iterdir()]
 

@@ -94,11 +94,7 @@ class RunLock:
         return not is_open_at(self._file, self.folder / NAME)
 
     def take(self) -> None:
-        """Lock the folder; if it was removed, make it again.
-
-        Raises:
-            CheckpointError: Another run holds it.
-        """
+        """Lock the folder; if it was removed, make it again."""
         self._close()
         try:
             with writing_into(self.folder):

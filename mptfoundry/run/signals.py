@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any, TextIO
 
@@ -212,23 +213,18 @@ class _Lasting:
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
-    def write(self, text: str) -> int:
-        self._unless_gone(self._stream.write, text)
-        return len(text)
-
-    def flush(self) -> None:
-        self._unless_gone(self._stream.flush)
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        attribute = getattr(self._stream, name)
+        return partial(self._unless_gone, attribute) if name in ("write", "flush") else attribute
 
-    def _unless_gone(self, act: Callable[..., object], *arguments: str) -> None:
+    def _unless_gone(self, act: Callable[..., Any], *arguments: str) -> Any:
         try:
-            act(*arguments)
+            return act(*arguments)
         except OSError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)
+            return act(*arguments)
 
 
 def _print(text: str) -> None:

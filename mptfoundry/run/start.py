@@ -148,11 +148,8 @@ def say_config_changes(config: TrainConfig, folder: Path, notes: RunNotes | None
     with _config_of_checkpoint(folder, notes) as place:
         if notes is None:
             unknown = "config, data and tokenizer" if place is None else "data and tokenizer"
-            print(
-                f"{unknown}: nothing to compare with, since an older version wrote the checkpoint: what has "
-                "changed since is not known",
-                flush=True,
-            )
+            text = "not compared, since an older version wrote the checkpoint without recording them"
+            print(f"{unknown}: {text}", flush=True)
         if place is not None:
             _say_changes(changes_since(place / CONFIG, config), config, folder, "config")
 
@@ -311,11 +308,7 @@ def _fetched(url: str, folder: Path, stack: ExitStack) -> Path:
 
 
 def remove_unfinished_files(folder: Path, *, is_ours: bool, but: Path | None = None) -> None:
-    """Remove files that a killed run left unfinished in a folder, except what contains `but`.
-
-    `is_ours` says that no other rank writes there now; otherwise only what dead processes of this machine
-    left is removed. Nodes may share the folder.
-    """
+    """Remove what killed runs left unfinished in a folder, which nodes may share, and print it."""
     for entry in remove_unfinished(folder, is_ours=is_ours, but=but) if folder.is_dir() else ():
         print(f"removed: {entry}, which a run that was killed had not finished", flush=True)
 

@@ -113,10 +113,13 @@ def test_a_save_folder_makes_a_run_resume(load: Callable[..., object]) -> None:
             "callbacks.generate_callback.top_p: 0.0. Use a number above 0 and up to 1.",
         ),
         (["run_name: ''"], "run_name: is empty. Name the run's folder."),
-        (["save_folder: x/{foo}"], "save_folder: {foo} is not filled in here. Allowed: {run_name}."),
-        (["load_path: 'x/{'"], "load_path: x/{ has a brace without its other one. Remove it."),
-        (["save_filename: 'ba{bacth}.pt'"], "save_filename: {bacth} is not filled in here. Allowed: {run"),
-        (["save_latest_filename: a/b"], "save_latest_filename: a/b names a folder, too."),
+        (["save_folder: x/{foo}"], "save_folder: {foo} is not a placeholder here. Allowed: {run_name}."),
+        (["load_path: 'x/{'"], "load_path: x/{ has an unmatched brace. Remove it."),
+        (
+            ["save_filename: 'ba{bacth}.pt'"],
+            "save_filename: {bacth} is not a placeholder here. Allowed: {",
+        ),
+        (["save_latest_filename: a/b"], "save_latest_filename: a/b contains a folder."),
     ],
 )
 def test_values_that_no_run_can_have_are_refused(problems: Problems, lines: list[str], said: str) -> None:
@@ -147,7 +150,8 @@ def test_a_wrong_section_does_not_hide_what_is_wrong_between_the_others(problems
 
 
 @pytest.mark.parametrize(
-    ("max_duration", "batches"), [("100ba", 100), ("1024tok", 1), ("1025tok", 2), ("17sp", 3), ("2ep", None)]
+    ("max_duration", "batches"),
+    [("100ba", 100), ("1024tok", 1), ("1025tok", 2), ("17sp", 3), ("2ep", None), ("9sec", None)],
 )
 def test_batches_are_counted_where_they_do_not_depend_on_the_data(
     load: Callable[..., object], max_duration: str, batches: int | None
@@ -185,18 +189,18 @@ def test_a_run_is_not_called_what_lies_outside_of_the_folder_of_runs(problems: P
     [
         (
             ["save_filename=ep{epoch}-ba{batch}.bin"],
-            "is not a name that a start finds. Use one that ends in .pt",
+            "would not be found again. Use a name that ends in .pt",
         ),
-        (["save_filename=.ep{epoch}-ba{batch}.pt"], "is not a name that a start finds"),
+        (["save_filename=.ep{epoch}-ba{batch}.pt"], "would not be found again"),
         (
             ["save_folder=s3://b/x", "save_filename=my-{batch}.pt"],
-            "does not tell the batch. In a store use ep",
+            "has no batch number. In a store use ep",
         ),
         (["save_filename=my-{batch}.pt", "save_num_checkpoints_to_keep=2"], "which checkpoint is the oldest"),
         (["save_filename=latest-rank{rank}.pt"], "is the name of the link to the newest checkpoint"),
         (
             ["train_loader.dataset.streams.code.remote=s3://b/a#1"],
-            "holds #, and StreamingDataset reads a URL",
+            "contains #, and StreamingDataset reads a URL",
         ),
     ],
 )

@@ -227,7 +227,7 @@ def test_what_is_there_is_kept_unless_asked(write_run: WriteRun, tmp_path: Path)
     run, out = write_run(), tmp_path / "out"
     out.mkdir()
     (out / "notes").touch()
-    with pytest.raises(CheckpointError, match=r"is there already. Name another place, or set overwrite=true"):
+    with pytest.raises(CheckpointError, match=r"exists already. Use another path, or set overwrite=true"):
         export(run, out, progress=False)
     with pytest.raises(
         CheckpointError, match="holds notes, which is not of such a folder, so that it is not"

@@ -304,7 +304,7 @@ def test_the_command_imports_and_what_it_wrote_is_generated_from_and_exported(
     assert main(["eval", run]) == 2
     assert "belongs to no run that has one" in capsys.readouterr().err
     assert main(["import", str(source), run]) == 1
-    assert "is there already. Name another place, or set overwrite=true." in capsys.readouterr().err
+    assert "exists already. Use another path, or set overwrite=true." in capsys.readouterr().err
 
 
 def test_the_card_tells_where_the_model_came_from(source: Path, tmp_path: Path) -> None:

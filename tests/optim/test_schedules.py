@@ -122,8 +122,6 @@ def test_units_may_differ() -> None:
             "scheduler: t_warmup: 10ba, t_max: 50ba do not fit max_duration: 100ba",
         ),
         (cosine_with_warmup("10tok"), "scheduler.t_warmup: 10tok can't be compared with max_duration: 100ba"),
-        (cosine_with_warmup("10 bananas"), "scheduler.t_warmup: 10 bananas is not a time"),
-        (cosine_with_warmup("-3ba"), "scheduler.t_warmup: -3ba is negative"),
         (
             warmup_stable_decay("60ba", t_decay="60ba"),
             "t_decay: 60ba, t_max: 1dur do not fit",

@@ -47,7 +47,7 @@ def raise_os_error(name: str) -> None:
 def problem(torch: TorchBuild, *gpus: GPU, is_ordered: bool = True) -> str:
     """The error of a run on these GPUs, empty if there is none."""
     device = Device("gpu", gpus[0].name, len(gpus), len(gpus), gpus=gpus, is_ordered=is_ordered)
-    return ": ".join(gpu_problem(device, torch) or ())
+    return ": ".join(gpu_problem(device, lambda: torch) or ())
 
 
 def test_the_table_holds_what_the_installed_torch_says() -> None:
@@ -189,9 +189,9 @@ def test_only_the_visible_gpus_are_judged(tmp_path: Path, monkeypatch: pytest.Mo
         gpu_row("NVIDIA H100 PCIe", "9.0", "580.95.05", uuid="GPU-9"),
     ]
     put_nvidia_smi(tmp_path, monkeypatch, rows)
-    assert gpu_problem(launcher_device({}), CURRENT) is not None
-    assert gpu_problem(launcher_device({"CUDA_VISIBLE_DEVICES": "GPU-9"}), CURRENT) is None
-    assert gpu_problem(launcher_device({"CUDA_VISIBLE_DEVICES": "GPU-7"}), CURRENT) is not None
+    assert gpu_problem(launcher_device({}), lambda: CURRENT) is not None
+    assert gpu_problem(launcher_device({"CUDA_VISIBLE_DEVICES": "GPU-9"}), lambda: CURRENT) is None
+    assert gpu_problem(launcher_device({"CUDA_VISIBLE_DEVICES": "GPU-7"}), lambda: CURRENT) is not None
 
 
 def test_each_gpu_is_described_with_the_sets_that_work() -> None:

@@ -150,14 +150,14 @@ def test_other_training_data_need_to_be_allowed_and_an_evaluations_are_shown(pat
     before = {"tokenizer": "a" * 64, "train_loader.dataset": "b" * 64, "eval_loader x.dataset": "c" * 64}
     changes = changed_inputs({**before, "gone": "d" * 64}, {**dict.fromkeys(before, "0" * 64), "new": "e"})
     assert [str(change) for change in changes] == [
-        "eval_loader x.dataset: has other content than before (cccccccc -> 00000000)",
-        "tokenizer: has other content than before (aaaaaaaa -> 00000000)",
-        "train_loader.dataset: has other content than before (bbbbbbbb -> 00000000)",
+        "eval_loader x.dataset: its content has changed (cccccccc -> 00000000)",
+        "tokenizer: its content has changed (aaaaaaaa -> 00000000)",
+        "train_loader.dataset: its content has changed (bbbbbbbb -> 00000000)",
     ]
     with pytest.raises(ConfigError) as refused:
         refuse_changes(changes, load(path), Path("runs/x"))
     assert str(refused.value).splitlines()[:2] == [
-        f"{key}: its content is not what the run of runs/x has read (fingerprint 00000000, then {digits})."
+        f"{key}: its content is not what the run of runs/x read (fingerprint 00000000, then {digits})."
         for key, digits in (("tokenizer", "aaaaaaaa"), ("train_loader.dataset", "bbbbbbbb"))
     ]
     words = "allow_changes=[tokenizer,train_loader.dataset]"

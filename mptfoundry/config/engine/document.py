@@ -102,11 +102,7 @@ class Document:
             self.problems.append(problem)
 
     def raise_problems(self) -> None:
-        """Raise all problems as one ConfigError, in the order of the lines.
-
-        Raises:
-            ConfigError: There are problems.
-        """
+        """Raise the problems, if there are any, as one ConfigError in the order of the lines."""
         if self.problems:
             raise ConfigError(
                 [_shown(*problem) for problem in sorted(self.problems, key=lambda p: p[0].line)]

@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,9 @@ def read_document(
         _apply_word(config, word, document)
     document.raise_problems()
     for key, value in (defaults or {}).items():
-        try:
-            is_blank = config.get(key) is None
-        except OmegaConfBaseException:
-            continue
-        if is_blank:
-            config[key] = value
+        with suppress(OmegaConfBaseException):
+            if config.get(key) is None:
+                config[key] = value
     document.tree = _resolve(config, OmegaConf.to_container(config, resolve=False), (), document)
     return document
 
@@ -120,11 +118,7 @@ def _read_file(path: Path, document: Document) -> DictConfig:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file.
-
-    Raises:
-        ConfigError: It is missing, unreadable or not UTF-8.
-    """
+    """The text of a file; ConfigError if it is missing, unreadable or not UTF-8."""
     try:
         return path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -188,7 +182,7 @@ class _Lines:
         """Record a value and everything below it."""
         self.values += 1
         if len(path) > DEEPEST:
-            raise ConfigError(f"{self.file}:{line}: is nested too deeply, or in itself.")
+            raise ConfigError(f"{self.file}:{line}: is nested too deeply, or contains itself.")
         if self.values > MOST_VALUES:  # aliases of aliases can expand to billions of values
             raise ConfigError(f"{self.file}:{line}: has more than {MOST_VALUES:,} values. Use fewer.")
         self.note_alias(node)

@@ -12,10 +12,10 @@ from contextlib import suppress
 from typing import Any
 
 from mptfoundry.config.engine.schema import field_types
-from mptfoundry.mpt.config import Problem, Rules, Section, at_least, in_words, only_one
+from mptfoundry.mpt.config import Problem, Rules, Section, at_least, in_words, only_one, positive
 
 __all__ = ["Problem", "Rules", "Section", "at_least", "at_most", "broken_rules", "in_words"]
-__all__ += ["not_empty", "only_one"]
+__all__ += ["not_empty", "only_one", "positive"]
 
 
 class _NoValueError(Exception):

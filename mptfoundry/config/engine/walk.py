@@ -177,8 +177,7 @@ class _Walk:
                     (each for each in arguments if each == self.document.origin(path).written), value
                 )
             for option in arguments:
-                kind_of_value = str if isinstance(value, str) else type(value)
-                if type(option) is kind_of_value and option == value:
+                if option == value and type(option) in (str, type(value)):
                     return option
             raise _MismatchError
         if kind is tuple:
@@ -335,20 +334,14 @@ def _has_usual_name(cls: type) -> bool:
 
 def _number(member: Any, value: Any) -> Any:
     """An int, a float or a bool; accepts whole floats as ints and ints as floats, but no text."""
-    if member is bool and isinstance(value, bool):
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)) or isinstance(value, bool) != (member is bool):
         raise _MismatchError
-    if member is int and isinstance(value, int):
+    if member is not float and isinstance(value, int):
         return value
-    try:
-        value = float(value)
-    except OverflowError:
-        raise _MismatchError from None
-    if member is float and math.isfinite(value):
-        return value
-    if member is int and math.isfinite(value) and value == int(value):
-        return int(value)
+    with suppress(OverflowError):  # an int may be too large for a float
+        number = float(value)
+        if math.isfinite(number) and (member is float or number % 1 == 0):
+            return member(number)
     raise _MismatchError
 
 

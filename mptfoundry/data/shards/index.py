@@ -202,7 +202,7 @@ def _problem_of_entry(shard: Mapping[str, Any]) -> str | None:
     # A shard starts with the number of samples, the offset of each sample, and the offset of the end.
     if not 4 * samples + 8 <= raw["bytes"] <= LARGEST_SHARD:
         size = f"{samples} samples in {raw['bytes']} bytes"
-        return f"says that {raw['basename']} holds {size}, which can't be. {AGAIN}"
+        return f"says that {raw['basename']} holds {size}, which is impossible. {AGAIN}"
     for name, encoding in zip(shard["column_names"], shard["column_encodings"], strict=True):
         if encoding.partition(":")[0] == "pkl":
             text = f"the column {shortened(name)} is pickled, and reading it could run code"

@@ -40,13 +40,7 @@ def fastest_hash(hashes: Mapping[str, str]) -> str | None:
 
 
 def problem_of(path: Path, entry: Mapping[str, Any], algorithm: str | None) -> str | None:
-    """Describe what is wrong with a file; None if it matches its entry.
-
-    Args:
-        path: The file.
-        entry: The file's index entry.
-        algorithm: The hash to check; None checks only the size.
-    """
+    """Describe what is wrong with a file; None if it has its entry's size and, unless None, this hash."""
     try:
         size = path.stat().st_size
         if size != entry["bytes"]:
@@ -126,13 +120,9 @@ def _snappy_length(data: bytes) -> int:
 def problems_of(
     items: Iterable[Item], look: Callable[[Item], str | None], size_of: Callable[[Item], int], *, title: str
 ) -> list[tuple[Item, str]]:
-    """Check many files in parallel, and return the items with problems.
+    """Check many files, in threads since hashing releases the GIL, and return the items with problems.
 
-    Args:
-        items: The items to check.
-        look: Returns an item's problem or None. Runs in threads, since hashing releases the GIL.
-        size_of: Returns an item's bytes, for progress.
-        title: Title of a progress bar; empty for no bar.
+    `look` returns an item's problem or None. A progress bar with this title, if it isn't empty, counts bytes.
     """
     from tqdm import tqdm  # slow to import, and reading an index doesn't need it
 

@@ -17,12 +17,9 @@ NOT_IN_LOSS = -100
 
 
 def read_sample(sample: Mapping[str, Any], token_encoding_type: str, place: str) -> np.ndarray | str:
-    """Return the ids, (tokens,) int64, of the column `tokens`, or the text of the column `text`.
+    """Return the ids, (tokens,) int64, of a sample's column `tokens`, or the text of its column `text`.
 
-    Args:
-        sample: The sample's values by column.
-        token_encoding_type: Type of ids stored as bytes.
-        place: The sample's location, for errors.
+    `token_encoding_type` is the type of ids stored as bytes; `place` is the sample's location, for errors.
 
     Raises:
         DataError: The sample has neither column, or its value has the wrong type.

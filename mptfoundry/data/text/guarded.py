@@ -234,9 +234,10 @@ class GuardedDataset(StreamingDataset):
 
     def __len__(self) -> int:
         """Return this rank's samples per epoch, including repeats that even out ranks and canonical nodes."""
+        return self._samples_at_random() if self.batching_method == "random" else super().__len__()
+
+    def _samples_at_random(self) -> int:
         world = self._parallel_rank_world
-        if self.batching_method != "random":
-            return super().__len__()
         canonical = self.num_canonical_nodes or world.num_nodes
         of_each = ceil(self.epoch_size / canonical)
         physical = max(1, world.num_nodes // canonical)
@@ -382,7 +383,10 @@ class GuardedDataset(StreamingDataset):
         yield from super().__iter__()
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
-        yield from super()._each_sample_id(it)
+        try:
+            yield from super()._each_sample_id(it)
+        finally:
+            it.non_blocking_exit()  # else its threads poll until the process ends, if nobody reads the rest
         # If a background fetch fails, streaming just stops, which looks like the end of the epoch.
         self._raise_background_error()
 

@@ -6,7 +6,9 @@ and claims it later. If another run claims it in between, startup fails with `Fi
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import torch.distributed as dist
 from streaming.base.constant import LOCALS, SHM_TO_CLEAN
@@ -14,19 +16,13 @@ from streaming.base.shared import SharedMemory
 from streaming.base.shared.prefix import _check_and_find_retrying, _check_self, _get_path, _pack_locals
 from streaming.base.world import World
 
+Claim = tuple[int, SharedMemory]
+
 
 def take_number(
     streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 100
-) -> tuple[int, SharedMemory]:
+) -> Claim:
     """Claim a number for the processes of a node; replaces streaming's `get_shm_prefix`.
-
-    The first process on the node tries numbers until it can create the file for one, then tells the others.
-
-    Args:
-        streams_local: The local folder of each stream.
-        streams_remote: The remote of each stream; None if it is read in place.
-        world: This process's rank and node.
-        retry: How many times to check again if another run seems to use the same local folder.
 
     Returns:
         The number, and the shared memory that claims it.
@@ -35,26 +31,29 @@ def take_number(
         ValueError: Two streams, or this run and another, would keep copies in one folder.
     """
     _check_self(streams_local)
+    claim = partial(_claim, streams_local, streams_remote, retry)
+    return _claim_together(claim, world) if dist.is_initialized() else claim()
+
+
+def _claim_together(claim: Callable[[], Claim], world: World) -> Claim:
+    """Claim a number in the first process of each node, which tells the others."""
     number, taken, problem = 0, None, ""
     # Other processes must not look: they would mistake the first process's name for another run's.
     if world.is_local_leader:
         try:
-            number, taken = _claim(streams_local, streams_remote, retry)
+            number, taken = claim()
         except ValueError as error:
             problem = str(error)
-    if dist.is_initialized():
-        answers = [(number, problem)] * dist.get_world_size()
-        dist.all_gather_object(answers, (number, problem))
-        number = answers[world.rank - world.rank_of_node][0]
-        problem = next((text for _, text in answers if text), "")
+    answers = [(number, problem)] * dist.get_world_size()
+    dist.all_gather_object(answers, (number, problem))
+    number = answers[world.rank - world.rank_of_node][0]
+    problem = next((text for _, text in answers if text), "")
     if problem:
         raise ValueError(problem)
     return number, taken or SharedMemory(_get_path(number, LOCALS), False)
 
 
-def _claim(
-    streams_local: list[str], streams_remote: list[str | None], retry: int
-) -> tuple[int, SharedMemory]:
+def _claim(streams_local: list[str], streams_remote: list[str | None], retry: int) -> Claim:
     """Claim the first number that is free, and stays so until its file is made."""
     number = max(
         _check_and_find_retrying(streams_local, streams_remote, name, retry) for name in SHM_TO_CLEAN

@@ -157,16 +157,19 @@ class TextLoader(StreamingDataLoader):
         try:
             yield from super().__iter__()
         except DataError as error:
-            # If the garbage collector ends the workers, it takes seconds.
-            workers: Any = self._iterator
-            if workers is not None:
-                workers._shutdown_workers()
-            marker = f"{DataError.__module__}.{DataError.__qualname__}: "
-            text = str(error)
-            if marker not in text:
-                raise
-            raise DataError(text.rsplit(marker, 1)[1].strip()) from error
+            self._end_workers(error)
+            raise
         self._check_that_all_came()
+
+    def _end_workers(self, error: DataError) -> None:
+        """End the workers, which takes the garbage collector seconds, and raise their error as plain text."""
+        workers: Any = self._iterator
+        if workers is not None:
+            workers._shutdown_workers()
+        marker = f"{DataError.__module__}.{DataError.__qualname__}: "
+        text = str(error)
+        if marker in text:
+            raise DataError(text.rsplit(marker, 1)[1].strip()) from error
 
     def _check_that_all_came(self) -> None:
         """Raise DataError if the epoch ended before this rank read all of its samples."""

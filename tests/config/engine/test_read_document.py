@@ -76,7 +76,7 @@ def test_a_key_given_twice_is_an_error_with_both_lines(problems: Callable[..., t
 
 
 def test_an_alias_that_contains_itself_is_refused(write: Callable[..., str]) -> None:
-    assert "is nested too deeply, or in itself." in _error(write("metadata: &m {a: *m}"))
+    assert "is nested too deeply, or contains itself." in _error(write("metadata: &m {a: *m}"))
 
 
 def test_words_override_the_file_in_their_order(load: Callable[..., object]) -> None:

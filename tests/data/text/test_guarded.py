@@ -336,6 +336,15 @@ def test_an_epoch_that_ends_early_is_an_error_with_its_numbers(
         read(loader)
 
 
+def test_the_readers_of_an_epoch_that_is_left_early_end(build: Build, prepared: Path) -> None:
+    loader = build(local=str(prepared), predownload=1)
+    next(iter(loader))
+    waiting = threading.Thread(target=loader.dataset._executor.shutdown, daemon=True)
+    waiting.start()
+    waiting.join(10)
+    assert not waiting.is_alive()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("canonical", [1, 2, 64])
