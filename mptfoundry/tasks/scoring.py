@@ -99,26 +99,32 @@ def plan_batches(questions: Sequence[Question], tokens: int) -> list[Batch]:
 def score_batch(network: MPT, batch: Batch) -> dict[int, list[Score]]:
     """Score the rows of a batch's questions with a network in eval mode: doc_id -> a score for each row."""
     device = next(network.parameters()).device
-    cache, numbers = _read_prefixes(network, batch, device)
     rows = [
-        Row(row.ids[prefix:], row.start - prefix)
-        for question, prefix in zip(batch.questions, batch.prefixes, strict=True)
+        (number, Row(row.ids[prefix:], row.start - prefix))
+        for number, (question, prefix) in enumerate(zip(batch.questions, batch.prefixes, strict=True))
         for row in question.rows
     ]
-    width = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for number, row in enumerate(rows):
-        ids[number, : len(row.ids)] = torch.tensor(row.ids)
-        mask[number, : len(row.ids)] = True
+    # A row's last token predicts nothing, and answers of one token differ in nothing else.
+    inputs = {(number, row.ids[:-1]): 0 for number, row in rows}
+    inputs = {each: place for place, each in enumerate(inputs)}
+    width = max(len(tokens) for _, tokens in inputs)
+    ids = torch.zeros(len(inputs), width, dtype=torch.int64)
+    mask = torch.zeros(len(inputs), width, dtype=torch.bool)
+    for place, (_, tokens) in enumerate(inputs):
+        ids[place, : len(tokens)] = torch.tensor(tokens)
+        mask[place, : len(tokens)] = True
+    cache = _read_prefixes(network, batch, device)
     if cache is not None:
+        numbers = torch.tensor([number for number, _ in inputs], device=device)
         cache = _for_rows(network, cache, numbers, width)
     logits = network(
         ids.to(device), attention_mask=None if mask.all() else mask.to(device), cache=cache
     ).logits
-    scores = [_score(logits[number], row) for number, row in enumerate(rows)]
-    taken = iter(scores)
-    return {question.doc_id: [next(taken) for _ in question.rows] for question in batch.questions}
+    scores: dict[int, list[Score]] = {question.doc_id: [] for question in batch.questions}
+    for number, row in rows:
+        doc_id = batch.questions[number].doc_id
+        scores[doc_id].append(_score(logits[inputs[number, row.ids[:-1]]], row))
+    return scores
 
 
 def _score(logits: torch.Tensor, row: Row) -> Score:
@@ -133,13 +139,11 @@ def _score(logits: torch.Tensor, row: Row) -> Score:
     )
 
 
-def _read_prefixes(network: MPT, batch: Batch, device: torch.device) -> tuple[KVCache | None, torch.Tensor]:
-    """The keys and values of each question's shared prefix, padded on the left, and each row's question."""
-    sizes = torch.tensor([len(question.rows) for question in batch.questions], device=device)
-    numbers = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
+def _read_prefixes(network: MPT, batch: Batch, device: torch.device) -> KVCache | None:
+    """The keys and values of each question's shared prefix, padded on the left."""
     longest = max(batch.prefixes)
     if not longest:
-        return None, numbers
+        return None
     ids = torch.zeros(len(batch.questions), longest, dtype=torch.int64)
     mask = torch.zeros(len(batch.questions), longest, dtype=torch.bool)
     for number, (question, prefix) in enumerate(zip(batch.questions, batch.prefixes, strict=True)):
@@ -148,7 +152,7 @@ def _read_prefixes(network: MPT, batch: Batch, device: torch.device) -> tuple[KV
     cache = KVCache(network.config, len(ids), longest, device=device, dtype=next(network.parameters()).dtype)
     mask_or_none = None if mask.all() else mask.to(device)
     network(ids.to(device), attention_mask=mask_or_none, cache=cache, last_only=True)
-    return cache, numbers
+    return cache
 
 
 def _for_rows(network: MPT, cache: KVCache, numbers: torch.Tensor, more: int) -> KVCache:
