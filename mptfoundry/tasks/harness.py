@@ -82,7 +82,7 @@ def load_tasks(options: EvalConfig, tokenizer: Any) -> HarnessTasks:
     """
     if options.apply_chat_template and default_template(tokenizer) is None:
         raise ConfigError(
-            "apply_chat_template: the tokenizer has no chat template. Remove the key, or name another tokenizer."
+            "apply_chat_template: the tokenizer has no chat template. Remove it, or name another tokenizer."
         )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     with _own_random_state():
