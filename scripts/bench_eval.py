@@ -32,7 +32,7 @@ from transformers import MptConfig, MptForCausalLM
 from mptfoundry.checkpoints.reading import load_network
 from mptfoundry.plan.devices import detect_device
 from mptfoundry.tasks.harness_model import HarnessModel
-from mptfoundry.tasks.rounds import Model
+from mptfoundry.tasks.scoring import Model
 from mptfoundry.tokenizer import train_bpe
 
 NUMBERS = {

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,9 +39,8 @@ from mptfoundry.tasks.outcomes import (
     mean_of_categories,
     task_metrics,
 )
-from mptfoundry.tasks.questions import Question, TaskData, build_task, read_lines
-from mptfoundry.tasks.rounds import Model, rounds
-from mptfoundry.tasks.scoring import Batch, plan_batches, score_batch
+from mptfoundry.tasks.questions import Question, TaskData, build_task, line_of, read_lines
+from mptfoundry.tasks.scoring import Batch, Model, plan_batches, rounds, score_batch
 
 if TYPE_CHECKING:
     from mptfoundry.tasks.harness import HarnessTasks
@@ -89,7 +89,7 @@ def plan_tasks(
     for task in tasks:
         path = Path(once_per_node(partial(local_copy, task), what=f"fetching {task.dataset_uri}"))
         lines = read_lines(path, task)
-        digests[task.label] = hashlib.sha256(path.read_bytes()).hexdigest()
+        digests[task.label] = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
         longest = min(task.max_seq_len or max_seq_len, max_seq_len)
         for shots in task.shots if options.num_fewshot is None else (options.num_fewshot,):
             built.append(build_task(task, shots, lines, tokenizer, longest, options.limit))
@@ -132,21 +132,53 @@ def plan_tasks(
 
 
 def local_copy(task: TaskConfig) -> str:
-    """The path of a task's data, fetched if it is in an object store."""
+    """The path of a task's data, fetched if it is in an object store or a data set."""
     path = path_of(task.dataset_uri)
     if path is not None:
         return str(path)
-    name = hashlib.sha256(task.dataset_uri.encode()).hexdigest()[:16]
+    whole = json.dumps([task.dataset_uri, task.hf_loading_vars, task.hf_parsing_map], sort_keys=True)
+    name = hashlib.sha256(whole.encode()).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"mptfoundry-tasks-{os.getuid()}" / f"{name}.jsonl"
-    what = f"{task.dataset_uri}: can't be fetched"
     with whole_or_absent(target, overwrite=True) as file:
-        try:
-            patiently(
-                lambda: get_file(task.dataset_uri, str(file), overwrite=True), what=what, patience=AT_START
-            )
-        except Exception as error:  # each store raises its own kind
-            raise DataError(f"{what} ({reason_of(error)}). It is the data of {task.label}.") from error
+        if task.is_on_the_hub:
+            file.write_text("".join(line + "\n" for line in _lines_of_the_hub(task)), encoding="utf-8")
+        else:
+            _fetch(task, file)
     return str(target)
+
+
+def _fetch(task: TaskConfig, file: Path) -> None:
+    what = f"{task.dataset_uri}: can't be fetched"
+    try:
+        patiently(lambda: get_file(task.dataset_uri, str(file), overwrite=True), what=what, patience=AT_START)
+    except Exception as error:  # each store raises its own kind
+        raise DataError(f"{what} ({reason_of(error)}). It is the data of {task.label}.") from error
+
+
+def _lines_of_the_hub(task: TaskConfig) -> Iterator[str]:
+    """The rows of a task's data set as lines of JSON."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(task.dataset_uri.removeprefix("hf://"), **task.hf_loading_vars)
+    except Exception as error:  # the library, the hub and its files raise their own kinds
+        raise DataError(
+            f"{task.dataset_uri}: can't be read ({reason_of(error)}). It is the data of {task.label}; "
+            "hf_loading_vars are the arguments of datasets.load_dataset."
+        ) from error
+    if not isinstance(rows, datasets.Dataset):
+        raise DataError(
+            f"{task.dataset_uri}: has the splits {', '.join(rows)}. Say which one is the data of "
+            f"{task.label}: hf_loading_vars: {{split: NAME}}."
+        )
+    for column in (column for columns in task.hf_parsing_map.values() for column in columns):
+        if column not in rows.column_names:
+            raise DataError(
+                f"{task.dataset_uri}: has no column {column}, which hf_parsing_map of {task.label} names. It "
+                f"has {', '.join(rows.column_names)}."
+            )
+    for row in rows:
+        yield json.dumps(line_of(row, task), ensure_ascii=False, default=str)
 
 
 def evaluate_tasks(model: Model, plan: TaskPlan, *, batch_size: int) -> dict[str, dict[str, float]]:

@@ -12,11 +12,12 @@ import json
 import logging
 import math
 import random
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from typing import Any
 import datasets
 import lm_eval.api.metrics
 import lm_eval.api.task
+import lm_eval.tasks
 import numpy as np
 import torch
 from lm_eval.api.registry import get_aggregation, get_metric, get_metric_aggregation
@@ -39,14 +41,21 @@ from mptfoundry.ranks import once_per_node, rank, say, world_size
 from mptfoundry.stores import reason_of
 from mptfoundry.tasks.answers import Samples
 from mptfoundry.tasks.harness_model import HarnessModel, gold_index, label_of
-from mptfoundry.tasks.public import files_of_names, files_of_public_names, folders_of, lines_with_code
-from mptfoundry.tasks.rounds import Model
+from mptfoundry.tasks.scoring import Model
 from mptfoundry.tokenizer import default_template
 
 # The seeds of `lm_eval` on the command line.
 _PYTHON_SEED, _OTHER_SEED = 0, 1234
 _BOOTSTRAP_ROUNDS = 1000
 _GOLD_BITS = "gold_bits_per_byte"
+
+# A task, a group and a tag are each named in a line of their own, with keys that may be quoted. A tag is a
+# name or a list of them. lm-eval's own index of its tasks takes a minute or more.
+_NAME = re.compile(r"""^["']?(?:task|group)["']?:[ ]*["']?([^\s"'#\[\]{}]+)""", re.MULTILINE)
+_TAGS = re.compile(r"""^["']?tag["']?:[ ]*(.*(?:\n[ ]*-.*)*)""", re.MULTILINE)
+_INCLUDE = re.compile(r"""^["']?include["']?:[ ]*["']?([^\s"'#]+)""", re.MULTILINE)
+_WORD = re.compile(r"[\w./:+-]*\w")
+_CODE = re.compile(r"!function\b")
 
 Results = dict[str, dict[str, float]]
 
@@ -397,3 +406,61 @@ def _results(answered: Mapping[str, Any], tasks: HarnessTasks, seconds: Mapping[
         elif values:
             results[name] = {**values, "documents": float(metrics["sample_len"])}
     return results
+
+
+def defaults_folder() -> Path:
+    """The folder of the tasks that come with lm-eval."""
+    return Path(str(lm_eval.tasks.__file__)).parent
+
+
+def files_of_names(folder: Path) -> Mapping[str, frozenset[Path]]:
+    """Task, group or tag -> the YAML files below a folder that define it."""
+    files: dict[str, set[Path]] = {}
+    for path in folder.rglob("*.yaml"):
+        for name in _names_in(path):
+            files.setdefault(name, set()).add(path)
+    return {name: frozenset(paths) for name, paths in files.items()}
+
+
+@cache
+def files_of_public_names() -> Mapping[str, frozenset[Path]]:
+    """The same for all tasks that come with lm-eval."""
+    return files_of_names(defaults_folder())
+
+
+def folders_of(names: Collection[str]) -> list[Path]:
+    """The folders of lm-eval's own tasks, groups and tags of these names; none is inside another."""
+    known = files_of_public_names()
+    folders = {path.parent for name in names for path in known.get(name, ())}
+    return sorted(folder for folder in folders if not folders & set(folder.parents))
+
+
+def lines_with_code(folder: Path) -> Iterator[tuple[Path, int]]:
+    """The YAML files below a folder that run Python code, with the first such line."""
+    for path in sorted(each for each in folder.rglob("*") if each.is_file() and each.suffix != ".py"):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if match := _CODE.search(text):
+            yield path, text.count("\n", 0, match.start()) + 1
+
+
+def _names_in(path: Path) -> Iterator[str]:
+    text = path.read_text(encoding="utf-8", errors="replace")
+    yield from _NAME.findall(text)
+    yield from _tags_in(text)
+    for name in _INCLUDE.findall(text):
+        yield from _tags_of_template(path.parent / name)
+
+
+@cache
+def _tags_of_template(path: Path) -> tuple[str, ...]:
+    """The tags of a file that others include, and of those that it includes itself."""
+    if not path.is_file():
+        return ()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    inherited = (path.parent / name for name in _INCLUDE.findall(text) if name != path.name)
+    return (*_tags_in(text), *(tag for each in inherited for tag in _tags_of_template(each)))
+
+
+def _tags_in(text: str) -> Iterator[str]:
+    for value in _TAGS.findall(text):
+        yield from _WORD.findall(value)

@@ -31,8 +31,7 @@ from mptfoundry.generation import continue_prompts
 from mptfoundry.ranks import rank, say
 from mptfoundry.tasks.answers import Samples, prompt_hash
 from mptfoundry.tasks.questions import Question, Row
-from mptfoundry.tasks.rounds import Model, rounds
-from mptfoundry.tasks.scoring import Batch, Score, plan_batches, score_batch
+from mptfoundry.tasks.scoring import Batch, Model, Score, plan_batches, rounds, score_batch
 from mptfoundry.tokenizer import default_template
 
 _NEW_TOKENS = 256

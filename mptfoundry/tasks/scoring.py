@@ -2,22 +2,35 @@
 
 The rows of a question that begin with the same tokens share that prefix: the network reads it once, its keys
 and values are repeated for the rows, and each row continues with what is its own. Questions are batched by
-length, and the batches depend on nothing but the questions: results are the same on any number of ranks, and
-after a restart.
+length, and the batches depend on nothing but the questions. The ranks take turns at them: results are the
+same on any number of ranks, and after a restart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from composer.utils import dist
 
 from mptfoundry.mpt.network import MPT, KVCache
+from mptfoundry.ranks import rank, world_size
 from mptfoundry.tasks.questions import Question, Row
 
+T = TypeVar("T")
 # A shorter shared prefix costs more in a second pass than it saves.
 _SHORTEST_PREFIX = 8
+
+
+@dataclass(frozen=True)
+class Model:
+    """What answers: a network in eval mode, its tokenizer, and whether its weights are sharded over ranks."""
+
+    network: MPT
+    tokenizer: object
+    is_sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -93,6 +106,30 @@ def plan_batches(questions: Sequence[Question], tokens: int) -> list[Batch]:
         else:
             batches.append([question])
     return [Batch(tuple(each), tuple(prefixes[question.doc_id] for question in each)) for each in batches]
+
+
+def rounds(
+    batches: Sequence[Batch], answer: Callable[[Batch], dict[int, T]], *, is_sharded: bool
+) -> Iterator[dict[int, T]]:
+    """The answers of all ranks, round after round.
+
+    Sharded weights are gathered by all ranks together, so in a round they make the same number of passes: a
+    round has batches of one kind, and a rank without a batch of its own repeats another one.
+
+    Args:
+        batches: The same on all ranks.
+        answer: This rank's answers to a batch, by `doc_id`.
+        is_sharded: Whether the weights are sharded over ranks.
+    """
+    for kind in (True, False):
+        alike = [batch for batch in batches if bool(max(batch.prefixes)) == kind]
+        for first in range(0, len(alike), world_size()):
+            own = first + rank()
+            answered: dict[int, T] = {}
+            if own < len(alike) or is_sharded:
+                answered = answer(alike[min(own, len(alike) - 1)])
+            gathered = dist.all_gather_object(answered)
+            yield {doc_id: each for answers in gathered for doc_id, each in answers.items()}
 
 
 @torch.inference_mode()

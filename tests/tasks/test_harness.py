@@ -18,7 +18,6 @@ from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.errors import ConfigError, DataError
 from mptfoundry.evaluate import evaluate, results_table
 from mptfoundry.export.folder import export
-from mptfoundry.tasks.public import files_of_public_names, folders_of
 from tests.ranks import run_on_ranks
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -297,6 +296,8 @@ def test_what_can_not_be_evaluated_is_said(
 def test_public_tasks_are_found_without_the_harness_index_and_their_data_is_named(
     exported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from mptfoundry.tasks.harness import files_of_public_names, folders_of
+
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     assert len(files_of_public_names()) > 10_000
     names = {path.name for path in folders_of(["hellaswag", "ai2_arc", "mmlu"])}
