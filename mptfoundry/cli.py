@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,7 +157,8 @@ def _check(words: list[str]) -> None:
         return
     if kind == "evaluation":
         for name, options in _load_evaluations(words).items():
-            print(f"{name}: {options.model}; {_tasks_line(tasks_of(options)[0])}")
+            public = f"; {', '.join(options.public_tasks)} of lm-eval" if options.tasks else ""
+            print(f"{name}: {options.model}; {_tasks_line(tasks_of(options)[0])}{public}")
         return
     config = _load_config(words)
     from mptfoundry.check import check
@@ -177,6 +178,7 @@ def _eval(words: list[str]) -> None:
         evaluations = _load_evaluations(words)
     else:
         evaluations = {"": _options(words, "EvalConfig", "model")}
+        _refuse_missing_harness(evaluations.values())
     _refuse_unsupported_gpu()
     with _importing():
         from mptfoundry.evaluate import evaluate, results_table
@@ -195,7 +197,15 @@ def _load_evaluations(words: list[str]) -> dict[str, EvalConfig]:
     if rank() == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
+    _refuse_missing_harness(evaluations.values())
     return evaluations
+
+
+def _refuse_missing_harness(evaluations: Iterable[EvalConfig]) -> None:
+    from mptfoundry.plan.packages import refuse_missing_harness
+
+    for options in evaluations:
+        refuse_missing_harness(options)
 
 
 def _prepare(words: list[str]) -> None:

@@ -42,6 +42,10 @@ class CheckpointError(MPTFoundryError):
     """A checkpoint or an exported folder is missing, damaged, or doesn't fit the model."""
 
 
+class AnotherModelError(CheckpointError):
+    """A model of an architecture that is not MPT."""
+
+
 class TrainingError(MPTFoundryError):
     """Training can't continue: numbers are not finite, the loss exploded, or a rank is silent."""
 

@@ -29,13 +29,14 @@ from mptfoundry.config.data import LoaderConfig
 from mptfoundry.config.load import load_train_config
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.data.loading import LoaderContext
-from mptfoundry.errors import ConfigError
+from mptfoundry.errors import AnotherModelError, ConfigError
 from mptfoundry.files import whole_or_absent
 from mptfoundry.loaders import build_evaluators
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.sharding import start_on_the_cpu
 from mptfoundry.plan.devices import Device, detect_device
 from mptfoundry.plan.gpu_support import imported_torch, refuse_unsupported
+from mptfoundry.plan.packages import refuse_missing_harness
 from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision, choose_workers, precision_problem
 from mptfoundry.ranks import rank, say, world_size
 from mptfoundry.tasks.evaluation import Model, TaskPlan, evaluate_tasks, plan_tasks
@@ -65,16 +66,17 @@ def evaluate(options: EvalConfig) -> Results:
         raise ConfigError(f"precision: {problem}")
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
+    refuse_missing_harness(options)
     if world_size() > 1:
         dist.initialize_dist(device.kind, timeout=options.dist_timeout)
-    source = open_model(options.model, base=options.base, verify=options.verify)
+    source = _open(options)
     tokenizer: Any = load_tokenizer(options.tokenizer) if options.tokenizer else tokenizer_of(source)
     if tokenizer is None:
         raise ConfigError(f"tokenizer: {options.model} has none. Name the one it was trained with.")
     check_tokenizer(tokenizer, source.config.vocab_size)
     max_seq_len = options.max_seq_len or source.config.max_seq_len
     plan = None
-    if options.icl_tasks is not None:
+    if options.icl_tasks is not None or options.public_tasks:
         plan = plan_tasks(
             options, source, tokenizer, max_seq_len=max_seq_len, device=device.name, precision=precision
         )
@@ -105,6 +107,16 @@ def evaluate(options: EvalConfig) -> Results:
     if rank() == 0:
         _write(results, options, source, plan)
     return results
+
+
+def _open(options: EvalConfig) -> ModelSource:
+    try:
+        return open_model(options.model, base=options.base, verify=options.verify)
+    except AnotherModelError as error:
+        raise AnotherModelError(
+            f"{error} Evaluate others with lm-evaluation-harness: "
+            f"lm_eval --model hf --model_args pretrained={options.model} --tasks ..."
+        ) from error
 
 
 def results_table(results: Results) -> str:

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mptfoundry.errors import CheckpointError
+from mptfoundry.errors import AnotherModelError, CheckpointError
 from mptfoundry.files import read_json
 from mptfoundry.mpt.config import AttnConfig, InitConfig, MPTConfig, from_values
 from mptfoundry.mpt.head_config import head_named
@@ -75,7 +75,7 @@ def config_of_folder(folder: Path) -> MPTConfig:
     file = folder / "config.json"
     model_type = values.get("model_type", "mpt")
     if model_type not in _MODEL_TYPES:
-        raise CheckpointError(f"{file}: model_type is {model_type!r}. Only MPT models are read.")
+        raise AnotherModelError(f"{file}: model_type is {model_type!r}. Only MPT models are read.")
     return config_of_others(values, str(file))
 
 

@@ -79,6 +79,7 @@ def load_evaluations(path: str | Path, words: Sequence[str] = ()) -> tuple[dict[
         ConfigError: All problems at once, also of the files of tasks that it names.
     """
     document = read_document(path, words)
+    _refuse_code_from_file(document)
     notes = list(document.notes)
     for key, because in _NOT_IN_EVALUATIONS.items():
         if document.take((key,)) is not None:
@@ -106,7 +107,7 @@ def kind_of(path: str) -> Literal["run", "evaluation", "tasks"]:
     keys = read_document(path, ()).tree.keys() if path.endswith(CONFIG_SUFFIXES) else set()
     if keys and keys <= {"icl_tasks", "eval_gauntlet"}:
         return "tasks"
-    is_evaluation = "train_loader" not in keys and keys & {"models", "icl_tasks"}
+    is_evaluation = "train_loader" not in keys and keys & {"models", "icl_tasks", "tasks"}
     return "evaluation" if is_evaluation else "run"
 
 

@@ -38,7 +38,8 @@ class TaskConfig(Section):
 
     Attributes:
         label: Name of the task in all results.
-        dataset_uri: A JSONL file, or the URL of one in an object store. Its lines have `query, choices, gold`
+        dataset_uri: A JSONL file, or the URL of one in an object store; or `hf://NAME` for a data set on the
+            Hugging Face hub or a folder of one. Its lines have `query, choices, gold`
             (multiple_choice), `context_options, continuation, gold` (schema), `context, continuation`
             (language_modeling) or `context, answer` and perhaps `aliases, chain_of_thought`
             (generation_task_with_answers).
@@ -64,6 +65,9 @@ class TaskConfig(Section):
         cot_delimiter: Text between a chain of thought and the answer.
         early_stopping_criteria: Texts that end a generated answer.
         do_normalization: Compare generated answers without case, punctuation and articles.
+        hf_loading_vars: Arguments of `datasets.load_dataset` for `hf://`, such as `{split: test}`.
+        hf_parsing_map: Field of a line -> the columns of an `hf://` data set that it is made of, joined by
+            blanks. Default: the data set has the fields itself.
     """
 
     label: str
@@ -85,6 +89,8 @@ class TaskConfig(Section):
     cot_delimiter: str = ""
     early_stopping_criteria: tuple[str, ...] = ()
     do_normalization: bool = True
+    hf_loading_vars: dict[str, Any] = field(default_factory=dict)
+    hf_parsing_map: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def rules(self) -> Rules:
         yield from not_empty(self, "label", "dataset_uri")
@@ -93,6 +99,11 @@ class TaskConfig(Section):
         yield self._shots()
         yield self._metrics()
         yield self._generation()
+        yield from map(self._of_the_hub, ("hf_loading_vars", "hf_parsing_map"))
+
+    def _of_the_hub(self, key: str) -> Iterator[Problem]:
+        if getattr(self, key) and not self.is_on_the_hub:
+            yield key, "has no effect unless dataset_uri begins with hf://. Remove it."
 
     def _shots(self) -> Iterator[Problem]:
         if not self.shots:
@@ -118,6 +129,11 @@ class TaskConfig(Section):
     def shots(self) -> tuple[int, ...]:
         """The numbers of examples to evaluate with."""
         return (self.num_fewshot,) if isinstance(self.num_fewshot, int) else tuple(self.num_fewshot)
+
+    @property
+    def is_on_the_hub(self) -> bool:
+        """Whether the `datasets` library reads the task's data."""
+        return self.dataset_uri.startswith("hf://")
 
     @property
     def metrics(self) -> tuple[str, ...]:

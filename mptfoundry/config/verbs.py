@@ -11,6 +11,8 @@ from mptfoundry.config.data import LoaderConfig, label_problems, loaders_by_labe
 from mptfoundry.config.engine.section_rules import Problem, Rules, Section, at_least
 from mptfoundry.config.tasks import GauntletConfig, TaskConfig
 
+# Keys of an evaluation that only its public tasks read.
+PUBLIC_ONLY = ("include_path", "apply_chat_template", "fewshot_as_multiturn", "system_instruction")
 COMPRESSIONS = ("br", "bz2", "snappy", "zstd")
 
 
@@ -230,13 +232,20 @@ class EvalConfig(Section):
         eval_gauntlet: How the tasks' scores are averaged, or a YAML file that says it.
         num_fewshot: Evaluate all tasks with this many examples, instead of each task's own numbers.
         limit: Evaluate only the first documents of each task; -1: all.
+        tasks: Public tasks of lm-evaluation-harness to evaluate, by their names there, with commas between
+            them. They may be groups, patterns such as `mmlu_*`, or YAML files of tasks.
+        include_path: Folder with further tasks for `tasks`, as YAML files in lm-evaluation-harness' format.
+        apply_chat_template: Write the questions of `tasks` as turns of a chat, by the tokenizer's template.
+        fewshot_as_multiturn: In a chat, each example is a turn of its own. Default: with a chat template.
+        system_instruction: The system message before the questions of `tasks`.
         precision: Number format of the computation. `auto`: bfloat16 on GPUs that support it, else float32.
         attn_impl: The attention backend; all have the same mathematics.
         verify: Compare the weights with their checksums.
         seed: Seed for anything random.
         out: JSON file for the results. Default: `eval.json` next to the model.
         dist_timeout: Seconds that a rank waits for the others.
-        allow_code: Run the `preprocessing_fn` of a loader. On the command line only.
+        allow_code: Run the `preprocessing_fn` of a loader, and the Python code of tasks. On the command line
+            only.
         variables: Values that other keys refer to as `${variables.x}`.
     """
 
@@ -251,6 +260,11 @@ class EvalConfig(Section):
     eval_gauntlet: GauntletConfig | str | None = None
     num_fewshot: int | None = None
     limit: int = -1
+    tasks: tuple[str, ...] = ()
+    include_path: str | None = None
+    apply_chat_template: bool = False
+    fewshot_as_multiturn: bool | None = None
+    system_instruction: str | None = None
     precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"] = "auto"
     attn_impl: Literal["auto", "torch", "flash", "triton"] = "auto"
     verify: bool = True
@@ -266,13 +280,37 @@ class EvalConfig(Section):
         yield from at_least(self, num_fewshot=0, limit=-1)
         yield some_batches(self, "eval_subset_num_batches")
         yield label_problems(self)
-        yield self._tasks_needed()
+        yield self._some_documents()
+        yield from map(self._needs_public_tasks, PUBLIC_ONLY)
+        yield self._gauntlet_needs_tasks()
+        yield self._shots_need_tasks()
+        yield self._turns_need_a_chat()
 
-    def _tasks_needed(self) -> Iterator[Problem]:
-        if self.icl_tasks is None:
-            for key in ("eval_gauntlet", "num_fewshot"):
-                if getattr(self, key) is not None:
-                    yield key, "has no effect without icl_tasks. Name the tasks, or remove it."
+    def _some_documents(self) -> Iterator[Problem]:
+        if self.limit == 0:
+            yield "limit", "0 documents leave nothing to do. Use -1 for all of them."
+
+    def _needs_public_tasks(self, key: str) -> Iterator[Problem]:
+        if getattr(self, key) != getattr(EvalConfig, key) and not self.tasks:
+            yield key, "has no effect without tasks. Name the tasks, or remove it."
+
+    def _gauntlet_needs_tasks(self) -> Iterator[Problem]:
+        if self.eval_gauntlet is not None and self.icl_tasks is None:
+            yield "eval_gauntlet", "has no effect without icl_tasks. Name the tasks, or remove it."
+
+    def _shots_need_tasks(self) -> Iterator[Problem]:
+        if self.num_fewshot is not None and self.icl_tasks is None and not self.tasks:
+            yield "num_fewshot", "has no effect without icl_tasks or tasks. Name the tasks, or remove it."
+
+    def _turns_need_a_chat(self) -> Iterator[Problem]:
+        if self.fewshot_as_multiturn and not self.apply_chat_template:
+            yield "fewshot_as_multiturn", "needs apply_chat_template: true."
+
+    @property
+    def public_tasks(self) -> tuple[str, ...]:
+        """The names in `tasks`, each once."""
+        names = (name.strip() for text in self.tasks for name in text.split(","))
+        return tuple(dict.fromkeys(name for name in names if name))
 
     @property
     def eval_loaders(self) -> dict[str, LoaderConfig]:

@@ -7,6 +7,8 @@ directory, such as the one that wandb writes, is not mistaken for a package.
 from __future__ import annotations
 
 from mptfoundry.config.run import TrainConfig
+from mptfoundry.config.verbs import EvalConfig
+from mptfoundry.errors import ConfigError
 
 # (section, name) -> pip requirement, with a version that works here.
 OF_SECTIONS = {
@@ -19,6 +21,7 @@ OF_SECTIONS = {
 }
 ON_A_GPU = {("callbacks", "system_metrics_monitor"): "pynvml"}
 ADAPTERS, QUANTIZED = "peft>=0.15,<0.22", "bitsandbytes>=0.48"
+PUBLIC_TASKS = "lm-eval>=0.4.13,<0.5"
 
 
 def missing_packages(config: TrainConfig, device_type: str) -> dict[str, str]:
@@ -35,6 +38,12 @@ def missing_packages(config: TrainConfig, device_type: str) -> dict[str, str]:
     if config.model.bits:
         needed[f"model.load_in_{config.model.bits}bit"] = QUANTIZED
     return {key: problem for key, each in needed.items() if (problem := package_problem(each))}
+
+
+def refuse_missing_harness(options: EvalConfig) -> None:
+    """Raise ConfigError if an evaluation has public tasks, and lm-evaluation-harness is missing here."""
+    if options.tasks and (problem := package_problem(PUBLIC_TASKS)):
+        raise ConfigError(f"tasks: {problem}")
 
 
 def package_problem(requirement: str) -> str | None:

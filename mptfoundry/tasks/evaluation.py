@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 import tempfile
@@ -13,7 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from composer.utils import dist, get_file
 from tqdm import tqdm
@@ -26,9 +27,8 @@ from mptfoundry.config.verbs import EvalConfig, Sampling
 from mptfoundry.errors import ConfigError, DataError
 from mptfoundry.files import whole_or_absent
 from mptfoundry.generation import continue_prompts
-from mptfoundry.mpt.network import MPT
 from mptfoundry.places import path_of
-from mptfoundry.ranks import once_per_node, rank, say, world_size
+from mptfoundry.ranks import once_per_node, rank, say
 from mptfoundry.stores import AT_START, patiently, reason_of
 from mptfoundry.tasks.answers import SAMPLES, Samples, identity_of, settings_hash
 from mptfoundry.tasks.gauntlet import gauntlet_scores, refuse_missing
@@ -39,8 +39,11 @@ from mptfoundry.tasks.outcomes import (
     mean_of_categories,
     task_metrics,
 )
-from mptfoundry.tasks.questions import Question, TaskData, build_task, read_lines
-from mptfoundry.tasks.scoring import Batch, plan_batches, score_batch
+from mptfoundry.tasks.questions import Question, TaskData, build_task, line_of, read_lines
+from mptfoundry.tasks.scoring import Batch, Model, plan_batches, rounds, score_batch
+
+if TYPE_CHECKING:
+    from mptfoundry.tasks.harness import HarnessTasks
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ class TaskPlan:
         samples: The file of answers.
         max_seq_len: The most tokens of a text.
         settings: All that changes numbers; a file of answers is continued only if they are the same.
+        public: The tasks of lm-evaluation-harness, if there are any.
     """
 
     tasks: tuple[TaskData, ...]
@@ -62,6 +66,7 @@ class TaskPlan:
     samples: Path
     max_seq_len: int
     settings: dict[str, Any]
+    public: HarnessTasks | None = None
 
 
 def plan_tasks(
@@ -73,17 +78,22 @@ def plan_tasks(
         ConfigError, DataError: A file of tasks or data is missing or wrong, or the gauntlet lacks a task.
     """
     tasks, gauntlet = tasks_of(options)
-    if not tasks:
+    if not tasks and not options.public_tasks:
         raise ConfigError(f"icl_tasks: {options.icl_tasks} names no task.")
+    public = None
+    if options.public_tasks:
+        from mptfoundry.tasks.harness import load_tasks
+
+        public = load_tasks(options, tokenizer)
     built, digests = [], {}
     for task in tasks:
         path = Path(once_per_node(partial(local_copy, task), what=f"fetching {task.dataset_uri}"))
         lines = read_lines(path, task)
-        digests[task.label] = hashlib.sha256(path.read_bytes()).hexdigest()
+        digests[task.label] = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
         longest = min(task.max_seq_len or max_seq_len, max_seq_len)
         for shots in task.shots if options.num_fewshot is None else (options.num_fewshot,):
             built.append(build_task(task, shots, lines, tokenizer, longest, options.limit))
-    labels = [data.label for data in built]
+    labels = [data.label for data in built] + ([] if public is None else public.labels)
     if twice := sorted({label for label in labels if labels.count(label) > 1}):
         raise ConfigError(
             f"icl_tasks: {', '.join(twice)}: is there twice. Give each task a label of its own."
@@ -106,6 +116,8 @@ def plan_tasks(
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "tokenizers")},
         "mptfoundry": __version__,
     }
+    if public is not None:
+        settings |= {"public": public.settings, "seed": options.seed}
     out = Path(options.out) if options.out else None
     if out is None:
         home = source.path.parent if source.run_folder is not None else source.path
@@ -116,25 +128,57 @@ def plan_tasks(
         )
     results = out if out.suffix == ".json" else out / "eval.json"
     samples = out.with_suffix(".samples.jsonl") if out.suffix == ".json" else out / SAMPLES
-    return TaskPlan(tuple(built), gauntlet, results, samples, max_seq_len, settings)
+    return TaskPlan(tuple(built), gauntlet, results, samples, max_seq_len, settings, public)
 
 
 def local_copy(task: TaskConfig) -> str:
-    """The path of a task's data, fetched if it is in an object store."""
+    """The path of a task's data, fetched if it is in an object store or a data set."""
     path = path_of(task.dataset_uri)
     if path is not None:
         return str(path)
-    name = hashlib.sha256(task.dataset_uri.encode()).hexdigest()[:16]
+    whole = json.dumps([task.dataset_uri, task.hf_loading_vars, task.hf_parsing_map], sort_keys=True)
+    name = hashlib.sha256(whole.encode()).hexdigest()[:16]
     target = Path(tempfile.gettempdir()) / f"mptfoundry-tasks-{os.getuid()}" / f"{name}.jsonl"
-    what = f"{task.dataset_uri}: can't be fetched"
     with whole_or_absent(target, overwrite=True) as file:
-        try:
-            patiently(
-                lambda: get_file(task.dataset_uri, str(file), overwrite=True), what=what, patience=AT_START
-            )
-        except Exception as error:  # each store raises its own kind
-            raise DataError(f"{what} ({reason_of(error)}). It is the data of {task.label}.") from error
+        if task.is_on_the_hub:
+            file.write_text("".join(line + "\n" for line in _lines_of_the_hub(task)), encoding="utf-8")
+        else:
+            _fetch(task, file)
     return str(target)
+
+
+def _fetch(task: TaskConfig, file: Path) -> None:
+    what = f"{task.dataset_uri}: can't be fetched"
+    try:
+        patiently(lambda: get_file(task.dataset_uri, str(file), overwrite=True), what=what, patience=AT_START)
+    except Exception as error:  # each store raises its own kind
+        raise DataError(f"{what} ({reason_of(error)}). It is the data of {task.label}.") from error
+
+
+def _lines_of_the_hub(task: TaskConfig) -> Iterator[str]:
+    """The rows of a task's data set as lines of JSON."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(task.dataset_uri.removeprefix("hf://"), **task.hf_loading_vars)
+    except Exception as error:  # the library, the hub and its files raise their own kinds
+        raise DataError(
+            f"{task.dataset_uri}: can't be read ({reason_of(error)}). It is the data of {task.label}; "
+            "hf_loading_vars are the arguments of datasets.load_dataset."
+        ) from error
+    if not isinstance(rows, datasets.Dataset):
+        raise DataError(
+            f"{task.dataset_uri}: has the splits {', '.join(rows)}. Say which one is the data of "
+            f"{task.label}: hf_loading_vars: {{split: NAME}}."
+        )
+    for column in (column for columns in task.hf_parsing_map.values() for column in columns):
+        if column not in rows.column_names:
+            raise DataError(
+                f"{task.dataset_uri}: has no column {column}, which hf_parsing_map of {task.label} names. It "
+                f"has {', '.join(rows.column_names)}."
+            )
+    for row in rows:
+        yield json.dumps(line_of(row, task), ensure_ascii=False, default=str)
 
 
 def evaluate_tasks(model: Model, plan: TaskPlan, *, batch_size: int) -> dict[str, dict[str, float]]:
@@ -147,7 +191,7 @@ def evaluate_tasks(model: Model, plan: TaskPlan, *, batch_size: int) -> dict[str
             more. A task may name another.
 
     Returns:
-        label -> metric -> value, for each task, each of its categories, and `eval_gauntlet`.
+        label -> metric -> value, for each task, each of its categories, each group, and `eval_gauntlet`.
     """
     results: dict[str, dict[str, float]] = {}
     with ExitStack() as stack:
@@ -157,20 +201,18 @@ def evaluate_tasks(model: Model, plan: TaskPlan, *, batch_size: int) -> dict[str
         for data in plan.tasks:
             tokens = (data.task.batch_size or batch_size) * plan.max_seq_len
             results |= run_task(model, data, samples, tokens=tokens)
+        if plan.public is not None:
+            from mptfoundry.tasks.harness import evaluate_harness_tasks
+
+            tokens = batch_size * plan.max_seq_len
+            results |= evaluate_harness_tasks(
+                model, plan.public, samples, tokens=tokens, max_seq_len=plan.max_seq_len
+            )
     if plan.gauntlet is not None:
         scores = {data.label: results[data.label][data.task.metrics[0]] for data in plan.tasks}
         documents = {data.label: int(results[data.label]["documents"]) for data in plan.tasks}
         results["eval_gauntlet"] = gauntlet_scores(plan.gauntlet, scores, documents)
     return results
-
-
-@dataclass(frozen=True)
-class Model:
-    """What answers: a network in eval mode, its tokenizer, and whether its weights are sharded over ranks."""
-
-    network: MPT
-    tokenizer: object
-    is_sharded: bool = False
 
 
 def run_task(
@@ -208,7 +250,8 @@ def run_task(
         unit="doc",
         disable=rank() != 0 or not sys.stderr.isatty(),
     ) as progress:
-        for answered in _rounds(model, data, todo):
+        answer = partial(_answer, model, data)
+        for answered in rounds(todo, answer, is_sharded=model.is_sharded):
             outcomes.update(answered)
             if samples is not None:
                 samples.append(data, answered)
@@ -224,23 +267,6 @@ def _finished(samples: Samples, data: TaskData) -> dict[int, Outcome]:
         for question in data.questions
         if (data.label, question.doc_id) in samples.finished
     }
-
-
-def _rounds(model: Model, data: TaskData, batches: Sequence[Batch]) -> Iterator[dict[int, Outcome]]:
-    """The outcomes of all ranks, round after round.
-
-    Sharded weights are gathered by all ranks together, so in a round they make the same number of passes: a
-    round has batches of one kind, and a rank without a batch of its own repeats another one.
-    """
-    for kind in (True, False):
-        alike = [batch for batch in batches if bool(max(batch.prefixes)) == kind]
-        for first in range(0, len(alike), world_size()):
-            own = first + rank()
-            answered: dict[int, Outcome] = {}
-            if own < len(alike) or model.is_sharded:
-                answered = _answer(model, data, alike[min(own, len(alike) - 1)])
-            gathered = dist.all_gather_object(answered)
-            yield {doc_id: outcome for each in gathered for doc_id, outcome in each.items()}
 
 
 def _answer(model: Model, data: TaskData, batch: Batch) -> dict[int, Outcome]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,7 +103,7 @@ def read_lines(path: Path, task: TaskConfig) -> list[Line]:
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: is not UTF-8 text. A task is a JSONL file.") from error
-    for number, content in enumerate(text.splitlines(), 1):
+    for number, content in enumerate(text.split("\n"), 1):
         if content.strip():
             try:
                 line = json.loads(content)
@@ -115,6 +115,19 @@ def read_lines(path: Path, task: TaskConfig) -> list[Line]:
     if not lines:
         raise DataError(f"{path}: holds no documents. It is the data of {task.label}.")
     return lines
+
+
+def line_of(row: Mapping[str, Any], task: TaskConfig) -> Line:
+    """A row of a data set as a line: with the fields of `hf_parsing_map`, texts of several columns joined."""
+    if not task.hf_parsing_map:
+        return dict(row)
+    kinds = _FIELDS[task.icl_task_type]
+    return {
+        name: row[columns[0]]
+        if len(columns) == 1 and kinds.get(name, list) is not str and not isinstance(row[columns[0]], str)
+        else " ".join(str(row[column]) for column in columns)
+        for name, columns in task.hf_parsing_map.items()
+    }
 
 
 def _problem(line: Any, task: TaskConfig) -> str | None:

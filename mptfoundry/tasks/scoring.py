@@ -2,22 +2,35 @@
 
 The rows of a question that begin with the same tokens share that prefix: the network reads it once, its keys
 and values are repeated for the rows, and each row continues with what is its own. Questions are batched by
-length, and the batches depend on nothing but the questions: results are the same on any number of ranks, and
-after a restart.
+length, and the batches depend on nothing but the questions. The ranks take turns at them: results are the
+same on any number of ranks, and after a restart.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
+from composer.utils import dist
 
 from mptfoundry.mpt.network import MPT, KVCache
+from mptfoundry.ranks import rank, world_size
 from mptfoundry.tasks.questions import Question, Row
 
+T = TypeVar("T")
 # A shorter shared prefix costs more in a second pass than it saves.
 _SHORTEST_PREFIX = 8
+
+
+@dataclass(frozen=True)
+class Model:
+    """What answers: a network in eval mode, its tokenizer, and whether its weights are sharded over ranks."""
+
+    network: MPT
+    tokenizer: object
+    is_sharded: bool = False
 
 
 @dataclass(frozen=True)
@@ -95,30 +108,60 @@ def plan_batches(questions: Sequence[Question], tokens: int) -> list[Batch]:
     return [Batch(tuple(each), tuple(prefixes[question.doc_id] for question in each)) for each in batches]
 
 
+def rounds(
+    batches: Sequence[Batch], answer: Callable[[Batch], dict[int, T]], *, is_sharded: bool
+) -> Iterator[dict[int, T]]:
+    """The answers of all ranks, round after round.
+
+    Sharded weights are gathered by all ranks together, so in a round they make the same number of passes: a
+    round has batches of one kind, and a rank without a batch of its own repeats another one.
+
+    Args:
+        batches: The same on all ranks.
+        answer: This rank's answers to a batch, by `doc_id`.
+        is_sharded: Whether the weights are sharded over ranks.
+    """
+    for kind in (True, False):
+        alike = [batch for batch in batches if bool(max(batch.prefixes)) == kind]
+        for first in range(0, len(alike), world_size()):
+            own = first + rank()
+            answered: dict[int, T] = {}
+            if own < len(alike) or is_sharded:
+                answered = answer(alike[min(own, len(alike) - 1)])
+            gathered = dist.all_gather_object(answered)
+            yield {doc_id: each for answers in gathered for doc_id, each in answers.items()}
+
+
 @torch.inference_mode()
 def score_batch(network: MPT, batch: Batch) -> dict[int, list[Score]]:
     """Score the rows of a batch's questions with a network in eval mode: doc_id -> a score for each row."""
     device = next(network.parameters()).device
-    cache, numbers = _read_prefixes(network, batch, device)
     rows = [
-        Row(row.ids[prefix:], row.start - prefix)
-        for question, prefix in zip(batch.questions, batch.prefixes, strict=True)
+        (number, Row(row.ids[prefix:], row.start - prefix))
+        for number, (question, prefix) in enumerate(zip(batch.questions, batch.prefixes, strict=True))
         for row in question.rows
     ]
-    width = max(len(row.ids) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros(len(rows), width, dtype=torch.bool)
-    for number, row in enumerate(rows):
-        ids[number, : len(row.ids)] = torch.tensor(row.ids)
-        mask[number, : len(row.ids)] = True
+    # A row's last token predicts nothing, and answers of one token differ in nothing else.
+    inputs = {(number, row.ids[:-1]): 0 for number, row in rows}
+    inputs = {each: place for place, each in enumerate(inputs)}
+    width = max(len(tokens) for _, tokens in inputs)
+    ids = torch.zeros(len(inputs), width, dtype=torch.int64)
+    mask = torch.zeros(len(inputs), width, dtype=torch.bool)
+    for place, (_, tokens) in enumerate(inputs):
+        ids[place, : len(tokens)] = torch.tensor(tokens)
+        mask[place, : len(tokens)] = True
+    cache = _read_prefixes(network, batch, device)
     if cache is not None:
+        numbers = torch.tensor([number for number, _ in inputs], device=device)
         cache = _for_rows(network, cache, numbers, width)
     logits = network(
         ids.to(device), attention_mask=None if mask.all() else mask.to(device), cache=cache
     ).logits
-    scores = [_score(logits[number], row) for number, row in enumerate(rows)]
-    taken = iter(scores)
-    return {question.doc_id: [next(taken) for _ in question.rows] for question in batch.questions}
+    scores: dict[int, list[Score]] = {question.doc_id: [] for question in batch.questions}
+    for number, row in rows:
+        doc_id = batch.questions[number].doc_id
+        scores[doc_id].append(_score(logits[inputs[number, row.ids[:-1]]], row))
+    return scores
 
 
 def _score(logits: torch.Tensor, row: Row) -> Score:
@@ -133,13 +176,11 @@ def _score(logits: torch.Tensor, row: Row) -> Score:
     )
 
 
-def _read_prefixes(network: MPT, batch: Batch, device: torch.device) -> tuple[KVCache | None, torch.Tensor]:
-    """The keys and values of each question's shared prefix, padded on the left, and each row's question."""
-    sizes = torch.tensor([len(question.rows) for question in batch.questions], device=device)
-    numbers = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
+def _read_prefixes(network: MPT, batch: Batch, device: torch.device) -> KVCache | None:
+    """The keys and values of each question's shared prefix, padded on the left."""
     longest = max(batch.prefixes)
     if not longest:
-        return None, numbers
+        return None
     ids = torch.zeros(len(batch.questions), longest, dtype=torch.int64)
     mask = torch.zeros(len(batch.questions), longest, dtype=torch.bool)
     for number, (question, prefix) in enumerate(zip(batch.questions, batch.prefixes, strict=True)):
@@ -148,7 +189,7 @@ def _read_prefixes(network: MPT, batch: Batch, device: torch.device) -> tuple[KV
     cache = KVCache(network.config, len(ids), longest, device=device, dtype=next(network.parameters()).dtype)
     mask_or_none = None if mask.all() else mask.to(device)
     network(ids.to(device), attention_mask=mask_or_none, cache=cache, last_only=True)
-    return cache, numbers
+    return cache
 
 
 def _for_rows(network: MPT, cache: KVCache, numbers: torch.Tensor, more: int) -> KVCache:

@@ -11,10 +11,12 @@ import pytest
 
 from mptfoundry.cli import main
 from mptfoundry.config.load import parse_words
+from mptfoundry.config.tasks import TaskFileConfig
 from mptfoundry.config.verbs import EvalConfig
-from mptfoundry.errors import ConfigError
+from mptfoundry.errors import ConfigError, DataError
 from mptfoundry.evaluate import evaluate, results_table
 from mptfoundry.export.folder import export
+from mptfoundry.tasks.gauntlet import gauntlet_scores, refuse_missing
 from tests.ranks import run_on_ranks
 
 TASKS = """
@@ -229,3 +231,77 @@ def test_a_file_of_tasks_can_be_checked(tasks: Path, capsys: pytest.CaptureFixtu
     )
     assert main(["check", str(tasks)]) == 2
     assert "tasks.yaml:10" in capsys.readouterr().err
+
+
+@pytest.fixture
+def data_set(tmp_path: Path) -> Path:
+    """A folder that the `datasets` library reads, with columns of its own."""
+    import datasets
+
+    rows = [
+        {"premise": f"{n} and 1", "verb": "is", "number": n, "options": ["a", "bc"], "label": n % 2}
+        for n in range(6)
+    ]
+    (tmp_path / "set").mkdir()
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set/test.parquet")
+    return tmp_path / "set"
+
+
+def of_data_set(folder: Path, **options: Any) -> str:
+    task = {
+        "label": "sums",
+        "dataset_uri": f"hf://{folder}",
+        "num_fewshot": [1],
+        "icl_task_type": "multiple_choice",
+        "hf_loading_vars": {"split": "test"},
+        "hf_parsing_map": {"query": ["premise", "verb"], "choices": ["options"], "gold": ["label"]},
+    }
+    return f"icl_tasks={json.dumps([{**task, **options}])}"
+
+
+def test_a_data_set_is_read_by_the_columns_that_the_task_names(
+    write_run: Callable[..., Path], data_set: Path, tmp_path: Path
+) -> None:
+    model = write_run()
+    lines = [{"query": f"{n} and 1 is", "choices": ["a", "bc"], "gold": n % 2} for n in range(6)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file = of_data_set(data_set, dataset_uri=f"{tmp_path}/sums.jsonl", hf_loading_vars={}, hf_parsing_map={})
+    options = [f"model={model}", "max_seq_len=64"]
+    by_file = evaluate(parse_words([*options, file, f"out={tmp_path}/file"], EvalConfig))
+    by_hub = evaluate(parse_words([*options, of_data_set(data_set), f"out={tmp_path}/hub"], EvalConfig))
+    assert without_seconds(by_hub) == without_seconds(by_file)
+    written = [
+        (tmp_path / name / "eval.samples.jsonl").read_text().splitlines()[1:] for name in ("file", "hub")
+    ]
+    assert written[0] == written[1] and len(written[0]) == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"hf_loading_vars": {}}, r"has the splits test. Say which one .* hf_loading_vars: \{split: NAME\}"),
+        ({"hf_loading_vars": {"split": "train"}}, r"can't be read \(.*train.* It is the data of sums"),
+        ({"hf_parsing_map": {"query": ["question"]}}, r"no column question, .* It has premise, verb, number"),
+        ({"hf_parsing_map": {"query": ["premise"]}}, r":1: choices: is missing"),
+        ({"dataset_uri": "hf:///nowhere/at/all"}, r"hf:///nowhere/at/all: can't be read"),
+    ],
+)
+def test_what_a_data_set_lacks_is_said(
+    write_run: Callable[..., Path], data_set: Path, tmp_path: Path, options: dict[str, Any], said: str
+) -> None:
+    words = [f"model={write_run()}", of_data_set(data_set, **options), f"out={tmp_path}/out"]
+    with pytest.raises(DataError, match=said):
+        evaluate(parse_words(words, EvalConfig))
+
+
+def test_the_core_gauntlet_can_be_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    """DCLM's CORE, with the number of its tasks and every benchmark among them."""
+    file = Path(__file__).parents[2] / "configs/tasks/core.yaml"
+    assert main(["check", str(file)]) == 0
+    assert capsys.readouterr().out.startswith("22 tasks")
+    tasks = parse_words([], TaskFileConfig, file)
+    assert tasks.eval_gauntlet is not None
+    labels = [f"{task.label}/{shots}-shot" for task in tasks.icl_tasks for shots in task.shots]
+    refuse_missing(tasks.eval_gauntlet, labels)
+    scores = dict.fromkeys(labels, 1.0)
+    assert gauntlet_scores(tasks.eval_gauntlet, scores, dict.fromkeys(labels, 1))["CORE"] == 1
