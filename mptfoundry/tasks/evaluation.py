@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -73,23 +73,10 @@ def plan_tasks(
         ConfigError, DataError: A file of tasks or data is missing or wrong, or the gauntlet lacks a task.
     """
     tasks, gauntlet = tasks_of(options)
-    if not tasks:
-        raise ConfigError(f"icl_tasks: {options.icl_tasks} names no task.")
-    built, digests = [], {}
-    for task in tasks:
-        path = Path(once_per_node(partial(local_copy, task), what=f"fetching {task.dataset_uri}"))
-        lines = read_lines(path, task)
-        digests[task.label] = hashlib.sha256(path.read_bytes()).hexdigest()
-        longest = min(task.max_seq_len or max_seq_len, max_seq_len)
-        for shots in task.shots if options.num_fewshot is None else (options.num_fewshot,):
-            built.append(build_task(task, shots, lines, tokenizer, longest, options.limit))
-    labels = [data.label for data in built]
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise ConfigError(
-            f"icl_tasks: {', '.join(twice)}: is there twice. Give each task a label of its own."
-        )
-    if gauntlet is not None:
-        refuse_missing(gauntlet, labels)
+    fewshot, limit = options.num_fewshot, options.limit
+    built, digests = build_tasks(
+        tasks, gauntlet, tokenizer, max_seq_len=max_seq_len, num_fewshot=fewshot, limit=lambda task: limit
+    )
     settings = {
         "model": identity_of(source.path),
         "base": options.base,
@@ -116,7 +103,50 @@ def plan_tasks(
         )
     results = out if out.suffix == ".json" else out / "eval.json"
     samples = out.with_suffix(".samples.jsonl") if out.suffix == ".json" else out / SAMPLES
-    return TaskPlan(tuple(built), gauntlet, results, samples, max_seq_len, settings)
+    return TaskPlan(built, gauntlet, results, samples, max_seq_len, settings)
+
+
+def build_tasks(
+    tasks: Sequence[TaskConfig],
+    gauntlet: GauntletConfig | None,
+    tokenizer: Any,
+    *,
+    max_seq_len: int,
+    num_fewshot: int | None,
+    limit: Callable[[TaskConfig], int],
+) -> tuple[tuple[TaskData, ...], dict[str, str]]:
+    """Read the tasks' files and turn their lines into questions; all ranks call it.
+
+    Args:
+        tasks: The tasks.
+        gauntlet: What will be averaged; each of its benchmarks has to be among the tasks.
+        tokenizer: The model's.
+        max_seq_len: The most tokens of a text.
+        num_fewshot: The number of examples for all tasks, instead of each task's own numbers.
+        limit: Returns how many of a task's first documents to take; -1: all.
+
+    Returns:
+        Each task with each number of examples, and the SHA-256 of each task's file by its label.
+
+    Raises:
+        ConfigError, DataError: A file is missing or wrong, a task is there twice, or the gauntlet lacks one.
+    """
+    built, digests = [], {}
+    for task in tasks:
+        path = Path(once_per_node(partial(local_copy, task), what=f"fetching {task.dataset_uri}"))
+        lines = read_lines(path, task)
+        digests[task.label] = hashlib.sha256(path.read_bytes()).hexdigest()
+        longest = min(task.max_seq_len or max_seq_len, max_seq_len)
+        for shots in task.shots if num_fewshot is None else (num_fewshot,):
+            built.append(build_task(task, shots, lines, tokenizer, longest, limit(task)))
+    labels = [data.label for data in built]
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ConfigError(
+            f"icl_tasks: {', '.join(twice)}: is there twice. Give each task a label of its own."
+        )
+    if gauntlet is not None:
+        refuse_missing(gauntlet, labels)
+    return tuple(built), digests
 
 
 def local_copy(task: TaskConfig) -> str:
@@ -208,12 +238,13 @@ def run_task(
         unit="doc",
         disable=rank() != 0 or not sys.stderr.isatty(),
     ) as progress:
-        for answered in _rounds(model, data, todo):
+        for batch in plan_rounds(todo, is_sharded=model.is_sharded):
+            answered = answer_round(model, data, batch)
             outcomes.update(answered)
             if samples is not None:
                 samples.append(data, answered)
             progress.update(len(answered))
-    results = _results(data, outcomes)
+    results = results_of(data, outcomes)
     results[data.label]["seconds"] = time.monotonic() - began_at
     return results
 
@@ -226,21 +257,26 @@ def _finished(samples: Samples, data: TaskData) -> dict[int, Outcome]:
     }
 
 
-def _rounds(model: Model, data: TaskData, batches: Sequence[Batch]) -> Iterator[dict[int, Outcome]]:
-    """The outcomes of all ranks, round after round.
+def plan_rounds(batches: Sequence[Batch], *, is_sharded: bool) -> list[Batch | None]:
+    """Let the ranks take turns at the batches; returns this rank's batch of each round, None without one.
 
     Sharded weights are gathered by all ranks together, so in a round they make the same number of passes: a
     round has batches of one kind, and a rank without a batch of its own repeats another one.
     """
+    rounds: list[Batch | None] = []
     for kind in (True, False):
         alike = [batch for batch in batches if bool(max(batch.prefixes)) == kind]
         for first in range(0, len(alike), world_size()):
             own = first + rank()
-            answered: dict[int, Outcome] = {}
-            if own < len(alike) or model.is_sharded:
-                answered = _answer(model, data, alike[min(own, len(alike) - 1)])
-            gathered = dist.all_gather_object(answered)
-            yield {doc_id: outcome for each in gathered for doc_id, outcome in each.items()}
+            has_turn = own < len(alike) or is_sharded
+            rounds.append(alike[min(own, len(alike) - 1)] if has_turn else None)
+    return rounds
+
+
+def answer_round(model: Model, data: TaskData, batch: Batch | None) -> dict[int, Outcome]:
+    """The outcomes of all ranks in a round, from each rank's own batch; all ranks call it."""
+    answered = {} if batch is None else _answer(model, data, batch)
+    return {doc_id: outcome for each in dist.all_gather_object(answered) for doc_id, outcome in each.items()}
 
 
 def _answer(model: Model, data: TaskData, batch: Batch) -> dict[int, Outcome]:
@@ -274,7 +310,8 @@ def _generate(model: Model, data: TaskData, questions: Sequence[Question]) -> di
     }
 
 
-def _results(data: TaskData, outcomes: Mapping[int, Outcome]) -> dict[str, dict[str, float]]:
+def results_of(data: TaskData, outcomes: Mapping[int, Outcome]) -> dict[str, dict[str, float]]:
+    """The results of a task, by doc_id -> outcome: `label` and `label/category` -> metric -> value."""
     categories = sorted({question.category for question in data.questions if question.category is not None})
     if not categories:
         return {data.label: task_metrics(data.task, [outcomes[each.doc_id] for each in data.questions])}

@@ -95,7 +95,7 @@ def plan_batches(questions: Sequence[Question], tokens: int) -> list[Batch]:
     return [Batch(tuple(each), tuple(prefixes[question.doc_id] for question in each)) for each in batches]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: FSDP would keep its tensors, and training can't write to those
 def score_batch(network: MPT, batch: Batch) -> dict[int, list[Score]]:
     """Score the rows of a batch's questions with a network in eval mode: doc_id -> a score for each row."""
     device = next(network.parameters()).device
