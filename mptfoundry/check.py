@@ -2,8 +2,8 @@
 
 A contradiction within the config, or with files on this machine, is an error. Something that only this
 machine lacks (a GPU, a package, a folder) is printed on a line that begins with `here:`: another machine may
-have it, but `train` refuses to start without it. The check reads shard indexes and `tokenizer.json`, but no
-samples or records. It does not import torch.
+have it, but `train` refuses to start without it. The check reads shard indexes, `tokenizer.json` and the
+files of in-context tasks, but no samples or records. It does not import torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from mptfoundry.config.data import sources_by_key
+from mptfoundry.config.load import tasks_of_run
 from mptfoundry.config.parallel import replicas_and_shards
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.streams import RecordsConfig, StreamConfig
@@ -126,6 +127,8 @@ def look_here(config: TrainConfig) -> Look:
             look.lacking.append(f"code_paths: {path} is missing. Name a Python file.")
     if config.load_path:
         _look_at_start(config.load_path, config.run_name, look)
+    if config.icl_tasks is not None:
+        _look_at_tasks(config, look)
     return look
 
 
@@ -169,6 +172,26 @@ def _look_at_start(load_path: str, run_name: str, look: Look) -> None:
         look.notes.append(
             f"load_path: {place} is not on this machine; train needs it unless the run has its own checkpoint"
         )
+
+
+def _look_at_tasks(config: TrainConfig, look: Look) -> None:
+    """Read the files of the in-context tasks, and their data if it is on this machine."""
+    from mptfoundry.tasks.questions import read_lines
+
+    try:
+        tasks, _ = tasks_of_run(config)
+    except MPTFoundryError as error:
+        look.problems.append(error)
+        return
+    for task in tasks:
+        path = path_of(task.dataset_uri)
+        if path is not None and not path.exists():
+            look.lacking.append(f"icl_tasks: {path} is missing. It is the data of {task.label}.")
+        elif path is not None:
+            try:
+                read_lines(path, task)
+            except MPTFoundryError as error:
+                look.problems.append(error)
 
 
 def _look_at_tokenizer(look: Look) -> None:

@@ -158,7 +158,7 @@ def _steps(
     ids, length = input_ids, prompt_len
     last = input_ids[:, -1]
     while length < total:
-        with torch.inference_mode():
+        with torch.no_grad():  # FSDP would keep tensors of inference_mode, and training fail on them
             visible = None if mask is None else mask[:, :length]
             logits = network(ids, attention_mask=visible, cache=cache, last_only=True).logits[:, -1]
             if length == prompt_len and not logits.isfinite().all():

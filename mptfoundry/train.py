@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from composer import Trainer
+from composer.core import Callback
 from torch.distributed.fsdp import FSDPModule
 
 from mptfoundry import build, loaders
@@ -81,6 +82,11 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     run.compare_inputs({"tokenizer": fingerprint(tokenizer, with_special_tokens=True)})
     train_loader, evaluators = loaders.build_loaders(config, plan, tokenizer)
     run.compare_inputs(loaders.fingerprints_of(train_loader, evaluators))
+    tasks: list[Callback] = []
+    if config.icl_tasks is not None:
+        from mptfoundry.tasks.training import InContextTasks
+
+        tasks.append(InContextTasks(config, plan, tokenizer))
     model = build.build_model(config, plan, tokenizer, source)
     throughput = Throughput(
         config.model.network(),
@@ -98,6 +104,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
         callbacks=[
             run.guard,
             throughput,
+            *tasks,
             *build.build_callbacks(config, tokenizer, run.folder),
             *run.checkpointing(tokenizer, has_weights=source is not None),
         ],

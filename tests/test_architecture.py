@@ -21,8 +21,8 @@ FLOORS = [
     ["config", "tokenizer"],
     ["plan", "checkpoints", "generation", "optim", "evals", "data", "data/records"],
     ["models", "run", "data/text", "data/prepare", "data/examples"],
-    ["export", "callbacks", "data/views", "tasks", "check", "doctor", "completion", "vocabulary"],
-    ["build", "loaders"],
+    ["export", "callbacks", "data/views", "tasks", "doctor", "completion", "vocabulary"],
+    ["build", "loaders", "check"],
     ["train", "evaluate", "preview"],
     ["cli"],
 ]

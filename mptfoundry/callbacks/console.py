@@ -2,6 +2,7 @@
 
 [batch 120/3000]  loss 4.213  lr 0.00019  grad norm 0.841  31.2k tok/s  MFU 41.3%  ETA 0:12:40
 [batch 120/3000]  eval held_out: LanguageCrossEntropy 4.301  LanguagePerplexity 73.77
+[batch 120/3000]  eval copa/0-shot: InContextLearningMultipleChoiceAccuracy 0.58  stderr 0.049
 """
 
 from __future__ import annotations
@@ -51,7 +52,10 @@ class ConsoleLine(RowLogger):
 
     def write(self, row: Row, state: State) -> None:
         """Print an evaluation's line, and a batch's line if one is due."""
-        for label, metrics in row.get("eval", {}).items():
+        results = row.get("eval", {})
+        for label, metrics in results.items():
+            if label.rpartition("/")[0] in results:
+                continue  # a category of a task
             values = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
             print(f"[{self._progress}]  eval {label}: {values}", flush=True)
         if "eval" not in row:

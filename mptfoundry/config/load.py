@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 from omegaconf import OmegaConf
 
 from mptfoundry.architecture.pretrained import fill_architecture
-from mptfoundry.config.engine.document import Document, KeyPath
+from mptfoundry.config.engine.document import Document, KeyPath, parse_key
 from mptfoundry.config.engine.nested import mapped
 from mptfoundry.config.engine.read_document import read_document
 from mptfoundry.config.engine.schema import default_of
@@ -22,12 +22,20 @@ from mptfoundry.config.engine.walk import build
 from mptfoundry.config.legacy import OTHER_KINDS, REFUSED, translate
 from mptfoundry.config.rules import tokens_of
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.config.tasks import GauntletConfig, TaskConfig, TaskFileConfig
+from mptfoundry.config.tasks import GauntletConfig, TaskConfig, TaskFileConfig, missing_benchmarks
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.errors import ConfigError
 
 T = TypeVar("T")
 CONFIG_SUFFIXES = (".yaml", ".yml")
+# Keys of a run that say how something is evaluated, and what it is.
+_NO_EFFECT_WITHOUT = {
+    "eval_interval": ("eval_loader", "icl_tasks"),
+    "eval_first": ("eval_loader", "icl_tasks"),
+    "eval_subset_num_batches": ("eval_loader",),
+    "icl_seq_len": ("icl_tasks",),
+    "icl_subset_num_batches": ("icl_tasks",),
+}
 _NOT_IN_EVALUATIONS = {
     "fsdp_config": "a model is sharded over several devices if its run was",
     "loggers": "results are printed and written to a file",
@@ -132,11 +140,11 @@ def _take_model(document: Document, entry: KeyPath) -> str:
     return str(name)
 
 
-def tasks_of(options: EvalConfig) -> tuple[tuple[TaskConfig, ...], GauntletConfig | None]:
-    """The tasks of an evaluation and its gauntlet, read from the files that the options name.
+def tasks_of(options: EvalConfig | TrainConfig) -> tuple[tuple[TaskConfig, ...], GauntletConfig | None]:
+    """The tasks of an evaluation or a run and their gauntlet, read from the files that it names.
 
     Raises:
-        ConfigError: A file is missing or wrong.
+        ConfigError: A file is missing or wrong, or has no tasks.
     """
     tasks, gauntlet = options.icl_tasks, options.eval_gauntlet
     if isinstance(tasks, str):
@@ -144,7 +152,25 @@ def tasks_of(options: EvalConfig) -> tuple[tuple[TaskConfig, ...], GauntletConfi
         tasks, gauntlet = file.icl_tasks, gauntlet or file.eval_gauntlet
     if isinstance(gauntlet, str):
         gauntlet = parse_words([], TaskFileConfig, gauntlet).eval_gauntlet
+    if options.icl_tasks is not None and not tasks:
+        raise ConfigError(f"icl_tasks: {options.icl_tasks or '[]'} names no task.")
     return tasks or (), gauntlet
+
+
+def tasks_of_run(config: TrainConfig) -> tuple[tuple[TaskConfig, ...], GauntletConfig | None]:
+    """The tasks of a training run and their gauntlet, read from the files that it names.
+
+    Raises:
+        ConfigError: A file is missing or wrong, or the gauntlet counts a task that is not evaluated.
+    """
+    tasks, gauntlet = tasks_of(config)
+    file = config.eval_gauntlet or config.icl_tasks
+    if gauntlet is not None:
+        document = read_document(file, ()) if isinstance(file, str) else Document("icl_tasks")
+        for key, text in missing_benchmarks(tasks, gauntlet):
+            document.report(parse_key(f"eval_gauntlet.{key}"), text)
+        document.raise_problems()
+    return tasks, gauntlet
 
 
 def to_yaml(config: Any) -> str:
@@ -206,9 +232,9 @@ def _effects(config: TrainConfig) -> list[str]:
             "train_loader.dataset: documents are separated, but model.attn_config.attn_uses_sequence_id is "
             "false: tokens of a packed row see the documents before theirs."
         )
-    for key in () if config.eval_loaders else ("eval_interval", "eval_first", "eval_subset_num_batches"):
-        if getattr(config, key) != getattr(TrainConfig, key):
-            notes.append(f"{key}: has no effect without eval_loader.")
+    for key, needed in _NO_EFFECT_WITHOUT.items():
+        if getattr(config, key) != getattr(TrainConfig, key) and not any(getattr(config, n) for n in needed):
+            notes.append(f"{key}: has no effect without {' or '.join(needed)}.")
     if config.load_path is None and (config.load_weights_only or config.load_ignore_keys):
         notes.append("load_weights_only and load_ignore_keys have no effect without load_path.")
     warmup = tokens_of(config.scheduler.t_warmup, config)

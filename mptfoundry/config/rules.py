@@ -13,6 +13,7 @@ from mptfoundry.config.data import FinetuningDatasetConfig, label_problems, some
 from mptfoundry.config.engine.durations import parse_duration
 from mptfoundry.config.engine.section_rules import Problem, Rules, at_least, at_most, broken_rules
 from mptfoundry.config.parallel import FSDPConfig
+from mptfoundry.config.tasks import GauntletConfig, missing_benchmarks
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.places import is_url, why_no_start_finds, why_not_a_path, why_not_a_run_name
@@ -56,7 +57,7 @@ def between_sections(run: TrainConfig) -> Rules:
         *(_batch_splits, _model_length_given_twice, _tokenizer_length_given_twice, label_problems),
         *(_generated_samples, _patterns, _adapters, _schedule_ends, _decay_fits),
         *(_one_source_of_weights, _run_name, _names_that_a_start_finds, _link_name),
-        *(_resuming, _target_without_checkpointing, _sharding, _code, _allowed_changes),
+        *(_resuming, _target_without_checkpointing, _sharding, _code, _allowed_changes, _tasks),
     ):
         yield rule_of_a_run(run)
 
@@ -347,6 +348,30 @@ def _around_sharding(run: TrainConfig, fsdp: FSDPConfig) -> Iterator[Problem]:
 def _code(run: TrainConfig) -> Iterator[Problem]:
     if run.code_paths and not run.allow_code:
         yield "code_paths", "names code, which runs only with allow_code=true on the command line."
+
+
+def _tasks(run: TrainConfig) -> Iterator[Problem]:
+    if (run.icl_tasks, run.eval_gauntlet, run.icl_seq_len, run.icl_subset_num_batches) != (*[None] * 3, -1):
+        yield from _tasks_in_training(run)
+
+
+def _tasks_in_training(run: TrainConfig) -> Iterator[Problem]:
+    batches, length, model = run.icl_subset_num_batches, run.icl_seq_len, run.model
+    if batches < -1 or batches == 0:
+        yield "icl_subset_num_batches", f"{batches} is too small. Use 1 or more, or -1 for all documents."
+    if length is not None and length < 2:
+        yield "icl_seq_len", f"{length} is too small. Use 2 or more."
+    if length is not None and length > run.max_seq_len and model.has_learned_positions:
+        text = f"{length} exceeds the {run.max_seq_len} learned positions of the model. Use at most these."
+        yield "icl_seq_len", text
+    if run.icl_tasks is None and run.eval_gauntlet is not None:
+        yield "eval_gauntlet", "has no effect without icl_tasks. Name the tasks, or remove it."
+    if run.icl_tasks is not None and isinstance(model, HeadConfig):
+        text = f"need a language model, and model.name is {run.model.name}. Remove them."
+        yield "icl_tasks", text
+    if isinstance(run.icl_tasks, tuple) and isinstance(run.eval_gauntlet, GauntletConfig):
+        for key, text in missing_benchmarks(run.icl_tasks, run.eval_gauntlet):
+            yield f"eval_gauntlet.{key}", text
 
 
 def _allowed_changes(run: TrainConfig) -> Iterator[Problem]:

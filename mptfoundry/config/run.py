@@ -25,6 +25,7 @@ from mptfoundry.config.model import AnyModelConfig, TokenizerConfig
 from mptfoundry.config.optim import AlgorithmsConfig, OptimizerConfig, SchedulerConfig
 from mptfoundry.config.parallel import CompileConfig, FSDPConfig
 from mptfoundry.config.rules import between_sections, tokens_of
+from mptfoundry.config.tasks import GauntletConfig, TaskConfig
 
 Callbacks = Annotated[
     dict[str, Any], Catalogue("a section of callbacks by name", CALLBACKS, REFUSED_CALLBACKS)
@@ -55,9 +56,14 @@ class TrainConfig(Section):
         accumulate_train_batch_on_tokens: Weight microbatches by their trained tokens, not their sequences.
         train_subset_num_batches: Batches in an epoch; -1: all.
         spin_dataloaders: If a loader can't resume by itself, read data up to the resumed batch.
-        eval_interval: How often to evaluate.
+        eval_interval: How often to evaluate, also the tasks of `icl_tasks`.
         eval_first: Evaluate before the first step.
         eval_subset_num_batches: Batches in an evaluation; -1: all.
+        icl_tasks: In-context tasks that the model answers at each evaluation, or a YAML file of them.
+        eval_gauntlet: How the tasks' scores are averaged, or a YAML file that says it.
+        icl_seq_len: The most tokens of a question with its examples. Default: `max_seq_len`.
+        icl_subset_num_batches: Evaluate only the first documents of each task, as many as this number of
+            batches of `device_eval_batch_size` holds; -1: all.
         precision: Number format of the computation. `auto`: bfloat16 on GPUs that support it, else float32.
         fsdp_config: Shard the model over devices. Default: every device holds a whole copy.
         compile_config: Compile the model's blocks. Default: they are not compiled.
@@ -119,6 +125,10 @@ class TrainConfig(Section):
     eval_interval: Duration = 1
     eval_first: bool = False
     eval_subset_num_batches: int = -1
+    icl_tasks: tuple[TaskConfig, ...] | str | None = None
+    eval_gauntlet: GauntletConfig | str | None = None
+    icl_seq_len: int | None = None
+    icl_subset_num_batches: int = -1
     precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"] = "auto"
     fsdp_config: FSDPConfig | None = None
     compile_config: CompileConfig | None = None

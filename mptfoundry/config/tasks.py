@@ -5,7 +5,8 @@ Keys and defaults are llm-foundry's. Both sections also stand in files of their 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -246,3 +247,16 @@ class TaskFileConfig(Section):
 
     icl_tasks: tuple[TaskConfig, ...] = ()
     eval_gauntlet: GauntletConfig | None = None
+
+
+def missing_benchmarks(tasks: Sequence[TaskConfig], gauntlet: GauntletConfig) -> Iterator[Problem]:
+    """The benchmarks of a gauntlet that are not evaluated, by their keys below the gauntlet's."""
+    known = [f"{task.label}/{shots}-shot" for task in tasks for shots in task.shots]
+    for number, category in enumerate(gauntlet.categories):
+        for place, benchmark in enumerate(category.benchmarks):
+            label = f"{benchmark.name}/{benchmark.num_fewshot}-shot"
+            if label not in known:
+                near = difflib.get_close_matches(label, known, 3, 0.4)
+                text = f"{label} is not among the tasks of icl_tasks. Add it there with this num_fewshot, or "
+                text += "remove it here." + (f" Similar ones: {', '.join(near)}." if near else "")
+                yield f"categories[{number}].benchmarks[{place}].name", text

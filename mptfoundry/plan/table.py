@@ -10,6 +10,7 @@ from mptfoundry.config.data import LoaderConfig
 from mptfoundry.config.engine.durations import UNITS, parse_duration
 from mptfoundry.config.engine.forms import parse_count
 from mptfoundry.config.engine.secrets import redacted
+from mptfoundry.config.load import tasks_of
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.places import is_url
 from mptfoundry.plan.devices import GIB, Device, launcher_device
@@ -76,6 +77,7 @@ def describe_plan(
             for label, loader in config.eval_loaders.items()
             for row in _data_in_words(f"eval {label}", label, loader, streams, {})
         ),
+        *([("tasks", _tasks_in_words(config))] if config.icl_tasks is not None else []),
         *([("tokenizer", f"{tokenizer} {adds_in_words(borders)}")] if borders is not None else []),
         ("run folder", _run_folder_in_words(config)),
         ("device", f"{plan.device.count} x {plan.device.name} ({plan.device.found})"),
@@ -227,6 +229,15 @@ def _data_in_words(
 def place_of(place: str | None, split: str | None) -> str:
     """A stream's location, as users read it."""
     return "/".join(filter(None, [redacted(place), split]))
+
+
+def _tasks_in_words(config: TrainConfig) -> str:
+    tasks, gauntlet = tasks_of(config)
+    labels = ", ".join(f"{task.label} {list(task.shots)}" for task in tasks)
+    averaged = ", averaged by eval_gauntlet" if gauntlet is not None else ""
+    interval = config.eval_interval
+    every = f"{interval} epochs" if isinstance(interval, int) else interval
+    return f"every {every}, with these numbers of examples: {labels}{averaged}"
 
 
 def _run_folder_in_words(config: TrainConfig) -> str:

@@ -52,12 +52,12 @@ from mptfoundry.stores import AT_START, ONCE
 
 # Warnings Composer raises about things we do on purpose: the last batch of an evaluation is smaller,
 # `eval_subset_num_batches` is a limit that a short evaluation does not reach, PyTorch uses its own deprecated
-# class, and the callback that loads the state has no state of its own.
+# class, and some callbacks have no state of their own.
 EXPECTED_WARNINGS = (
     "Cannot split (tensor|list) of length",
     "DataloaderNumBatchesWarning",
     "TypedStorage is deprecated",
-    "Resume is not in the state_dict",
+    "(Resume|InContextTasks) is not in the state_dict",
 )
 
 

@@ -14,7 +14,8 @@ of a batch has
     MEASURED                 None if not known, such as `mfu` on a CPU
     ...                      whatever else callbacks logged, by its name
 
-and an evaluation's row has `batch`, `tokens`, `seconds` and `eval: {label: {metric: value}}`.
+and an evaluation's row has `batch`, `tokens`, `seconds` and `eval: {label: {metric: value}}`; a task with
+categories has a label for each of them, too.
 """
 
 from __future__ import annotations
@@ -69,11 +70,12 @@ class RowLogger(LoggerDestination):
             self.write(row, state)
 
     def eval_end(self, state: State, logger: Logger) -> None:
-        """Pass on the evaluation's row."""
-        prefix = f"metrics/{state.dataloader_label}/"
-        names = [name for name in self._logged if name.startswith(prefix)]
-        metrics = {name.removeprefix(prefix): self._logged.pop(name) for name in names}
-        row = {**_progress(state), "eval": {str(state.dataloader_label): metrics}}
+        """Pass on the evaluation's row, with a gauntlet's averages if it was the last of its tasks."""
+        results: Row = {str(state.dataloader_label): {}}
+        for name in [name for name in self._logged if name.startswith(("metrics/", "icl/metrics/"))]:
+            label, _, metric = name.removeprefix("icl/").removeprefix("metrics/").rpartition("/")
+            results.setdefault(label, {})[metric] = self._logged.pop(name)
+        row = {**_progress(state), "eval": results}
         del row["samples"]
         if rank() == 0:
             self.write(row, state)

@@ -27,8 +27,9 @@ TRACKERS = "trackers.json"
 # The evaluation metric that compares with the training loss: for a language model, and for a model with a
 # head.
 EVAL_LOSSES = ("LanguageCrossEntropy", "loss")
-# Rows of a table of evaluations.
-MOST_EVALUATIONS = 50
+# Rows of a table of evaluations, columns of one of tasks, and curves that a legend names.
+MOST_EVALUATIONS, MOST_COLUMNS, MOST_LABELS = 50, 8, 12
+GAUNTLET = "eval_gauntlet"
 
 
 def read_trackers(folder: Path) -> dict[str, dict[str, Any]]:
@@ -101,19 +102,27 @@ def describe(
     }
     lines = [f"# {folder.resolve().name}", "", f"![loss, learning rate, speed, gradients]({PICTURE})", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table.items() if value)]
-    lines += _evaluations(evaluations)
+    losses_of, tasks = _apart(evaluations)
+    lines += [*_evaluations(losses_of), *(_task_table(tasks) if tasks else [])]
     lines += ["", "## Where everything lies", "", "| | |", "|---|---|"]
     lines += [f"| {what} | `{where}` |" for what, where in _places(folder).items()]
     return "\n".join(lines) + "\n"
 
 
 def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None:
-    """Plot loss and evaluations, learning rate, tokens/s and gradient norm over tokens, as a PNG."""
+    """Plot loss and evaluations, learning rate, tokens/s and gradient norm over tokens, as a PNG.
+
+    The scores of in-context tasks have a plot of their own, if there are any.
+    """
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-    figure = Figure(figsize=(9, 10), layout="constrained")
-    loss, lr, speed, norm = figure.subplots(4, 1, sharex=True, height_ratios=[3, 1, 1, 1])
+    tasks = _apart(evaluations)[1]
+    heights = [3, *([2] if tasks else []), 1, 1, 1]
+    figure = Figure(figsize=(9, 7 + sum(heights) / 2), layout="constrained")
+    loss, *of_tasks, lr, speed, norm = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    for axes in of_tasks:
+        _draw_scores(axes, tasks)
     tokens, losses = [row["tokens"] for row in batches], _column(batches, "loss")
     # The loss of a short run isn't smoothed.
     is_short = len(batches) < FEWEST_POINTS
@@ -128,7 +137,8 @@ def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None
     for axes, name in ((lr, "lr"), (speed, "tokens_per_second"), (norm, "grad_norm")):
         axes.plot(tokens, _column(batches, name), color="C0", **style)
     has_head = any("loss" in metrics for row in evaluations for metrics in row["eval"].values())
-    titles = ["loss" if has_head else "loss, nats per token", "learning rate", "tokens/s", "gradient norm"]
+    titles = ["loss" if has_head else "loss, nats per token", *["accuracy" for _ in of_tasks]]
+    titles += ["learning rate", "tokens/s", "gradient norm"]
     for axes, title in zip(figure.axes, titles, strict=True):
         axes.set_ylabel(title)
         axes.grid(True, color="0.9")
@@ -163,6 +173,64 @@ def _evaluations(evaluations: Sequence[Row]) -> list[str]:
         if count < len(evaluated):
             lines += ["", f"{count} of {len(evaluated):,} evaluations; all of them are in `{NAME}`."]
     return lines
+
+
+def _apart(evaluations: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """Return the evaluations on loaders, and those of in-context tasks, which have standard errors."""
+    apart: tuple[list[Row], list[Row]] = ([], [])
+    for row in evaluations:
+        apart[any("stderr" in metrics for metrics in row["eval"].values())].append(row)
+    return apart
+
+
+def task_scores(tasks: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the `score` of each task and of each average of a gauntlet, with its `batch`, `tokens` and,
+    for a task, its `stderr`. The categories of a task are left out.
+    """
+    scores: dict[str, list[Row]] = {}
+    for row in tasks:
+        for label, metrics in row["eval"].items():
+            now = {"batch": row["batch"], "tokens": row["tokens"]}
+            if label == GAUNTLET:
+                for name, score in metrics.items():
+                    scores.setdefault(f"{GAUNTLET}: {name}", []).append({**now, "score": score})
+            elif label.rpartition("/")[0] not in row["eval"]:
+                score = next((value for name, value in metrics.items() if "Accuracy" in name), None)
+                scores.setdefault(label, []).append({**now, "score": score, "stderr": metrics.get("stderr")})
+    return scores
+
+
+def _draw_scores(axes: Any, tasks: Sequence[Row]) -> None:
+    scores = task_scores(tasks)
+    for label, points in scores.items():
+        is_average = label.startswith(GAUNTLET)
+        style = {"marker": "o", "markersize": 3, "linewidth": 2 if is_average else 0.8}
+        values = [math.nan if point["score"] is None else point["score"] for point in points]
+        axes.plot([point["tokens"] for point in points], values, label=label, **style)
+    if len(scores) <= MOST_LABELS:
+        axes.legend(fontsize="small")
+
+
+def _task_table(tasks: Sequence[Row]) -> list[str]:
+    """Return a table of the tasks' scores, with an evenly spaced subset of the evaluations as columns."""
+    batches = sorted({row["batch"] for row in tasks})
+    count = min(len(batches), MOST_COLUMNS)
+    shown = [batches[round(place * (len(batches) - 1) / max(1, count - 1))] for place in range(count)]
+    lines = ["", "## In-context tasks", "", f"| accuracy after batch | {' | '.join(map(str, shown))} |"]
+    lines += ["|" + "---|" * (count + 1)]
+    for label, points in task_scores(tasks).items():
+        by_batch = {point["batch"]: point for point in points}
+        lines += [f"| {label} | {' | '.join(_with_error(by_batch.get(batch)) for batch in shown)} |"]
+    if count < len(batches):
+        lines += ["", f"{count} of {len(batches):,} evaluations; all of them are in `{NAME}`."]
+    return lines
+
+
+def _with_error(point: Row | None) -> str:
+    if point is None or point["score"] is None:
+        return ""
+    error = point.get("stderr")
+    return f"{point['score']:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _places(folder: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -40,7 +40,7 @@ from mptfoundry.tasks.outcomes import (
     task_metrics,
 )
 from mptfoundry.tasks.questions import Question, TaskData, build_task, line_of, read_lines
-from mptfoundry.tasks.scoring import Batch, Model, plan_batches, rounds, score_batch
+from mptfoundry.tasks.scoring import Batch, Model, gathered, plan_batches, rounds, score_batch
 
 if TYPE_CHECKING:
     from mptfoundry.tasks.harness import HarnessTasks
@@ -85,21 +85,12 @@ def plan_tasks(
         from mptfoundry.tasks.harness import load_tasks
 
         public = load_tasks(options, tokenizer)
-    built, digests = [], {}
-    for task in tasks:
-        path = Path(once_per_node(partial(local_copy, task), what=f"fetching {task.dataset_uri}"))
-        lines = read_lines(path, task)
-        digests[task.label] = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
-        longest = min(task.max_seq_len or max_seq_len, max_seq_len)
-        for shots in task.shots if options.num_fewshot is None else (options.num_fewshot,):
-            built.append(build_task(task, shots, lines, tokenizer, longest, options.limit))
-    labels = [data.label for data in built] + ([] if public is None else public.labels)
-    if twice := sorted({label for label in labels if labels.count(label) > 1}):
-        raise ConfigError(
-            f"icl_tasks: {', '.join(twice)}: is there twice. Give each task a label of its own."
-        )
-    if gauntlet is not None:
-        refuse_missing(gauntlet, labels)
+    fewshot, limit = options.num_fewshot, options.limit
+    built, digests = build_tasks(
+        tasks, gauntlet, tokenizer, max_seq_len=max_seq_len, num_fewshot=fewshot, limit=lambda task: limit
+    )
+    if public is not None:
+        refuse_doubles([*(data.label for data in built), *public.labels])
     settings = {
         "model": identity_of(source.path),
         "base": options.base,
@@ -128,7 +119,55 @@ def plan_tasks(
         )
     results = out if out.suffix == ".json" else out / "eval.json"
     samples = out.with_suffix(".samples.jsonl") if out.suffix == ".json" else out / SAMPLES
-    return TaskPlan(tuple(built), gauntlet, results, samples, max_seq_len, settings, public)
+    return TaskPlan(built, gauntlet, results, samples, max_seq_len, settings, public)
+
+
+def build_tasks(
+    tasks: Sequence[TaskConfig],
+    gauntlet: GauntletConfig | None,
+    tokenizer: Any,
+    *,
+    max_seq_len: int,
+    num_fewshot: int | None,
+    limit: Callable[[TaskConfig], int],
+) -> tuple[tuple[TaskData, ...], dict[str, str]]:
+    """Read the tasks' files and turn their lines into questions; all ranks call it.
+
+    Args:
+        tasks: The tasks.
+        gauntlet: What will be averaged; each of its benchmarks has to be among the tasks.
+        tokenizer: The model's.
+        max_seq_len: The most tokens of a text.
+        num_fewshot: The number of examples for all tasks, instead of each task's own numbers.
+        limit: Returns how many of a task's first documents to take; -1: all.
+
+    Returns:
+        Each task with each number of examples, and the SHA-256 of each task's data by its label.
+
+    Raises:
+        ConfigError, DataError: A file is missing or wrong, a task is there twice, or the gauntlet lacks one.
+    """
+    built, digests = [], {}
+    for task in tasks:
+        path = Path(once_per_node(partial(local_copy, task), what=f"fetching {task.dataset_uri}"))
+        lines = read_lines(path, task)
+        digests[task.label] = hashlib.sha256(json.dumps(lines, sort_keys=True).encode()).hexdigest()
+        longest = min(task.max_seq_len or max_seq_len, max_seq_len)
+        for shots in task.shots if num_fewshot is None else (num_fewshot,):
+            built.append(build_task(task, shots, lines, tokenizer, longest, limit(task)))
+    labels = [data.label for data in built]
+    refuse_doubles(labels)
+    if gauntlet is not None:
+        refuse_missing(gauntlet, labels)
+    return tuple(built), digests
+
+
+def refuse_doubles(labels: Sequence[str]) -> None:
+    """Raise ConfigError if two tasks have one label."""
+    if twice := sorted({label for label in labels if labels.count(label) > 1}):
+        raise ConfigError(
+            f"icl_tasks: {', '.join(twice)}: is there twice. Give each task a label of its own."
+        )
 
 
 def local_copy(task: TaskConfig) -> str:
@@ -256,7 +295,7 @@ def run_task(
             if samples is not None:
                 samples.append(data, answered)
             progress.update(len(answered))
-    results = _results(data, outcomes)
+    results = results_of(data, outcomes)
     results[data.label]["seconds"] = time.monotonic() - began_at
     return results
 
@@ -267,6 +306,11 @@ def _finished(samples: Samples, data: TaskData) -> dict[int, Outcome]:
         for question in data.questions
         if (data.label, question.doc_id) in samples.finished
     }
+
+
+def answer_round(model: Model, data: TaskData, batch: Batch | None) -> dict[int, Outcome]:
+    """The outcomes of all ranks in a round, from each rank's own batch; all ranks call it."""
+    return gathered({} if batch is None else _answer(model, data, batch))
 
 
 def _answer(model: Model, data: TaskData, batch: Batch) -> dict[int, Outcome]:
@@ -300,7 +344,8 @@ def _generate(model: Model, data: TaskData, questions: Sequence[Question]) -> di
     }
 
 
-def _results(data: TaskData, outcomes: Mapping[int, Outcome]) -> dict[str, dict[str, float]]:
+def results_of(data: TaskData, outcomes: Mapping[int, Outcome]) -> dict[str, dict[str, float]]:
+    """The results of a task, by doc_id -> outcome: `label` and `label/category` -> metric -> value."""
     categories = sorted({question.category for question in data.questions if question.category is not None})
     if not categories:
         return {data.label: task_metrics(data.task, [outcomes[each.doc_id] for each in data.questions])}

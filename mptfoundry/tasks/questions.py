@@ -28,6 +28,7 @@ from mptfoundry.errors import DataError
 
 # Extra tokens for a generated chain of thought that is longer than the longest one in the data.
 _SPARE_TOKENS = 10
+_SHOWN_PROBLEMS = 10
 _FIELDS: dict[str, dict[str, type]] = {
     "multiple_choice": {"query": str, "choices": list, "gold": int},
     "schema": {"context_options": list, "continuation": str, "gold": int},
@@ -94,7 +95,7 @@ def read_lines(path: Path, task: TaskConfig) -> list[Line]:
     Raises:
         DataError: The file can't be read, or a line does not have what the task's type needs; with its line.
     """
-    lines = []
+    lines, problems = [], []
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
@@ -107,11 +108,17 @@ def read_lines(path: Path, task: TaskConfig) -> list[Line]:
         if content.strip():
             try:
                 line = json.loads(content)
+                problem = _problem(line, task)
             except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: is not JSON ({error.msg}).") from error
-            if problem := _problem(line, task):
-                raise DataError(f"{path}:{number}: {problem}")
-            lines.append(_stripped(line) if task.strip_dataset else line)
+                problem = f"is not JSON ({error.msg})."
+            if problem:
+                problems.append(f"{path}:{number}: {problem}")
+            else:
+                lines.append(_stripped(line) if task.strip_dataset else line)
+    if problems:
+        more = len(problems) - _SHOWN_PROBLEMS
+        shown = [*problems[:_SHOWN_PROBLEMS], *([f"{path}: and {more} more bad lines."] if more > 0 else [])]
+        raise DataError("\n".join(shown))
     if not lines:
         raise DataError(f"{path}: holds no documents. It is the data of {task.label}.")
     return lines

@@ -108,31 +108,40 @@ def plan_batches(questions: Sequence[Question], tokens: int) -> list[Batch]:
     return [Batch(tuple(each), tuple(prefixes[question.doc_id] for question in each)) for each in batches]
 
 
-def rounds(
-    batches: Sequence[Batch], answer: Callable[[Batch], dict[int, T]], *, is_sharded: bool
-) -> Iterator[dict[int, T]]:
-    """The answers of all ranks, round after round.
+def plan_rounds(batches: Sequence[Batch], *, is_sharded: bool) -> list[Batch | None]:
+    """Let the ranks take turns at the batches; returns this rank's batch of each round, None without one.
 
     Sharded weights are gathered by all ranks together, so in a round they make the same number of passes: a
     round has batches of one kind, and a rank without a batch of its own repeats another one.
 
     Args:
         batches: The same on all ranks.
-        answer: This rank's answers to a batch, by `doc_id`.
         is_sharded: Whether the weights are sharded over ranks.
     """
+    rounds: list[Batch | None] = []
     for kind in (True, False):
         alike = [batch for batch in batches if bool(max(batch.prefixes)) == kind]
         for first in range(0, len(alike), world_size()):
             own = first + rank()
-            answered: dict[int, T] = {}
-            if own < len(alike) or is_sharded:
-                answered = answer(alike[min(own, len(alike) - 1)])
-            gathered = dist.all_gather_object(answered)
-            yield {doc_id: each for answers in gathered for doc_id, each in answers.items()}
+            has_turn = own < len(alike) or is_sharded
+            rounds.append(alike[min(own, len(alike) - 1)] if has_turn else None)
+    return rounds
 
 
-@torch.inference_mode()
+def rounds(
+    batches: Sequence[Batch], answer: Callable[[Batch], dict[int, T]], *, is_sharded: bool
+) -> Iterator[dict[int, T]]:
+    """The answers of all ranks by `doc_id`, round after round; `answer` gives this rank's to a batch."""
+    for batch in plan_rounds(batches, is_sharded=is_sharded):
+        yield gathered({} if batch is None else answer(batch))
+
+
+def gathered(answered: dict[int, T]) -> dict[int, T]:
+    """The answers of all ranks to a round; all ranks call it."""
+    return {doc_id: each for answers in dist.all_gather_object(answered) for doc_id, each in answers.items()}
+
+
+@torch.no_grad()  # not inference_mode: FSDP would keep its tensors, and training can't write to those
 def score_batch(network: MPT, batch: Batch) -> dict[int, list[Score]]:
     """Score the rows of a batch's questions with a network in eval mode: doc_id -> a score for each row."""
     device = next(network.parameters()).device

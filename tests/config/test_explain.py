@@ -105,8 +105,6 @@ def test_without_a_key_every_section_is_listed() -> None:
         assert f"\n{name}: " in text
 
 
-@pytest.mark.parametrize(
-    "key", ["icl_tasks", "eval_gauntlet", "async_eval", "callbacks.async_eval", "clip_lion"]
-)
+@pytest.mark.parametrize("key", ["profiler", "async_eval", "callbacks.async_eval", "clip_lion"])
 def test_what_is_known_and_not_supported_says_why(key: str) -> None:
     assert explain(key).startswith(f"{key}\n    is not supported: ")

@@ -178,6 +178,8 @@ def test_low_precision_layernorm_is_what_the_model_has_already(
         "only_hf_checkpoint: false",
         "python_log_level:",
         "eval_gauntlet: null",
+        "icl_seq_len: null",
+        "icl_subset_num_batches:",
         "spin_dataloaders:",
         "algorithms: {alibi: null}",
         "algorithms: {gradient_clipping: null}",
@@ -220,7 +222,6 @@ def test_null_is_the_default_where_llm_foundry_allows_it(write: Callable[..., st
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("icl_tasks: tasks.yaml", "icl_tasks: is not supported: in-context tasks are not evaluated"),
         ("tp_config: {strategy: ffn}", "tp_config: is not supported: Composer's tensor parallelism fails"),
         ("profiler: {schedule: {}}", "profiler: is not supported"),
         ("freeze: [wte]", "freeze: is not supported: patterns in optimizer.disable_grad"),

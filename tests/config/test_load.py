@@ -159,8 +159,8 @@ def test_a_resolved_config_says_which_positions_are_computed(
 def test_settings_of_evaluation_without_loaders_are_said_to_have_no_effect(write: Callable[..., str]) -> None:
     _, notes = load_train_config(write("eval_interval: 5ba", "eval_first: true"))
     assert notes == [
-        "eval_interval: has no effect without eval_loader.",
-        "eval_first: has no effect without eval_loader.",
+        "eval_interval: has no effect without eval_loader or icl_tasks.",
+        "eval_first: has no effect without eval_loader or icl_tasks.",
     ]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mptfoundry.errors import ConfigError, DataError
-from mptfoundry.run.report import eval_losses, write_report
+from mptfoundry.run.report import eval_losses, task_scores, write_report
 
 pytestmark = pytest.mark.pictures
 
@@ -111,3 +111,22 @@ def test_a_report_for_which_there_is_no_room_is_one_error(
     record(tmp_path, batches=4)
     with small_files(100), pytest.raises(ConfigError, match=f"save_folder: {tmp_path} can't be written to"):
         write_report(tmp_path)
+
+
+def test_the_scores_of_tasks_have_a_plot_and_a_table(tmp_path: Path) -> None:
+    record(tmp_path, batches=4)
+    accuracy = "InContextLearningMultipleChoiceAccuracy"
+    rows = []
+    for batch in (2, 4):
+        results = {"copa/0-shot": {accuracy: batch / 8, "stderr": 0.05}}
+        results["copa/0-shot/a category"] = {accuracy: 1.0, "stderr": 0.1}
+        if batch == 4:
+            results["eval_gauntlet"] = {"core": 0.25}
+        rows.append({"batch": batch, "tokens": 1000 * batch, "eval": results})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+    assert list(task_scores(rows)) == ["copa/0-shot", "eval_gauntlet: core"]
+    page = write_report(tmp_path).read_text().splitlines()
+    assert "| copa/0-shot | 0.2500 ± 0.0500 | 0.5000 ± 0.0500 |" in page
+    assert "| eval_gauntlet: core |  | 0.2500 |" in page
+    assert "## Evaluation: held_out" in page and "## Evaluation: copa/0-shot" not in page
