@@ -136,11 +136,13 @@ class PreviewConfig(Section):
 
     def rules(self) -> Rules:
         yield from at_least(self, samples=0)
-        yield self._format()
+        yield picture_format(self)
 
-    def _format(self) -> Iterator[Problem]:
-        if self.picture is not None and not self.picture.endswith((".png", ".pdf", ".svg")):
-            yield "picture", f"{self.picture} is not a picture. Use a name that ends in .png."
+
+def picture_format(options: PreviewConfig | CompareConfig) -> Iterator[Problem]:
+    """Refuse a picture whose name does not say its format."""
+    if options.picture is not None and not options.picture.endswith((".png", ".pdf", ".svg")):
+        yield "picture", f"{options.picture} is not a picture. Use a name that ends in .png."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,6 +210,36 @@ class EvalConfig(Section):
     def eval_loaders(self) -> dict[str, LoaderConfig]:
         """The evaluation loaders by label; a single one without a label is `eval`."""
         return loaders_by_label(self.eval_loader)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(Section):
+    """Compare runs with runs, or evaluations with evaluations; the first one is the baseline.
+
+    Attributes:
+        places: Folders of runs, or evaluations: an `eval.json`, or a folder that holds one.
+        picture: File for a picture of the runs' losses over tokens, such as `losses.png`.
+        examples: How many documents of each task to show that only one of two models answered rightly.
+        fail_if: `worse`: end with exit code 3 if the 95 % interval of a difference in accuracy, of a task or
+            of the mean of all tasks, lies below 0.
+        seed: Seed of the bootstrap.
+    """
+
+    places: tuple[str, ...] = ()
+    picture: str | None = None
+    examples: int = 0
+    fail_if: Literal["worse"] | None = None
+    seed: int = 17
+
+    def rules(self) -> Rules:
+        yield from at_least(self, examples=0, seed=0)
+        yield self._two()
+        yield picture_format(self)
+
+    def _two(self) -> Iterator[Problem]:
+        if len(self.places) < 2:
+            text = f"{len(self.places)} named. Name two runs or two evaluations, or more."
+            yield "places", text
 
 
 @dataclass(frozen=True, kw_only=True)
