@@ -38,8 +38,8 @@ KEY = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb and return the exit code: 0, 1 (data, checkpoint ...), 2 (config), 130 (Ctrl-C), or 143
-    if training was asked to stop."""
+    """Run one verb and return the exit code: 0, 1 (data, checkpoint ...), 2 (config), 3 (a comparison found a
+    model worse), 130 (Ctrl-C), or 143 if training was asked to stop."""
     words = list(sys.argv[1:] if argv is None else argv)
     # Accept the usual form of the flag; a verb's own parser only knows `key=value`.
     words = ["clean=true" if word == "--clean" and words[0] == "doctor" else word for word in words]
@@ -251,6 +251,17 @@ def _preview(words: list[str]) -> None:
         raise
 
 
+def _compare(words: list[str]) -> None:
+    from mptfoundry.compare.compare import compare
+    from mptfoundry.errors import Worse
+
+    options = _options(words, "CompareConfig", rest="places")
+    comparison = compare(options)
+    print(comparison.text)
+    if options.fail_if == "worse" and comparison.worse:
+        raise Worse(f"significantly worse than {options.places[0]}: {'; '.join(comparison.worse)}.")
+
+
 def _export(words: list[str]) -> None:
     options = _options(words, "ExportConfig", "model", "out")
     with _importing():
@@ -447,6 +458,13 @@ VERBS = {
         "MODEL_OR_YAML [key=value ...]",
         "composer scripts/eval.py runs/mpt-125m",
         ("EvalConfig",),
+    ),
+    "compare": Verb(
+        _compare,
+        "compare runs, or evaluations document by document",
+        "A B ... [key=value ...]",
+        "mptfoundry compare runs/lr-1e-3 runs/lr-2e-3 picture=losses.png",
+        "CompareConfig",
     ),
     "export": Verb(
         _export,

@@ -50,6 +50,12 @@ class TrainingError(MPTFoundryError):
     """Training can't continue: numbers are not finite, the loss exploded, or a rank is silent."""
 
 
+class Worse(MPTFoundryError):
+    """A comparison with `fail_if=worse` found a model significantly worse than the first one."""
+
+    exit_code = 3
+
+
 class RunStopped(Exception):
     """The run stopped on request; the text says how to continue. Schedulers restart a job that exits 143."""
 

@@ -74,14 +74,14 @@ def evaluate(options: EvalConfig) -> Results:
     if tokenizer is None:
         raise ConfigError(f"tokenizer: {options.model} has none. Name the one it was trained with.")
     check_tokenizer(tokenizer, source.config.vocab_size)
-    max_seq_len = options.max_seq_len or source.config.max_seq_len
+    max_seq_len = options.length_for(source.config.max_seq_len)
     plan = None
     if options.icl_tasks is not None or options.public_tasks:
         plan = plan_tasks(
             options, source, tokenizer, max_seq_len=max_seq_len, device=device.name, precision=precision
         )
     evaluators = []
-    if plan is None or options.eval_loaders:
+    if plan is None or options.eval_loaders or options.is_of_long_context:
         evaluators = _evaluators(options, source, tokenizer, device)
     is_sharded = world_size() > 1 and _was_sharded(source)
     composer_model = _model(options, source, device, tokenizer, precision, is_sharded=is_sharded)
@@ -97,15 +97,24 @@ def evaluate(options: EvalConfig) -> Results:
         python_log_level="warning",
         dist_timeout=options.dist_timeout,
     )
-    results = _losses(trainer) if evaluators else {}
+    results: Results = {}
+    if evaluators and not options.is_of_long_context:
+        results = _losses(trainer)
     if plan is not None:
         network: Any = composer_model.model.eval()
         with get_precision_context(precision):
             model = Model(network, tokenizer, is_sharded=is_sharded)
             results |= evaluate_tasks(model, plan, batch_size=_batch_size(options))
+    buckets: dict[str, Any] = {}
+    if options.is_of_long_context:
+        specs: dict[str, Any] = {each.label: each.dataloader for each in evaluators}
+        datasets = {label: spec.dataloader.dataset for label, spec in specs.items()}
+        with get_precision_context(precision):
+            more, buckets = _long_context(composer_model, tokenizer, datasets, options, is_sharded)
+        results |= more
     trainer.close()
     if rank() == 0:
-        _write(results, options, source, plan)
+        _write(results, options, source, plan, buckets)
     return results
 
 
@@ -117,6 +126,21 @@ def _open(options: EvalConfig) -> ModelSource:
             f"{error} Evaluate others with lm-evaluation-harness: "
             f"lm_eval --model hf --model_args pretrained={options.model} --tasks ..."
         ) from error
+
+
+def _long_context(
+    model: ComposerMPT, tokenizer: Any, datasets: dict[str, Any], options: EvalConfig, is_sharded: bool
+) -> tuple[Results, dict[str, Any]]:
+    from mptfoundry.evals.long_context import evaluate_long_context
+
+    return evaluate_long_context(
+        model.model.eval(),
+        tokenizer,
+        datasets,
+        options,
+        batch_size=_batch_size(options),
+        is_sharded=is_sharded,
+    )
 
 
 def results_table(results: Results) -> str:
@@ -199,7 +223,7 @@ def _evaluators(options: EvalConfig, source: ModelSource, tokenizer: Any, device
     context = LoaderContext(
         model=source.config,
         tokenizer=tokenizer,
-        max_seq_len=options.max_seq_len or source.config.max_seq_len,
+        max_seq_len=options.sample_length_for(source.config.max_seq_len),
         device_batch_size=_batch_size(options),
         seed=options.seed,
         num_workers=0,
@@ -220,7 +244,9 @@ def _workers(loader: LoaderConfig, device: Device) -> int:
     return choose_workers(device)[0] if loader.num_workers == "auto" else loader.num_workers
 
 
-def _write(results: Results, options: EvalConfig, source: ModelSource, plan: TaskPlan | None) -> None:
+def _write(
+    results: Results, options: EvalConfig, source: ModelSource, plan: TaskPlan | None, buckets: dict[str, Any]
+) -> None:
     folder = source.path if source.path.is_dir() else source.path.parent
     out = plan.results if plan is not None else Path(options.out) if options.out else folder / "eval.json"
     content: dict[str, Any] = {"model": str(source.path), "results": results, "options": asdict(options)}
@@ -230,3 +256,9 @@ def _write(results: Results, options: EvalConfig, source: ModelSource, plan: Tas
         path.write_text(json.dumps(content, indent=2, default=str) + "\n")
     if plan is not None:
         say(f"results: {out}")
+    if buckets:
+        from mptfoundry.evals.positions import draw_positions
+
+        picture, trained = out.with_suffix(".positions.png"), source.config.max_seq_len
+        draw_positions(buckets, trained, options.length_for(trained), picture)
+        say(f"picture: {picture}")

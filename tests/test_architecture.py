@@ -23,7 +23,7 @@ FLOORS = [
     ["models", "run", "data/text", "data/prepare", "data/examples"],
     ["export", "callbacks", "data/views", "tasks", "doctor", "completion", "vocabulary"],
     ["build", "loaders", "check"],
-    ["train", "evaluate", "preview"],
+    ["train", "evaluate", "preview", "compare"],
     ["cli"],
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -119,7 +119,12 @@ def test_the_network_imports_torch_and_its_siblings_only(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "modules",
-    ["mptfoundry.cli", "mptfoundry.check", "mptfoundry.config.load, mptfoundry.config.explain"],
+    [
+        "mptfoundry.cli",
+        "mptfoundry.check",
+        "mptfoundry.config.load, mptfoundry.config.explain",
+        "mptfoundry.compare.compare",
+    ],
 )
 def test_what_answers_at_once_imports_nothing_heavy(modules: str) -> None:
     heavy = "{'torch', 'composer', 'transformers', 'streaming', 'matplotlib', 'numpy'}"

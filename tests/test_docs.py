@@ -25,10 +25,18 @@ README = PAGES["README.md"]
 
 
 def commands() -> list[str]:
-    """The lines of all bash blocks, comments taken off, continued lines joined; each once."""
+    """The lines of all bash blocks, comments taken off, continued lines joined, loops unrolled; each once."""
     blocks = [block for text in PAGES.values() for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)]
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    text = re.sub(
+        r"^for (\w+) in (.*); do\n(.*?)\ndone$", unrolled, "\n".join(blocks), flags=re.DOTALL | re.M
+    )
+    lines = text.replace("\\\n", " ").splitlines()
     return list(dict.fromkeys(line for line in (re.sub(r"\s+#.*", "", x).strip() for x in lines) if line))
+
+
+def unrolled(loop: re.Match[str]) -> str:
+    name, values, body = loop.groups()
+    return "\n".join(body.replace(f"${name}", value) for value in values.split())
 
 
 def test_the_readme_is_a_front_door() -> None:

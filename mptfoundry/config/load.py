@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from mptfoundry.architecture.pretrained import fill_architecture
 from mptfoundry.config.engine.document import Document, KeyPath, parse_key
-from mptfoundry.config.engine.nested import mapped
+from mptfoundry.config.engine.nested import leaves, mapped
 from mptfoundry.config.engine.read_document import read_document
 from mptfoundry.config.engine.schema import default_of
 from mptfoundry.config.engine.secrets import REDACTED, FromEnvironment, redacted, redactions
@@ -179,6 +179,16 @@ def to_yaml(config: Any) -> str:
     Fields that are None by default and permissions of the command line are left out, and secrets replaced.
     """
     return OmegaConf.to_yaml(OmegaConf.create(redacted(mapped(config, _plain))))
+
+
+def values_by_key(text: str) -> dict[str, Any]:
+    """Return the values of a saved config by key, without those that have no effect by themselves."""
+    pairs = leaves(OmegaConf.to_container(OmegaConf.create(text)), lists=False)
+    return {
+        ".".join(map(str, path)): value
+        for path, value in pairs
+        if path and path[0] not in ("allow_changes", "variables")
+    }
 
 
 def refuse_redacted(config: Any) -> None:

@@ -18,8 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mptfoundry.checkpoints.checkpoint import checkpoint_at
-from mptfoundry.config.engine.nested import leaves
-from mptfoundry.config.load import load_train_config, to_yaml
+from mptfoundry.config.load import load_train_config, to_yaml, values_by_key
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import CheckpointError, ConfigError, first_line
 
@@ -192,7 +191,7 @@ def changes_since(path: Path, config: TrainConfig) -> list[Change]:
     except ConfigError:
         there = path.read_text()
     here = to_yaml(config)
-    before, after = _values(there), _values(here)
+    before, after = values_by_key(there), values_by_key(here)
     keys = [key for key in sorted({*before, *after}) if before.get(key) != after.get(key)]
     opened = {parent for key in keys for parent in _parents(key)}
     return [Change(key, before.get(key), after.get(key)) for key in keys if key not in opened]
@@ -267,16 +266,6 @@ def _is_a_cache(key: str, config: TrainConfig) -> bool:
     for step in key.split(".")[:-1]:
         value = value.get(step) if isinstance(value, Mapping) else getattr(value, step, None)
     return getattr(value, "remote", None) is not None
-
-
-def _values(text: str) -> dict[str, Any]:
-    """Return the values of a saved config by key, without those that have no effect by themselves."""
-    pairs = leaves(OmegaConf.to_container(OmegaConf.create(text)), lists=False)
-    return {
-        ".".join(map(str, path)): value
-        for path, value in pairs
-        if path and path[0] not in ("allow_changes", "variables")
-    }
 
 
 def _parents(key: str) -> Iterator[str]:

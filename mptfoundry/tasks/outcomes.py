@@ -10,10 +10,13 @@ import re
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mptfoundry.config.tasks import TaskConfig
 from mptfoundry.tasks.questions import Question
-from mptfoundry.tasks.scoring import Score
+
+if TYPE_CHECKING:  # `compare` reads answers without torch
+    from mptfoundry.tasks.scoring import Score
 
 _BUCKETS = 10
 _PUNCTUATION = str.maketrans(dict.fromkeys(string.punctuation + "‘’´`", " "))
