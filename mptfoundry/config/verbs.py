@@ -15,6 +15,37 @@ COMPRESSIONS = ("br", "bz2", "snappy", "zstd")
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckConfig(Section):
+    """Check a config and show what its run would be; further words, such as `max_seq_len=512`, override it.
+
+    Attributes:
+        gpu: Plan for a cluster of these GPUs, such as `h100` or `a100-40gb`, not for this machine.
+        gpus: GPUs of that cluster.
+        gpus_per_node: GPUs of one of its machines.
+        here: Fail with exit code 1 if `train` could not start on this machine.
+    """
+
+    gpu: str | None = None
+    gpus: int | None = None
+    gpus_per_node: int = 8
+    here: bool = False
+
+    def rules(self) -> Rules:
+        yield from at_least(self, gpus=1, gpus_per_node=1)
+        yield self._both()
+        yield self._one_machine()
+
+    def _both(self) -> Iterator[Problem]:
+        if (self.gpu is None) != (self.gpus is None):
+            missing, example = ("gpu", "gpu=h100") if self.gpu is None else ("gpus", "gpus=64")
+            yield missing, f"gpu and gpus describe a cluster together. Add {example}."
+
+    def _one_machine(self) -> Iterator[Problem]:
+        if self.gpu is not None and self.here:
+            yield "here", "asks about this machine, and gpu about a cluster. Use one of them."
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareConfig(Section):
     """Turn text into shards of tokens.
 
