@@ -148,6 +148,18 @@ def _check(words: list[str]) -> None:
         raise MPTFoundryError("here=true: train can't start here; see the lines that begin with here.")
 
 
+def _plan(words: list[str]) -> None:
+    from mptfoundry.config.verbs import PlanConfig
+
+    own, words = _own_words(words, PlanConfig)
+    lists = [re.sub(r"^(gpus?|dollars_per_gpu_hour)=([^\[].*)$", r"\1=[\2]", word) for word in own]
+    options, absent = _options(lists, "PlanConfig"), {}
+    config = _load_config(words, absent)
+    from mptfoundry.cluster_plan import plan_clusters
+
+    print(plan_clusters(config, options, absent))
+
+
 def _tasks_line(tasks: Sequence[TaskConfig]) -> str:
     labels = (f"{task.label} {list(task.shots)}" for task in tasks)
     return f"{len(tasks)} tasks with their numbers of examples: {', '.join(labels)}" if tasks else "no tasks"
@@ -369,6 +381,13 @@ VERBS = {
         "CONFIG [gpu=NAME gpus=N] [here=true] [key=value ...]",
         "mptfoundry check configs/mpt-7b.yaml gpu=h100 gpus=64 optimizer.lr=1e-4",
         "CheckConfig",
+    ),
+    "plan": Verb(
+        _plan,
+        "estimate time, memory and cost of a run on clusters",
+        "CONFIG gpus=N,... gpu=NAME,... [key=value ...]",
+        "mptfoundry plan configs/mpt-7b.yaml gpus=8,55,440 gpu=a100-40gb,h100 dollars_per_gpu_hour=1.5,2.5",
+        "PlanConfig",
     ),
     "explain": Verb(
         _explain,

@@ -20,9 +20,9 @@ FLOORS = [
     ["stores", "architecture"],
     ["config", "tokenizer"],
     ["plan", "checkpoints", "generation", "optim", "evals", "data", "data/records"],
-    ["models", "run", "data/text", "data/prepare", "data/examples"],
+    ["models", "run", "forecast", "data/text", "data/prepare", "data/examples"],
     ["export", "callbacks", "data/views", "tasks", "check", "doctor"],
-    ["build", "loaders"],
+    ["build", "loaders", "cluster_plan", "launch"],
     ["train", "evaluate", "preview"],
     ["cli"],
 ]

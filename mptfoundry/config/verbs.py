@@ -14,6 +14,12 @@ from mptfoundry.config.tasks import GauntletConfig, TaskConfig
 COMPRESSIONS = ("br", "bz2", "snappy", "zstd")
 
 
+def picture_format(options: PreviewConfig | PlanConfig) -> Iterator[Problem]:
+    """The problem of a picture's name, if there is one."""
+    if options.picture is not None and not options.picture.endswith((".png", ".pdf", ".svg")):
+        yield "picture", f"{options.picture} is not a picture. Use a name that ends in .png."
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig(Section):
     """Check a config and show what its run would be; further words, such as `max_seq_len=512`, override it.
@@ -43,6 +49,72 @@ class CheckConfig(Section):
     def _one_machine(self) -> Iterator[Problem]:
         if self.gpu is not None and self.here:
             yield "here", "asks about this machine, and gpu about a cluster. Use one of them."
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(Section):
+    """Estimate time, memory and cost of a run on clusters; further words override the config.
+
+    Attributes:
+        gpus: Numbers of GPUs, such as `8,64,256`.
+        gpu: Kinds of GPUs, such as `h100,b200`.
+        gpus_per_node: GPUs of one machine.
+        network_gbps: Gbit/s between machines, of one machine. Default: as usual for the GPU.
+        dollars_per_gpu_hour: Price of a GPU, or of each kind in `gpu`, such as `2,3.5`.
+        dollars_per_gb_month: Price of storage, for the checkpoints that stay.
+        goodput: Share of the time that interruptions leave. Default: one interruption in 1,000 GPU-days.
+        examples: Examples of the training data, where they can't be counted here.
+        tokens_per_example: Their mean length, for `packing_ratio: auto`.
+        measured: JSON of `scripts/bench_step.py` from this kind of GPU, to fit the constants to.
+        picture: File for a picture of time and cost over the GPUs, such as `plan.png`.
+    """
+
+    gpus: tuple[int, ...]
+    gpu: tuple[str, ...]
+    gpus_per_node: int = 8
+    network_gbps: float | None = None
+    dollars_per_gpu_hour: tuple[float, ...] | None = None
+    dollars_per_gb_month: float | None = None
+    goodput: float | None = None
+    examples: int | None = None
+    tokens_per_example: float | None = None
+    measured: str | None = None
+    picture: str | None = None
+
+    def rules(self) -> Rules:
+        yield from at_least(self, gpus_per_node=1, examples=1, tokens_per_example=1, dollars_per_gb_month=0)
+        yield self._numbers()
+        yield self._one_price_each()
+        yield self._share()
+        yield picture_format(self)
+
+    def _numbers(self) -> Iterator[Problem]:
+        for key, values in (("gpus", self.gpus), ("gpu", self.gpu)):
+            if not values:
+                yield key, "is empty. Name at least one, such as gpus=64 gpu=h100."
+        if any(count < 1 for count in self.gpus):
+            yield "gpus", f"{min(self.gpus)} is too small. Use 1 or more."
+        if self.network_gbps is not None and self.network_gbps <= 0:
+            yield "network_gbps", f"{self.network_gbps:g} is not a rate. Use one such as 3200."
+
+    def _one_price_each(self) -> Iterator[Problem]:
+        prices = self.dollars_per_gpu_hour
+        if prices is not None and len(prices) not in (1, len(self.gpu)):
+            text = f"{len(prices)} prices for {len(self.gpu)} kinds of GPUs. Give one, or one for each."
+            yield "dollars_per_gpu_hour", text
+        if any(price < 0 for price in prices or ()):
+            yield "dollars_per_gpu_hour", "is negative. Use a price such as 2.5."
+
+    def _share(self) -> Iterator[Problem]:
+        if self.goodput is not None and not 0 < self.goodput <= 1:
+            yield "goodput", f"{self.goodput:g} is not a share above 0 and up to 1. Use one such as 0.95."
+
+    def prices(self) -> tuple[float | None, ...]:
+        """The price of each kind of GPU."""
+        prices = self.dollars_per_gpu_hour
+        if prices is None:
+            return (None,) * len(self.gpu)
+        return prices * len(self.gpu) if len(prices) == 1 else prices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,11 +239,7 @@ class PreviewConfig(Section):
 
     def rules(self) -> Rules:
         yield from at_least(self, samples=0)
-        yield self._format()
-
-    def _format(self) -> Iterator[Problem]:
-        if self.picture is not None and not self.picture.endswith((".png", ".pdf", ".svg")):
-            yield "picture", f"{self.picture} is not a picture. Use a name that ends in .png."
+        yield picture_format(self)
 
 
 @dataclass(frozen=True, kw_only=True)
