@@ -160,6 +160,18 @@ def _plan(words: list[str]) -> None:
     print(plan_clusters(config, options, absent))
 
 
+def _launch(words: list[str]) -> None:
+    from mptfoundry.config.verbs import LaunchConfig
+
+    lists = [re.sub(r"^(mounts|modules|sbatch)=([^\[].*)$", r"\1=[\2]", word) for word in words[1:]]
+    own, of_config = _own_words(lists, LaunchConfig)
+    options = _options([*words[:1], *own], "LaunchConfig", "scheduler")
+    config = _load_config(of_config, {})
+    from mptfoundry.launch import launch
+
+    print(launch(config, of_config, options))
+
+
 def _tasks_line(tasks: Sequence[TaskConfig]) -> str:
     labels = (f"{task.label} {list(task.shots)}" for task in tasks)
     return f"{len(tasks)} tasks with their numbers of examples: {', '.join(labels)}" if tasks else "no tasks"
@@ -187,7 +199,7 @@ def _own_words(words: list[str], options: type) -> tuple[list[str], list[str]]:
     from mptfoundry.config.engine.schema import field_types
 
     known = field_types(options)
-    own = [word for word in words if KEY.match(word) and word.partition("=")[0] in known]
+    own = [word for word in words if KEY.match(word) and re.split(r"[=.\[]", word)[0] in known]
     return own, [word for word in words if word not in own]
 
 
@@ -302,6 +314,14 @@ def _explain(words: list[str]) -> None:
 
 def _doctor(words: list[str]) -> None:
     options = _options(words, "DoctorConfig")
+    if options.cluster:
+        with _importing():
+            from mptfoundry.cluster_health import cluster_health
+
+        table = cluster_health()
+        if rank() == 0:
+            print(table)
+        return
     with _importing():
         from mptfoundry.doctor import clean, doctor, troubles
         from mptfoundry.plan.install_sets import install_command
@@ -389,6 +409,13 @@ VERBS = {
         "mptfoundry plan configs/mpt-7b.yaml gpus=8,55,440 gpu=a100-40gb,h100 dollars_per_gpu_hour=1.5,2.5",
         "PlanConfig",
     ),
+    "launch": Verb(
+        _launch,
+        "write a script or manifest that starts a run on a cluster",
+        "slurm|kubernetes|skypilot CONFIG nodes=N gpu=NAME [key=value ...]",
+        "mptfoundry launch slurm configs/mpt-7b.yaml nodes=55 gpu=a100-40gb partition=gpu",
+        "LaunchConfig",
+    ),
     "explain": Verb(
         _explain,
         "say what a key of a config means",
@@ -447,7 +474,7 @@ VERBS = {
     "doctor": Verb(
         _doctor,
         "show what works on this machine, and why the rest does not",
-        "[clean=true | install=SET]",
+        "[clean=true | install=SET | cluster=true]",
         "mptfoundry doctor",
         "DoctorConfig",
     ),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from composer import Trainer
+from composer import Callback, Trainer
 from torch.distributed.fsdp import FSDPModule
 
 from mptfoundry import build, loaders
@@ -104,6 +104,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
             throughput,
             *build.build_callbacks(config, tokenizer, run.folder),
             *run.checkpointing(tokenizer, has_weights=source is not None),
+            *(foretold(config, plan) if plan.device.kind == "gpu" else ()),
         ],
         loggers=[*build.build_loggers(config, run.folder), run.metrics, *console],
         parallelism_config=build.build_parallelism(config, plan),
@@ -117,6 +118,13 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": to_yaml(config)})
     return trainer
+
+
+def foretold(config: TrainConfig, plan: Plan) -> list[Callback]:
+    """The callback that compares the run's speed with the plan's, where the plan knows the GPU."""
+    from mptfoundry.callbacks.foretold import foretold_callbacks
+
+    return foretold_callbacks(config, plan)
 
 
 def set_up_sharding(fsdp: FSDPConfig, model: ComposerMPT, plan: Plan) -> None:

@@ -21,7 +21,7 @@ FLOORS = [
     ["config", "tokenizer"],
     ["plan", "checkpoints", "generation", "optim", "evals", "data", "data/records"],
     ["models", "run", "forecast", "data/text", "data/prepare", "data/examples"],
-    ["export", "callbacks", "data/views", "tasks", "check", "doctor"],
+    ["export", "callbacks", "data/views", "tasks", "check", "doctor", "cluster_health"],
     ["build", "loaders", "cluster_plan", "launch"],
     ["train", "evaluate", "preview"],
     ["cli"],

@@ -388,12 +388,84 @@ class DoctorConfig(Section):
     Attributes:
         clean: Instead, remove and list the shared memory and temporary files that dead runs of this user
             left. Whatever a living process uses stays.
+        cluster: Instead, time matrix products and all-reduces on each rank that the launcher started, and
+            name the slow ones.
         install: Instead, print the command that installs a tested set of packages: `current` (today's PyTorch
             and transformers) or `composer-pins` (PyTorch 2.7, for Python 3.10, older GPUs and older drivers).
     """
 
     clean: bool = False
+    cluster: bool = False
     install: Literal["current", "composer-pins"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig(Section):
+    """Write a script or manifest that starts a run on a cluster; further words override the config.
+
+    Attributes:
+        scheduler: `slurm`, `kubernetes` (with JobSet) or `skypilot`.
+        nodes: Machines.
+        gpu: Kind of their GPUs, such as `h100`.
+        gpus_per_node: GPUs of one machine.
+        out: File to write. Default: the run's name.
+        overwrite: Replace an existing file.
+        account: Slurm's account.
+        partition: Slurm's partition.
+        time: Slurm's time limit.
+        sbatch: More options of sbatch, such as `--qos=high`.
+        modules: Environment modules to load, such as `cuda/13.0`.
+        venv: Folder of the Python environment. Default: `.venv`.
+        image: Container image to run in.
+        container: How Slurm starts it: pyxis and enroot, or apptainer.
+        mounts: Mounts: `FROM:TO`; on Kubernetes `CLAIM:PATH`.
+        env: Environment variables by name.
+        hf_home: Folder of the Hugging Face cache that all machines see.
+        offline: Set HF_HUB_OFFLINE, for machines without a network.
+        scratch: Folder on each machine's own disk, for streamed shards and compiled kernels.
+        health_check: Check GPUs and network before the run.
+        launcher: Start processes with the `composer` launcher. `false`: Slurm starts them, and they have ten
+            minutes to save.
+    """
+
+    scheduler: Literal["slurm", "kubernetes", "skypilot"]
+    nodes: int
+    gpu: str
+    gpus_per_node: int = 8
+    out: str | None = None
+    overwrite: bool = False
+    account: str | None = None
+    partition: str | None = None
+    time: str = "24:00:00"
+    sbatch: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    venv: str | None = None
+    image: str | None = None
+    container: Literal["pyxis", "apptainer"] = "pyxis"
+    mounts: tuple[str, ...] = ()
+    env: dict[str, Any] = field(default_factory=dict)
+    hf_home: str | None = None
+    offline: bool = False
+    scratch: str | None = None
+    health_check: bool = True
+    launcher: bool = True
+
+    def rules(self) -> Rules:
+        yield from at_least(self, nodes=1, gpus_per_node=1)
+        yield self._only_slurm()
+        yield self._mounts()
+
+    def _only_slurm(self) -> Iterator[Problem]:
+        for key in ("account", "partition", "time", "sbatch", "modules", "venv", "container", "launcher"):
+            if self.scheduler != "slurm" and getattr(self, key) != getattr(LaunchConfig, key):
+                yield key, f"only applies to slurm, not to {self.scheduler}. Remove it."
+
+    def _mounts(self) -> Iterator[Problem]:
+        for mount in self.mounts:
+            if ":" not in mount:
+                yield "mounts", f"{mount} does not say where it is mounted. Use FROM:TO."
+        if self.mounts and self.image is None and self.scheduler == "slurm":
+            yield "mounts", "has no effect without image. Name a container image, or remove it."
 
 
 @dataclass(frozen=True)
