@@ -9,9 +9,12 @@ files of in-context tasks, but no samples or records. It does not import torch.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
+from mptfoundry.architecture.pretrained import published_architecture
 from mptfoundry.config.data import sources_by_key
 from mptfoundry.config.load import tasks_of_run
 from mptfoundry.config.parallel import replicas_and_shards
@@ -34,6 +37,7 @@ from mptfoundry.tokenizer import (
     vocabulary_problem,
 )
 
+BASE = "model.pretrained_model_name_or_path"
 REFUSED = "train refuses this here"
 MOST_DEVICES = 4096
 SHOWN_FILES = 2
@@ -48,6 +52,7 @@ class Look:
         tokenizer: Its tokenizer's files, if they are on this machine.
         problems: Errors: contradictions with the config, each with its key.
         lacking: What `train` needs and this machine lacks, each with its key.
+        needed: What `train` may need and this machine lacks.
         notes: Other useful facts about this machine.
         streams: What is known about the data, by loader and stream.
     """
@@ -56,6 +61,7 @@ class Look:
     tokenizer: TokenizerFiles | None = None
     problems: list[MPTFoundryError] = field(default_factory=list)
     lacking: list[str] = field(default_factory=list)
+    needed: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     streams: dict[tuple[str, str], Stream] = field(default_factory=dict)
 
@@ -66,21 +72,51 @@ def check(config: TrainConfig) -> str:
     Raises:
         ConfigError, DataError: The config contradicts what is on this machine.
     """
-    look = look_here(config)
+    return check_on(config).text
+
+
+class Checked(NamedTuple):
+    """What a check prints, and how many of its lines say what `train` needs and this machine lacks."""
+
+    text: str
+    lacking: int
+
+
+def check_on(
+    config: TrainConfig, device: Device | None = None, absent: Mapping[str, str] | None = None
+) -> Checked:
+    """Check a config for this machine's devices, or for those of a cluster.
+
+    Args:
+        config: The run.
+        device: The devices of a cluster. Default: those that the `composer` launcher would use here.
+        absent: What was missing when the config was read, by key.
+
+    Raises:
+        ConfigError, DataError: The config contradicts what is on this machine, or can't run on the cluster.
+    """
+    look, problem, absent = look_here(config), None, absent or {}
     _raise(look.problems)
-    device, problem = planned_device(config, launcher_device())
+    if device is None:
+        device, problem = planned_device(config, launcher_device())
     plan = make_plan(config, device)
     lacking = [problem] if problem else []
-    lacking += [f"{key}: {text}" for key, text in plan.missing.items()]
-    lines = [f"here: {text.rstrip('.')}; {REFUSED}" for text in lacking + look.lacking]
+    lacking += [f"{key}: {text}" for key, text in [*absent.items(), *plan.missing.items()]]
     if device.memory is not None and plan.memory.total > device.memory:
-        look.notes.append(
+        look.needed.append(
             f"the model does not fit: it needs about {plan.memory.total / GIB:.1f} GiB of a device that has "
             f"{device.memory / GIB:.1f} GiB; more devices with fsdp_config hold it in parts"
         )
-    lines += [f"here: {text}" for text in look.notes]
-    borders = borders_of_folder(config.tokenizer.name, config.tokenizer.kwargs)
-    return "\n".join([describe_plan(config, plan, borders, look.streams), *lines])
+    lacking += look.lacking
+    lines = [f"here: {text.rstrip('.')}; {REFUSED}" for text in lacking]
+    lines += [f"here: {text}" for text in look.needed + look.notes]
+    base = config.model.pretrained_model_name_or_path
+    if BASE in absent and base is not None and published_architecture(base) is None:
+        table = f"{config.run_name}\n  the size of {base} is not known here, and so are the run's numbers"
+    else:
+        borders = borders_of_folder(config.tokenizer.name, config.tokenizer.kwargs)
+        table = describe_plan(config, plan, borders, look.streams)
+    return Checked("\n".join([table, *lines]), len(lacking) + len(look.needed))
 
 
 def refuse_here(config: TrainConfig) -> Plan:
@@ -169,7 +205,7 @@ def _look_at_start(load_path: str, run_name: str, look: Look) -> None:
     place = load_path.replace("{run_name}", run_name).replace("{rank}", "0")
     start = path_of(place)
     if start is not None and not os.path.lexists(start):
-        look.notes.append(
+        look.needed.append(
             f"load_path: {place} is not on this machine; train needs it unless the run has its own checkpoint"
         )
 

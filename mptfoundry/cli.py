@@ -150,20 +150,55 @@ def _stop_while_starting(number: int, frame: Any) -> None:
 def _check(words: list[str]) -> None:
     from mptfoundry.config.load import kind_of, parse_words, tasks_of
     from mptfoundry.config.tasks import TaskFileConfig
+    from mptfoundry.config.verbs import CheckConfig
 
     kind = kind_of(words[0]) if words else "run"
     if kind == "tasks":
         print(_tasks_line(parse_words(words[1:], TaskFileConfig, words[0]).icl_tasks))
         return
     if kind == "evaluation":
-        for name, options in _load_evaluations(words).items():
+        absent: dict[str, str] = {}
+        for name, options in _load_evaluations(words, absent).items():
             public = f"; {', '.join(options.public_tasks)} of lm-eval" if options.tasks else ""
             print(f"{name}: {options.model}; {_tasks_line(tasks_of(options)[0])}{public}")
+        for key, text in absent.items():
+            print(f"here: {key}: {text.rstrip('.')}; eval refuses this here")
         return
-    config = _load_config(words)
-    from mptfoundry.check import check
+    own, words = _own_words(words, CheckConfig)
+    options, absent = _options(own, "CheckConfig"), {}
+    config = _load_config(words, absent)
+    from mptfoundry.check import check_on
+    from mptfoundry.plan.devices import cluster_device
 
-    print(check(config))
+    device = options.gpu and cluster_device(options.gpu, options.gpus, options.gpus_per_node)
+    checked = check_on(config, device or None, absent)
+    print(checked.text)
+    if options.here and checked.lacking:
+        raise MPTFoundryError("here=true: train can't start here; see the lines that begin with here.")
+
+
+def _plan(words: list[str]) -> None:
+    from mptfoundry.config.verbs import PlanConfig
+
+    own, words = _own_words(words, PlanConfig)
+    lists = [re.sub(r"^(gpus?|dollars_per_gpu_hour)=([^\[].*)$", r"\1=[\2]", word) for word in own]
+    options, absent = _options(lists, "PlanConfig"), {}
+    config = _load_config(words, absent)
+    from mptfoundry.cluster_plan import plan_clusters
+
+    print(plan_clusters(config, options, absent))
+
+
+def _launch(words: list[str]) -> None:
+    from mptfoundry.config.verbs import LaunchConfig
+
+    lists = [re.sub(r"^(mounts|modules|sbatch)=([^\[].*)$", r"\1=[\2]", word) for word in words[1:]]
+    own, of_config = _own_words(lists, LaunchConfig)
+    options = _options([*words[:1], *own], "LaunchConfig", "scheduler")
+    config = _load_config(of_config, {})
+    from mptfoundry.launch import launch
+
+    print(launch(config, of_config, options))
 
 
 def _tasks_line(tasks: Sequence[TaskConfig]) -> str:
@@ -189,11 +224,20 @@ def _eval(words: list[str]) -> None:
             print(f"{name}\n{results_table(results)}\n" if name else results_table(results))
 
 
-def _load_evaluations(words: list[str]) -> dict[str, EvalConfig]:
+def _own_words(words: list[str], options: type) -> tuple[list[str], list[str]]:
+    """Separate the `key=value` of a verb's own options from the config's."""
+    from mptfoundry.config.engine.schema import field_types
+
+    known = field_types(options)
+    own = [word for word in words if KEY.match(word) and re.split(r"[=.\[]", word)[0] in known]
+    return own, [word for word in words if word not in own]
+
+
+def _load_evaluations(words: list[str], absent: dict[str, str] | None = None) -> dict[str, EvalConfig]:
     """Read an evaluation file; its notes are printed."""
     from mptfoundry.config.load import load_evaluations
 
-    evaluations, notes = load_evaluations(words[0], words[1:])
+    evaluations, notes = load_evaluations(words[0], words[1:], absent)
     if rank() == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
@@ -343,6 +387,14 @@ def _completion(words: list[str]) -> None:
 
 def _doctor(words: list[str]) -> None:
     options = _options(words, "DoctorConfig")
+    if options.cluster:
+        with _importing():
+            from mptfoundry.cluster_health import cluster_health
+
+        table = cluster_health()
+        if rank() == 0:
+            print(table)
+        return
     with _importing():
         from mptfoundry.doctor import clean, doctor, environment, troubles
         from mptfoundry.plan.install_sets import install_command
@@ -422,8 +474,23 @@ VERBS = {
     "check": Verb(
         _check,
         "check a config and show what its run would be, without starting it",
-        "CONFIG [key=value ...]",
-        "mptfoundry check configs/mpt-7b.yaml optimizer.lr=1e-4",
+        "CONFIG [gpu=NAME gpus=N] [here=true] [key=value ...]",
+        "mptfoundry check configs/mpt-7b.yaml gpu=h100 gpus=64 optimizer.lr=1e-4",
+        "CheckConfig",
+    ),
+    "plan": Verb(
+        _plan,
+        "estimate time, memory and cost of a run on clusters",
+        "CONFIG gpus=N,... gpu=NAME,... [key=value ...]",
+        "mptfoundry plan configs/mpt-7b.yaml gpus=8,55,440 gpu=a100-40gb,h100 dollars_per_gpu_hour=1.5,2.5",
+        "PlanConfig",
+    ),
+    "launch": Verb(
+        _launch,
+        "write a script or manifest that starts a run on a cluster",
+        "slurm|kubernetes|skypilot CONFIG nodes=N gpu=NAME [key=value ...]",
+        "mptfoundry launch slurm configs/mpt-7b.yaml nodes=55 gpu=a100-40gb partition=gpu",
+        "LaunchConfig",
     ),
     "explain": Verb(
         _explain,
@@ -497,7 +564,7 @@ VERBS = {
     "doctor": Verb(
         _doctor,
         "show what works on this machine, and why the rest does not",
-        "[clean=true | install=SET | env=true]",
+        "[clean=true | install=SET | env=true | cluster=true]",
         "mptfoundry doctor",
         ("DoctorConfig",),
     ),
@@ -550,12 +617,12 @@ def _options_text(verb: Verb) -> str:
     )
 
 
-def _load_config(words: list[str]) -> TrainConfig:
+def _load_config(words: list[str], absent: dict[str, str] | None = None) -> TrainConfig:
     from mptfoundry.config.load import load_train_config
 
     if not words or "=" in words[0]:
         raise ConfigError("no config named. Say which YAML file describes the run, before any key=value.")
-    config, notes = load_train_config(words[0], words[1:])
+    config, notes = load_train_config(words[0], words[1:], absent)
     if rank() == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)

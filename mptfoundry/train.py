@@ -107,6 +107,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
             *tasks,
             *build.build_callbacks(config, tokenizer, run.folder),
             *run.checkpointing(tokenizer, has_weights=source is not None),
+            *(foretold(config, plan) if plan.device.kind == "gpu" else ()),
         ],
         loggers=[*build.build_loggers(config, run.folder, run.start), run.metrics, *console],
         parallelism_config=build.build_parallelism(config, plan),
@@ -120,6 +121,13 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": run.yaml})
     return trainer
+
+
+def foretold(config: TrainConfig, plan: Plan) -> list[Callback]:
+    """The callback that compares the run's speed with the plan's, where the plan knows the GPU."""
+    from mptfoundry.callbacks.foretold import foretold_callbacks
+
+    return foretold_callbacks(config, plan)
 
 
 def set_up_sharding(fsdp: FSDPConfig, model: ComposerMPT, plan: Plan) -> None:

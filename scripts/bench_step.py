@@ -23,6 +23,8 @@ from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.plan.devices import detect_device
 
 WARMUP_STEPS = 3
+# What `mptfoundry plan ... measured=FILE.json` needs to know about the network.
+SIZES = ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size", "expansion_ratio")
 
 
 def main(words: list[str]) -> int:
@@ -65,6 +67,7 @@ def measure(config, batch: int, steps: int) -> dict[str, object]:  # type: ignor
     row: dict[str, object] = {
         "device": device.name,
         "parameters": count_parameters(network_config),
+        "network": {name: getattr(network_config, name) for name in SIZES},
         "batch x seq_len": f"{batch} x {seq_len}",
         "milliseconds per step": round(per_step * 1000, 1),
         "tokens per second": round(per_second),

@@ -20,10 +20,10 @@ FLOORS = [
     ["stores", "architecture"],
     ["config", "tokenizer"],
     ["plan", "checkpoints", "generation", "optim", "evals", "data", "data/records"],
-    ["models", "run", "data/text", "data/prepare", "data/examples"],
-    ["export", "callbacks", "data/views", "tasks", "doctor", "completion", "vocabulary"],
+    ["models", "run", "forecast", "data/text", "data/prepare", "data/examples"],
+    ["export", "callbacks", "data/views", "tasks", "doctor", "cluster_health", "completion", "vocabulary"],
     ["build", "loaders", "check"],
-    ["train", "evaluate", "preview", "compare"],
+    ["train", "evaluate", "preview", "compare", "cluster_plan", "launch"],
     ["cli"],
 ]
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from importlib import metadata
@@ -423,3 +424,134 @@ def test_a_stores_index_in_the_cache_is_looked_at(tiny: Load, shards: Path) -> N
     assert "s3://bucket/a/train: " in check(tiny(remote))
     with pytest.raises(DataError, match="have 32 tokens, but max_seq_len is 16"):
         check(tiny(remote, "max_seq_len=16"))
+
+
+FOUNDRY_FINETUNING = """\
+variables: {tokenizer_name: mosaicml/mpt-30b, global_seed: 17, max_seq_len: 8192, run_name: }
+max_seq_len: ${variables.max_seq_len}
+run_name: ${variables.run_name}
+model:
+  name: hf_causal_lm
+  pretrained: true
+  pretrained_model_name_or_path: mosaicml/mpt-30b
+  init_device: mixed
+  config_overrides:
+    max_seq_len: ${variables.max_seq_len}
+    attn_config: {attn_impl: flash, attn_uses_sequence_id: false}
+tokenizer: {name: "${variables.tokenizer_name}", kwargs: {model_max_length: "${variables.max_seq_len}"}}
+train_loader:
+  name: finetuning
+  dataset:
+    hf_name: json
+    hf_kwargs: {data_dir: /path/to/data/dir/}
+    preprocessing_fn: my.import.path:my_preprocessing_fn
+    split: train
+    max_seq_len: ${variables.max_seq_len}
+    packing_ratio: 9
+    shuffle: true
+scheduler: {name: linear_decay_with_warmup, t_warmup: 50ba, alpha_f: 0}
+optimizer: {name: decoupled_lionw, lr: 5.0e-7, betas: [0.9, 0.95], weight_decay: 0}
+max_duration: 2ep
+global_train_batch_size: 72
+device_train_microbatch_size: 1
+precision: amp_bf16
+fsdp_config: {sharding_strategy: FULL_SHARD, state_dict_type: local}
+"""
+FOUNDRY_EVALUATION = """\
+tokenizer_name: EleutherAI/gpt-neox-20b
+max_seq_len: 1024
+precision: amp_fp16
+models:
+- model_name: mpt_test
+  tokenizer: {name: "${tokenizer_name}", kwargs: {model_max_length: "${max_seq_len}"}}
+  model: {name: mpt_causal_lm, d_model: 768, n_heads: 12, n_layers: 12, vocab_size: 50368}
+load_path:
+device_eval_batch_size: 16
+fsdp_config: {sharding_strategy: FULL_SHARD}
+icl_tasks:
+- {label: piqa, dataset_uri: eval/piqa.jsonl, num_fewshot: [5], icl_task_type: multiple_choice}
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            FOUNDRY_FINETUNING,
+            [
+                "here: model.pretrained_model_name_or_path: mosaicml/mpt-30b: is neither a folder nor in the",
+                "here: train_loader.dataset.preprocessing_fn: names code, which runs only with",
+                "here: model.attn_config.attn_impl: flash can't be used: it needs a GPU",
+                "29,957,200,896 parameters: 48 layers, width 7168, 64 heads",
+            ],
+        ),
+        (FOUNDRY_EVALUATION, ["here: models[0].load_path: is blank.", "1 tasks with their numbers"]),
+    ],
+)
+def test_foundrys_other_files_pass_and_their_misspelt_copies_do_not(
+    text: str,
+    said: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Path("run.yaml").write_text(text)
+    assert main(["check", "run.yaml"]) == 0
+    printed = capsys.readouterr().out
+    assert [each for each in said if each not in printed] == []
+    Path("run.yaml").write_text(text.replace("\nprecision:", "\nprecisions:"))
+    assert main(["check", "run.yaml"]) == 2
+    assert "precisions: unknown key" in capsys.readouterr().err
+
+
+def test_of_a_base_that_nobody_knows_here_no_numbers_are_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "run.yaml").write_text(FOUNDRY_FINETUNING.replace("mosaicml/mpt-30b", "some/mpt"))
+    assert main(["check", str(tmp_path / "run.yaml")]) == 0
+    printed = capsys.readouterr().out
+    assert "the size of some/mpt is not known here" in printed and "parameters" not in printed
+
+
+def test_the_stricter_question_has_its_exit_code(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(tiny_run), "here=true"]) == 0
+    assert main(["check", str(tiny_run), "here=true", "precision=amp_bf16"]) == 1
+    printed = capsys.readouterr()
+    assert "here: precision: amp_bf16 needs a GPU" in printed.out and "error: here=true: train" in printed.err
+    assert main(["check", str(tiny_run), "precision=amp_bf16"]) == 0
+
+
+def test_a_cluster_that_is_elsewhere_is_planned_from_the_table_of_gpus(
+    tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(tiny_run), "gpu=h100", "model.head_dim=64", "fsdp_config={}"]
+    assert main(["check", *words, "gpus=16", "global_train_batch_size=32"]) == 0
+    printed = capsys.readouterr().out
+    assert "16 x NVIDIA H100 80GB HBM3 (as asked, 8 on a machine)" in printed and here(printed) == []
+    for line in (r"precision += amp_bf16", r"attn_impl += triton", r"fsdp_config += 16 shards"):
+        assert re.search(line, printed)
+    assert re.search(r"init_device += meta", printed)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["gpu=h100"], "Add gpus=64."),
+        (["gpus=8"], "Add gpu=h100."),
+        (["gpu=h1000", "gpus=8"], "h1000 is not in the table of GPUs. Use one of"),
+        (["gpu=h100", "gpus=12"], "12 are not whole machines of 8 GPUs"),
+        (["gpu=h100", "gpus=8", "here=true"], "asks about this machine"),
+        (["gpu=h100", "gpus=16"], "8 does not split over 16 devices"),
+        (["gpu=h100", "gpus=-1"], "-1 is too small"),
+    ],
+)
+def test_a_cluster_that_can_not_be_is_an_error(
+    words: list[str], said: str, tiny_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", str(tiny_run), *words]) == 2
+    assert said in capsys.readouterr().err

@@ -322,3 +322,141 @@ def test_skypilot_reads_the_task(tmp_path: Path) -> None:
         text=True,
     )
     assert done.stdout.split()[-1] == "2"
+
+
+def launched(
+    capsys: pytest.CaptureFixture[str], folder: Path, scheduler: str, *words: str, code: int = 0
+) -> tuple[str, str]:
+    """The file that `mptfoundry launch` writes, and what it prints."""
+    out = folder / f"run.{scheduler}"
+    config = str(ROOT / "configs/mpt-7b.yaml")
+    cluster = ["nodes=2", "gpu=h100", "gpus_per_node=2", f"out={out}", "global_train_batch_size=64"]
+    assert main(["launch", scheduler, config, *cluster, *words]) == code
+    printed = capsys.readouterr()
+    return (out.read_text() if code == 0 else ""), printed.out + printed.err
+
+
+SAID = ["global_train_batch_size=64", "run_name=a b", "fsdp_config.activation_checkpointing=true"]
+
+
+@pytest.mark.parametrize("launcher", ["true", "false"])
+def test_launch_writes_a_script_that_checks_the_machines_and_then_trains(
+    launcher: str, stand_ins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, printed = launched(capsys, tmp_path, "slurm", *SAID[1:], f"launcher={launcher}", "account=me")
+    assert f"sbatch {tmp_path}/run.slurm" in printed and "#SBATCH --account=me\n" in text
+    assert "#SBATCH --nodes=2\n" in text and "#SBATCH --job-name=a b\n" in text
+    script = tmp_path / ("direct.sbatch" if launcher == "false" else "with.sbatch")
+    script.write_text(text.replace("mkdir -p logs", ""))
+    code, started = submit(script, stand_ins)
+    assert code == 0
+    of_health = [words for _, words in started if words[-2:] == ["scripts/doctor.py", "cluster=true"]]
+    of_training = [(known, words) for known, words in started if "scripts/train.py" in words]
+    assert (
+        of_health and started[0][1] == of_health[0] and len(of_training) == (2 if launcher == "true" else 4)
+    )
+    assert options_of([*of_health[0][:-2], "scripts/train.py"])["--world_size"] == "4"
+    for known, words in of_training:
+        assert words_after(words) == [str(ROOT / "configs/mpt-7b.yaml"), *SAID]
+        assert known["TRITON_CACHE_DIR"] == "/tmp/mptfoundry-triton"
+
+
+def test_launch_writes_what_a_site_needs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    site = [
+        "partition=gpu",
+        "modules=cuda/13.0,nccl",
+        "image=/i/mpt.sqsh",
+        "mounts=/data:/data",
+        "offline=true",
+    ]
+    site += ["hf_home=/hf", "scratch=/local", "env.NCCL_IB_TIMEOUT=22", "sbatch=--qos=high", "time=01:00:00"]
+    text, _ = launched(capsys, tmp_path, "slurm", *site)
+    lines = text.splitlines()
+    for line in (
+        "#SBATCH --partition=gpu",
+        "#SBATCH --qos=high",
+        "#SBATCH --time=01:00:00",
+        "module load cuda/13.0 nccl",
+        "export HF_HOME=/hf",
+        "export HF_HUB_OFFLINE=1",
+        "export TMPDIR=/local",
+        "export NCCL_IB_TIMEOUT=22",
+        "# export NCCL_IB_HCA=mlx5  # the InfiniBand or RoCE ports",
+    ):
+        assert line in lines
+    container = '--container-image=/i/mpt.sqsh --container-mounts="$PWD:$PWD,/data:/data"'
+    assert text.count(container) == 2 and 'composer --stdout "logs/rank{rank}.log"' in text
+    text, _ = launched(capsys, tmp_path, "slurm", *site, "container=apptainer", "overwrite=true")
+    assert text.count("apptainer exec --nv --bind /data:/data /i/mpt.sqsh bash -c") == 2
+
+
+def test_launch_writes_a_manifest_for_kubernetes(
+    stand_ins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, printed = launched(
+        capsys, tmp_path, "kubernetes", *SAID[1:], "image=reg/mpt:1", "mounts=claim:/more"
+    )
+    assert f"kubectl apply -f {tmp_path}/run.kubernetes" in printed
+    manifest = yaml.safe_load(text)
+    job = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    [container] = pod["containers"]
+    assert manifest["metadata"]["name"] == "a-b" and job["parallelism"] == job["completions"] == 2
+    assert container["image"] == "reg/mpt:1" and container["resources"]["limits"]["nvidia.com/gpu"] == "2"
+    assert {"name": "mount-0", "mountPath": "/more"} in container["volumeMounts"]
+    given = {each["name"]: each["value"] for each in container["env"] if "value" in each}
+    known = {**given, "JOBSET_NAME": "mpt", "JOB_COMPLETION_INDEX": "1"}
+    code, [(_, health), (_, train)] = run(stand_ins, *container["command"], *container["args"], **known)
+    assert code == 0 and health[-2:] == ["scripts/doctor.py", "cluster=true"]
+    assert words_after(train) == [str(ROOT / "configs/mpt-7b.yaml"), *SAID]
+    assert options_of(train)["--world_size"] == "4"
+    job_alone = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "node"}, "spec": job}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job_alone))
+    subprocess.run([linter("kubernetes-validate"), "--strict", tmp_path / "job.yaml"], check=True)
+
+
+def test_launch_writes_a_task_for_skypilot(
+    stand_ins: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, printed = launched(capsys, tmp_path, "skypilot", *SAID[1:])
+    assert "sky jobs launch -n 'a b'" in printed
+    task = yaml.safe_load(text)
+    assert task["num_nodes"] == 2 and task["resources"]["accelerators"] == "H100:2"
+    known = {"SKYPILOT_NUM_GPUS_PER_NODE": "2", "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NODE_RANK": "1"}
+    known |= {"SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", **task["envs"]}
+    code, [(_, health), (_, train)] = run(
+        stand_ins, "bash", "-c", task["run"].replace("$PWD/.venv", "$VENV"), **known
+    )
+    assert code == 0 and health[-2:] == ["scripts/doctor.py", "cluster=true"]
+    assert words_after(train) == [str(ROOT / "configs/mpt-7b.yaml"), *SAID]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "words", "said"),
+    [
+        ("slurm", ["gpus_per_node=3"], "does not split over 6 devices"),
+        ("slurm", ["gpu=l4"], "can't hold the model"),
+        ("slurm", ["mounts=/data"], "does not say where it is mounted"),
+        ("slurm", ["model.d_modle=3"], "unknown key. Did you mean d_model?"),
+        ("kubernetes", ["account=me"], "only applies to slurm"),
+        ("nomad", [], "nomad"),
+    ],
+)
+def test_launch_refuses_what_can_not_run(
+    scheduler: str, words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert said in launched(capsys, tmp_path, scheduler, *words, code=2)[1]
+
+
+def test_launch_keeps_a_file_that_exists(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    launched(capsys, tmp_path, "slurm")
+    assert "exists. Name another file" in launched(capsys, tmp_path, "slurm", code=2)[1]
+
+
+@pytest.mark.parametrize("launcher", ["true", "false"])
+def test_shellcheck_has_nothing_to_say_of_what_launch_writes(
+    launcher: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    linter("shellcheck")
+    launched(capsys, tmp_path, "slurm", f"launcher={launcher}", "modules=cuda")
+    subprocess.run([linter("shellcheck"), "--severity=style", tmp_path / "run.slurm"], check=True)

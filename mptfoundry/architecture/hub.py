@@ -37,9 +37,14 @@ def locate(name: str, revision: str | None = None, *, config_only: bool = False)
         if revision is not None:
             raise CheckpointError(f"{name}: a local folder has no revision {revision}. Remove the revision.")
         return local
-    if name.startswith(("/", "./", "../", "~")) or not _NAME.fullmatch(name):
+    if not takes_a_hub_name(name):
         raise CheckpointError(f"{name}: no such file or folder.")
     return _snapshot(name, revision, config_only)
+
+
+def takes_a_hub_name(name: str) -> bool:
+    """Whether a name that is not a path of this machine can be one on the Hub."""
+    return not name.startswith(("/", "./", "../", "~")) and _NAME.fullmatch(name) is not None
 
 
 def why_out_of_reach() -> str | None:

@@ -10,12 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mptfoundry.architecture.hub import locate
+from mptfoundry.architecture.hub import locate, takes_a_hub_name
 from mptfoundry.architecture.of_run import OWN, architecture_of, differing, leaves, takes_any_length
 from mptfoundry.config.engine.document import Document, KeyPath, Origin, dotted
 from mptfoundry.config.engine.schema import show
 from mptfoundry.errors import CheckpointError, first_line
-from mptfoundry.mpt.config import MPTConfig
+from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.head_config import trunk_of
 
 _NAME: KeyPath = ("model", "pretrained_model_name_or_path")
@@ -23,18 +23,41 @@ _OVERRIDES: KeyPath = ("model", "config_overrides")
 _LENGTH: tuple[str, ...] = ("max_seq_len",)
 _SIZES = (("d_model",), ("n_heads",), ("n_layers",), ("vocab_size",))
 _ALIASES: dict[tuple[str, ...], tuple[str, ...]] = {("layer_norm_epsilon",): ("norm_eps",)}
+# The sizes of published models, for a check that can't reach them: width, heads, layers, length. All have
+# ALiBi, no biases and 50,432 rows of the vocabulary (their config.json on the hub).
+PUBLISHED = {
+    "mosaicml/mpt-7b": (4096, 32, 32, 2048),
+    "mosaicml/mpt-7b-instruct": (4096, 32, 32, 2048),
+    "mosaicml/mpt-7b-chat": (4096, 32, 32, 2048),
+    "mosaicml/mpt-7b-8k": (4096, 32, 32, 8192),
+    "mosaicml/mpt-7b-8k-instruct": (4096, 32, 32, 8192),
+    "mosaicml/mpt-7b-8k-chat": (4096, 32, 32, 8192),
+    "mosaicml/mpt-7b-storywriter": (4096, 32, 32, 65536),
+    "mosaicml/mpt-30b": (7168, 64, 48, 8192),
+    "mosaicml/mpt-30b-instruct": (7168, 64, 48, 8192),
+    "mosaicml/mpt-30b-chat": (7168, 64, 48, 8192),
+}
 
 
-def fill_architecture(document: Document) -> list[str]:
-    """Bring the architecture of the model that a document names into its `model` section; return notes."""
+def fill_architecture(document: Document, lacking: dict[str, str] | None = None) -> list[str]:
+    """Bring the architecture of the model that a document names into its `model` section, in place.
+
+    Args:
+        document: The config.
+        lacking: If given, a model on the hub that can't be reached from this machine is described here, by
+            key, and is not a problem.
+
+    Returns:
+        Notes for the user: what was taken for what.
+    """
     name = document.get(_NAME)
-    return _fill(name, document) if isinstance(name, str) else []
+    return _fill(name, document, lacking) if isinstance(name, str) else []
 
 
-def _fill(name: str, document: Document) -> list[str]:
+def _fill(name: str, document: Document, lacking: dict[str, str] | None) -> list[str]:
     notes: list[str] = []
     overrides = document.get(_OVERRIDES)
-    named = _look_at(name, document, notes)
+    named = _look_at(name, document, notes, lacking)
     _rename(name, document, notes if named is not None else [])
     written = leaves(overrides) if isinstance(overrides, dict) else {}
     if named is None:
@@ -60,7 +83,25 @@ def _fill(name: str, document: Document) -> list[str]:
     return notes
 
 
-def _look_at(name: str, document: Document, notes: list[str]) -> MPTConfig | None:
+def published_architecture(name: str) -> MPTConfig | None:
+    """The architecture of a published model, without its weights; None if it is not in the table."""
+    if name not in PUBLISHED:
+        return None
+    d_model, n_heads, n_layers, length = PUBLISHED[name]
+    return MPTConfig(
+        d_model=d_model,
+        n_heads=n_heads,
+        n_layers=n_layers,
+        max_seq_len=length,
+        vocab_size=50432,
+        no_bias=True,
+        attn_config=AttnConfig(alibi=True),
+    )
+
+
+def _look_at(
+    name: str, document: Document, notes: list[str], lacking: dict[str, str] | None
+) -> MPTConfig | None:
     """The architecture of the model; None if it can't be read, which is a problem, or need not be.
 
     A section that says all of it, as a run's own `config.yaml` does, stands for a model on the hub or one
@@ -84,6 +125,9 @@ def _look_at(name: str, document: Document, notes: list[str]) -> MPTConfig | Non
         compared_later = document.get(("model", "pretrained")) is not False
         if not is_here and compared_later and all(document.has(("model", *size)) for size in _SIZES):
             return None
+        if not is_here and lacking is not None and takes_a_hub_name(name):
+            lacking[dotted(_NAME)] = str(error)
+            return published_architecture(name)
         document.report(_NAME, str(error))
         return None
     if not is_here and revision != folder.name:

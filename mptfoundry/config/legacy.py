@@ -48,7 +48,7 @@ def translate(document: Document) -> list[str]:
                 _drop(document, loader + _path(key), entry, notes)
     known = field_types(TrainConfig)
     if unknown := [k for k in document.tree if k not in known and ("TrainConfig", k) not in REFUSED]:
-        _top_level_variables(document, unknown, notes)
+        top_level_variables(document, unknown, notes)
     return notes
 
 
@@ -122,6 +122,15 @@ def _unmasked_packing(document: Document, notes: list[str]) -> None:
         notes += [] if note in notes else [note]
 
 
+def _local_checkpoints(document: Document, notes: list[str]) -> None:
+    """The first FSDP's `local`: each rank saved its own part."""
+    key = ("fsdp_config", "state_dict_type")
+    if document.get(key) == "local":
+        origin = document.origin(key)
+        document.put(key, "sharded", origin)
+        notes.append(f"{origin.place}: fsdp_config.state_dict_type: local is now sharded.")
+
+
 def _multiquery(document: Document, notes: list[str]) -> None:
     old = ("model", "multiquery_attention")
     if isinstance(document.get(old), bool):
@@ -136,12 +145,13 @@ _TRANSLATIONS: dict[str, Callable[[Document, list[str]], None]] = {
     "model.attn_config.attn_uses_sequence_id": _unmasked_packing,
     "model.config_overrides.attn_config.attn_uses_sequence_id": _unmasked_packing,
     "model.multiquery_attention": _multiquery,
+    "fsdp_config.state_dict_type": _local_checkpoints,
     "icl_tasks": _tasks_without_data,
     "algorithms.low_precision_layernorm": _low_precision_norm,
 }
 
 
-def _top_level_variables(document: Document, keys: list[str], notes: list[str]) -> None:
+def top_level_variables(document: Document, keys: list[str], notes: list[str]) -> None:
     """Names at the top that only interpolations refer to, as before there was `variables`."""
     older = {"data_local", "data_remote", "global_seed", "tokenizer_name", "model_name", "max_split_size"}
     referred = {reference.split(".")[0].split("[")[0] for reference in document.references}

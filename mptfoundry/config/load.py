@@ -13,14 +13,14 @@ from typing import Any, Literal, TypeVar
 from omegaconf import OmegaConf
 
 from mptfoundry.architecture.pretrained import fill_architecture
-from mptfoundry.config.engine.document import Document, KeyPath, parse_key
+from mptfoundry.config.engine.document import Document, KeyPath, dotted, parse_key
 from mptfoundry.config.engine.nested import leaves, mapped
 from mptfoundry.config.engine.read_document import read_document
-from mptfoundry.config.engine.schema import default_of
+from mptfoundry.config.engine.schema import default_of, field_types
 from mptfoundry.config.engine.secrets import REDACTED, FromEnvironment, redacted, redactions
 from mptfoundry.config.engine.walk import build
-from mptfoundry.config.legacy import OTHER_KINDS, REFUSED, translate
-from mptfoundry.config.rules import tokens_of
+from mptfoundry.config.legacy import OTHER_KINDS, REFUSED, top_level_variables, translate
+from mptfoundry.config.rules import code_named, tokens_of
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.tasks import GauntletConfig, TaskConfig, TaskFileConfig, missing_benchmarks
 from mptfoundry.config.verbs import EvalConfig
@@ -47,8 +47,16 @@ _NOT_IN_EVALUATIONS = {
 }
 
 
-def load_train_config(path: str | Path, words: Sequence[str] = ()) -> tuple[TrainConfig, list[str]]:
+def load_train_config(
+    path: str | Path, words: Sequence[str] = (), lacking: dict[str, str] | None = None
+) -> tuple[TrainConfig, list[str]]:
     """Read the configuration of a training run; `key=value` words override the YAML file.
+
+    Args:
+        path: The YAML file.
+        words: The command line's `key=value`.
+        lacking: If given, what only this machine or this command lacks (a base on the hub that can't be
+            reached, permission to run code) is described here, by key, and is not a problem.
 
     Returns:
         The configuration, and notes for the user: one line for each thing that was translated from an older
@@ -62,9 +70,14 @@ def load_train_config(path: str | Path, words: Sequence[str] = ()) -> tuple[Trai
     _refuse_another_kind(document)
     _refuse_code_from_file(document)
     notes = document.notes + translate(document)
-    notes += fill_architecture(document)
+    notes += fill_architecture(document, lacking)
     _share_top_level(document)
-    config = build(TrainConfig, document, REFUSED)
+    if lacking is not None and not document.has(("allow_code",)):
+        document.put(("allow_code",), True, document.origin(()))
+        config = build(TrainConfig, document, REFUSED)  # a check runs no code
+        lacking.update(code_named(config))
+    else:
+        config = build(TrainConfig, document, REFUSED)
     return config, notes + _effects(config)
 
 
@@ -77,8 +90,15 @@ def parse_words(words: Sequence[str], schema: type[T], path: str | Path | None =
     return build(schema, read_document(path, words), REFUSED)
 
 
-def load_evaluations(path: str | Path, words: Sequence[str] = ()) -> tuple[dict[str, EvalConfig], list[str]]:
+def load_evaluations(
+    path: str | Path, words: Sequence[str] = (), lacking: dict[str, str] | None = None
+) -> tuple[dict[str, EvalConfig], list[str]]:
     """Read a file that describes an evaluation, as llm-foundry's do: one or more models, and their tasks.
+
+    Args:
+        path: The YAML file.
+        words: The command line's `key=value`.
+        lacking: If given, a blank place of a model's weights is described here, by key, and is not a problem.
 
     Returns:
         The options of each model's evaluation by its name, and notes for the user.
@@ -92,6 +112,7 @@ def load_evaluations(path: str | Path, words: Sequence[str] = ()) -> tuple[dict[
     for key, because in _NOT_IN_EVALUATIONS.items():
         if document.take((key,)) is not None:
             notes.append(f"{document.origin((key,)).place}: {key} is left out: {because}.")
+    _older_evaluation(document, notes)
     batches, size = document.take(("icl_subset_num_batches",)), document.get(("device_eval_batch_size",))
     if batches is not None and batches != -1:
         origin = document.origin(("icl_subset_num_batches",))
@@ -103,11 +124,23 @@ def load_evaluations(path: str | Path, words: Sequence[str] = ()) -> tuple[dict[
     evaluations = {}
     for entry in entries:
         one = deepcopy(document)
-        name = _take_model(one, entry)
+        name = _take_model(one, entry, lacking)
         one.take(("models",))
         evaluations[name] = build(EvalConfig, one, REFUSED)
         tasks_of(evaluations[name])
     return evaluations, notes
+
+
+def _older_evaluation(document: Document, notes: list[str]) -> None:
+    """Names that other values refer to, and one checkpoint for the file's models, as before `variables`."""
+    known = {*field_types(EvalConfig), "models", "model_name", "load_path", "icl_subset_num_batches"}
+    top_level_variables(document, [key for key in document.tree if key not in known], notes)
+    models = document.get(("models",))
+    if isinstance(models, list) and document.has(("load_path",)):
+        origin, place = document.origin(("load_path",)), document.take(("load_path",))
+        for n in range(len(models)):
+            if document.get(("models", n, "load_path")) is None:
+                document.put(("models", n, "load_path"), place, origin)
 
 
 def kind_of(path: str) -> Literal["run", "evaluation", "tasks"]:
@@ -119,7 +152,7 @@ def kind_of(path: str) -> Literal["run", "evaluation", "tasks"]:
     return "evaluation" if is_evaluation else "run"
 
 
-def _take_model(document: Document, entry: KeyPath) -> str:
+def _take_model(document: Document, entry: KeyPath, lacking: dict[str, str] | None) -> str:
     """Replace the description of a model by the place of its weights; returns the model's name."""
     kind, load_path = document.get((*entry, "model", "name")), (*entry, "load_path")
     place = load_path if document.get(load_path) else (*entry, "model", "pretrained_model_name_or_path")
@@ -128,6 +161,9 @@ def _take_model(document: Document, entry: KeyPath) -> str:
     if kind not in ("mpt_causal_lm", "hf_causal_lm"):
         text = f"{kind} is not an MPT model. Evaluate others with lm-evaluation-harness: lm_eval --model hf."
         document.report((*entry, "model", "name"), text)
+    elif weights is None and lacking is not None:
+        lacking[dotted(load_path)] = "is blank. Name a run, a checkpoint or an exported folder."
+        weights = "a model that load_path does not name yet"
     elif not isinstance(weights, str):
         document.report(load_path, "is blank. Name a run, a checkpoint or an exported folder.")
     document.raise_problems()
@@ -137,7 +173,7 @@ def _take_model(document: Document, entry: KeyPath) -> str:
     document.put(("model",), weights, origins[0])
     if tokenizer is not None:
         document.put(("tokenizer",), tokenizer, origins[1])
-    return str(name)
+    return str(name or Path(document.name).stem)
 
 
 def tasks_of(options: EvalConfig | TrainConfig) -> tuple[tuple[TaskConfig, ...], GauntletConfig | None]:

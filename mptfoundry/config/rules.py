@@ -161,10 +161,23 @@ def _sampling(arguments: Mapping[str, Any]) -> Iterator[Problem]:
         yield f"callbacks.generate_callback.{name}", text
 
 
+def code_named(run: TrainConfig) -> Iterator[Problem]:
+    """The code that a file names, and that it runs only with the user's permission."""
+    if run.code_paths:
+        yield "code_paths", "names code, which runs only with allow_code=true on the command line."
+    for key in ("train_loader", "eval_loader"):
+        yield from _preprocessing_functions(run, key)
+
+
 def _preprocessing(run: TrainConfig, key: str) -> Iterator[Problem]:
     """Code that a file names runs only with the user's permission."""
+    if not run.allow_code:
+        yield from _preprocessing_functions(run, key)
+
+
+def _preprocessing_functions(run: TrainConfig, key: str) -> Iterator[Problem]:
     for path, loader in _loaders(run, key):
-        if loader.name == "finetuning" and not run.allow_code:
+        if loader.name == "finetuning":
             yield from _refused_code(loader.dataset, f"{path}.dataset")
 
 

@@ -22,6 +22,109 @@ _SHORTEST_NEEDLE = 32
 _SHORTEST_COPY = 64
 
 
+def picture_format(options: PreviewConfig | PlanConfig | CompareConfig) -> Iterator[Problem]:
+    """The problem of a picture's name, if there is one."""
+    if options.picture is not None and not options.picture.endswith((".png", ".pdf", ".svg")):
+        yield "picture", f"{options.picture} is not a picture. Use a name that ends in .png."
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig(Section):
+    """Check a config and show what its run would be; further words, such as `max_seq_len=512`, override it.
+
+    Attributes:
+        gpu: Plan for a cluster of these GPUs, such as `h100` or `a100-40gb`, not for this machine.
+        gpus: GPUs of that cluster.
+        gpus_per_node: GPUs of one of its machines.
+        here: Fail with exit code 1 if `train` could not start on this machine.
+    """
+
+    gpu: str | None = None
+    gpus: int | None = None
+    gpus_per_node: int = 8
+    here: bool = False
+
+    def rules(self) -> Rules:
+        yield from at_least(self, gpus=1, gpus_per_node=1)
+        yield self._both()
+        yield self._one_machine()
+
+    def _both(self) -> Iterator[Problem]:
+        if (self.gpu is None) != (self.gpus is None):
+            missing, example = ("gpu", "gpu=h100") if self.gpu is None else ("gpus", "gpus=64")
+            yield missing, f"gpu and gpus describe a cluster together. Add {example}."
+
+    def _one_machine(self) -> Iterator[Problem]:
+        if self.gpu is not None and self.here:
+            yield "here", "asks about this machine, and gpu about a cluster. Use one of them."
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(Section):
+    """Estimate time, memory and cost of a run on clusters; further words override the config.
+
+    Attributes:
+        gpus: Numbers of GPUs, such as `8,64,256`.
+        gpu: Kinds of GPUs, such as `h100,b200`.
+        gpus_per_node: GPUs of one machine.
+        network_gbps: Gbit/s between machines, of one machine. Default: as usual for the GPU.
+        dollars_per_gpu_hour: Price of a GPU, or of each kind in `gpu`, such as `2,3.5`.
+        dollars_per_gb_month: Price of storage, for the checkpoints that stay.
+        goodput: Share of the time that interruptions leave. Default: one interruption in 1,000 GPU-days.
+        examples: Examples of the training data, where they can't be counted here.
+        tokens_per_example: Their mean length, for `packing_ratio: auto`.
+        measured: JSON of `scripts/bench_step.py` from this kind of GPU, to fit the constants to.
+        picture: File for a picture of time and cost over the GPUs, such as `plan.png`.
+    """
+
+    gpus: tuple[int, ...]
+    gpu: tuple[str, ...]
+    gpus_per_node: int = 8
+    network_gbps: float | None = None
+    dollars_per_gpu_hour: tuple[float, ...] | None = None
+    dollars_per_gb_month: float | None = None
+    goodput: float | None = None
+    examples: int | None = None
+    tokens_per_example: float | None = None
+    measured: str | None = None
+    picture: str | None = None
+
+    def rules(self) -> Rules:
+        yield from at_least(self, gpus_per_node=1, examples=1, tokens_per_example=1, dollars_per_gb_month=0)
+        yield self._numbers()
+        yield self._one_price_each()
+        yield self._share()
+        yield picture_format(self)
+
+    def _numbers(self) -> Iterator[Problem]:
+        for key, values in (("gpus", self.gpus), ("gpu", self.gpu)):
+            if not values:
+                yield key, "is empty. Name at least one, such as gpus=64 gpu=h100."
+        if any(count < 1 for count in self.gpus):
+            yield "gpus", f"{min(self.gpus)} is too small. Use 1 or more."
+        if self.network_gbps is not None and self.network_gbps <= 0:
+            yield "network_gbps", f"{self.network_gbps:g} is not a rate. Use one such as 3200."
+
+    def _one_price_each(self) -> Iterator[Problem]:
+        prices = self.dollars_per_gpu_hour
+        if prices is not None and len(prices) not in (1, len(self.gpu)):
+            text = f"{len(prices)} prices for {len(self.gpu)} kinds of GPUs. Give one, or one for each."
+            yield "dollars_per_gpu_hour", text
+        if any(price < 0 for price in prices or ()):
+            yield "dollars_per_gpu_hour", "is negative. Use a price such as 2.5."
+
+    def _share(self) -> Iterator[Problem]:
+        if self.goodput is not None and not 0 < self.goodput <= 1:
+            yield "goodput", f"{self.goodput:g} is not a share above 0 and up to 1. Use one such as 0.95."
+
+    def prices(self) -> tuple[float | None, ...]:
+        """The price of each kind of GPU."""
+        prices = self.dollars_per_gpu_hour
+        if prices is None:
+            return (None,) * len(self.gpu)
+        return prices * len(self.gpu) if len(prices) == 1 else prices
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig(Section):
     """Turn text into shards of tokens.
@@ -215,12 +318,6 @@ class PreviewConfig(Section):
     def rules(self) -> Rules:
         yield from at_least(self, samples=0)
         yield picture_format(self)
-
-
-def picture_format(options: PreviewConfig | CompareConfig) -> Iterator[Problem]:
-    """Refuse a picture whose name does not say its format."""
-    if options.picture is not None and not options.picture.endswith((".png", ".pdf", ".svg")):
-        yield "picture", f"{options.picture} is not a picture. Use a name that ends in .png."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -515,6 +612,8 @@ class DoctorConfig(Section):
     Attributes:
         clean: Instead, remove and list the shared memory and temporary files that dead runs of this user
             left. Whatever a living process uses stays.
+        cluster: Instead, time matrix products and all-reduces on each rank that the launcher started, and
+            name the slow ones.
         install: Instead, print the command that installs a tested set of packages: `current` (today's PyTorch
             and transformers) or `composer-pins` (PyTorch 2.7, for Python 3.10, older GPUs and older drivers).
         env: Instead, print what a report of a fault needs: versions, devices, limits and the variables that
@@ -523,7 +622,77 @@ class DoctorConfig(Section):
 
     clean: bool = False
     env: bool = False
+    cluster: bool = False
     install: Literal["current", "composer-pins"] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LaunchConfig(Section):
+    """Write a script or manifest that starts a run on a cluster; further words override the config.
+
+    Attributes:
+        scheduler: `slurm`, `kubernetes` (with JobSet) or `skypilot`.
+        nodes: Machines.
+        gpu: Kind of their GPUs, such as `h100`.
+        gpus_per_node: GPUs of one machine.
+        out: File to write. Default: the run's name.
+        overwrite: Replace an existing file.
+        account: Slurm's account.
+        partition: Slurm's partition.
+        time: Slurm's time limit.
+        sbatch: More options of sbatch, such as `--qos=high`.
+        modules: Environment modules to load, such as `cuda/13.0`.
+        venv: Folder of the Python environment. Default: `.venv`.
+        image: Container image to run in.
+        container: How Slurm starts it: pyxis and enroot, or apptainer.
+        mounts: Mounts: `FROM:TO`; on Kubernetes `CLAIM:PATH`.
+        env: Environment variables by name.
+        hf_home: Folder of the Hugging Face cache that all machines see.
+        offline: Set HF_HUB_OFFLINE, for machines without a network.
+        scratch: Folder on each machine's own disk, for streamed shards and compiled kernels.
+        health_check: Check GPUs and network before the run.
+        launcher: Start processes with the `composer` launcher. `false`: Slurm starts them, and they have ten
+            minutes to save.
+    """
+
+    scheduler: Literal["slurm", "kubernetes", "skypilot"]
+    nodes: int
+    gpu: str
+    gpus_per_node: int = 8
+    out: str | None = None
+    overwrite: bool = False
+    account: str | None = None
+    partition: str | None = None
+    time: str = "24:00:00"
+    sbatch: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+    venv: str | None = None
+    image: str | None = None
+    container: Literal["pyxis", "apptainer"] = "pyxis"
+    mounts: tuple[str, ...] = ()
+    env: dict[str, Any] = field(default_factory=dict)
+    hf_home: str | None = None
+    offline: bool = False
+    scratch: str | None = None
+    health_check: bool = True
+    launcher: bool = True
+
+    def rules(self) -> Rules:
+        yield from at_least(self, nodes=1, gpus_per_node=1)
+        yield self._only_slurm()
+        yield self._mounts()
+
+    def _only_slurm(self) -> Iterator[Problem]:
+        for key in ("account", "partition", "time", "sbatch", "modules", "venv", "container", "launcher"):
+            if self.scheduler != "slurm" and getattr(self, key) != getattr(LaunchConfig, key):
+                yield key, f"only applies to slurm, not to {self.scheduler}. Remove it."
+
+    def _mounts(self) -> Iterator[Problem]:
+        for mount in self.mounts:
+            if ":" not in mount:
+                yield "mounts", f"{mount} does not say where it is mounted. Use FROM:TO."
+        if self.mounts and self.image is None and self.scheduler == "slurm":
+            yield "mounts", "has no effect without image. Name a container image, or remove it."
 
 
 @dataclass(frozen=True)

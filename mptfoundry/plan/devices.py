@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from mptfoundry.plan.gpus import GPU, Visible, visible_gpus
+from mptfoundry.errors import ConfigError
+from mptfoundry.plan.gpus import GPU, SHORT_NAMES, Visible, full_name, kind_of, visible_gpus
 
 GIB = 2**30
+# Of machines elsewhere; most have more.
+CORES_PER_GPU = 8
 Number = TypeVar("Number", int, float)
 
 
@@ -37,6 +40,7 @@ class Device:
         gpus: The GPUs of the run on this machine.
         trouble: Why the GPUs of this machine can't be used, although it has some.
         is_ordered: Whether CUDA is known to count the GPUs in this order.
+        is_here: Whether it is this machine, not a cluster that a user asks about.
     """
 
     kind: Literal["cpu", "gpu"]
@@ -51,6 +55,7 @@ class Device:
     gpus: tuple[GPU, ...] = ()
     trouble: str | None = None
     is_ordered: bool = True
+    is_here: bool = True
 
     @property
     def torch_type(self) -> str:
@@ -80,6 +85,41 @@ def detect_device(world_size: int | None = None, environ: Mapping[str, str] = os
     default that of the launcher's environment variables.
     """
     return _device(visible_gpus(environ), world_size or int(environ.get("WORLD_SIZE") or 1), environ)
+
+
+def cluster_device(gpu: str, count: int, per_node: int = 8) -> Device:
+    """The devices of a cluster that is elsewhere, from the table of GPUs.
+
+    Args:
+        gpu: A short name, such as `h100` or `a100-40gb`.
+        count: GPUs of the run.
+        per_node: GPUs of a machine.
+
+    Raises:
+        ConfigError: The table has no such GPU, or the GPUs are not whole machines.
+    """
+    name = full_name(gpu)
+    kind = kind_of(name)
+    if kind is None:
+        raise ConfigError(f"gpu: {gpu} is not in the table of GPUs. Use one of {', '.join(SHORT_NAMES)}.")
+    if count > per_node and count % per_node:
+        raise ConfigError(
+            f"gpus: {count} are not whole machines of {per_node} GPUs. Use a multiple, or set gpus_per_node."
+        )
+    one = GPU(name, memory=kind.gib * 2**30, capability=kind.capability)
+    return Device(
+        kind="gpu",
+        name=name,
+        count=count,
+        per_node=min(count, per_node),
+        memory=one.memory,
+        peak_flops=one.peak_flops,
+        has_bf16=bool(one.has_bf16),
+        cores=CORES_PER_GPU,
+        found=f"as asked, {per_node} on a machine",
+        gpus=(one,) * min(count, per_node),
+        is_here=False,
+    )
 
 
 def _device(visible: Visible, count: int, environ: Mapping[str, str]) -> Device:

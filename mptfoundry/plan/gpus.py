@@ -115,6 +115,48 @@ class GPU:
         return None if self.capability is None else self.capability >= (8, 0)
 
 
+# What a user may call a GPU, and the name by which it is found in the table.
+SHORT_NAMES = {
+    "gb300": "NVIDIA GB300",
+    "b300": "NVIDIA B300",
+    "gb200": "NVIDIA GB200",
+    "b200": "NVIDIA B200",
+    "gh200": "NVIDIA GH200",
+    "h200": "NVIDIA H200",
+    "h200-nvl": "NVIDIA H200 NVL",
+    "h100": "NVIDIA H100 80GB HBM3",
+    "h100-nvl": "NVIDIA H100 NVL",
+    "h100-pcie": "NVIDIA H100 PCIe",
+    "a100-40gb": "NVIDIA A100-SXM4-40GB",
+    "a100-80gb": "NVIDIA A100-SXM4-80GB",
+    "a30": "NVIDIA A30",
+    "a10": "NVIDIA A10",
+    "l40s": "NVIDIA L40S",
+    "l4": "NVIDIA L4",
+    "rtx-3090": "NVIDIA GeForce RTX 3090",
+    "rtx-4090": "NVIDIA GeForce RTX 4090",
+    "rtx-5090": "NVIDIA GeForce RTX 5090",
+    "rtx-6000-ada": "NVIDIA RTX 6000 Ada Generation",
+    "rtx-pro-6000": "NVIDIA RTX PRO 6000 Blackwell",
+    "v100-32gb": "Tesla V100-SXM2-32GB",
+    "v100": "Tesla V100-SXM2-16GB",
+    "t4": "Tesla T4",
+}
+_OTHER_NAMES = {"a100": "a100-80gb", "h100-80gb": "h100", "h100-sxm": "h100", "h200-sxm": "h200"}
+
+
+def full_name(gpu: str) -> str:
+    """The name in the table of a GPU that a user calls `h100` or `NVIDIA H100 80GB HBM3`."""
+    short = re.sub(r"[\s_]+", "-", gpu.strip().lower())
+    return SHORT_NAMES.get(_OTHER_NAMES.get(short, short), gpu)
+
+
+def short_name(name: str) -> str | None:
+    """What a user calls the GPU of this full name; None if the table has none of its kind."""
+    kind = kind_of(name)
+    return next((short for short, full in SHORT_NAMES.items() if kind and kind_of(full) == kind), None)
+
+
 class Visible(NamedTuple):
     """The GPUs that a process may use.
 

@@ -25,6 +25,23 @@ LOSS_CHUNK_LOGITS = {"gpu": 2**27, "cpu": 2**24}
 OVERHEAD = {"gpu": 2 * GIB, "cpu": GIB}
 
 
+# bf16 logits and their gradient, where they are all computed at once, as llm-foundry's fused loss does.
+FULL_LOGITS_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What to estimate the memory of, where it is not the config's own.
+
+    Attributes:
+        fsdp: In place of `fsdp_config`.
+        full_logits: All logits exist at once, as in llm-foundry; here they are computed in chunks.
+    """
+
+    fsdp: FSDPConfig | None
+    full_logits: bool = False
+
+
 @dataclass(frozen=True)
 class Memory:
     """Estimated bytes of one device at the peak of a step.
@@ -60,6 +77,7 @@ def estimate_memory(
     sharding: Sharding | None,
     trainable: Trainable,
     microbatch: int,
+    variant: Variant | None = None,
 ) -> Memory:
     """Bytes of one device at the peak of a step that computes `microbatch` sequences at once.
 
@@ -78,8 +96,9 @@ def estimate_memory(
     tokens = microbatch * config.max_seq_len
     block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
     kept = model.n_layers * block_keeps
-    if config.fsdp_config is not None and config.fsdp_config.saves_activations:
-        kept -= _saved_activations(model, config.fsdp_config, block_keeps)
+    fsdp = config.fsdp_config if variant is None else variant.fsdp
+    if fsdp is not None and fsdp.saves_activations:
+        kept -= _saved_activations(model, fsdp, block_keeps)
     chunk = min(tokens * model.vocab_size, LOSS_CHUNK_LOGITS[device.kind])
     quantized = matrix_parameters(model) if model.bits else 0
     return Memory(
@@ -88,7 +107,11 @@ def estimate_memory(
         optimizer=trainable.parameters * STATE_BYTES[config.optimizer.name] // shards,
         gathered=gathered,
         activations=tokens * kept * number,
-        logits=chunk * (FP32 + 2 * number)
+        logits=(
+            tokens * model.vocab_size * FULL_LOGITS_BYTES
+            if variant is not None and variant.full_logits
+            else chunk * (FP32 + 2 * number)
+        )
         + (model.vocab_size * model.d_model * FP32 if trainable.trains_output else 0),
         overhead=OVERHEAD[device.kind],
     )

@@ -138,8 +138,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     attention = model.attn_config.attn_impl
     if attention != "auto" and (problem := _attention_problem(config, device, dtype)):
         missing[key] = problem
-    here = device.torch_type, dtype, device.capability
-    attention = decide(key, attention, lambda: choose_backend(model, *here))
+    attention = decide(key, attention, lambda: _choose_attention(config, device, dtype))
     loss_fn = (
         "torch" if isinstance(model, HeadConfig) else decide("model.loss_fn", model.loss_fn, _choose_loss)
     )
@@ -232,6 +231,15 @@ def largest_microbatch(share: int, device: Device, memory: Callable[[int], Memor
             return size, f"the largest divisor of {share} that fits: {fits}"
     usable = f"{room / GIB:.1f} of {device.memory / GIB:.1f} GiB are usable"
     return 1, f"none fits: 1 needs about {memory(1).total / GIB:.1f} GiB, and {usable}"
+
+
+def _choose_attention(config: TrainConfig, device: Device, dtype: str) -> tuple[str, str]:
+    """Resolve `attn_impl: auto`; on a cluster elsewhere torch brings Triton, whatever this machine has."""
+    model = config.model
+    # Triton needs compute capability 8.0, as bfloat16 does.
+    if not device.is_here and device.has_bf16 and why_never("triton", model, dtype) is None:
+        return "triton", f"serves this model in {dtype} on {device.torch_type}"
+    return choose_backend(model, device.torch_type, dtype, device.capability)
 
 
 def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str | None:

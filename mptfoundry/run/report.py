@@ -97,6 +97,7 @@ def describe(
         "training time": f"{timedelta(seconds=round(last['seconds']))}, evaluations not included",
         "time per step": f"{last['seconds'] / last['batch']:.3g} s",
         "tokens per second": _median(batches, "tokens_per_second", "{:,.0f}"),
+        "tokens per second, foretold": _median(batches, "foretold_tokens_per_second", "{:,.0f}"),
         "MFU": _median(batches, "mfu", "{:.1%}"),
         "peak memory": f"{peak / 2**30:.2f} GiB" if (peak := last.get("peak_memory_bytes")) else "",
     }
