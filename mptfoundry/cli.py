@@ -152,20 +152,20 @@ def _check(words: list[str]) -> None:
     from mptfoundry.config.tasks import TaskFileConfig
     from mptfoundry.config.verbs import CheckConfig
 
+    absent: dict[str, str] = {}
     kind = kind_of(words[0]) if words else "run"
     if kind == "tasks":
         print(_tasks_line(parse_words(words[1:], TaskFileConfig, words[0]).icl_tasks))
         return
     if kind == "evaluation":
-        absent: dict[str, str] = {}
-        for name, options in _load_evaluations(words, absent).items():
-            public = f"; {', '.join(options.public_tasks)} of lm-eval" if options.tasks else ""
-            print(f"{name}: {options.model}; {_tasks_line(tasks_of(options)[0])}{public}")
+        for name, each in _load_evaluations(words, absent).items():
+            public = f"; {', '.join(each.public_tasks)} of lm-eval" if each.tasks else ""
+            print(f"{name}: {each.model}; {_tasks_line(tasks_of(each)[0])}{public}")
         for key, text in absent.items():
             print(f"here: {key}: {text.rstrip('.')}; eval refuses this here")
         return
     own, words = _own_words(words, CheckConfig)
-    options, absent = _options(own, "CheckConfig"), {}
+    options = _options(own, "CheckConfig")
     config = _load_config(words, absent)
     from mptfoundry.check import check_on
     from mptfoundry.plan.devices import cluster_device
@@ -182,7 +182,8 @@ def _plan(words: list[str]) -> None:
 
     own, words = _own_words(words, PlanConfig)
     lists = [re.sub(r"^(gpus?|dollars_per_gpu_hour)=([^\[].*)$", r"\1=[\2]", word) for word in own]
-    options, absent = _options(lists, "PlanConfig"), {}
+    options = _options(lists, "PlanConfig")
+    absent: dict[str, str] = {}
     config = _load_config(words, absent)
     from mptfoundry.cluster_plan import plan_clusters
 
@@ -378,10 +379,14 @@ def _explain(words: list[str]) -> None:
 def _completion(words: list[str]) -> None:
     from mptfoundry.completion import SHELLS, completion
     from mptfoundry.config import verbs
+    from mptfoundry.config.run import TrainConfig
 
     if len(words) != 1 or words[0] not in SHELLS:
         raise ConfigError(f"completion: name one shell of {', '.join(SHELLS)}.")
-    options = {name: [getattr(verbs, each) for each in verb.options] for name, verb in VERBS.items()}
+    options: dict[str, list[type]] = {}
+    for name, verb in VERBS.items():
+        options[name] = [getattr(verbs, each) for each in verb.options]
+        options[name] += [TrainConfig] if "CONFIG" in verb.words else []
     print(completion(words[0], options), end="")
 
 
@@ -476,21 +481,21 @@ VERBS = {
         "check a config and show what its run would be, without starting it",
         "CONFIG [gpu=NAME gpus=N] [here=true] [key=value ...]",
         "mptfoundry check configs/mpt-7b.yaml gpu=h100 gpus=64 optimizer.lr=1e-4",
-        "CheckConfig",
+        ("CheckConfig",),
     ),
     "plan": Verb(
         _plan,
         "estimate time, memory and cost of a run on clusters",
         "CONFIG gpus=N,... gpu=NAME,... [key=value ...]",
         "mptfoundry plan configs/mpt-7b.yaml gpus=8,55,440 gpu=a100-40gb,h100 dollars_per_gpu_hour=1.5,2.5",
-        "PlanConfig",
+        ("PlanConfig",),
     ),
     "launch": Verb(
         _launch,
         "write a script or manifest that starts a run on a cluster",
         "slurm|kubernetes|skypilot CONFIG nodes=N gpu=NAME [key=value ...]",
         "mptfoundry launch slurm configs/mpt-7b.yaml nodes=55 gpu=a100-40gb partition=gpu",
-        "LaunchConfig",
+        ("LaunchConfig",),
     ),
     "explain": Verb(
         _explain,
@@ -531,7 +536,7 @@ VERBS = {
         "compare runs, or evaluations document by document",
         "A B ... [key=value ...]",
         "mptfoundry compare runs/lr-1e-3 runs/lr-2e-3 picture=losses.png",
-        "CompareConfig",
+        ("CompareConfig",),
     ),
     "export": Verb(
         _export,

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,7 +90,7 @@ def measure(kind: str) -> Health:
         of_machine = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
         if 1 < of_machine < world_size():
             first = range(0, world_size(), of_machine)
-            groups = [dist.new_group(list(range(start, start + of_machine))) for start in first]
+            groups: list[Any] = [dist.new_group(list(range(start, start + of_machine))) for start in first]
             machine = all_reduce_gbs(kind, groups[rank() // of_machine], of_machine)
     return Health(socket.gethostname(), name, 2 * size**3 / seconds / 1e12, machine, everyone)
 

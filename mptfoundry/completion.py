@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
 from typing import Literal, get_args, get_origin
 
 from mptfoundry.config.engine.schema import choice, field_types, members, walk_keys
@@ -70,7 +69,7 @@ def completion(shell: str, verbs: Mapping[str, Sequence[type]]) -> str:
 
     Args:
         shell: The shell.
-        verbs: Each verb with the classes of its options; without any, it takes a run's config.
+        verbs: Each verb with the classes of its options; TrainConfig if it takes a run's config.
     """
     names = shlex.quote(" ".join(verbs))
     of_options: dict[tuple[type, ...], list[str]] = {}
@@ -93,11 +92,12 @@ def completion(shell: str, verbs: Mapping[str, Sequence[type]]) -> str:
 def _words(options: Sequence[type]) -> list[str]:
     """`key=` for each key that can be typed, or `key=value` for each choice."""
     words: dict[str, None] = {}
-    for path, cls, name in chain.from_iterable(map(walk_keys, options or (TrainConfig,))):
-        if "[N]" in path or "*" in path or (options and "." in path):
-            continue
-        values = sorted(set(_choices(field_types(cls)[name])))
-        words |= dict.fromkeys(f"{path}={value}" for value in values or [""])
+    for schema in options:
+        for path, cls, name in walk_keys(schema):
+            if "[N]" in path or "*" in path or (schema is not TrainConfig and "." in path):
+                continue
+            values = sorted(set(_choices(field_types(cls)[name])))
+            words |= dict.fromkeys(f"{path}={value}" for value in values or [""])
     return list(words)
 
 

@@ -110,7 +110,7 @@ def _slurm(name: str, words: list[str], options: LaunchConfig) -> tuple[str, str
         head["ntasks-per-node"] = str(options.gpus_per_node)
     for key, value in head.items():
         body = re.sub(
-            rf"^#SBATCH --{key}=.*$", lambda _, k=key, v=value: f"#SBATCH --{k}={v}", body, flags=re.M
+            rf"^#SBATCH --{key}=.*$", f"#SBATCH --{key}={value}".replace("\\", "\\\\"), body, flags=re.M
         )
     added = {"account": options.account, "partition": options.partition}
     extra = [f"#SBATCH --{key}={value}\n" for key, value in added.items() if value]
@@ -215,7 +215,9 @@ def _skypilot(name: str, words: list[str], options: LaunchConfig) -> tuple[str, 
         task["resources"]["image_id"] = f"docker:{options.image}"
     task["envs"] = {"CONFIG": words[0], **_variables(options)}
     if options.mounts:
-        task["file_mounts"] = dict(reversed(mount.split(":", 1)) for mount in options.mounts)
+        task["file_mounts"] = {
+            there: here for here, there in (mount.split(":", 1) for mount in options.mounts)
+        }
     run = re.sub(
         r"scripts/train\.py .*", lambda _: f'scripts/train.py "$CONFIG" {shlex.join(words[1:])}', task["run"]
     )

@@ -42,7 +42,7 @@ def bash_script(capsys: pytest.CaptureFixture[str]) -> str:
         ("mptfoundry train a.yaml optimizer.name=decoupled_l", ["decoupled_lionw"]),
         ("mptfoundry check a.yaml max_dur", ["max_duration="]),
         ("mptfoundry check conf", ["config.yaml"]),
-        ("mptfoundry doctor cl", ["clean=false", "clean=true"]),
+        ("mptfoundry doctor cle", ["clean=false", "clean=true"]),
     ],
 )
 def test_bash_completes(tmp_path: Path, bash_script: str, line: str, offered: list[str]) -> None:

@@ -75,7 +75,7 @@ def load_train_config(
     if lacking is not None and not document.has(("allow_code",)):
         document.put(("allow_code",), True, document.origin(()))
         config = build(TrainConfig, document, REFUSED)  # a check runs no code
-        lacking.update(code_named(config))
+        lacking |= {str(key): text for key, text in code_named(config)}
     else:
         config = build(TrainConfig, document, REFUSED)
     return config, notes + _effects(config)

@@ -191,11 +191,9 @@ def refitted(path: str | Path, name: str, constants: Constants) -> Constants:
         rates = replace(old, **capped)
     else:
         rates = fit(steps, constants.rates)
-    error = mean_error(steps, rates)
-    source = (
-        f"fitted to {len(steps)} measured step{'s' * (len(steps) > 1)} of {path} (mean error {error:.1%})"
-    )
-    return Constants(rates, source, max(0.1, 2 * error), is_fitted=True)
+    off = mean_error(steps, rates)
+    source = f"fitted to {len(steps)} measured step{'s' * (len(steps) > 1)} of {path} (mean error {off:.1%})"
+    return Constants(rates, source, max(0.1, 2 * off), is_fitted=True)
 
 
 def write_constants(path: Path = FOLDER / "constants.json") -> dict[str, Any]:

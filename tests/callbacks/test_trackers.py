@@ -42,8 +42,8 @@ def test_wandb_has_one_id(
     assert ids[2] == read_trackers(folder.parent / "other")["wandb"]["id"] != ids[0]
 
 
-def run_id_of(file: Path) -> str:
-    """The id of the W&B run that an offline file records."""
+def run_id_of(file: Path) -> str | None:
+    """The id of the W&B run that an offline file records; None if W&B was killed before it wrote it."""
     from wandb.proto import wandb_internal_pb2
     from wandb.sdk.internal.datastore import DataStore
 
@@ -53,8 +53,8 @@ def run_id_of(file: Path) -> str:
         record = wandb_internal_pb2.Record()
         record.ParseFromString(data)
         if record.WhichOneof("record_type") == "run":
-            return record.run.run_id
-    raise AssertionError(f"{file} records no run")
+            return str(record.run.run_id)
+    return None
 
 
 def test_an_id_of_the_users_own_stands(

@@ -38,7 +38,9 @@ def test_three_kills_leave_one_run_in_each_tracker(
 
     trackers = read_trackers(tmp_path / "killed")
     files = list(tmp_path.rglob("*.wandb"))
-    assert len(files) == 4 and {run_id_of(file) for file in files} == {trackers["wandb"]["id"]}
+    assert len(files) == 4 and {file.stem for file in files} == {f"run-{trackers['wandb']['id']}"}
+    written = [each for each in map(run_id_of, files) if each is not None]
+    assert len(written) > 1 and set(written) == {trackers["wandb"]["id"]}
 
     client = MlflowClient(uri)
     (experiment,) = client.search_experiments(filter_string="name = 'test'")
