@@ -12,12 +12,12 @@ from mptfoundry.check import look_here
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import PlanConfig
 from mptfoundry.errors import ConfigError
-from mptfoundry.forecast import tables
+from mptfoundry.forecast import cluster_tables as tables
+from mptfoundry.forecast.cluster_tables import Combination
 from mptfoundry.forecast.constants import constants_for, refitted
 from mptfoundry.forecast.hardware import hardware_of
 from mptfoundry.forecast.run_cost import Length, checkpoints_of, run_cost, run_length
 from mptfoundry.forecast.settings import best_setting, own_setting, settings_of, words_of
-from mptfoundry.forecast.tables import Combination
 from mptfoundry.plan.devices import cluster_device
 from mptfoundry.plan.plan import make_plan
 from mptfoundry.plan.table import Streams

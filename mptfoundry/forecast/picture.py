@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mptfoundry.files import writing_into
-from mptfoundry.forecast.tables import DAY, Combination
+from mptfoundry.forecast.cluster_tables import DAY, Combination
 
 
 def draw_forecast(title: str, combinations: Sequence[Combination], path: str) -> bool:

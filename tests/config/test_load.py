@@ -53,7 +53,7 @@ def test_loading_imports_neither_torch_nor_composer_nor_transformers(write: Call
     path = write(text=SMALL + FULL)
     code = (
         "import sys; from mptfoundry.config.load import load_train_config; "
-        f"import mptfoundry.config.explain; load_train_config({path!r}); "
+        f"import mptfoundry.explain; load_train_config({path!r}); "
         "print({'torch', 'composer', 'transformers', 'streaming', 'numpy'} & set(sys.modules))"
     )
     done = subprocess.run(

@@ -80,3 +80,10 @@ def not_empty(section: Any, *names: str) -> Rules:
             yield name, "is empty. Give a name, or remove it."
 
     return map(rule, names)
+
+
+def picture_format(section: Section) -> Iterator[Problem]:
+    """The problem of a section's `picture`, if its name does not say a format that can be drawn."""
+    name = getattr(section, "picture", None)
+    if name is not None and not name.endswith((".png", ".pdf", ".svg")):
+        yield "picture", f"{name} is not a picture. Use a name that ends in .png."

@@ -8,9 +8,9 @@ import pytest
 from mptfoundry.config import verbs
 from mptfoundry.config.engine.schema import describe, field_types, meanings, walk_keys
 from mptfoundry.config.engine.signatures import CALLBACKS, LOGGERS
-from mptfoundry.config.explain import explain, options_of
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
+from mptfoundry.explain import explain, options_of
 
 
 def _classes() -> Iterator[type]:
