@@ -70,6 +70,9 @@ class TorchBuild(NamedTuple):
         return f"{self.version.partition('+')[0]} (CUDA {self.cuda})"
 
 
+AskTorch = Callable[[], TorchBuild | None]
+
+
 def installed_torch() -> TorchBuild | None:
     """The installed torch, from its version.py; None if there is none, or if it is built for other GPUs."""
     spec = importlib.util.find_spec("torch")
@@ -96,7 +99,7 @@ def imported_torch() -> TorchBuild | None:
     return TorchBuild(torch.__version__, torch.version.cuda, tuple(flags.split()) if flags else None)
 
 
-def refuse_unsupported(device: Device, torch: Callable[[], TorchBuild | None] = installed_torch) -> None:
+def refuse_unsupported(device: Device, torch: AskTorch | None = None) -> None:
     """Raise ConfigError if torch can't compute on the GPUs of this machine; see `gpu_problem`."""
     if problem := gpu_problem(device, torch):
         error = ConfigError("{}: {}".format(*problem))
@@ -104,17 +107,17 @@ def refuse_unsupported(device: Device, torch: Callable[[], TorchBuild | None] = 
         raise error
 
 
-def gpu_problem(
-    device: Device, torch: Callable[[], TorchBuild | None] = installed_torch
-) -> tuple[str, str] | None:
-    """Why `torch`, asked only if there are GPUs, can't compute on the GPUs of a run on this machine.
+def gpu_problem(device: Device, torch: AskTorch | None = None) -> tuple[str, str] | None:
+    """Why torch can't compute on the GPUs of a run on this machine.
+
+    `torch` returns the torch that will compute, by default the installed one; asked only if there are GPUs.
 
     Returns:
         What is wrong, `driver` or `torch`, and why with what to do; None if nothing is known to be wrong.
     """
     if device.trouble is not None:
         return "driver", f"{device.trouble}. Repair it, or set CUDA_VISIBLE_DEVICES= to compute on the CPU."
-    return _problem_of_gpus(device, torch()) if device.gpus else None
+    return _problem_of_gpus(device, (torch or installed_torch)()) if device.gpus else None
 
 
 def _problem_of_gpus(device: Device, torch: TorchBuild | None) -> tuple[str, str] | None:

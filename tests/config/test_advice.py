@@ -83,7 +83,7 @@ CASES = [
     ),
     (
         ["save_filename=a/b.pt"],
-        "Say that in save_folder",
+        "Name the folder in save_folder",
         ["save_filename=ep{epoch}-ba{batch}.pt", "save_folder=a"],
     ),
     (

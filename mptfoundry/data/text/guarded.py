@@ -137,20 +137,24 @@ class GuardedStream(Stream):
 
     def _prepare_shard_part(self, raw_info: Any, zip_info: Any = None, compression: str | None = None) -> int:
         """Make sure a shard's file is here and correct; return how many bytes the cache grew."""
-        files = [info for info in (raw_info, zip_info) if info]
-        before = sum(info.bytes for info in files if (self.folder / info.basename).is_file())
-        problem = self.problem(raw_info)
-        if problem and zip_info is None:
-            self._fetch(raw_info, problem)
-        elif problem:
-            packed_problem = self.problem(zip_info)
-            if packed_problem:
-                self._fetch(zip_info, packed_problem)
-            self._unpack(zip_info, raw_info, str(compression))
+        before = self._bytes_of(raw_info, zip_info)
+        if problem := self.problem(raw_info):
+            self._restore(raw_info, problem, zip_info, str(compression))
         if zip_info and not self.safe_keep_zip:
             (self.folder / zip_info.basename).unlink(missing_ok=True)
-        after = sum(info.bytes for info in files if (self.folder / info.basename).is_file())
-        return 0 if self.is_only_copy else after - before
+        return 0 if self.is_only_copy else self._bytes_of(raw_info, zip_info) - before
+
+    def _bytes_of(self, *infos: Any) -> int:
+        return sum(info.bytes for info in infos if info and (self.folder / info.basename).is_file())
+
+    def _restore(self, raw: Any, problem: str, packed: Any, compression: str) -> None:
+        """Fetch a shard's file that is missing or bad, or unpack it from its compressed file."""
+        if packed is None:
+            self._fetch(raw, problem)
+            return
+        if packed_problem := self.problem(packed):
+            self._fetch(packed, packed_problem)
+        self._unpack(packed, raw, compression)
 
     def _fetch(self, entry: Any, problem: str) -> None:
         """Fetch a file that is missing or bad."""
@@ -266,13 +270,11 @@ class GuardedDataset(StreamingDataset):
 
         title = f"{self.where}: checking shards" if is_full and get_rank() == 0 else ""
         problems = problems_of(files, look, lambda file: file[2].bytes, title=title)
-        lost = [
-            (stream.folder / entry.basename, text)
-            for (_, stream, entry), text in problems
-            if stream.is_only_copy
-        ]
+        lost = [(file, why) for file, why in problems if file[1].is_only_copy]
         if lost:
-            refuse(self.where, [f"{path} {text}" for path, text in lost])
+            refuse(
+                self.where, [f"{stream.folder / entry.basename} {why}" for (_, stream, entry), why in lost]
+            )
         if is_full:
             bad = {shard_id for (shard_id, _, _), _ in problems}
             good = [shard_id for shard_id, _, _ in files if shard_id not in bad]
