@@ -30,7 +30,7 @@ from mptfoundry.config.engine import signatures
 from mptfoundry.config.model import ModelConfig
 from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.config.verbs import Sampling
+from mptfoundry.config.verbs import EvalConfig, Sampling
 from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.export.folder import export_weights
@@ -258,8 +258,8 @@ def _add_export(kwargs: dict[str, Any], config: TrainConfig, run_folder: Path) -
     kwargs["write"] = partial(export_weights, config=network, run_folder=run_folder, overwrite=overwrite)
 
 
-def build_loggers(config: TrainConfig, run_folder: Path) -> list[LoggerDestination]:
-    """The loggers that the config names."""
+def build_loggers(config: TrainConfig | EvalConfig, run_folder: Path) -> list[LoggerDestination]:
+    """The loggers that the config names; `run_folder` is for their files."""
     given = {name: dict(kwargs) for name, kwargs in config.loggers.items()}
     if "tensorboard" in given:
         given["tensorboard"] |= {"run_folder": run_folder}
