@@ -31,7 +31,7 @@ from mptfoundry.config.engine import signatures
 from mptfoundry.config.model import ModelConfig
 from mptfoundry.config.parallel import CompileConfig, FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
-from mptfoundry.config.verbs import Sampling
+from mptfoundry.config.verbs import EvalConfig, Sampling
 from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.export.folder import export_weights
@@ -70,12 +70,12 @@ SCHEDULERS: dict[str, Callable[..., Schedule]] = {
 }
 # `module:Class`, so that a callback is imported only if a config names it.
 CALLBACKS: dict[str, str | type] = {**signatures.CALLBACKS}
-# With an id that all starts of a run share.
+# The loggers of a run, with an id that all its starts share.
 TRACKERS = {
     "wandb": "mptfoundry.callbacks.trackers:WandBRun",
     "mlflow": "mptfoundry.callbacks.trackers:MLFlowRun",
 }
-LOGGERS: dict[str, str | type] = {**signatures.LOGGERS, **TRACKERS}
+LOGGERS: dict[str, str | type] = {**signatures.LOGGERS}
 ALGORITHMS: dict[str, str | type] = {"gradient_clipping": GradientClipping}
 
 
@@ -277,15 +277,25 @@ def _add_export(kwargs: dict[str, Any], config: TrainConfig, run_folder: Path) -
     kwargs["write"] = partial(export_weights, config=network, run_folder=run_folder, overwrite=overwrite)
 
 
-def build_loggers(config: TrainConfig, run_folder: Path, start: Start) -> list[LoggerDestination]:
-    """The loggers that the config names; trackers continue what the run's earlier starts began."""
-    given = {name: dict(kwargs) for name, kwargs in config.loggers.items()}
+def build_loggers(
+    config: TrainConfig | EvalConfig, run_folder: Path, start: Start | None = None
+) -> list[LoggerDestination]:
+    """The loggers that the config names.
+
+    Args:
+        config: A run or an evaluation.
+        run_folder: The folder for their files.
+        start: What a run starts from: its trackers continue what its earlier starts began. None for an
+            evaluation, which is a run of its own there.
+    """
+    given, known = {name: dict(kwargs) for name, kwargs in config.loggers.items()}, dict(LOGGERS)
     if "tensorboard" in given:
         given["tensorboard"] |= {"run_folder": run_folder}
-    for name in given:
-        if LOGGERS[name] == TRACKERS.get(name):
+    if start is not None and isinstance(config, TrainConfig):
+        for name in (each for each in TRACKERS if each in given and known[each] == signatures.LOGGERS[each]):
+            known[name] = TRACKERS[name]
             given[name] |= {"run_folder": run_folder, "kept": _kept_of(name, config, run_folder, start)}
-    return [_make(LOGGERS, name, kwargs) for name, kwargs in given.items()]
+    return [_make(known, name, kwargs) for name, kwargs in given.items()]
 
 
 def _kept_of(tracker: str, config: TrainConfig, run_folder: Path, start: Start) -> dict[str, Any]:

@@ -122,7 +122,7 @@ def _eval(words: list[str]) -> None:
         evaluations = _load_evaluations(words)
     else:
         evaluations = {"": _options(words, "EvalConfig", "model")}
-        _refuse_missing_harness(evaluations.values())
+        _refuse_missing_packages(evaluations.values())
     _refuse_unsupported_gpu()
     with _importing():
         from mptfoundry.evaluate import evaluate, results_table
@@ -150,15 +150,15 @@ def _load_evaluations(words: list[str], absent: dict[str, str] | None = None) ->
     if rank() == 0:
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
-    _refuse_missing_harness(evaluations.values())
+    _refuse_missing_packages(evaluations.values())
     return evaluations
 
 
-def _refuse_missing_harness(evaluations: Iterable[EvalConfig]) -> None:
-    from mptfoundry.plan.packages import refuse_missing_harness
+def _refuse_missing_packages(evaluations: Iterable[EvalConfig]) -> None:
+    from mptfoundry.plan.packages import refuse_missing_packages
 
     for options in evaluations:
-        refuse_missing_harness(options)
+        refuse_missing_packages(options)
 
 
 def _prepare(words: list[str]) -> None:

@@ -36,7 +36,7 @@ from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.sharding import start_on_the_cpu
 from mptfoundry.plan.devices import Device, detect_device
 from mptfoundry.plan.gpu_support import imported_torch, refuse_unsupported
-from mptfoundry.plan.packages import refuse_missing_harness
+from mptfoundry.plan.packages import refuse_missing_packages
 from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision, choose_workers, precision_problem
 from mptfoundry.ranks import rank, say, world_size
 from mptfoundry.tasks.evaluation import Model, TaskPlan, evaluate_tasks, plan_tasks
@@ -66,7 +66,7 @@ def evaluate(options: EvalConfig) -> Results:
         raise ConfigError(f"precision: {problem}")
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
-    refuse_missing_harness(options)
+    refuse_missing_packages(options)
     if world_size() > 1:
         dist.initialize_dist(device.kind, timeout=options.dist_timeout)
     source = _open(options)
@@ -92,6 +92,7 @@ def evaluate(options: EvalConfig) -> Results:
         eval_subset_num_batches=options.eval_subset_num_batches,
         device=device.kind,
         precision=precision,
+        loggers=build.build_loggers(options, _results_file(options, source, plan).parent),
         seed=options.seed,
         progress_bar=sys.stderr.isatty(),
         python_log_level="warning",
@@ -104,7 +105,9 @@ def evaluate(options: EvalConfig) -> Results:
         network: Any = composer_model.model.eval()
         with get_precision_context(precision):
             model = Model(network, tokenizer, is_sharded=is_sharded)
-            results |= evaluate_tasks(model, plan, batch_size=_batch_size(options))
+            scores = evaluate_tasks(model, plan, batch_size=_batch_size(options))
+        trainer.logger.log_metrics(logged_scores(scores))
+        results |= scores
     buckets: dict[str, Any] = {}
     if options.is_of_long_context:
         specs: dict[str, Any] = {each.label: each.dataloader for each in evaluators}
@@ -161,6 +164,15 @@ def results_table(results: Results) -> str:
 
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value.is_integer() and abs(value) > 1 else f"{value:.4f}"
+
+
+def logged_scores(scores: Results) -> dict[str, float]:
+    """The scores of tasks by the names that llm-foundry gives them in loggers."""
+    return {
+        f"{'icl/metrics' if label == 'eval_gauntlet' else 'metrics'}/{label}/{name}": value
+        for label, metrics in scores.items()
+        for name, value in metrics.items()
+    }
 
 
 def _losses(trainer: Trainer) -> Results:
@@ -244,12 +256,20 @@ def _workers(loader: LoaderConfig, device: Device) -> int:
     return choose_workers(device)[0] if loader.num_workers == "auto" else loader.num_workers
 
 
+def _results_file(options: EvalConfig, source: ModelSource, plan: TaskPlan | None) -> Path:
+    if plan is not None:
+        return plan.results
+    folder = source.path if source.path.is_dir() else source.path.parent
+    return Path(options.out) if options.out else folder / "eval.json"
+
+
 def _write(
     results: Results, options: EvalConfig, source: ModelSource, plan: TaskPlan | None, buckets: dict[str, Any]
 ) -> None:
-    folder = source.path if source.path.is_dir() else source.path.parent
-    out = plan.results if plan is not None else Path(options.out) if options.out else folder / "eval.json"
-    content: dict[str, Any] = {"model": str(source.path), "results": results, "options": asdict(options)}
+    out = _results_file(options, source, plan)
+    # Arguments of loggers may be secrets.
+    settings = {**asdict(options), "loggers": list(options.loggers)}
+    content: dict[str, Any] = {"model": str(source.path), "results": results, "options": settings}
     if plan is not None:
         content["settings"] = plan.settings
     with whole_or_absent(out, overwrite=True) as path:

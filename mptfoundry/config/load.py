@@ -38,7 +38,6 @@ _NO_EFFECT_WITHOUT = {
 }
 _NOT_IN_EVALUATIONS = {
     "fsdp_config": "a model is sharded over several devices if its run was",
-    "loggers": "results are printed and written to a file",
     "run_name": "results are named by the checkpoint",
     "python_log_level": "an evaluation prints warnings and its results",
     "log_config": "the results hold all settings",

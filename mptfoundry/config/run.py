@@ -16,10 +16,9 @@ from mptfoundry.config.engine.forms import parse_count
 from mptfoundry.config.engine.section_rules import Rules, Section
 from mptfoundry.config.engine.signatures import (
     CALLBACKS,
-    LOGGERS,
     REFUSED_CALLBACKS,
-    REFUSED_LOGGERS,
     Catalogue,
+    Loggers,
 )
 from mptfoundry.config.model import AnyModelConfig, TokenizerConfig
 from mptfoundry.config.optim import AlgorithmsConfig, OptimizerConfig, SchedulerConfig
@@ -30,7 +29,6 @@ from mptfoundry.config.tasks import GauntletConfig, TaskConfig
 Callbacks = Annotated[
     dict[str, Any], Catalogue("a section of callbacks by name", CALLBACKS, REFUSED_CALLBACKS)
 ]
-Loggers = Annotated[dict[str, Any], Catalogue("a section of loggers by name", LOGGERS, REFUSED_LOGGERS)]
 
 
 @dataclass(frozen=True, kw_only=True)

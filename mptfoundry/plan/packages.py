@@ -40,10 +40,13 @@ def missing_packages(config: TrainConfig, device_type: str) -> dict[str, str]:
     return {key: problem for key, each in needed.items() if (problem := package_problem(each))}
 
 
-def refuse_missing_harness(options: EvalConfig) -> None:
-    """Raise ConfigError if an evaluation has public tasks, and lm-evaluation-harness is missing here."""
-    if options.tasks and (problem := package_problem(PUBLIC_TASKS)):
-        raise ConfigError(f"tasks: {problem}")
+def refuse_missing_packages(options: EvalConfig) -> None:
+    """Raise ConfigError if an evaluation needs a package that is missing here."""
+    needed = {f"loggers.{name}": OF_SECTIONS.get(("loggers", name)) for name in options.loggers}
+    needed["tasks"] = PUBLIC_TASKS if options.tasks else None
+    problems = {key: package_problem(each) for key, each in needed.items() if each is not None}
+    if missing := [f"{key}: {problem}" for key, problem in problems.items() if problem]:
+        raise ConfigError(missing)
 
 
 def package_problem(requirement: str) -> str | None:

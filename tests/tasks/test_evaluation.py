@@ -233,6 +233,17 @@ def test_a_file_of_tasks_can_be_checked(tasks: Path, capsys: pytest.CaptureFixtu
     assert "tasks.yaml:10" in capsys.readouterr().err
 
 
+def test_loggers_get_the_scores_by_their_names_in_llm_foundry(
+    write_run: Callable[..., Path], tasks: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "log.txt"
+    run(write_run(), tasks, tmp_path / "out", f"loggers.file_logger.filename={log}")
+    written = log.read_text()
+    assert "metrics/sums/2-shot/InContextLearningMultipleChoiceAccuracy" in written
+    assert "icl/metrics/eval_gauntlet/counting" in written
+    assert json.loads((tmp_path / "out/eval.json").read_text())["options"]["loggers"] == ["file_logger"]
+
+
 @pytest.fixture
 def data_set(tmp_path: Path) -> Path:
     """A folder that the `datasets` library reads, with columns of its own."""

@@ -239,13 +239,19 @@ def test_a_damaged_line_is_named(exported: Path, folder: Path, tmp_path: Path) -
         run(exported, folder, tmp_path / "out", "tasks=ends")
 
 
-def test_two_ranks_give_the_numbers_of_one(exported: Path, folder: Path, tmp_path: Path) -> None:
-    words = [f"tasks={ALL}", "num_fewshot=1", "device_eval_batch_size=1"]
-    alone = run(exported, folder, tmp_path / "one", *words)
-    done = run_on_ranks("scripts/eval.py", exported, f"include_path={folder}", f"out={tmp_path}/two", *words)
+def test_two_ranks_with_shards_of_the_model_give_the_numbers_of_one(
+    write_run: Callable[..., Path], folder: Path, tmp_path: Path
+) -> None:
+    model = write_run()
+    with (model / "config.yaml").open("a") as config:
+        config.write("fsdp_config: {sharding_strategy: FULL_SHARD}\n")
+    words = [f"include_path={folder}", f"tasks={ALL}", "num_fewshot=1", "device_eval_batch_size=1"]
+    alone = evaluate(parse_words([f"model={model}", f"out={tmp_path}/one", *words], EvalConfig))
+    done = run_on_ranks("scripts/eval.py", model, f"out={tmp_path}/two", *words)
     assert done.returncode == 0, done.stdout
     together = json.loads((tmp_path / "two/eval.json").read_text())["results"]
     assert json.dumps(without_seconds(together)) == json.dumps(without_seconds(alone))
+    assert sorted(map(str, lines_of(tmp_path / "two"))) == sorted(map(str, lines_of(tmp_path / "one")))
 
 
 def test_a_chat_model_gets_its_questions_as_turns(exported: Path, folder: Path, tmp_path: Path) -> None:

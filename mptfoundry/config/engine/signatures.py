@@ -105,6 +105,10 @@ class Catalogue:
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
+# The type of a section that names loggers.
+Loggers = Annotated[dict[str, Any], Catalogue("a section of loggers by name", LOGGERS, REFUSED_LOGGERS)]
+
+
 @cache
 def described(name: str, where: str) -> type:
     """A dataclass `name` with the arguments that `module:Class` takes from a configuration.

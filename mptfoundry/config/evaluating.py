@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from mptfoundry.config.data import LoaderConfig, label_problems, loaders_by_label, some_batches
 from mptfoundry.config.engine.section_rules import Problem, Rules, Section, at_least, picture_format
+from mptfoundry.config.engine.signatures import Loggers
 from mptfoundry.config.tasks import GauntletConfig, TaskConfig
 
 # Keys of an evaluation that only its public tasks read.
@@ -95,6 +96,7 @@ class EvalConfig(Section):
         verify: Compare the weights with their checksums.
         seed: Seed for anything random.
         out: JSON file for the results. Default: `eval.json` next to the model.
+        loggers: Loggers by name, with their arguments, as for a run.
         dist_timeout: Seconds that a rank waits for the others.
         allow_code: Run the `preprocessing_fn` of a loader, and the Python code of tasks. On the command line
             only.
@@ -125,6 +127,7 @@ class EvalConfig(Section):
     verify: bool = True
     seed: int = 17
     out: str | None = None
+    loggers: Loggers = field(default_factory=dict)
     dist_timeout: float = 600.0
     allow_code: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
