@@ -71,11 +71,7 @@ def train(config: TrainConfig, plan: Plan | None = None) -> Trainer:
 
 
 def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
-    """Composer's Trainer with everything that the config describes, at the point where the run starts.
-
-    Raises:
-        ConfigError, DataError, CheckpointError: Something that the config names is missing or doesn't fit.
-    """
+    """Composer's Trainer with everything that the config describes, at the point where the run starts."""
     if run.start.is_own:
         say(f"resuming from {run.start.checkpoint}")
     say(describe_plan(config, plan))
@@ -86,11 +82,6 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     run.compare_inputs({"tokenizer": fingerprint(tokenizer, with_special_tokens=True)})
     train_loader, evaluators = loaders.build_loaders(config, plan, tokenizer)
     run.compare_inputs(loaders.fingerprints_of(train_loader, evaluators))
-    tasks: list[Callback] = []
-    if config.icl_tasks is not None:
-        from mptfoundry.tasks.training import InContextTasks
-
-        tasks.append(InContextTasks(config, plan, tokenizer))
     model = build.build_model(config, plan, tokenizer, source)
     throughput = Throughput(
         config.model.network(),
@@ -108,11 +99,11 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
         callbacks=[
             run.guard,
             throughput,
-            *tasks,
+            *([in_context_tasks(config, plan, tokenizer)] if config.icl_tasks is not None else []),
             *build.build_callbacks(config, tokenizer, run.folder),
             *run.checkpointing(tokenizer, has_weights=source is not None),
         ],
-        loggers=[*build.build_loggers(config, run.folder), run.metrics, *console],
+        loggers=[*build.build_loggers(config, run.folder), *run.loggers, *console],
         parallelism_config=build.build_parallelism(config, plan),
         **trainer_arguments(config, plan),
     )
@@ -124,6 +115,13 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": to_yaml(config)})
     return trainer
+
+
+def in_context_tasks(config: TrainConfig, plan: Plan, tokenizer: Any) -> Callback:
+    """The callback that evaluates the config's tasks; imported only for runs that have some."""
+    from mptfoundry.tasks.training import InContextTasks
+
+    return InContextTasks(config, plan, tokenizer)
 
 
 def set_up_sharding(fsdp: FSDPConfig, model: ComposerMPT, plan: Plan) -> None:

@@ -119,10 +119,7 @@ class MetricsFile(RowLogger):
         self._last_batch: int | None = None
 
     def after_load(self, state: State, logger: Logger) -> None:
-        """Record where the run starts; the file stays as it is until `begin` or the first row.
-
-        Raises ConfigError if the folder can't be written to.
-        """
+        """Record where the run starts; the file stays as it is until `begin` or the first row."""
         self._last_batch = int(state.timestamp.batch)
         if rank() == 0:
             with writing_into(self.path.parent):
