@@ -82,11 +82,6 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     run.compare_inputs({"tokenizer": fingerprint(tokenizer, with_special_tokens=True)})
     train_loader, evaluators = loaders.build_loaders(config, plan, tokenizer)
     run.compare_inputs(loaders.fingerprints_of(train_loader, evaluators))
-    tasks: list[Callback] = []
-    if config.icl_tasks is not None:
-        from mptfoundry.tasks.training import InContextTasks
-
-        tasks.append(InContextTasks(config, plan, tokenizer))
     model = build.build_model(config, plan, tokenizer, source)
     throughput = Throughput(
         config.model.network(),
@@ -104,12 +99,12 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
         callbacks=[
             run.guard,
             throughput,
-            *tasks,
+            *([in_context_tasks(config, plan, tokenizer)] if config.icl_tasks is not None else []),
             *build.build_callbacks(config, tokenizer, run.folder),
             *run.checkpointing(tokenizer, has_weights=source is not None),
             *(foretold(config, plan) if plan.device.kind == "gpu" else ()),
         ],
-        loggers=[*build.build_loggers(config, run.folder, run.start), run.metrics, *console],
+        loggers=[*build.build_loggers(config, run.folder, run.start), *run.loggers, *console],
         parallelism_config=build.build_parallelism(config, plan),
         **trainer_arguments(config, plan),
     )
@@ -128,6 +123,13 @@ def foretold(config: TrainConfig, plan: Plan) -> list[Callback]:
     from mptfoundry.callbacks.foretold import foretold_callbacks
 
     return foretold_callbacks(config, plan)
+
+
+def in_context_tasks(config: TrainConfig, plan: Plan, tokenizer: Any) -> Callback:
+    """The callback that evaluates the config's tasks; imported only for runs that have some."""
+    from mptfoundry.tasks.training import InContextTasks
+
+    return InContextTasks(config, plan, tokenizer)
 
 
 def set_up_sharding(fsdp: FSDPConfig, model: ComposerMPT, plan: Plan) -> None:

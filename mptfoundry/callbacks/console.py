@@ -52,9 +52,8 @@ class ConsoleLine(RowLogger):
 
     def write(self, row: Row, state: State) -> None:
         """Print an evaluation's line, and a batch's line if one is due."""
-        results = row.get("eval", {})
-        for label, metrics in results.items():
-            if label.rpartition("/")[0] in results:
+        for label, metrics in row.get("eval", {}).items():
+            if label.rpartition("/")[0] in row["eval"]:
                 continue  # a category of a task
             values = "  ".join(f"{name} {_short(value)}" for name, value in metrics.items())
             print(f"[{self._progress}]  eval {label}: {values}", flush=True)

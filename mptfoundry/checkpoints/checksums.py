@@ -34,6 +34,7 @@ _LOCAL_HEADER = 30
 # A file that people edit on purpose, but that decides how the weights compute.
 _TEXTS = ("config.json",)
 _SHA256 = re.compile("[0-9a-f]{64}")
+_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".distcp")
 
 Sums = dict[str, dict[str, int | str]]
 
@@ -282,3 +283,23 @@ def _checksum(file: Path) -> tuple[int, str]:
 def _blocks(stream: IO[bytes]) -> Iterator[bytes]:
     while block := stream.read(_BLOCK):
         yield block
+
+
+def identity_of(path: Path) -> str:
+    """A hash of a model's files: of their own checksums, or else of their sizes and times of change."""
+    # Results may be written into the model's folder, too, and must not change what it is.
+    files = sorted(each for each in path.iterdir() if _makes_the_model(each)) if path.is_dir() else [path]
+    digest = hashlib.sha256()
+    for file in files:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                parts: Any = [(part.filename, part.file_size, part.CRC) for part in archive.infolist()]
+        else:
+            status = file.stat()
+            parts = (file.name, status.st_size, status.st_mtime_ns)
+        digest.update(repr(parts).encode())
+    return digest.hexdigest()
+
+
+def _makes_the_model(file: Path) -> bool:
+    return file.suffix in _WEIGHT_FILES or file.name in (".metadata", "config.json", "adapter_config.json")

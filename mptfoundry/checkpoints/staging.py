@@ -23,7 +23,7 @@ from mptfoundry.places import is_url, path_in_store, progress_of
 from mptfoundry.stores import AT_START, patiently, reason_of
 
 # The files of a run, apart from its checkpoints, that an export reads.
-_SMALL = ("config.yaml", "tokenizer", "metrics.jsonl", "report.png", "trackers.json")
+_SMALL = ("config.yaml", "tokenizer", "metrics.jsonl", "report.png", "trackers.json", "best.json")
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 List = Callable[[str], list[str]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
@@ -28,6 +29,19 @@ _IN_NAMES = (
     *("epoch", "batch", "batch_in_epoch", "sample", "sample_in_epoch", "token", "token_in_epoch"),
     *("total_wct", "epoch_wct", "batch_wct"),
 )
+# The smallest and the largest value of numbers.
+_LIMITS = {
+    "max_seq_len": (1, 10**9),
+    "seed": (0, 2**32 - 1),
+    "max_split_size_mb": (1, 10**9),
+    "dist_timeout": (1, 10**8),
+    "global_train_batch_size": (1, 10**9),
+    "device_train_microbatch_size": (1, 10**9),
+    "device_eval_batch_size": (1, 10**9),
+    "save_num_checkpoints_to_keep": (-1, 10**9),
+    "train_subset_num_batches": (-1, 10**15),
+    "eval_subset_num_batches": (-1, 10**15),
+}
 _FILLED_IN = {
     "save_folder": ("run_name",),
     "load_path": ("run_name", "rank"),
@@ -38,14 +52,8 @@ _FILLED_IN = {
 
 def between_sections(run: TrainConfig) -> Rules:
     """All rules of a run: those of single values, then those between sections."""
-    yield from at_least(run, max_seq_len=1, seed=0, max_split_size_mb=1, dist_timeout=1)
-    yield from at_least(run, global_train_batch_size=1, device_train_microbatch_size=1)
-    yield from at_least(run, device_eval_batch_size=1, save_num_checkpoints_to_keep=-1)
-    yield from at_least(run, train_subset_num_batches=-1, eval_subset_num_batches=-1)
-    yield from at_most(run, max_seq_len=10**9, seed=2**32 - 1, max_split_size_mb=10**9, dist_timeout=10**8)
-    yield from at_most(run, global_train_batch_size=10**9, device_train_microbatch_size=10**9)
-    yield from at_most(run, device_eval_batch_size=10**9, save_num_checkpoints_to_keep=10**9)
-    yield from at_most(run, train_subset_num_batches=10**15, eval_subset_num_batches=10**15)
+    yield from at_least(run, **{key: least for key, (least, _) in _LIMITS.items()})
+    yield from at_most(run, **{key: most for key, (_, most) in _LIMITS.items()})
     yield from (some_batches(run, key) for key in ("train_subset_num_batches", "eval_subset_num_batches"))
     yield from (_some_time(run, key) for key in ("max_duration", "save_interval"))
     for key in ("train_loader", "eval_loader"):
@@ -57,7 +65,7 @@ def between_sections(run: TrainConfig) -> Rules:
         *(_batch_splits, _model_length_given_twice, _tokenizer_length_given_twice, label_problems),
         *(_generated_samples, _patterns, _adapters, _schedule_ends, _decay_fits),
         *(_one_source_of_weights, _run_name, _names_that_a_start_finds, _link_name),
-        *(_resuming, _target_without_checkpointing, _sharding, _code, _allowed_changes, _tasks),
+        *(_resuming, _target_without_checkpointing, _sharding, _code, _allowed_changes, _evaluations),
     ):
         yield rule_of_a_run(run)
 
@@ -363,9 +371,10 @@ def _code(run: TrainConfig) -> Iterator[Problem]:
         yield "code_paths", "names code, which runs only with allow_code=true on the command line."
 
 
-def _tasks(run: TrainConfig) -> Iterator[Problem]:
-    if (run.icl_tasks, run.eval_gauntlet, run.icl_seq_len, run.icl_subset_num_batches) != (*[None] * 3, -1):
-        yield from _tasks_in_training(run)
+def _evaluations(run: TrainConfig) -> Iterator[Problem]:
+    sections = {_tasks_in_training: run.icl_tasks or run.eval_gauntlet, _keep_best: run.keep_best}
+    for rules in (rules for rules, section in sections.items() if section is not None):
+        yield from rules(run)
 
 
 def _tasks_in_training(run: TrainConfig) -> Iterator[Problem]:
@@ -385,6 +394,26 @@ def _tasks_in_training(run: TrainConfig) -> Iterator[Problem]:
     if isinstance(run.icl_tasks, tuple) and isinstance(run.eval_gauntlet, GauntletConfig):
         for key, text in missing_benchmarks(run.icl_tasks, run.eval_gauntlet):
             yield f"eval_gauntlet.{key}", text
+
+
+def _keep_best(run: TrainConfig) -> Iterator[Problem]:
+    if run.save_folder is None:
+        yield "keep_best", "needs save_folder, where checkpoints are kept."
+    every, end = parse_duration(run.eval_interval), parse_duration(run.max_duration)
+    save = parse_duration(run.save_interval)
+    if (run.eval_loader is None and run.icl_tasks is None) or every[0] == 0:
+        yield "keep_best", "needs an evaluation. Set eval_loader or icl_tasks, and eval_interval."
+    if why_no_start_finds(run.save_filename, in_a_store=True):
+        yield "keep_best", f"save_filename: {run.save_filename} does not tell the batch. Leave it out."
+    whole = end[0] if end[1] == every[1] else run.batches() if every[1] == "ba" else None
+    if every[1] != save[1] or every[1] == "dur" or whole is None:
+        return
+    if math.lcm(int(every[0]), int(save[0])) >= whole > save[0]:
+        yield (
+            "keep_best",
+            f"eval_interval: {run.eval_interval} and save_interval: {run.save_interval} meet only at the end "
+            "of the run, and only a checkpoint of an evaluation's batch is judged. Let one divide the other.",
+        )
 
 
 def _allowed_changes(run: TrainConfig) -> Iterator[Problem]:

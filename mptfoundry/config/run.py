@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from mptfoundry.config.data import LoaderConfig, loaders_by_label
 from mptfoundry.config.engine.durations import Duration, parse_duration
 from mptfoundry.config.engine.forms import parse_count
-from mptfoundry.config.engine.section_rules import Rules, Section
+from mptfoundry.config.engine.section_rules import Rules, Section, not_empty
 from mptfoundry.config.engine.signatures import (
     CALLBACKS,
     REFUSED_CALLBACKS,
@@ -29,6 +29,24 @@ from mptfoundry.config.tasks import GauntletConfig, TaskConfig
 Callbacks = Annotated[
     dict[str, Any], Catalogue("a section of callbacks by name", CALLBACKS, REFUSED_CALLBACKS)
 ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepBestConfig(Section):
+    """Which checkpoint is the best one.
+
+    Attributes:
+        metric: A metric of an evaluation by its name in loggers, such as
+            `metrics/eval/LanguageCrossEntropy`, `metrics/copa/3-shot/InContextLearningMultipleChoiceAccuracy`
+            or `icl/metrics/eval_gauntlet/default_average`.
+        mode: Whether the largest value or the smallest one is the best.
+    """
+
+    metric: str
+    mode: Literal["max", "min"]
+
+    def rules(self) -> Rules:
+        yield from not_empty(self, "metric")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +90,7 @@ class TrainConfig(Section):
         save_folder: Folder or URL for checkpoints; `{run_name}` is filled in. Default: none are saved.
         save_interval: How often to save a checkpoint.
         save_num_checkpoints_to_keep: How many checkpoints to keep on the local disk; -1: all.
+        keep_best: Also keep the checkpoint with the best value of a metric. Default: only the newest ones.
         save_overwrite: Let checkpoints replace older ones of the same name.
         save_weights_only: Save no optimizer state; such a checkpoint can't resume a run.
         save_filename: Name of a checkpoint.
@@ -137,6 +156,7 @@ class TrainConfig(Section):
     save_folder: str | None = None
     save_interval: Duration = "1000ba"
     save_num_checkpoints_to_keep: int = -1
+    keep_best: KeepBestConfig | None = None
     save_overwrite: bool = False
     save_weights_only: bool = False
     save_filename: str = "ep{epoch}-ba{batch}-rank{rank}.pt"
@@ -185,6 +205,12 @@ class TrainConfig(Section):
             return self.save_latest_filename
         is_sharded = self.fsdp_config is not None and self.fsdp_config.state_dict_type == "sharded"
         return "latest-sharded-rank{rank}" if is_sharded else "latest-rank{rank}.pt"
+
+    @property
+    def best_filename(self) -> str:
+        """Name of the link to the best checkpoint."""
+        is_sharded = self.fsdp_config is not None and self.fsdp_config.state_dict_type == "sharded"
+        return "best-sharded-rank{rank}" if is_sharded else "best-rank{rank}.pt"
 
     def batches(self) -> int | None:
         """Steps of the run; None where they depend on the size of the data."""

@@ -231,6 +231,11 @@ class GauntletConfig(Section):
                 yield "averages", f"{name} in {average} is not a category. Use some of {', '.join(names)}."
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all scores: categories and averages."""
+        return (*(category.name for category in self.categories), *self.named_averages)
+
+    @property
     def named_averages(self) -> dict[str, tuple[str, ...]]:
         """Average -> its categories."""
         return self.averages or {"default_average": tuple(category.name for category in self.categories)}

@@ -5,9 +5,11 @@ An adapter's folder has one, too, which says how to load its base.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import yaml
 
 from mptfoundry.architecture.of_run import RUN_CONFIG
 from mptfoundry.architecture.trainable import LoRAConfig
+from mptfoundry.checkpoints.checksums import identity_of
 from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
@@ -25,6 +28,7 @@ from mptfoundry.places import progress_of
 from mptfoundry.run.metrics import mean_at_the_end, read_rows
 
 PICTURE = "report.png"
+_NOT_SCORES = ("documents", "seconds", "tokens", "bytes", "samples")
 _USE = """```python
 from transformers import {auto}, AutoTokenizer
 
@@ -62,9 +66,13 @@ def model_card(
     if isinstance(config, HeadConfig):
         task, kind, result = config.task, f"model ({config.architecture})", "model(**ids)"
         auto = config.architecture.replace("Mpt", "AutoModel")
-    header = {"library_name": "transformers", "pipeline_tag": task, "tags": ["mpt", "mptfoundry"]}
+    header: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task}
+    header["tags"] = ["mpt", "mptfoundry"]
     if license is not None:
         header["license"] = license
+    results = evaluation_results(source)
+    if results:
+        header["model-index"] = _model_index(name, task, results)
     is_custom = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"] != "mpt"
     trust = ", trust_remote_code=True" if is_custom else ""
     longer = (
@@ -83,7 +91,7 @@ def model_card(
         *longer,
     ]
     parts += ["## Origin", origin] if origin else []
-    return "\n\n".join([*parts, *_run(source, folder), *_licence(license)]) + "\n"
+    return "\n\n".join([*parts, *_evaluation(results), *_run(source, folder), *_licence(license)]) + "\n"
 
 
 @dataclass(frozen=True)
@@ -142,7 +150,99 @@ def adapter_card(
         "## Use",
         f"```python\n{use}\n```",
     ]
-    return "\n\n".join([*parts, *_run(source, folder), *_licence(None)]) + "\n"
+    results = _evaluation(evaluation_results(source))
+    return "\n\n".join([*parts, *results, *_run(source, folder), *_licence(None)]) + "\n"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The result of an evaluation on one label.
+
+    Attributes:
+        metrics: metric -> value.
+        stderr: Standard error of the first one, if it is known.
+        limit: How many documents it was limited to; -1: all of them.
+    """
+
+    metrics: dict[str, float]
+    stderr: float | None
+    limit: int
+
+
+def evaluation_results(source: ModelSource) -> dict[str, Result]:
+    """Return what is known of a model's evaluations, by label.
+
+    These are the results in `evals/` next to the model that are of the same weights, the newest of each
+    label, and those of all documents before those of some. Without any, they are the in-context tasks that
+    training evaluated at the checkpoint's batch.
+    """
+    home = source.path.parent if source.run_folder is not None or source.path.is_file() else source.path
+    identity, stored = identity_of(source.path), []
+    for file in home.glob("evals/*/eval.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            content = json.loads(file.read_text(encoding="utf-8"))
+            settings = content["settings"]
+            if settings["model"] == identity:
+                limit = int(settings.get("limit", -1))
+                results = {label: _result(each, limit) for label, each in content["results"].items()}
+                stored.append((limit < 0, file.stat().st_mtime, results))
+    merged = {k: v for *_, results in sorted(stored, key=lambda each: each[:2]) for k, v in results.items()}
+    return {k: v for k, v in (merged or _in_training(source)).items() if v.metrics}
+
+
+def _result(metrics: Mapping[str, Any], limit: int) -> Result:
+    scores = {k: float(v) for k, v in metrics.items() if _is_score(k, v)}
+    stderr = metrics.get("stderr")
+    return Result(scores, None if stderr is None or math.isnan(stderr) else float(stderr), limit)
+
+
+def _is_score(name: str, value: Any) -> bool:
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    return is_number and name not in _NOT_SCORES and not name.endswith("stderr")
+
+
+def _in_training(source: ModelSource) -> dict[str, Result]:
+    """The tasks that the run evaluated at the batch of its checkpoint."""
+    progress = progress_of(source.path)
+    if source.run_folder is None or progress is None:
+        return {}
+    rows = _records(source.run_folder / "metrics.jsonl", progress[1])
+    rows = [row["eval"] for row in rows if row["batch"] == progress[1] and "eval" in row]
+    tasks = [row for row in rows if any("stderr" in metrics for metrics in row.values())]
+    return {label: _result(metrics, -1) for row in tasks for label, metrics in row.items()}
+
+
+def _evaluation(results: Mapping[str, Result]) -> list[str]:
+    rows = []
+    for label, result in results.items():
+        for number, (name, value) in enumerate(result.metrics.items()):
+            error = "" if number or result.stderr is None else f" ± {result.stderr:.4f}"
+            limited = f" (the first {result.limit} documents)" if result.limit >= 0 else ""
+            rows.append((f"{label}: {name}", f"{_number(value)}{error}{limited}"))
+    return ["## Evaluation", _table(("", ""), rows)] if rows else []
+
+
+def _model_index(name: str, task: str, results: Mapping[str, Result]) -> list[dict[str, Any]]:
+    """The results as the hub reads them."""
+    from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
+
+    found = []
+    for label, result in results.items():
+        dataset, _, config = label.partition("/")
+        for metric, value in result.metrics.items():
+            found.append(
+                EvalResult(
+                    task_type=task,
+                    dataset_type=dataset,
+                    dataset_name=label,
+                    dataset_config=config or None,
+                    dataset_args={"limit": result.limit} if result.limit >= 0 else None,
+                    metric_type="accuracy" if "Accuracy" in metric else metric,
+                    metric_name=metric,
+                    metric_value=round(value, 6),
+                )
+            )
+    return eval_results_to_model_index(name, found)
 
 
 def _run(source: ModelSource, folder: Path) -> list[str]:
@@ -195,7 +295,9 @@ def _records(metrics: Path, until_batch: int | None) -> list[dict[str, Any]]:
 def _last_evaluations(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for record in records:
-        found.update(record.get("eval", {}))
+        results = record.get("eval", {})
+        if not any("stderr" in metrics for metrics in results.values()):  # those are of in-context tasks
+            found.update(results)
     return found
 
 

@@ -11,7 +11,12 @@ Words: the *content* is the state of a run as Composer provides it; a *whole* ch
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import json
+import math
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +27,7 @@ from typing import Any
 
 import torch
 from composer.core import Callback, Event, State
-from composer.loggers import Logger
+from composer.loggers import Logger, LoggerDestination
 from composer.utils import create_interval_scheduler, dist, format_name_with_dist_and_time, reproducibility
 from composer.utils.checkpoint import glob_filter
 from torch import Tensor
@@ -34,7 +39,7 @@ from mptfoundry.checkpoints.checkpoint import Checkpoint, newest_first
 from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
 from mptfoundry.checkpoints.sharded import METADATA
 from mptfoundry.checkpoints.training_state import set_epoch_by_time
-from mptfoundry.errors import CheckpointError, first_line
+from mptfoundry.errors import CheckpointError, ConfigError, first_line
 from mptfoundry.files import Upload, point, remove, whole_or_absent
 from mptfoundry.ranks import decided_by_rank_0, local_rank, rank, world_size
 from mptfoundry.run.changes import RUN, RunNotes
@@ -43,7 +48,127 @@ from mptfoundry.run.metrics_file import NAME as METRICS
 # Moments per parameter, by optimizer; before the first step they don't exist yet and can't be counted.
 _MOMENTS = {"DecoupledLionW": 1, "DecoupledAdamW": 2}
 _MARGIN_BYTES = 1 << 20
+BEST = "best.json"
 _SHARDED_NAME = "ep{epoch}-ba{batch}"
+
+
+class KeepBest(LoggerDestination):
+    """Judges checkpoints by a metric of the evaluation at their batch, and records the best one.
+
+    The record is `best.json` in the run's folder, next to a link to the checkpoint. A checkpoint is deleted
+    only after a better one exists and is recorded. Equal values leave the older one.
+
+    Attributes:
+        folder: The run's folder.
+        metric: The metric's name in loggers.
+        mode: `max` or `min`.
+        link: The link's name.
+        keep: How many of the newest checkpoints stay; -1: all.
+        upload: Copies the record elsewhere.
+        record: `checkpoint`, `batch`, `metric` and `value` of the best one; None before there is one.
+
+    Raises:
+        ConfigError: When the trainer is built: no evaluation of the run has the metric.
+    """
+
+    def __init__(
+        self, folder: Path, metric: str, mode: str, *, link: str, keep: int, upload: Upload | None
+    ) -> None:
+        self.folder, self.metric, self.mode, self.link = folder, metric, mode, link
+        self.keep, self.upload = keep, upload
+        self.record: dict[str, Any] | None = None
+        self._starts_at: int | None = None
+        self._values: dict[int, float] = {}
+        self._lock = threading.Lock()
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Note the metric's value after a batch."""
+        if self.metric in metrics and step is not None:
+            self._values[step] = float(metrics[self.metric])
+
+    def after_load(self, state: State, logger: Logger) -> None:
+        """Refuse a metric that is not measured."""
+        known = [f"metrics/{label}/{name}" for label, each in state.eval_metrics.items() for name in each]
+        known += [name for callback in state.callbacks for name in getattr(callback, "averages", ())]
+        if self.metric not in known:
+            near = difflib.get_close_matches(self.metric, known, 3, 0.4) or known[:8]
+            raise ConfigError(
+                f"keep_best.metric: {self.metric} is not measured by this run. Use one such as "
+                f"{', '.join(near)}."
+            )
+        self._starts_at = int(state.timestamp.batch)
+
+    def eval_after_all(self, state: State, logger: Logger) -> None:
+        """Judge a checkpoint that was saved before its evaluation, as at the end of the run."""
+        if rank() != 0:
+            return
+        batch = int(state.timestamp.batch)
+        saved = next((each for each in newest_first(self.folder) if each.batch == batch), None)
+        if saved is not None:
+            _remove_older(self.folder, batch, self.keep, self.after_save(saved.path, batch))
+
+    eval_standalone_end = eval_after_all
+
+    def consider(self, checkpoint: Path, batch: int) -> bool:
+        """Record a complete checkpoint if it is the best one; returns whether it is."""
+        with self._lock:
+            self._read_once()
+            value = self._values.get(batch, math.nan)
+            before = None if self.record is None else self.record["value"]
+            is_better = before is None or (value > before if self.mode == "max" else value < before)
+            if math.isnan(value) or not is_better:
+                return False
+            self.record = {
+                "checkpoint": checkpoint.name,
+                "batch": batch,
+                "metric": self.metric,
+                "mode": self.mode,
+                "value": value,
+            }
+            with whole_or_absent(self.folder / BEST, overwrite=True) as file:
+                file.write_text(json.dumps(self.record, indent=2) + "\n")
+            point(self.folder / self.link.replace("{rank}", str(rank())), checkpoint)
+        try:
+            if self.upload is not None and rank() == 0:
+                self.upload(self.folder / BEST, BEST)
+        except CheckpointError as error:  # it comes with the next record, and at the run's end
+            print(f"{error} The run continues.", flush=True)
+        return True
+
+    def after_save(self, checkpoint: Path, batch: int) -> int | None:
+        """Judge a complete checkpoint, and return the batch of the best one."""
+        self.consider(checkpoint, batch)
+        return None if self.record is None else int(self.record["batch"])
+
+    def in_words(self) -> str:
+        """The best checkpoint and its value, for the report."""
+        self._read_once()
+        if self.record is None:
+            return "none: no checkpoint was saved at the batch of an evaluation"
+        return f"{self.record['checkpoint']}: {self.metric} {self.record['value']:.6g}"
+
+    def _read_once(self) -> None:
+        """Take over the record of earlier starts, once: a start may fetch it from a store before it trains.
+
+        It counts for nothing if it is damaged, of another metric, of a checkpoint that is gone, or of a later
+        batch than the one where this start begins.
+        """
+        if self._starts_at is None:
+            return
+        batch, self._starts_at = self._starts_at, None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            record = json.loads((self.folder / BEST).read_text(encoding="utf-8"))
+            float(record["value"])
+            is_same = (record["metric"], record["mode"]) == (self.metric, self.mode)
+            is_there = self.upload is not None or (self.folder / record["checkpoint"]).exists()
+            self.record = dict(record) if is_same and is_there and record["batch"] <= batch else None
+
+
+def _remove_older(folder: Path, batch: int, keep: int, best: int | None) -> None:
+    """Delete all but the newest checkpoints, among those up to a batch; the best one stays."""
+    older = [each for each in newest_first(folder) if 0 <= each.batch <= batch] if keep >= 0 else []
+    for checkpoint in (each for each in older[keep:] if each.batch != best):
+        remove(checkpoint.path)
 
 
 @dataclass(eq=False)
@@ -67,6 +192,7 @@ class AtomicCheckpoints(Callback):
             returns the files that are new.
         in_background: Write while training continues; otherwise training waits.
         notes: What each checkpoint records about its run.
+        best: Judges which checkpoint is the best one, which stays, too.
         save_seconds: Seconds from the start of the last save until its checkpoint existed.
 
     Raises:
@@ -87,6 +213,7 @@ class AtomicCheckpoints(Callback):
     describe: Callable[[], Sequence[Path]] = lambda: ()
     in_background: bool = True
     notes: RunNotes | None = None
+    best: KeepBest | None = None
     save_seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -169,6 +296,7 @@ class AtomicCheckpoints(Callback):
                 keep=self.num_checkpoints_to_keep,
                 group=self._group,
                 upload=self.upload,
+                best=self.best,
             )
 
             def write() -> None:
@@ -249,6 +377,7 @@ class _Save:
     keep: int
     group: Any
     upload: Upload | None
+    best: KeepBest | None = None
 
     def file(self) -> None:
         """Write a whole checkpoint, on rank 0 only."""
@@ -319,13 +448,11 @@ class _Save:
         return gathered
 
     def tidy(self) -> None:
-        """Point the link to the checkpoint, and delete all but the newest, among those up to it."""
+        """Point the link to the checkpoint, and delete those up to it except the newest and the best."""
         if self.link is not None:
             point(self.link, self.target)
-        if self.keep >= 0:
-            older = [each for each in newest_first(self.target.parent) if 0 <= each.batch <= self.batch]
-            for checkpoint in older[self.keep :]:
-                remove(checkpoint.path)
+        best = None if self.best is None else self.best.after_save(self.target, self.batch)
+        _remove_older(self.target.parent, self.batch, self.keep, best)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:

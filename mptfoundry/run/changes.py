@@ -69,7 +69,7 @@ MAY_CHANGE: dict[str, str] = {
     "": (
         "run_name algorithms max_duration device_train_microbatch_size device_eval_batch_size "
         "spin_dataloaders eval_interval eval_first eval_subset_num_batches precision "
-        "icl_tasks eval_gauntlet icl_seq_len icl_subset_num_batches "
+        "icl_tasks eval_gauntlet icl_seq_len icl_subset_num_batches keep_best "
         "max_split_size_mb expandable_segments cuda_load_lazy dist_timeout save_folder save_interval "
         "save_num_checkpoints_to_keep save_overwrite save_weights_only save_filename "
         "save_latest_filename save_ignore_keys save_async autoresume resume_past_damage allow_changes "

@@ -29,7 +29,7 @@ from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
 from mptfoundry.files import Upload, whole_or_absent, writing_into
 from mptfoundry.plan.devices import Device
 from mptfoundry.ranks import RankWatch, decided_by_rank_0, local_rank, rank, say, world_size
-from mptfoundry.run.atomic_checkpoints import AtomicCheckpoints
+from mptfoundry.run.atomic_checkpoints import BEST, AtomicCheckpoints, KeepBest
 from mptfoundry.run.changes import RunNotes
 from mptfoundry.run.leftovers import clean_start
 from mptfoundry.run.lock import RunLock, lock_run_folder
@@ -57,7 +57,7 @@ EXPECTED_WARNINGS = (
     "Cannot split (tensor|list) of length",
     "DataloaderNumBatchesWarning",
     "TypedStorage is deprecated",
-    "(Resume|InContextTasks) is not in the state_dict",
+    "(Resume|InContextTasks|KeepBest) is not in the state_dict",
 )
 
 
@@ -91,6 +91,8 @@ class Run:
         yaml: Its resolved config, as `config.yaml` holds it.
         guard: Guards each step.
         metrics: Writes `metrics.jsonl`.
+        best: Judges which checkpoint is the best one, if the config asks for that.
+        loggers: These two.
     """
 
     def __init__(
@@ -98,6 +100,8 @@ class Run:
     ) -> None:
         self.folder, self.start, self.guard = lock.folder, start, guard
         self.metrics = MetricsFile(lock.folder)
+        self.best = None if config.keep_best is None else _keep_best(config, lock.folder)
+        self.loggers = [self.metrics, *([self.best] if self.best else [])]
         self._config, self.yaml = config, to_yaml(config)
         self._lock, self._until_fit = lock, until_fit
         self._inputs: dict[str, str] = {}
@@ -135,6 +139,7 @@ class Run:
                 num_checkpoints_to_keep=config.save_num_checkpoints_to_keep,
                 weights_only=config.save_weights_only,
                 ignore_keys=config.save_ignore_keys or (),
+                best=self.best,
             )
 
     def fit(self, trainer: Trainer) -> None:
@@ -152,13 +157,14 @@ class Run:
         if rank() != 0:
             return
         facts = facts_of(self._config, getattr(trainer.state.train_dataloader, "dataset", None))
+        facts |= {} if self.best is None else {"best checkpoint": self.best.in_words()}
         print(report_if_possible(self.folder, facts=facts), flush=True)
         if upload := uploader_of(self._config, AT_START):
             self._upload_report(upload)
 
     def _upload_report(self, upload: Upload) -> None:
         try:
-            for name in (METRICS, PICTURE, PAGE):
+            for name in (METRICS, PICTURE, PAGE, BEST):
                 if (self.folder / name).is_file():
                     upload(self.folder / name, name)
         except CheckpointError as error:  # training is done and saved
@@ -194,10 +200,8 @@ class Run:
             upload(self.folder / TRACKERS, TRACKERS)
 
     def _write_first_files(self) -> None:
-        """Write the files that the run's folder holds from the first batch on.
-
-        `config.yaml` describes the newest checkpoint: a resumed run updates it with its next checkpoint.
-        """
+        """Write the files that the run's folder holds from the first batch on."""
+        # `config.yaml` describes the newest checkpoint: a resumed run updates it with its next one.
         if self.start.is_fetched:
             take_small_files(self.start, self.folder)
         self.metrics.begin()
@@ -264,6 +268,18 @@ class Run:
             _write_config(self.yaml, folder / CONFIG)
             self._tokenizer.save_pretrained(folder / "tokenizer")
             return [folder / CONFIG, *(folder / "tokenizer").iterdir()]
+
+
+def _keep_best(config: TrainConfig, folder: Path) -> KeepBest:
+    assert config.keep_best is not None
+    return KeepBest(
+        folder,
+        config.keep_best.metric,
+        config.keep_best.mode,
+        link=config.best_filename,
+        keep=config.save_num_checkpoints_to_keep,
+        upload=uploader_of(config, ONCE),
+    )
 
 
 def _resume(config: TrainConfig, checkpoint: Path, *, is_own: bool) -> Resume:

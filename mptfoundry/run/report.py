@@ -103,27 +103,22 @@ def describe(
     }
     lines = [f"# {folder.resolve().name}", "", f"![loss, learning rate, speed, gradients]({PICTURE})", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table.items() if value)]
-    losses_of, tasks = _apart(evaluations)
-    lines += [*_evaluations(losses_of), *(_task_table(tasks) if tasks else [])]
+    lines += [*_evaluations(evaluations), *(_task_table(evaluations) if _has_tasks(evaluations) else [])]
     lines += ["", "## Where everything lies", "", "| | |", "|---|---|"]
     lines += [f"| {what} | `{where}` |" for what, where in _places(folder).items()]
     return "\n".join(lines) + "\n"
 
 
 def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None:
-    """Plot loss and evaluations, learning rate, tokens/s and gradient norm over tokens, as a PNG.
-
-    The scores of in-context tasks have a plot of their own, if there are any.
-    """
+    """Plot loss, evaluations, tasks, learning rate, tokens/s and gradient norm over tokens, as a PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
-    tasks = _apart(evaluations)[1]
-    heights = [3, *([2] if tasks else []), 1, 1, 1]
+    heights = [3, *([2] if _has_tasks(evaluations) else []), 1, 1, 1]
     figure = Figure(figsize=(9, 7 + sum(heights) / 2), layout="constrained")
     loss, *of_tasks, lr, speed, norm = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     for axes in of_tasks:
-        _draw_scores(axes, tasks)
+        _draw_scores(axes, evaluations)
     tokens, losses = [row["tokens"] for row in batches], _column(batches, "loss")
     # The loss of a short run isn't smoothed.
     is_short = len(batches) < FEWEST_POINTS
@@ -161,7 +156,8 @@ def _evaluations(evaluations: Sequence[Row]) -> list[str]:
     by_label: dict[str, list[Row]] = {}
     for row in evaluations:
         for label, metrics in row["eval"].items():
-            by_label.setdefault(label, []).append({"batch": row["batch"], **metrics})
+            if "stderr" not in metrics and label != GAUNTLET:
+                by_label.setdefault(label, []).append({"batch": row["batch"], **metrics})
     lines: list[str] = []
     for label, evaluated in by_label.items():
         names = [name for name in evaluated[-1] if name != "batch"]
@@ -176,33 +172,30 @@ def _evaluations(evaluations: Sequence[Row]) -> list[str]:
     return lines
 
 
-def _apart(evaluations: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """Return the evaluations on loaders, and those of in-context tasks, which have standard errors."""
-    apart: tuple[list[Row], list[Row]] = ([], [])
-    for row in evaluations:
-        apart[any("stderr" in metrics for metrics in row["eval"].values())].append(row)
-    return apart
+def _has_tasks(evaluations: Sequence[Row]) -> bool:
+    """Whether some are of in-context tasks: those have standard errors."""
+    return any("stderr" in metrics for row in evaluations for metrics in row["eval"].values())
 
 
-def task_scores(tasks: Sequence[Row]) -> dict[str, list[Row]]:
+def task_scores(evaluations: Sequence[Row]) -> dict[str, list[Row]]:
     """Return the `score` of each task and of each average of a gauntlet, with its `batch`, `tokens` and,
     for a task, its `stderr`. The categories of a task are left out.
     """
     scores: dict[str, list[Row]] = {}
-    for row in tasks:
+    for row in evaluations:
         for label, metrics in row["eval"].items():
             now = {"batch": row["batch"], "tokens": row["tokens"]}
             if label == GAUNTLET:
                 for name, score in metrics.items():
                     scores.setdefault(f"{GAUNTLET}: {name}", []).append({**now, "score": score})
-            elif label.rpartition("/")[0] not in row["eval"]:
+            elif "stderr" in metrics and label.rpartition("/")[0] not in row["eval"]:
                 score = next((value for name, value in metrics.items() if "Accuracy" in name), None)
-                scores.setdefault(label, []).append({**now, "score": score, "stderr": metrics.get("stderr")})
+                scores.setdefault(label, []).append({**now, "score": score, "stderr": metrics["stderr"]})
     return scores
 
 
-def _draw_scores(axes: Any, tasks: Sequence[Row]) -> None:
-    scores = task_scores(tasks)
+def _draw_scores(axes: Any, evaluations: Sequence[Row]) -> None:
+    scores = task_scores(evaluations)
     for label, points in scores.items():
         is_average = label.startswith(GAUNTLET)
         style = {"marker": "o", "markersize": 3, "linewidth": 2 if is_average else 0.8}
@@ -212,14 +205,15 @@ def _draw_scores(axes: Any, tasks: Sequence[Row]) -> None:
         axes.legend(fontsize="small")
 
 
-def _task_table(tasks: Sequence[Row]) -> list[str]:
+def _task_table(evaluations: Sequence[Row]) -> list[str]:
     """Return a table of the tasks' scores, with an evenly spaced subset of the evaluations as columns."""
-    batches = sorted({row["batch"] for row in tasks})
+    scores = task_scores(evaluations)
+    batches = sorted({point["batch"] for points in scores.values() for point in points})
     count = min(len(batches), MOST_COLUMNS)
     shown = [batches[round(place * (len(batches) - 1) / max(1, count - 1))] for place in range(count)]
     lines = ["", "## In-context tasks", "", f"| accuracy after batch | {' | '.join(map(str, shown))} |"]
     lines += ["|" + "---|" * (count + 1)]
-    for label, points in task_scores(tasks).items():
+    for label, points in scores.items():
         by_batch = {point["batch"]: point for point in points}
         lines += [f"| {label} | {' | '.join(_with_error(by_batch.get(batch)) for batch in shown)} |"]
     if count < len(batches):

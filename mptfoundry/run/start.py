@@ -317,7 +317,7 @@ def take_small_files(start: Start, folder: Path) -> None:
     """Copy the small files next to a downloaded checkpoint, so that metrics continue and upload again."""
     assert start.checkpoint is not None
     with writing_into(folder):
-        for name in (CONFIG, METRICS, TRACKERS):
+        for name in (CONFIG, METRICS, TRACKERS, "best.json"):
             if (fetched := start.checkpoint.parent / name).is_file():
                 shutil.copyfile(fetched, folder / name)
         if (fetched := start.checkpoint.parent / "tokenizer").is_dir():

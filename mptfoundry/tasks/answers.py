@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from mptfoundry.checkpoints.checksums import identity_of as identity_of
 from mptfoundry.errors import DataError
 from mptfoundry.tasks.outcomes import Outcome
 from mptfoundry.tasks.questions import Question, TaskData
 
 SAMPLES = "eval.samples.jsonl"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".distcp")
 
 
 class Samples:
@@ -133,23 +132,3 @@ def settings_hash(settings: Mapping[str, Any]) -> str:
     """Eight letters that are others whenever a setting is another."""
     content = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()[:8]
-
-
-def identity_of(path: Path) -> str:
-    """A hash of a model's files: of their own checksums, or else of their sizes and times of change."""
-    # Results may be written into the model's folder, too, and must not change what it is.
-    files = sorted(each for each in path.iterdir() if _makes_the_model(each)) if path.is_dir() else [path]
-    digest = hashlib.sha256()
-    for file in files:
-        if zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                parts: Any = [(part.filename, part.file_size, part.CRC) for part in archive.infolist()]
-        else:
-            status = file.stat()
-            parts = (file.name, status.st_size, status.st_mtime_ns)
-        digest.update(repr(parts).encode())
-    return digest.hexdigest()
-
-
-def _makes_the_model(file: Path) -> bool:
-    return file.suffix in _WEIGHTS or file.name in (".metadata", "config.json", "adapter_config.json")

@@ -43,6 +43,9 @@ class InContextTasks(Callback):
         plan: Its plan.
         tokenizer: The model's.
 
+    Attributes:
+        averages: The names of the gauntlet's averages in loggers.
+
     Raises:
         ConfigError, DataError: A file of tasks or data is missing or wrong, or the gauntlet lacks a task.
     """
@@ -61,6 +64,8 @@ class InContextTasks(Callback):
             num_fewshot=None,
             limit=self._limit_of,
         )
+        averages = () if self._gauntlet is None else self._gauntlet.names
+        self.averages = tuple(f"{GAUNTLET}/{name}" for name in averages)
         self._answers = {data.label: Answers(data) for data in self._tasks}
 
     def after_load(self, state: State, logger: Logger) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from huggingface_hub import ModelCard
 
+from mptfoundry.checkpoints.checksums import identity_of
 from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.export.card import model_card
 from mptfoundry.mpt.config import AttnConfig
@@ -81,3 +84,50 @@ def test_a_card_tells_how_the_folder_is_loaded(write_run: WriteRun, folder: Path
     custom = model_card("mine", learned, folder, torch.float32, None)
     assert 'from_pretrained("mine", trust_remote_code=True)' in custom
     assert "learned positions" in custom and "max_seq_len=..." not in custom
+
+
+def write_results(home: Path, name: str, model: str, accuracy: float, limit: int = -1) -> None:
+    folder = home / "evals" / name
+    folder.mkdir(parents=True)
+    results = {
+        "copa/3-shot": {"InContextLearningMultipleChoiceAccuracy": accuracy, "stderr": 0.02, "seconds": 3.0}
+    }
+    content = {"results": results, "settings": {"model": model, "limit": limit}}
+    (folder / "eval.json").write_text(json.dumps(content))
+
+
+def test_the_card_has_the_results_of_the_same_weights(write_run: WriteRun, folder: Path) -> None:
+    run = write_run(batch=2)
+    source = open_model(run)
+    identity = identity_of(source.path)
+    write_results(run, "other", "another model", 0.9)
+    write_results(run, "whole", identity, 0.625)
+    write_results(run, "some", identity, 0.75, limit=4)
+    (run / "evals/torn").mkdir()
+    (run / "evals/torn/eval.json").write_text('{"results": ')
+    card = model_card("mine", source, folder, torch.float32, None)
+    assert "| copa/3-shot: InContextLearningMultipleChoiceAccuracy | 0.6250 ± 0.0200 |" in card
+    [result] = ModelCard(card).data.eval_results
+    assert (result.dataset_type, result.dataset_config, result.metric_type) == ("copa", "3-shot", "accuracy")
+    assert result.metric_value == 0.625
+    shutil.rmtree(run / "evals/whole")
+    card = model_card("mine", source, folder, torch.float32, None)
+    assert "| 0.7500 ± 0.0200 (the first 4 documents) |" in card
+
+
+def test_without_other_results_the_card_has_the_tasks_of_the_checkpoints_batch(
+    write_run: WriteRun, folder: Path
+) -> None:
+    run = write_run(batch=2)
+    lines = []
+    for batch in (1, 2, 3):
+        results = {"copa/0-shot": {"InContextLearningMultipleChoiceAccuracy": batch / 10, "stderr": None}}
+        lines.append({"batch": batch, "tokens": 64 * batch, "loss": 6.0})
+        lines.append(
+            {"batch": batch, "tokens": 64 * batch, "eval": {**results, "eval_gauntlet": {"core": batch}}}
+        )
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    card = model_card("mine", open_model(run), folder, torch.float32, None)
+    assert "| copa/0-shot: InContextLearningMultipleChoiceAccuracy | 0.2000 |" in card
+    assert "| eval_gauntlet: core | 2.0000 |" in card
+    assert card.count("copa/0-shot: ") == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -221,3 +222,20 @@ def test_an_export_that_cannot_be_uploaded_ends_the_run_with_its_name(run: Calla
     exports = "callbacks={hf_checkpointer: {save_folder: 's3://nowhere/x', save_interval: 3ba}}"
     with pytest.raises(CheckpointError, match=r"s3://nowhere/x/huggingface/ba3/\S+: can't be uploaded"):
         run(3, exports)
+
+
+def test_the_best_checkpoint_is_known_on_a_machine_that_lost_its_disk(
+    run: Callable[..., Path], bucket: Any, shards: Path
+) -> None:
+    words = [
+        f"eval_loader={{name: text, label: held_out, dataset: {{local: {shards}/a, split: val}}}}",
+        "keep_best={metric: metrics/held_out/LanguageCrossEntropy, mode: max}",
+        *("eval_interval=2ba", "save_interval=2ba", "save_num_checkpoints_to_keep=1", "optimizer.lr=1e-2"),
+    ]
+    run(4, *words)
+    record = json.loads(bucket.Object("some/run/best.json").get()["Body"].read())
+    assert (record["batch"], record["checkpoint"]) == (2, "ep0-ba2-rank0.pt")
+    folder = run(6, *words)
+    assert json.loads((folder / "best.json").read_text()) == record
+    assert json.loads(bucket.Object("some/run/best.json").get()["Body"].read()) == record
+    assert bucket.Object("some/run/ep0-ba2-rank0.pt").content_length > 0
