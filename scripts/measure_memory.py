@@ -2,10 +2,10 @@
 
     python scripts/measure_memory.py [points=7] [out=FILE.json]
 
-A point builds a model, trains a step of eight tokens, which makes the optimizer's state, and then a step of two
-microbatches. It reports by how much its resident memory rose at most (VmHWM), with what `mptfoundry check` estimates for gradients, optimizer state, activations and
-logits. Large blocks are returned to the system at once (MALLOC_MMAP_THRESHOLD_), so that the rise is what a
-step needs, not what it leaves behind.
+A point builds a model, trains a step of eight tokens, which makes the optimizer's state, and then a step of
+two microbatches. It reports by how much its resident memory rose at most (VmHWM), with what `check` estimates
+for gradients, optimizer state, activations and logits. Large blocks are returned to the system at
+once (MALLOC_MMAP_THRESHOLD_), so that the rise is what a step needs, not what it leaves behind.
 """
 
 from __future__ import annotations
