@@ -42,7 +42,7 @@ def rows_of(text: str, title: str) -> dict[str, list[str]]:
 
 
 def number(cell: str) -> float:
-    return float(re.sub(r"[$,%]|\(.*", "", cell))
+    return float(re.sub(r"[$,%a-z]|\(.*", "", cell))
 
 
 def test_a_line_for_each_cluster_says_time_and_cost(plan: Plan) -> None:
