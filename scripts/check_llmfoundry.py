@@ -3,7 +3,7 @@
     python scripts/check_llmfoundry.py CLONE [tags=v0.1.0,v0.7.0]
 
 CLONE is the path of a clone of https://github.com/mosaicml/llm-foundry; its files are read with `git show`,
-so nothing is checked out. `tags` are the versions to read besides HEAD (default: v0.1.0 to v0.7.0, and HEAD).
+so nothing is checked out. `tags` are the versions to read, next to HEAD (default: v0.1.0 to v0.7.0).
 Each file has to pass `mptfoundry check` on this machine, and its copy with a misspelt key must not. The
 script exits with 1 if one does not behave so.
 """

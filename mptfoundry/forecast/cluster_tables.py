@@ -16,6 +16,9 @@ from mptfoundry.plan.table import Streams, epochs_of_streams
 # From here on, repeated text helps less and less: Muennighoff et al., arXiv:2305.16264.
 MOST_EPOCHS = 4
 DAY = 86400.0
+UNITS = {"days": DAY, "h": 3600.0, "min": 60.0, "s": 1.0}
+# Layers that take less than this are bound by Python, which launches their kernels.
+SHORTEST_LAYER_SECONDS = 0.002
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,17 @@ def memory_lines(combination: Combination) -> list[str]:
     return [f"memory of {combination.name}, sharding {own.strategy}", *_table(rows)]
 
 
+def _span(seconds: float, band: float) -> str:
+    """A time with its band, in the unit that suits it."""
+    unit, size = next((unit, size) for unit, size in UNITS.items() if seconds >= 2 * size or size == 1)
+    value = seconds / size
+    return f"{value:.3g} {unit} ({value * (1 - band):.3g} to {value * (1 + band):.3g})"
+
+
+def _few_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
 def _total(setting: Setting, reserve: float, memory: int) -> str:
     return f"{(setting.memory.total + reserve) / GIB:.2f}"
 
@@ -145,6 +159,9 @@ def step_lines(combination: Combination) -> list[str]:
         f"{name} {seconds * 1000:,.0f}" for name, seconds in time.parts.items() if seconds >= 0.0005
     )
     total = f"total {time.total * 1000:,.0f}, mostly bound by {time.bound_by}"
+    step = setting.step
+    if time.total / step.microbatches < SHORTEST_LAYER_SECONDS * step.network.n_layers:
+        total += "; so short that launching kernels takes longer, which is not estimated"
     return [
         f"step of {combination.name} in ms: {parts}; {total}",
         f"  constants: {combination.constants.source}; the estimate may be off by "
@@ -163,7 +180,7 @@ def run_lines(combinations: Iterable[Combination]) -> list[str]:
             "GiB",
             "tokens/s",
             "MFU",
-            "days",
+            "time",
             "GPU-hours",
             "goodput",
             "cost",
@@ -181,10 +198,8 @@ def run_lines(combinations: Iterable[Combination]) -> list[str]:
         if cost is None:
             row += ["-", "-", "-", "-"]
         else:
-            band = each.constants.band
-            days = cost.seconds / DAY
-            row.append(f"{days:.3g} ({days * (1 - band):.3g} to {days * (1 + band):.3g})")
-            row += [f"{cost.device_hours:,.0f}", f"{cost.goodput:.1%}"]
+            row.append(_span(cost.seconds, each.constants.band))
+            row += [_few_digits(cost.device_hours), f"{cost.goodput:.1%}"]
             row.append("-" if cost.dollars is None else f"${cost.dollars:,.0f}")
         rows.append(row)
     return ["the run, each in the fastest setting that fits", *_table(rows)]
@@ -238,7 +253,7 @@ def time_lines(combination: Combination) -> list[str]:
         "waiting for checkpoints": cost.checkpointing,
         "interruptions": lost,
     }
-    text = ", ".join(f"{name} {seconds / 3600:,.2f} h" for name, seconds in shares.items())
+    text = ", ".join(f"{name} {_few_digits(seconds / 3600)} h" for name, seconds in shares.items())
     speed = combination.tokens_per_second(setting)
     per_day = f"; {speed * DAY * cost.goodput:.3g} tokens a day" if speed else ""
     return [f"time of {combination.name}: {text}{per_day}"]

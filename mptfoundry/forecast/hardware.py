@@ -1,4 +1,4 @@
-"""What is published about the memory and the links of GPUs, which bound a step beside their arithmetic.
+"""What is published about the memory and the links of GPUs, which bound a step next to arithmetic.
 
 Rates are in bytes per second. The network is that of a whole machine, which its GPUs share.
 """

@@ -88,6 +88,10 @@ def words_of(setting: Setting, config: TrainConfig) -> list[str]:
             value = getattr(setting.fsdp, key)
             if value is not None and value != getattr(before, key):
                 words.append(f"fsdp_config.{key}={str(value).lower() if isinstance(value, bool) else value}")
+        if before.reshard_after_forward is not None and setting.fsdp.reshard_after_forward is None:
+            words.append("fsdp_config.reshard_after_forward=null")
+    if setting.policy == KEPT and config.model.activation_checkpointing_target is not None:
+        words.append("model.activation_checkpointing_target=null")
     return words
 
 

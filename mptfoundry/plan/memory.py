@@ -20,7 +20,8 @@ from mptfoundry.plan.fsdp import Sharding
 
 FP32 = 4
 STATE_BYTES = {"decoupled_lionw": FP32, "decoupled_adamw": 2 * FP32}  # optimizer state per parameter
-LOSS_CHUNK_LOGITS = {"gpu": 2**27, "cpu": 2**24}
+# As in mpt/loss.py.
+LOSS_CHUNK_LOGITS = {"gpu": 2**27, "cpu": 2**23}
 # Memory of the driver, the libraries and the process itself.
 OVERHEAD = {"gpu": 2 * GIB, "cpu": GIB}
 
@@ -110,7 +111,7 @@ def estimate_memory(
         logits=(
             tokens * model.vocab_size * FULL_LOGITS_BYTES
             if variant is not None and variant.full_logits
-            else chunk * (FP32 + 2 * number)
+            else chunk * (FP32 if number == FP32 else FP32 + 2 * number)
         )
         + (model.vocab_size * model.d_model * FP32 if trainable.trains_output else 0),
         overhead=OVERHEAD[device.kind],

@@ -1,0 +1,75 @@
+"""What autograd keeps, counted tensor by tensor, is what the plan says."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from mptfoundry.config.parallel import recomputed_parts
+from mptfoundry.forecast.kept import kept_bytes
+from mptfoundry.models.activation_checkpointing import checkpoint_activations
+from mptfoundry.mpt.config import AttnConfig, FFNConfig, MPTConfig
+from mptfoundry.mpt.flops import count_parameters
+from mptfoundry.mpt.network import MPT
+from mptfoundry.optim.lion import DecoupledLionW
+from mptfoundry.plan.memory import FP32, STATE_BYTES
+
+BATCH, LENGTH = 2, 32
+SMALL: dict[str, Any] = {"d_model": 48, "n_heads": 3, "max_seq_len": LENGTH, "vocab_size": 97}
+MODELS: dict[str, dict[str, Any]] = {
+    "alibi": {"attn_config": AttnConfig(alibi=True), "no_bias": True},
+    "learned positions": {},
+    "gated": {"ffn_config": FFNConfig(ffn_type="mptglu")},
+    "clipped": {"attn_config": AttnConfig(alibi=True, clip_qkv=6)},
+}
+
+
+def counted(network: MPT) -> int:
+    """Bytes of all tensors that a forward saves, without weights, each storage once."""
+    ids = torch.zeros(BATCH, LENGTH, dtype=torch.long)
+    weights = {each.untyped_storage().data_ptr() for each in network.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = network(ids, labels=ids).loss
+    del loss
+    return sum(saved.values())
+
+
+@pytest.mark.parametrize("n_layers", [1, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_every_kept_byte_is_foretold(model: str, n_layers: int) -> None:
+    config = MPTConfig(n_layers=n_layers, **{**SMALL, **MODELS[model]})
+    assert counted(MPT(config, seed=0).train()) == kept_bytes(config, BATCH * LENGTH)
+
+
+@pytest.mark.parametrize(
+    "target", ["block", "attention", "mlp", "norm", ("attention", "mlp"), {"block": "first-2"}]
+)
+def test_every_byte_that_is_recomputed_is_not_kept(target: Any) -> None:
+    config = MPTConfig(n_layers=3, **SMALL, attn_config=AttnConfig(alibi=True))
+    parts = recomputed_parts(target, 3)
+    network = MPT(config, seed=0).train()
+    checkpoint_activations(network, parts)
+    assert counted(network) == kept_bytes(config, BATCH * LENGTH, parts)
+
+
+def test_weights_and_the_optimizers_state_are_counted_exactly() -> None:
+    config = MPTConfig(n_layers=2, **SMALL)
+    network = MPT(config, seed=0)
+    assert sum(each.nbytes for each in network.parameters()) == FP32 * count_parameters(config)
+    optimizer = DecoupledLionW(network.parameters(), lr=0.1)
+    for each in network.parameters():
+        each.grad = torch.zeros_like(each)
+    optimizer.step()
+    state = sum(value.nbytes for each in optimizer.state.values() for value in each.values())
+    assert state == STATE_BYTES["decoupled_lionw"] * count_parameters(config)
