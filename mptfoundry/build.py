@@ -161,9 +161,7 @@ def build_model(
         recompute, offload = fsdp.activation_checkpointing, fsdp.activation_cpu_offload
         checkpoint_activations(network, parts, recompute=recompute, offload=offload)
     if config.compile_config is not None:
-        options = {key: value for key, value in asdict(config.compile_config).items() if value}
-        for block in network.transformer.blocks:
-            block.compile(**options)
+        _compile(network, config, plan)
     weights = None if source is None else _starting_weights(source, network, config.seed)
     if weights is not None and not on_meta:
         weights.fill(network)
@@ -179,6 +177,17 @@ def build_model(
     if weights is not None:
         model.start_from(weights)
     return model
+
+
+def _compile(network: Any, config: TrainConfig, plan: Plan) -> None:
+    from mptfoundry.models.compiling import compile_blocks
+
+    assert config.compile_config is not None
+    given = asdict(config.compile_config)
+    options = {key: value for key, value in given.items() if value not in (None, {})}
+    if config.compile_config.fullgraph is None:
+        options["fullgraph"] = plan.attn_impl in ("triton", "flash")
+    compile_blocks(network, **options)
 
 
 def _starting_weights(source: ModelSource, network: Any, seed: int) -> StartingWeights:

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .attention import prepare
 from .block import Block
 from .config import MPTConfig
 from .init import materialise
 from .linear import linear
 from .loss import IGNORED, linear_cross_entropy
-from .norm import Norm
+from .norm import Norm, compute_dtype
 from .position import (
     AttentionContext,
     Cache,
@@ -134,11 +135,13 @@ class Transformer(nn.Module):
         if self.config.has_learned_positions and past + seq > limit:
             raise ValueError(f"input_ids: {past + seq} tokens, but the model has {limit} learned positions.")
         x = input_ids if input_ids.is_floating_point() else self.wte(input_ids)  # (batch, seq, d_model)
+        # Under autocast the residual stream has its dtype, whether or not FSDP gathers weights in it.
+        x = x.to(dtype := compute_dtype(x) or x.dtype)
         rotary = None
         if self.config.has_learned_positions or self.config.attn_config.rope:
             positions = count_positions(documents, past, seq, x.device)
             if self.config.has_learned_positions:
-                x = x + self.wpe(positions)
+                x = x + self.wpe(positions).to(dtype)
             else:
                 rotary = rotary_tables(self.config, positions, past + seq)
         fraction = self.config.embedding_fraction
@@ -160,6 +163,7 @@ class Transformer(nn.Module):
             skips=attn.alibi_skips,
             max_documents=max_documents,
         )
+        prepare(context, self.config, x)
         for block in self.blocks:
             x = block(x, context)
         return self.norm_f(x)
