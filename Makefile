@@ -51,7 +51,7 @@ test: install
 	$(BIN)/python -m pytest -m serial $$(grep -rl --include='test_*.py' --exclude-dir=soak mark.serial tests)
 
 soak: install
-	MPTFOUNDRY_SOAK=1 $(BIN)/python -m pytest tests/soak tests/mpt/test_attention_kernels.py tests/mpt/test_attention_tiles.py tests/checkpoints/test_checksums.py
+	MPTFOUNDRY_SOAK=1 $(BIN)/python -m pytest tests/soak tests/pretended tests/mpt/test_attention_kernels.py tests/mpt/test_attention_tiles.py tests/checkpoints/test_checksums.py
 
 docs: install
 	$(BIN)/python scripts/write_docs.py

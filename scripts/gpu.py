@@ -123,9 +123,13 @@ def main(words: list[str], device: Iterable[str] = ("-c", DEVICE), steps: Iterab
             file.flush()
 
         found: dict[str, Any] = {}
+
+        def note(**row: Any) -> None:
+            found.update(row)
+            write(**row)
+
         first = Step("device", list(device), 60, "nothing")
-        exit_code = run(first, started_at + seconds, found, lambda **row: (found.update(row), write(**row)))
-        if exit_code != 0:
+        if run(first, started_at + seconds, found, note) != 0:
             return 1
         results = {}
         for step in steps:
@@ -159,7 +163,12 @@ def run(step: Step, deadline: float, found: dict[str, Any], write: Write) -> int
         start_new_session=True,
     )
     out_of_time = threading.Event()
-    timer = threading.Timer(left, lambda: (out_of_time.set(), end(process)))
+
+    def stop() -> None:
+        out_of_time.set()
+        end(process)
+
+    timer = threading.Timer(left, stop)
     timer.start()
     try:
         for line in process.stdout or ():

@@ -15,6 +15,8 @@ import pytest
 import torch
 
 HERE = Path(__file__).parent
+# `make soak` looks at everything, `make test` at some of it, in a few seconds.
+LOOKS_AT_ALL = os.environ.get("MPTFOUNDRY_SOAK") == "1"
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +48,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
             cwd=stubs.parent,
         )
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]

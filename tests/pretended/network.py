@@ -1,7 +1,7 @@
-"""Steps of small networks on the pretended GPU: `network.py waits [NETWORK ...]`, `... graphs [CASE ...]`.
+"""Steps of small networks on the pretended GPU: `network.py all`, or `network.py some`.
 
-`waits` prints for each network what a step waits for, its tensors on a CPU, its float32 products and the
-operators whose result CUDA leaves open; `graphs` how many graphs compiled blocks are, and their breaks.
+It prints, for each network, what a step `waits` for, its tensors on a CPU, its float32 products and the
+operators whose result CUDA leaves open; and how many `graphs` compiled blocks are, and their breaks.
 """
 
 from __future__ import annotations
@@ -178,4 +178,8 @@ def graphs(*names: str) -> dict[str, Any]:
     return results
 
 
-print(json.dumps({"waits": waits, "graphs": graphs}[sys.argv[1]](*sys.argv[2:])))
+if sys.argv[1] == "all":
+    print(json.dumps({"waits": waits(), "graphs": graphs()}))
+else:
+    some = waits("alibi", "everything"), graphs("packed, two lengths", "checkpointed and packed")
+    print(json.dumps(dict(zip(("waits", "graphs"), some, strict=True))))
