@@ -29,7 +29,7 @@ from mptfoundry.checkpoints.source import ModelSource, expected_shapes, with_row
 from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.config.engine import signatures
 from mptfoundry.config.model import ModelConfig
-from mptfoundry.config.parallel import CompileConfig, FSDPConfig, recomputed_parts
+from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import EvalConfig, Sampling
 from mptfoundry.errors import ConfigError
@@ -165,7 +165,7 @@ def build_model(
     if config.fsdp_config is not None and config.fsdp_config.saves_activations:
         _save_activations(network, config.model, config.fsdp_config)
     if config.compile_config is not None:
-        _compile(network, config.compile_config)
+        _compile(network, config, plan)
     weights = None if source is None else _starting_weights(source, network, config.seed)
     if weights is not None and not on_meta:
         weights.fill(network)
@@ -189,10 +189,15 @@ def _save_activations(network: Any, model: ModelConfig, fsdp: FSDPConfig) -> Non
     checkpoint_activations(network, parts, recompute=recompute, offload=offload)
 
 
-def _compile(network: Any, compile_config: CompileConfig) -> None:
-    options = {key: value for key, value in asdict(compile_config).items() if value}
-    for block in network.transformer.blocks:
-        block.compile(**options)
+def _compile(network: Any, config: TrainConfig, plan: Plan) -> None:
+    from mptfoundry.models.compiling import compile_blocks
+
+    assert config.compile_config is not None
+    given = asdict(config.compile_config)
+    options = {key: value for key, value in given.items() if value not in (None, {})}
+    if config.compile_config.fullgraph is None:
+        options["fullgraph"] = plan.attn_impl in ("triton", "flash")
+    compile_blocks(network, **options)
 
 
 def _adapt(network: Any, lora: LoRAConfig, base: ModelSource, seed: int) -> None:

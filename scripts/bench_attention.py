@@ -1,7 +1,7 @@
 """Compare the attention backends with the full-bias formula and PyTorch's own kernels, forward and backward.
 
     python scripts/bench_attention.py [seq=512,2048] [head_dim=64] [heads=8] [batch=1] [documents=8]
-        [repeats=7] [seconds=140] [out=FILE.json]
+        [repeats=7] [seconds=140] [check=true] [out=FILE.json] [lines=true]
 
 It runs in float32 on a CPU, in bf16 on a GPU. The GPU's default is 2k, 8k and 65k tokens of width 2048 in
 heads of 128 and of 64, with enough rows for 32k tokens. Before timing, each contestant is compared with the
@@ -12,7 +12,8 @@ are speedups over the first contestant of the case. TFLOP/s count the pairs of t
 are omitted where blocks are skipped.
 
 GPU times come from a queue that always has work, so they exclude Python. What all layers share (the bounds of
-documents) is computed before; on a CPU it is computed each time. No case starts after `seconds`.
+documents) is computed before; on a CPU it is computed each time. No case starts after `seconds`. With
+`check=true` the contestants are compared with the formula, and not timed.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ class Case:
 
 
 def main(words: list[str]) -> int:
+    from words import tell
+
     options = dict(word.split("=", 1) for word in words)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     deadline = time.monotonic() + float(options.get("seconds", "140" if device == "cuda" else "inf"))
@@ -93,7 +96,10 @@ def main(words: list[str]) -> int:
         contestants = {}
         for name, attend in contestants_of(case).items():
             reason = why_wrong(name, case)
-            if reason is None:
+            if options.get("check") == "true":
+                tell(options, case=case.name, head_dim=case.head_dim, contestant=name, wrong=reason)
+                print(f"{case.head_dim:>4} {case.name:<20} {name:<24} {reason or 'as exact as the formula'}")
+            elif reason is None:
                 contestants[name] = attend
             else:
                 print(f"{case.seq:>6} {case.head_dim:>4} {case.name:<20} {name:<24} left out: {reason}")
@@ -102,6 +108,7 @@ def main(words: list[str]) -> int:
         for row in measure(contestants, case, int(options.get("repeats", "7"))):
             rows.append({"device": device, **dataclasses.asdict(case), "case": case.name, **row})
             print(line(rows[-1]), flush=True)
+            tell(options, compared_with=next(iter(contestants)), **rows[-1])
     if "out" in options:
         Path(options["out"]).write_text(json.dumps(rows, indent=2) + "\n")
     wrong = sorted({name for (name, *_), reason in _reasons.items() if reason and name.startswith("ours")})
@@ -240,17 +247,17 @@ def flex(case: Case) -> Attend:
     return attend
 
 
-_reasons: dict[tuple[str, str], str | None] = {}
+_reasons: dict[tuple[str, str, int], str | None] = {}
 
 
 def why_wrong(name: str, case: Case) -> str | None:
     """Why a contestant of a case is not the formula, asked once for all sizes; None if it is."""
-    if (name, case.name) not in _reasons:
+    if (name, case.name, case.head_dim) not in _reasons:
         small = dataclasses.replace(case, batch=2, seq=SMALL)
         if name.endswith("no bias"):
             small = dataclasses.replace(small, alibi=False, documents=0)
-        _reasons[name, case.name] = _compare(name, small)
-    return _reasons[name, case.name]
+        _reasons[name, case.name, case.head_dim] = _compare(name, small)
+    return _reasons[name, case.name, case.head_dim]
 
 
 def _compare(name: str, case: Case) -> str | None:

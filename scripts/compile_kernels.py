@@ -2,6 +2,7 @@
 
     python scripts/compile_kernels.py [arch=90,80] [head_dim=64,128] [features=alibi,alibi+documents]
         [group=1,4] [dtype=bfloat16,float32] [kernel=forward_kernel] [and ...] [processes=2] [out=FILE.json]
+        [lines=true]
 
 Without words it compiles every variant that ships, with words all combinations of their values; `and` starts
 another set. Attention is called on the CPU with small tensors that have a model's strides. Where Triton would
@@ -89,6 +90,8 @@ def main(words: list[str]) -> int:
         else:
             key, value = word.split("=", 1)
             sets[-1][key] = value
+    from words import tell
+
     options = {key: value for some in sets for key, value in some.items()}
     cases = dict.fromkeys(case for some in sets for case in shipped(some))
     started_at = time.monotonic()
@@ -97,6 +100,7 @@ def main(words: list[str]) -> int:
     for row in compile_all(cases, int(options.get("processes", os.cpu_count() or 1))):
         rows.append(row)
         print(line(row), flush=True)
+        tell(options, **row)
     print(f"{len(rows)} kernels in {time.monotonic() - started_at:.0f} s, triton {triton.__version__}")
     refused = [row for row in rows if row["refused"]]
     for row in refused:

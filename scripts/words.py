@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 
 def given_words(head: str | None) -> list[str]:
@@ -12,3 +15,9 @@ def given_words(head: str | None) -> list[str]:
         print((head or "").strip())
         sys.exit(0)
     return words
+
+
+def tell(options: Mapping[str, str], **row: Any) -> None:
+    """Print a result as a line of JSON if `lines=true` is given, as `scripts/gpu.py` does."""
+    if options.get("lines") == "true":
+        print(json.dumps(row, default=str), flush=True)

@@ -189,14 +189,15 @@ class CompileConfig(Section):
     Attributes:
         mode: How much compile time to spend, and on what. Default: PyTorch's.
         backend: The compiler.
-        fullgraph: Fail if the compiler can't compile a block as one graph.
+        fullgraph: Fail if the compiler can't compile a block as one graph. Default: `true` if attention is
+            `triton` or `flash`.
         dynamic: Compile for changing shapes. Default: PyTorch decides.
         options: Passed to the backend; can't be combined with `mode`.
     """
 
     mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] | None = None
     backend: str = "inductor"
-    fullgraph: bool = False
+    fullgraph: bool | None = None
     dynamic: bool | None = None
     options: dict[str, Any] = field(default_factory=dict)
 

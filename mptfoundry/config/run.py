@@ -85,7 +85,8 @@ class TrainConfig(Section):
         compile_config: Compile the model's blocks. Default: they are not compiled.
         max_split_size_mb: Largest block of GPU memory that the allocator may split, in MiB.
         expandable_segments: Let the allocator's GPU segments grow, which reduces fragmentation.
-        cuda_load_lazy: Load each GPU kernel when it is first used.
+        cuda_load_lazy: Load each GPU kernel when it is first used; `false` loads them all at the start, which
+            takes seconds and about a GiB.
         dist_timeout: Seconds that a rank waits for the others.
         save_folder: Folder or URL for checkpoints; `{run_name}` is filled in. Default: none are saved.
         save_interval: How often to save a checkpoint.
@@ -151,7 +152,7 @@ class TrainConfig(Section):
     compile_config: CompileConfig | None = None
     max_split_size_mb: int | None = None
     expandable_segments: bool = True
-    cuda_load_lazy: bool = False
+    cuda_load_lazy: bool = True
     dist_timeout: float = 600.0
     save_folder: str | None = None
     save_interval: Duration = "1000ba"

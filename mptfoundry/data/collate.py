@@ -8,9 +8,11 @@ A sample is `{"input_ids": (tokens,) int64 array, "sample_id": int}` with at mos
     attention_mask  (batch, seq) bool, if there is padding, which is always at the end
     sequence_id     (batch, seq) int64, if documents must not attend to each other
     max_documents   the most documents in a row, if attention_mask or sequence_id is present
+    row_tokens      list of the tokens in each row, if there is padding, and always for finetuning rows
+    row_trained     list of the labels in the loss of each row, after the shift by one, with row_tokens
 
-A batch of finetuning rows also has two lists: `row_tokens`, the tokens in each row, and `row_trained`, the
-number of labels in the loss after the shift by one.
+The two lists are for counting: Composer counts a microbatch once it is on the device, where counting tensors
+would wait for the device.
 """
 
 from __future__ import annotations
@@ -57,6 +59,8 @@ class TextCollator:
         if not is_text.all():
             batch["attention_mask"] = torch.from_numpy(is_text)
             batch["max_documents"] = 1
+            batch["row_tokens"] = is_text.sum(1).tolist()
+            batch["row_trained"] = is_text[:, 1:].sum(1).tolist()
         if self.eos_token_id is not None or self.bos_token_id is not None:
             sequence_id = sequence_ids(batch["input_ids"], self.eos_token_id, self.bos_token_id)
             begins = (sequence_id[:, 1:] != sequence_id[:, :-1]) & torch.from_numpy(is_text[:, 1:])
@@ -115,14 +119,6 @@ class RowCollator:
         return batch
 
 
-def count_row_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Count the tokens in a batch of finetuning rows without a GPU sync.
-
-    `total` excludes padding; `loss_generating` is the number of labels that the mean loss divides by.
-    """
-    return {"total": sum(batch["row_tokens"]), "loss_generating": sum(batch["row_trained"])}
-
-
 def count_rows(batch: Mapping[str, Any]) -> int:
     """Count the rows in a batch of finetuning rows, excluding empty ones."""
     return sum(tokens > 0 for tokens in batch["row_tokens"])
@@ -151,16 +147,15 @@ def sequence_ids(
 
 
 def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Count the tokens in a batch: `total` for Composer's clock, `loss_generating` to weight microbatches.
+    """Count the tokens in a batch or microbatch of any loader, without a GPU sync.
 
-    `loss_generating` is the number of labels in the loss after the shift by one, which the mean loss divides
-    by. Without padding both follow from the shape, so there is no GPU sync.
+    `total`, for Composer's clock, excludes padding. `loss_generating`, which weights microbatches, is what
+    the mean loss divides by. Rows of text without padding are counted by their shape.
     """
+    if "row_tokens" in batch:
+        return {"total": sum(batch["row_tokens"]), "loss_generating": sum(batch["row_trained"])}
     rows, seq = batch["input_ids"].shape
-    if "attention_mask" not in batch:
-        return {"total": rows * seq, "loss_generating": rows * (seq - 1)}
-    trained = int((batch["labels"][:, 1:] != NOT_IN_LOSS).sum())
-    return {"total": int(batch["attention_mask"].sum()), "loss_generating": trained}
+    return {"total": rows * seq, "loss_generating": rows * (seq - 1)}
 
 
 def count_samples(batch: Mapping[str, Any]) -> int:

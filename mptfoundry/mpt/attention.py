@@ -1,12 +1,15 @@
 """Self-attention of a block, and the backends that compute it.
 
-A backend is a module with one function:
+A backend is a module with a function, and a second one if layers share some of its work:
 
 ``attend(query, key, value, context) -> out``
     ``query`` and ``out`` are (batch, seq, n_heads, head_dim); ``key`` and ``value`` are (batch, keys,
     kv_heads, head_dim) with keys = tokens in the cache + seq. The queries are the last ``seq`` tokens. The
     inputs may be strided views of a fused matrix or of a cache. The AttentionContext defines the mask and
     the bias.
+``prepare(context, seq) -> None``
+    Compute once per forward pass what all layers share, with ``context.once``. Blocks then only read the
+    context, so that each of them compiles as one graph, also with activation checkpointing.
 
 backends.py knows each backend's limits and chooses one.
 """
@@ -42,6 +45,24 @@ def capability_of(gpu: int | None) -> tuple[int, int]:
 capability_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def prepare(context: AttentionContext, config: MPTConfig, x: torch.Tensor) -> None:
+    """Choose the backend before the first block, and let it compute what all layers share.
+
+    ``x`` is (batch, seq, d_model), in the dtype that attention computes in.
+    """
+    backend = context.once("backend", lambda: _backend_for(config, x))
+    if hasattr(backend, "prepare"):
+        backend.prepare(context, x.shape[1])
+
+
+def _backend_for(config: MPTConfig, x: torch.Tensor) -> Any:
+    if torch.jit.is_tracing():  # a trace must work for other lengths: no cuts by length
+        return WeightsKept()
+    dtype = str(x.dtype).removeprefix("torch.")
+    capability = capability_of(x.device.index) if x.is_cuda else None
+    return BACKENDS[choose_backend(config, x.device.type, dtype, capability)[0]]
+
+
 class Attention(nn.Module):
     """Multi-head, grouped-query or multi-query self-attention with a fused QKV projection."""
 
@@ -75,16 +96,9 @@ class Attention(nn.Module):
             query, key = rotate(query, context.rotary), rotate(key, context.rotary)
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)
-        backend = context.once("backend", lambda: self._backend_of(query))
+        backend = context.once("backend", lambda: _backend_for(self.config, query))
         out = backend.attend(query, key, value, context)  # (batch, seq, n_heads, head_dim)
         return self.out_proj(out.flatten(2))
-
-    def _backend_of(self, query: torch.Tensor) -> Any:
-        if torch.jit.is_tracing():  # a trace must work for other lengths: no cuts by length
-            return WeightsKept()
-        dtype = str(query.dtype).removeprefix("torch.")
-        capability = capability_of(query.device.index) if query.is_cuda else None
-        return BACKENDS[choose_backend(self.config, query.device.type, dtype, capability)[0]]
 
     def _normalise(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         """Split (batch, seq, width) into heads and normalise them, together or one by one."""

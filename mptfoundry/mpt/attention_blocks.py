@@ -20,10 +20,6 @@ from torch.nn import functional as F
 
 from .position import PADDING, AttentionContext
 
-# ALiBi makes tiny probabilities; as denormal numbers they slow down a CPU's products by a factor of ten.
-# Threads inherit this setting when they start, so it is set before the pool exists.
-torch.set_flush_denormal(True)
-
 # Side of the small triangles: larger ones exceed the CPU's cache, smaller ones need more calls.
 _SIDE = 256
 
@@ -69,6 +65,7 @@ def attend_by_blocks(
     Returns:
         (batch, seq, n_heads, head_dim); zero for padding.
     """
+    torch.set_flush_denormal(True)  # for a CPU next to a GPU; see `materialise` in init.py
     group = query.shape[2] // key.shape[2]
     if group > 1:
         key, value = key.repeat_interleave(group, 2), value.repeat_interleave(group, 2)

@@ -31,9 +31,6 @@ def attend(
 ) -> torch.Tensor:
     """Attend from (batch, seq, n_heads, head_dim) to (batch, keys, kv_heads, head_dim).
 
-    If there are documents without `max_documents`, the first layer of a forward pass syncs with the device to
-    count them.
-
     Returns:
         (batch, seq, n_heads, head_dim), in ``query``'s dtype. Rows of padding are finite but meaningless.
 
@@ -45,13 +42,32 @@ def attend(
             f"attn_config.attn_impl: flash can't be used: flash-attn can't be imported ({import_error}). "
             "Compile it against the installed torch, or use torch or triton."
         )
-    documents, options = context.documents, options_of(context)
-    if documents is None or context.max_documents == 1:
-        return flash_attn_func(query, key, value, **options)
+    options = options_of(context)
     batch, seq = query.shape[:2]
-    bounds = context.once("bounds of runs", lambda: bounds_of_runs(documents, seq, context.max_documents))
+    bounds = _bounds(context, seq)
+    if bounds is None:
+        return flash_attn_func(query, key, value, **options)
     flat = (x.flatten(0, 1) for x in (query, key, value))  # (batch * seq or keys, heads, head_dim)
     return flash_attn_varlen_func(*flat, **bounds, **options).unflatten(0, (batch, seq))
+
+
+def prepare(context: AttentionContext, seq: int) -> None:
+    """Find the documents of a forward pass, before the first layer needs them.
+
+    Without `max_documents` this syncs with the device to count them.
+
+    Raises:
+        ValueError: There is padding between tokens of one document.
+    """
+    _bounds(context, seq)
+
+
+def _bounds(context: AttentionContext, seq: int) -> dict[str, Any] | None:
+    """The boundaries of the runs, computed once; None if every row is one document."""
+    documents = context.documents
+    if documents is None or context.max_documents == 1:
+        return None
+    return context.once("bounds of runs", lambda: bounds_of_runs(documents, seq, context.max_documents))
 
 
 def options_of(context: AttentionContext) -> dict[str, Any]:

@@ -51,14 +51,9 @@ def attend(
         (batch, seq, n_heads, head_dim), in ``query``'s dtype; zero for padding.
     """
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
-    batch, seq, n_heads, _ = query.shape
-    keys, kv_heads = key.shape[1:3]
-    codes = bounds = None
-    if context.documents is not None or context.prefix is not None:
-        codes, bounds = context.once(
-            "codes and bounds",
-            lambda: encode_documents(context.documents, context.prefix, batch, keys, query.device),
-        )
+    seq, n_heads = query.shape[1:3]
+    kv_heads = key.shape[2]
+    codes, bounds = _codes_and_bounds(context)
     window = -1 if context.window is None else context.window
     softcap = context.softcap or 0.0
     has_prefix = context.prefix is not None
@@ -77,14 +72,24 @@ def attend(
     return out
 
 
+def prepare(context: AttentionContext, seq: int) -> None:
+    """Encode the documents and prefixes of a forward pass, before the first layer needs them."""
+    _codes_and_bounds(context)
+
+
+def _codes_and_bounds(context: AttentionContext) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if context.documents is None and context.prefix is None:
+        return None, None
+    return context.once("codes and bounds", lambda: encode_documents(context.documents, context.prefix))
+
+
 def encode_documents(
-    documents: torch.Tensor | None,
-    prefix: torch.Tensor | None,
-    batch: int,
-    keys: int,
-    device: torch.device,
+    documents: torch.Tensor | None, prefix: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Encode documents and prefixes for the kernels, on the device without a sync.
+
+    Args:
+        documents, prefix: (batch, keys) each, as in AttentionContext; one of them may be None.
 
     Returns:
         codes: (batch, keys) int32, 2 * document + is-in-prefix, and -1 for padding.
@@ -92,11 +97,13 @@ def encode_documents(
             without padding in between. For padding the values are empty ranges.
     """
     if documents is None:
-        documents = torch.zeros(batch, keys, dtype=torch.int64, device=device)
+        assert prefix is not None
+        documents = torch.zeros_like(prefix, dtype=torch.int64)
+    batch, keys = documents.shape
     is_padding = documents == PADDING
     codes = documents * 2 if prefix is None else documents * 2 + prefix
     codes = codes.masked_fill(is_padding, PADDING)
-    positions = torch.arange(keys, device=device).expand(batch, keys)
+    positions = torch.arange(keys, device=documents.device).expand(batch, keys)
 
     def begins(numbers: torch.Tensor) -> torch.Tensor:
         is_first = F.pad(numbers[:, 1:] != numbers[:, :-1], (1, 0), value=True)
@@ -109,9 +116,10 @@ def encode_documents(
     # Document numbers increase along a row, so padding takes the number of the document before or after it.
     before = documents.cummax(1).values
     after = documents.masked_fill(is_padding, torch.iinfo(torch.int64).max).flip(1).cummin(1).values.flip(1)
-    bounds = torch.stack([begins(before), ends(after), begins(documents), ends(documents)])
-    nothing = torch.tensor([keys, 0, keys, 0], device=device)[:, None, None]
-    return codes.int(), torch.where(is_padding, nothing, bounds).int()
+    starts = torch.stack([begins(before), begins(documents)]).masked_fill_(is_padding, keys)
+    stops = torch.stack([ends(after), ends(documents)]).masked_fill_(is_padding, 0)
+    bounds = torch.stack([starts, stops], dim=1).flatten(0, 1)
+    return codes.int(), bounds.int()
 
 
 def _constants(

@@ -119,7 +119,9 @@ class SequenceClassifier(_HeadNetwork):
         logits = self._head(hidden[torch.arange(batch, device=last.device), last])  # (batch, num_labels)
         if labels is None:
             return HeadOutput(None, None, logits)
-        return HeadOutput(self._loss(wide(logits), labels), torch.tensor(batch), logits)
+        return HeadOutput(
+            self._loss(wide(logits), labels), torch.full((), batch, device=logits.device), logits
+        )
 
     def _loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         problem = self.config.problem_type or self.config.problem

@@ -303,7 +303,7 @@ class MPTFoundryForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             if hidden is not None:
                 hidden.append(arguments[0])
             if kept is not None:
-                arguments[1].once("backend", lambda: kept)
+                arguments[1]._made["backend"] = kept
 
         wanted = self.transformer.blocks if hidden is not None or kept is not None else ()
         hooks = [block.register_forward_pre_hook(note) for block in wanted]

@@ -28,8 +28,12 @@ def materialise(
     """Allocate a network from ``meta`` on `device` (the CPU if None), and draw its weights.
 
     Without a `seed`, torch's random state gives one. With `empty` the weights stay uninitialized; with
-    ``meta`` as `device` this does nothing.
+    ``meta`` as `device` nothing is allocated.
     """
+    if not torch.cuda.is_available():
+        # ALiBi makes tiny probabilities; as denormal numbers they slow down a CPU's products by a factor of
+        # ten. Threads inherit this setting when they start, so it is set before the pool exists.
+        torch.set_flush_denormal(True)
     device = torch.device(device or "cpu")
     if device.type == "meta":
         return

@@ -120,22 +120,38 @@ def _losses_and_grads(
         chunk = hidden[part].to(matrix.dtype)
         in_loss = (targets[part] != IGNORED)[:, None]
         target = targets[part].clamp(min=0)[:, None]
-        logits = _logits(chunk, matrix, softcap)  # (tokens of the chunk, vocab)
-        tanh_grad = None if softcap is None else 1 - (logits / softcap).square()
-        log_probabilities = torch.log_softmax(logits, -1, out=logits)
-        losses[part] = (-log_probabilities.gather(1, target) * in_loss)[:, 0]
-        grad = log_probabilities.exp_()
-        grad.scatter_add_(1, target, grad.new_full((1, 1), -1).expand_as(target))
-        if tanh_grad is not None:
-            grad *= tanh_grad
-        grad = grad.to(matrix.dtype)
+        log_likelihood, grad = _of_chunk(chunk, matrix, target, softcap)
+        losses[part] = (-log_likelihood * in_loss)[:, 0]
         if hidden_grad is not None:
             hidden_grad[part] = (grad @ matrix) * in_loss
         if matrix_grad is not None and matrix_grad.dtype == grad.dtype:
             matrix_grad.addmm_(grad.T, chunk * in_loss)
         elif matrix_grad is not None:
             matrix_grad += grad.T @ (chunk * in_loss)
+        del grad
     return losses, (hidden_grad, matrix_grad)
+
+
+def _of_chunk(
+    hidden: torch.Tensor, matrix: torch.Tensor, target: torch.Tensor, softcap: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The log-likelihood of each token's target (tokens, 1), and the loss's gradient of the logits.
+
+    What else is as large as the logits is freed before the next chunk.
+    """
+    logits = _logits(hidden, matrix, softcap)  # (tokens of the chunk, vocab)
+    tanh_grad = None if softcap is None else 1 - (logits / softcap).square()
+    # In place only on a CPU, where that is tested; CUDA's kernel doesn't promise it.
+    log_probabilities = torch.log_softmax(logits, -1, out=logits if logits.is_cpu else None)
+    del logits
+    log_likelihood = log_probabilities.gather(1, target)
+    grad = log_probabilities.exp_()
+    # Each element is written once: unlike scatter_add's on CUDA, the result depends on no order.
+    rows = torch.arange(len(target), device=target.device)
+    grad[rows, target[:, 0]] -= 1
+    if tanh_grad is not None:
+        grad *= tanh_grad
+    return log_likelihood, grad.to(matrix.dtype)
 
 
 def _tokens_of_chunk(matrix: torch.Tensor) -> int:

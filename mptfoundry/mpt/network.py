@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .attention import prepare
 from .block import Block
 from .config import MPTConfig
 from .init import materialise
 from .linear import linear
 from .loss import IGNORED, linear_cross_entropy
-from .norm import Norm
+from .norm import Norm, compute_dtype
 from .position import (
     AttentionContext,
     Cache,
@@ -129,6 +130,8 @@ class Transformer(nn.Module):
         if prefix is not None and not self.config.attn_config.prefix_lm:
             raise ValueError("prefix_mask: this model is not a prefix-LM. Set attn_config.prefix_lm: true.")
         x = input_ids if input_ids.is_floating_point() else self.wte(input_ids)  # (batch, seq, d_model)
+        # Under autocast the residual stream has its dtype, whether or not FSDP gathers weights in it.
+        x = x.to(compute_dtype(x) or x.dtype)
         rotary = None
         if self.config.has_learned_positions or self.config.attn_config.rope:
             x, rotary = self._with_positions(x, documents, cache.length if cache is not None else 0)
@@ -151,6 +154,7 @@ class Transformer(nn.Module):
             skips=attn.alibi_skips,
             max_documents=max_documents,
         )
+        prepare(context, self.config, x)
         for block in self.blocks:
             x = block(x, context)
         return self.norm_f(x)
@@ -164,7 +168,7 @@ class Transformer(nn.Module):
             raise ValueError(f"input_ids: {past + seq} tokens, but the model has {limit} learned positions.")
         positions = count_positions(documents, past, seq, x.device)
         if self.config.has_learned_positions:
-            return x + self.wpe(positions), None
+            return x + self.wpe(positions).to(x.dtype), None
         return x, rotary_tables(self.config, positions, past + seq)
 
 

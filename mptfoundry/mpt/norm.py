@@ -1,6 +1,7 @@
 """The norms of an MPT: layer norm and RMS norm, each also in low precision.
 
-Under autocast, a low-precision norm computes in the autocast dtype; PyTorch's own norms compute in float32.
+Under autocast, a low-precision norm computes in the autocast dtype; the others compute in float32, as
+PyTorch's do on a GPU.
 """
 
 from __future__ import annotations
@@ -30,9 +31,11 @@ class Norm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Normalise (..., width)."""
-        dtype = compute_dtype(x) if self.low_precision else None
+        dtype = compute_dtype(x)
         if dtype is None:
             return self._normalise(x, self.weight, self.bias)
+        if not self.low_precision:
+            dtype = torch.float32
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return self._normalise(x.to(dtype), self.weight.to(dtype), bias)

@@ -20,7 +20,6 @@ from mptfoundry.plan.fsdp import Sharding
 
 FP32 = 4
 STATE_BYTES = {"decoupled_lionw": FP32, "decoupled_adamw": 2 * FP32}  # optimizer state per parameter
-# As in mpt/loss.py.
 LOSS_CHUNK_LOGITS = {"gpu": 2**27, "cpu": 2**23}
 # Memory of the driver, the libraries and the process itself.
 OVERHEAD = {"gpu": 2 * GIB, "cpu": GIB}
@@ -49,10 +48,10 @@ class Memory:
 
     Attributes:
         weights: The float32 weights, or this device's shard.
-        gradients: Their gradients.
+        gradients: Their gradients, as far as they exist then.
         optimizer: The optimizer's state.
         gathered: Low-precision and gathered weights and gradients, for compute and communication.
-        activations: Tensors that forward saves for backward.
+        activations: Tensors that forward saves for backward, and those of the block that is computed.
         logits: One chunk of logits and its gradient, and the gradient of the output projection.
         overhead: Everything else.
     """
@@ -82,6 +81,50 @@ def estimate_memory(
 ) -> Memory:
     """Bytes of one device at the peak of a step that computes `microbatch` sequences at once.
 
+    Gradients come into being while activations go. So the peak is at the end of forward, in the last block,
+    in the first one, or in the optimizer's step.
+    """
+    model, variant = config.model, variant or Variant(config.fsdp_config)
+    everything = _everything(config, device, precision, sharding, trainable, microbatch, variant)
+    accumulates = config.global_train_batch_size > microbatch * device.count
+    forward = replace(everything, gradients=everything.gradients if accumulates else 0)
+    number = FP32 if precision == "fp32" else 2
+    stream = microbatch * config.max_seq_len * model.d_model * number
+    block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
+    recomputed, largest = _recomputed(model, variant.fsdp, block_keeps)
+    largest *= microbatch * config.max_seq_len * number
+    last = first = stepping = everything.gathered
+    if sharding is None or sharding.shards == 1:
+        # Backward frees autocast's copies; DDP's buckets stay.
+        copies = number * block_parameters(model) if number < FP32 else 0
+        stepping = trainable.parameters * FP32 if device.count > 1 else 0
+        last, first = everything.gathered - recomputed * copies, stepping + copies
+    output = model.vocab_size * model.d_model * FP32 if trainable.trains_output else 0
+    gradients = everything.gradients * (model.n_layers - 1) // model.n_layers
+    kept = microbatch * config.max_seq_len * block_keeps * number
+    return max(
+        # The norm's input, the hidden states and their gradient.
+        replace(forward, activations=forward.activations - largest + 3 * stream),
+        # The stream's gradient, and that of the widest matrix's input.
+        replace(forward, activations=forward.activations + 6 * stream, logits=output, gathered=last),
+        replace(everything, gradients=gradients, gathered=first, activations=kept + 5 * stream, logits=0),
+        # The embedding's gradient, or the optimizer's direction.
+        replace(everything, gathered=stepping, activations=0, logits=output),
+        key=lambda moment: moment.total,
+    )
+
+
+def _everything(
+    config: TrainConfig,
+    device: Device,
+    precision: str,
+    sharding: Sharding | None,
+    trainable: Trainable,
+    microbatch: int,
+    variant: Variant,
+) -> Memory:
+    """What can exist in a step at all.
+
     Activations are what each block saves for backward (`block_activations`). With activation checkpointing
     a block saves only its input, and one block at a time is recomputed.
     """
@@ -97,9 +140,8 @@ def estimate_memory(
     tokens = microbatch * config.max_seq_len
     block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
     kept = model.n_layers * block_keeps
-    fsdp = config.fsdp_config if variant is None else variant.fsdp
-    if fsdp is not None and fsdp.saves_activations:
-        kept -= _saved_activations(model, fsdp, block_keeps)
+    if variant.fsdp is not None and variant.fsdp.saves_activations:
+        kept -= _saved_activations(model, variant.fsdp, block_keeps)
     chunk = min(tokens * model.vocab_size, LOSS_CHUNK_LOGITS[device.kind])
     quantized = matrix_parameters(model) if model.bits else 0
     return Memory(
@@ -110,7 +152,7 @@ def estimate_memory(
         activations=tokens * kept * number,
         logits=(
             tokens * model.vocab_size * FULL_LOGITS_BYTES
-            if variant is not None and variant.full_logits
+            if variant.full_logits
             else chunk * (FP32 if number == FP32 else FP32 + 2 * number)
         )
         + (model.vocab_size * model.d_model * FP32 if trainable.trains_output else 0),
@@ -133,13 +175,7 @@ def _saved_activations(model: AnyModelConfig, fsdp: FSDPConfig, block_keeps: int
 
     Recomputation brings them back, one part at a time.
     """
-    # A part's activations, and its input, which stays on the device unless it is offloaded.
-    sizes = {
-        "block": (block_keeps, model.d_model),
-        "attention": (attention_activations(model), 0),
-        "mlp": (ffn_activations(model), 0),
-        "norm": (0, 0),
-    }
+    sizes = _sizes(model, block_keeps)
     parts = recomputed_parts(model.activation_checkpointing_target, model.n_layers)
     saved, largest = 0, 0
     for part, blocks in parts.items():
@@ -147,6 +183,28 @@ def _saved_activations(model: AnyModelConfig, fsdp: FSDPConfig, block_keeps: int
         saved += len(blocks) * (size - (0 if fsdp.activation_cpu_offload else rest))
         largest = max(largest, size)
     return saved - largest
+
+
+def _sizes(model: AnyModelConfig, block_keeps: int) -> dict[str, tuple[int, int]]:
+    """Numbers per token of a part, and of its input, which stays on the device unless it is offloaded.
+
+    A norm's input and output are kept by what is around it.
+    """
+    return {
+        "block": (block_keeps, model.d_model),
+        "attention": (attention_activations(model), 0),
+        "mlp": (ffn_activations(model), 0),
+        "norm": (0, 0),
+    }
+
+
+def _recomputed(model: AnyModelConfig, fsdp: FSDPConfig | None, block_keeps: int) -> tuple[int, int]:
+    """How many blocks are recomputed as a whole, and the numbers per token of the largest part that is."""
+    if fsdp is None or not fsdp.saves_activations:
+        return 0, 0
+    parts = recomputed_parts(model.activation_checkpointing_target, model.n_layers)
+    sizes = _sizes(model, block_keeps)
+    return len(parts.get("block", ())), max(sizes[part][0] for part in parts)
 
 
 def _adapter_activations(model: AnyModelConfig) -> int:

@@ -146,7 +146,8 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     init_device = "auto" if sharding is None and model.init_device != "cpu" else model.init_device
     init_device = decide("model.init_device", init_device, lambda: choose_init_device(config, sharding))
     if how:
-        choices["fsdp_config"] = Choice(sharding or f"{device.count} replicas", how)
+        unsharded = f"{device.count} replicas" if device.count > 1 else "not sharded"
+        choices["fsdp_config"] = Choice(sharding or unsharded, how)
     loaders = {"train": config.train_loader, **config.eval_loaders}
     flops = partial(flops_per_token, model, config.max_seq_len)
     return Plan(

@@ -93,6 +93,8 @@ class StepGuard(Callback):
         norm = self._clipping.grad_norm
         told = told if norm is None else torch.cat([told, norm.to(told).reshape(1)])
         asked_by, broken, total, *norms = told.tolist()
+        if norms:
+            self._clipping.grad_norm = norms[0]
         loss = total / world_size()
         # With a gradient scaler, an overflow only lowers the scale.
         is_scaled = state.precision == Precision.AMP_FP16

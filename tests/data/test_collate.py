@@ -10,7 +10,6 @@ from composer.core.data_spec import default_split_batch
 from mptfoundry.data.collate import (
     RowCollator,
     TextCollator,
-    count_row_tokens,
     count_rows,
     count_samples,
     count_tokens,
@@ -103,14 +102,14 @@ def test_examples_of_a_row_lie_end_to_end_and_no_first_token_is_learned() -> Non
     assert batch["attention_mask"].tolist() == [[True] * 5 + [False], [True] * 4 + [False] * 2]
     assert batch["sequence_id"].tolist() == [[0, 0, 1, 1, 1, 1], [0] * 6]
     assert (batch["sample_id"].tolist(), batch["max_documents"]) == ([4, 2], 2)
-    assert (count_row_tokens(batch), count_rows(batch)) == ({"total": 9, "loss_generating": 5}, 2)
+    assert (count_tokens(batch), count_rows(batch)) == ({"total": 9, "loss_generating": 5}, 2)
     assert rows[0]["trained"].tolist() == [True, True, True, False, True]
 
 
 def test_full_rows_of_one_example_need_no_mask_and_count_what_is_learned() -> None:
     batch = RowCollator(3)([row(0, ([5, 6, 7], [1, 0, 1]))])
     assert not {"attention_mask", "sequence_id"} & set(batch)
-    assert count_row_tokens(batch) == {"total": 3, "loss_generating": 1}
+    assert count_tokens(batch) == {"total": 3, "loss_generating": 1}
 
 
 @pytest.mark.parametrize(("tokens", "width"), [(1, 8), (8, 8), (9, 16), (17, 20)])
@@ -124,7 +123,7 @@ def test_padding_is_trimmed_to_a_multiple_of_eight(tokens: int, width: int) -> N
 def test_a_row_that_stands_for_none_counts_as_none() -> None:
     batch = RowCollator(4)([row(-1), row(3, ([1, 2], [0, 1]))])
     assert batch["attention_mask"].tolist() == [[True, False, False, False], [True, True, False, False]]
-    assert (count_row_tokens(batch), count_rows(batch)) == ({"total": 2, "loss_generating": 1}, 1)
+    assert (count_tokens(batch), count_rows(batch)) == ({"total": 2, "loss_generating": 1}, 1)
 
 
 def test_composer_splits_rows_and_their_counts_alike() -> None:
@@ -133,7 +132,7 @@ def test_composer_splits_rows_and_their_counts_alike() -> None:
     assert [count_rows(piece) for piece in pieces] == [2, 2, 1]
     for piece in pieces:
         trained = int((piece["labels"][:, 1:] != -100).sum())
-        assert count_row_tokens(piece) == {
+        assert count_tokens(piece) == {
             "total": int(piece["attention_mask"].sum()),
             "loss_generating": trained,
         }
@@ -143,4 +142,4 @@ def test_rows_of_65536_tokens_are_made() -> None:
     rows = [row(0, *[(list(range(128)), [1] * 128)] * 511)]
     batch = RowCollator(65536)(rows)
     assert batch["sequence_id"].shape == (1, 65536) and batch["max_documents"] == 511
-    assert count_row_tokens(batch) == {"total": 65408, "loss_generating": 511 * 127}
+    assert count_tokens(batch) == {"total": 65408, "loss_generating": 511 * 127}

@@ -34,7 +34,7 @@ def test_a_sharded_model_starts_from_the_weights_of_a_folder(
     words = [f"model.pretrained_model_name_or_path={tmp_path}", f"model.init_device={init_device}"]
     # In Composer the first step of a warm-up has a learning rate of zero: the weights stay as they were read.
     words += ["run_name=started", "max_duration=1ba", "save_interval=1ba"]
-    words += [f"fsdp_config.version={version}", "fsdp_config.state_dict_type=full"]
+    words += [f"fsdp_config.version={version}", "fsdp_config.state_dict_type=sharded"]
     train(load_train_config(tiny_run, words)[0])
     found = dict(open_model(tmp_path / "started").tensors())
     for name, tensor in weights.items():

@@ -19,9 +19,11 @@ pytestmark = pytest.mark.skipif(
 )
 PLAIN = ("model.resid_pdrop=0", "model.d_model=64", "precision=fp32", "max_duration=4ba")
 RECOMPUTED = "activation_checkpointing: true, activation_cpu_offload: true"
+# One device is sharded only for checkpoints in shards.
 SHARDED = {
-    "plain": "{activation_checkpointing: true}",
-    "gathered ahead": f"{{forward_prefetch: true, backward_prefetch_limit: 2, {RECOMPUTED}}}",
+    "plain": "{activation_checkpointing: true, state_dict_type: sharded}",
+    "gathered ahead": f"{{forward_prefetch: true, backward_prefetch_limit: 2, {RECOMPUTED}, "
+    "state_dict_type: sharded}",
     "kept after forward": "{sharding_strategy: SHARD_GRAD_OP, state_dict_type: sharded}",
 }
 
@@ -42,7 +44,10 @@ def test_a_sharded_run_has_the_losses_of_a_plain_one(
 
 @pytest.mark.parametrize("mixed", ["DEFAULT", "PURE", "FULL"])
 def test_mixed_precision_trains(mixed: str, tiny_run: Path, tmp_path: Path) -> None:
-    words = [f"fsdp_config={{mixed_precision: {mixed}}}", f"run_name={mixed}"]
+    words = [
+        f"fsdp_config={{mixed_precision: {mixed}, state_dict_type: sharded}}",
+        f"run_name={mixed}",
+    ]
     train(load_train_config(tiny_run, [*PLAIN, *words, "precision=amp_bf16"])[0])
     found = losses(tmp_path / mixed)
     assert found[-1] < found[0]

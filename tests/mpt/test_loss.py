@@ -113,6 +113,12 @@ def test_gradients_are_the_same_under_checkpointing() -> None:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
 
+def test_a_log_softmax_over_a_whole_vocabulary_may_be_written_over_its_input() -> None:
+    logits = torch.randn(16, 50_432, generator=torch.Generator().manual_seed(0)) * 10
+    apart = torch.log_softmax(logits, -1)
+    assert torch.equal(torch.log_softmax(logits, -1, out=logits), apart)
+
+
 def test_under_autocast_logits_are_low_precision_and_sums_are_not() -> None:
     hidden, weight, targets = case()
     fast, slow = (([hidden.clone().requires_grad_(), weight.clone().requires_grad_()]) for _ in range(2))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -344,3 +345,21 @@ def test_what_does_not_fit_together_is_refused() -> None:
 
 def test_an_output_is_empty_until_asked() -> None:
     assert MPTOutput() == MPTOutput(loss=None, token_loss=None, token_correct=None, logits=None)
+
+
+@pytest.mark.parametrize("alibi", [True, False])
+def test_under_autocast_the_residual_stream_is_the_same_with_and_without_fsdp(alibi: bool) -> None:
+    """FSDP gathers weights in the low precision; one device keeps them in float32."""
+    whole = MPT(config({"alibi": alibi}, no_bias=alibi), seed=1).train()
+    gathered = copy.deepcopy(whole).bfloat16()
+    ids = torch.randint(101, (2, 48), generator=torch.Generator().manual_seed(0))
+    streams: list[list[torch.Tensor]] = [[], []]
+    losses = []
+    for network, stream in zip((whole, gathered), streams, strict=True):
+        for block in network.transformer.blocks:
+            block.register_forward_pre_hook(lambda _, args, stream=stream: stream.append(args[0].detach()))
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            losses.append(network(ids, labels=ids).loss)
+    assert {x.dtype for stream in streams for x in stream} == {torch.bfloat16}
+    assert all(torch.equal(one, other) for one, other in zip(*streams, strict=True))
+    assert torch.equal(*losses)

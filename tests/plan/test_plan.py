@@ -11,7 +11,7 @@ from mptfoundry.mpt import backends
 from mptfoundry.plan.devices import GIB, Device
 from mptfoundry.plan.gpu_support import SETS, TorchBuild
 from mptfoundry.plan.gpus import GPU
-from mptfoundry.plan.plan import USABLE, Plan, device_batch, make_plan, refuse_missing
+from mptfoundry.plan.plan import USABLE, Choice, Plan, device_batch, make_plan, refuse_missing
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 CPU = Device("cpu", "CPU", memory=16 * GIB, found="no GPU found")
@@ -206,6 +206,21 @@ def test_what_fsdp_config_says_in_older_words_is_told() -> None:
     hybrid = plan_of("mpt-7b", gpus(64), *strategy).sharding
     assert hybrid is not None and hybrid.reshard_after_forward is False
     assert str(hybrid) == "8 replicas of 8 shards"
+
+
+def test_one_device_is_not_sharded_and_the_plan_says_so() -> None:
+    words = ["global_train_batch_size=8", "fsdp_config.state_dict_type=full"]
+    alone = plan_of("mpt-7b", gpus(1), *words)
+    assert alone.sharding is None and alone.init_device == "cpu"
+    assert alone.choices["fsdp_config"] == Choice(
+        "not sharded",
+        "one device has nothing to shard with, so FSDP is left out: it would only copy the weights",
+    )
+    pure = plan_of("mpt-7b", gpus(1), *words, "fsdp_config.mixed_precision=PURE")
+    assert pure.choices["fsdp_config"].reason.endswith("; no effect: mixed_precision: PURE")
+    shards = plan_of("mpt-7b", gpus(1), *words[:1])  # of which the checkpoints are sharded
+    assert str(shards.sharding) == "1 shard"
+    assert "on one device only for checkpoints in shards" in shards.choices["fsdp_config"].reason
 
 
 def test_where_weights_are_made_follows_from_the_sharding() -> None:

@@ -19,7 +19,7 @@ from composer.core import DataSpec
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from mptfoundry.config.data import LabelledLoaderConfig, sources_by_key
-from mptfoundry.data.collate import count_samples, filler_id
+from mptfoundry.data.collate import count_samples, count_tokens, filler_id
 from mptfoundry.data.examples.labelled_store import LabelledStore, prepare_labelled
 from mptfoundry.data.loading import LoaderContext, loader_options
 from mptfoundry.data.records.records import counted
@@ -157,7 +157,9 @@ class LabelledCollator:
     """Stack examples and pad them at the end to the longest.
 
     A batch has `input_ids` (batch, seq) int64, and if there is padding, `attention_mask` (batch, seq) bool
-    and `max_documents`, 1. The other fields depend on the task:
+    and `max_documents`, 1. Two lists are for counting: `row_tokens`, the tokens in each row, and
+    `row_trained`, how much of each row is in the loss: tokens, spans, or the row itself. The other fields
+    depend on the task:
 
     - classification of sequences: `labels` (batch,) int64 or float32, or (batch, num_labels) float32
     - classification of tokens: `labels` (batch, seq) int64, -100 if not in the loss
@@ -185,22 +187,17 @@ class LabelledCollator:
             batch[name] = values if is_list else torch.from_numpy(np.stack(values))
         if int(lengths.min()) < seq:
             batch |= {"attention_mask": torch.arange(seq) < lengths[:, None], "max_documents": 1}
-        return batch
+        return batch | {"row_tokens": lengths.tolist(), "row_trained": _trained_in_rows(batch)}
 
 
-def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Count the tokens in a batch without padding (`total`) and what its mean loss divides by.
-
-    That is `loss_generating`: the tokens or answers in the loss, or the rows.
-    """
+def _trained_in_rows(batch: Mapping[str, Any]) -> list[int]:
+    """What the mean loss divides by, by row: tokens or spans in the loss, or the rows."""
     ids, labels = batch["input_ids"], batch.get("labels")
     if labels is None:
-        trained = int((batch["start_positions"] < ids.shape[1]).sum())
-    elif labels.ndim == 2 and not labels.is_floating_point():
-        trained = int((labels != NOT_IN_LOSS).sum())
-    else:
-        trained = len(ids)
-    return {"total": int(batch.get("attention_mask", torch.ones_like(ids)).sum()), "loss_generating": trained}
+        return (batch["start_positions"] < ids.shape[1]).int().tolist()
+    if labels.ndim == 2 and not labels.is_floating_point():
+        return (labels != NOT_IN_LOSS).sum(1).tolist()
+    return [1] * len(ids)
 
 
 def _say_what_was_cut(cut: int, left_out: int, max_seq_len: int, where: str) -> None:

@@ -15,7 +15,7 @@ from composer.core import DataSpec
 from torch.utils.data import DataLoader, Dataset
 
 from mptfoundry.config.data import FinetuningDatasetConfig, FinetuningLoaderConfig
-from mptfoundry.data.collate import RowCollator, count_row_tokens, count_rows, filler_id
+from mptfoundry.data.collate import RowCollator, count_rows, count_tokens, filler_id
 from mptfoundry.data.examples.order import RowOrder, RowSampler, passes
 from mptfoundry.data.examples.packing import plan_packing
 from mptfoundry.data.examples.store import ExampleStore
@@ -72,7 +72,7 @@ def build_row_loader(
             **options,
         ),
         get_num_samples_in_batch=count_rows,
-        get_num_tokens_in_batch=count_row_tokens,
+        get_num_tokens_in_batch=count_tokens,
     )
 
 

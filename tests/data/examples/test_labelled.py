@@ -79,7 +79,7 @@ def test_texts_are_padded_to_the_longest_of_their_batch(build: Build, tiny_token
 
 def test_rows_of_one_length_need_no_mask(build: Build) -> None:
     (batch,) = batches(build(TEXTS[:1]))
-    assert set(batch) == {"input_ids", "labels"}
+    assert set(batch) == {"input_ids", "labels", "row_tokens", "row_trained"}
 
 
 def test_two_texts_are_joined_as_the_tokenizer_joins_pairs(build: Build, tiny_tokenizer: Any) -> None:

@@ -1,0 +1,53 @@
+"""The norm of all gradients together, and functions that make gradients smaller; without Composer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+# Avoids division by zero; PyTorch's clip_grad_norm_ uses the same value.
+EPSILON = 1e-6
+
+
+def global_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all gradients together, 0-d float32; a shard of a DTensor counts once."""
+    if not gradients:
+        return torch.zeros(())
+    groups: dict[tuple, list[Tensor]] = {}
+    for gradient in gradients:
+        layout = (gradient.device_mesh, tuple(gradient.placements)) if isinstance(gradient, DTensor) else ()
+        groups.setdefault(layout, []).append(_local(gradient))
+    squares = []
+    for layout, shards in groups.items():
+        parts = [shard for shard in shards if shard.numel()] or [shards[0].new_zeros(1)]
+        square = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)).square().sum()
+        if layout:
+            mesh, placements = layout
+            for dimension, placement in enumerate(placements):
+                if not placement.is_replicate():
+                    dist.all_reduce(square, group=mesh.get_group(dimension))
+        squares.append(square)
+    return torch.stack(squares).sum().sqrt()
+
+
+def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, threshold: float) -> None:
+    """Scale gradients, with this norm (0-d), in place by `threshold / norm` where that is below 1."""
+    scale = (threshold / (norm + EPSILON)).clamp(max=1.0)
+    if scale.device.type == "cpu" and scale == 1:
+        return
+    torch._foreach_mul_([_local(gradient) for gradient in gradients], scale)
+
+
+def clamp(parameters: Iterable[Tensor], threshold: float) -> None:
+    """Clamp every element of the parameters' gradients to [-threshold, threshold], in place."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            _local(parameter.grad).clamp_(-threshold, threshold)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
