@@ -59,16 +59,7 @@ def evaluate(options: EvalConfig) -> Results:
     Raises:
         ConfigError, DataError, CheckpointError: Something the options name is missing or doesn't fit.
     """
-    device = detect_device()
-    refuse_unsupported(device, imported_torch)
-    precision = choose_precision(device)[0] if options.precision == "auto" else options.precision
-    if problem := precision_problem(precision, device):
-        raise ConfigError(f"precision: {problem}")
-    for expected in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=expected)
-    refuse_missing_packages(options)
-    if world_size() > 1:
-        dist.initialize_dist(device.kind, timeout=options.dist_timeout)
+    device, precision = _set_up(options)
     source = _open(options)
     tokenizer: Any = load_tokenizer(options.tokenizer) if options.tokenizer else tokenizer_of(source)
     if tokenizer is None:
@@ -110,15 +101,28 @@ def evaluate(options: EvalConfig) -> Results:
         results |= scores
     buckets: dict[str, Any] = {}
     if options.is_of_long_context:
-        specs: dict[str, Any] = {each.label: each.dataloader for each in evaluators}
-        datasets = {label: spec.dataloader.dataset for label, spec in specs.items()}
         with get_precision_context(precision):
-            more, buckets = _long_context(composer_model, tokenizer, datasets, options, is_sharded)
+            more, buckets = _long_context(composer_model, tokenizer, evaluators, options, is_sharded)
         results |= more
     trainer.close()
     if rank() == 0:
         _write(results, options, source, plan, buckets)
     return results
+
+
+def _set_up(options: EvalConfig) -> tuple[Device, str]:
+    """Let all ranks meet; returns the device and the precision."""
+    device = detect_device()
+    refuse_unsupported(device, imported_torch)
+    precision = choose_precision(device)[0] if options.precision == "auto" else options.precision
+    if problem := precision_problem(precision, device):
+        raise ConfigError(f"precision: {problem}")
+    for expected in EXPECTED_WARNINGS:
+        warnings.filterwarnings("ignore", message=expected)
+    refuse_missing_packages(options)
+    if world_size() > 1:
+        dist.initialize_dist(device.kind, timeout=options.dist_timeout)
+    return device, precision
 
 
 def _open(options: EvalConfig) -> ModelSource:
@@ -132,10 +136,11 @@ def _open(options: EvalConfig) -> ModelSource:
 
 
 def _long_context(
-    model: ComposerMPT, tokenizer: Any, datasets: dict[str, Any], options: EvalConfig, is_sharded: bool
+    model: ComposerMPT, tokenizer: Any, evaluators: list[Any], options: EvalConfig, is_sharded: bool
 ) -> tuple[Results, dict[str, Any]]:
     from mptfoundry.evals.long_context import evaluate_long_context
 
+    datasets = {each.label: each.dataloader.dataloader.dataset for each in evaluators}
     return evaluate_long_context(
         model.model.eval(),
         tokenizer,

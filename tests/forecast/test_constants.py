@@ -80,7 +80,11 @@ def base_of(model: str) -> TrainConfig:
 def memory_of(model: str, gpu: str, step: Step, checkpointing: bool, *, full_logits: bool) -> Memory:
     base = base_of(model)
     config: Any = SimpleNamespace(
-        model=base.model, optimizer=base.optimizer, max_seq_len=step.seq_len, fsdp_config=None
+        model=base.model,
+        optimizer=base.optimizer,
+        max_seq_len=step.seq_len,
+        fsdp_config=None,
+        global_train_batch_size=step.microbatches * step.microbatch * step.devices,
     )
     device = cluster_device(gpu, step.devices)
     trainable = count_trainable(base.model.network(), None, ())

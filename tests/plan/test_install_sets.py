@@ -20,7 +20,7 @@ from mptfoundry.plan.install_sets import FOLDER, PYTHONS, install_command, insta
 ROOT = Path(__file__).parents[2]
 FILES = [f"{name}{kind}" for name in PYTHONS for kind in ("", "-dev")]
 # Modules that the package imports only where an optional package is asked for.
-OPTIONAL = {"flash_attn", "bitsandbytes", "pyspark", "peft", "accelerate", "comet_ml", "lm_eval"}
+OPTIONAL = {"flash_attn", "bitsandbytes", "pyspark", "peft", "accelerate", "comet_ml", "lm_eval", "wandb"}
 
 
 @pytest.mark.parametrize("name", FILES)
