@@ -207,7 +207,6 @@ def test_an_evaluation_file_evaluates_each_of_its_models(
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("  load_path: ", "  load_path:  # ", "models[0].load_path: is blank. Name a run,"),
         ("name: hf_causal_lm", "name: openai_chat", "models[1].model.name: openai_chat is not an MPT model."),
         ("precision: fp32", "precison: fp32", "precison"),
         ("tasks.yaml", "nowhere.yaml", "nowhere.yaml: there is no such file"),
@@ -221,6 +220,20 @@ def test_mistakes_in_an_evaluation_file_are_one_error_each(
         assert main([verb, str(evaluation)]) == 2
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
         assert len(errors) == 1 and said in errors[0]
+
+
+def test_a_blank_load_path_is_said_once_and_refused_by_eval_alone(
+    evaluation: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in llm-foundry's mpt_eval.yaml, whose reader fills it in."""
+    evaluation.write_text(evaluation.read_text().replace("  load_path: ", "  load_path:  # "))
+    said = "models[0].load_path: is blank. Name a run,"
+    assert main(["check", str(evaluation)]) == 0
+    here = [line for line in capsys.readouterr().out.splitlines() if line.startswith("here:")]
+    assert len(here) == 1 and said.removesuffix(",") in here[0]
+    assert main(["eval", str(evaluation)]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and said in errors[0]
 
 
 def test_a_file_of_tasks_can_be_checked(tasks: Path, capsys: pytest.CaptureFixture[str]) -> None:
