@@ -11,7 +11,7 @@ import copy
 import json
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -65,7 +65,7 @@ class HarnessModel(TemplateLM):
         self.samples = samples
         self.tokens = tokens
         self.max_length = max_seq_len
-        self.seconds: Counter[str] = Counter()
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.is_computing = False
         self._encoded: dict[str, list[int]] = {}
         lines = [] if samples is None else samples.lines

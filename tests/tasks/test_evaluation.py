@@ -8,15 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.cli import main
 from mptfoundry.config.load import parse_words
 from mptfoundry.config.tasks import TaskFileConfig
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.errors import ConfigError, DataError
 from mptfoundry.evaluate import evaluate, results_table
+from mptfoundry.export.adapter import export_adapter
 from mptfoundry.export.folder import export
+from mptfoundry.mpt.network import MPT
 from mptfoundry.tasks.gauntlet import gauntlet_scores, refuse_missing
+from tests.conftest import TINY
+from tests.export.test_adapter import adapted
 from tests.ranks import run_on_ranks
 
 TASKS = """
@@ -231,6 +237,28 @@ def test_a_file_of_tasks_can_be_checked(tasks: Path, capsys: pytest.CaptureFixtu
     )
     assert main(["check", str(tasks)]) == 2
     assert "tasks.yaml:10" in capsys.readouterr().err
+
+
+def test_an_adapter_continues_its_answers_while_its_base_is_the_same(
+    write_run: Callable[..., Path],
+    tasks: Path,
+    tmp_path: Path,
+    tiny_tokenizer: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base, out = write_run(name="base"), tmp_path / "out"
+    export_adapter(
+        adapted(open_model(base)), tmp_path / "adapter", torch.float32, tiny_tokenizer, overwrite=True
+    )
+    words = (f"base={base}", "device_eval_batch_size=1")
+    whole = run(tmp_path / "adapter", tasks, out, *words)
+    file = out / "eval.samples.jsonl"
+    file.write_bytes(file.read_bytes()[:-200])
+    assert without_seconds(run(tmp_path / "adapter", tasks, out, *words)) == without_seconds(whole)
+    assert "of 9 documents were evaluated before" in capsys.readouterr().out
+    write_run(network=MPT(TINY, seed=2), name="base")
+    run(tmp_path / "adapter", tasks, out, *words)
+    assert "evaluated before" not in capsys.readouterr().out
 
 
 def test_loggers_get_the_scores_by_their_names_in_llm_foundry(
