@@ -204,6 +204,8 @@ def test_an_evaluation_file_evaluates_each_of_its_models(
     shown = capsys.readouterr()
     assert shown.out.count("3 tasks with their numbers of examples: sums [0, 2], ends [1], answers [0]") == 2
     assert "fsdp_config is left out" in shown.err and "is now limit: 4 documents" in shown.err
+    assert main(["check", str(evaluation), "tasks=one,two"]) == 0
+    assert capsys.readouterr().out.count("; one, two of lm-eval\n") == 2
     assert main(["eval", str(evaluation)]) == 0
     printed = capsys.readouterr().out
     assert "first\nlabel" in printed and "second\nlabel" in printed
@@ -216,6 +218,8 @@ def test_an_evaluation_file_evaluates_each_of_its_models(
         ("  load_path: ", "  load_path:  # ", "models[0].load_path: is blank. Name a run,"),
         ("name: hf_causal_lm", "name: openai_chat", "models[1].model.name: openai_chat is not an MPT model."),
         ("precision: fp32", "precison: fp32", "precison"),
+        ("precision: fp32", "allow_code: true", "allow_code: is only taken from the command line."),
+        ("precision: fp32", "limit: 0", "limit: 0 documents leave nothing to do."),
         ("tasks.yaml", "nowhere.yaml", "nowhere.yaml: there is no such file"),
     ],
 )
