@@ -101,7 +101,7 @@ def make_contestants(folder: Path, number: dict[str, int], batches: list[str]) -
             pretrained=native.model,
             tokenizer=native.tokenizer,
             batch_size=batch if batch == "auto" else int(batch),
-            max_batch_size=64,
+            max_batch_size=min(64, len(task.instances)),
             max_length=number["seq"],
         )
         contestants[f"hf, batch {batch}"] = answering(other, task)
@@ -189,6 +189,7 @@ def measure(
     answers: dict[str, Answers] = {}
     for _ in range(repeats):
         for name, answer in contestants.items():
+            print(f"{name} ...", file=sys.stderr, flush=True)
             began_at = time.perf_counter()
             answers[name] = answer()
             seconds[name].append(time.perf_counter() - began_at)

@@ -20,6 +20,7 @@ from composer.utils import dist, get_file
 from tqdm import tqdm
 
 from mptfoundry import __version__
+from mptfoundry.architecture.hub import locate
 from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.config.load import tasks_of
 from mptfoundry.config.tasks import GauntletConfig, TaskConfig
@@ -93,7 +94,7 @@ def plan_tasks(
         refuse_doubles([*(data.label for data in built), *public.labels])
     settings = {
         "model": identity_of(source.path),
-        "base": options.base,
+        "base": None if options.base is None else identity_of(locate(options.base)),
         "tasks": [asdict(task) for task in tasks],
         "data": digests,
         "tokenizer": hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode()).hexdigest(),

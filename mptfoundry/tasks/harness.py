@@ -28,6 +28,7 @@ import lm_eval.api.task
 import lm_eval.tasks
 import numpy as np
 import torch
+import yaml
 from lm_eval.api.registry import get_aggregation, get_metric, get_metric_aggregation
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
@@ -55,7 +56,6 @@ _NAME = re.compile(r"""^["']?(?:task|group)["']?:[ ]*["']?([^\s"'#\[\]{}]+)""", 
 _TAGS = re.compile(r"""^["']?tag["']?:[ ]*(.*(?:\n[ ]*-.*)*)""", re.MULTILINE)
 _INCLUDE = re.compile(r"""^["']?include["']?:[ ]*["']?([^\s"'#]+)""", re.MULTILINE)
 _WORD = re.compile(r"[\w./:+-]*\w")
-_CODE = re.compile(r"!function\b")
 
 Results = dict[str, dict[str, float]]
 
@@ -174,10 +174,8 @@ def _manager(options: EvalConfig) -> tuple[list[str], TaskManager]:
     if own is not None and not own.is_dir():
         raise ConfigError(f"include_path: {own} is not a folder. Name the folder with the tasks' YAML files.")
     if own is not None and not options.allow_code:
-        for path, number in lines_with_code(own):
-            raise ConfigError(
-                f"include_path: {path}:{number} runs Python code. Read it, and add allow_code=true."
-            )
+        for place in filter(None, map(code_in, sorted(own.rglob("*.yaml")))):
+            raise ConfigError(f"include_path: {place} runs Python code. Read it, and add allow_code=true.")
     local = files_of_names(own) if own is not None else {}
     names = [found for name in options.public_tasks for found in _names(name, local, options.allow_code)]
     # lm-eval's own tasks are read only where a name, or a member of a group, is not one of these.
@@ -209,8 +207,8 @@ def _checked_file(name: str, allow_code: bool) -> str:
     path = Path(name)
     if not path.is_file():
         raise ConfigError(f"tasks: {name}: there is no such file.")
-    if not allow_code and "!function" in path.read_text(encoding="utf-8", errors="replace"):
-        raise ConfigError(f"tasks: {name} runs Python code. Read it, and add allow_code=true to allow it.")
+    if not allow_code and (place := code_in(path)):
+        raise ConfigError(f"tasks: {place} runs Python code. Read it, and add allow_code=true.")
     return name
 
 
@@ -435,12 +433,28 @@ def folders_of(names: Collection[str]) -> list[Path]:
     return sorted(folder for folder in folders if not folders & set(folder.parents))
 
 
-def lines_with_code(folder: Path) -> Iterator[tuple[Path, int]]:
-    """The YAML files below a folder that run Python code, with the first such line."""
-    for path in sorted(each for each in folder.rglob("*") if each.is_file() and each.suffix != ".py"):
-        text = path.read_text(encoding="utf-8", errors="replace")
-        if match := _CODE.search(text):
-            yield path, text.count("\n", 0, match.start()) + 1
+def code_in(path: Path, seen: frozenset[Path] = frozenset()) -> str | None:
+    """`FILE:LINE` where a YAML file of tasks, or one that it includes, runs Python code; or None."""
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None  # lm-eval does not read it, either
+    todo = [root] if root is not None else []
+    while todo:
+        node = todo.pop(0)
+        if node.tag.startswith("!"):
+            return f"{path}:{node.start_mark.line + 1}"
+        if isinstance(node, yaml.SequenceNode):
+            todo += node.value
+        elif isinstance(node, yaml.MappingNode):
+            todo += [part for pair in node.value for part in pair]
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        if key.value == "include":
+            for each in value.value if isinstance(value, yaml.SequenceNode) else [value]:
+                other = path.parent / str(each.value)
+                if other not in seen and (place := code_in(other, seen | {path})):
+                    return place
+    return None
 
 
 def _names_in(path: Path) -> Iterator[str]:

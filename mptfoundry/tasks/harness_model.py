@@ -65,7 +65,7 @@ class HarnessModel(TemplateLM):
         self.samples = samples
         self.tokens = tokens
         self.max_length = max_seq_len
-        self.seconds: dict[str, float] = defaultdict(float)
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.is_computing = False
         self._encoded: dict[str, list[int]] = {}
         lines = [] if samples is None else samples.lines

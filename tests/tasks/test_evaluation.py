@@ -8,15 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from mptfoundry.checkpoints.reading import open_model
 from mptfoundry.cli import main
 from mptfoundry.config.load import parse_words
 from mptfoundry.config.tasks import TaskFileConfig
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.errors import ConfigError, DataError
 from mptfoundry.evaluate import evaluate, results_table
+from mptfoundry.export.adapter import export_adapter
 from mptfoundry.export.folder import export
+from mptfoundry.mpt.network import MPT
 from mptfoundry.tasks.gauntlet import gauntlet_scores, refuse_missing
+from tests.conftest import TINY
+from tests.export.test_adapter import adapted
 from tests.ranks import run_on_ranks
 
 TASKS = """
@@ -198,6 +204,8 @@ def test_an_evaluation_file_evaluates_each_of_its_models(
     shown = capsys.readouterr()
     assert shown.out.count("3 tasks with their numbers of examples: sums [0, 2], ends [1], answers [0]") == 2
     assert "fsdp_config is left out" in shown.err and "is now limit: 4 documents" in shown.err
+    assert main(["check", str(evaluation), "tasks=one,two"]) == 0
+    assert capsys.readouterr().out.count("; one, two of lm-eval\n") == 2
     assert main(["eval", str(evaluation)]) == 0
     printed = capsys.readouterr().out
     assert "first\nlabel" in printed and "second\nlabel" in printed
@@ -209,6 +217,8 @@ def test_an_evaluation_file_evaluates_each_of_its_models(
     [
         ("name: hf_causal_lm", "name: openai_chat", "models[1].model.name: openai_chat is not an MPT model."),
         ("precision: fp32", "precison: fp32", "precison"),
+        ("precision: fp32", "allow_code: true", "allow_code: is only taken from the command line."),
+        ("precision: fp32", "limit: 0", "limit: 0 documents leave nothing to do."),
         ("tasks.yaml", "nowhere.yaml", "nowhere.yaml: there is no such file"),
     ],
 )
@@ -244,6 +254,28 @@ def test_a_file_of_tasks_can_be_checked(tasks: Path, capsys: pytest.CaptureFixtu
     )
     assert main(["check", str(tasks)]) == 2
     assert "tasks.yaml:10" in capsys.readouterr().err
+
+
+def test_an_adapter_continues_its_answers_while_its_base_is_the_same(
+    write_run: Callable[..., Path],
+    tasks: Path,
+    tmp_path: Path,
+    tiny_tokenizer: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base, out = write_run(name="base"), tmp_path / "out"
+    export_adapter(
+        adapted(open_model(base)), tmp_path / "adapter", torch.float32, tiny_tokenizer, overwrite=True
+    )
+    words = (f"base={base}", "device_eval_batch_size=1")
+    whole = run(tmp_path / "adapter", tasks, out, *words)
+    file = out / "eval.samples.jsonl"
+    file.write_bytes(file.read_bytes()[:-200])
+    assert without_seconds(run(tmp_path / "adapter", tasks, out, *words)) == without_seconds(whole)
+    assert "of 9 documents were evaluated before" in capsys.readouterr().out
+    write_run(network=MPT(TINY, seed=2), name="base")
+    run(tmp_path / "adapter", tasks, out, *words)
+    assert "evaluated before" not in capsys.readouterr().out
 
 
 def test_loggers_get_the_scores_by_their_names_in_llm_foundry(

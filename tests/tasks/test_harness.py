@@ -286,6 +286,7 @@ def test_a_chat_model_gets_its_questions_as_turns(exported: Path, folder: Path, 
         (["tasks=ends", "apply_chat_template=true"], "the tokenizer has no chat template"),
         (["tasks=broken"], r"tasks: broken: .*broken\.yaml can't be read"),
         (["tasks=coded"], r"coded\.yaml:3 runs Python code. Read it, and add allow_code=true"),
+        (["tasks=hidden_coded"], r"hidden:1 runs Python code"),
         (["tasks=[ends,ends]", "include_path=/nowhere"], "/nowhere is not a folder"),
     ],
 )
@@ -293,8 +294,11 @@ def test_what_can_not_be_evaluated_is_said(
     exported: Path, folder: Path, tmp_path: Path, words: list[str], said: str
 ) -> None:
     (folder / "broken.yaml").write_text("task: broken\noutput_type: [\n")
-    if "coded" in words[0]:
+    if "tasks=coded" in words[0]:
         (folder / "coded.yaml").write_text("task: coded\nx: 1\ndoc_to_text: !function code.text\n")
+    if "hidden" in words[0]:
+        (folder / "coded.yaml").write_text("task: hidden_coded\ninclude: hidden\n")
+        (folder / "hidden").write_text("{doc_to_text: !function code.text}\n")
     with pytest.raises(ConfigError, match=said):
         run(exported, folder, tmp_path / "out", *words)
 
