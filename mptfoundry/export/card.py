@@ -177,8 +177,10 @@ def evaluation_results(source: ModelSource) -> dict[str, Result]:
     training evaluated at the checkpoint's batch.
     """
     home = source.path.parent if source.run_folder is not None or source.path.is_file() else source.path
-    identity, stored = identity_of(source.path), []
-    for file in home.glob("evals/*/eval.json"):
+    # The callback that exports a run in progress names a checkpoint that may not be written yet.
+    files = list(home.glob("evals/*/eval.json")) if source.path.exists() else []
+    identity, stored = identity_of(source.path) if files else "", []
+    for file in files:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             content = json.loads(file.read_text(encoding="utf-8"))
             settings = content["settings"]
@@ -198,7 +200,7 @@ def _result(metrics: Mapping[str, Any], limit: int) -> Result:
 
 def _is_score(name: str, value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-    return is_number and name not in _NOT_SCORES and not name.endswith("stderr")
+    return is_number and name not in _NOT_SCORES and "stderr" not in name
 
 
 def _in_training(source: ModelSource) -> dict[str, Result]:
