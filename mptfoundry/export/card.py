@@ -228,11 +228,11 @@ def _model_index(name: str, task: str, results: Mapping[str, Result]) -> list[di
     """The results as the hub reads them."""
     from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
-    found = []
+    entries = []
     for label, result in results.items():
         dataset, _, config = label.partition("/")
         for metric, value in result.metrics.items():
-            found.append(
+            entries.append(
                 EvalResult(
                     task_type=task,
                     dataset_type=dataset,
@@ -244,7 +244,7 @@ def _model_index(name: str, task: str, results: Mapping[str, Result]) -> list[di
                     metric_value=round(value, 6),
                 )
             )
-    return eval_results_to_model_index(name, found)
+    return eval_results_to_model_index(name, entries)
 
 
 def _run(source: ModelSource, folder: Path) -> list[str]:
@@ -295,12 +295,12 @@ def _records(metrics: Path, until_batch: int | None) -> list[dict[str, Any]]:
 
 
 def _last_evaluations(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for record in records:
         results = record.get("eval", {})
         if not any("stderr" in metrics for metrics in results.values()):  # those are of in-context tasks
-            found.update(results)
-    return found
+            entries.update(results)
+    return entries
 
 
 def _data_mix(run_folder: Path) -> list[str]:
