@@ -177,8 +177,10 @@ def evaluation_results(source: ModelSource) -> dict[str, Result]:
     training evaluated at the checkpoint's batch.
     """
     home = source.path.parent if source.run_folder is not None or source.path.is_file() else source.path
-    identity, stored = identity_of(source.path), []
-    for file in home.glob("evals/*/eval.json"):
+    # The callback that exports a run in progress names a checkpoint that may not be written yet.
+    files = list(home.glob("evals/*/eval.json")) if source.path.exists() else []
+    identity, stored = identity_of(source.path) if files else "", []
+    for file in files:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             content = json.loads(file.read_text(encoding="utf-8"))
             settings = content["settings"]
@@ -198,7 +200,7 @@ def _result(metrics: Mapping[str, Any], limit: int) -> Result:
 
 def _is_score(name: str, value: Any) -> bool:
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-    return is_number and name not in _NOT_SCORES and not name.endswith("stderr")
+    return is_number and name not in _NOT_SCORES and "stderr" not in name
 
 
 def _in_training(source: ModelSource) -> dict[str, Result]:
@@ -226,11 +228,11 @@ def _model_index(name: str, task: str, results: Mapping[str, Result]) -> list[di
     """The results as the hub reads them."""
     from huggingface_hub.repocard_data import EvalResult, eval_results_to_model_index
 
-    found = []
+    entries = []
     for label, result in results.items():
         dataset, _, config = label.partition("/")
         for metric, value in result.metrics.items():
-            found.append(
+            entries.append(
                 EvalResult(
                     task_type=task,
                     dataset_type=dataset,
@@ -242,7 +244,7 @@ def _model_index(name: str, task: str, results: Mapping[str, Result]) -> list[di
                     metric_value=round(value, 6),
                 )
             )
-    return eval_results_to_model_index(name, found)
+    return eval_results_to_model_index(name, entries)
 
 
 def _run(source: ModelSource, folder: Path) -> list[str]:
@@ -293,12 +295,12 @@ def _records(metrics: Path, until_batch: int | None) -> list[dict[str, Any]]:
 
 
 def _last_evaluations(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    found: dict[str, dict[str, Any]] = {}
+    entries: dict[str, dict[str, Any]] = {}
     for record in records:
         results = record.get("eval", {})
         if not any("stderr" in metrics for metrics in results.values()):  # those are of in-context tasks
-            found.update(results)
-    return found
+            entries.update(results)
+    return entries
 
 
 def _data_mix(run_folder: Path) -> list[str]:
