@@ -1,8 +1,9 @@
 """Train a small MPT from start to finish on text from this machine: `make quickstart` runs this.
 
 It reads Python's standard library (or a folder: `text=FOLDER`), splits it into three streams, then runs the
-project's own commands: tokenizer, prepare, train, eval, export, generate. It prints each command before it
-runs. If you run it again, it continues where it stopped.
+project's own commands: tokenizer, prepare, train, eval, export, generate. Besides the loss it evaluates three
+small tasks that are made from held-out text. It prints each command before it runs. If you run it again, it
+continues where it stopped.
 
     python scripts/quickstart.py [text=FOLDER] [key=value of configs/mpt-tiny.yaml ...]
 """
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = Path("quickstart")
 CONFIG = "configs/mpt-tiny.yaml"
 STREAMS = ("code", "docstrings", "documentation")
+HELD_OUT = 0.05
 PROSE_SUFFIXES = {".txt", ".md", ".rst"}
 SKIPPED_FOLDERS = {
     "site-packages",
@@ -67,7 +69,7 @@ def run(folder: Path | None, words: list[str]) -> None:
     announce(3, "prepare: MDS shards with a held-out part")
     for name, path in streams.items():
         prepare = ["prepare", str(path), f"out={out / 'shards' / name}", f"tokenizer={out / 'tokenizer'}"]
-        command(["mptfoundry", *prepare, "max_seq_len=256", "held_out=0.05"])
+        command(["mptfoundry", *prepare, "max_seq_len=256", f"held_out={HELD_OUT}"])
     announce(4, "train")
     words = [
         *words,
@@ -78,6 +80,9 @@ def run(folder: Path | None, words: list[str]) -> None:
     command(["composer", "scripts/train.py", CONFIG, f"save_folder={run_folder}", *words])
     announce(5, "eval: held-out text, every token counted once")
     command(["composer", "scripts/eval.py", str(run_folder)])
+    if write_tasks(streams, out):
+        tasks = [f"icl_tasks={out / 'tasks' / 'tasks.yaml'}", f"out={out / 'tasks' / 'results'}"]
+        command(["mptfoundry", "eval", str(run_folder), *tasks])
     announce(6, "export: a folder that stock transformers loads")
     command(["mptfoundry", "export", str(run_folder), str(out / "hf"), "dtype=fp32", "overwrite=true"])
     announce(7, "generate, from the exported folder")
@@ -105,6 +110,24 @@ def write_streams(folder: Path | None, out: Path) -> dict[str, Path]:
     for name, path in paths.items():
         print(f"  {name:14} {path.stat().st_size / 1e6:6.1f} MB  {path}")
     return {name: path for name, path in paths.items() if path.stat().st_size > 0}
+
+
+def write_tasks(streams: dict[str, Path], out: Path) -> bool:
+    """Writes tasks made from the held-out text into `out/tasks`; whether there is enough of it."""
+    from quickstart_tasks import Functions, add_file, is_held_out
+    from quickstart_tasks import write_tasks as write
+
+    held_out: dict[str, set[str]] = {"code": set(), "docstrings": set()}
+    for name in held_out.keys() & streams.keys():
+        with streams[name].open() as lines:
+            for row in map(json.loads, lines):
+                if is_held_out(row["text"], HELD_OUT):
+                    held_out[name].add(row["source"] if name == "code" else row["source"].rpartition(":")[0])
+    functions, root = Functions(), Path((out / "text" / "source.txt").read_text())
+    for file in sorted(held_out["code"] | held_out["docstrings"]):
+        text = (root / file).read_text(encoding="utf-8")
+        add_file(functions, text, HELD_OUT, is_file_held_out=file in held_out["code"])
+    return bool(write(functions, out / "tasks"))
 
 
 def split_folder(root: Path) -> Iterator[tuple[str, str, str]]:
@@ -207,6 +230,7 @@ def summary(run_folder: Path, out: Path, seconds: float) -> str:
         "steps, tokens": f"{steps[-1]['batch']}, {steps[-1]['tokens']:,}",
         "time per step": f"{tokens_per_step / middle * 1000:.0f} ms",
         "tokens per second": f"{middle:,.0f}",
+        **task_rows(out),
         "this time, all steps": f"{seconds:.0f} s",
         "report with a picture": str(run_folder / "report.md"),
         "checkpoints, metrics": str(run_folder),
@@ -215,6 +239,14 @@ def summary(run_folder: Path, out: Path, seconds: float) -> str:
     }
     width = max(map(len, table))
     return "\n" + "\n".join(f"  {key:{width}}  {value}" for key, value in table.items())
+
+
+def task_rows(out: Path) -> dict[str, str]:
+    """The accuracies of the tasks, with those of random answers."""
+    from quickstart_tasks import accuracies
+
+    results = out / "tasks" / "results" / "eval.json"
+    return accuracies(results) if results.is_file() else {}
 
 
 if __name__ == "__main__":

@@ -12,6 +12,8 @@ import numpy as np
 
 RESAMPLES = 10_000
 _QUANTILES = (0.025, 0.975)
+_FEW_VALUES = 16
+# Documents that are drawn at once.
 _BLOCK = 4_000_000
 
 
@@ -25,12 +27,15 @@ def resampled_means(differences: Sequence[float] | np.ndarray, seed: int) -> np.
     Returns:
         (RESAMPLES,) float64.
     """
-    # Documents with equal differences are interchangeable: draw how often each value occurs.
-    values, counts = np.unique(np.asarray(differences, dtype=np.float64), return_counts=True)
-    total, random = int(counts.sum()), np.random.default_rng(seed)
-    rows = max(1, _BLOCK // len(values))
+    each = np.asarray(differences, dtype=np.float64)
+    total, random = len(each), np.random.default_rng(seed)
+    values, counts = np.unique(each, return_counts=True)
+    if len(values) <= _FEW_VALUES:
+        # Documents with equal differences are interchangeable: draw how often each value occurs.
+        return random.multinomial(total, counts / total, size=RESAMPLES) @ values / total
+    rows = max(1, _BLOCK // total)
     sizes = [min(rows, RESAMPLES - first) for first in range(0, RESAMPLES, rows)]
-    drawn = [random.multinomial(total, counts / total, size=size) @ values / total for size in sizes]
+    drawn = [each[random.integers(total, size=(size, total), dtype=np.int32)].mean(1) for size in sizes]
     return np.concatenate(drawn)
 
 

@@ -76,8 +76,10 @@ class EvalConfig(Section):
         max_seq_len: Tokens in a sequence, or `4x` for a multiple of the model's. Default: the model's.
         positions: Also report the loss by position in the context. With a `max_seq_len` of `4x`, rows are
             four consecutive samples.
-        needle: Whether the model finds a needle in held-out text, without an ordinary loss.
-        copy: Whether the model copies a text of random order, without an ordinary loss.
+        needle: Whether the model finds a needle in held-out text, such as `{lengths: [512, 1024], depths: 5,
+            documents: 50}`; instead of the loss.
+        copy: Whether the model copies a text of random order, such as `{lengths: [512], documents: 50}`;
+            instead of the loss.
         device_eval_batch_size: Sequences a device evaluates at once. `auto` chooses by the memory.
         eval_subset_num_batches: Batches in an evaluation; -1: all.
         icl_tasks: In-context tasks to evaluate, or a YAML file of them. Without an `eval_loader`, the loss is

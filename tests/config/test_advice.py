@@ -12,6 +12,7 @@ from mptfoundry.check import check
 from mptfoundry.config.load import load_train_config, parse_words
 from mptfoundry.config.verbs import (
     ChatConfig,
+    CompareConfig,
     EvalConfig,
     ExportConfig,
     GenerateConfig,
@@ -322,6 +323,11 @@ OF_VERBS: list[tuple[type, list[str], str, list[str]]] = [
     (PreviewConfig, ["samples=-1"], "Use 0 or more", ["samples=0"]),
     (PreviewConfig, ["picture=mix.doc"], "ends in .png", ["picture=mix.png"]),
     (EvalConfig, ["eval_subset_num_batches=0"], "Use -1 for all of them", ["eval_subset_num_batches=-1"]),
+    (EvalConfig, ["max_seq_len=4y"], "or 2x or 4x", ["max_seq_len=4x", "positions=true"]),
+    (EvalConfig, ["max_seq_len=4x"], "Add it", ["positions=true"]),
+    (EvalConfig, ["needle={lengths: [8]}"], "of at least 32", ["needle={lengths: [32]}"]),
+    (CompareConfig, ["picture=a.gif"], "ends in .png", ["picture=a.png"]),
+    (CompareConfig, ["examples=-1"], "Use 0 or more", ["examples=0"]),
     (ExportConfig, ["adapter=separate", "format=native"], "Remove it", ["~format"]),
     (GenerateConfig, ["temperature=-1"], "Use 0 or more", ["temperature=0"]),
     (GenerateConfig, ["top_p=0"], "up to 1", ["top_p=1"]),
@@ -334,6 +340,7 @@ OF_VERBS: list[tuple[type, list[str], str, list[str]]] = [
 NEEDED: dict[type, list[str]] = {
     PrepareConfig: ["inputs=a", "out=b", "tokenizer=c", "max_seq_len=8"],
     PreviewConfig: ["data=a"],
+    CompareConfig: ["places=[a, b]"],
     EvalConfig: ["model=a", "eval_loader={name: text, dataset: {local: x}}"],
     ExportConfig: ["model=a", "out=b"],
     GenerateConfig: ["model=a"],
