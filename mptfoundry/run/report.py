@@ -83,8 +83,7 @@ def describe(
     }
     lines = [f"# {folder.resolve().name}", "", f"![loss, learning rate, speed, gradients]({PICTURE})", ""]
     lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table.items() if value)]
-    lines += _evaluations(evaluations)
-    lines += ["", "## Where everything lies", "", "| | |", "|---|---|"]
+    lines += [*_evaluations(evaluations), "", "## Where everything lies", "", "| | |", "|---|---|"]
     lines += [f"| {what} | `{where}` |" for what, where in _places(folder).items()]
     return "\n".join(lines) + "\n"
 
