@@ -42,11 +42,6 @@ PUBLISHED = {
 def fill_architecture(document: Document, lacking: dict[str, str] | None = None) -> list[str]:
     """Bring the architecture of the model that a document names into its `model` section, in place.
 
-    Args:
-        document: The config.
-        lacking: If given, a model on the hub that can't be reached from this machine is described here, by
-            key, and is not a problem.
-
     Returns:
         Notes for the user: what was taken for what.
     """
@@ -106,7 +101,8 @@ def _look_at(
 
     A section that says all of it, as a run's own `config.yaml` does, stands for a model on the hub or one
     that is gone: a resumed run does not need it. So does one that says its sizes, where
-    the model can't be reached. Whoever reads the weights compares it.
+    the model can't be reached. Whoever reads the weights compares it. A check gives `lacking`, in which a
+    model on the hub that can't be reached is described, by key: it is not a problem then.
     """
     try:
         is_here = Path(name).expanduser().exists()

@@ -51,15 +51,8 @@ def load_train_config(
 ) -> tuple[TrainConfig, list[str]]:
     """Read the configuration of a training run; `key=value` words override the YAML file.
 
-    Args:
-        path: The YAML file.
-        words: The command line's `key=value`.
-        lacking: If given, what only this machine or this command lacks (a base on the hub that can't be
-            reached, permission to run code) is described here, by key, and is not a problem.
-
     Returns:
-        The configuration, and notes for the user: one line for each thing that was translated from an older
-        layout or that has no effect.
+        The configuration, and a line for each thing that was translated or that has no effect.
 
     Raises:
         ConfigError: All problems at once, each with its place.
@@ -68,16 +61,22 @@ def load_train_config(
     document = read_document(path, words, {"run_name": name})
     _refuse_another_kind(document)
     _refuse_code_from_file(document)
-    notes = document.notes + translate(document)
-    notes += fill_architecture(document, lacking)
+    notes = [*document.notes, *translate(document), *fill_architecture(document, lacking)]
     _share_top_level(document)
-    if lacking is not None and not document.has(("allow_code",)):
-        document.put(("allow_code",), True, document.origin(()))
-        config = build(TrainConfig, document, REFUSED)  # a check runs no code
-        lacking |= {str(key): text for key, text in code_named(config)}
-    else:
-        config = build(TrainConfig, document, REFUSED)
+    config = build(TrainConfig, document, REFUSED) if lacking is None else _build_for_check(document, lacking)
     return config, notes + _effects(config)
+
+
+def _build_for_check(document: Document, lacking: dict[str, str]) -> TrainConfig:
+    """Build a config that is only checked: what only this machine or this command lacks (a base on the hub
+    that can't be reached, permission to run code) is described in `lacking`, by key, and is not a problem.
+    """
+    if document.has(("allow_code",)):
+        return build(TrainConfig, document, REFUSED)
+    document.put(("allow_code",), True, document.origin(()))  # a check runs no code
+    config = build(TrainConfig, document, REFUSED)
+    lacking.update(code_named(config))
+    return config
 
 
 def parse_words(words: Sequence[str], schema: type[T], path: str | Path | None = None) -> T:

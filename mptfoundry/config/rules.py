@@ -174,18 +174,15 @@ def code_named(run: TrainConfig) -> Iterator[Problem]:
     if run.code_paths:
         yield "code_paths", "names code, which runs only with allow_code=true on the command line."
     for key in ("train_loader", "eval_loader"):
-        yield from _preprocessing_functions(run, key)
+        for path, loader in _loaders(run, key):
+            if loader.name == "finetuning":
+                yield from _refused_code(loader.dataset, f"{path}.dataset")
 
 
 def _preprocessing(run: TrainConfig, key: str) -> Iterator[Problem]:
     """Code that a file names runs only with the user's permission."""
-    if not run.allow_code:
-        yield from _preprocessing_functions(run, key)
-
-
-def _preprocessing_functions(run: TrainConfig, key: str) -> Iterator[Problem]:
     for path, loader in _loaders(run, key):
-        if loader.name == "finetuning":
+        if loader.name == "finetuning" and not run.allow_code:
             yield from _refused_code(loader.dataset, f"{path}.dataset")
 
 

@@ -174,11 +174,11 @@ def refitted(path: str | Path, name: str, constants: Constants) -> Constants:
     try:
         rows = json.loads(Path(path).read_text())
         steps = [_measured_step(row) for row in rows if row.get("device") == name]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise DataError(
-            f"measured: {path} is not what a benchmark of steps writes ({first_line(error)}). Make it with "
+            f"measured: {path} is not what a benchmark of steps writes ({first_line(problem)}). Make it with "
             "python scripts/bench_step.py config=CONFIG out=FILE.json on this GPU."
-        ) from error
+        ) from problem
     if not steps:
         raise DataError(f"measured: {path} has no step of {name}. Measure one on this GPU.")
     if len(steps) < 10:

@@ -12,7 +12,7 @@ from mptfoundry.forecast.hardware import Hardware
 from mptfoundry.forecast.step_time import OPTIMIZER_BYTES, Rates, Step, StepTime, step_time
 from mptfoundry.mpt.flops import attention_activations, block_activations, ffn_activations
 from mptfoundry.plan.fsdp import Sharding, plan_sharding
-from mptfoundry.plan.memory import Memory, Variant, estimate_memory
+from mptfoundry.plan.memory import Memory, estimate_memory
 from mptfoundry.plan.plan import USABLE, Plan
 
 KEPT, RECOMPUTED, OFFLOADED = "kept", "recomputed", "recomputed, inputs offloaded"
@@ -119,7 +119,7 @@ def setting_of(
 
     def memory(rows: int) -> Memory:
         args = (config, device, plan.precision, sharding, plan.trainable, rows)
-        return estimate_memory(*args, Variant(fsdp))
+        return estimate_memory(*args, fsdp)
 
     share = plan.device_train_batch_size
     if microbatch is None:

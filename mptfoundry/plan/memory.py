@@ -1,8 +1,13 @@
-"""Estimate the memory of a step on one device from the config alone, in bytes."""
+"""Estimate the memory of a step on one device from the config alone, in bytes.
+
+Activations are what each block saves for backward (`block_activations`). With activation checkpointing a
+block saves only its input, and one block at a time is recomputed.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from mptfoundry.architecture.trainable import Trainable, matrix_parameters
 from mptfoundry.config.model import AnyModelConfig
@@ -23,23 +28,6 @@ STATE_BYTES = {"decoupled_lionw": FP32, "decoupled_adamw": 2 * FP32}  # optimize
 LOSS_CHUNK_LOGITS = {"gpu": 2**27, "cpu": 2**23}
 # Memory of the driver, the libraries and the process itself.
 OVERHEAD = {"gpu": 2 * GIB, "cpu": GIB}
-
-
-# bf16 logits and their gradient, where they are all computed at once, as llm-foundry's fused loss does.
-FULL_LOGITS_BYTES = 4
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What to estimate the memory of, where it is not the config's own.
-
-    Attributes:
-        fsdp: In place of `fsdp_config`.
-        full_logits: All logits exist at once, as in llm-foundry; here they are computed in chunks.
-    """
-
-    fsdp: FSDPConfig | None
-    full_logits: bool = False
 
 
 @dataclass(frozen=True)
@@ -77,21 +65,21 @@ def estimate_memory(
     sharding: Sharding | None,
     trainable: Trainable,
     microbatch: int,
-    variant: Variant | None = None,
+    fsdp: FSDPConfig | Literal["own"] | None = "own",
 ) -> Memory:
-    """Bytes of one device at the peak of a step that computes `microbatch` sequences at once.
+    """Bytes of a device at the peak of a step on `microbatch` sequences; `fsdp` replaces the config's own.
 
     Gradients come into being while activations go. So the peak is at the end of forward, in the last block,
     in the first one, or in the optimizer's step.
     """
-    model, variant = config.model, variant or Variant(config.fsdp_config)
-    everything = _everything(config, device, precision, sharding, trainable, microbatch, variant)
+    model, fsdp = config.model, config.fsdp_config if fsdp == "own" else fsdp
+    everything = _everything(config, device, precision, sharding, trainable, microbatch, fsdp)
     accumulates = config.global_train_batch_size > microbatch * device.count
     forward = replace(everything, gradients=everything.gradients if accumulates else 0)
     number = FP32 if precision == "fp32" else 2
     stream = microbatch * config.max_seq_len * model.d_model * number
     block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
-    recomputed, largest = _recomputed(model, variant.fsdp, block_keeps)
+    recomputed, largest = _recomputed(model, fsdp, block_keeps)
     largest *= microbatch * config.max_seq_len * number
     last = first = stepping = everything.gathered
     if sharding is None or sharding.shards == 1:
@@ -121,7 +109,7 @@ def _everything(
     sharding: Sharding | None,
     trainable: Trainable,
     microbatch: int,
-    variant: Variant,
+    fsdp: FSDPConfig | None,
 ) -> Memory:
     """What can exist in a step at all.
 
@@ -140,9 +128,11 @@ def _everything(
     tokens = microbatch * config.max_seq_len
     block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
     kept = model.n_layers * block_keeps
-    if variant.fsdp is not None and variant.fsdp.saves_activations:
-        kept -= _saved_activations(model, variant.fsdp, block_keeps)
+    if fsdp is not None and fsdp.saves_activations:
+        kept -= _saved_activations(model, fsdp, block_keeps)
     chunk = min(tokens * model.vocab_size, LOSS_CHUNK_LOGITS[device.kind])
+    # In float32 a chunk is changed in place, and freed once the next one exists.
+    per_logit = FP32 + 2 * number if number < FP32 else FP32 * (1 + (tokens * model.vocab_size > chunk))
     quantized = matrix_parameters(model) if model.bits else 0
     return Memory(
         weights=(parameters * FP32 - quantized * FP32 + quantized * (model.bits or 0) // 8) // shards,
@@ -150,11 +140,7 @@ def _everything(
         optimizer=trainable.parameters * STATE_BYTES[config.optimizer.name] // shards,
         gathered=gathered,
         activations=tokens * kept * number,
-        logits=(
-            tokens * model.vocab_size * FULL_LOGITS_BYTES
-            if variant.full_logits
-            else chunk * (FP32 if number == FP32 else FP32 + 2 * number)
-        )
+        logits=chunk * per_logit
         + (model.vocab_size * model.d_model * FP32 if trainable.trains_output else 0),
         overhead=OVERHEAD[device.kind],
     )

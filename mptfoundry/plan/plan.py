@@ -15,7 +15,8 @@ from mptfoundry.architecture.trainable import Trainable, count_trainable
 from mptfoundry.config.rules import split_problem
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
-from mptfoundry.mpt.backends import choose_backend, refusal, why_never, why_not
+from mptfoundry.mpt.backends import Capability, choose_backend, refusal, why_never, why_not
+from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters, flops_per_token
 from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.plan.devices import GIB, Device
@@ -138,7 +139,8 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     attention = model.attn_config.attn_impl
     if attention != "auto" and (problem := _attention_problem(config, device, dtype)):
         missing[key] = problem
-    attention = decide(key, attention, lambda: _choose_attention(config, device, dtype))
+    choose, here = choose_backend if device.is_here else _choose_elsewhere, (device.torch_type, dtype)
+    attention = decide(key, attention, lambda: choose(model, *here, device.capability))
     loss_fn = (
         "torch" if isinstance(model, HeadConfig) else decide("model.loss_fn", model.loss_fn, _choose_loss)
     )
@@ -234,13 +236,17 @@ def largest_microbatch(share: int, device: Device, memory: Callable[[int], Memor
     return 1, f"none fits: 1 needs about {memory(1).total / GIB:.1f} GiB, and {usable}"
 
 
-def _choose_attention(config: TrainConfig, device: Device, dtype: str) -> tuple[str, str]:
-    """Resolve `attn_impl: auto`; on a cluster elsewhere torch brings Triton, whatever this machine has."""
-    model = config.model
-    # Triton needs compute capability 8.0, as bfloat16 does.
-    if not device.is_here and device.has_bf16 and why_never("triton", model, dtype) is None:
-        return "triton", f"serves this model in {dtype} on {device.torch_type}"
-    return choose_backend(model, device.torch_type, dtype, device.capability)
+def _choose_elsewhere(
+    model: MPTConfig, device_type: str, dtype: str, capability: Capability | None
+) -> tuple[str, str]:
+    """Resolve `attn_impl: auto` for a cluster, where torch brings Triton, whatever this machine has."""
+    if (
+        device_type == "cuda"
+        and (capability or (0, 0)) >= (8, 0)
+        and why_never("triton", model, dtype) is None
+    ):
+        return "triton", f"serves this model in {dtype} on {device_type}"
+    return choose_backend(model, device_type, dtype, capability)
 
 
 def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str | None:

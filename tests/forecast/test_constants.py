@@ -32,7 +32,7 @@ from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.plan.devices import cluster_device
 from mptfoundry.plan.fsdp import Sharding
 from mptfoundry.plan.gpus import SHORT_NAMES
-from mptfoundry.plan.memory import Memory, Variant, estimate_memory
+from mptfoundry.plan.memory import Memory, estimate_memory
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 STEPS = published_steps()
@@ -89,8 +89,11 @@ def memory_of(model: str, gpu: str, step: Step, checkpointing: bool, *, full_log
     device = cluster_device(gpu, step.devices)
     trainable = count_trainable(base.model.network(), None, ())
     sharding = Sharding(1, step.shards, step.reshards)
-    variant = Variant(FSDPConfig(activation_checkpointing=checkpointing), full_logits)
-    return estimate_memory(config, device, "amp_bf16", sharding, trainable, step.microbatch, variant)
+    fsdp = FSDPConfig(activation_checkpointing=checkpointing)
+    memory = estimate_memory(config, device, "amp_bf16", sharding, trainable, step.microbatch, fsdp)
+    # llm-foundry's fused loss has all logits and their gradient at once, in bfloat16.
+    logits = step.tokens * base.model.vocab_size * 4
+    return replace(memory, logits=logits) if full_logits else memory
 
 
 def room_of(gpu: str) -> int:
