@@ -40,6 +40,6 @@ def _explained(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of the compiler's message, which goes on with its own traces."""
+    """The first line of the compiler's message; traces of its own follow."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0].rstrip(".:") if lines else type(error).__name__
