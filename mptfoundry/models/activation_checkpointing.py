@@ -6,9 +6,9 @@ outside: weights are gathered once for recomputation and backward.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -33,6 +33,10 @@ def checkpoint_activations(
     """
     for part, blocks in parts.items():
         for number in blocks:
+            if part == "norm" and recompute and not offload:
+                block = network.transformer.blocks[number]
+                block.__class__ = _recomputing_norms(block.__class__)
+                continue
             for name in MODULES[part]:
                 module = network.transformer.blocks[number].get_submodule(name)
                 module.recomputes, module.offloads = recompute, offload
@@ -52,6 +56,66 @@ class Checkpointed(nn.Module):
             if self.recomputes:
                 return checkpoint(forward, *args, use_reentrant=False)
             return forward(*args)
+
+
+class RecomputedNorms(nn.Module):
+    """A mixin in front of a block's own class: the outputs of its norms are computed again in backward.
+
+    A norm's input is saved for the norm itself; its output is as large, and saved for the matrix after it.
+    """
+
+    norm_1: nn.Module
+    norm_2: nn.Module
+
+    def forward(self, x: Tensor, context: Any) -> Tensor:
+        """The result of the block's own forward."""
+        if torch.compiler.is_compiling():  # the compiler decides this itself
+            return super().forward(x, context)
+        made: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
+        hooks = [norm.register_forward_hook(partial(_note, made)) for norm in (self.norm_1, self.norm_2)]
+        try:
+            with saved_tensors_hooks(partial(_pack, made), _unpack):
+                return super().forward(x, context)
+        finally:
+            made.clear()
+            for hook in hooks:
+                hook.remove()
+
+
+def _note(made: dict[int, Any], norm: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
+    """Remember how a norm's output is made. The output itself is kept so that no tensor takes its place."""
+    (x,) = args
+    if out.dtype == x.dtype:  # or else the matrix saves a copy of its own
+        made[out.untyped_storage()._cdata] = out, partial(_again, norm, x.detach(), _autocast(x))
+
+
+def _pack(made: dict[int, Any], tensor: Tensor) -> Any:
+    if (entry := made.get(tensor.untyped_storage()._cdata)) is None:
+        return tensor
+    return entry[1], tensor.size(), tensor.stride(), tensor.storage_offset()
+
+
+def _unpack(packed: Any) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    again, size, stride, offset = packed
+    return again().as_strided(size, stride, offset)
+
+
+def _autocast(x: Tensor) -> dict[str, Any]:
+    kind = x.device.type
+    enabled = torch.is_autocast_enabled(kind)
+    return {"device_type": kind, "enabled": enabled, "dtype": torch.get_autocast_dtype(kind)}
+
+
+def _again(norm: nn.Module, x: Tensor, autocast: dict[str, Any]) -> Tensor:
+    with torch.no_grad(), torch.autocast(**autocast):
+        return norm(x)
+
+
+@cache
+def _recomputing_norms(cls: type[nn.Module]) -> type[nn.Module]:
+    return type(f"RecomputedNorms{cls.__name__}", (RecomputedNorms, cls), {})
 
 
 @cache

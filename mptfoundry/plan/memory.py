@@ -174,13 +174,13 @@ def _saved_activations(model: AnyModelConfig, fsdp: FSDPConfig, block_keeps: int
 def _sizes(model: AnyModelConfig, block_keeps: int) -> dict[str, tuple[int, int]]:
     """Numbers per token of a part, and of its input, which stays on the device unless it is offloaded.
 
-    A norm's input and output are kept by what is around it.
+    Of the norms the outputs are recomputed; their inputs are the stream.
     """
     return {
         "block": (block_keeps, model.d_model),
         "attention": (attention_activations(model), 0),
         "mlp": (ffn_activations(model), 0),
-        "norm": (0, 0),
+        "norm": (2 * model.d_model, 0),
     }
 
 

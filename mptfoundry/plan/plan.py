@@ -148,8 +148,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     init_device = "auto" if sharding is None and model.init_device != "cpu" else model.init_device
     init_device = decide("model.init_device", init_device, lambda: choose_init_device(config, sharding))
     if how:
-        unsharded = f"{device.count} replicas" if device.count > 1 else "not sharded"
-        choices["fsdp_config"] = Choice(sharding or unsharded, how)
+        choices["fsdp_config"] = Choice(sharding or _replicas(device), how)
     loaders = {"train": config.train_loader, **config.eval_loaders}
     flops = partial(flops_per_token, model, config.max_seq_len)
     return Plan(
@@ -274,6 +273,10 @@ def _lacking(config: TrainConfig, device: Device, precision: str) -> dict[str, s
     if config.precision != "auto" and (reason := precision_problem(precision, device)):
         lacking["precision"] = reason
     return lacking
+
+
+def _replicas(device: Device) -> str:
+    return f"{device.count} replicas" if device.count > 1 else "not sharded"
 
 
 def _choose_loss() -> tuple[str, str]:

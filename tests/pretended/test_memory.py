@@ -54,4 +54,4 @@ def test_the_estimate_is_within_five_percent_of_the_peak(name: str, found: dict[
 
 def test_recomputing_saves_memory_and_never_costs_any(found: dict[str, Any]) -> None:
     peaks = {name: result["peak"] for name, result in found.items()}
-    assert peaks["plain"] > peaks["blocks"] and peaks["norm"] <= peaks["plain"]
+    assert peaks["plain"] > peaks["norm"] > peaks["blocks"]
