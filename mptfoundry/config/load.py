@@ -75,7 +75,7 @@ def _build_for_check(document: Document, lacking: dict[str, str]) -> TrainConfig
         return build(TrainConfig, document, REFUSED)
     document.put(("allow_code",), True, document.origin(()))  # a check runs no code
     config = build(TrainConfig, document, REFUSED)
-    lacking.update(code_named(config))
+    lacking |= {str(key): text for key, text in code_named(config)}
     return config
 
 

@@ -32,7 +32,7 @@ def kept_bytes(
         "block": block - FP32 * network.d_model,
         "attention": FP32 * (attention_activations(network) + network.n_heads),
         "mlp": FP32 * ffn_activations(network),
-        "norm": FP32 * statistics,
+        "norm": FP32 * 2 * network.d_model,  # the outputs
     }
     # The ids, the last norm's input and statistics, and the count of the tokens in the loss.
     around = INT64 + FP32 * (network.d_model + NORM_STATISTICS)
