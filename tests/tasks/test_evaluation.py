@@ -218,7 +218,7 @@ def test_an_evaluation_file_evaluates_each_of_its_models(
         ("name: hf_causal_lm", "name: openai_chat", "models[1].model.name: openai_chat is not an MPT model."),
         ("precision: fp32", "precison: fp32", "precison"),
         ("precision: fp32", "allow_code: true", "allow_code: is only taken from the command line."),
-        ("precision: fp32", "limit: 0", "limit: 0 documents leave nothing to do."),
+        ("num_batches: 2", "num_batches: 0", "0 documents leave nothing to do."),
         ("tasks.yaml", "nowhere.yaml", "nowhere.yaml: there is no such file"),
     ],
 )
