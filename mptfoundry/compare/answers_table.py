@@ -83,23 +83,22 @@ def _paired_lines(first: Evaluation, second: Evaluation, label: str) -> list[tup
 
 def _likelihood_row(label: str, lines: Sequence[tuple[Line, Line]], seed: int) -> tuple[str, ...] | None:
     """The right answers' mean log-likelihood per token; None for generated answers."""
-    if any(len(line["loglikelihoods"]) <= line["gold"] for pair in lines for line in pair):
+    values = np.array([[_gold_likelihood(line) for line in pair] for pair in lines])
+    if not np.isfinite(values).all():
         return None
-    before, after = (
-        np.array(
-            [
-                pair[n]["loglikelihoods"][pair[n]["gold"]] / pair[n]["tokens"][pair[n]["gold"]]
-                for pair in lines
-            ]
-        )
-        for n in (0, 1)
-    )
-    if not np.isfinite(before).all() or not np.isfinite(after).all():
-        return None
+    before, after = values.T
     low, high = interval(resampled_means(after - before, seed))
     wins, losses = int((after > before).sum()), int((after < before).sum())
     row = _row(label, len(lines), float(before.mean()), float(after.mean()), low, high)
     return (*row, str(wins), str(losses), str(len(lines) - wins - losses))
+
+
+def _gold_likelihood(line: Line) -> float:
+    """The right answer's log-likelihood per token; NaN if it is not known."""
+    gold = line["gold"]
+    if gold is None or gold >= len(line["loglikelihoods"]) or not line["tokens"][gold]:
+        return math.nan
+    return line["loglikelihoods"][gold] / line["tokens"][gold]
 
 
 def _row(label: str, documents: int, before: float, after: float, low: float, high: float) -> tuple[str, ...]:
@@ -137,9 +136,9 @@ def flipped(first: Evaluation, second: Evaluation, count: int) -> str:
         blocks.append(f"{label}: {len(shown)} of {len(pairs)} documents that flipped")
         for ours, theirs in shown:
             doc_id = ours["doc_id"]
-            right = ours["choices"][ours["gold"]] if ours["gold"] < len(ours["choices"]) else ours["choices"]
             lines = [f"  document {doc_id}: {_one_line(texts.get(doc_id, ''))}".rstrip(": ")]
-            lines.append(f"    right answer: {_one_line(str(right))}")
+            if ours["gold"] is not None:
+                lines.append(f"    right answer: {_one_line(ours['choices'][ours['gold']])}")
             lines += [
                 f"    {name}: {_answer(line)}" for name, line in ((first.name, ours), (second.name, theirs))
             ]
@@ -151,7 +150,7 @@ def _answer(line: Line) -> str:
     verdict, chosen = "right" if line["correct"] else "wrong", line["chosen"]
     if isinstance(chosen, str):
         return f"{verdict}, {_one_line(chosen)!r}"
-    if chosen < 0 or len(line["choices"]) < 2:
+    if not isinstance(chosen, int) or chosen < 0 or len(line["choices"]) < 2:
         return verdict
     return f"{verdict}, {_one_line(line['choices'][chosen])}"
 

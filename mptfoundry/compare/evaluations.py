@@ -82,8 +82,9 @@ def _read_answers(path: Path, results: Path, settings: dict[str, Any]) -> dict[s
     try:
         head, *lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
         for line in lines:
-            label = f"{line['task']}/{line['shots']}-shot"
-            answers.setdefault(label, {})[line["doc_id"]] = line
+            label = f"{line['task']}/{line['shots'] or 0}-shot"
+            if line["correct"] is not None:  # the answer to a part of a document, or of a task without one
+                answers.setdefault(label, {})[line["doc_id"]] = line
         digest = head["settings"]
     except FileNotFoundError as error:
         text = f"{path}: is missing. The answers of {results} are needed to compare it; evaluate again."
@@ -121,7 +122,8 @@ def shared_labels(first: Evaluation, second: Evaluation) -> list[str]:
 def _other_settings(first: Evaluation, second: Evaluation) -> Iterator[str]:
     if not first.settings or not second.settings:
         return
-    compared_apart = (*MAY_DIFFER, "tasks", "data", "tokenizer", "num_fewshot")
+    yield from _other_public_tasks(first.settings.get("public") or {}, second.settings.get("public") or {})
+    compared_apart = (*MAY_DIFFER, "tasks", "data", "tokenizer", "num_fewshot", "public")
     for key in sorted({*first.settings, *second.settings} - {*compared_apart}):
         values = first.settings.get(key), second.settings.get(key)
         if values[0] != values[1]:
@@ -138,6 +140,21 @@ def _other_settings(first: Evaluation, second: Evaluation) -> Iterator[str]:
             places = (task[name].get("dataset_uri") for task in tasks)
             yield f"{name}: other documents: {' and '.join(map(str, places))} differ."
         for key in sorted({*tasks[0][name], *tasks[1][name]} - {*_OF_NO_QUESTION}):
+            values = tasks[0][name].get(key), tasks[1][name].get(key)
+            if values[0] != values[1]:
+                yield f"{name}: {key}: {_short(values[0])} and {_short(values[1])}."
+
+
+def _other_public_tasks(first: dict[str, Any], second: dict[str, Any]) -> Iterator[str]:
+    """Differences of the tasks by name that both have evaluated."""
+    tasks = first.get("tasks", {}), second.get("tasks", {})
+    if not tasks[0].keys() & tasks[1].keys():
+        return
+    for key in sorted({*first, *second} - {"tasks", "groups"}):
+        if first.get(key) != second.get(key):
+            yield f"{key}: {_short(first.get(key))} and {_short(second.get(key))}."
+    for name in (name for name in tasks[0] if name in tasks[1]):
+        for key in sorted({*tasks[0][name], *tasks[1][name]} - {"num_fewshot"}):
             values = tasks[0][name].get(key), tasks[1][name].get(key)
             if values[0] != values[1]:
                 yield f"{name}: {key}: {_short(values[0])} and {_short(values[1])}."
@@ -188,9 +205,9 @@ def differing_settings(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]
 
 def document_texts(evaluation: Evaluation, task: str, doc_ids: Iterable[int]) -> dict[int, str]:
     """The questions of some documents, if the task's file is still the one that was evaluated."""
-    (config,) = [each for each in evaluation.settings["tasks"] if each["label"] == task]
-    path = Path(config["dataset_uri"]).expanduser()
+    uris = [each["dataset_uri"] for each in evaluation.settings["tasks"] if each["label"] == task]
     try:
+        path = Path(uris[0]).expanduser()
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != evaluation.settings["data"].get(task):
             return {}

@@ -177,6 +177,24 @@ def test_what_asked_other_questions_is_refused(
     assert said in text and "can't be compared" in text and "Traceback" not in text
 
 
+def test_public_tasks_are_paired_too(written: Callable[..., Written], capsys: Capture) -> None:
+    """Their lines may have no gold, and no answer to judge."""
+    pair = [written("base", BASE), written("new", BETTER)]
+    public = {"lm_eval": "0.4.13", "groups": {}, "tasks": {"arc": {"num_fewshot": 0, "documents": "1"}}}
+    for each in pair:
+        each.settings |= {"tasks": [], "data": {}, "public": deepcopy(public)}
+        kept = [line for line in each.lines if line["shots"] == 0]
+        more = {"task": "arc", "shots": None, "gold": None, "chosen": None, "choices": []}
+        each.lines = [{**line, **more} for line in kept]
+        each.lines += [{**line, "request": "rolling", "correct": None} for line in each.lines]
+    text = compared(capsys, *(each.write() for each in pair), "examples=1")
+    row = next(line for line in text.splitlines() if line.startswith("arc/0-shot"))
+    assert row.split()[1:5] == ["60", "0.5000", "0.6000", "+0.1000"] and "document 1\n" in text
+    assert "log-likelihood" not in text
+    pair[1].settings["public"]["tasks"]["arc"]["documents"] = "2"
+    assert 'arc: documents: "1" and "2"' in compared(capsys, *(each.write() for each in pair), code=1)
+
+
 def test_missing_tasks_are_named_and_fail_a_gate(written: Callable[..., Written], capsys: Capture) -> None:
     base, new = written("base", BASE), written("new", BETTER)
     new.lines = [line for line in new.lines if line["shots"] == 0]
