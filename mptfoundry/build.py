@@ -285,22 +285,26 @@ def _add_export(kwargs: dict[str, Any], config: TrainConfig, run_folder: Path) -
 def build_loggers(
     config: TrainConfig | EvalConfig, run_folder: Path, start: Start | None = None
 ) -> list[LoggerDestination]:
-    """The loggers that the config names.
-
-    Args:
-        config: A run or an evaluation.
-        run_folder: The folder for their files.
-        start: What a run starts from: its trackers continue what its earlier starts began. None for an
-            evaluation, which is a run of its own there.
-    """
-    given, known = {name: dict(kwargs) for name, kwargs in config.loggers.items()}, dict(LOGGERS)
+    """The loggers that the config names; with the `start` of a run, trackers continue what it began."""
+    given = {name: dict(kwargs) for name, kwargs in config.loggers.items()}
     if "tensorboard" in given:
         given["tensorboard"] |= {"run_folder": run_folder}
-    if start is not None and isinstance(config, TrainConfig):
-        for name in (each for each in TRACKERS if each in given and known[each] == signatures.LOGGERS[each]):
-            known[name] = TRACKERS[name]
-            given[name] |= {"run_folder": run_folder, "kept": _kept_of(name, config, run_folder, start)}
+    is_tracked = isinstance(config, TrainConfig) and start is not None and TRACKERS.keys() & given.keys()
+    known = _trackers(config, run_folder, start, given) if is_tracked else LOGGERS
     return [_make(known, name, kwargs) for name, kwargs in given.items()]
+
+
+def _trackers(
+    config: Any, run_folder: Path, start: Any, given: dict[str, dict[str, Any]]
+) -> dict[str, str | type]:
+    """The known loggers, with those that share an id among a run's starts; `given` gets what they need.
+
+    A tracker that the user's `code_paths` replaced stays as it is.
+    """
+    own = {name: TRACKERS[name] for name in TRACKERS if LOGGERS[name] == signatures.LOGGERS[name]}
+    for name in own.keys() & given.keys():
+        given[name] |= {"run_folder": run_folder, "kept": _kept_of(name, config, run_folder, start)}
+    return {**LOGGERS, **own}
 
 
 def _kept_of(tracker: str, config: TrainConfig, run_folder: Path, start: Start) -> dict[str, Any]:

@@ -135,15 +135,12 @@ def _losses_and_grads(
 def _of_chunk(
     hidden: torch.Tensor, matrix: torch.Tensor, target: torch.Tensor, softcap: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log-likelihood of each token's target (tokens, 1), and the loss's gradient of the logits.
-
-    What else is as large as the logits is freed before the next chunk.
-    """
+    """The log-likelihood of each token's target (tokens, 1), and the loss's gradient of the logits."""
     logits = _logits(hidden, matrix, softcap)  # (tokens of the chunk, vocab)
     tanh_grad = None if softcap is None else 1 - (logits / softcap).square()
     # In place only on a CPU, where that is tested; CUDA's kernel doesn't promise it.
     log_probabilities = torch.log_softmax(logits, -1, out=logits if logits.is_cpu else None)
-    del logits
+    del logits  # only the gradient is as large as the logits when the next chunk begins
     log_likelihood = log_probabilities.gather(1, target)
     grad = log_probabilities.exp_()
     # Each element is written once: unlike scatter_add's on CUDA, the result depends on no order.
