@@ -90,12 +90,15 @@ def estimate_memory(
     output = model.vocab_size * model.d_model * FP32 if trainable.trains_output else 0
     gradients = everything.gradients * (model.n_layers - 1) // model.n_layers
     kept = microbatch * config.max_seq_len * block_keeps * number
+    # The `torch` backend's scores of a block of tokens, their probabilities and the gradients of both.
+    scores = 4 * microbatch * model.n_heads * min(config.max_seq_len, 256) ** 2 * number
+    busy = 6 * stream + (scores if device.kind == "cpu" else 0)
     return max(
         # The norm's input, the hidden states and their gradient.
         replace(forward, activations=forward.activations - largest + 3 * stream),
         # The stream's gradient, and that of the widest matrix's input.
-        replace(forward, activations=forward.activations + 6 * stream, logits=output, gathered=last),
-        replace(everything, gradients=gradients, gathered=first, activations=kept + 5 * stream, logits=0),
+        replace(forward, activations=forward.activations + busy, logits=output, gathered=last),
+        replace(everything, gradients=gradients, gathered=first, activations=kept + busy - stream, logits=0),
         # The embedding's gradient, or the optimizer's direction.
         replace(everything, gathered=stepping, activations=0, logits=output),
         key=lambda moment: moment.total,
