@@ -189,10 +189,10 @@ def measure(
     answers: dict[str, Answers] = {}
     for _ in range(repeats):
         for name, answer in contestants.items():
-            print(f"{name} ...", file=sys.stderr, flush=True)
             began_at = time.perf_counter()
             answers[name] = answer()
             seconds[name].append(time.perf_counter() - began_at)
+            print(f"{name}: {seconds[name][-1]:.2f} s", file=sys.stderr, flush=True)
     return seconds, answers
 
 
