@@ -81,7 +81,7 @@ def estimate_memory(
     tokens = microbatch * config.max_seq_len
     block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
     kept = model.n_layers * block_keeps
-    fsdp = config.fsdp_config if fsdp == "own" else fsdp
+    fsdp = config.fsdp_config if isinstance(fsdp, str) else fsdp
     if fsdp is not None and fsdp.saves_activations:
         kept -= _saved_activations(model, fsdp, block_keeps)
     chunk = min(tokens * model.vocab_size, LOSS_CHUNK_LOGITS[device.kind])
