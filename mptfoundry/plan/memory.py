@@ -72,7 +72,7 @@ def estimate_memory(
     Gradients come into being while activations go. So the peak is at the end of forward, in the last block,
     in the first one, or in the optimizer's step.
     """
-    model, fsdp = config.model, config.fsdp_config if fsdp == "own" else fsdp
+    model, fsdp = config.model, config.fsdp_config if isinstance(fsdp, str) else fsdp
     everything = _everything(config, device, precision, sharding, trainable, microbatch, fsdp)
     accumulates = config.global_train_batch_size > microbatch * device.count
     forward = replace(everything, gradients=everything.gradients if accumulates else 0)
