@@ -46,10 +46,7 @@ capability_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def prepare(context: AttentionContext, config: MPTConfig, x: torch.Tensor) -> None:
-    """Choose the backend before the first block, and let it compute what all layers share.
-
-    ``x`` is (batch, seq, d_model), in the dtype that attention computes in.
-    """
+    """Choose the backend for ``x`` (batch, seq, d_model), and let it compute what all layers share."""
     backend = context.once("backend", lambda: _backend_for(config, x))
     if hasattr(backend, "prepare"):
         backend.prepare(context, x.shape[1])

@@ -101,7 +101,10 @@ class KVCache:
 
 
 class Transformer(nn.Module):
-    """From token ids to the normalised residual stream."""
+    """From token ids to the normalised residual stream.
+
+    Under autocast the stream has its dtype, whether or not FSDP gathers the weights in that dtype.
+    """
 
     def __init__(
         self, config: MPTConfig, device: torch.device | str | None, block: type[Block] = Block
@@ -129,13 +132,11 @@ class Transformer(nn.Module):
         """
         seq = input_ids.shape[1]
         past = cache.length if cache is not None else 0
-        limit = self.config.max_seq_len
         if prefix is not None and not self.config.attn_config.prefix_lm:
             raise ValueError("prefix_mask: this model is not a prefix-LM. Set attn_config.prefix_lm: true.")
-        if self.config.has_learned_positions and past + seq > limit:
+        if self.config.has_learned_positions and past + seq > (limit := self.config.max_seq_len):
             raise ValueError(f"input_ids: {past + seq} tokens, but the model has {limit} learned positions.")
         x = input_ids if input_ids.is_floating_point() else self.wte(input_ids)  # (batch, seq, d_model)
-        # Under autocast the residual stream has its dtype, whether or not FSDP gathers weights in it.
         x = x.to(dtype := compute_dtype(x) or x.dtype)
         rotary = None
         if self.config.has_learned_positions or self.config.attn_config.rope:
