@@ -12,7 +12,7 @@ A sample is `{"input_ids": (tokens,) int64 array, "sample_id": int}` with at mos
     row_trained     list of the labels in the loss of each row, after the shift by one, with row_tokens
 
 The two lists are for counting: Composer counts a microbatch once it is on the device, where counting tensors
-would wait for the device.
+would wait for the device. Rows of text without padding are counted by their shape.
 """
 
 from __future__ import annotations
@@ -57,10 +57,8 @@ class TextCollator:
             "sample_id": torch.tensor([sample["sample_id"] for sample in samples], dtype=torch.int64),
         }
         if not is_text.all():
-            batch["attention_mask"] = torch.from_numpy(is_text)
-            batch["max_documents"] = 1
-            batch["row_tokens"] = is_text.sum(1).tolist()
-            batch["row_trained"] = is_text[:, 1:].sum(1).tolist()
+            batch |= {"attention_mask": torch.from_numpy(is_text), "max_documents": 1}
+            batch |= {"row_tokens": is_text.sum(1).tolist(), "row_trained": is_text[:, 1:].sum(1).tolist()}
         if self.eos_token_id is not None or self.bos_token_id is not None:
             sequence_id = sequence_ids(batch["input_ids"], self.eos_token_id, self.bos_token_id)
             begins = (sequence_id[:, 1:] != sequence_id[:, :-1]) & torch.from_numpy(is_text[:, 1:])
@@ -147,11 +145,7 @@ def sequence_ids(
 
 
 def count_tokens(batch: Mapping[str, Any]) -> dict[str, int]:
-    """Count the tokens in a batch or microbatch of any loader, without a GPU sync.
-
-    `total`, for Composer's clock, excludes padding. `loss_generating`, which weights microbatches, is what
-    the mean loss divides by. Rows of text without padding are counted by their shape.
-    """
+    """Count tokens without padding (`total`) and what the mean loss divides by (`loss_generating`)."""
     if "row_tokens" in batch:
         return {"total": sum(batch["row_tokens"]), "loss_generating": sum(batch["row_trained"])}
     rows, seq = batch["input_ids"].shape

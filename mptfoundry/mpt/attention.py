@@ -46,7 +46,7 @@ capability_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def prepare(context: AttentionContext, config: MPTConfig, x: torch.Tensor) -> None:
-    """Choose the backend for x (batch, seq, d_model), and let it compute what all layers share."""
+    """Choose the backend for ``x`` (batch, seq, d_model), and let it compute what all layers share."""
     backend = context.once("backend", lambda: _backend_for(config, x))
     if hasattr(backend, "prepare"):
         backend.prepare(context, x.shape[1])

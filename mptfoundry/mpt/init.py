@@ -27,13 +27,10 @@ def materialise(
 ) -> None:
     """Allocate a network from ``meta`` on `device` (the CPU if None), and draw its weights.
 
-    Without a `seed`, torch's random state gives one. With `empty` the weights stay uninitialized; with
-    ``meta`` as `device` nothing is allocated.
+    Without a `seed`, torch's random state gives one. With `empty` none are drawn; on ``meta`` there are none.
     """
     if not torch.cuda.is_available():
-        # ALiBi makes tiny probabilities; as denormal numbers they slow down a CPU's products by a factor of
-        # ten. Threads inherit this setting when they start, so it is set before the pool exists.
-        torch.set_flush_denormal(True)
+        torch.set_flush_denormal(True)  # before threads start, which inherit it; see attention_blocks.py
     device = torch.device(device or "cpu")
     if device.type == "meta":
         return

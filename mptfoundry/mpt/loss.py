@@ -2,6 +2,9 @@
 
 The logits of all tokens never exist at once. If gradients are needed, forward computes each chunk's
 gradients right after its logits and frees the logits; backward only scales the accumulated gradients.
+
+Log-probabilities are written over the logits on a CPU alone: CUDA's kernel doesn't promise a result for that.
+The target's 1 is subtracted by index, each element once: on CUDA scatter_add depends on the order of threads.
 """
 
 from __future__ import annotations
@@ -106,9 +109,7 @@ def _losses_and_grads(
 ) -> tuple[torch.Tensor, tuple[torch.Tensor | None, torch.Tensor | None]]:
     """Each token's loss, (tokens,) float32, and the gradients of their sum.
 
-    Returns:
-        The losses; the gradients of ``hidden`` and of ``matrix``, the latter float32 or wider. A gradient
-        is None if ``needs_grad`` is False for it.
+    Those are of ``hidden`` and of ``matrix``, the latter float32 or wider; None if ``needs_grad`` is False.
     """
     wide = torch.promote_types(matrix.dtype, torch.float32)
     step = _tokens_of_chunk(matrix)
@@ -120,8 +121,16 @@ def _losses_and_grads(
         chunk = hidden[part].to(matrix.dtype)
         in_loss = (targets[part] != IGNORED)[:, None]
         target = targets[part].clamp(min=0)[:, None]
-        log_likelihood, grad = _of_chunk(chunk, matrix, target, softcap)
-        losses[part] = (-log_likelihood * in_loss)[:, 0]
+        logits = _logits(chunk, matrix, softcap)  # (tokens of the chunk, vocab)
+        tanh_grad = None if softcap is None else 1 - (logits / softcap).square()
+        logits = torch.log_softmax(logits, -1, out=logits if logits.is_cpu else None)  # now log-probabilities
+        losses[part] = (-logits.gather(1, target) * in_loss)[:, 0]
+        grad = logits.exp_()
+        grad[torch.arange(len(target), device=target.device), target[:, 0]] -= 1
+        if tanh_grad is not None:
+            grad *= tanh_grad
+        grad = grad.to(matrix.dtype)
+        del logits
         if hidden_grad is not None:
             hidden_grad[part] = (grad @ matrix) * in_loss
         if matrix_grad is not None and matrix_grad.dtype == grad.dtype:
@@ -130,25 +139,6 @@ def _losses_and_grads(
             matrix_grad += grad.T @ (chunk * in_loss)
         del grad
     return losses, (hidden_grad, matrix_grad)
-
-
-def _of_chunk(
-    hidden: torch.Tensor, matrix: torch.Tensor, target: torch.Tensor, softcap: float | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The log-likelihood of each token's target (tokens, 1), and the loss's gradient of the logits."""
-    logits = _logits(hidden, matrix, softcap)  # (tokens of the chunk, vocab)
-    tanh_grad = None if softcap is None else 1 - (logits / softcap).square()
-    # In place only on a CPU, where that is tested; CUDA's kernel doesn't promise it.
-    log_probabilities = torch.log_softmax(logits, -1, out=logits if logits.is_cpu else None)
-    del logits  # only the gradient is as large as the logits when the next chunk begins
-    log_likelihood = log_probabilities.gather(1, target)
-    grad = log_probabilities.exp_()
-    # Each element is written once: unlike scatter_add's on CUDA, the result depends on no order.
-    rows = torch.arange(len(target), device=target.device)
-    grad[rows, target[:, 0]] -= 1
-    if tanh_grad is not None:
-        grad *= tanh_grad
-    return log_likelihood, grad.to(matrix.dtype)
 
 
 def _tokens_of_chunk(matrix: torch.Tensor) -> int:

@@ -101,7 +101,10 @@ class KVCache:
 
 
 class Transformer(nn.Module):
-    """From token ids to the normalised residual stream."""
+    """From token ids to the normalised residual stream.
+
+    Under autocast the stream has its dtype, whether or not FSDP gathers the weights in that dtype.
+    """
 
     def __init__(
         self, config: MPTConfig, device: torch.device | str | None, block: type[Block] = Block

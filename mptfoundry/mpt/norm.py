@@ -34,8 +34,7 @@ class Norm(nn.Module):
         dtype = compute_dtype(x)
         if dtype is None:
             return self._normalise(x, self.weight, self.bias)
-        if not self.low_precision:
-            dtype = torch.float32
+        dtype = dtype if self.low_precision else torch.float32
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return self._normalise(x.to(dtype), self.weight.to(dtype), bias)
