@@ -212,4 +212,6 @@ def compare(ours: Answers, theirs: Answers) -> tuple[int, float]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    from words import given_words
+
+    sys.exit(main(given_words(__doc__)))

@@ -25,6 +25,7 @@ from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.config.load import tasks_of
 from mptfoundry.config.tasks import GauntletConfig, TaskConfig
 from mptfoundry.config.verbs import EvalConfig, Sampling
+from mptfoundry.data.records.inputs import load_from_hub
 from mptfoundry.errors import ConfigError, DataError
 from mptfoundry.files import whole_or_absent
 from mptfoundry.generation import continue_prompts
@@ -200,7 +201,7 @@ def _lines_of_the_hub(task: TaskConfig) -> Iterator[str]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(task.dataset_uri.removeprefix("hf://"), **task.hf_loading_vars)
+        rows = load_from_hub(task.dataset_uri.removeprefix("hf://"), **task.hf_loading_vars)
     except Exception as error:  # the library, the hub and its files raise their own kinds
         raise DataError(
             f"{task.dataset_uri}: can't be read ({reason_of(error)}). It is the data of {task.label}; "

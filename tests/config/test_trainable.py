@@ -125,7 +125,9 @@ def test_check_shows_what_is_learned(load: Load) -> None:
 
 @pytest.mark.parametrize("words", [("optimizer.disable_grad=[wte,blocks.0.]",), LORA])
 def test_what_is_frozen_needs_no_gradients_and_no_optimizer_state(load: Load, words: tuple[str, ...]) -> None:
-    all_of_it, some = make_plan(load(), cpu()), make_plan(load(words=words), cpu())
+    # Gradients exist at the peak of a step if they are accumulated.
+    twice = ("global_train_batch_size=8", "device_train_microbatch_size=4")
+    all_of_it, some = make_plan(load(words=twice), cpu()), make_plan(load(words=(*words, *twice)), cpu())
     assert some.trainable.parameters < all_of_it.trainable.parameters == all_of_it.parameters
     assert some.memory.gradients == some.memory.optimizer == 4 * some.trainable.parameters
     assert some.memory.weights == 4 * (some.parameters + some.trainable.adapters)
@@ -134,7 +136,10 @@ def test_what_is_frozen_needs_no_gradients_and_no_optimizer_state(load: Load, wo
 
 
 def test_more_rank_is_more_memory(load: Load) -> None:
-    one, other = (make_plan(load(words=(*LORA, f"model.peft_config.r={r}")), cpu()).memory for r in (4, 64))
+    twice = ("global_train_batch_size=8", "device_train_microbatch_size=4")
+    one, other = (
+        make_plan(load(words=(*LORA, *twice, f"model.peft_config.r={r}")), cpu()).memory for r in (4, 64)
+    )
     for part in ("weights", "gradients", "optimizer", "activations"):
         assert getattr(one, part) < getattr(other, part)
 
