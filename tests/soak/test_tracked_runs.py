@@ -40,7 +40,7 @@ def test_three_kills_leave_one_run_in_each_tracker(
     files = list(tmp_path.rglob("*.wandb"))
     assert len(files) == 4 and {file.stem for file in files} == {f"run-{trackers['wandb']['id']}"}
     written = [each for each in map(run_id_of, files) if each is not None]
-    assert len(written) > 1 and set(written) == {trackers["wandb"]["id"]}
+    assert written and set(written) == {trackers["wandb"]["id"]}  # a kill in the first seconds leaves none
 
     client = MlflowClient(uri)
     (experiment,) = client.search_experiments(filter_string="name = 'test'")
