@@ -109,6 +109,10 @@ class Catalogue:
 Loggers = Annotated[dict[str, Any], Catalogue("a section of loggers by name", LOGGERS, REFUSED_LOGGERS)]
 
 
+class OfSignature(Section):
+    """The base of sections that are made of another library's signature."""
+
+
 @cache
 def described(name: str, where: str) -> type:
     """A dataclass `name` with the arguments that `module:Class` takes from a configuration.
@@ -125,7 +129,7 @@ def described(name: str, where: str) -> type:
             with_default = () if default is None else (field(default=ast.unparse(default)),)
             arguments.append((argument, type_, *with_default))
     arguments += [(key, type_, field(default="None")) for key, type_ in EXTRA.get(where, {}).items()]
-    return make_dataclass(name, arguments, bases=(Section,), kw_only=True)
+    return make_dataclass(name, arguments, bases=(OfSignature,), kw_only=True)
 
 
 @cache

@@ -33,7 +33,7 @@ from mptfoundry.config.engine.schema import (
 )
 from mptfoundry.config.engine.secrets import FromEnvironment
 from mptfoundry.config.engine.section_rules import broken_rules, in_words
-from mptfoundry.config.engine.signatures import Catalogue, described
+from mptfoundry.config.engine.signatures import Catalogue, OfSignature, described
 
 INVALID: Any = object()
 Refused = Mapping[tuple[str, str], str]
@@ -314,7 +314,7 @@ class _Walk:
             return f"is not supported: {self.refused[cls.__name__, key]}"
         names = list(field_types(cls))
         near = did_you_mean(key, names)
-        if cls.__module__ == "types":  # built from a signature
+        if issubclass(cls, OfSignature):
             return f"unknown key.{near} {cls.__name__} takes {', '.join(names) or 'no arguments'}."
         if near:
             return f"unknown key.{near}"
