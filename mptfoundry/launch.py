@@ -246,7 +246,7 @@ def _manifest(scheduler: str, content: Mapping[str, Any], words: list[str]) -> s
 
 
 def _blocks(value: Any) -> Any:
-    """A copy whose texts of several lines are written as such."""
+    """A copy whose texts of several lines are written as blocks."""
     if isinstance(value, Mapping):
         return {key: _blocks(each) for key, each in value.items()}
     if isinstance(value, list):

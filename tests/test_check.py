@@ -16,6 +16,7 @@ from mptfoundry.cli import main
 from mptfoundry.config.load import load_train_config
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError, DataError, MPTFoundryError
+from mptfoundry.forecast.constants import SIZES
 from mptfoundry.plan.devices import GIB, Device
 from mptfoundry.plan.gpus import Visible
 from mptfoundry.ranks import report
@@ -111,17 +112,6 @@ callbacks:
   memory_monitor: {}
   runtime_estimator: {}
 """
-SIZES = {
-    "125m": (768, 12, 12),
-    "350m": (1024, 16, 24),
-    "760m": (1536, 12, 24),
-    "1b": (2048, 16, 24),
-    "3b": (2560, 20, 32),
-    "7b": (4096, 32, 32),
-    "13b": (5120, 40, 40),
-    "30b": (7168, 56, 48),
-    "70b": (8192, 64, 80),
-}
 CPU = Device("cpu", "CPU", memory=16 * GIB, found="no GPU found")
 
 Load = Callable[..., TrainConfig]

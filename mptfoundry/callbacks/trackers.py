@@ -34,9 +34,11 @@ class WandBRun(WandBLogger):
 
     def __init__(self, run_folder: Path, kept: dict[str, Any], **kwargs: Any) -> None:
         options = dict(kwargs.pop("init_kwargs", None) or {})
+        self._own_id: str | None = None
         if "id" not in options and "WANDB_RUN_ID" not in os.environ:
-            own = decided_by_rank_0(lambda: kept.get("id") or uuid.uuid4().hex[:12])
-            options["id"] = own if kwargs.get("rank_zero_only", True) else f"{own}-{rank()}"
+            self._own_id = decided_by_rank_0(lambda: kept.get("id") or uuid.uuid4().hex[:12])
+            is_alone = kwargs.get("rank_zero_only", True)
+            options["id"] = self._own_id if is_alone else f"{self._own_id}-{rank()}"
         options.setdefault("resume", "allow")
         super().__init__(init_kwargs=options, **kwargs)
         self._run_folder, self._first_new = run_folder, 0
@@ -50,9 +52,8 @@ class WandBRun(WandBLogger):
 
         assert wandb.run is not None
         self._first_new = wandb.run.step if wandb.run.resumed else 0
-        # With rank_zero_only off, the other ranks' ids end in their rank.
-        own = wandb.run.id if self._rank_zero_only else wandb.run.id.rpartition("-")[0] or wandb.run.id
-        keep_tracker(self._run_folder, "wandb", {"id": own, "url": wandb.run.get_url()})
+        entry = {"id": self._own_id or wandb.run.id, "url": wandb.run.get_url()}
+        keep_tracker(self._run_folder, "wandb", entry)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Say which batches W&B has already."""
