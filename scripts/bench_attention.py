@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timing import seconds_between, stamp
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -304,7 +305,7 @@ def measure(contestants: dict[str, Attend], case: Case, repeats: int) -> list[di
     if case.device == "cuda":
         torch.cuda.synchronize()
     medians = {
-        name: [statistics.median(milliseconds(s[0], s[end]) for s in all_stamps) for end in (1, 2)]
+        name: [statistics.median(1000 * seconds_between(s[0], s[end]) for s in all_stamps) for end in (1, 2)]
         for name, all_stamps in stamps.items()
     }
     first = next(iter(medians.values()))
@@ -323,18 +324,6 @@ def measure(contestants: dict[str, Attend], case: Case, repeats: int) -> list[di
             }
         )
     return rows
-
-
-def stamp(device: str) -> Any:
-    if device == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def milliseconds(start: Any, end: Any) -> float:
-    return 1000 * (end - start) if isinstance(start, float) else start.elapsed_time(end)
 
 
 def line(row: dict[str, Any]) -> str:

@@ -13,12 +13,12 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import seconds_between, stamp
 
 from mptfoundry.config.load import load_train_config
 from mptfoundry.config.parallel import recomputed_parts
@@ -78,7 +78,7 @@ def measure(config: TrainConfig, batch: int, steps: int) -> dict[str, object]:
     if kind == "cuda":
         torch.cuda.synchronize()
     measured = stamps[WARMUP_STEPS:]
-    per_step = statistics.median(between(times[0], times[-1]) for times in measured)
+    per_step = statistics.median(seconds_between(times[0], times[-1]) for times in measured)
     per_second = batch * seq_len / per_step
     row: dict[str, object] = {
         "device": device.name,
@@ -88,7 +88,7 @@ def measure(config: TrainConfig, batch: int, steps: int) -> dict[str, object]:
         "milliseconds per step": round(per_step * 1000, 1),
     }
     for number, part in enumerate(PARTS):
-        took = statistics.median(between(times[number], times[number + 1]) for times in measured)
+        took = statistics.median(seconds_between(times[number], times[number + 1]) for times in measured)
         row[f"milliseconds of {part}"] = round(took * 1000, 1)
     row["tokens per second"] = round(per_second)
     for name, causal in (("mfu", False), ("mfu_causal", True)):
@@ -139,19 +139,6 @@ def clip(config: TrainConfig, network: Any) -> None:
         scale_to_norm(gradients, norm, clipping.clipping_threshold)
     elif clipping.clipping_type == "value":
         clamp(network.parameters(), clipping.clipping_threshold)
-
-
-def stamp(kind: str) -> Any:
-    if kind == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def between(start: Any, end: Any) -> float:
-    """Seconds."""
-    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
 
 
 if __name__ == "__main__":
