@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -23,6 +24,8 @@ from mptfoundry.ranks import world_size
 TrainConfig = Any  # config/run.py imports this file
 
 _PACKED = re.compile(r"\.(tar|tgz|tar\.\w+|pt\.(bz2|gz|lz4|lzma|lzo|xz|zst))$")
+# The metrics of an evaluation loader of a language model.
+TOKEN_METRICS = ("LanguageCrossEntropy", "LanguagePerplexity", "TokenAccuracy", "tokens", "bits_per_byte")
 # What is filled in for `{...}`: in names of checkpoints what Composer knows.
 _IN_NAMES = (
     *("run_name", "rank", "local_rank", "world_size", "local_world_size", "node_rank"),
@@ -402,6 +405,7 @@ def _keep_best(run: TrainConfig) -> Iterator[Problem]:
         yield "keep_best", "needs an evaluation. Set eval_loader or icl_tasks, and eval_interval."
     if why_no_start_finds(run.save_filename, in_a_store=True):
         yield "keep_best", f"save_filename: {run.save_filename} does not tell the batch. Leave it out."
+    yield from _unknown_metric(run)
     whole = end[0] if end[1] == every[1] else run.batches() if every[1] == "ba" else None
     if every[1] != save[1] or every[1] == "dur" or whole is None:
         return
@@ -411,6 +415,22 @@ def _keep_best(run: TrainConfig) -> Iterator[Problem]:
             f"eval_interval: {run.eval_interval} and save_interval: {run.save_interval} meet only at the end "
             "of the run, and only a checkpoint of an evaluation's batch is judged. Let one divide the other.",
         )
+
+
+def _unknown_metric(run: TrainConfig) -> Iterator[Problem]:
+    """A metric that no evaluation has; tasks in other files are not judged here."""
+    metric, tasks = run.keep_best.metric, run.icl_tasks or ()
+    if not metric.startswith("metrics/") or isinstance(tasks, str) or run.code_paths:
+        return
+    has_head = isinstance(run.model, HeadConfig)
+    names = {f"metrics/{label}/": () if has_head else TOKEN_METRICS for label in run.eval_loaders}
+    names |= {f"metrics/{each.label}/": () for each in tasks}
+    start = next((each for each in names if metric.startswith(each)), None)
+    if start is not None and (not names[start] or metric.removeprefix(start) in names[start]):
+        return
+    known = [start + name for name in names[start]] if start else [f"{each}..." for each in names]
+    near = difflib.get_close_matches(metric, known, 3, 0.4) or known[:8]
+    yield "keep_best.metric", f"{metric} is not measured by this run. Use one such as {', '.join(near)}."
 
 
 def _allowed_changes(run: TrainConfig) -> Iterator[Problem]:

@@ -8,11 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mptfoundry.checkpoints.checkpoint import find_checkpoint
 from mptfoundry.config.load import load_train_config
+from mptfoundry.config.rules import TOKEN_METRICS
 from mptfoundry.errors import ConfigError, RunStopped
+from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.run.atomic_checkpoints import KeepBest
 from mptfoundry.run.metrics_file import read_rows
 from mptfoundry.train import train
@@ -138,8 +141,8 @@ def test_sharded_checkpoints_are_kept_too(tiny_runs: Path, words: list[str]) -> 
 
 def test_a_misspelt_metric_is_an_error_before_training(run: Run, tiny_runs: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        run("misspelt", "max", "keep_best.metric=metrics/held_out/LanguageCrosEntropy")
-    assert f"is not measured by this run. Use one such as {LOSS}" in str(error.value)
+        run("misspelt", "max", "keep_best.metric=icl/metrics/eval_gauntlet/default_average")
+    assert "is not measured by this run. Use one such as metrics/held_out/" in str(error.value)
     assert not (tiny_runs.parent / "misspelt").exists()
 
 
@@ -151,12 +154,21 @@ def test_a_misspelt_metric_is_an_error_before_training(run: Run, tiny_runs: Path
         (["save_interval=4ba", "eval_interval=3ba"], "meet only at the end of the run"),
         (["save_interval=1ep", "eval_interval=2ep", "max_duration=2ep"], "meet only at the end of the run"),
         (["keep_best.mode=most"], "'most' is not allowed"),
+        (
+            ["keep_best.metric=metrics/held_out/LanguageCrosEntropy"],
+            f"measured by this run. Use one such as {LOSS}",
+        ),
+        (["keep_best.metric=metrics/eval/tokens"], "Use one such as metrics/held_out/..."),
     ],
 )
 def test_what_can_have_no_best_checkpoint_is_refused(run: Run, more: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as error:
         run("refused", "max", *more)
     assert said in str(error.value)
+
+
+def test_the_checker_knows_the_metrics_of_a_language_model() -> None:
+    assert set(token_loss_metrics(np.ones(1))) == set(TOKEN_METRICS)
 
 
 def test_equal_values_leave_the_older_one_and_nan_counts_for_nothing(tmp_path: Path) -> None:
