@@ -57,6 +57,7 @@ EXPECTED_WARNINGS = (
     "Cannot split (tensor|list) of length",
     "DataloaderNumBatchesWarning",
     "TypedStorage is deprecated",
+    "FSDP2 Config/APIs are experimental",
     "(Resume|InContextTasks|KeepBest) is not in the state_dict",
 )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
@@ -271,7 +271,7 @@ def _apply_word(config: DictConfig, word: str, document: Document) -> None:
         OmegaConf.update(config, key, value)
     except (OmegaConfBaseException, IndexError, ValueError, TypeError, AssertionError) as error:
         is_outside = isinstance(error, (IndexError, AssertionError)) or "out of range" in str(error)
-        reason = f"there is no {key}" if is_outside else first_line(error)
+        reason = f"there is no {key}" if is_outside else _why_no_entry(config, path) or first_line(error)
         document.problems.append((origin, f"command line: {word}: {reason}."))
         return
     if not isinstance(value, dict):
@@ -285,6 +285,17 @@ def _apply_word(config: DictConfig, word: str, document: Document) -> None:
     for below, leaf in leaves(value, path):
         if below != path and leaf not in (None, {}, []):
             document.origins[below] = Origin(origin.place, origin.line, str(leaf), is_word=True)
+
+
+def _why_no_entry(config: DictConfig, path: KeyPath) -> str | None:
+    """Why a key names nothing below a list: it lacks the number of the entry."""
+    node: Any = config
+    for length, key in enumerate(path):
+        if isinstance(node, ListConfig) and not isinstance(key, int):
+            parent, rest = dotted(path[:length]), dotted(path[length:])
+            return f"{parent} is a list of {len(node)}. Name one of its entries, as in {parent}[0].{rest}"
+        node = node[key]
+    return None
 
 
 def _open_blank_sections(config: DictConfig, path: KeyPath) -> None:

@@ -119,6 +119,12 @@ def test_an_index_beyond_a_list_is_refused(problems: Callable[..., tuple[str, ..
     assert said == ("command line: eval_loader[4].label=c: there is no eval_loader[4].label.",)
 
 
+def test_a_key_below_a_list_names_its_entry(problems: Callable[..., tuple[str, ...]]) -> None:
+    said = problems("eval_loader: [{label: a, dataset: {local: x}}]", words=("eval_loader.label=c",))
+    text = "eval_loader is a list of 1. Name one of its entries, as in eval_loader[0].label."
+    assert said == (f"command line: eval_loader.label=c: {text}",)
+
+
 def test_a_word_opens_a_section_that_was_blank(load: Callable[..., object]) -> None:
     assert load("fsdp_config:", words=("fsdp_config.version=2",)).fsdp_config.version == 2
 
