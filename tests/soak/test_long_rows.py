@@ -5,11 +5,7 @@ from __future__ import annotations
 import runpy
 from pathlib import Path
 
-import pytest
-
-pytestmark = pytest.mark.long
-
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 TOKENS, HEADS = 4096, 4
 
 
