@@ -96,11 +96,19 @@ _shared_memory: list[Any] = []
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "pictures: draws the pictures of reports; other tests don't")
+    config.addinivalue_line("markers", "soak: takes long and has a quicker sibling; only `make soak` runs it")
     config.addinivalue_line("markers", "long: a file whose tests take long, so that they start early")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let long files start first: one that starts last leaves all other processes without work."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let long files start first: one that starts last leaves all other processes without work.
+
+    Tests for `make soak` are left out of any other run.
+    """
+    if os.environ.get("MPTFOUNDRY_SOAK") != "1":
+        later = [item for item in items if item.get_closest_marker("soak") is not None]
+        items[:] = [item for item in items if item not in later]
+        config.hook.pytest_deselected(items=later)
     items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 

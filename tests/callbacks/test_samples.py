@@ -85,6 +85,7 @@ def test_wandb_has_the_generations_as_tables(
     ]
 
 
+@pytest.mark.soak
 def test_mlflow_has_the_generations_as_a_table(
     make_trainer: Callable[..., Trainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,7 @@ def test_an_id_of_the_users_own_stands(
     assert run_id_of(file) == "mine"
 
 
+@pytest.mark.soak
 def test_mlflow_has_one_run_with_each_point_once(
     run: Callable[..., Path],  # noqa: F811
     tmp_path: Path,

@@ -307,7 +307,14 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-@pytest.mark.parametrize("feature", [name for name in FEATURES if "12" not in name])
+@pytest.mark.parametrize(
+    "feature",
+    [
+        pytest.param(name, marks=[] if name in ("plain", "alibi, documents", "all") else pytest.mark.soak)
+        for name in FEATURES
+        if "12" not in name
+    ],
+)
 def test_memory_is_linear_in_the_sequence(feature: str, small_chunks: None) -> None:
     def largest(seq: int) -> int:
         features = dict(FEATURES[feature])

@@ -93,7 +93,7 @@ def stored(bucket: Any, name: str) -> str:
     return bucket.Object(f"some/run/{name}").get()["Body"].read().decode()  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("kind", ["whole", "sharded"])
+@pytest.mark.parametrize("kind", ["whole", pytest.param("sharded", marks=pytest.mark.soak)])
 def test_a_run_goes_on_from_its_store_on_another_machine(
     run: Callable[..., Path], bucket: Any, kind: str
 ) -> None:
@@ -113,6 +113,7 @@ def test_a_run_goes_on_from_its_store_on_another_machine(
     assert not list(folder.glob(".fetched*"))
 
 
+@pytest.mark.soak
 def test_shards_without_their_outline_are_no_checkpoint(
     run: Callable[..., Path], bucket: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +225,7 @@ def test_an_export_that_cannot_be_uploaded_ends_the_run_with_its_name(run: Calla
         run(3, exports)
 
 
+@pytest.mark.soak
 def test_the_best_checkpoint_is_known_on_a_machine_that_lost_its_disk(
     run: Callable[..., Path], bucket: Any, shards: Path
 ) -> None:

@@ -242,6 +242,7 @@ def test_a_damaged_line_is_named(exported: Path, folder: Path, tmp_path: Path) -
         run(exported, folder, tmp_path / "out", "tasks=ends")
 
 
+@pytest.mark.soak
 def test_two_ranks_with_shards_of_the_model_give_the_numbers_of_one(
     write_run: Callable[..., Path], folder: Path, tmp_path: Path
 ) -> None:

@@ -109,11 +109,10 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(
     datasets.Dataset.from_dict({"text": corpus_texts}).save_to_disk(str(tmp_path / "c"))
     inputs += [tmp_path / "b.jsonl.gz", tmp_path / "c"]
     options = {"held_out": 0.2, "shard_bytes": 30_000}
-    for workers in (1, 2, 3):
+    for workers in (1, 3):
         run(*inputs, out=f"out-{workers}", workers=workers, **options)
     files = files_of(tmp_path / "out-1")
     assert len(files) > 6 and {"train/index.json", "val/index.json"} <= files.keys()
-    assert files_of(tmp_path / "out-2") == files
     assert files_of(tmp_path / "out-3") == files
 
 

@@ -151,9 +151,22 @@ def test_a_bad_shard_of_a_remote_ends_the_run_with_its_name(
     assert not (local / "train" / SHARD).exists()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("fault", [flip_a_bit, cut_short])
-@pytest.mark.parametrize("verify", ["lazy", "full"])
+@pytest.mark.parametrize(
+    ("verify", "fault", "workers"),
+    [
+        ("lazy", flip_a_bit, 0),
+        ("lazy", cut_short, 2),
+        ("full", cut_short, 0),
+        *(
+            pytest.param(*each, marks=pytest.mark.soak)
+            for each in [("lazy", cut_short, 0), ("full", flip_a_bit, 0)]
+        ),
+        *(
+            pytest.param(*each, 2, marks=pytest.mark.soak)
+            for each in [("lazy", flip_a_bit), ("full", flip_a_bit), ("full", cut_short)]
+        ),
+    ],
+)
 def test_a_bad_copy_is_fetched_again(
     build: Build,
     copy: Callable[[str], Path],
@@ -345,9 +358,9 @@ def test_the_readers_of_an_epoch_that_is_left_early_end(build: Build, prepared: 
     assert not waiting.is_alive()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("drop_last", [True, False])
-@pytest.mark.parametrize("canonical", [1, 2, 64])
+@pytest.mark.parametrize("canonical", [1, pytest.param(2, marks=pytest.mark.soak), 64])
 def test_an_epochs_length_is_what_it_deals_with_its_repeats(
     build: Build, prepared: Path, workers: int, drop_last: bool, canonical: int
 ) -> None:
