@@ -66,7 +66,7 @@ def test_the_operators_are_what_pytorch_takes_them_for() -> None:
         torch.library.opcheck(getattr(OPERATORS, name).default, tuple(arguments))
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.soak), 0.3])
 def test_compiled_it_is_one_node_in_each_direction(dropout: float) -> None:
     case, recorded = make_case(**MIX, dropout=dropout), AotEagerAndRecordGraphs()
     compiled = torch.compile(attend, fullgraph=True, backend=recorded)
@@ -125,7 +125,14 @@ def test_dropout_follows_pytorchs_seed() -> None:
     assert equal(first, learn(case)) and not torch.equal(first[0], second[0])
 
 
-@pytest.mark.parametrize("storage", ["one fused matrix", "a cache", "columns that lie apart"])
+@pytest.mark.parametrize(
+    "storage",
+    [
+        pytest.param("one fused matrix", marks=pytest.mark.soak),
+        pytest.param("a cache", marks=pytest.mark.soak),
+        "columns that lie apart",
+    ],
+)
 def test_inputs_are_read_where_they_lie(storage: str) -> None:
     case = make_case(**{**MIX, "n_heads": 4, "kv_heads": 2})
     inputs, context = [x.to(DEVICE) for x in case[0]], on_device(case[2])

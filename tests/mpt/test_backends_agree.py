@@ -39,6 +39,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 BOTH = pytest.mark.parametrize("backend", ["torch", "triton"])
 EACH = pytest.mark.parametrize("architecture", ARCHITECTURES)
+MIXED = pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=pytest.mark.soak if name in ("mpt", "clipped, scaled") else [])
+        for name in ARCHITECTURES
+    ],
+)
 
 
 def network(backend: str, dtype: torch.dtype = torch.float32, **attention: Any) -> MPT:
@@ -78,7 +85,7 @@ def test_logits_and_gradients_are_the_same(architecture: str) -> None:
 
 
 @BOTH
-@EACH
+@MIXED
 def test_padding_on_either_side_changes_nothing(backend: str, architecture: str) -> None:
     attention, ids, lengths = ARCHITECTURES[architecture], tokens(3), [40, 33, 7]
     made, exact = network(backend, **attention), network("torch", torch.float64, **attention)
@@ -93,7 +100,7 @@ def test_padding_on_either_side_changes_nothing(backend: str, architecture: str)
 
 
 @BOTH
-@EACH
+@MIXED
 def test_packed_documents_equal_the_same_documents_alone(backend: str, architecture: str) -> None:
     attention, ids = ARCHITECTURES[architecture], tokens(1, 48)
     made, exact = network(backend, **attention), network("torch", torch.float64, **attention)
@@ -106,7 +113,7 @@ def test_packed_documents_equal_the_same_documents_alone(backend: str, architect
     assert_as_exact([packed], [alone], [truth])
 
 
-@EACH
+@MIXED
 def test_the_same_tokens_are_generated(architecture: str) -> None:
     rows, mask = shifted(tokens(2, 20), [20, 7], left=True)
     some, others = (
