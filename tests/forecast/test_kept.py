@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -9,14 +10,16 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from mptfoundry.config.parallel import recomputed_parts
-from mptfoundry.forecast.kept import kept_bytes
 from mptfoundry.models.activation_checkpointing import checkpoint_activations
 from mptfoundry.mpt.config import AttnConfig, FFNConfig, MPTConfig
-from mptfoundry.mpt.flops import count_parameters
+from mptfoundry.mpt.flops import attention_activations, block_activations, count_parameters, ffn_activations
 from mptfoundry.mpt.network import MPT
 from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.plan.memory import FP32, STATE_BYTES
 
+INT64 = 8
+# Mean and inverse deviation of a norm's rows.
+NORM_STATISTICS = 2
 BATCH, LENGTH = 2, 32
 SMALL: dict[str, Any] = {"d_model": 48, "n_heads": 3, "max_seq_len": LENGTH, "vocab_size": 97}
 MODELS: dict[str, dict[str, Any]] = {
@@ -25,6 +28,36 @@ MODELS: dict[str, dict[str, Any]] = {
     "gated": {"ffn_config": FFNConfig(ffn_type="mptglu")},
     "clipped": {"attn_config": AttnConfig(alibi=True, clip_qkv=6)},
 }
+
+
+def kept_bytes(
+    network: MPTConfig, tokens: int, recomputed: Mapping[str, frozenset[int]] | None = None
+) -> int:
+    """Bytes that a forward over so many tokens keeps, its weights not included, from the plan's parts.
+
+    In float32 on a CPU with the `torch` backend and layernorms, with ALiBi or learned positions; the plan
+    leaves out the statistics of norms and attention.
+
+    Args:
+        network: The architecture.
+        tokens: Tokens of the microbatch.
+        recomputed: The blocks of each part that backward computes again: `recomputed_parts` of the config.
+    """
+    statistics = 2 * NORM_STATISTICS
+    block = FP32 * (block_activations(network) + statistics + network.n_heads)
+    saved = {
+        "block": block - FP32 * network.d_model,
+        "attention": FP32 * (attention_activations(network) + network.n_heads),
+        "mlp": FP32 * ffn_activations(network),
+        "norm": FP32 * 2 * network.d_model,  # the outputs
+    }
+    # The ids, the last norm's input and statistics, and the count of the tokens in the loss.
+    around = INT64 + FP32 * (network.d_model + NORM_STATISTICS)
+    if network.has_learned_positions:
+        around += FP32
+    per_token = network.n_layers * block + around
+    per_token -= sum(saved[part] * len(blocks) for part, blocks in (recomputed or {}).items())
+    return tokens * per_token + INT64
 
 
 def counted(network: MPT) -> int:
