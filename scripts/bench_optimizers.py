@@ -6,7 +6,8 @@
 Peers are the loop of llm-foundry's DecoupledLionW, PyTorch's AdamW (foreach and fused) and Composer's
 DecoupledAdamW. In each round every optimizer takes a step that makes its state, and two that are timed, so
 that all of them see the same load of the machine. The table has the fastest and the median step, the median
-over the rounds of the ratio to llm-foundry's loop, and bytes per parameter that a step has to read and write.
+over the rounds of the ratio to llm-foundry's loop, and the bytes per parameter that a step has to read and
+write at least.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ from torch import Tensor
 
 from mptfoundry.checkpoints.source import expected_shapes
 from mptfoundry.config.load import load_train_config
+from mptfoundry.optim import adamw_fused, lion_fused
 from mptfoundry.optim.lion import DecoupledLionW
 
 BASE = "LION, llm-foundry's loop"
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 1e-5}
 STEPS = 2
+GPU_ONLY = ("LION, ours, fused",)
 
 
 class LoopLion(torch.optim.Optimizer):
@@ -54,8 +57,10 @@ Make = Callable[[list[Tensor]], torch.optim.Optimizer]
 PEERS: dict[str, tuple[Make, int]] = {
     BASE: (lambda params: LoopLion(params, OPTIONS | {"initial_lr": OPTIONS["lr"]}), 20),
     "LION, ours": (partial(DecoupledLionW, **OPTIONS), 20),
+    "LION, ours, fused": (partial(lion_fused.DecoupledLionW, **OPTIONS), 20),
     "AdamW, Composer's loop": (partial(DecoupledAdamW, **OPTIONS), 28),
     "AdamW, torch foreach": (partial(torch.optim.AdamW, **OPTIONS, foreach=True), 28),
+    "AdamW, ours, fused": (partial(adamw_fused.DecoupledAdamW, **OPTIONS), 28),
     "AdamW, torch fused": (partial(torch.optim.AdamW, **OPTIONS, fused=True), 28),
 }
 
@@ -73,17 +78,19 @@ def main(words: list[str]) -> int:
         param.grad = torch.randn_like(param).mul_(0.01)
     numbers = sum(param.numel() for param in params)
     print(f"{numbers:,} parameters, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    times: dict[str, list[float]] = {name: [] for name in PEERS}
+    names = [name for name in PEERS if name not in GPU_ONLY or own["device"] == "cuda"]
+    times: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(int(own["rounds"])):
-        for name, (make, _) in PEERS.items():
+        for name in names:
+            make, _ = PEERS[name]
             times[name].append(fastest_step(make(params), own["device"]))
     print(f"{'':26} fastest ms  median ms  / llm-foundry's  bytes  GB/s at least")
-    for name, (_, moved) in PEERS.items():
+    for name in names:
+        moved = PEERS[name][1]
         best, median = min(times[name]) * 1000, statistics.median(times[name]) * 1000
         ratio = statistics.median(a / b for a, b in zip(times[name], times[BASE], strict=True))
-        print(
-            f"{name:26} {best:10.1f} {median:10.1f} {ratio:16.2f} {moved:6} {numbers * moved / best / 1e6:14.1f}"
-        )
+        rate = numbers * moved / best / 1e6
+        print(f"{name:26} {best:10.1f} {median:10.1f} {ratio:16.2f} {moved:6} {rate:14.1f}")
         row = {"optimizer": name, "parameters": numbers, "milliseconds": median, "ratio": ratio}
         tell(own, **row, compared_with=BASE)
     return 0

@@ -114,9 +114,7 @@ class DecoupledLionW(torch.optim.Optimizer):
         return _local(param), _local(param.grad), _local(self.state[param]["exp_avg"])
 
 
-def _update(
-    weights: Sequence[Tensor], grads: Sequence[Tensor], momenta: Sequence[Tensor], group: dict[str, Any]
-) -> None:
+def _update(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> None:
     grads = [grad.to(momentum.dtype) for grad, momentum in zip(grads, momenta, strict=True)]
     lr, (beta1, beta2) = group["lr"], group["betas"]
     directions = torch._foreach_lerp(momenta, grads, 1 - beta1)
