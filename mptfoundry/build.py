@@ -61,6 +61,11 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "decoupled_lionw": DecoupledLionW,
     "decoupled_adamw": DecoupledAdamW,
 }
+# Imported only where they are used: LION's needs Triton.
+FUSED_OPTIMIZERS: dict[str, str | type] = {
+    "decoupled_lionw": "mptfoundry.optim.lion_fused:DecoupledLionW",
+    "decoupled_adamw": "mptfoundry.optim.adamw_fused:DecoupledAdamW",
+}
 SCHEDULERS: dict[str, Callable[..., Schedule]] = {
     "constant_with_warmup": schedules.constant_with_warmup,
     "cosine_with_warmup": schedules.cosine_with_warmup,
@@ -229,13 +234,16 @@ def compose(network: Any, tokenizer: Any, *, seed: int = 0, extra_flops_per_toke
     )
 
 
-def build_optimizer(config: TrainConfig, model: ComposerMPT) -> torch.optim.Optimizer:
+def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = False) -> torch.optim.Optimizer:
     """The optimizer over the network's parameter groups, without frozen parameters."""
     options = asdict(config.optimizer)
-    name, groups, frozen = (options.pop(key) for key in ("name", "param_groups", "disable_grad"))
+    name, groups, frozen, _ = (options.pop(key) for key in ("name", "param_groups", "disable_grad", "fused"))
     groups = [{key: value for key, value in group.items() if value is not None} for group in groups]
     parameters = parameter_groups(model.model.named_parameters(), param_groups=groups, disable_grad=frozen)
-    return OPTIMIZERS[name](parameters, **options)
+    make = OPTIMIZERS[name]
+    if fused and make in (DecoupledLionW, DecoupledAdamW):  # not a class of the user's own
+        make = _class_in(FUSED_OPTIMIZERS, name)
+    return make(parameters, **options)
 
 
 def build_scheduler(config: TrainConfig) -> ComposerScheduler:
@@ -340,9 +348,14 @@ def _generate_text(
 
 
 def _make(table: Mapping[str, str | type], name: str, kwargs: Mapping[str, Any]) -> Any:
-    """An instance of the class that `name` refers to; imports its module if needed."""
+    return _class_in(table, name)(**kwargs)
+
+
+def _class_in(table: Mapping[str, str | type], name: str) -> Callable[..., Any]:
+    """The class that `name` refers to; imports its module if needed."""
     entry = table[name]
     if isinstance(entry, str):
         module, _, attribute = entry.partition(":")
         entry = getattr(importlib.import_module(module), attribute)
-    return entry(**kwargs)
+    assert callable(entry)
+    return entry

@@ -6,6 +6,7 @@ are saved, the checkpoints. Started again with the same command, it continues fr
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from mptfoundry.models.gloo_average import average_gradients
 from mptfoundry.models.sharding import prefetch
 from mptfoundry.plan.devices import detect_device
 from mptfoundry.plan.gpu_support import imported_torch, refuse_unsupported
-from mptfoundry.plan.plan import Plan, make_plan, refuse_missing
+from mptfoundry.plan.plan import Choice, Plan, make_plan, refuse_missing, why_not_fused
 from mptfoundry.plan.table import describe_plan
 from mptfoundry.ranks import say
 from mptfoundry.run.lifecycle import Run, guarded
@@ -73,6 +74,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     """Composer's Trainer with everything that the config describes, at the point where the run starts."""
     if run.start.is_own:
         say(f"resuming from {run.start.checkpoint}")
+        plan = keep_fused(config, plan, run.start)
     takes_weights = config.model.takes_weights or run.start.checkpoint is not None
     source = starting_model(config, run.start) if takes_weights else None
     if config.code_paths:
@@ -93,7 +95,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
         model=model,
         train_dataloader=train_loader,
         eval_dataloader=evaluators,
-        optimizers=build.build_optimizer(config, model),
+        optimizers=build.build_optimizer(config, model, fused=plan.fused),
         schedulers=build.build_scheduler(config),
         algorithms=build.build_algorithms(config),
         callbacks=[
@@ -101,7 +103,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
             throughput,
             *([in_context_tasks(config, plan, tokenizer)] if config.icl_tasks is not None else []),
             *build.build_callbacks(config, tokenizer, run.folder),
-            *run.checkpointing(tokenizer, has_weights=source is not None),
+            *run.checkpointing(tokenizer, has_weights=source is not None, fused=plan.fused),
             *(foretold(config, plan) if plan.device.kind == "gpu" else ()),
         ],
         loggers=[*build.build_loggers(config, run.folder, run.start), *run.loggers, *console],
@@ -116,6 +118,17 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": run.yaml})
     return trainer
+
+
+def keep_fused(config: TrainConfig, plan: Plan, start: Start) -> Plan:
+    """With `optimizer.fused: auto`, a run keeps the step that it began with, if this machine has it."""
+    before = start.notes is not None and start.notes.fused
+    if config.optimizer.fused != "auto" or before == plan.fused:
+        return plan
+    missing = why_not_fused(config, plan.device) if before else None
+    reason = f"not fused as this run's earlier steps: {missing}" if missing else "as this run's earlier steps"
+    choice = Choice(before and missing is None, reason)
+    return replace(plan, fused=choice.value, choices=plan.choices | {"optimizer.fused": choice})
 
 
 def foretold(config: TrainConfig, plan: Plan) -> list[Callback]:

@@ -26,10 +26,11 @@ from mptfoundry.config.run import TrainConfig
 from mptfoundry.models.activation_checkpointing import checkpoint_activations
 from mptfoundry.mpt.flops import count_parameters, flops_per_token
 from mptfoundry.mpt.network import MPT
-from mptfoundry.optim.gradients import clamp, global_norm, scale_to_norm
+from mptfoundry.optim.gradients import clamp, global_norm, scale_for_norm, scale_to_norm
 from mptfoundry.optim.groups import parameter_groups
 from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.plan.devices import detect_device
+from mptfoundry.plan.plan import choose_fused
 
 WARMUP_STEPS = 3
 # What `mptfoundry plan ... measured=FILE.json` needs to know about the network.
@@ -60,7 +61,8 @@ def measure(config: TrainConfig, batch: int, steps: int) -> dict[str, object]:
     kind = "cuda" if device.kind == "gpu" else "cpu"
     network_config, seq_len = config.model.network(), config.max_seq_len
     network = make_network(config, kind)
-    optimizer = make_optimizer(config, network)
+    fused = config.optimizer.fused
+    optimizer = make_optimizer(config, network, choose_fused(config, device)[0] if fused == "auto" else fused)
     ids = torch.randint(network_config.vocab_size, (batch, seq_len), device=kind)
     stamps = []
     for _ in range(WARMUP_STEPS + steps):
@@ -70,7 +72,7 @@ def measure(config: TrainConfig, batch: int, steps: int) -> dict[str, object]:
         times.append(stamp(kind))
         loss.backward()
         times.append(stamp(kind))
-        clip(config, network)
+        clip(config, network, optimizer)
         times.append(stamp(kind))
         optimizer.step()
         optimizer.zero_grad()
@@ -117,28 +119,39 @@ def make_network(config: TrainConfig, kind: str) -> Any:
     return network
 
 
-def make_optimizer(config: TrainConfig, network: Any) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, network: Any, fused: bool) -> torch.optim.Optimizer:
     options = asdict(config.optimizer)
-    name, groups, frozen = (options.pop(key) for key in ("name", "param_groups", "disable_grad"))
+    name, groups, frozen, _ = (options.pop(key) for key in ("name", "param_groups", "disable_grad", "fused"))
     groups = [{key: value for key, value in group.items() if value is not None} for group in groups]
     parameters: Any = parameter_groups(network.named_parameters(), param_groups=groups, disable_grad=frozen)
+    # Triton and Composer are imported only where they are needed.
+    if name == "decoupled_lionw" and fused:
+        from mptfoundry.optim.lion_fused import DecoupledLionW as FusedLionW
+
+        return FusedLionW(parameters, **options)
     if name == "decoupled_lionw":
         return DecoupledLionW(parameters, **options)
+    if fused:
+        from mptfoundry.optim.adamw_fused import DecoupledAdamW as FusedAdamW
+
+        return FusedAdamW(parameters, **options)
     from composer.optim import DecoupledAdamW
 
     return DecoupledAdamW(parameters, **options)
 
 
-def clip(config: TrainConfig, network: Any) -> None:
+def clip(config: TrainConfig, network: Any, optimizer: Any) -> None:
     """Measure the norm, as every run does, and clip as the config says; `adaptive` is not measured."""
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     norm, clipping = global_norm(gradients), config.algorithms.gradient_clipping
     if clipping is None or clipping.clipping_threshold is None:
         return
-    if clipping.clipping_type == "norm":
-        scale_to_norm(gradients, norm, clipping.clipping_threshold)
-    elif clipping.clipping_type == "value":
+    if clipping.clipping_type == "value":
         clamp(network.parameters(), clipping.clipping_threshold)
+    elif clipping.clipping_type == "norm" and hasattr(optimizer, "gradient_scale"):
+        optimizer.gradient_scale = scale_for_norm(norm, clipping.clipping_threshold)
+    elif clipping.clipping_type == "norm":
+        scale_to_norm(gradients, norm, clipping.clipping_threshold)
 
 
 if __name__ == "__main__":

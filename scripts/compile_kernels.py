@@ -1,13 +1,14 @@
-"""Compile the attention kernels in Triton for any GPU architecture, without a GPU, and print the results.
+"""Compile the Triton kernels for any GPU architecture, without a GPU, and print the results.
 
     python scripts/compile_kernels.py [arch=90,80] [head_dim=64,128] [features=alibi,alibi+documents]
         [group=1,4] [dtype=bfloat16,float32] [kernel=forward_kernel] [and ...] [processes=2] [out=FILE.json]
         [lines=true]
 
 Without words it compiles every variant that ships, with words all combinations of their values; `and` starts
-another set. Attention is called on the CPU with small tensors that have a model's strides. Where Triton would
-launch a kernel, the kernel is only compiled, as Triton's launcher does for that architecture, with Triton's
-own ptxas. Triton's cache (TRITON_CACHE_DIR) is used, so recently compiled kernels take no time.
+another set; `features=lion` is the optimizer's kernel. Attention, or a step, is called on the CPU with small
+tensors that have a model's strides. Where Triton would launch a kernel, the kernel is only compiled, as
+Triton's launcher does for that architecture, with Triton's own ptxas. Triton's cache (TRITON_CACHE_DIR) is
+used, so recently compiled kernels take no time.
 
 * *spilled*: bytes of spill stores and loads in the machine code, from `ptxas -v`. It runs only if cuobjdump
   finds a stack; without a stack there are no spills.
@@ -44,6 +45,7 @@ from triton.runtime.jit import JITFunction
 from mptfoundry.mpt import attention_triton
 from mptfoundry.mpt.attention_tiles import Tile, tile_of
 from mptfoundry.mpt.position import AttentionContext, alibi_slopes
+from mptfoundry.optim.lion_fused import DecoupledLionW
 
 # Triton 3.3 has no code for sm_120, and torch 2.7, which comes with it, none for sm_100.
 ARCHITECTURES = (90, 80) if triton.__version__.startswith("3.3.") else (90, 80, 100, 120)
@@ -117,6 +119,8 @@ def shipped(options: dict[str, str]) -> Iterator[Case]:
         return options[name].split(",") if name in options else [str(x) for x in default]
 
     kernels = tuple(asked("kernel", ()))
+    if not options:
+        yield from (Case(arch, 0, "lion", dtype="float32") for arch in ARCHITECTURES)
     for arch, head_dim, features, group, dtype in itertools.product(
         asked("arch", ARCHITECTURES),
         asked("head_dim", HEAD_DIMS),
@@ -165,8 +169,11 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
     ).get(kernel, tile_of(kernel, head_dim, divmod(case.arch, 10), number_bytes, **has_dropout))
     JITFunction.run = compile_instead
     try:
-        call_attention(case, batch=2, seq=64, past=0)
-        call_attention(case, batch=1, seq=1, past=36)
+        if case.features == "lion":
+            call_lion()
+        else:
+            call_attention(case, batch=2, seq=64, past=0)
+            call_attention(case, batch=1, seq=1, past=36)
     finally:
         JITFunction.run = launch
     return [{**row, "refused": why_refused(row)} for row in rows.values()]
@@ -220,6 +227,15 @@ def call_attention(case: Case, batch: int, seq: int, past: int) -> None:
     if context.dropout == 0:
         with torch.no_grad():
             attention_triton.attend(query[:, -1:], key, value, context)
+
+
+def call_lion() -> None:
+    """The optimizer's step in one pass, with clipping."""
+    weight = torch.nn.Parameter(torch.zeros(64, 64))
+    weight.grad = torch.zeros_like(weight)
+    optimizer = DecoupledLionW([weight], weight_decay=1e-5)
+    optimizer.gradient_scale = torch.ones(())
+    optimizer.step()
 
 
 class _Cache:

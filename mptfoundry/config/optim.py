@@ -48,6 +48,9 @@ class _AnyOptimizerConfig(Section):
         weight_decay: Each step shrinks the weights by the fraction `weight_decay * lr / initial lr`.
         disable_grad: Regular expressions; parameters whose names match any of them are frozen.
         param_groups: Parameters with their own settings.
+        fused: Update weights and state in one pass over the memory: LION by a Triton kernel on a GPU, AdamW
+            by PyTorch's kernel. The numbers are the plain step's within rounding, so with `auto` a run keeps
+            the step that it began with. A new run is fused on a GPU that can, and not on a CPU.
     """
 
     name: str
@@ -56,6 +59,7 @@ class _AnyOptimizerConfig(Section):
     weight_decay: float
     disable_grad: tuple[str, ...] = ()
     param_groups: tuple[ParamGroupConfig, ...] = ()
+    fused: bool | Literal["auto"] = "auto"
 
     def rules(self) -> Rules:
         yield from _rates(self)

@@ -3,6 +3,8 @@
 The norm is over all parameters together, `sqrt(sum of squares)`, in float32. It is the same number on every
 rank for any sharding: each rank sums the squares of its shards, and the sums are all-reduced over the shard
 groups. The norm stays on the device, where the step guard reads it together with the loss.
+
+A fused LION clips by norm in its own pass over the gradients, which stay as they are.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from torch import Tensor
 
-from mptfoundry.optim.gradients import clamp, global_norm, scale_to_norm
+from mptfoundry.optim.gradients import clamp, global_norm, scale_for_norm, scale_to_norm
 
 ClippingType = Literal["norm", "value", "adaptive"]
 
@@ -60,7 +62,10 @@ class GradientClipping(Algorithm):
         self.grad_norm = norm = global_norm(gradients)
         if threshold is None:
             return
-        if self.clipping_type == "norm":
+        fused = next((each for each in state.optimizers if hasattr(each, "gradient_scale")), None)
+        if self.clipping_type == "norm" and fused is not None:
+            fused.gradient_scale = scale_for_norm(norm, threshold)
+        elif self.clipping_type == "norm":
             scale_to_norm(gradients, norm, threshold)
         elif self.clipping_type == "value":
             clamp(state.model.parameters(), threshold)

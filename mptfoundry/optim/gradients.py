@@ -36,10 +36,15 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
 
 def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, threshold: float) -> None:
     """Scale gradients, with this norm (0-d), in place by `threshold / norm` where that is below 1."""
-    scale = (threshold / (norm + EPSILON)).clamp(max=1.0)
+    scale = scale_for_norm(norm, threshold)
     if scale.device.type == "cpu" and scale == 1:
         return
     torch._foreach_mul_([_local(gradient) for gradient in gradients], scale)
+
+
+def scale_for_norm(norm: Tensor, threshold: float) -> Tensor:
+    """What to multiply gradients with this norm by, so that it is at most `threshold`; 0-d, at most 1."""
+    return (threshold / (norm + EPSILON)).clamp(max=1.0)
 
 
 def clamp(parameters: Iterable[Tensor], threshold: float) -> None:

@@ -24,8 +24,11 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-# The signs are a temporary tensor; updates in chunks of at most this many elements keep it small.
-ELEMENTS_AT_ONCE = 1 << 26
+# A parameter's weights, gradient and momentum on this rank.
+Shard = tuple[Tensor, Tensor, Tensor]
+# A step makes several passes over as many elements as are updated together. On a GPU the number bounds the
+# memory of the signs; on a CPU so many for each thread stay in its cache from one pass to the next.
+ELEMENTS_AT_ONCE = {"cuda": 1 << 26, "cpu": 1 << 16}
 
 
 def lion_step(
@@ -53,7 +56,7 @@ def lion_step(
         The new weights and the new momentum.
     """
     direction = exp_avg.lerp(grad, 1 - betas[0]).sign()
-    shrunk = param * _shrinkage(lr, initial_lr, weight_decay)
+    shrunk = param * shrinkage(lr, initial_lr, weight_decay)
     return shrunk.add(direction, alpha=-lr), exp_avg.lerp(grad, 1 - betas[1])
 
 
@@ -94,48 +97,80 @@ class DecoupledLionW(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for params in _runs([p for p in group["params"] if p.grad is not None]):
-                self._update(params, group)
+            shards = [self._shard(param) for param in group["params"] if param.grad is not None]
+            self.update(shards, group)
         return loss
 
-    def _update(self, params: Sequence[Tensor], group: dict[str, Any]) -> None:
-        for param in params:
-            if "exp_avg" not in self.state[param]:
-                self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        weights = [_local(param) for param in params]
-        momenta = [_local(self.state[param]["exp_avg"]) for param in params]
-        grads = [
-            _local(param.grad).to(momentum.dtype)  # type: ignore[arg-type]
-            for param, momentum in zip(params, momenta, strict=True)
-        ]
-        lr, (beta1, beta2) = group["lr"], group["betas"]
-        directions = torch._foreach_lerp(momenta, grads, 1 - beta1)
-        torch._foreach_sign_(directions)
-        if group["weight_decay"]:
-            torch._foreach_mul_(weights, _shrinkage(lr, group["initial_lr"], group["weight_decay"]))
-        torch._foreach_add_(weights, directions, alpha=-lr)
-        torch._foreach_lerp_(momenta, grads, 1 - beta2)
+    def update(self, shards: Sequence[Shard], group: dict[str, Any]) -> None:
+        """Update the weights and momenta of a group's shards."""
+        for weights, grads, momenta in _runs(shards):
+            _update(weights, grads, momenta, group)
+
+    def _shard(self, param: Tensor) -> Shard:
+        """This rank's shard: the update is elementwise, so a shard needs nothing from the others."""
+        if "exp_avg" not in self.state[param]:
+            self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
+        assert param.grad is not None
+        return _local(param), _local(param.grad), _local(self.state[param]["exp_avg"])
 
 
-def _shrinkage(lr: float, initial_lr: float, weight_decay: float) -> float:
+def _update(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> None:
+    grads = [grad.to(momentum.dtype) for grad, momentum in zip(grads, momenta, strict=True)]
+    lr, (beta1, beta2) = group["lr"], group["betas"]
+    directions = torch._foreach_lerp(momenta, grads, 1 - beta1)
+    torch._foreach_sign_(directions)
+    if group["weight_decay"]:
+        torch._foreach_mul_(weights, shrinkage(lr, group["initial_lr"], group["weight_decay"]))
+    torch._foreach_add_(weights, directions, alpha=-lr)
+    torch._foreach_lerp_(momenta, grads, 1 - beta2)
+
+
+def shrinkage(lr: float, initial_lr: float, weight_decay: float) -> float:
+    """What weight decay multiplies all weights by in a step."""
     return 1 - weight_decay * lr / initial_lr
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard: the update is elementwise, so a shard needs nothing from the others."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def _runs(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Split into chunks of one device and dtype, for PyTorch's foreach kernels, and of bounded size."""
-    run: list[Tensor] = []
+def _runs(shards: Iterable[Shard]) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+    """Weights, gradients and momenta to update together, for PyTorch's foreach kernels: of one device and
+    dtype, and of bounded size.
+    """
+    run: list[Shard] = []
     elements = 0
-    for param in params:
-        kind, size = (param.device, param.dtype), _local(param).numel()
-        if run and (kind != (run[0].device, run[0].dtype) or elements + size > ELEMENTS_AT_ONCE):
-            yield run
+    for piece in _pieces(shards):
+        kind, size = _kind(piece), piece[0].numel()
+        if run and (kind != _kind(run[0]) or elements + size > _most_elements(piece[0])):
+            yield _columns(run)
             run, elements = [], 0
-        run.append(param)
+        run.append(piece)
         elements += size
     if run:
-        yield run
+        yield _columns(run)
+
+
+def _pieces(shards: Iterable[Shard]) -> Iterator[Shard]:
+    """Cut what is larger than a run, where it is contiguous."""
+    for shard in shards:
+        most = _most_elements(shard[0])
+        if shard[0].numel() <= most or not all(tensor.is_contiguous() for tensor in shard):
+            yield shard
+        else:
+            yield from zip(*(tensor.view(-1).split(most) for tensor in shard), strict=True)
+
+
+def _most_elements(tensor: Tensor) -> int:
+    if tensor.device.type == "cpu":
+        return ELEMENTS_AT_ONCE["cpu"] * torch.get_num_threads()
+    return ELEMENTS_AT_ONCE["cuda"]
+
+
+def _kind(shard: Shard) -> tuple[torch.device, torch.dtype]:
+    return shard[0].device, shard[0].dtype
+
+
+def _columns(run: Sequence[Shard]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    weights, grads, momenta = zip(*run, strict=True)
+    return list(weights), list(grads), list(momenta)

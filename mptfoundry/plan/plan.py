@@ -15,7 +15,7 @@ from mptfoundry.architecture.trainable import Trainable, count_trainable
 from mptfoundry.config.rules import split_problem
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
-from mptfoundry.mpt.backends import Capability, choose_backend, refusal, why_never, why_not
+from mptfoundry.mpt.backends import Capability, choose_backend, refusal, why_never, why_not, why_not_here
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters, flops_per_token
 from mptfoundry.mpt.head_config import HeadConfig
@@ -49,6 +49,7 @@ class Plan:
         precision: `precision`.
         attn_impl: `model.attn_config.attn_impl`.
         loss_fn: `model.loss_fn`.
+        fused: `optimizer.fused`.
         sharding: How `fsdp_config` shards the weights; None if every device holds all of them.
         init_device: `model.init_device`.
         device_train_batch_size: Sequences of one step on one device.
@@ -71,6 +72,7 @@ class Plan:
     precision: str
     attn_impl: str
     loss_fn: str
+    fused: bool
     sharding: Sharding | None
     init_device: str
     device_train_batch_size: int
@@ -156,6 +158,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         precision=precision,
         attn_impl=attention,
         loss_fn=loss_fn,
+        fused=decide("optimizer.fused", config.optimizer.fused, lambda: choose_fused(config, device)),
         sharding=sharding,
         init_device=init_device,
         device_train_batch_size=share,
@@ -272,7 +275,26 @@ def _lacking(config: TrainConfig, device: Device, precision: str) -> dict[str, s
         lacking.update([problem])
     if config.precision != "auto" and (reason := precision_problem(precision, device)):
         lacking["precision"] = reason
+    if config.optimizer.fused is True and (reason := why_not_fused(config, device)):
+        lacking["optimizer.fused"] = f"true can't be used: {reason}. Use auto or false."
     return lacking
+
+
+def choose_fused(config: TrainConfig, device: Device) -> tuple[bool, str]:
+    """Resolve `optimizer.fused: auto`; returns the value and the reason."""
+    if device.kind == "cpu":
+        return False, "on a CPU the plain step, bit for bit"
+    reason = why_not_fused(config, device)
+    return reason is None, reason or "weights and state are read and written once"
+
+
+def why_not_fused(config: TrainConfig, device: Device) -> str | None:
+    """Why the optimizer has no step in one pass on a device, one clause; None if it has."""
+    if config.optimizer.name == "decoupled_adamw":
+        return None
+    if device.kind == "gpu" and not device.is_here and (device.capability or (0, 0)) >= (8, 0):
+        return None  # torch brings Triton to a cluster, whatever this machine has
+    return why_not_here("triton", device.torch_type, "float32", device.capability)
 
 
 def _replicas(device: Device) -> str:

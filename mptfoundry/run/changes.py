@@ -78,6 +78,7 @@ MAY_CHANGE: dict[str, str] = {
         "code_paths allow_code variables eval_loader scheduler fsdp_config compile_config"
     ),
     "model.attn_config": "attn_impl alibi_skips",
+    "optimizer": "fused",
     "model": (
         "loss_fn init_device pretrained_model_name_or_path revision pretrained config_overrides "
         "activation_checkpointing_target"
@@ -112,10 +113,12 @@ class RunNotes:
         config: The resolved config as YAML, as in the run's `config.yaml`.
         fingerprints: The content of each stream and of the tokenizer, as hexadecimal digits by its key in the
             config; see `config.changes.changed_inputs`.
+        fused: The optimizer's step was the fused one.
     """
 
     config: str
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    fused: bool = False
 
     def to_text(self) -> str:
         """Return the notes in the form that the checkpoint stores."""
@@ -138,7 +141,7 @@ def read_notes(checkpoint: Path) -> RunNotes | None:
             raise TypeError("not texts")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{checkpoint}: is damaged: its record of the run can't be read.") from error
-    return RunNotes(config, fingerprints)
+    return RunNotes(config, fingerprints, fused=values.get("fused") is True)
 
 
 @dataclass(frozen=True)

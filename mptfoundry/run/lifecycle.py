@@ -116,10 +116,11 @@ class Run:
         if (notes := self.start.notes) is not None:
             decided_by_rank_0(lambda: say_changed_inputs(self._config, notes, fingerprints))
 
-    def checkpointing(self, tokenizer: Any, *, has_weights: bool) -> Iterator[Callback]:
+    def checkpointing(self, tokenizer: Any, *, has_weights: bool, fused: bool) -> Iterator[Callback]:
         """Yield the callbacks that load the starting checkpoint and save new ones, with the tokenizer.
 
-        A model that has its weights already loads only the run's own checkpoint.
+        A model that has its weights already loads only the run's own checkpoint. Checkpoints record whether
+        the optimizer's step is the fused one.
         """
         config, start, self._tokenizer = self._config, self.start, tokenizer
         if start.checkpoint is not None and (start.is_own or not has_weights):
@@ -131,7 +132,7 @@ class Run:
                 upload_small=uploader_of(config, ONCE),
                 describe=self._describe,
                 in_background=config.save_async,
-                notes=RunNotes(self.yaml, self._inputs),
+                notes=RunNotes(self.yaml, self._inputs, fused),
                 filename=config.save_filename,
                 latest_filename=config.latest_filename,
                 save_interval=config.save_interval,

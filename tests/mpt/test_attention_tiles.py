@@ -27,6 +27,9 @@ ESSENTIAL = (
 )
 
 
+LION = "and arch=80,90 features=lion head_dim=0 group=1 dtype=float32"
+
+
 def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
     """In a process that compiles kernels instead of interpreting them."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -40,10 +43,13 @@ def test_what_training_uses_compiles_without_spills_onto_tensor_cores(tmp_path: 
     pytest.importorskip("triton", reason="triton is not installed")
     out = tmp_path / "kernels.json"
     is_soak = os.environ.get("MPTFOUNDRY_SOAK") == "1"
-    words = ESSENTIAL if is_soak else PUBLISHED
+    words = f"{ESSENTIAL if is_soak else PUBLISHED} {LION}"
     done = run(["scripts/compile_kernels.py", *words.split(), f"out={out}"], timeout=900)
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())
+    lion = [row for row in rows if row["kernel"] == "lion_kernel"]
+    assert [(row["arch"], row["spilled"], row["shared"]) for row in lion] == [(80, 0, 0), (90, 0, 0)]
+    rows = [row for row in rows if row not in lion]
     assert {row["kernel"] for row in rows} == {
         f"{name}_kernel" for name in ("forward", "backward_query", "backward_key", "decode", "join")
     }

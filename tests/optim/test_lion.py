@@ -39,18 +39,15 @@ def test_one_step_by_hand() -> None:
     assert momentum.item() == pytest.approx(0.475, abs=1e-15)
 
 
-@pytest.mark.parametrize("elements_at_once", [1, 1 << 20])
-def test_the_fast_step_is_the_plain_step_bit_for_bit(
-    elements_at_once: int, monkeypatch: pytest.MonkeyPatch
+def follow_the_plain_step(
+    params: list[torch.nn.Parameter], optimizer: DecoupledLionW, steps: int = 5
 ) -> None:
-    monkeypatch.setattr(lion, "ELEMENTS_AT_ONCE", elements_at_once)
-    params = parameters()
-    optimizer = DecoupledLionW(params, **OPTIONS)
+    """Take steps along a schedule, each of which has to be the equations' bit for bit."""
     weights = [param.detach().clone() for param in params]
     momenta = [torch.zeros_like(weight) for weight in weights]
-    for step in range(5):
+    for step in range(steps):
         set_gradients(params, step)
-        lr = OPTIONS["lr"] * (step + 1) / 5
+        lr = OPTIONS["lr"] * (step + 1) / steps
         optimizer.param_groups[0]["lr"] = lr
         optimizer.step()
         for i, param in enumerate(params):
@@ -66,6 +63,23 @@ def test_the_fast_step_is_the_plain_step_bit_for_bit(
             )
             assert torch.equal(param, weights[i])
             assert torch.equal(optimizer.state[param]["exp_avg"], momenta[i])
+
+
+@pytest.mark.parametrize("elements_at_once", [1, 6, 1 << 16])
+def test_the_fast_step_is_the_plain_step_bit_for_bit(
+    elements_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(lion.ELEMENTS_AT_ONCE, "cpu", elements_at_once)
+    params = parameters()
+    follow_the_plain_step(params, DecoupledLionW(params, **OPTIONS))
+
+
+def test_pieces_of_a_large_tensor_are_the_plain_step_bit_for_bit() -> None:
+    params = parameters(((300, 301), (3, 5), (70_001,), (2, 9)))
+    params[0].data = params[0].data.t()  # in no order that can be cut
+    params[3].data = torch.zeros(2, 9)
+    assert params[0].numel() > lion.ELEMENTS_AT_ONCE["cpu"]
+    follow_the_plain_step(params, DecoupledLionW(params, **OPTIONS), steps=2)
 
 
 @pytest.mark.parametrize("lr", [1e-5, 1e-1])

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,7 @@ def test_every_auto_has_its_reason_and_what_was_given_has_none() -> None:
         "model.init_device",
         "fsdp_config",
         "num_workers",
+        "optimizer.fused",
     }
     words = ["precision=amp_fp16", "device_train_microbatch_size=4"]
     given = make_plan(load("mpt-7b", *words, "train_loader.num_workers=7"), gpus(8))
@@ -124,6 +126,21 @@ def test_the_attention_backend_is_the_networks_own_choice() -> None:
     assert on_gpu.choices[key].reason == "serves this model in bfloat16 on cuda"
     given = make_plan(load("mpt-tiny", f"{key}=flash", "precision=amp_fp16"), gpus())
     assert given.attn_impl == "flash" and key not in given.choices
+
+
+ADAMW = "optimizer={name: decoupled_adamw, lr: 1e-3}"
+
+
+@pytest.mark.usefixtures("all_backends")
+def test_the_optimizers_step_is_one_pass_on_a_gpu_that_can() -> None:
+    assert not make_plan(load("mpt-tiny"), CPU).fused
+    assert make_plan(load("mpt-tiny"), gpus()).fused and make_plan(load("mpt-tiny", ADAMW), gpus()).fused
+    assert not make_plan(load("mpt-tiny", "optimizer.fused=false"), gpus()).fused
+    old = make_plan(load("mpt-tiny"), replace(LAPTOP_GPU, gpus=(GPU("NVIDIA T4", capability=(7, 5)),)))
+    assert not old.fused and "compute capability 8.0" in old.choices["optimizer.fused"].reason
+    assert make_plan(load("mpt-tiny", ADAMW, "optimizer.fused=true"), CPU).missing == {}
+    lacking = make_plan(load("mpt-tiny", "optimizer.fused=true"), CPU).missing["optimizer.fused"]
+    assert lacking.startswith("true can't be used: it needs a GPU") and lacking.endswith("Use auto or false.")
 
 
 @pytest.mark.usefixtures("all_backends")

@@ -1,0 +1,61 @@
+"""LION with a step in one pass, by our Triton kernel.
+
+It has the name, options and state of the plain one, so checkpoints are the same. The numbers are equal within
+rounding, but not bit for bit: a fused multiply-add rounds once. So a run keeps the step that it began with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mptfoundry.optim import lion
+
+
+class DecoupledLionW(lion.DecoupledLionW):
+    """LION with a step that reads weights, gradient and momentum once. Weights have to be float32.
+
+    Attributes:
+        gradient_scale: What the next step multiplies all gradients by, on their device; None is 1.
+    """
+
+    gradient_scale: Tensor | None = None
+
+    def update(self, shards: Sequence[lion.Shard], group: dict[str, Any]) -> None:
+        """Update the weights and momenta of a group's shards."""
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        shrinkage = lion.shrinkage(lr, group["initial_lr"], group["weight_decay"])
+        for weight, gradient, momentum in shards:
+            if weight.numel():
+                _lion_step(
+                    weight, gradient, momentum, self.gradient_scale, lr, shrinkage, 1 - beta1, 1 - beta2
+                )
+
+
+@torch.library.custom_op(
+    "mptfoundry_optim::lion_step",
+    mutates_args=("weight", "momentum"),
+    schema="(Tensor(a!) weight, Tensor gradient, Tensor(b!) momentum, Tensor? scale, float lr, "
+    "float shrinkage, float toward_direction, float toward_momentum) -> ()",
+)
+def _lion_step(  # type: ignore[no-untyped-def]
+    weight, gradient, momentum, scale, lr, shrinkage, toward_direction, toward_momentum
+) -> None:  # fmt: skip
+    """Update float32 weights and momentum in place; the gradient may have another dtype and layout."""
+    from mptfoundry.optim.lion_kernel import BLOCK, WARPS, lion_kernel
+
+    assert weight.dtype == momentum.dtype == torch.float32
+    assert weight.is_contiguous() and momentum.is_contiguous()
+    numbers = weight.numel()
+    with torch.cuda.device_of(weight):
+        lion_kernel[(-(-numbers // BLOCK),)](
+            weight, gradient.contiguous(), momentum, weight if scale is None else scale, numbers, lr,
+            shrinkage, toward_direction, toward_momentum, HAS_SCALE=scale is not None, ELEMENTS=BLOCK,
+            num_warps=WARPS,
+        )  # fmt: skip
+
+
+_lion_step.register_fake(lambda *_: None)

@@ -1,0 +1,120 @@
+"""Time the optimizers' steps on the same parameters and gradients, alternately in one process.
+
+    python scripts/bench_optimizers.py [config=configs/mpt-125m.yaml] [rounds=5] [device=cpu] [key=value ...]
+        [lines=true]
+
+Peers are the loop of llm-foundry's DecoupledLionW, PyTorch's AdamW (foreach and fused) and Composer's
+DecoupledAdamW. In each round every optimizer takes a step that makes its state, and two that are timed, so
+that all of them see the same load of the machine. The table has the fastest and the median step, the median
+over the rounds of the ratio to llm-foundry's loop, and the bytes per parameter that a step has to read and
+write at least.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from composer.optim import DecoupledAdamW
+from torch import Tensor
+
+from mptfoundry.checkpoints.source import expected_shapes
+from mptfoundry.config.load import load_train_config
+from mptfoundry.optim import adamw_fused, lion_fused
+from mptfoundry.optim.lion import DecoupledLionW
+
+BASE = "LION, llm-foundry's loop"
+OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 1e-5}
+STEPS = 2
+GPU_ONLY = ("LION, ours, fused",)
+
+
+class LoopLion(torch.optim.Optimizer):
+    """The step of llm-foundry's DecoupledLionW: a pass over whole tensors for each operation."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
+            for param in group["params"]:
+                state, gradient = self.state[param], param.grad
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(param)
+                if group["weight_decay"] != 0:
+                    param.data.mul_(1 - lr / group["initial_lr"] * group["weight_decay"])
+                update = state["exp_avg"].lerp(gradient, 1 - beta1).sign_()
+                param.add_(update, alpha=-lr)
+                state["exp_avg"].lerp_(gradient, 1 - beta2)
+
+
+Make = Callable[[list[Tensor]], torch.optim.Optimizer]
+# What is measured, and the bytes per parameter that it reads and writes at least.
+PEERS: dict[str, tuple[Make, int]] = {
+    BASE: (lambda params: LoopLion(params, OPTIONS | {"initial_lr": OPTIONS["lr"]}), 20),
+    "LION, ours": (partial(DecoupledLionW, **OPTIONS), 20),
+    "LION, ours, fused": (partial(lion_fused.DecoupledLionW, **OPTIONS), 20),
+    "AdamW, Composer's loop": (partial(DecoupledAdamW, **OPTIONS), 28),
+    "AdamW, torch foreach": (partial(torch.optim.AdamW, **OPTIONS, foreach=True), 28),
+    "AdamW, ours, fused": (partial(adamw_fused.DecoupledAdamW, **OPTIONS), 28),
+    "AdamW, torch fused": (partial(torch.optim.AdamW, **OPTIONS, fused=True), 28),
+}
+
+
+def main(words: list[str]) -> int:
+    from words import tell
+
+    options = dict(word.split("=", 1) for word in words)
+    own = {"config": "configs/mpt-125m.yaml", "rounds": "5", "device": "cpu", "lines": ""} | options
+    ours = ("config", "rounds", "device", "lines")
+    config, _ = load_train_config(own["config"], [f"{k}={v}" for k, v in options.items() if k not in ours])
+    shapes = expected_shapes(config.model.network()).values()
+    params = [torch.nn.Parameter(torch.randn(shape, device=own["device"]).mul_(0.02)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param).mul_(0.01)
+    numbers = sum(param.numel() for param in params)
+    print(f"{numbers:,} parameters, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    names = [name for name in PEERS if name not in GPU_ONLY or own["device"] == "cuda"]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(int(own["rounds"])):
+        for name in names:
+            make, _ = PEERS[name]
+            times[name].append(fastest_step(make(params), own["device"]))
+    print(f"{'':26} fastest ms  median ms  / llm-foundry's  bytes  GB/s at least")
+    for name in names:
+        moved = PEERS[name][1]
+        best, median = min(times[name]) * 1000, statistics.median(times[name]) * 1000
+        ratio = statistics.median(a / b for a, b in zip(times[name], times[BASE], strict=True))
+        rate = numbers * moved / best / 1e6
+        print(f"{name:26} {best:10.1f} {median:10.1f} {ratio:16.2f} {moved:6} {rate:14.1f}")
+        row = {"optimizer": name, "parameters": numbers, "milliseconds": median, "ratio": ratio}
+        tell(own, **row, compared_with=BASE)
+    return 0
+
+
+def fastest_step(optimizer: torch.optim.Optimizer, device: str) -> float:
+    """Seconds of the faster of two steps, after one that makes the state."""
+    optimizer.step()
+    seconds = []
+    for _ in range(STEPS):
+        _wait(device)
+        started_at = time.perf_counter()
+        optimizer.step()
+        _wait(device)
+        seconds.append(time.perf_counter() - started_at)
+    return min(seconds)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    from words import given_words
+
+    sys.exit(main(given_words(__doc__)))

@@ -1,0 +1,3 @@
+from tests.mpt.conftest import triton_runs
+
+__all__ = ["triton_runs"]

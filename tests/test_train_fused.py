@@ -1,0 +1,71 @@
+"""A run whose optimizer makes its step in one pass: its numbers, and what a resumed run does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from mptfoundry.config.load import load_train_config
+from mptfoundry.plan.devices import Device
+from mptfoundry.plan.gpus import GPU
+from mptfoundry.plan.plan import make_plan
+from mptfoundry.run.changes import RunNotes, read_notes
+from mptfoundry.run.start import Start
+from mptfoundry.train import keep_fused
+from tests.conftest import losses
+from tests.mpt.conftest import triton_runs
+from tests.runs import run, stopped, whole
+
+__all__ = ["run", "stopped", "triton_runs", "whole"]
+
+pytestmark = pytest.mark.usefixtures("triton_runs")
+WORDS = ["max_duration=4ba", "save_interval=2ba", "optimizer.fused=true", "log_to_console=false"]
+H100 = Device("gpu", "H100", gpus=(GPU("NVIDIA H100", capability=(9, 0)),), memory=2**36, has_bf16=True)
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    return torch.load(checkpoint, weights_only=False)["state"]["model"]
+
+
+def test_a_fused_run_has_the_plain_runs_losses(whole: Path, run: Callable[..., Path]) -> None:
+    plain = run("plain", "optimizer.fused=auto")
+    assert losses(whole) == pytest.approx(losses(plain), abs=1e-4)
+    notes = [read_notes(folder / "ep0-ba2-rank0.pt") for folder in (whole, plain)]
+    assert [each is not None and each.fused for each in notes] == [True, False]
+
+
+def test_a_resumed_run_keeps_the_step_that_its_checkpoint_names(
+    stopped: Path, whole: Path, run: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(stopped.name, "optimizer.fused=auto")
+    said = capsys.readouterr().out
+    assert "as this run's earlier steps" in said and "optimizer.fused: True -> auto" in said
+    one, other = weights(whole / "ep0-ba4-rank0.pt"), weights(stopped / "ep0-ba4-rank0.pt")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("notes", "fused"), [(RunNotes(""), False), (None, False), (RunNotes("", fused=True), True)]
+)
+def test_a_run_that_was_plain_stays_so_on_a_gpu_unless_the_config_says_otherwise(
+    notes: RunNotes | None, fused: bool, tiny_runs: Path
+) -> None:
+    config = load_train_config(tiny_runs)[0]
+    plan = make_plan(config, H100)
+    start = Start(tiny_runs, is_own=True, notes=notes)
+    assert plan.fused and keep_fused(config, plan, start).fused is fused
+    config = replace(config, optimizer=replace(config.optimizer, fused=True))
+    assert keep_fused(config, make_plan(config, H100), start).fused
+
+
+def test_a_machine_that_cannot_go_on_fused_says_so(tiny_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    config = load_train_config(tiny_runs)[0]
+    plan = make_plan(config, Device("cpu", "CPU", memory=2**34))
+    kept = keep_fused(config, plan, Start(tiny_runs, is_own=True, notes=RunNotes("", fused=True)))
+    assert not kept.fused
+    assert "not fused as this run's earlier steps: it needs a GPU" in kept.choices["optimizer.fused"].reason
