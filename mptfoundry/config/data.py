@@ -14,15 +14,7 @@ from mptfoundry.config.engine.forms import (
     parse_bytes,
     parse_count,
 )
-from mptfoundry.config.engine.section_rules import (
-    Problem,
-    Rules,
-    Section,
-    at_least,
-    at_most,
-    not_empty,
-    only_one,
-)
+from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, not_empty, only_one
 from mptfoundry.config.streams import (
     AMOUNTS,
     Amount,
@@ -52,13 +44,7 @@ class _AnyLoaderConfig(Section):
     drop_last: bool | None = None
     num_workers: int | Literal["auto"] = "auto"
 
-    def rules(self) -> Rules:
-        yield self._workers()
-        yield from at_most(self, num_workers=10_000)
-
-    def _workers(self) -> Iterator[Problem]:
-        if self.num_workers != "auto" and self.num_workers < 0:
-            yield "num_workers", f"{self.num_workers} is negative. Use 0 or more, or auto."
+    limits: ClassVar = {"num_workers": Limits(0, 10_000, text=" is negative. Use 0 or more, or auto.")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +63,7 @@ class _StreamingLoaderConfig(_AnyLoaderConfig):
     persistent_workers: bool = True
     timeout: float = 0
 
-    def rules(self) -> Rules:
-        yield from super().rules()
-        yield from at_least(self, prefetch_factor=1, timeout=0)
+    limits: ClassVar = {**_AnyLoaderConfig.limits, "prefetch_factor": Limits(1), "timeout": Limits(0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,15 +135,23 @@ class TextDatasetConfig(Section):
     eos_token_id: int | None = None
     bos_token_id: int | None = None
 
+    limits: ClassVar = {
+        "shuffle_block_size": Limits(1),
+        "num_canonical_nodes": Limits(1),
+        "predownload": Limits(1),
+        "download_retry": Limits(0),
+        "download_timeout": Limits(1),
+        "sampling_granularity": Limits(1),
+    }
+
     def rules(self) -> Rules:
         yield self._sources()
         yield shares(self)
-        yield from not_empty(self, "remote", "local")
+        yield not_empty(self, "remote")
+        yield not_empty(self, "local")
         yield only_one(
             self, "are both given. One of them separates documents.", "eos_token_id", "bos_token_id"
         )
-        yield from at_least(self, shuffle_block_size=1, num_canonical_nodes=1, predownload=1)
-        yield from at_least(self, download_retry=0, download_timeout=1, sampling_granularity=1)
         yield self._at_least_one("epoch_size", parse_count)
         yield self._at_least_one("cache_limit", parse_bytes)
         yield self._verification()
@@ -237,7 +229,8 @@ class LabelledDatasetConfig(Section):
     separates_documents: ClassVar[bool] = False
 
     def rules(self) -> Rules:
-        yield from not_empty(self, "hf_name", "local")
+        yield not_empty(self, "hf_name")
+        yield not_empty(self, "local")
         yield only_one(self, "are both given. Give the one that has the examples.", "hf_name", "local")
         yield self._some_source()
 
@@ -322,6 +315,7 @@ class FinetuningDatasetConfig(Section):
     cache_folder: str | None = None
     epoch_size: ClassVar[None] = None
     separates_documents: ClassVar[bool] = False
+    limits: ClassVar = {"max_bad_records": Limits(0)}
 
     def rules(self) -> Rules:
         yield self._sources()
@@ -329,7 +323,6 @@ class FinetuningDatasetConfig(Section):
         yield shares(self)
         yield one_amount_for_all(self)
         yield self._packing()
-        yield from at_least(self, max_bad_records=0)
         yield self._share_dropped()
 
     def _sources(self) -> Iterator[Problem]:

@@ -66,7 +66,7 @@ class ModelConfig(MPTConfig):
 
     def rules(self) -> Rules:
         yield from super().rules()
-        yield from not_empty(self, "pretrained_model_name_or_path")
+        yield not_empty(self, "pretrained_model_name_or_path")
         yield self._checkpointed_parts()
         yield from map(self._needs_a_model, ("revision", "pretrained", "config_overrides"))
         yield only_one(self, "are both given. Use one of them.", "load_in_8bit", "load_in_4bit")
@@ -156,4 +156,4 @@ class TokenizerConfig(Section):
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def rules(self) -> Rules:
-        yield from not_empty(self, "name")
+        yield not_empty(self, "name")

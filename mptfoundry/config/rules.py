@@ -12,7 +12,7 @@ from typing import Any
 from mptfoundry.architecture.trainable import pattern_problems
 from mptfoundry.config.data import FinetuningDatasetConfig, label_problems, some_batches
 from mptfoundry.config.engine.durations import parse_duration
-from mptfoundry.config.engine.section_rules import Problem, Rules, at_least, at_most, broken_rules
+from mptfoundry.config.engine.section_rules import Problem, Rules, broken_rules
 from mptfoundry.config.parallel import FSDPConfig
 from mptfoundry.config.tasks import GauntletConfig, missing_benchmarks
 from mptfoundry.config.verbs import Sampling
@@ -29,19 +29,6 @@ _IN_NAMES = (
     *("epoch", "batch", "batch_in_epoch", "sample", "sample_in_epoch", "token", "token_in_epoch"),
     *("total_wct", "epoch_wct", "batch_wct"),
 )
-# The smallest and the largest value of numbers.
-_LIMITS = {
-    "max_seq_len": (1, 10**9),
-    "seed": (0, 2**32 - 1),
-    "max_split_size_mb": (1, 10**9),
-    "dist_timeout": (1, 10**8),
-    "global_train_batch_size": (1, 10**9),
-    "device_train_microbatch_size": (1, 10**9),
-    "device_eval_batch_size": (1, 10**9),
-    "save_num_checkpoints_to_keep": (-1, 10**9),
-    "train_subset_num_batches": (-1, 10**15),
-    "eval_subset_num_batches": (-1, 10**15),
-}
 _FILLED_IN = {
     "save_folder": ("run_name",),
     "load_path": ("run_name", "rank"),
@@ -51,9 +38,7 @@ _FILLED_IN = {
 
 
 def between_sections(run: TrainConfig) -> Rules:
-    """All rules of a run: those of single values, then those between sections."""
-    yield from at_least(run, **{key: least for key, (least, _) in _LIMITS.items()})
-    yield from at_most(run, **{key: most for key, (_, most) in _LIMITS.items()})
+    """All rules of a run except the limits of its numbers."""
     yield from (some_batches(run, key) for key in ("train_subset_num_batches", "eval_subset_num_batches"))
     yield from (_some_time(run, key) for key in ("max_duration", "save_interval"))
     for key in ("train_loader", "eval_loader"):

@@ -7,18 +7,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-from mptfoundry.config.engine.section_rules import (
-    Problem,
-    Rules,
-    Section,
-    at_least,
-    not_empty,
-    only_one,
-)
+from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, not_empty, only_one
 from mptfoundry.places import is_url
 
 Amount = Literal["proportion", "repeat", "choose"]
 AMOUNTS: tuple[Amount, ...] = get_args(Amount)
+_AMOUNT_LIMITS = dict.fromkeys(AMOUNTS, Limits(0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +46,14 @@ class StreamConfig(Section):
     validate_hash: str | None = None
     keep_zip: bool | None = None
 
+    limits: ClassVar = {**_AMOUNT_LIMITS, "download_retry": Limits(0), "download_timeout": Limits(1)}
+
     def rules(self) -> Rules:
         yield self._some_source()
-        yield from not_empty(self, "remote", "local")
+        yield not_empty(self, "remote")
+        yield not_empty(self, "local")
         yield _whole_url(self)
-        yield from at_least(self, download_retry=0, download_timeout=1)
-        yield from _amount_rules(self)
+        yield only_one(self, "are both given. Use one of them.", *AMOUNTS)
 
     def _some_source(self) -> Iterator[Problem]:
         if self.remote is None and self.local is None:
@@ -100,10 +96,11 @@ class RecordsConfig(Section):
     choose: int | None = None
 
     streams: ClassVar[None] = None
+    limits: ClassVar = _AMOUNT_LIMITS
 
     def rules(self) -> Rules:
         yield from records_rules(self)
-        yield from _amount_rules(self)
+        yield only_one(self, "are both given. Use one of them.", *AMOUNTS)
 
     @property
     def place(self) -> str | None:
@@ -113,7 +110,8 @@ class RecordsConfig(Section):
 
 def records_rules(section: Any) -> Rules:
     """What holds for the keys that say where records lie and how they are read."""
-    yield from not_empty(section, "hf_name", "local", "remote")
+    for name in ("hf_name", "local", "remote"):
+        yield not_empty(section, name)
     yield _records_place(section)
     yield _whole_url(section)
     yield _hub_arguments(section)
@@ -153,12 +151,6 @@ def _columns(section: Any) -> Iterator[Problem]:
         yield "preprocessing_fn", "columns are named as {prompt: ..., response: ...}."
     if isinstance(columns, str) and not re.fullmatch(r"[\w.]+:\w+", columns):
         yield "preprocessing_fn", f"{columns!r} is not module:function."
-
-
-def _amount_rules(section: StreamConfig | RecordsConfig) -> Rules:
-    """A stream has at most one of them."""
-    yield from at_least(section, proportion=0, repeat=0, choose=0)
-    yield only_one(section, "are both given. Use one of them.", *AMOUNTS)
 
 
 def shares(section: Any) -> Iterator[Problem]:

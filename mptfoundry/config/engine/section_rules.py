@@ -12,10 +12,9 @@ from contextlib import suppress
 from typing import Any
 
 from mptfoundry.config.engine.schema import field_types
-from mptfoundry.mpt.config import Problem, Rules, Section, at_least, in_words, only_one, positive
+from mptfoundry.mpt.config import Limits, Problem, Rules, Section, in_words, only_one
 
-__all__ = ["Problem", "Rules", "Section", "at_least", "at_most", "broken_rules", "in_words"]
-__all__ += ["not_empty", "only_one", "positive"]
+__all__ = ["Limits", "Problem", "Rules", "Section", "broken_rules", "in_words", "not_empty", "only_one"]
 
 
 class _NoValueError(Exception):
@@ -50,7 +49,7 @@ def broken_rules(cls: Any, values: Mapping[str, Any]) -> Iterator[Problem]:
     If a field breaks a rule that reads no other field, it counts as invalid for the following rules.
     """
     view = _View(cls, values)
-    for rule in cls.rules(view):
+    for rule in cls.all_rules(view):
         view._asked.clear()
         problems: list[Problem] = []
         with suppress(_NoValueError):
@@ -60,26 +59,11 @@ def broken_rules(cls: Any, values: Mapping[str, Any]) -> Iterator[Problem]:
         yield from problems
 
 
-def at_most(section: Any, **most: float) -> Rules:
-    """A rule for each field: a number has this maximum; None and words such as `auto` pass."""
-
-    def rule(name: str) -> Iterator[Problem]:
-        value, largest = getattr(section, name), most[name]
-        if isinstance(value, (int, float)) and value > largest:
-            yield name, f"{value} is too large. Use {int(largest) if largest % 1 == 0 else largest} or less."
-
-    return map(rule, most)
-
-
-def not_empty(section: Any, *names: str) -> Rules:
-    """A rule for each field: a name is not blank."""
-
-    def rule(name: str) -> Iterator[Problem]:
-        value = getattr(section, name)
-        if isinstance(value, str) and not value.strip():
-            yield name, "is empty. Give a name, or remove it."
-
-    return map(rule, names)
+def not_empty(section: Any, name: str) -> Iterator[Problem]:
+    """A name is not blank."""
+    value = getattr(section, name)
+    if isinstance(value, str) and not value.strip():
+        yield name, "is empty. Give a name, or remove it."
 
 
 def picture_format(section: Section) -> Iterator[Problem]:
