@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from mptfoundry.config.engine.forms import (
@@ -14,7 +15,15 @@ from mptfoundry.config.engine.forms import (
     parse_bytes,
     parse_count,
 )
-from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, not_empty, only_one
+from mptfoundry.config.engine.section_rules import (
+    Limits,
+    Problem,
+    Rules,
+    Section,
+    not_empty,
+    only_one,
+    where_set,
+)
 from mptfoundry.config.streams import (
     AMOUNTS,
     Amount,
@@ -146,15 +155,15 @@ class TextDatasetConfig(Section):
 
     def rules(self) -> Rules:
         yield self._sources()
-        yield shares(self)
+        yield where_set(self, "streams", shares)
         yield not_empty(self, "remote")
         yield not_empty(self, "local")
         yield only_one(
             self, "are both given. One of them separates documents.", "eos_token_id", "bos_token_id"
         )
-        yield self._at_least_one("epoch_size", parse_count)
-        yield self._at_least_one("cache_limit", parse_bytes)
-        yield self._verification()
+        yield where_set(self, "epoch_size", partial(_at_least_one, key="epoch_size", parse=parse_count))
+        yield where_set(self, "cache_limit", partial(_at_least_one, key="cache_limit", parse=parse_bytes))
+        yield where_set(self, "validate_hash", TextDatasetConfig._verification)
 
     def _sources(self) -> Iterator[Problem]:
         for name in ("remote", "local"):
@@ -166,13 +175,8 @@ class TextDatasetConfig(Section):
         if self.streams is None and self.remote is None and self.local is None:
             yield "", "neither streams nor remote nor local is given. Say where the shards lie."
 
-    def _at_least_one(self, name: str, parse: Callable[[Any], int]) -> Iterator[Problem]:
-        value = getattr(self, name)
-        if value is not None and parse(value) < 1:
-            yield name, f"{value} is too small. Use 1 or more."
-
     def _verification(self) -> Iterator[Problem]:
-        if self.verify == "off" and self.validate_hash is not None:
+        if self.verify == "off":
             yield "validate_hash", "has no effect with verify: off. Remove one of them."
 
     @property
@@ -186,6 +190,12 @@ class TextDatasetConfig(Section):
         if self.streams is not None:
             return self.streams
         return {self.split or "data": StreamConfig(remote=self.remote, local=self.local, split=self.split)}
+
+
+def _at_least_one(section: Any, key: str, parse: Callable[[Any], int]) -> Iterator[Problem]:
+    value = getattr(section, key)
+    if parse(value) < 1:
+        yield key, f"{value} is too small. Use 1 or more."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,7 +330,7 @@ class FinetuningDatasetConfig(Section):
     def rules(self) -> Rules:
         yield self._sources()
         yield from records_rules(self)
-        yield shares(self)
+        yield where_set(self, "streams", shares)
         yield one_amount_for_all(self)
         yield self._packing()
         yield self._share_dropped()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from mptfoundry.config.engine.durations import Duration, parse_duration
-from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section
+from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, where_set
 
 # Weights leave every number format long before it.
 LARGEST_RATE = 1000
@@ -87,7 +87,7 @@ class DecoupledLionWConfig(_AnyOptimizerConfig):
     def rules(self) -> Rules:
         yield from super().rules()
         yield _of_lion(self, "")
-        yield self._groups()
+        yield where_set(self, "param_groups", DecoupledLionWConfig._groups)
 
     def _groups(self) -> Iterator[Problem]:
         for index, group in enumerate(self.param_groups):

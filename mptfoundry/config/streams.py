@@ -7,7 +7,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
-from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, not_empty, only_one
+from mptfoundry.config.engine.section_rules import (
+    Limits,
+    Problem,
+    Rules,
+    Section,
+    not_empty,
+    only_one,
+    where_set,
+)
 from mptfoundry.places import is_url
 
 Amount = Literal["proportion", "repeat", "choose"]
@@ -52,7 +60,7 @@ class StreamConfig(Section):
         yield self._some_source()
         yield not_empty(self, "remote")
         yield not_empty(self, "local")
-        yield _whole_url(self)
+        yield where_set(self, "remote", _whole_url)
         yield only_one(self, "are both given. Use one of them.", *AMOUNTS)
 
     def _some_source(self) -> Iterator[Problem]:
@@ -113,7 +121,7 @@ def records_rules(section: Any) -> Rules:
     for name in ("hf_name", "local", "remote"):
         yield not_empty(section, name)
     yield _records_place(section)
-    yield _whole_url(section)
+    yield where_set(section, "remote", _whole_url)
     yield _hub_arguments(section)
     yield _columns(section)
 
@@ -131,7 +139,7 @@ def _records_place(section: Any) -> Iterator[Problem]:
 def _whole_url(section: Any) -> Iterator[Problem]:
     """The end of some URLs would be lost where shards are downloaded."""
     remote = section.remote
-    if remote is not None and is_url(remote) and (letter := next((c for c in "#?" if c in remote), None)):
+    if is_url(remote) and (letter := next((c for c in "#?" if c in remote), None)):
         text = f"contains {letter}, and StreamingDataset reads a URL only up to there. Rename the folder."
         yield "remote", f"{remote} {text}"
 
@@ -155,11 +163,7 @@ def _columns(section: Any) -> Iterator[Problem]:
 
 def shares(section: Any) -> Iterator[Problem]:
     """All streams of a mix have a share, or none."""
-    if section.streams:
-        yield from _shares(section.streams)
-
-
-def _shares(streams: Mapping[str, StreamConfig | RecordsConfig]) -> Iterator[Problem]:
+    streams: Mapping[str, StreamConfig | RecordsConfig] = section.streams
     weighted = {name for name, s in streams.items() if s.proportion is not None}
     if weighted and weighted != set(streams):
         missing = ", ".join(name for name in streams if name not in weighted)

@@ -7,14 +7,16 @@ section, and a rule stops when it reads a missing or invalid field.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 from mptfoundry.config.engine.schema import field_types
 from mptfoundry.mpt.config import Limits, Problem, Rules, Section, in_words, only_one
 
 __all__ = ["Limits", "Problem", "Rules", "Section", "broken_rules", "in_words", "not_empty", "only_one"]
+__all__ += ["where_set"]
 
 
 class _NoValueError(Exception):
@@ -57,6 +59,13 @@ def broken_rules(cls: Any, values: Mapping[str, Any]) -> Iterator[Problem]:
         if problems and len(view._asked) == 1:
             view._values.pop(*view._asked)
         yield from problems
+
+
+def where_set(section: Any, key: str, rule: Callable[[Any], Iterator[Problem]]) -> Iterator[Problem]:
+    """A rule that holds only where the option `key`, such as `model.peft_config`, is set; 0 counts as set."""
+    value = attrgetter(key)(section)
+    if value or (value == 0 and value is not False):
+        yield from rule(section)
 
 
 def not_empty(section: Any, name: str) -> Iterator[Problem]:
