@@ -62,7 +62,8 @@ def train(config: TrainConfig, plan: Plan | None = None) -> Trainer:
     if plan is None:
         plan = make_plan(config, detect_device())
         refuse_missing(plan)
-    refuse_unsupported(plan.device, imported_torch)
+    if plan.device.gpus:
+        refuse_unsupported(plan.device, imported_torch)
     with guarded(config, plan.device) as run:
         trainer = build_trainer(config, plan, run)
         run.fit(trainer)

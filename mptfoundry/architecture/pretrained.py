@@ -18,7 +18,7 @@ from mptfoundry.errors import CheckpointError, first_line
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.head_config import trunk_of
 
-_NAME: KeyPath = ("model", "pretrained_model_name_or_path")
+NAMED: KeyPath = ("model", "pretrained_model_name_or_path")
 _OVERRIDES: KeyPath = ("model", "config_overrides")
 _LENGTH: tuple[str, ...] = ("max_seq_len",)
 _SIZES = (("d_model",), ("n_heads",), ("n_layers",), ("vocab_size",))
@@ -40,16 +40,12 @@ PUBLISHED = {
 
 
 def fill_architecture(document: Document, lacking: dict[str, str] | None = None) -> list[str]:
-    """Bring the architecture of the model that a document names into its `model` section, in place.
+    """Bring the architecture of the model that a document names (`NAMED`) into its `model` section, in place.
 
     Returns:
         Notes for the user: what was taken for what.
     """
-    name = document.get(_NAME)
-    return _fill(name, document, lacking) if isinstance(name, str) else []
-
-
-def _fill(name: str, document: Document, lacking: dict[str, str] | None) -> list[str]:
+    name: str = document.get(NAMED)
     notes: list[str] = []
     overrides = document.get(_OVERRIDES)
     named = _look_at(name, document, notes, lacking)
@@ -108,7 +104,7 @@ def _look_at(
         is_here = Path(name).expanduser().exists()
     except (OSError, RuntimeError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        document.report(_NAME, f"{show(name)} can't be read: {reason}.")
+        document.report(NAMED, f"{show(name)} can't be read: {reason}.")
         return None
     needed = [path for path, value in leaves(MPTConfig().to_dict()).items() if value is not None]
     if not is_here and all(document.has(("model", *path)) for path in needed):
@@ -122,9 +118,9 @@ def _look_at(
         if not is_here and compared_later and all(document.has(("model", *size)) for size in _SIZES):
             return None
         if not is_here and lacking is not None and takes_a_hub_name(name):
-            lacking[dotted(_NAME)] = str(error)
+            lacking[dotted(NAMED)] = str(error)
             return published_architecture(name)
-        document.report(_NAME, str(error))
+        document.report(NAMED, str(error))
         return None
     if not is_here and revision != folder.name:
         origin = _told_by(document)
@@ -167,4 +163,4 @@ def _check_length(
 
 def _told_by(document: Document) -> Origin:
     """The origin of what the model tells: the line that names it."""
-    return replace(document.origin(_NAME), written=None, expression=None)
+    return replace(document.origin(NAMED), written=None, expression=None)

@@ -12,10 +12,10 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mptfoundry.config.engine.schema import did_you_mean
-from mptfoundry.mpt.config import MPTConfig, Problem, Rules, Section, at_least
+from mptfoundry.mpt.config import Limits, MPTConfig, Problem, Rules, Section
 from mptfoundry.mpt.flops import parameter_shapes
 
 ALL_LINEAR = "all-linear"
@@ -51,19 +51,14 @@ class LoRAConfig(Section):
     use_rslora: bool = False
     bias: Literal["none"] = "none"
 
+    limits: ClassVar = {
+        "r": Limits(1),
+        "lora_alpha": Limits(above=0, text=" is not positive. Use r, or twice as much."),
+        "lora_dropout": Limits(0, below=1, text=" is not a probability from 0 to below 1."),
+    }
+
     def rules(self) -> Rules:
-        yield from at_least(self, r=1)
-        yield self._alpha()
-        yield self._dropout()
         yield self._has_targets()
-
-    def _alpha(self) -> Iterator[Problem]:
-        if self.lora_alpha <= 0:
-            yield "lora_alpha", f"{self.lora_alpha} is not positive. Use r, or twice as much."
-
-    def _dropout(self) -> Iterator[Problem]:
-        if not 0 <= self.lora_dropout < 1:
-            yield "lora_dropout", f"{self.lora_dropout} is not a probability from 0 to below 1."
 
     def _has_targets(self) -> Iterator[Problem]:
         if not self.target_modules:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 from mptfoundry.config.engine.forms import (
@@ -15,13 +16,13 @@ from mptfoundry.config.engine.forms import (
     parse_count,
 )
 from mptfoundry.config.engine.section_rules import (
+    Limits,
     Problem,
     Rules,
     Section,
-    at_least,
-    at_most,
     not_empty,
     only_one,
+    where_set,
 )
 from mptfoundry.config.streams import (
     AMOUNTS,
@@ -52,13 +53,7 @@ class _AnyLoaderConfig(Section):
     drop_last: bool | None = None
     num_workers: int | Literal["auto"] = "auto"
 
-    def rules(self) -> Rules:
-        yield self._workers()
-        yield from at_most(self, num_workers=10_000)
-
-    def _workers(self) -> Iterator[Problem]:
-        if self.num_workers != "auto" and self.num_workers < 0:
-            yield "num_workers", f"{self.num_workers} is negative. Use 0 or more, or auto."
+    limits: ClassVar = {"num_workers": Limits(0, 10_000, text=" is negative. Use 0 or more, or auto.")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +72,7 @@ class _StreamingLoaderConfig(_AnyLoaderConfig):
     persistent_workers: bool = True
     timeout: float = 0
 
-    def rules(self) -> Rules:
-        yield from super().rules()
-        yield from at_least(self, prefetch_factor=1, timeout=0)
+    limits: ClassVar = {**_AnyLoaderConfig.limits, "prefetch_factor": Limits(1), "timeout": Limits(0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,18 +144,26 @@ class TextDatasetConfig(Section):
     eos_token_id: int | None = None
     bos_token_id: int | None = None
 
+    limits: ClassVar = {
+        "shuffle_block_size": Limits(1),
+        "num_canonical_nodes": Limits(1),
+        "predownload": Limits(1),
+        "download_retry": Limits(0),
+        "download_timeout": Limits(1),
+        "sampling_granularity": Limits(1),
+    }
+
     def rules(self) -> Rules:
         yield self._sources()
-        yield shares(self)
-        yield from not_empty(self, "remote", "local")
+        yield where_set(self, "streams", shares)
+        yield not_empty(self, "remote")
+        yield not_empty(self, "local")
         yield only_one(
             self, "are both given. One of them separates documents.", "eos_token_id", "bos_token_id"
         )
-        yield from at_least(self, shuffle_block_size=1, num_canonical_nodes=1, predownload=1)
-        yield from at_least(self, download_retry=0, download_timeout=1, sampling_granularity=1)
-        yield self._at_least_one("epoch_size", parse_count)
-        yield self._at_least_one("cache_limit", parse_bytes)
-        yield self._verification()
+        yield where_set(self, "epoch_size", partial(_at_least_one, key="epoch_size", parse=parse_count))
+        yield where_set(self, "cache_limit", partial(_at_least_one, key="cache_limit", parse=parse_bytes))
+        yield where_set(self, "validate_hash", TextDatasetConfig._verification)
 
     def _sources(self) -> Iterator[Problem]:
         for name in ("remote", "local"):
@@ -174,13 +175,8 @@ class TextDatasetConfig(Section):
         if self.streams is None and self.remote is None and self.local is None:
             yield "", "neither streams nor remote nor local is given. Say where the shards lie."
 
-    def _at_least_one(self, name: str, parse: Callable[[Any], int]) -> Iterator[Problem]:
-        value = getattr(self, name)
-        if value is not None and parse(value) < 1:
-            yield name, f"{value} is too small. Use 1 or more."
-
     def _verification(self) -> Iterator[Problem]:
-        if self.verify == "off" and self.validate_hash is not None:
+        if self.verify == "off":
             yield "validate_hash", "has no effect with verify: off. Remove one of them."
 
     @property
@@ -194,6 +190,12 @@ class TextDatasetConfig(Section):
         if self.streams is not None:
             return self.streams
         return {self.split or "data": StreamConfig(remote=self.remote, local=self.local, split=self.split)}
+
+
+def _at_least_one(section: Any, key: str, parse: Callable[[Any], int]) -> Iterator[Problem]:
+    value = getattr(section, key)
+    if parse(value) < 1:
+        yield key, f"{value} is too small. Use 1 or more."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +239,8 @@ class LabelledDatasetConfig(Section):
     separates_documents: ClassVar[bool] = False
 
     def rules(self) -> Rules:
-        yield from not_empty(self, "hf_name", "local")
+        yield not_empty(self, "hf_name")
+        yield not_empty(self, "local")
         yield only_one(self, "are both given. Give the one that has the examples.", "hf_name", "local")
         yield self._some_source()
 
@@ -322,14 +325,14 @@ class FinetuningDatasetConfig(Section):
     cache_folder: str | None = None
     epoch_size: ClassVar[None] = None
     separates_documents: ClassVar[bool] = False
+    limits: ClassVar = {"max_bad_records": Limits(0)}
 
     def rules(self) -> Rules:
         yield self._sources()
         yield from records_rules(self)
-        yield shares(self)
+        yield where_set(self, "streams", shares)
         yield one_amount_for_all(self)
         yield self._packing()
-        yield from at_least(self, max_bad_records=0)
         yield self._share_dropped()
 
     def _sources(self) -> Iterator[Problem]:

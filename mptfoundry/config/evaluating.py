@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mptfoundry.config.data import LoaderConfig, label_problems, loaders_by_label, some_batches
-from mptfoundry.config.engine.section_rules import Problem, Rules, Section, at_least, picture_format
+from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, picture_format
 from mptfoundry.config.engine.signatures import Loggers
 from mptfoundry.config.tasks import GauntletConfig, TaskConfig
 
@@ -35,8 +35,9 @@ class NeedleConfig(Section):
     depths: int = 5
     documents: int = 50
 
+    limits: ClassVar = {"depths": Limits(1), "documents": Limits(1)}
+
     def rules(self) -> Rules:
-        yield from at_least(self, depths=1, documents=1)
         yield long_enough(self, _SHORTEST_NEEDLE)
 
 
@@ -52,8 +53,9 @@ class CopyConfig(Section):
     lengths: tuple[int, ...]
     documents: int = 50
 
+    limits: ClassVar = {"documents": Limits(1)}
+
     def rules(self) -> Rules:
-        yield from at_least(self, documents=1)
         yield long_enough(self, _SHORTEST_COPY)
 
 
@@ -134,12 +136,19 @@ class EvalConfig(Section):
     allow_code: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
 
+    limits: ClassVar = {
+        "max_seq_len": Limits(1),
+        "eval_subset_num_batches": Limits(-1),
+        "seed": Limits(0),
+        "dist_timeout": Limits(1),
+        "device_eval_batch_size": Limits(1),
+        "num_fewshot": Limits(0),
+        "limit": Limits(-1),
+    }
+
     def rules(self) -> Rules:
         yield self._multiple()
         yield self._all_samples()
-        yield from at_least(self, max_seq_len=1, eval_subset_num_batches=-1, seed=0, dist_timeout=1)
-        yield from at_least(self, device_eval_batch_size=1)
-        yield from at_least(self, num_fewshot=0, limit=-1)
         yield some_batches(self, "eval_subset_num_batches")
         yield label_problems(self)
         yield self._some_documents()
@@ -227,8 +236,9 @@ class CompareConfig(Section):
     fail_if: Literal["worse"] | None = None
     seed: int = 17
 
+    limits: ClassVar = {"examples": Limits(0), "seed": Limits(0)}
+
     def rules(self) -> Rules:
-        yield from at_least(self, examples=0, seed=0)
         yield self._two()
         yield picture_format(self)
 

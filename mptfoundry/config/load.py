@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 
-from mptfoundry.architecture.pretrained import fill_architecture
+from mptfoundry.architecture.pretrained import NAMED, fill_architecture
 from mptfoundry.config.engine.document import Document, KeyPath, dotted, parse_key
 from mptfoundry.config.engine.nested import leaves, mapped
 from mptfoundry.config.engine.read_document import read_document
@@ -61,7 +61,9 @@ def load_train_config(
     document = read_document(path, words, {"run_name": name})
     _refuse_another_kind(document)
     _refuse_code_from_file(document)
-    notes = [*document.notes, *translate(document), *fill_architecture(document, lacking)]
+    notes = [*document.notes, *translate(document)]
+    if isinstance(document.get(NAMED), str):
+        notes += fill_architecture(document, lacking)
     _share_top_level(document)
     config = build(TrainConfig, document, REFUSED) if lacking is None else _build_for_check(document, lacking)
     return config, notes + _effects(config)

@@ -7,7 +7,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from mptfoundry.architecture.trainable import LoRAConfig
-from mptfoundry.config.engine.section_rules import Problem, Rules, Section, not_empty, only_one
+from mptfoundry.config.engine.section_rules import (
+    Problem,
+    Rules,
+    Section,
+    not_empty,
+    only_one,
+    where_set,
+)
 from mptfoundry.config.parallel import Target, target_problems
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.head_config import (
@@ -66,29 +73,30 @@ class ModelConfig(MPTConfig):
 
     def rules(self) -> Rules:
         yield from super().rules()
-        yield from not_empty(self, "pretrained_model_name_or_path")
-        yield self._checkpointed_parts()
+        yield not_empty(self, "pretrained_model_name_or_path")
+        yield where_set(self, "activation_checkpointing_target", ModelConfig._checkpointed_parts)
         yield from map(self._needs_a_model, ("revision", "pretrained", "config_overrides"))
         yield only_one(self, "are both given. Use one of them.", "load_in_8bit", "load_in_4bit")
-        yield self._quantized()
-        yield self._adapters()
+        yield where_set(self, "bits", ModelConfig._quantized)
+        yield where_set(self, "peft_config", ModelConfig._adapters)
 
     def _checkpointed_parts(self) -> Iterator[Problem]:
-        if self.activation_checkpointing_target is not None:
-            yield from target_problems(self.activation_checkpointing_target, self.n_layers)
+        assert self.activation_checkpointing_target is not None
+        yield from target_problems(self.activation_checkpointing_target, self.n_layers)
 
     def _needs_a_model(self, name: str) -> Iterator[Problem]:
         if getattr(self, name) and self.pretrained_model_name_or_path is None:
             yield name, "has no effect without pretrained_model_name_or_path."
 
     def _quantized(self) -> Iterator[Problem]:
-        if self.bits and self.peft_config is None:
+        if self.peft_config is None:
             yield f"load_in_{self.bits}bit", "can't be trained. Add adapters: peft_config."
 
     def _adapters(self) -> Iterator[Problem]:
-        if self.peft_config is not None and isinstance(self, HeadConfig):
+        assert self.peft_config is not None
+        if isinstance(self, HeadConfig):
             yield "peft_config", f"is only for language models, not for {self.name}."
-        elif self.peft_config is not None:
+        else:
             yield from self.peft_config.target_problems(self)
 
     @property
@@ -156,4 +164,4 @@ class TokenizerConfig(Section):
     kwargs: dict[str, Any] = field(default_factory=dict)
 
     def rules(self) -> Rules:
-        yield from not_empty(self, "name")
+        yield not_empty(self, "name")

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 from mptfoundry.config.engine.durations import Duration, parse_duration
-from mptfoundry.config.engine.section_rules import Problem, Rules, Section, at_least, at_most, positive
+from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, where_set
 
 # Weights leave every number format long before it.
-LARGEST_RATE = 1000.0
+LARGEST_RATE = 1000
+_LIMITS = {
+    "lr": Limits(0, LARGEST_RATE, text=" is negative. Use a positive number, such as 1e-4."),
+    "weight_decay": Limits(0, LARGEST_RATE),
+}
+_EPS = Limits(above=0, most=LARGEST_RATE, text=" is not positive. Use a small positive number, such as 1e-8.")
+_FACTOR = Limits(0, LARGEST_RATE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,9 +38,10 @@ class ParamGroupConfig(Section):
     betas: tuple[float, float] | None = None
     eps: float | None = None
 
+    limits: ClassVar = {**_LIMITS, "eps": _EPS}
+
     def rules(self) -> Rules:
-        yield from _rates(self)
-        yield _eps(self)
+        yield _betas(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +68,10 @@ class _AnyOptimizerConfig(Section):
     param_groups: tuple[ParamGroupConfig, ...] = ()
     fused: bool | Literal["auto"] = "auto"
 
+    limits: ClassVar = _LIMITS
+
     def rules(self) -> Rules:
-        yield from _rates(self)
+        yield _betas(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +91,7 @@ class DecoupledLionWConfig(_AnyOptimizerConfig):
     def rules(self) -> Rules:
         yield from super().rules()
         yield _of_lion(self, "")
-        yield self._groups()
+        yield where_set(self, "param_groups", DecoupledLionWConfig._groups)
 
     def _groups(self) -> Iterator[Problem]:
         for index, group in enumerate(self.param_groups):
@@ -107,9 +116,7 @@ class DecoupledAdamWConfig(_AnyOptimizerConfig):
     eps: float = 1e-8
     amsgrad: bool = False
 
-    def rules(self) -> Rules:
-        yield from super().rules()
-        yield _eps(self)
+    limits: ClassVar = {**_LIMITS, "eps": _EPS}
 
 
 OptimizerConfig = DecoupledLionWConfig | DecoupledAdamWConfig
@@ -128,8 +135,7 @@ class GradientClippingConfig(Section):
     clipping_type: Literal["norm", "value"]
     clipping_threshold: float
 
-    def rules(self) -> Rules:
-        yield from positive(self, "Use a number above 0.", "clipping_threshold")
+    limits: ClassVar = {"clipping_threshold": Limits(above=0, text=" is not positive. Use a number above 0.")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,11 +165,6 @@ class _AnyScheduleConfig(Section):
     t_max: Duration = "1dur"
     scale_warmup: Literal[False] = False
 
-    def rules(self) -> Rules:
-        alphas = [each.name for each in fields(self) if each.name.startswith("alpha")]
-        yield from at_least(self, **dict.fromkeys(alphas, 0))
-        yield from at_most(self, **dict.fromkeys(alphas, LARGEST_RATE))
-
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantWithWarmupConfig(_AnyScheduleConfig):
@@ -176,6 +177,8 @@ class ConstantWithWarmupConfig(_AnyScheduleConfig):
     name: Literal["constant_with_warmup"] = "constant_with_warmup"
     alpha: float = 1.0
 
+    limits: ClassVar = {"alpha": _FACTOR}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CosineWithWarmupConfig(_AnyScheduleConfig):
@@ -187,6 +190,8 @@ class CosineWithWarmupConfig(_AnyScheduleConfig):
 
     name: Literal["cosine_with_warmup"] = "cosine_with_warmup"
     alpha_f: float = 0.0
+
+    limits: ClassVar = {"alpha_f": _FACTOR}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,6 +206,8 @@ class LinearDecayWithWarmupConfig(_AnyScheduleConfig):
     name: Literal["linear_decay_with_warmup"] = "linear_decay_with_warmup"
     alpha_i: float = 1.0
     alpha_f: float = 0.0
+
+    limits: ClassVar = {"alpha_i": _FACTOR, "alpha_f": _FACTOR}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -222,8 +229,9 @@ class InvSqrtWithWarmupConfig(_AnyScheduleConfig):
     alpha_f_decay: float = 0.0
     alpha_f_cooldown: float = 0.0
 
+    limits: ClassVar = {"alpha_f_decay": _FACTOR, "alpha_f_cooldown": _FACTOR}
+
     def rules(self) -> Rules:
-        yield from super().rules()
         yield from map(self._no_fraction, ("t_warmup", "t_scale", "t_cooldown"))
         yield self._scale()
         yield self._decays()
@@ -261,6 +269,8 @@ class WarmupStableDecayConfig(_AnyScheduleConfig):
     alpha_f: float = 0.0
     decay: Literal["linear", "cosine", "sqrt"] = "linear"
 
+    limits: ClassVar = {"alpha_f": _FACTOR}
+
 
 SchedulerConfig = (
     ConstantWithWarmupConfig
@@ -269,19 +279,6 @@ SchedulerConfig = (
     | InvSqrtWithWarmupConfig
     | WarmupStableDecayConfig
 )
-
-
-def _rates(section: ParamGroupConfig | _AnyOptimizerConfig) -> Rules:
-    """What holds for the settings of all parameters and of a group of them."""
-    yield from at_most(section, lr=LARGEST_RATE, weight_decay=LARGEST_RATE)
-    yield _no_negative_rate(section)
-    yield _betas(section)
-    yield from at_least(section, weight_decay=0)
-
-
-def _no_negative_rate(section: ParamGroupConfig | _AnyOptimizerConfig) -> Iterator[Problem]:
-    if section.lr is not None and section.lr < 0:
-        yield "lr", f"{section.lr} is negative. Use a positive number, such as 1e-4."
 
 
 def _of_lion(section: ParamGroupConfig | _AnyOptimizerConfig, prefix: str) -> Iterator[Problem]:
@@ -296,10 +293,3 @@ def _of_lion(section: ParamGroupConfig | _AnyOptimizerConfig, prefix: str) -> It
 def _betas(section: ParamGroupConfig | _AnyOptimizerConfig) -> Iterator[Problem]:
     if not all(0 <= beta < 1 for beta in section.betas or ()):
         yield "betas", f"{list(section.betas or ())}. Use two numbers of 0 or more and less than 1."
-
-
-def _eps(section: ParamGroupConfig | DecoupledAdamWConfig) -> Iterator[Problem]:
-    if section.eps is not None and section.eps <= 0:
-        yield "eps", f"{section.eps} is not positive. Use a small positive number, such as 1e-8."
-    if section.eps is not None and section.eps > LARGEST_RATE:
-        yield "eps", f"{section.eps} is too large. Use {LARGEST_RATE:g} or less."

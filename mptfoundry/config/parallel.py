@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mptfoundry.config.engine.schema import show
-from mptfoundry.config.engine.section_rules import Problem, Rules, Section, at_least, only_one
+from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, only_one
 from mptfoundry.errors import ConfigError
 
 # Strategies that free the gathered weights after forward, and those with several replicas.
@@ -112,6 +112,8 @@ class FSDPConfig(Section):
     te_shard_fp8_weight: Literal[False] = False
     verbose: bool = False
 
+    limits: ClassVar = {"forward_prefetch_limit": Limits(1), "backward_prefetch_limit": Limits(1)}
+
     def rules(self) -> Rules:
         yield self._one_strategy()
         for name in _ALWAYS:
@@ -121,7 +123,6 @@ class FSDPConfig(Section):
         yield self._no_shards_to_cut()
         for name in ("mixed_precision", "load_monolith_rank0_only", "forward_prefetch", "backward_prefetch"):
             yield self._only_for_shards(name)
-        yield from at_least(self, forward_prefetch_limit=1, backward_prefetch_limit=1)
         yield self._prefetch()
 
     def _one_strategy(self) -> Iterator[Problem]:

@@ -5,16 +5,16 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
+from functools import partial
 from string import Formatter
 from typing import Any
 
 from mptfoundry.architecture.trainable import pattern_problems
 from mptfoundry.config.data import FinetuningDatasetConfig, label_problems, some_batches
 from mptfoundry.config.engine.durations import parse_duration
-from mptfoundry.config.engine.section_rules import Problem, Rules, at_least, at_most, broken_rules
-from mptfoundry.config.parallel import FSDPConfig
+from mptfoundry.config.engine.section_rules import Problem, Rules, broken_rules, where_set
 from mptfoundry.config.tasks import GauntletConfig, missing_benchmarks
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.mpt.head_config import HeadConfig
@@ -32,19 +32,6 @@ _IN_NAMES = (
     *("epoch", "batch", "batch_in_epoch", "sample", "sample_in_epoch", "token", "token_in_epoch"),
     *("total_wct", "epoch_wct", "batch_wct"),
 )
-# The smallest and the largest value of numbers.
-_LIMITS = {
-    "max_seq_len": (1, 10**9),
-    "seed": (0, 2**32 - 1),
-    "max_split_size_mb": (1, 10**9),
-    "dist_timeout": (1, 10**8),
-    "global_train_batch_size": (1, 10**9),
-    "device_train_microbatch_size": (1, 10**9),
-    "device_eval_batch_size": (1, 10**9),
-    "save_num_checkpoints_to_keep": (-1, 10**9),
-    "train_subset_num_batches": (-1, 10**15),
-    "eval_subset_num_batches": (-1, 10**15),
-}
 _FILLED_IN = {
     "save_folder": ("run_name",),
     "load_path": ("run_name", "rank"),
@@ -54,23 +41,23 @@ _FILLED_IN = {
 
 
 def between_sections(run: TrainConfig) -> Rules:
-    """All rules of a run: those of single values, then those between sections."""
-    yield from at_least(run, **{key: least for key, (least, _) in _LIMITS.items()})
-    yield from at_most(run, **{key: most for key, (_, most) in _LIMITS.items()})
+    """All rules of a run except the limits of its numbers."""
     yield from (some_batches(run, key) for key in ("train_subset_num_batches", "eval_subset_num_batches"))
     yield from (_some_time(run, key) for key in ("max_duration", "save_interval"))
     for key in ("train_loader", "eval_loader"):
-        for rule in (_length_given_twice, _seed_given_twice, _documents, _heads, _preprocessing):
+        yield _loader_gives_twice(run, key, "max_seq_len", "max_seq_len")
+        yield _loader_gives_twice(run, key, "shuffle_seed", "seed")
+        for rule in (_documents, _heads, _preprocessing):
             yield rule(run, key)
     for key in _FILLED_IN:
-        yield _file_name(run, key)
+        yield where_set(run, key, partial(_file_name, key=key))
     for rule_of_a_run in (
         *(_batch_splits, _model_length_given_twice, _tokenizer_length_given_twice, label_problems),
-        *(_generated_samples, _patterns, _adapters, _schedule_ends, _decay_fits),
-        *(_one_source_of_weights, _run_name, _names_that_a_start_finds, _link_name),
-        *(_resuming, _target_without_checkpointing, _sharding, _code, _allowed_changes, _evaluations),
+        *(_patterns, _schedule_ends, _decay_fits, _run_name, _names_that_a_start_finds, _link_name),
     ):
         yield rule_of_a_run(run)
+    for key, rule_of_an_option in _RULES_OF_OPTIONS:
+        yield where_set(run, key, rule_of_an_option)
 
 
 def _some_time(run: TrainConfig, key: str) -> Iterator[Problem]:
@@ -120,15 +107,10 @@ def _tokenizer_length_given_twice(run: TrainConfig) -> Iterator[Problem]:
     yield from _given_twice("tokenizer.kwargs.model_max_length", length, "max_seq_len", run.max_seq_len)
 
 
-def _length_given_twice(run: TrainConfig, key: str) -> Iterator[Problem]:
+def _loader_gives_twice(run: TrainConfig, key: str, name: str, of_run: str) -> Iterator[Problem]:
     for path, loader in _loaders(run, key):
-        length = loader.dataset.max_seq_len
-        yield from _given_twice(f"{path}.dataset.max_seq_len", length, "max_seq_len", run.max_seq_len)
-
-
-def _seed_given_twice(run: TrainConfig, key: str) -> Iterator[Problem]:
-    for path, loader in _loaders(run, key):
-        yield from _given_twice(f"{path}.dataset.shuffle_seed", loader.dataset.shuffle_seed, "seed", run.seed)
+        value = getattr(loader.dataset, name)
+        yield from _given_twice(f"{path}.dataset.{name}", value, of_run, getattr(run, of_run))
 
 
 def _documents(run: TrainConfig, key: str) -> Iterator[Problem]:
@@ -159,9 +141,8 @@ def _heads(run: TrainConfig, key: str) -> Iterator[Problem]:
 def _generated_samples(run: TrainConfig) -> Iterator[Problem]:
     if "generate_callback" in run.callbacks:
         yield from _sampling(run.callbacks["generate_callback"])
-        name = run.model.name
         if isinstance(run.model, HeadConfig):
-            yield "callbacks.generate_callback", f"model.name: {name} generates no text. Remove it."
+            yield "callbacks.generate_callback", f"model.name: {run.model.name} generates no text. Remove it."
 
 
 def _sampling(arguments: Mapping[str, Any]) -> Iterator[Problem]:
@@ -206,14 +187,8 @@ def _patterns(run: TrainConfig) -> Iterator[Problem]:
         yield from ((f"optimizer.{key}", text) for key, text in problems)
 
 
-def _adapters(run: TrainConfig) -> Iterator[Problem]:
-    """Adapters train on top of a base model, which a resumed run reads from the same place."""
-    if run.model.peft_config is not None:
-        yield from _base_of_adapters(run)
-        yield from _around_adapters(run)
-
-
 def _base_of_adapters(run: TrainConfig) -> Iterator[Problem]:
+    """Adapters train on top of a base model, which a resumed run reads from the same place."""
     path = run.load_path
     if not run.model.takes_weights and not path:
         yield (
@@ -284,7 +259,7 @@ def tokens_of(duration: int | str, run: TrainConfig) -> float | None:
 
 
 def _one_source_of_weights(run: TrainConfig) -> Iterator[Problem]:
-    if run.load_path and run.model.takes_weights:
+    if run.model.takes_weights:
         text = "Remove one; with model.pretrained: false the latter gives only the architecture."
         both = "and model.pretrained_model_name_or_path both say where the weights come from."
         yield "load_path", f"{both} {text}"
@@ -292,7 +267,7 @@ def _one_source_of_weights(run: TrainConfig) -> Iterator[Problem]:
 
 def _file_name(run: TrainConfig, key: str) -> Iterator[Problem]:
     """What files and folders can be called."""
-    name = getattr(run, key) or ""
+    name = getattr(run, key)
     if key in ("save_filename", "load_path") and _PACKED.search(name):
         yield key, f"{name} is not a plain file. Archives and compressed checkpoints are not read: use .pt."
     if problem := _placeholder_problem(name, _FILLED_IN[key]):
@@ -335,28 +310,23 @@ def _link_name(run: TrainConfig) -> Iterator[Problem]:
 
 
 def _resuming(run: TrainConfig) -> Iterator[Problem]:
-    if run.autoresume and run.save_folder is None:
+    if run.save_folder is None:
         yield "autoresume", "needs save_folder, which holds the checkpoint to resume from."
-    if run.autoresume and run.save_weights_only:
+    if run.save_weights_only:
         yield "autoresume", "needs whole checkpoints. Set save_weights_only: false."
 
 
 def _target_without_checkpointing(run: TrainConfig) -> Iterator[Problem]:
-    saves = run.fsdp_config is not None and run.fsdp_config.saves_activations
-    if run.model.activation_checkpointing_target is not None and not saves:
+    if run.fsdp_config is None or not run.fsdp_config.saves_activations:
         text = (
             "has no effect without fsdp_config.activation_checkpointing or activation_cpu_offload. Set one."
         )
         yield "model.activation_checkpointing_target", text
 
 
-def _sharding(run: TrainConfig) -> Iterator[Problem]:
-    if run.fsdp_config is not None:
-        yield from _around_sharding(run, run.fsdp_config)
-
-
-def _around_sharding(run: TrainConfig, fsdp: FSDPConfig) -> Iterator[Problem]:
+def _around_sharding(run: TrainConfig) -> Iterator[Problem]:
     """What sharding can't be combined with."""
+    fsdp = run.fsdp_config
     if fsdp.activation_cpu_offload and run.compile_config is not None:
         yield "fsdp_config.activation_cpu_offload", "true can't be combined with compile_config."
     if fsdp.load_monolith_rank0_only and run.model.init_device == "meta":
@@ -367,14 +337,8 @@ def _around_sharding(run: TrainConfig, fsdp: FSDPConfig) -> Iterator[Problem]:
 
 
 def _code(run: TrainConfig) -> Iterator[Problem]:
-    if run.code_paths and not run.allow_code:
+    if not run.allow_code:
         yield "code_paths", "names code, which runs only with allow_code=true on the command line."
-
-
-def _evaluations(run: TrainConfig) -> Iterator[Problem]:
-    sections = {_tasks_in_training: run.icl_tasks or run.eval_gauntlet, _keep_best: run.keep_best}
-    for rules in (rules for rules, section in sections.items() if section is not None):
-        yield from rules(run)
 
 
 def _tasks_in_training(run: TrainConfig) -> Iterator[Problem]:
@@ -438,3 +402,20 @@ def _allowed_changes(run: TrainConfig) -> Iterator[Problem]:
     for key in run.allow_changes:
         if key.split(".")[0] not in known:
             yield "allow_changes", f"{key} is not a key of a run. Use the keys that the refusal names."
+
+
+# The rules of what most runs don't use, by the option that has to be set.
+_RULES_OF_OPTIONS: tuple[tuple[str, Callable[[TrainConfig], Iterator[Problem]]], ...] = (
+    ("callbacks", _generated_samples),
+    ("model.peft_config", _base_of_adapters),
+    ("model.peft_config", _around_adapters),
+    ("load_path", _one_source_of_weights),
+    ("autoresume", _resuming),
+    ("model.activation_checkpointing_target", _target_without_checkpointing),
+    ("fsdp_config", _around_sharding),
+    ("code_paths", _code),
+    ("allow_changes", _allowed_changes),
+    ("icl_tasks", _tasks_in_training),
+    ("eval_gauntlet", _tasks_in_training),
+    ("keep_best", _keep_best),
+)

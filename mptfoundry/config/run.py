@@ -8,12 +8,12 @@ set only here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from mptfoundry.config.data import LoaderConfig, loaders_by_label
 from mptfoundry.config.engine.durations import Duration, parse_duration
 from mptfoundry.config.engine.forms import parse_count
-from mptfoundry.config.engine.section_rules import Rules, Section, not_empty
+from mptfoundry.config.engine.section_rules import Limits, Rules, Section, not_empty
 from mptfoundry.config.engine.signatures import (
     CALLBACKS,
     REFUSED_CALLBACKS,
@@ -46,7 +46,7 @@ class KeepBestConfig(Section):
     mode: Literal["max", "min"]
 
     def rules(self) -> Rules:
-        yield from not_empty(self, "metric")
+        yield not_empty(self, "metric")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +182,19 @@ class TrainConfig(Section):
     code_paths: tuple[str, ...] = ()
     allow_code: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
+
+    limits: ClassVar = {
+        "seed": Limits(0, 2**32 - 1),
+        "max_seq_len": Limits(1, 10**9),
+        "global_train_batch_size": Limits(1, 10**9),
+        "device_train_microbatch_size": Limits(1, 10**9),
+        "device_eval_batch_size": Limits(1, 10**9),
+        "train_subset_num_batches": Limits(-1, 10**15),
+        "eval_subset_num_batches": Limits(-1, 10**15),
+        "max_split_size_mb": Limits(1, 10**9),
+        "dist_timeout": Limits(1, 10**8),
+        "save_num_checkpoints_to_keep": Limits(-1, 10**9),
+    }
 
     def rules(self) -> Rules:
         """What has to hold, also between sections."""

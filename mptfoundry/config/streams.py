@@ -8,17 +8,19 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from mptfoundry.config.engine.section_rules import (
+    Limits,
     Problem,
     Rules,
     Section,
-    at_least,
     not_empty,
     only_one,
+    where_set,
 )
 from mptfoundry.places import is_url
 
 Amount = Literal["proportion", "repeat", "choose"]
 AMOUNTS: tuple[Amount, ...] = get_args(Amount)
+_AMOUNT_LIMITS = dict.fromkeys(AMOUNTS, Limits(0))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,12 +54,14 @@ class StreamConfig(Section):
     validate_hash: str | None = None
     keep_zip: bool | None = None
 
+    limits: ClassVar = {**_AMOUNT_LIMITS, "download_retry": Limits(0), "download_timeout": Limits(1)}
+
     def rules(self) -> Rules:
         yield self._some_source()
-        yield from not_empty(self, "remote", "local")
-        yield _whole_url(self)
-        yield from at_least(self, download_retry=0, download_timeout=1)
-        yield from _amount_rules(self)
+        yield not_empty(self, "remote")
+        yield not_empty(self, "local")
+        yield where_set(self, "remote", _whole_url)
+        yield only_one(self, "are both given. Use one of them.", *AMOUNTS)
 
     def _some_source(self) -> Iterator[Problem]:
         if self.remote is None and self.local is None:
@@ -100,10 +104,11 @@ class RecordsConfig(Section):
     choose: int | None = None
 
     streams: ClassVar[None] = None
+    limits: ClassVar = _AMOUNT_LIMITS
 
     def rules(self) -> Rules:
         yield from records_rules(self)
-        yield from _amount_rules(self)
+        yield only_one(self, "are both given. Use one of them.", *AMOUNTS)
 
     @property
     def place(self) -> str | None:
@@ -113,9 +118,10 @@ class RecordsConfig(Section):
 
 def records_rules(section: Any) -> Rules:
     """What holds for the keys that say where records lie and how they are read."""
-    yield from not_empty(section, "hf_name", "local", "remote")
+    for name in ("hf_name", "local", "remote"):
+        yield not_empty(section, name)
     yield _records_place(section)
-    yield _whole_url(section)
+    yield where_set(section, "remote", _whole_url)
     yield _hub_arguments(section)
     yield _columns(section)
 
@@ -133,7 +139,7 @@ def _records_place(section: Any) -> Iterator[Problem]:
 def _whole_url(section: Any) -> Iterator[Problem]:
     """The end of some URLs would be lost where shards are downloaded."""
     remote = section.remote
-    if remote is not None and is_url(remote) and (letter := next((c for c in "#?" if c in remote), None)):
+    if is_url(remote) and (letter := next((c for c in "#?" if c in remote), None)):
         text = f"contains {letter}, and StreamingDataset reads a URL only up to there. Rename the folder."
         yield "remote", f"{remote} {text}"
 
@@ -155,19 +161,9 @@ def _columns(section: Any) -> Iterator[Problem]:
         yield "preprocessing_fn", f"{columns!r} is not module:function."
 
 
-def _amount_rules(section: StreamConfig | RecordsConfig) -> Rules:
-    """A stream has at most one of them."""
-    yield from at_least(section, proportion=0, repeat=0, choose=0)
-    yield only_one(section, "are both given. Use one of them.", *AMOUNTS)
-
-
 def shares(section: Any) -> Iterator[Problem]:
     """All streams of a mix have a share, or none."""
-    if section.streams:
-        yield from _shares(section.streams)
-
-
-def _shares(streams: Mapping[str, StreamConfig | RecordsConfig]) -> Iterator[Problem]:
+    streams: Mapping[str, StreamConfig | RecordsConfig] = section.streams
     weighted = {name for name, s in streams.items() if s.proportion is not None}
     if weighted and weighted != set(streams):
         missing = ", ".join(name for name in streams if name not in weighted)

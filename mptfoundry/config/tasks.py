@@ -8,16 +8,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from mptfoundry.config.engine.section_rules import (
-    Problem,
-    Rules,
-    Section,
-    at_least,
-    not_empty,
-    only_one,
-)
+from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, not_empty, only_one
 
 TaskType = Literal["multiple_choice", "schema", "language_modeling", "generation_task_with_answers"]
 # What is measured of a task of each type; the first is the task's score.
@@ -93,9 +86,11 @@ class TaskConfig(Section):
     hf_loading_vars: dict[str, Any] = field(default_factory=dict)
     hf_parsing_map: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
+    limits: ClassVar = {"batch_size": Limits(1), "max_seq_len": Limits(2)}
+
     def rules(self) -> Rules:
-        yield from not_empty(self, "label", "dataset_uri")
-        yield from at_least(self, batch_size=1, max_seq_len=2)
+        yield not_empty(self, "label")
+        yield not_empty(self, "dataset_uri")
         yield only_one(self, "are the same. Use prelimiter.", "prelimiter", "question_prelimiter")
         yield self._shots()
         yield self._metrics()
@@ -161,8 +156,9 @@ class BenchmarkConfig(Section):
     num_fewshot: int
     random_baseline: float = 0.0
 
+    limits: ClassVar = {"num_fewshot": Limits(0), "random_baseline": Limits(0)}
+
     def rules(self) -> Rules:
-        yield from at_least(self, num_fewshot=0, random_baseline=0)
         yield self._baseline()
 
     def _baseline(self) -> Iterator[Problem]:

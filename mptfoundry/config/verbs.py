@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from mptfoundry.config.engine.section_rules import Problem, Rules, Section, at_least, picture_format
+from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, picture_format
 from mptfoundry.config.evaluating import CompareConfig as CompareConfig
 from mptfoundry.config.evaluating import EvalConfig as EvalConfig
 
@@ -33,8 +33,9 @@ class CheckConfig(Section):
     gpus_per_node: int = 8
     here: bool = False
 
+    limits: ClassVar = {"gpus": Limits(1), "gpus_per_node": Limits(1)}
+
     def rules(self) -> Rules:
-        yield from at_least(self, gpus=1, gpus_per_node=1)
         yield self._both()
         yield self._one_machine()
 
@@ -78,8 +79,14 @@ class PlanConfig(Section):
     measured: str | None = None
     picture: str | None = None
 
+    limits: ClassVar = {
+        "gpus_per_node": Limits(1),
+        "examples": Limits(1),
+        "tokens_per_example": Limits(1),
+        "dollars_per_gb_month": Limits(0),
+    }
+
     def rules(self) -> Rules:
-        yield from at_least(self, gpus_per_node=1, examples=1, tokens_per_example=1, dollars_per_gb_month=0)
         yield self._numbers()
         yield self._one_price_each()
         yield self._share()
@@ -168,9 +175,10 @@ class PrepareConfig(Section):
     compression: str | None = None
     progress: bool = True
 
+    limits: ClassVar = {"workers": Limits(1)}
+
     def rules(self) -> Rules:
         yield self._local_workers()
-        yield from at_least(self, workers=1)
         yield self._something_to_predict()
         yield self._share_held_out()
         yield self._split_names()
@@ -241,8 +249,9 @@ class TokenizerTrainConfig(Section):
     overwrite: bool = False
     progress: bool = True
 
+    limits: ClassVar = {"sample_bytes": Limits(1), "seed": Limits(0)}
+
     def rules(self) -> Rules:
-        yield from at_least(self, sample_bytes=1, seed=0)
         yield self._room_for_bytes()
 
     def _room_for_bytes(self) -> Iterator[Problem]:
@@ -274,8 +283,7 @@ class TokenizerCompareConfig(Section):
     seed: int = 17
     progress: bool = True
 
-    def rules(self) -> Rules:
-        yield from at_least(self, sample_bytes=1, seed=0)
+    limits: ClassVar = {"sample_bytes": Limits(1), "seed": Limits(0)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -304,8 +312,9 @@ class PreviewConfig(Section):
     picture: str | None = None
     allow_code: bool = False
 
+    limits: ClassVar = {"samples": Limits(0)}
+
     def rules(self) -> Rules:
-        yield from at_least(self, samples=0)
         yield picture_format(self)
 
 
@@ -453,8 +462,9 @@ class LaunchConfig(Section):
     health_check: bool = True
     launcher: bool = True
 
+    limits: ClassVar = {"nodes": Limits(1), "gpus_per_node": Limits(1)}
+
     def rules(self) -> Rules:
-        yield from at_least(self, nodes=1, gpus_per_node=1)
         yield self._only_slurm()
         yield self._mounts()
 
@@ -488,18 +498,17 @@ class Sampling(Section):
     top_p: float = 1.0
     seed: int = 17
 
+    limits: ClassVar = {
+        "temperature": Limits(0),
+        "top_k": Limits(0, text=" is negative. Use 0 for all, or more."),
+    }
+
     def rules(self) -> Rules:
-        yield from at_least(self, temperature=0)
         yield self._probability()
-        yield self._most_likely()
 
     def _probability(self) -> Iterator[Problem]:
         if not 0 < self.top_p <= 1:
             yield "top_p", f"{self.top_p}. Use a number above 0 and up to 1."
-
-    def _most_likely(self) -> Iterator[Problem]:
-        if self.top_k < 0:
-            yield "top_k", f"{self.top_k} is negative. Use 0 for all, or more."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -528,10 +537,11 @@ class TextConfig(Sampling):
     attn_impl: Literal["auto", "torch", "flash", "triton"] = "auto"
     verify: bool = True
 
+    limits: ClassVar = {**Sampling.limits, "max_new_tokens": Limits(1)}
+
     def rules(self) -> Rules:
         yield from super().rules()
         yield self._no_empty_stop()
-        yield from at_least(self, max_new_tokens=1)
 
     def _no_empty_stop(self) -> Iterator[Problem]:
         if "" in self.stop:

@@ -18,7 +18,7 @@ import torch
 from mptfoundry.architecture.dialects import config_from_dict, config_of_others
 from mptfoundry.architecture.hub import locate
 from mptfoundry.architecture.of_run import architecture_of, differing
-from mptfoundry.architecture.pretrained import fill_architecture
+from mptfoundry.architecture.pretrained import NAMED, fill_architecture
 from mptfoundry.checkpoints.reading import open_model, with_overrides
 from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.checkpoints.staging import staged
@@ -122,7 +122,8 @@ def _config_in(path: Path) -> MPTConfig:
         return architecture_of(path)
     document = read_document(path, [])
     translate(document)
-    fill_architecture(document)
+    if isinstance(document.get(NAMED), str):
+        fill_architecture(document)
     document.raise_problems()
     model = document.tree.get("model")
     if not isinstance(model, dict):

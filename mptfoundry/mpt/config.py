@@ -10,7 +10,8 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, is_dataclass, replace
-from typing import Any, Literal, TypeVar
+from math import inf
+from typing import Any, ClassVar, Literal, TypeVar
 
 T = TypeVar("T")
 # A broken rule: the key, several keys, or "" for the section as a whole; and the message.
@@ -19,16 +20,53 @@ Problem = tuple[str | tuple[str, ...], str]
 Rules = Iterator[Iterable[Problem]]
 
 
+@dataclass(frozen=True)
+class Limits:
+    """Which numbers a field may hold; None and words such as `auto` pass.
+
+    Attributes:
+        least: The smallest one.
+        most: The largest one.
+        above: Numbers have to be larger than this.
+        below: Numbers have to be smaller than this.
+        text: What to say after a number that is too small, or not below `below`.
+    """
+
+    least: float = -inf
+    most: float = inf
+    above: float = -inf
+    below: float = inf
+    text: str = ""
+
+    def problems(self, section: Any, name: str) -> Iterator[Problem]:
+        """Yield the problem of a section's field, if its number is outside."""
+        value = getattr(section, name)
+        if not isinstance(value, (int, float)):
+            return
+        if value < self.least or not self.above < value < self.below:
+            yield name, f"{value}{self.text or f' is too small. Use {self.least} or more.'}"
+        elif value > self.most:
+            yield name, f"{value} is too large. Use {self.most} or less."
+
+
 class Section:
     """A dataclass with rules; an instance that breaks one can't be made."""
 
+    # The limits of its numbers, by field.
+    limits: ClassVar[Mapping[str, Limits]] = {}
+
     def __post_init__(self) -> None:
-        for problems in self.rules():
+        for problems in self.all_rules():
             for key, text in problems:
                 raise ValueError(in_words(key, text))
 
-    def rules(self) -> Rules:
+    def all_rules(self) -> Rules:
         """What has to hold, for an instance or for a view of the fields that are valid."""
+        yield from (limits.problems(self, name) for name, limits in self.limits.items())
+        yield from self.rules()
+
+    def rules(self) -> Rules:
+        """What has to hold besides the limits."""
         yield from ()
 
 
@@ -37,6 +75,16 @@ def in_words(key: str | tuple[str, ...], text: str) -> str:
     if isinstance(key, tuple):
         return f"{' and '.join(key)} {text}"
     return f"{key}: {text}" if key else text
+
+
+POSITIVE = Limits(above=0, text=" is not positive. Use a positive number.")
+POSITIVE_OR_NONE = Limits(above=0, text=" is not positive. Use a positive number, or null for none.")
+PROBABILITY = Limits(least=0, below=1, text=" is not a probability. Use 0 or more and less than 1.")
+
+
+def whole(most: float = inf) -> Limits:
+    """The limits of a number of things: at least one."""
+    return Limits(above=0, most=most, text=" is not positive. Use 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -52,8 +100,7 @@ class RotaryScalingConfig(Section):
     type: Literal["no_scaling", "linear", "dynamic"] = "no_scaling"
     factor: float = 1.0
 
-    def rules(self) -> Rules:
-        yield from at_least(self, factor=1)
+    limits: ClassVar = {"factor": Limits(1)}
 
 
 @dataclass(frozen=True)
@@ -124,15 +171,21 @@ class AttnConfig(Section):
     kv_n_heads: int | None = None
     prefix_lm: bool = False
 
+    limits: ClassVar = {
+        "attn_pdrop": PROBABILITY,
+        "clip_qkv": POSITIVE_OR_NONE,
+        "softmax_scale": POSITIVE_OR_NONE,
+        "sliding_window_size": Limits(-1, text=". Use -1 for none, or 0 and more."),
+        "attn_logit_softcapping": POSITIVE_OR_NONE,
+        "alibi_bias_max": whole(),
+        "rope_theta": POSITIVE,
+        "kv_n_heads": whole(),
+    }
+
     def rules(self) -> Rules:
-        yield from probabilities(self, "attn_pdrop")
-        yield from positive(self, _OR_NONE, "clip_qkv", "softmax_scale", "attn_logit_softcapping")
-        yield from positive(self, _WHOLE, "alibi_bias_max", "kv_n_heads")
-        yield from positive(self, _POSITIVE, "rope_theta")
         yield only_one(self, "are both true. A model has one of them.", "alibi", "rope")
         yield only_one(self, "are both true. A model has one of them.", "qk_ln", "qk_gn")
         yield self._grouped_heads()
-        yield self._window()
 
     def _grouped_heads(self) -> Iterator[Problem]:
         is_grouped = self.attn_type == "grouped_query_attention"
@@ -140,10 +193,6 @@ class AttnConfig(Section):
             yield "attn_type", "grouped_query_attention needs kv_n_heads."
         if not is_grouped and self.kv_n_heads is not None:
             yield "kv_n_heads", f"only grouped_query_attention takes it, not {self.attn_type}."
-
-    def _window(self) -> Iterator[Problem]:
-        if self.sliding_window_size < -1:
-            yield "sliding_window_size", f"{self.sliding_window_size}. Use -1 for none, or 0 and more."
 
 
 @dataclass(frozen=True)
@@ -180,8 +229,7 @@ class FFNConfig(Section):
     ffn_hidden_size: int | None = None
     ffn_act_fn: ActivationConfig = field(default_factory=ActivationConfig)
 
-    def rules(self) -> Rules:
-        yield from positive(self, _WHOLE, "ffn_hidden_size")
+    limits: ClassVar = {"ffn_hidden_size": whole(most=1_000_000_000)}
 
 
 InitName = Literal[
@@ -286,12 +334,22 @@ class MPTConfig(Section):
     tie_word_embeddings: bool = True
     final_logit_softcapping: float | None = None
 
+    # Any model is smaller. Counting the parameters of a larger one would use up the machine's memory.
+    limits: ClassVar = {
+        "d_model": whole(most=10_000_000),
+        "n_heads": whole(most=100_000),
+        "n_layers": whole(most=10_000),
+        "head_dim": whole(most=10_000_000),
+        "expansion_ratio": replace(POSITIVE, most=10_000),
+        "max_seq_len": whole(most=1_000_000_000),
+        "vocab_size": whole(most=1_000_000_000),
+        "resid_pdrop": PROBABILITY,
+        "emb_pdrop": PROBABILITY,
+        "norm_eps": POSITIVE,
+        "final_logit_softcapping": POSITIVE_OR_NONE,
+    }
+
     def rules(self) -> Rules:
-        sizes = ("d_model", "n_heads", "n_layers", "max_seq_len", "vocab_size", "head_dim")
-        yield from positive(self, _WHOLE, *sizes)
-        yield from positive(self, _POSITIVE, "expansion_ratio", "norm_eps")
-        yield from positive(self, _OR_NONE, "final_logit_softcapping")
-        yield from probabilities(self, "resid_pdrop", "emb_pdrop")
         yield self._heads()
         yield self._kv_heads()
         yield self._hidden_size()
@@ -380,32 +438,6 @@ class MPTConfig(Section):
         return replace(self, head_dim=head_dim, attn_config=attention)
 
 
-# Any model is smaller. Counting the parameters of a larger one would use up the machine's memory.
-_LARGEST = {
-    "n_layers": 10_000,
-    "n_heads": 100_000,
-    "d_model": 10_000_000,
-    "head_dim": 10_000_000,
-    "max_seq_len": 1_000_000_000,
-    "vocab_size": 1_000_000_000,
-    "expansion_ratio": 10_000,
-    "ffn_hidden_size": 1_000_000_000,
-}
-_WHOLE, _POSITIVE = "Use 1 or more.", "Use a positive number."
-_OR_NONE = "Use a positive number, or null for none."
-
-
-def at_least(section: Any, **least: float) -> Rules:
-    """A rule for each field: a number has this minimum; None and words such as `auto` pass."""
-
-    def rule(name: str) -> Iterator[Problem]:
-        value = getattr(section, name)
-        if isinstance(value, (int, float)) and value < least[name]:
-            yield name, f"{value} is too small. Use {least[name]} or more."
-
-    return map(rule, least)
-
-
 def only_one(section: Any, text: str, *names: str) -> Iterator[Problem]:
     """A rule for fields that exclude each other: at most one may be set."""
     values = {name: getattr(section, name) for name in names}
@@ -414,30 +446,6 @@ def only_one(section: Any, text: str, *names: str) -> Iterator[Problem]:
     )
     if len(given) > 1:
         yield given, text
-
-
-def positive(section: Any, advice: str, *names: str) -> Rules:
-    """A rule for each field: a number is above 0, and within the limits of any real model."""
-
-    def rule(name: str) -> Iterator[Problem]:
-        value = getattr(section, name)
-        if value is not None and value <= 0:
-            yield name, f"{value} is not positive. {advice}"
-        elif value is not None and value > _LARGEST.get(name, value):
-            yield name, f"{value} is too large. Use {_LARGEST[name]} or less."
-
-    return map(rule, names)
-
-
-def probabilities(section: Any, *names: str) -> Rules:
-    """A rule for each field: it is a probability below 1."""
-
-    def rule(name: str) -> Iterator[Problem]:
-        value = getattr(section, name)
-        if not 0 <= value < 1:
-            yield name, f"{value} is not a probability. Use 0 or more and less than 1."
-
-    return map(rule, names)
 
 
 def from_values(kind: type[T], values: Mapping[str, Any], path: str = "") -> T:

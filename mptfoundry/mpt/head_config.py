@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from .config import MPTConfig, Problem, Rules, positive, probabilities
+from .config import PROBABILITY, MPTConfig, Problem, Rules, whole
 
 ProblemType = Literal["regression", "single_label_classification", "multi_label_classification"]
 
@@ -50,9 +50,10 @@ class _LabelsConfig(HeadConfig):
     num_labels: int = 2
     id2label: dict[str, str] | None = None
 
+    limits: ClassVar = {**MPTConfig.limits, "num_labels": whole()}
+
     def rules(self) -> Rules:
         yield from super().rules()
-        yield from positive(self, "Use 1 or more.", "num_labels")
         yield self._names_of_labels()
 
     def _names_of_labels(self) -> Iterator[Problem]:
@@ -145,10 +146,11 @@ class TokenClassifierConfig(_LabelsConfig):
     name: Literal["mpt_token_classification"] = "mpt_token_classification"
     classifier_dropout: float = 0.1
 
+    limits: ClassVar = {**_LabelsConfig.limits, "classifier_dropout": PROBABILITY}
+
     def rules(self) -> Rules:
         yield from super().rules()
         yield self._several_labels()
-        yield from probabilities(self, "classifier_dropout")
 
     def head_keys(self) -> dict[str, Any]:
         """What the head adds to transformers' `config.json`."""

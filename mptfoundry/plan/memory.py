@@ -79,7 +79,9 @@ def estimate_memory(
     number = FP32 if precision == "fp32" else 2
     stream = microbatch * config.max_seq_len * model.d_model * number
     block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
-    recomputed, largest = _recomputed(model, fsdp, block_keeps)
+    recomputed, largest = 0, 0
+    if fsdp is not None and fsdp.saves_activations:
+        recomputed, largest = _recomputed(model, block_keeps)
     largest *= microbatch * config.max_seq_len * number
     last = first = stepping = everything.gathered
     if sharding is None or sharding.shards == 1:
@@ -114,11 +116,7 @@ def _everything(
     microbatch: int,
     fsdp: FSDPConfig | None,
 ) -> Memory:
-    """What can exist in a step at all.
-
-    Activations are what each block saves for backward (`block_activations`). With activation checkpointing
-    a block saves only its input, and one block at a time is recomputed.
-    """
+    """What can exist in a step at all."""
     model, number = config.model, FP32 if precision == "fp32" else 2
     parameters = count_parameters(model) + trainable.adapters
     shards = 1 if sharding is None else sharding.shards
@@ -187,10 +185,8 @@ def _sizes(model: AnyModelConfig, block_keeps: int) -> dict[str, tuple[int, int]
     }
 
 
-def _recomputed(model: AnyModelConfig, fsdp: FSDPConfig | None, block_keeps: int) -> tuple[int, int]:
+def _recomputed(model: AnyModelConfig, block_keeps: int) -> tuple[int, int]:
     """How many blocks are recomputed as a whole, and the numbers per token of the largest part that is."""
-    if fsdp is None or not fsdp.saves_activations:
-        return 0, 0
     parts = recomputed_parts(model.activation_checkpointing_target, model.n_layers)
     sizes = _sizes(model, block_keeps)
     return len(parts.get("block", ())), max(sizes[part][0] for part in parts)

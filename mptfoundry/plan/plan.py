@@ -271,7 +271,7 @@ def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str |
 def _lacking(config: TrainConfig, device: Device, precision: str) -> dict[str, str]:
     """What to do about missing packages, and about GPUs that torch can't use or not in this precision."""
     lacking = missing_packages(config, device.torch_type)
-    if problem := gpu_problem(device):
+    if (device.gpus or device.trouble) and (problem := gpu_problem(device)):
         lacking.update([problem])
     if config.precision != "auto" and (reason := precision_problem(precision, device)):
         lacking["precision"] = reason

@@ -23,6 +23,7 @@ from composer.core import Callback, Event, Time
 from composer.utils import dist
 
 from mptfoundry.architecture.of_run import RUN_CONFIG as CONFIG
+from mptfoundry.config.engine.secrets import REDACTED
 from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
@@ -72,7 +73,9 @@ def guarded(config: TrainConfig, device: Device) -> Iterator[Run]:
         CheckpointError: Another process trains this run, or the newest checkpoint is damaged.
         TrainingError: A rank is silent.
     """
-    refuse_redacted(config)
+    yaml = to_yaml(config)
+    if REDACTED in yaml:
+        refuse_redacted(config)
     watch = RankWatch(config.dist_timeout)
     signals = StopSignals(speaks=rank() == 0, failure=watch.failure)
     with signals, clean_start() as starting:
@@ -80,7 +83,7 @@ def guarded(config: TrainConfig, device: Device) -> Iterator[Run]:
         with watch, watch.explained(), lock_run_folder(run_folder(config)) as lock, ExitStack() as until_fit:
             until_fit.callback(starting.close)
             start = until_fit.enter_context(resolve_start(config))
-            yield Run(config, start, lock, StepGuard(signals, watch), until_fit)
+            yield Run(config, yaml, start, lock, StepGuard(signals, watch), until_fit)
 
 
 class Run:
@@ -97,13 +100,19 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainConfig, start: Start, lock: RunLock, guard: StepGuard, until_fit: ExitStack
+        self,
+        config: TrainConfig,
+        yaml: str,
+        start: Start,
+        lock: RunLock,
+        guard: StepGuard,
+        until_fit: ExitStack,
     ) -> None:
         self.folder, self.start, self.guard = lock.folder, start, guard
         self.metrics = MetricsFile(lock.folder)
         self.best = None if config.keep_best is None else _keep_best(config, lock.folder)
         self.loggers = [self.metrics, *([self.best] if self.best else [])]
-        self._config, self.yaml = config, to_yaml(config)
+        self._config, self.yaml = config, yaml
         self._lock, self._until_fit = lock, until_fit
         self._inputs: dict[str, str] = {}
         self._tokenizer: Any = None

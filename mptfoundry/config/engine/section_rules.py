@@ -7,15 +7,16 @@ section, and a rule stops when it reads a missing or invalid field.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from operator import attrgetter
 from typing import Any
 
 from mptfoundry.config.engine.schema import field_types
-from mptfoundry.mpt.config import Problem, Rules, Section, at_least, in_words, only_one, positive
+from mptfoundry.mpt.config import Limits, Problem, Rules, Section, in_words, only_one
 
-__all__ = ["Problem", "Rules", "Section", "at_least", "at_most", "broken_rules", "in_words"]
-__all__ += ["not_empty", "only_one", "positive"]
+__all__ = ["Limits", "Problem", "Rules", "Section", "broken_rules", "in_words", "not_empty", "only_one"]
+__all__ += ["where_set"]
 
 
 class _NoValueError(Exception):
@@ -50,7 +51,7 @@ def broken_rules(cls: Any, values: Mapping[str, Any]) -> Iterator[Problem]:
     If a field breaks a rule that reads no other field, it counts as invalid for the following rules.
     """
     view = _View(cls, values)
-    for rule in cls.rules(view):
+    for rule in cls.all_rules(view):
         view._asked.clear()
         problems: list[Problem] = []
         with suppress(_NoValueError):
@@ -60,26 +61,18 @@ def broken_rules(cls: Any, values: Mapping[str, Any]) -> Iterator[Problem]:
         yield from problems
 
 
-def at_most(section: Any, **most: float) -> Rules:
-    """A rule for each field: a number has this maximum; None and words such as `auto` pass."""
-
-    def rule(name: str) -> Iterator[Problem]:
-        value, largest = getattr(section, name), most[name]
-        if isinstance(value, (int, float)) and value > largest:
-            yield name, f"{value} is too large. Use {int(largest) if largest % 1 == 0 else largest} or less."
-
-    return map(rule, most)
+def where_set(section: Any, key: str, rule: Callable[[Any], Iterator[Problem]]) -> Iterator[Problem]:
+    """A rule that holds only where the option `key`, such as `model.peft_config`, is set; 0 counts as set."""
+    value = attrgetter(key)(section)
+    if value or (value == 0 and value is not False):
+        yield from rule(section)
 
 
-def not_empty(section: Any, *names: str) -> Rules:
-    """A rule for each field: a name is not blank."""
-
-    def rule(name: str) -> Iterator[Problem]:
-        value = getattr(section, name)
-        if isinstance(value, str) and not value.strip():
-            yield name, "is empty. Give a name, or remove it."
-
-    return map(rule, names)
+def not_empty(section: Any, name: str) -> Iterator[Problem]:
+    """A name is not blank."""
+    value = getattr(section, name)
+    if isinstance(value, str) and not value.strip():
+        yield name, "is empty. Give a name, or remove it."
 
 
 def picture_format(section: Section) -> Iterator[Problem]:

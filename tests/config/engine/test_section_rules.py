@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
-from mptfoundry.config.engine.section_rules import (
-    Problem,
-    Rules,
-    Section,
-    at_least,
-    broken_rules,
-    only_one,
-)
+from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, broken_rules, only_one
 
 
 @dataclass
@@ -25,8 +18,9 @@ class Box(Section):
     depth: int | None = None
     volume: int | None = None
 
+    limits: ClassVar = {"width": Limits(1), "height": Limits(1)}
+
     def rules(self) -> Rules:
-        yield from at_least(self, width=1, height=1)
         yield only_one(self, "are both given. Use one of them.", "depth", "volume")
         yield self._shape()
         yield self._depth()
