@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
+from mptfoundry import plugins
 from mptfoundry.config.engine.durations import Duration, parse_duration
 from mptfoundry.config.engine.section_rules import Problem, Rules, Section, at_least, at_most, positive
+from mptfoundry.config.engine.signatures import Own, with_own_keys
 
 # Weights leave every number format long before it.
 LARGEST_RATE = 1000.0
@@ -108,7 +110,28 @@ class DecoupledAdamWConfig(_AnyOptimizerConfig):
         yield _eps(self)
 
 
-OptimizerConfig = DecoupledLionWConfig | DecoupledAdamWConfig
+@dataclass(frozen=True, kw_only=True)
+class OwnOptimizerConfig(Section):
+    """An optimizer of your own, a class in `plugins.optimizers`, with the arguments of its signature.
+
+    Attributes:
+        name: Its name in the table.
+        disable_grad: Regular expressions; parameters whose names match any of them are frozen.
+        param_groups: Parameters with their own settings.
+    """
+
+    name: str
+    disable_grad: tuple[str, ...] = ()
+    param_groups: tuple[ParamGroupConfig, ...] = ()
+
+
+OptimizerConfig = (
+    DecoupledLionWConfig
+    | DecoupledAdamWConfig
+    | Annotated[
+        OwnOptimizerConfig, Own("the name of an own one", plugins.optimizers, OwnOptimizerConfig, supplied=1)
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +160,11 @@ class AlgorithmsConfig(Section):
     """
 
     gradient_clipping: GradientClippingConfig | None = None
+
+    @classmethod
+    def alternatives(cls) -> list[type]:
+        """This section, with a key for each of the user's own algorithms."""
+        return [with_own_keys(cls, plugins.algorithms)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,12 +286,24 @@ class WarmupStableDecayConfig(_AnyScheduleConfig):
     decay: Literal["linear", "cosine", "sqrt"] = "linear"
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnScheduleConfig(Section):
+    """A schedule of your own, a class or function in `plugins.schedulers`, with its arguments.
+
+    Attributes:
+        name: Its name in the table.
+    """
+
+    name: str
+
+
 SchedulerConfig = (
     ConstantWithWarmupConfig
     | CosineWithWarmupConfig
     | LinearDecayWithWarmupConfig
     | InvSqrtWithWarmupConfig
     | WarmupStableDecayConfig
+    | Annotated[OwnScheduleConfig, Own("the name of an own one", plugins.schedulers, OwnScheduleConfig)]
 )
 
 
