@@ -1,18 +1,16 @@
 """Build objects from config and plan: one function per section, with plain tables of names.
 
-A user's `code_paths` may add classes to the tables.
+The classes and functions of the user's own code are in the tables of plugins.py.
 """
 
 from __future__ import annotations
 
-import hashlib
 import importlib
-import runpy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from composer.core import Algorithm, Callback
@@ -20,6 +18,7 @@ from composer.loggers import LoggerDestination
 from composer.optim import ComposerScheduler, DecoupledAdamW
 from composer.utils.parallelism import FSDP2Config
 
+from mptfoundry import plugins
 from mptfoundry.architecture.hub import locate
 from mptfoundry.architecture.of_run import differing, leaves
 from mptfoundry.architecture.trainable import LoRAConfig
@@ -29,10 +28,11 @@ from mptfoundry.checkpoints.source import ModelSource, expected_shapes, with_row
 from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.config.engine import signatures
 from mptfoundry.config.model import ModelConfig
+from mptfoundry.config.optim import OwnOptimizerConfig, OwnScheduleConfig
 from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import EvalConfig, Sampling
-from mptfoundry.errors import ConfigError
+from mptfoundry.errors import ConfigError, MPTFoundryError, first_line
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.export.folder import export_weights
 from mptfoundry.generation import generate_text
@@ -52,11 +52,12 @@ from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.optim.schedules import BatchSize, Schedule
 from mptfoundry.plan.fsdp import Sharding
 from mptfoundry.plan.plan import COMPUTE_DTYPE, Plan
-from mptfoundry.ranks import rank
+from mptfoundry.ranks import rank, ranks_that_differ
 from mptfoundry.run.report import read_trackers
 from mptfoundry.run.start import Start
 from mptfoundry.tokenizer import count_ids, load_tokenizer, token_byte_lengths, vocabulary_problem
 
+T = TypeVar("T")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "decoupled_lionw": DecoupledLionW,
     "decoupled_adamw": DecoupledAdamW,
@@ -84,20 +85,28 @@ LOGGERS: dict[str, str | type] = {**signatures.LOGGERS}
 ALGORITHMS: dict[str, str | type] = {"gradient_clipping": GradientClipping}
 
 
-def run_code_paths(config: TrainConfig) -> None:
-    """Run the user's own files, which may change the tables above; print each with its hash.
+def compare_code(hashes: Mapping[str, str]) -> None:
+    """Compare the files of `code_paths` of all ranks, with a collective.
 
     Raises:
-        ConfigError: A file is missing.
+        ConfigError: A rank ran other files than rank 0.
     """
-    assert config.allow_code or not config.code_paths
-    for path in config.code_paths:
-        if not Path(path).is_file():
-            raise ConfigError(f"code_paths: {path} is missing. Name a Python file.")
-        if rank() == 0:
-            digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-            print(f"code_paths: running {path} (sha256 {digest})", flush=True)
-        runpy.run_path(path)
+    if others := ranks_that_differ(dict(hashes)):
+        raise ConfigError(
+            f"code_paths: the files of rank {others[0]} are not those of rank 0 (their sha256 differ). Copy "
+            "the same files to all machines."
+        )
+
+
+def _of_own(key: str, make: Callable[..., T], *arguments: Any, **kwargs: Any) -> T:
+    """Call a class or function of the user's own; its errors say where it is named."""
+    try:
+        return make(*arguments, **kwargs)
+    except (MPTFoundryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        text = f"{getattr(make, '__name__', make)} fails: {type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"{key}: {text}. MPTFOUNDRY_DEBUG=1 shows where.") from error
 
 
 def build_tokenizer(config: TrainConfig) -> Any:
@@ -237,9 +246,15 @@ def compose(network: Any, tokenizer: Any, *, seed: int = 0, extra_flops_per_toke
 def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = False) -> torch.optim.Optimizer:
     """The optimizer over the network's parameter groups, without frozen parameters."""
     options = asdict(config.optimizer)
-    name, groups, frozen, _ = (options.pop(key) for key in ("name", "param_groups", "disable_grad", "fused"))
+    if isinstance(config.optimizer, OwnOptimizerConfig):
+        of_all = {key: options[key] for key in ("name", "param_groups", "disable_grad")}
+        options = of_all | signatures.own_arguments(config.optimizer, OwnOptimizerConfig)
+    name, groups, frozen = (options.pop(key) for key in ("name", "param_groups", "disable_grad"))
+    options.pop("fused", None)
     groups = [{key: value for key, value in group.items() if value is not None} for group in groups]
     parameters = parameter_groups(model.model.named_parameters(), param_groups=groups, disable_grad=frozen)
+    if name in plugins.optimizers:
+        return _of_own("optimizer", plugins.optimizers[name], parameters, **options)
     make = OPTIMIZERS[name]
     if fused and make in (DecoupledLionW, DecoupledAdamW):  # not a class of the user's own
         make = _class_in(FUSED_OPTIMIZERS, name)
@@ -248,6 +263,9 @@ def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = Fa
 
 def build_scheduler(config: TrainConfig) -> ComposerScheduler:
     """The learning rate schedule; its times may have any unit."""
+    if isinstance(config.scheduler, OwnScheduleConfig):
+        given = signatures.own_arguments(config.scheduler, OwnScheduleConfig)
+        return _of_own("scheduler", plugins.schedulers[config.scheduler.name], **given)
     options = asdict(config.scheduler)
     name = options.pop("name")
     options.pop("scale_warmup", None)
@@ -259,7 +277,11 @@ def build_scheduler(config: TrainConfig) -> ComposerScheduler:
 def build_algorithms(config: TrainConfig) -> list[Algorithm]:
     """Composer's algorithms: gradient clipping if configured; the gradient norm is always measured."""
     clipping = config.algorithms.gradient_clipping
-    return [_make(ALGORITHMS, "gradient_clipping", {} if clipping is None else asdict(clipping))]
+    given = {"gradient_clipping": {} if clipping is None else asdict(clipping)}
+    for name in plugins.algorithms:
+        if (section := getattr(config.algorithms, name, None)) is not None:
+            given[name] = signatures.own_arguments(section)
+    return [_make("algorithms", ALGORITHMS, name, kwargs) for name, kwargs in given.items()]
 
 
 def build_callbacks(config: TrainConfig, tokenizer: Any, run_folder: Path) -> list[Callback]:
@@ -269,11 +291,12 @@ def build_callbacks(config: TrainConfig, tokenizer: Any, run_folder: Path) -> li
     """
     given: dict[str, dict[str, Any]] = {"kill_loss_spike": {}}
     given |= {name: dict(kwargs) for name, kwargs in config.callbacks.items()}
-    if "generate_callback" in given:
+    ours = given.keys() - plugins.callbacks.keys()
+    if "generate_callback" in ours:
         _add_generation(given["generate_callback"], tokenizer)
-    if "hf_checkpointer" in given:
+    if "hf_checkpointer" in ours:
         _add_export(given["hf_checkpointer"], config, run_folder)
-    return [_make(CALLBACKS, name, kwargs) for name, kwargs in given.items()]
+    return [_make("callbacks", CALLBACKS, name, kwargs) for name, kwargs in given.items()]
 
 
 def _add_generation(kwargs: dict[str, Any], tokenizer: Any) -> None:
@@ -295,11 +318,11 @@ def build_loggers(
 ) -> list[LoggerDestination]:
     """The loggers that the config names; with the `start` of a run, trackers continue what it began."""
     given = {name: dict(kwargs) for name, kwargs in config.loggers.items()}
-    if "tensorboard" in given:
+    if "tensorboard" in given and "tensorboard" not in plugins.loggers:
         given["tensorboard"] |= {"run_folder": run_folder}
     is_tracked = isinstance(config, TrainConfig) and start is not None and TRACKERS.keys() & given.keys()
     known = _trackers(config, run_folder, start, given) if is_tracked else LOGGERS
-    return [_make(known, name, kwargs) for name, kwargs in given.items()]
+    return [_make("loggers", known, name, kwargs) for name, kwargs in given.items()]
 
 
 def _trackers(
@@ -307,9 +330,9 @@ def _trackers(
 ) -> dict[str, str | type]:
     """The known loggers, with those that share an id among a run's starts; `given` gets what they need.
 
-    A tracker that the user's `code_paths` replaced stays as it is.
+    A tracker that the user's own code replaced stays as it is.
     """
-    own = {name: TRACKERS[name] for name in TRACKERS if LOGGERS[name] == signatures.LOGGERS[name]}
+    own = {name: TRACKERS[name] for name in TRACKERS if name not in plugins.loggers}
     for name in own.keys() & given.keys():
         given[name] |= {"run_folder": run_folder, "kept": _kept_of(name, config, run_folder, start)}
     return {**LOGGERS, **own}
@@ -347,7 +370,10 @@ def _generate_text(
     return generate_text(cast(MPT, network), tokenizer, prompts, **how)
 
 
-def _make(table: Mapping[str, str | type], name: str, kwargs: Mapping[str, Any]) -> Any:
+def _make(section: str, table: Mapping[str, str | type], name: str, kwargs: Mapping[str, Any]) -> Any:
+    """An instance of the user's class of this name, or of that in `table`."""
+    if (own := plugins.TABLES[section].get(name)) is not None:
+        return _of_own(f"{section}.{name}", own, **kwargs)
     return _class_in(table, name)(**kwargs)
 
 

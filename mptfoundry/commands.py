@@ -39,13 +39,15 @@ def _importing() -> AbstractContextManager[None]:
 def _train(words: list[str]) -> None:
     for number in heeded():
         signal.signal(number, _stop_while_starting)
-    config = _load_config(words)
+    stopped = STOPPED_WHILE_STARTING if rank() == 0 else ""
+    with ending_at_once(heeded(), stopped, RunStopped.exit_code):  # the user's files may import torch
+        config = _load_config(words)
     plan = None
     if local_rank() == 0:
         from mptfoundry.check import refuse_here
 
         plan = refuse_here(config)
-    with ending_at_once(heeded(), STOPPED_WHILE_STARTING if rank() == 0 else "", RunStopped.exit_code):
+    with ending_at_once(heeded(), stopped, RunStopped.exit_code):
         from mptfoundry.train import train
 
     train(config, plan)

@@ -85,6 +85,16 @@ def _broadcast(decide: Callable[[], T]) -> T | None:
     return answer
 
 
+def ranks_that_differ(value: Any) -> list[int]:
+    """Return the ranks whose value is not that of rank 0, on all ranks, with a collective."""
+    if world_size() == 1:
+        return []
+    from composer.utils import dist
+
+    values = dist.all_gather_object(value)
+    return [number for number, each in enumerate(values) if each != values[0]]
+
+
 def once_per_node(work: Callable[[], T], *, what: str, say: Callable[[str], None] = print) -> T:
     """Run `work` once per node while other ranks wait, without a timeout. All return its result, which JSON
     can hold, or raise its error.

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "mptfoundry"
 # A room is a folder of the package, with the name of its parent before it, or a file at the top.
 FLOORS = [
     ["errors", "places", "mpt"],
-    ["files", "ranks", "config/engine", "data/shards"],
+    ["files", "ranks", "plugins", "config/engine", "data/shards"],
     ["stores", "architecture"],
     ["config", "tokenizer"],
     ["plan", "checkpoints", "generation", "optim", "evals", "data", "data/records"],

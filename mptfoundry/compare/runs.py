@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mptfoundry.compare.tables import differences, number, table
-from mptfoundry.config.load import load_train_config, to_yaml, values_by_key
+from mptfoundry.config.load import load_saved_config, to_yaml, values_by_key
 from mptfoundry.errors import ConfigError, DataError
 from mptfoundry.files import whole_or_absent
 from mptfoundry.run.metrics import FEWEST_POINTS, NAME, mean_at_the_end, read_rows, smooth
@@ -68,8 +68,7 @@ def read_run(folder: Path, name: str) -> Run:
 def _config_of(path: Path) -> dict[str, Any] | None:
     try:
         # A run's loggers may refer to environment variables that are missing here.
-        config, _ = load_train_config(path, ["allow_code=true", "code_paths=[]", "loggers=null"])
-        values = values_by_key(to_yaml(config))
+        values = values_by_key(to_yaml(load_saved_config(path, ["loggers=null"])))
     except ConfigError:
         try:
             values = values_by_key(path.read_text(encoding="utf-8"))  # written by another version

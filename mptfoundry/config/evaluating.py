@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from mptfoundry import plugins
 from mptfoundry.config.data import LoaderConfig, label_problems, loaders_by_label, some_batches
 from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, picture_format
-from mptfoundry.config.engine.signatures import Loggers
+from mptfoundry.config.engine.signatures import LOGGERS, REFUSED_LOGGERS, Catalogue
 from mptfoundry.config.tasks import GauntletConfig, TaskConfig
 
 # Keys of an evaluation that only its public tasks read.
 PUBLIC_ONLY = ("include_path", "apply_chat_template", "fewshot_as_multiturn", "system_instruction")
+# The type of a section that names loggers.
+Loggers = Annotated[
+    dict[str, Any],
+    Catalogue("a section of loggers by name", ChainMap(plugins.loggers, LOGGERS), REFUSED_LOGGERS),
+]
 _MULTIPLE = re.compile(r"[1-9]\d*x")
 # A key, its value and the key again, each of 8 tokens, and some text around them.
 _SHORTEST_NEEDLE = 32

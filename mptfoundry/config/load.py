@@ -12,19 +12,22 @@ from typing import Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
 
+from mptfoundry import plugins
 from mptfoundry.architecture.pretrained import NAMED, fill_architecture
-from mptfoundry.config.engine.document import Document, KeyPath, dotted, parse_key
+from mptfoundry.config.engine.document import Document, KeyPath, Origin, dotted, parse_key
 from mptfoundry.config.engine.nested import leaves, mapped
 from mptfoundry.config.engine.read_document import read_document
 from mptfoundry.config.engine.schema import default_of, field_types
 from mptfoundry.config.engine.secrets import REDACTED, FromEnvironment, redacted, redactions
 from mptfoundry.config.engine.walk import build
 from mptfoundry.config.legacy import OTHER_KINDS, REFUSED, top_level_variables, translate
+from mptfoundry.config.optim import OwnScheduleConfig
 from mptfoundry.config.rules import code_named, tokens_of
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.tasks import GauntletConfig, TaskConfig, TaskFileConfig, missing_benchmarks
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.errors import ConfigError
+from mptfoundry.ranks import say
 
 T = TypeVar("T")
 CONFIG_SUFFIXES = (".yaml", ".yml")
@@ -51,6 +54,8 @@ def load_train_config(
 ) -> tuple[TrainConfig, list[str]]:
     """Read the configuration of a training run; `key=value` words override the YAML file.
 
+    The files of `code_paths` run first, if the words say `allow_code=true`.
+
     Returns:
         The configuration, and a line for each thing that was translated or that has no effect.
 
@@ -61,12 +66,52 @@ def load_train_config(
     document = read_document(path, words, {"run_name": name})
     _refuse_another_kind(document)
     _refuse_code_from_file(document)
-    notes = [*document.notes, *translate(document)]
+    notes = [*document.notes, *_run_code(document), *translate(document)]
     if isinstance(document.get(NAMED), str):
         notes += fill_architecture(document, lacking)
     _share_top_level(document)
     config = build(TrainConfig, document, REFUSED) if lacking is None else _build_for_check(document, lacking)
     return config, notes + _effects(config)
+
+
+def load_saved_config(path: str | Path, words: Sequence[str] = ()) -> TrainConfig:
+    """Read the `config.yaml` of a run without running its code; names that only the code knows are not
+    checked.
+
+    Raises:
+        ConfigError: All problems at once, each with its place.
+    """
+    document = read_document(path, words)
+    document.has_unknown_names = bool(document.tree.get("code_paths"))
+    document.put(("allow_code",), True, document.origin(()))
+    translate(document)
+    fill_architecture(document, None)
+    _share_top_level(document)
+    return build(TrainConfig, document, REFUSED)
+
+
+def _run_code(document: Document) -> list[str]:
+    """Run the files of `code_paths` if the command line allows it, and put their hashes into the document.
+
+    Returns:
+        A line for each file that is not the one whose hash the config has.
+    """
+    given = document.tree.get("code_paths") or []
+    paths = [str(path) for path in (given if isinstance(given, list) else [given])]
+    if not paths or document.tree.get("allow_code") is not True or document.problems:
+        document.has_unknown_names = bool(paths)
+        return []
+    hashes, saved = plugins.run_code(paths, say), document.tree.get("code_hashes")
+    document.has_unknown_names = len(hashes) < len(paths)  # `check` says which files are missing
+    notes = [
+        f"{document.origin(('code_hashes',)).place}: code_paths: {path} has changed since this config was "
+        f"saved (sha256 {saved[path][:16]}, now {digest[:16]})."
+        for path, digest in hashes.items()
+        if isinstance(saved, dict) and str(saved.get(path, digest)) != digest
+    ]
+    origin = document.origin(("code_paths",))
+    document.put(("code_hashes",), hashes, Origin(origin.place, origin.line))
+    return notes
 
 
 def _build_for_check(document: Document, lacking: dict[str, str]) -> TrainConfig:
@@ -283,6 +328,8 @@ def _effects(config: TrainConfig) -> list[str]:
             notes.append(f"{key}: has no effect without {' or '.join(needed)}.")
     if config.load_path is None and (config.load_weights_only or config.load_ignore_keys):
         notes.append("load_weights_only and load_ignore_keys have no effect without load_path.")
+    if isinstance(config.scheduler, OwnScheduleConfig):
+        return notes
     warmup = tokens_of(config.scheduler.t_warmup, config)
     whole = tokens_of(config.max_duration, config)
     if warmup is not None and whole is not None and warmup > whole:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
+from mptfoundry import plugins
 from mptfoundry.config.engine.durations import Duration, parse_duration
 from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, where_set
+from mptfoundry.config.engine.signatures import Own, with_own_keys
 
 # Weights leave every number format long before it.
 LARGEST_RATE = 1000
@@ -119,7 +121,30 @@ class DecoupledAdamWConfig(_AnyOptimizerConfig):
     limits: ClassVar = {**_LIMITS, "eps": _EPS}
 
 
-OptimizerConfig = DecoupledLionWConfig | DecoupledAdamWConfig
+@dataclass(frozen=True, kw_only=True)
+class OwnOptimizerConfig(Section):
+    """An optimizer of your own, a class in `plugins.optimizers`, with the arguments of its signature.
+
+    Attributes:
+        name: Its name in the table.
+        disable_grad: Regular expressions; parameters whose names match any of them are frozen.
+        param_groups: Parameters with their own settings.
+    """
+
+    name: str
+    disable_grad: tuple[str, ...] = ()
+    param_groups: tuple[ParamGroupConfig, ...] = ()
+
+    fused: ClassVar = False
+
+
+OptimizerConfig = (
+    DecoupledLionWConfig
+    | DecoupledAdamWConfig
+    | Annotated[
+        OwnOptimizerConfig, Own("the name of an own one", plugins.optimizers, OwnOptimizerConfig, supplied=1)
+    ]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +172,11 @@ class AlgorithmsConfig(Section):
     """
 
     gradient_clipping: GradientClippingConfig | None = None
+
+    @classmethod
+    def alternatives(cls) -> list[type]:
+        """This section, with a key for each of the user's own algorithms."""
+        return [with_own_keys(cls, plugins.algorithms)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -272,12 +302,24 @@ class WarmupStableDecayConfig(_AnyScheduleConfig):
     limits: ClassVar = {"alpha_f": _FACTOR}
 
 
+@dataclass(frozen=True, kw_only=True)
+class OwnScheduleConfig(Section):
+    """A schedule of your own, a class or function in `plugins.schedulers`, with its arguments.
+
+    Attributes:
+        name: Its name in the table.
+    """
+
+    name: str
+
+
 SchedulerConfig = (
     ConstantWithWarmupConfig
     | CosineWithWarmupConfig
     | LinearDecayWithWarmupConfig
     | InvSqrtWithWarmupConfig
     | WarmupStableDecayConfig
+    | Annotated[OwnScheduleConfig, Own("the name of an own one", plugins.schedulers, OwnScheduleConfig)]
 )
 
 

@@ -15,6 +15,7 @@ from mptfoundry.architecture.trainable import pattern_problems
 from mptfoundry.config.data import FinetuningDatasetConfig, label_problems, some_batches
 from mptfoundry.config.engine.durations import parse_duration
 from mptfoundry.config.engine.section_rules import Problem, Rules, broken_rules, where_set
+from mptfoundry.config.optim import OwnScheduleConfig
 from mptfoundry.config.tasks import GauntletConfig, missing_benchmarks
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.mpt.head_config import HeadConfig
@@ -219,6 +220,8 @@ def _around_adapters(run: TrainConfig) -> Iterator[Problem]:
 
 
 def _schedule_ends(run: TrainConfig) -> Iterator[Problem]:
+    if isinstance(run.scheduler, OwnScheduleConfig):
+        return
     end, whole = tokens_of(run.scheduler.t_max, run), tokens_of(run.max_duration, run)
     if end is not None and whole is not None and end < whole:
         text = f"is shorter than max_duration: {run.max_duration}. Use 1dur, the whole run."
@@ -228,7 +231,7 @@ def _schedule_ends(run: TrainConfig) -> Iterator[Problem]:
 def _decay_fits(run: TrainConfig) -> Iterator[Problem]:
     """Decay must fit inside the run and start after warmup; the end of the run may cut off a warmup."""
     for key in ("t_decay", "t_cooldown"):
-        if hasattr(run.scheduler, key):
+        if not isinstance(run.scheduler, OwnScheduleConfig) and hasattr(run.scheduler, key):
             yield from _decay_problem(run, key)
 
 

@@ -7,9 +7,11 @@ set only here.
 
 from __future__ import annotations
 
+from collections import ChainMap
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
+from mptfoundry import plugins
 from mptfoundry.config.data import LoaderConfig, loaders_by_label
 from mptfoundry.config.engine.durations import Duration, parse_duration
 from mptfoundry.config.engine.forms import parse_count
@@ -18,8 +20,8 @@ from mptfoundry.config.engine.signatures import (
     CALLBACKS,
     REFUSED_CALLBACKS,
     Catalogue,
-    Loggers,
 )
+from mptfoundry.config.evaluating import Loggers
 from mptfoundry.config.model import AnyModelConfig, TokenizerConfig
 from mptfoundry.config.optim import AlgorithmsConfig, OptimizerConfig, SchedulerConfig
 from mptfoundry.config.parallel import CompileConfig, FSDPConfig
@@ -27,7 +29,8 @@ from mptfoundry.config.rules import between_sections, tokens_of
 from mptfoundry.config.tasks import GauntletConfig, TaskConfig
 
 Callbacks = Annotated[
-    dict[str, Any], Catalogue("a section of callbacks by name", CALLBACKS, REFUSED_CALLBACKS)
+    dict[str, Any],
+    Catalogue("a section of callbacks by name", ChainMap(plugins.callbacks, CALLBACKS), REFUSED_CALLBACKS),
 ]
 
 
@@ -118,7 +121,9 @@ class TrainConfig(Section):
         log_config: Send the resolved config to the loggers.
         python_log_level: Least severe messages of the libraries that are printed.
         metadata: Anything about the run, kept with its config.
-        code_paths: Python files that change the builders' tables; they run only with `allow_code=true`.
+        code_paths: Python files with classes and functions of your own, by the names that they have in
+            `mptfoundry.plugins`; they run before the check, and only with `allow_code=true`.
+        code_hashes: The sha256 of each of these files. Filled in when they run, to tell whether one changed.
         allow_code: Run the files in `code_paths` and every `preprocessing_fn`. On the command line only.
         variables: Values that other keys refer to as `${variables.x}`.
     """
@@ -180,6 +185,7 @@ class TrainConfig(Section):
     python_log_level: Literal["debug", "info", "warning", "error", "critical"] = "warning"
     metadata: dict[str, Any] = field(default_factory=dict)
     code_paths: tuple[str, ...] = ()
+    code_hashes: dict[str, str] = field(default_factory=dict)
     allow_code: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
 

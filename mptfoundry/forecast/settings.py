@@ -177,7 +177,7 @@ def _step(
         reduced_bytes=2 if is_pure else 4,
         trainable=plan.trainable.parameters,
         adapters=plan.trainable.adapters,
-        optimizer_bytes=OPTIMIZER_BYTES[config.optimizer.name],
+        optimizer_bytes=OPTIMIZER_BYTES.get(config.optimizer.name, OPTIMIZER_BYTES["decoupled_adamw"]),
     )
 
 

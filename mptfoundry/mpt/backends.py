@@ -10,11 +10,14 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+from typing import Any
 
 from .config import MPTConfig
 
 # In the order in which errors suggest them.
 BACKENDS = ("torch", "triton", "flash")
+# Backends of the user's own, modules or objects with `attend`, by name; see attention.py.
+OWN: dict[str, Any] = {}
 # `auto` takes the first of these that supports the model. Fastest first.
 _PREFERENCE = {"cuda": ("triton", "flash", "torch")}
 # Compute capabilities: Triton supports 8.0 and newer, and flash-attn is written for Ampere and newer.

@@ -25,6 +25,7 @@ from mptfoundry.plan.fsdp import Sharding
 
 FP32 = 4
 STATE_BYTES = {"decoupled_lionw": FP32, "decoupled_adamw": 2 * FP32}  # optimizer state per parameter
+OWN_STATE_BYTES = 2 * FP32  # of an optimizer of the user's own, taken to be like AdamW's
 LOSS_CHUNK_LOGITS = {"gpu": 2**27, "cpu": 2**23}
 # Memory of the driver, the libraries and the process itself.
 OVERHEAD = {"gpu": 2 * GIB, "cpu": GIB}
@@ -138,7 +139,7 @@ def _everything(
     return Memory(
         weights=(parameters * FP32 - quantized * FP32 + quantized * (model.bits or 0) // 8) // shards,
         gradients=trainable.parameters * FP32 // shards,
-        optimizer=trainable.parameters * STATE_BYTES[config.optimizer.name] // shards,
+        optimizer=trainable.parameters * STATE_BYTES.get(config.optimizer.name, OWN_STATE_BYTES) // shards,
         gathered=gathered,
         activations=tokens * kept * number,
         logits=chunk * per_logit

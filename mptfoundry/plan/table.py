@@ -11,6 +11,7 @@ from mptfoundry.config.engine.durations import UNITS, parse_duration
 from mptfoundry.config.engine.forms import parse_count
 from mptfoundry.config.engine.secrets import redacted
 from mptfoundry.config.load import tasks_of
+from mptfoundry.config.optim import OwnScheduleConfig
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.places import is_url
 from mptfoundry.plan.devices import GIB, Device, launcher_device
@@ -138,16 +139,19 @@ def _duration_of_unknown_length(config: TrainConfig, plan: Plan, streams: Stream
 
 def _learning_rate_in_words(config: TrainConfig) -> str:
     optimizer, schedule = config.optimizer, config.scheduler
-    top = f"{optimizer.name}: up to {optimizer.lr:g} over {schedule.t_warmup}, "
+    rate = getattr(optimizer, "lr", None)
+    if isinstance(schedule, OwnScheduleConfig) or not isinstance(rate, (int, float)):
+        return f"{optimizer.name}: {'its own' if rate is None else rate} along {schedule.name}"
+    top = f"{optimizer.name}: up to {rate:g} over {schedule.t_warmup}, "
     end = "the end" if schedule.t_max == "1dur" else str(schedule.t_max)
     if schedule.name == "constant_with_warmup":
-        return f"{top}then {optimizer.lr * schedule.alpha:g}"
+        return f"{top}then {rate * schedule.alpha:g}"
     if schedule.name == "inv_sqrt_with_warmup":
         return (
             f"{top}falling as 1 / sqrt(time) on the scale of {schedule.t_scale}, in the last "
-            f"{schedule.t_cooldown} to {optimizer.lr * schedule.alpha_f_cooldown:g} at {end}"
+            f"{schedule.t_cooldown} to {rate * schedule.alpha_f_cooldown:g} at {end}"
         )
-    last = f"{optimizer.lr * schedule.alpha_f:g} at {end}"
+    last = f"{rate * schedule.alpha_f:g} at {end}"
     if schedule.name == "warmup_stable_decay":
         return f"{top}level, in the last {schedule.t_decay} falling ({schedule.decay}) to {last}"
     return f"{top}then along {'a cosine' if schedule.name == 'cosine_with_warmup' else 'a line'} to {last}"

@@ -18,7 +18,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from mptfoundry.checkpoints.checkpoint import checkpoint_at
-from mptfoundry.config.load import load_train_config, to_yaml, values_by_key
+from mptfoundry.config.load import load_saved_config, to_yaml, values_by_key
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import CheckpointError, ConfigError, first_line
 
@@ -75,7 +75,7 @@ MAY_CHANGE: dict[str, str] = {
         "save_latest_filename save_ignore_keys save_async autoresume resume_past_damage allow_changes "
         "load_path load_weights_only load_strict_model_weights load_ignore_keys callbacks loggers "
         "progress_bar log_to_console console_log_interval log_config python_log_level metadata "
-        "code_paths allow_code variables eval_loader scheduler fsdp_config compile_config"
+        "code_paths code_hashes allow_code variables eval_loader scheduler fsdp_config compile_config"
     ),
     "model.attn_config": "attn_impl alibi_skips",
     "optimizer": "fused",
@@ -190,7 +190,7 @@ def changes_since(path: Path, config: TrainConfig) -> list[Change]:
     saved_config(path)
     try:
         # A file from an older version lacks newer keys; their defaults are not changes.
-        there = to_yaml(load_train_config(path, ["allow_code=true"])[0])
+        there = to_yaml(load_saved_config(path))
     except ConfigError:
         there = path.read_text()
     here = to_yaml(config)

@@ -58,13 +58,13 @@ SQUEUE = "#!/bin/bash\necho RUNNING\n"
 SLOW = """
 import time
 from composer.core import Callback
-from mptfoundry import build
+from mptfoundry import plugins
 
 class Slow(Callback):
     def batch_start(self, state, logger):
         time.sleep(0.3)
 
-build.CALLBACKS["lr_monitor"] = Slow
+plugins.callbacks["lr_monitor"] = Slow
 """
 
 

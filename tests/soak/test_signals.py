@@ -34,7 +34,7 @@ FAULTS = [
 SLOW = """
 import time
 from composer.core import Callback
-from mptfoundry import build
+from mptfoundry import plugins
 
 class Slow(Callback):
     def batch_start(self, state, logger):
@@ -43,7 +43,7 @@ class Slow(Callback):
     def eval_batch_start(self, state, logger):
         time.sleep(1)
 
-build.CALLBACKS["lr_monitor"] = Slow
+plugins.callbacks["lr_monitor"] = Slow
 """
 
 

@@ -33,7 +33,7 @@ FAULTS = [
 CODE = """
 import os, time
 from composer.core import Callback
-from mptfoundry import build
+from mptfoundry import plugins
 from mptfoundry.errors import DataError
 
 class Trouble(Callback):
@@ -44,7 +44,7 @@ class Trouble(Callback):
     def trouble(self):
         {trouble}
 
-build.CALLBACKS["lr_monitor"] = Trouble
+plugins.callbacks["lr_monitor"] = Trouble
 """
 
 

@@ -72,6 +72,7 @@ class Document:
         absent: Paths that words remove although they were not given.
         references: The keys that interpolations and YAML aliases refer to.
         notes: Notes for the user on how the file was read.
+        has_unknown_names: Whether code that was not run here may know names that are unknown here.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Document:
     absent: set[KeyPath] = field(default_factory=set)
     references: set[str] = field(default_factory=set)
     notes: list[str] = field(default_factory=list)
+    has_unknown_names: bool = False
 
     def origin(self, path: KeyPath) -> Origin:
         """The origin of a value, or of its section if the value was not given."""

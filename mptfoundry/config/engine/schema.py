@@ -37,8 +37,15 @@ def takes_none(annotation: Any) -> bool:
 
 
 def sections(annotation: Any) -> tuple[type, ...]:
-    """The dataclasses among the alternatives."""
-    return tuple(m for m in members(annotation) if is_dataclass(m) and isinstance(m, type))
+    """The dataclasses among the alternatives, and those that the user's own code adds (`alternatives`)."""
+    classes: list[type] = []
+    for member in members(annotation):
+        known: Any = get_args(member)[1] if get_origin(member) is Annotated else member
+        if hasattr(known, "alternatives"):
+            classes += known.alternatives()
+        elif is_dataclass(member) and isinstance(member, type):
+            classes.append(member)
+    return tuple(classes)
 
 
 def section_name(cls: type) -> str | None:

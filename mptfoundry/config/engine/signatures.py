@@ -1,22 +1,27 @@
-"""Describe third-party classes that a configuration names as dataclasses, like our own sections.
+"""Describe classes that a configuration names as dataclasses, like our own sections.
 
-Signatures are read from the sources of the installed packages; nothing is imported. Only plain annotations
-(`int`, `Optional[str]`, `list[str]`, ...) are checked; other arguments accept anything.
+The signatures of other libraries are read from the sources of the installed packages; nothing is imported.
+Those of the user's own classes and functions are read from the objects, which the user's file has made. Only
+plain annotations (`int`, `Optional[str]`, `list[str]`, ...) are checked; other arguments accept anything.
 """
 
 from __future__ import annotations
 
 import ast
+import inspect
+import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, make_dataclass
-from functools import cache, reduce
+from collections.abc import Callable, Iterator, Mapping
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, make_dataclass
+from functools import cache, partial, reduce
 from importlib.util import find_spec
 from operator import or_
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from mptfoundry.config.engine.forms import Form
+from mptfoundry.config.engine.schema import default_of
 from mptfoundry.config.engine.section_rules import Section
 
 CALLBACKS: dict[str, str] = {
@@ -96,32 +101,58 @@ class Catalogue:
 
     Attributes:
         words: The section's contents, in words.
-        known: Each class's import path, by its name in the configuration.
+        known: Each class's import path, or one of the user's own, by its name in the configuration.
         refused: llm-foundry's names that are not supported here, and why.
     """
 
     words: str
-    known: Mapping[str, str]
+    known: Mapping[str, Any]
     refused: Mapping[str, str] = field(default_factory=dict)
 
 
-# The type of a section that names loggers.
-Loggers = Annotated[dict[str, Any], Catalogue("a section of loggers by name", LOGGERS, REFUSED_LOGGERS)]
-
-
 class OfSignature(Section):
-    """The base of sections that are made of another library's signature."""
+    """The base of sections that are made of a signature, not written as a dataclass."""
+
+
+@dataclass(frozen=True, eq=False)
+class Own:
+    """The user's own classes and functions as alternatives of a section, each selected by its `name`.
+
+    Attributes:
+        words: The alternatives, in words.
+        table: The classes and functions by name; the user's files write into it.
+        base: The section with the keys that all of them have.
+        supplied: How many first arguments the builder supplies.
+    """
+
+    words: str
+    table: Mapping[str, Any]
+    base: type
+    supplied: int = 0
+
+    def alternatives(self) -> list[type]:
+        """A section for each name."""
+        return [own_section(*item, self.base, self.supplied) for item in self.table.items()]
+
+    def unchecked(self, value: Mapping[str, Any]) -> type:
+        """A section that takes all keys of `value`, for a name that only code knows which was not run."""
+        keys = value.keys() - {f.name for f in fields(self.base)}
+        types = [("name", Literal[value["name"]]), *((key, Any) for key in sorted(keys))]
+        bases = (self.base, OfSignature)
+        return make_dataclass(value["name"], types, bases=bases, kw_only=True, frozen=True)
 
 
 @cache
-def described(name: str, where: str) -> type:
+def described(name: str, where: str | Callable[..., Any]) -> type:
     """A dataclass `name` with the arguments that `module:Class` takes from a configuration.
 
-    A field's default is the argument's default as source text.
+    A field's default is the argument's default as source text. For an object, see `own_section`.
 
     Raises:
         LookupError: The package is not installed, or has no such class.
     """
+    if not isinstance(where, str):
+        return own_section(name, where)
     arguments = []
     for argument, annotation, default in _constructor_arguments(_class_of(where)):
         if argument not in GIVEN.get(where, ()):
@@ -130,6 +161,81 @@ def described(name: str, where: str) -> type:
             arguments.append((argument, type_, *with_default))
     arguments += [(key, type_, field(default="None")) for key, type_ in EXTRA.get(where, {}).items()]
     return make_dataclass(name, arguments, bases=(OfSignature,), kw_only=True)
+
+
+@cache
+def own_section(name: str, own: Callable[..., Any], base: type | None = None, supplied: int = 0) -> type:
+    """A dataclass `name` with the arguments of a user's own class or function, and the keys of `base`.
+
+    A field's default is the argument's own if YAML can write it, else None.
+    """
+    known = {f.name for f in fields(base)} if base is not None else set()
+    arguments: list[Any] = [] if base is None else [("name", Literal[name])]
+    for each in _own_arguments(own, supplied):
+        if each.name in known:
+            continue
+        text = (
+            each.annotation if isinstance(each.annotation, str) else inspect.formatannotation(each.annotation)
+        )
+        annotation = None if each.annotation is each.empty else ast.parse(text, mode="eval").body
+        type_, default = _type_of(annotation), each.default
+        if default is each.empty:
+            arguments.append((each.name, type_))
+        else:
+            plain = default if _is_plain(default) else None
+            plain = list(plain) if isinstance(plain, tuple) else plain
+            arguments.append((each.name, type_, field(default_factory=partial(deepcopy, plain))))
+    bases = (OfSignature,) if base is None else (base, OfSignature)
+    return make_dataclass(name, arguments, bases=bases, kw_only=True, frozen=True)
+
+
+def with_own_keys(section: type, table: Mapping[str, Any]) -> type:
+    """A section with a further key for each of the user's own classes: its arguments as a section."""
+    return _with_keys(section, tuple(table.items())) if table else section
+
+
+@cache
+def _with_keys(section: type, own: tuple[tuple[str, Any], ...]) -> type:
+    keys = [(name, own_section(name, each) | None, field(default=None)) for name, each in own]
+    return make_dataclass(section.__name__, keys, bases=(section,), kw_only=True, frozen=True)
+
+
+def own_arguments(section: Any, base: type | None = None) -> dict[str, Any]:
+    """The arguments that a section of `own_section` passes on: those that differ from their defaults."""
+    known = {f.name for f in fields(base)} if base is not None else set()
+    return {
+        f.name: getattr(section, f.name)
+        for f in fields(section)
+        if f.name not in known and getattr(section, f.name) != default_of(f)
+    }
+
+
+def _own_arguments(own: Any, supplied: int) -> Iterator[inspect.Parameter]:
+    """The arguments of a class or function; `**kwargs` of a class stands for those of its base class."""
+    said: set[str] = set()
+    makers = (
+        [vars(cls)["__init__"] for cls in own.__mro__ if "__init__" in vars(cls)]
+        if inspect.isclass(own)
+        else [own]
+    )
+    for maker in makers:
+        parameters = list(inspect.signature(maker).parameters.values())[supplied + inspect.isclass(own) :]
+        for each in parameters:
+            if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY) and each.name not in said:
+                said.add(each.name)
+                yield each
+        if not any(each.kind is each.VAR_KEYWORD for each in parameters):
+            return
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether YAML can write a value so that it is read as the same one."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    is_finite = not isinstance(value, float) or math.isfinite(value)
+    return value is None or (type(value) in (bool, int, float, str) and is_finite)
 
 
 @cache
@@ -203,7 +309,9 @@ def _type_of(annotation: ast.expr | None) -> Any:
         return Any
     name = _name(annotation)
     if isinstance(annotation, ast.BinOp) or name in ("Optional", "Union"):
-        types = [_type_of(each) for each in _alternatives(annotation) if _name(each) != "Callable"]
+        types = [
+            _type_of(each) for each in _alternatives(annotation) if _name(each) not in ("Callable", "Tensor")
+        ]
         if set(types) <= {type(None)}:
             return Literal[None]
         # Text also accepts numbers, as written.

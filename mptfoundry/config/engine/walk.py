@@ -76,6 +76,8 @@ class _Walk:
         classes = sections(annotation)
         if classes and value is None:
             value = {}
+        if classes and self.document.has_unknown_names and isinstance(value, dict):
+            classes += _unchecked(annotation, value, classes)
         if classes and isinstance(value, dict):
             return self.chosen(classes, value, path)
         try:
@@ -130,7 +132,8 @@ class _Walk:
         """The dataclass built from its section, or INVALID."""
         types = field_types(cls)
         for key in value:
-            if key not in types:
+            is_own = self.document.has_unknown_names and hasattr(cls, "alternatives")
+            if key not in types and not is_own:
                 self.document.report((*path, key), self.unknown_key(cls, (*path, key)))
         valid, invalid = {}, set()
         for field in fields(cls):
@@ -225,6 +228,8 @@ class _Walk:
                 self.document.report(path, f"can't be checked: {error}.")
                 return INVALID
             return section if section is INVALID else {k: v for k, v in vars(section).items() if k in value}
+        if self.document.has_unknown_names and name not in catalogue.refused and isinstance(value, dict):
+            return value
         if name in catalogue.refused:
             self.document.report(path, f"is not supported: {catalogue.refused[name]}")
         elif name not in catalogue.known:
@@ -326,6 +331,14 @@ class _Walk:
         if len(names) <= _KEYS_IN_AN_ERROR:
             return f"unknown key. Allowed here: {', '.join(names)}."
         return "unknown key. `mptfoundry explain` lists all keys."
+
+
+def _unchecked(annotation: Any, value: dict[str, Any], classes: tuple[type, ...]) -> tuple[type, ...]:
+    """A section for a name that only code knows which was not run."""
+    markers = [get_args(m)[1] for m in members(annotation) if get_origin(m) is Annotated]
+    name = value.get("name")
+    is_new = isinstance(name, str) and name.isidentifier() and name not in map(section_name, classes)
+    return tuple(m.unchecked(value) for m in markers if is_new and hasattr(m, "unchecked"))
 
 
 def _has_usual_name(cls: type) -> bool:
