@@ -246,11 +246,11 @@ def compose(network: Any, tokenizer: Any, *, seed: int = 0, extra_flops_per_toke
 def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = False) -> torch.optim.Optimizer:
     """The optimizer over the network's parameter groups, without frozen parameters."""
     options = asdict(config.optimizer)
+    options.pop("fused", None)
     if isinstance(config.optimizer, OwnOptimizerConfig):
         of_all = {key: options[key] for key in ("name", "param_groups", "disable_grad")}
         options = of_all | signatures.own_arguments(config.optimizer, OwnOptimizerConfig)
     name, groups, frozen = (options.pop(key) for key in ("name", "param_groups", "disable_grad"))
-    options.pop("fused", None)
     groups = [{key: value for key, value in group.items() if value is not None} for group in groups]
     parameters = parameter_groups(model.model.named_parameters(), param_groups=groups, disable_grad=frozen)
     if name in plugins.optimizers:

@@ -19,6 +19,7 @@ from mptfoundry.callbacks.console import ConsoleLine
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
 from mptfoundry.checkpoints.source import ModelSource
+from mptfoundry.config.optim import fused_of
 from mptfoundry.config.parallel import FSDPConfig
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.models.causal_lm import ComposerMPT
@@ -124,7 +125,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
 def keep_fused(config: TrainConfig, plan: Plan, start: Start) -> Plan:
     """With `optimizer.fused: auto`, a run keeps the step that it began with, if this machine has it."""
     before = start.notes is not None and start.notes.fused
-    if config.optimizer.fused != "auto" or before == plan.fused:
+    if fused_of(config.optimizer) != "auto" or before == plan.fused:
         return plan
     missing = why_not_fused(config, plan.device) if before else None
     reason = f"not fused as this run's earlier steps: {missing}" if missing else "as this run's earlier steps"

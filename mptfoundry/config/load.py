@@ -85,7 +85,8 @@ def load_saved_config(path: str | Path, words: Sequence[str] = ()) -> TrainConfi
     document.has_unknown_names = bool(document.tree.get("code_paths"))
     document.put(("allow_code",), True, document.origin(()))
     translate(document)
-    fill_architecture(document, None)
+    if isinstance(document.get(NAMED), str):
+        fill_architecture(document, None)
     _share_top_level(document)
     return build(TrainConfig, document, REFUSED)
 

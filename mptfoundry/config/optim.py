@@ -135,8 +135,6 @@ class OwnOptimizerConfig(Section):
     disable_grad: tuple[str, ...] = ()
     param_groups: tuple[ParamGroupConfig, ...] = ()
 
-    fused: ClassVar = False
-
 
 OptimizerConfig = (
     DecoupledLionWConfig
@@ -145,6 +143,11 @@ OptimizerConfig = (
         OwnOptimizerConfig, Own("the name of an own one", plugins.optimizers, OwnOptimizerConfig, supplied=1)
     ]
 )
+
+
+def fused_of(optimizer: OptimizerConfig) -> bool | Literal["auto"]:
+    """`optimizer.fused`; of an optimizer of your own it is false, whatever its arguments are called."""
+    return False if isinstance(optimizer, OwnOptimizerConfig) else optimizer.fused
 
 
 @dataclass(frozen=True, kw_only=True)

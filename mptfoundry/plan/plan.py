@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 from mptfoundry.architecture.trainable import Trainable, count_trainable
+from mptfoundry.config.optim import fused_of
 from mptfoundry.config.rules import split_problem
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
@@ -158,7 +159,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         precision=precision,
         attn_impl=attention,
         loss_fn=loss_fn,
-        fused=decide("optimizer.fused", config.optimizer.fused, lambda: choose_fused(config, device)),
+        fused=decide("optimizer.fused", fused_of(config.optimizer), lambda: choose_fused(config, device)),
         sharding=sharding,
         init_device=init_device,
         device_train_batch_size=share,
@@ -275,7 +276,7 @@ def _lacking(config: TrainConfig, device: Device, precision: str) -> dict[str, s
         lacking.update([problem])
     if config.precision != "auto" and (reason := precision_problem(precision, device)):
         lacking["precision"] = reason
-    if config.optimizer.fused is True and (reason := why_not_fused(config, device)):
+    if fused_of(config.optimizer) is True and (reason := why_not_fused(config, device)):
         lacking["optimizer.fused"] = f"true can't be used: {reason}. Use auto or false."
     return lacking
 
