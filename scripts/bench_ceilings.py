@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
 import torch
+from timing import seconds_between, stamp
+from torch.nn import functional as F
 
 from mptfoundry.config.load import load_train_config
 from mptfoundry.mpt.config import MPTConfig
@@ -22,6 +25,7 @@ from mptfoundry.plan.devices import detect_device
 
 SIDE, COPIED = 16_384, 2**32
 REPEATS = 5
+LARGEST = 16_384  # tokens of a product; more are several
 
 
 def main(words: list[str]) -> int:
@@ -48,7 +52,9 @@ def main(words: list[str]) -> int:
     )
     del a, b, source, target
     tokens = batch * config.max_seq_len
-    seconds, flops = replay(config.model.network(), tokens)
+    pieces = pieces_of(config.model.network(), batch, config.max_seq_len, "cuda")[:-1]
+    seconds = seconds_of(pieces, "cuda")
+    flops = sum(piece.times * piece.flops for piece in pieces)
     rows.append(
         {
             "what": f"products of a step of {batch} x {config.max_seq_len}",
@@ -68,43 +74,82 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def replay(config: MPTConfig, tokens: int) -> tuple[float, float]:
-    """Seconds and FLOPs of the step's matrix products: those of one block, times the blocks, and the loss."""
+@dataclass(frozen=True)
+class Piece:
+    """Something that a step computes, as often as it computes it: a whole number of times, or a fraction."""
+
+    name: str
+    times: float
+    flops: float
+    work: Callable[[], object]
+
+
+def pieces_of(config: MPTConfig, rows: int, seq: int, device: str) -> list[Piece]:
+    """The matrix products of a step and plain causal attention, forward and backward, in any order.
+
+    Nothing is allocated while they run. They are in bf16 on a GPU, in float32 on a CPU.
+    """
     width, heads = config.d_model, config.n_heads * config.d_head
     ups = 2 if config.ffn_config.ffn_type == "mptglu" else 1
-    shapes = [(width, heads + 2 * config.kv_heads * config.d_head), (heads, width)]
-    shapes += [(width, config.d_ffn)] * ups + [(config.d_ffn, width)]
-    block = sum(_three_products(tokens, *shape) for shape in shapes)
-    seconds = config.n_layers * block + _three_products(tokens, width, config.vocab_size)
-    numbers = config.n_layers * sum(a * b for a, b in shapes) + width * config.vocab_size
-    return seconds, 6.0 * tokens * numbers
+    shapes = {
+        "Wqkv": (width, heads + 2 * config.kv_heads * config.d_head),
+        "out_proj": (heads, width),
+        **{f"up_proj {number}": (width, config.d_ffn) for number in range(ups)},
+        "down_proj": (config.d_ffn, width),
+    }
+    tokens = rows * seq
+    pieces = [_products(name, config.n_layers, tokens, *shape, device) for name, shape in shapes.items()]
+    at_once = max(16, 2**23 // config.vocab_size) if device == "cpu" else LARGEST
+    pieces.append(_products("logits", 1, tokens, width, config.vocab_size, device, at_once))
+    shape = (rows, config.n_heads, seq, config.d_head)
+    q, k, v, grad = (_draw(*shape, device=device) for _ in range(4))
+    inputs = [each.requires_grad_() for each in (q, k, v)]
+
+    def attention() -> None:
+        torch.autograd.grad(F.scaled_dot_product_attention(q, k, v, is_causal=True), inputs, grad)
+
+    flops = 7 * rows * config.n_heads * seq * seq * config.d_head
+    return [*pieces, Piece("attention", config.n_layers, flops, attention)]
 
 
-def _three_products(tokens: int, inputs: int, outputs: int) -> float:
-    """Seconds of a linear layer's forward and of both products of its backward, for 16k tokens at once."""
-    rows = min(tokens, 16_384)
-    x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
-    weight = torch.randn(outputs, inputs, device="cuda", dtype=torch.bfloat16)
-    grad = torch.randn(rows, outputs, device="cuda", dtype=torch.bfloat16)
+def seconds_of(pieces: Iterable[Piece], device: str, repeats: int = REPEATS) -> float:
+    """Seconds of all pieces, each as often as it occurs, from its median over `repeats`."""
+    return sum(piece.times * median_seconds(piece.work, device, repeats) for piece in pieces)
+
+
+def _products(
+    name: str, layers: int, tokens: int, inputs: int, outputs: int, device: str, at_once: int = LARGEST
+) -> Piece:
+    """A linear layer's forward and both products of its backward."""
+    rows = min(tokens, at_once)
+    x, weight, grad = (
+        _draw(*shape, device=device) for shape in ((rows, inputs), (outputs, inputs), (rows, outputs))
+    )
+    out, x_grad, weight_grad = (torch.empty_like(each) for each in (grad, x, weight))
 
     def products() -> None:
-        x @ weight.T
-        grad @ weight
-        grad.T @ x
+        torch.mm(x, weight.T, out=out)
+        torch.mm(grad, weight, out=x_grad)
+        torch.mm(grad.T, x, out=weight_grad)
 
-    return median_seconds(products) * tokens / rows
+    return Piece(name, layers * tokens / rows, 6.0 * rows * inputs * outputs, products)
 
 
-def median_seconds(work: Callable[[], object]) -> float:
-    for _ in range(2):
+def _draw(*shape: int, device: str) -> torch.Tensor:
+    return torch.randn(*shape, device=device, dtype=torch.bfloat16 if device == "cuda" else torch.float32)
+
+
+def median_seconds(work: Callable[[], object], device: str = "cuda", repeats: int = REPEATS) -> float:
+    if device == "cuda":
+        for _ in range(2):
+            work()
+    stamps = [stamp(device)]
+    for _ in range(repeats):
         work()
-    stamps = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
-    stamps[0].record()
-    for stamp in stamps[1:]:
-        work()
-        stamp.record()
-    torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(stop) for start, stop in pairwise(stamps)) / 1000
+        stamps.append(stamp(device))
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return statistics.median(seconds_between(start, stop) for start, stop in pairwise(stamps))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,9 @@
 
 It trains on random tokens, on the GPU if there is one (bf16), otherwise on the CPU (fp32), with the run's own
 optimizer and parameter groups, clipping and activation checkpointing. Medians: the step, its parts, tokens/s,
-and both MFUs if the device's peak is known.
+and both MFUs if the device's peak is known. The *limit* is the time of the step's bare matrix products and of
+plain causal attention in the same run, on a CPU after each step, on a GPU after the last; nothing else of the
+step is in it.
 """
 
 from __future__ import annotations
@@ -13,14 +15,18 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from bench_ceilings import Piece, pieces_of, seconds_of
 from timing import seconds_between, stamp
 
 from mptfoundry.config.load import load_train_config
+from mptfoundry.config.optim import fused_of
 from mptfoundry.config.parallel import recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.models.activation_checkpointing import checkpoint_activations
@@ -59,28 +65,16 @@ def measure(config: TrainConfig, batch: int, steps: int) -> dict[str, object]:
     """Medians over `steps` training steps of `batch` sequences, after a few that warm up."""
     device = detect_device(world_size=1)
     kind = "cuda" if device.kind == "gpu" else "cpu"
+    return measure_work(Work(config, kind, batch, batch, torch.bfloat16 if kind == "cuda" else None), steps)
+
+
+def measure_work(work: Work, steps: int) -> dict[str, object]:
+    """The same for work that is described in full."""
+    config, batch, kind, device = work.config, work.rows, work.kind, detect_device(world_size=1)
     network_config, seq_len = config.model.network(), config.max_seq_len
-    network = make_network(config, kind)
-    fused = config.optimizer.fused
-    optimizer = make_optimizer(config, network, choose_fused(config, device)[0] if fused == "auto" else fused)
-    ids = torch.randint(network_config.vocab_size, (batch, seq_len), device=kind)
-    stamps = []
-    for _ in range(WARMUP_STEPS + steps):
-        times = [stamp(kind)]
-        with torch.autocast(kind, dtype=torch.bfloat16, enabled=kind == "cuda"):
-            loss = network(ids, labels=ids).loss
-        times.append(stamp(kind))
-        loss.backward()
-        times.append(stamp(kind))
-        clip(config, network, optimizer)
-        times.append(stamp(kind))
-        optimizer.step()
-        optimizer.zero_grad()
-        stamps.append([*times, stamp(kind)])
-    if kind == "cuda":
-        torch.cuda.synchronize()
-    measured = stamps[WARMUP_STEPS:]
-    per_step = statistics.median(seconds_between(times[0], times[-1]) for times in measured)
+    peak, measured, limits = run_steps(work, steps)
+    whole = [seconds_between(moments[0][1], moments[-1][1]) for moments in measured]
+    per_step = statistics.median(whole)
     per_second = batch * seq_len / per_step
     row: dict[str, object] = {
         "device": device.name,
@@ -89,17 +83,106 @@ def measure(config: TrainConfig, batch: int, steps: int) -> dict[str, object]:
         "batch x seq_len": f"{batch} x {seq_len}",
         "milliseconds per step": round(per_step * 1000, 1),
     }
-    for number, part in enumerate(PARTS):
-        took = statistics.median(seconds_between(times[number], times[number + 1]) for times in measured)
+    for part in PARTS:
+        took = statistics.median(seconds_of_part(part, moments) for moments in measured)
         row[f"milliseconds of {part}"] = round(took * 1000, 1)
+    row["milliseconds at the limit"] = round(1000 * statistics.median(limits), 1)
+    ratios = [seconds / limit for seconds, limit in zip(whole, limits, strict=True)]
+    row["step over the limit"] = round(statistics.median(ratios), 3)
     row["tokens per second"] = round(per_second)
     for name, causal in (("mfu", False), ("mfu_causal", True)):
         if device.peak_flops:
             flops = flops_per_token(network_config, seq_len, causal=causal)
             row[name] = round(per_second * flops / device.peak_flops, 4)
     if kind == "cuda":
-        row["peak GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        row["peak GiB"] = round(peak / 2**30, 2)
     return row
+
+
+@dataclass(frozen=True)
+class Work:
+    """A step of training.
+
+    Attributes:
+        config: Of the run.
+        kind: `cpu` or `cuda`.
+        rows: Of a step.
+        microbatch: Rows at once.
+        dtype: Of autocast; None: everything is in float32.
+    """
+
+    config: TrainConfig
+    kind: str
+    rows: int
+    microbatch: int
+    dtype: torch.dtype | None
+
+    def start(self) -> tuple[Any, torch.optim.Optimizer, torch.Tensor]:
+        """The network, its optimizer and random tokens of a microbatch."""
+        network = make_network(self.config, self.kind)
+        shape = (self.microbatch, self.config.max_seq_len)
+        ids = torch.randint(self.config.model.network().vocab_size, shape, device=self.kind)
+        fused = fused_of(self.config.optimizer)
+        if fused == "auto":
+            fused, _ = choose_fused(self.config, detect_device(world_size=1))
+        return network, make_optimizer(self.config, network, fused), ids
+
+    def train(
+        self, network: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, enter: Callable[[str], None]
+    ) -> None:
+        """One step; `enter` is called with the name of each part that begins, and with `end`."""
+        for _ in range(self.rows // self.microbatch):
+            enter("forward")
+            with torch.autocast(self.kind, dtype=self.dtype, enabled=self.dtype is not None):
+                loss = network(ids, labels=ids).loss
+            enter("backward")
+            loss.backward()
+            del loss
+        enter("clipping")
+        clip(self.config, network, optimizer)
+        enter("optimizer")
+        optimizer.step()
+        optimizer.zero_grad()
+        enter("end")
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """What no step can do without: its matrix products, and causal attention."""
+        return pieces_of(self.config.model.network(), self.rows, self.config.max_seq_len, self.kind)
+
+
+def run_steps(work: Work, steps: int) -> tuple[int, list[list[tuple[str, Any]]], list[float]]:
+    """Train; returns the most memory of a GPU, the moments at which parts of each step begin, and the limits.
+
+    A limit is in seconds. On a CPU, whose speed changes, each step has its own.
+    """
+    network, optimizer, ids = work.start()
+    pieces = work.pieces if work.kind == "cpu" else []
+    measured: list[list[tuple[str, Any]]] = []
+    limits = []
+    for number in range(WARMUP_STEPS + steps):
+        moments: list[tuple[str, Any]] = []
+        work.train(
+            network,
+            optimizer,
+            ids,
+            lambda part, to=moments: to.append((part, stamp(work.kind))),  # type: ignore[misc]
+        )
+        if number >= WARMUP_STEPS:
+            measured.append(moments)
+            limits += [seconds_of(pieces, work.kind, repeats=1)] if pieces else []
+    peak = 0
+    if work.kind == "cuda":
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        del network, optimizer
+        limits = [seconds_of(work.pieces, work.kind)] * steps
+    return peak, measured, limits
+
+
+def seconds_of_part(part: str, moments: list[tuple[str, Any]]) -> float:
+    """Seconds of all times that a step was in a part."""
+    return sum(seconds_between(start, stop) for (name, start), (_, stop) in pairwise(moments) if name == part)
 
 
 def make_network(config: TrainConfig, kind: str) -> Any:
@@ -116,6 +199,11 @@ def make_network(config: TrainConfig, kind: str) -> Any:
         parts = recomputed_parts(config.model.activation_checkpointing_target, network_config.n_layers)
         recompute, offload = fsdp.activation_checkpointing, fsdp.activation_cpu_offload
         checkpoint_activations(network, parts, recompute=recompute, offload=offload)
+    if config.compile_config is not None:
+        from mptfoundry.models.compiling import compile_blocks
+
+        options = {"fullgraph": True} | {k: v for k, v in asdict(config.compile_config).items() if v}
+        compile_blocks(network, **options)
     return network
 
 

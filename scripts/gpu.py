@@ -51,6 +51,7 @@ OTHER_KERNELS = (
     "features=alibi+documents,alibi+documents+window+prefix+softcap "
     "and arch={arch} dtype=float16,float32 group=1 head_dim=64,128 features=alibi+documents"
 )
+EIGHT_ROWS = "global_train_batch_size=8 device_train_microbatch_size=8 repeats=3"
 LONG = "max_seq_len={0} batch={1} steps=2 fsdp_config.activation_checkpointing=true"
 # One process for each file of tests, so that an import error loses no other file's tests.
 PYTEST = "-m pytest -v -p no:cacheprovider --tb=short --continue-on-collection-errors"
@@ -87,7 +88,7 @@ STEPS = [
         "ceilings", script("bench_ceilings.py", "config=configs/mpt-7b.yaml batch=8"), 40, "the vendor's peak"
     ),
     Step("kernels", script("bench_attention.py", "check=true head_dim=128,64 seq=2048"), 60, TESTS),
-    Step("7b step", script("bench_step.py", "config=configs/mpt-7b.yaml batch=8 steps=5"), 120, PEAK),
+    Step("7b step", script("bench_train.py", f"configs/mpt-7b.yaml {EIGHT_ROWS} out=7b.json"), 150, PEAK),
     Step("attention", script("bench_attention.py", "seconds=100"), 120, "the first contestant of its case"),
     Step("8k step", script("bench_step.py", f"config=configs/mpt-7b.yaml {LONG.format(8192, 2)}"), 60, PEAK),
     Step(

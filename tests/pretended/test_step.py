@@ -1,0 +1,82 @@
+"""What a step moves and launches on a GPU, for each parameter, token and layer: no size changes them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from torch.utils._python_dispatch import TorchDispatchMode
+
+D_MODEL, ROWS, SEQ = 256, 2, 128
+SMALL = [f"model.d_model={D_MODEL}", "model.n_heads=2", "model.vocab_size=512", f"max_seq_len={SEQ}"]
+SMALL += [f"global_train_batch_size={ROWS}", f"device_train_microbatch_size={ROWS}"]
+COMPILED = "compile_config={}"
+Step = dict[str, Any]
+
+
+def case(n_layers: int, *words: str, residual: str | None = None) -> dict[str, Any]:
+    words = (*SMALL, f"model.n_layers={n_layers}", *words)
+    return {"config": "configs/mpt-7b.yaml", "words": words, "residual": residual}
+
+
+@pytest.fixture(scope="module")
+def steps(start: Callable[..., Any]) -> dict[str, tuple[Step, Step]]:
+    """For each kind, a step with one layer and one with two."""
+    kinds: dict[str, dict[str, Any]] = {"plain": {}, "float32 residual": {"residual": "float32"}}
+    words = {"compiled": (COMPILED,)} if hasattr(TorchDispatchMode, "ignore_compile_internals") else {}
+    cases = [case(n, **options) for options in kinds.values() for n in (1, 2)]
+    cases += [case(n, *some) for some in words.values() for n in (1, 2)]
+    results = iter(start("step.py", json.dumps(cases)))
+    return {name: (next(results), next(results)) for name in [*kinds, *words]}
+
+
+def total(step: Step, key: str, *parts: str) -> int:
+    return sum(each[key] for each in step["operators"] if not parts or each["part"] in parts)
+
+
+def of_a_layer(steps: tuple[Step, Step], key: str, *parts: str) -> int:
+    return total(steps[1], key, *parts) - total(steps[0], key, *parts)
+
+
+def layer_parameters(steps: tuple[Step, Step]) -> int:
+    return steps[1]["parameters"] - steps[0]["parameters"]
+
+
+def test_the_optimizer_moves_so_many_bytes_for_a_parameter(steps: dict[str, tuple[Step, Step]]) -> None:
+    for name, (step, _) in steps.items():
+        assert total(step, "bytes", "optimizer") / step["parameters"] < 52.1, name
+        assert total(step, "bytes", "clipping") / step["parameters"] < 12.1, name
+
+
+def test_weights_and_their_gradients_are_cast_once(steps: dict[str, tuple[Step, Step]]) -> None:
+    for name in ("plain", "compiled") if "compiled" in steps else ("plain",):
+        # float32 to bfloat16 and back: 4 + 2 bytes each.
+        casts = of_a_layer(steps[name], "bytes", "casts and copies") / layer_parameters(steps[name])
+        assert casts < 12.1, name
+
+
+def test_a_layer_moves_so_many_bytes_of_a_tokens_features(steps: dict[str, tuple[Step, Step]]) -> None:
+    moved = {
+        name: of_a_layer(pair, "bytes", "elementwise and norms", "casts and copies")
+        for name, pair in steps.items()
+    }
+    weights = 12 * layer_parameters(steps["plain"])
+    features = {name: (each - weights) / (ROWS * SEQ * D_MODEL) for name, each in moved.items()}
+    # Two norms (4 there, 8 back), two sums (6 there, 6 back for one of them), GELU (16 there, 24 back), and
+    # the gradients of queries, keys and values put together (12).
+    assert features["plain"] < 101, features
+    assert features["float32 residual"] > 1.2 * features["plain"], features
+    assert features.get("compiled", 0) < 101, features
+
+
+def test_a_layer_launches_so_many_kernels(steps: dict[str, tuple[Step, Step]]) -> None:
+    launches = {name: of_a_layer(pair, "launches") for name, pair in steps.items()}
+    assert launches["plain"] <= 40 and launches.get("compiled", 0) <= 40, launches
+
+
+def test_a_step_multiplies_what_its_formula_says(steps: dict[str, tuple[Step, Step]]) -> None:
+    for step in (step for pair in steps.values() for step in pair):
+        needed = step["causal_flops_per_token"] * step["tokens"]
+        assert total(step, "flops") == pytest.approx(needed, rel=0.02)
