@@ -77,8 +77,8 @@ def main(words: list[str]) -> int:
 
 # The residual stream's dtype where it is not autocast's, and words for the config.
 VARIANTS: dict[str, tuple[str | None, list[str]]] = {
-    "float32-residual": ("float32", []),
-    "plain": (None, []),
+    "float32-residual": ("float32", ["optimizer.fused=false"]),
+    "plain": (None, ["optimizer.fused=false"]),
     "as-configured": (None, []),
     "compiled": (None, ["compile_config={}"]),
 }

@@ -32,20 +32,21 @@ from mptfoundry.config.run import TrainConfig  # noqa: E402
 from mptfoundry.models.activation_checkpointing import checkpoint_activations  # noqa: E402
 from mptfoundry.mpt import network as networks  # noqa: E402
 from mptfoundry.mpt.flops import count_parameters, flops_per_token  # noqa: E402
-from mptfoundry.plan.devices import Device  # noqa: E402
+from mptfoundry.plan.devices import cluster_device  # noqa: E402
 from mptfoundry.plan.plan import make_plan  # noqa: E402
 
-H200 = Device("gpu", "NVIDIA H200", memory=machine.MEMORY, peak_flops=989.4e12, has_bf16=True, cores=4)
+H200 = cluster_device("h200", 1, 1)
 
 
 def trace(config: TrainConfig, residual: str | None) -> Recorder:
     """A step as Composer makes it, with the state of the optimizer from an earlier one."""
     recorder = Recorder()
-    microbatch = make_plan(config, H200).device_train_microbatch_size
+    plan = make_plan(config, H200)
+    microbatch = plan.device_train_microbatch_size
     is_wide = residual is not None and (lambda x: getattr(torch, residual))
     with machine.FakeTensorMode(allow_non_fake_inputs=True), launches(recorder):
         net = make_network(config, recorder)
-        optimizer = make_optimizer(config, net)
+        optimizer = make_optimizer(config, net, plan.fused)
         ids = torch.zeros(microbatch, config.max_seq_len, dtype=torch.int64, device="cuda")
         with patch.object(networks, "compute_dtype", is_wide or networks.compute_dtype):
             if config.compile_config is not None:
@@ -60,7 +61,7 @@ def trace(config: TrainConfig, residual: str | None) -> Recorder:
                 for _ in range(config.global_train_batch_size // microbatch):
                     forward_and_backward(net, ids, recorder)
                 recorder.phase = "clipping"
-                clip(config, net)
+                clip(config, net, optimizer)
                 recorder.phase = "optimizer"
                 optimizer.step()
                 optimizer.zero_grad()
