@@ -102,7 +102,7 @@ class Recorder(TorchDispatchMode):
             return out
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
         moved = bytes_of(name, inputs, outputs, _tensors(_mutated(func, args, kwargs)))
-        flops = flops_of(name, [tuple(tensor.shape) for tensor in inputs])
+        flops = flops_of(name, [tuple(tensor.shape) for tensor in (*inputs, *outputs)])
         part = part_of(name, self.phase, is_loss=_is_called_by("mpt/loss.py"))
         self.operators.append(Operator(part, name, moved, flops, moments))
         return out
@@ -143,7 +143,7 @@ def part_of(name: str, phase: str, *, is_loss: bool = False) -> str:
 
 
 def flops_of(name: str, shapes: list[tuple[int, ...]]) -> int:
-    """FLOPs of a matrix product or of causal attention, from the shapes of its tensors; 0 for others.
+    """FLOPs of a matrix product or of causal attention, from the shapes of what it takes and gives; 0 else.
 
     Causal attention computes half of all pairs; its backward computes five products where forward has two.
     """
@@ -152,7 +152,7 @@ def flops_of(name: str, shapes: list[tuple[int, ...]]) -> int:
         return 2 * math.prod(first) * second[-1]
     is_backward = name.endswith("_backward")
     if name.endswith(("::attention", "::attention_backward")):
-        batch, seq, heads, head_dim = shapes[0]
+        batch, seq, heads, head_dim = shapes[0] if is_backward else shapes[-3]
     elif "scaled_dot_product" in name:
         batch, heads, seq, head_dim = shapes[0]
     else:

@@ -1,12 +1,15 @@
 """Self-attention of a block, and the backends that compute it.
 
-A backend is a module with a function, and a second one if layers share some of its work:
+A backend is a module with a function, and with two more if they spare it some work:
 
 ``attend(query, key, value, context) -> out``
     ``query`` and ``out`` are (batch, seq, n_heads, head_dim); ``key`` and ``value`` are (batch, keys,
     kv_heads, head_dim) with keys = tokens in the cache + seq. The queries are the last ``seq`` tokens. The
     inputs may be strided views of a fused matrix or of a cache. The AttentionContext defines the mask and
     the bias.
+``attend_joined(qkv, n_heads, context) -> out``
+    The same from the (batch, seq, n_heads + 2 * kv_heads, head_dim) of the projection, if nothing lies in
+    between, so that its gradient need not be joined from three.
 ``prepare(context, seq) -> None``
     Compute once per forward pass what all layers share, with ``context.once``. Blocks then only read the
     context, so that each of them compiles as one graph, also with activation checkpointing.
@@ -86,6 +89,10 @@ class Attention(nn.Module):
         qkv = self.Wqkv(x)  # (batch, seq, q_width + 2 * kv_width)
         if self.clip_qkv is not None:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
+        backend = context.once("backend", lambda: _backend_for(self.config, x))
+        if self._is_joined(backend, context):
+            joined = qkv.unflatten(-1, (-1, self.head_dim))  # (batch, seq, n_heads + 2 * kv_heads, head_dim)
+            return self.out_proj(backend.attend_joined(joined, self.config.n_heads, context).flatten(2))
         query, key, value = qkv.split([self.q_width, self.kv_width, self.kv_width], dim=-1)
         query, key = self._normalise(query, self.q_ln), self._normalise(key, self.k_ln)
         value = value.unflatten(-1, (-1, self.head_dim))  # (batch, seq, kv_heads, head_dim)
@@ -93,9 +100,13 @@ class Attention(nn.Module):
             query, key = rotate(query, context.rotary), rotate(key, context.rotary)
         if context.cache is not None:
             key, value = context.cache.append(self.layer, key, value)
-        backend = context.once("backend", lambda: _backend_for(self.config, query))
         out = backend.attend(query, key, value, context)  # (batch, seq, n_heads, head_dim)
         return self.out_proj(out.flatten(2))
+
+    def _is_joined(self, backend: Any, context: AttentionContext) -> bool:
+        """Whether queries, keys and values go to the backend as the projection gives them."""
+        is_changed = self.q_ln is not None or context.rotary is not None or context.cache is not None
+        return hasattr(backend, "attend_joined") and not is_changed
 
     def _normalise(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
         """Split (batch, seq, width) into heads and normalise them, together or one by one."""

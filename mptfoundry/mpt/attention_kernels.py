@@ -357,14 +357,14 @@ def _query_span(
 def backward_query_kernel(
     grad, q, k, v, out, lse, reach, slopes, codes, bounds, seed, delta, grad_q,
     stride_gb, stride_gs, stride_gh, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
-    stride_vb, stride_vs, stride_vh,
+    stride_vb, stride_vs, stride_vh, stride_db, stride_ds,
     seq, keys, plane, n_heads, blocks, scale, inner, outer, window, dropout,
     GROUP: constexpr, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr,
     BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_ALIBI: constexpr, HAS_CODES: constexpr,
     HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr,
     HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """One block of queries of one head: its gradient, (batch, seq, n_heads, head_dim).
+    """One block of queries of one head: its gradient, (batch, seq, n_heads, head_dim), heads side by side.
 
     Also writes delta (batch, n_heads, seq), each row's sum of gradient times output.
     """
@@ -377,7 +377,7 @@ def backward_query_kernel(
     k += row.to(tl.int64) * stride_kb + head // GROUP * stride_kh
     v += row.to(tl.int64) * stride_vb + head // GROUP * stride_vh
     out += (row.to(tl.int64) * seq * n_heads + head) * HEAD_DIM
-    grad_q += (row.to(tl.int64) * seq * n_heads + head) * HEAD_DIM
+    grad_q += row.to(tl.int64) * stride_db + head * HEAD_DIM
     lse += head_of_all.to(tl.int64) * seq
     delta += head_of_all.to(tl.int64) * seq
     codes += row * keys
@@ -410,7 +410,7 @@ def backward_query_kernel(
             drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K, masked, HAS_ALIBI, HAS_CODES,
             HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
-    store_rows(grad_q, grad_q_block * scale, begin, n_heads * HEAD_DIM, seq, BLOCK_Q, HEAD_DIM, WIDTH)
+    store_rows(grad_q, grad_q_block * scale, begin, stride_ds, seq, BLOCK_Q, HEAD_DIM, WIDTH)
 
 
 @triton.jit
@@ -519,14 +519,15 @@ def _key_span(
 def backward_key_kernel(
     grad, q, k, v, lse, reach, slopes, codes, bounds, seed, delta, grad_k, grad_v,
     stride_gb, stride_gs, stride_gh, stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh,
-    stride_vb, stride_vs, stride_vh,
+    stride_vb, stride_vs, stride_vh, stride_db, stride_ds,
     seq, keys, plane, n_heads, blocks, scale, inner, outer, window, dropout,
     GROUP: constexpr, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr,
     BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_ALIBI: constexpr, HAS_CODES: constexpr,
     HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr,
     HAS_DROPOUT: constexpr, SKIPS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
-    """One block of one key head: its keys' and values' gradients, (batch, keys, kv_heads, head_dim)."""
+    """One block of one key head: its keys' and values' gradients, (batch, keys, kv_heads, head_dim), heads
+    side by side."""
     block, kv_head_of_all = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     kv_heads = n_heads // GROUP
     row, kv_head = kv_head_of_all // kv_heads, kv_head_of_all % kv_heads
@@ -562,10 +563,9 @@ def backward_key_kernel(
                 masked, HAS_ALIBI, HAS_CODES, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
                 PRECISION,
             )  # fmt: skip
-    kv_width = kv_heads * HEAD_DIM
-    offset = (row.to(tl.int64) * keys * kv_heads + kv_head) * HEAD_DIM
-    store_rows(grad_k + offset, grad_k_block * scale, begin, kv_width, keys, BLOCK_K, HEAD_DIM, WIDTH)
-    store_rows(grad_v + offset, grad_v_block, begin, kv_width, keys, BLOCK_K, HEAD_DIM, WIDTH)
+    offset = row.to(tl.int64) * stride_db + kv_head * HEAD_DIM
+    store_rows(grad_k + offset, grad_k_block * scale, begin, stride_ds, keys, BLOCK_K, HEAD_DIM, WIDTH)
+    store_rows(grad_v + offset, grad_v_block, begin, stride_ds, keys, BLOCK_K, HEAD_DIM, WIDTH)
 
 
 @triton.jit(do_not_specialize=["seq", "keys", "parts", "keys_of_part", "stride_mb"])

@@ -1,13 +1,15 @@
 """The attention backend with our own FlashAttention kernels in Triton; see attention_kernels.py.
 
-Queries, keys and values are read by their strides, without copies. Attention is a custom operator with its
-own backward, so that compilation, activation checkpointing and FLOP counters see one node.
+Queries, keys and values are read by their strides, without copies, and the gradient of a fused projection is
+written as one tensor. Attention is a custom operator with its own backward, so that compilation, activation
+checkpointing and FLOP counters see one node.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,24 +54,40 @@ def attend(
     """
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     seq, n_heads = query.shape[1:3]
-    kv_heads = key.shape[2]
-    codes, bounds = _codes_and_bounds(context)
-    window = -1 if context.window is None else context.window
-    softcap = context.softcap or 0.0
-    has_prefix = context.prefix is not None
-    is_decoding = context.cache is not None and seq * (n_heads // kv_heads) <= _MOST_DECODING_ROWS
+    is_decoding = context.cache is not None and seq * (n_heads // key.shape[2]) <= _MOST_DECODING_ROWS
     needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
-    if is_decoding and not needs_grad and context.dropout == 0:
-        return _operators.decode(
-            query, key, value, context.slopes, codes, context.scale, window, softcap, has_prefix
-        )
-    seed = torch.randint(2**62, (1,), device=query.device) if context.dropout > 0 else None
+    if not is_decoding or needs_grad or context.dropout > 0:
+        return _attend([query, key, value], n_heads, context)
+    codes, _ = _codes_and_bounds(context)
+    return _operators.decode(query, key, value, context.slopes, codes, context.scale, *_limits(context))
+
+
+def attend_joined(qkv: torch.Tensor, n_heads: int, context: AttentionContext) -> torch.Tensor:
+    """Attend within (batch, seq, n_heads + 2 * kv_heads, head_dim): queries, then keys, then values.
+
+    Its gradient is one tensor, which no one has to join. For contexts without a cache.
+
+    Returns:
+        (batch, seq, n_heads, head_dim), in ``qkv``'s dtype; zero for padding.
+    """
+    return _attend([qkv if qkv.stride(-1) == 1 else qkv.contiguous()], n_heads, context)
+
+
+def _attend(inputs: list[torch.Tensor], n_heads: int, context: AttentionContext) -> torch.Tensor:
+    seed = torch.randint(2**62, (1,), device=inputs[0].device) if context.dropout > 0 else None
     skips = context.slopes is not None and context.skips
+    window, softcap, has_prefix = _limits(context)
     out, _, _ = _operators.attention(
-        query, key, value, context.slopes, codes, bounds, seed, context.scale, window, softcap,
+        inputs, n_heads, context.slopes, *_codes_and_bounds(context), seed, context.scale, window, softcap,
         context.dropout, has_prefix, skips,
     )  # fmt: skip
     return out
+
+
+def _limits(context: AttentionContext) -> tuple[int, float, bool]:
+    """The window (-1: none), the cap of scores (0: none), and whether there are prefixes."""
+    window = -1 if context.window is None else context.window
+    return window, context.softcap or 0.0, context.prefix is not None
 
 
 def prepare(context: AttentionContext, seq: int) -> None:
@@ -162,16 +180,25 @@ def _strides(*tensors: torch.Tensor) -> list[int]:
     return [stride for x in tensors for stride in x.stride()[:3]]
 
 
+def _views(tensors: list[torch.Tensor], n_heads: int) -> Sequence[torch.Tensor]:
+    """Queries, keys and values of the operator's inputs, or of gradients like them: three tensors, or one."""
+    if len(tensors) == 3:
+        return tensors
+    kv_heads = (tensors[0].shape[2] - n_heads) // 2
+    return tensors[0].split([n_heads, kv_heads, kv_heads], dim=2)
+
+
 @torch.library.custom_op(
     f"{_NAMESPACE}::attention",
     mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor[] inputs, int n_heads, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
 )
 def _attention(  # type: ignore[no-untyped-def]
-    query, key, value, slopes, codes, bounds, seed, scale, window, softcap, dropout, has_prefix, skips
+    inputs, n_heads, slopes, codes, bounds, seed, scale, window, softcap, dropout, has_prefix, skips
 ):  # fmt: skip
     """Out (batch, seq, n_heads, head_dim), lse (batch, n_heads, seq), reach (batch, n_heads, blocks)."""
-    batch, seq, n_heads, _ = query.shape
+    query, key, value = _views(inputs, n_heads)
+    batch, seq = query.shape[:2]
     keys = key.shape[1]
     tile = _tile("forward", query, has_dropout=seed is not None)
     out, lse, reach = _empty_results(query)
@@ -202,25 +229,27 @@ def _empty_results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tor
     return query.new_empty(query.shape), lse, reach
 
 
-_attention.register_fake(lambda query, *_: _empty_results(query))
+_attention.register_fake(lambda inputs, n_heads, *_: _empty_results(_views(inputs, n_heads)[0]))
 
 
 @torch.library.custom_op(
     f"{_NAMESPACE}::attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor reach, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor[] inputs, Tensor out, Tensor lse, Tensor reach, int n_heads, {_OPTIONS}) "
+    "-> Tensor[]",
 )
 def _backward(  # type: ignore[no-untyped-def]
-    grad, query, key, value, out, lse, reach, slopes, codes, bounds, seed, scale, window, softcap,
-    dropout, has_prefix, skips,
+    grad, inputs, out, lse, reach, n_heads, slopes, codes, bounds, seed, scale, window, softcap, dropout,
+    has_prefix, skips,
 ):  # fmt: skip
-    """The gradients of query, key and value."""
-    batch, seq, n_heads, _ = query.shape
+    """The gradients of the inputs."""
+    query, key, value = _views(inputs, n_heads)
+    batch, seq = query.shape[:2]
     keys, kv_heads = key.shape[1:3]
     has_dropout = seed is not None
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
+    grads = [x.new_empty(x.shape) for x in inputs]
+    grad_query, grad_key, grad_value = _views(grads, n_heads)
     delta = torch.empty_like(lse)
     pointers = [lse if x is None else x for x in (slopes, codes, bounds, seed)]
     factors = (*_factors(scale, softcap), window, dropout)
@@ -234,37 +263,37 @@ def _backward(  # type: ignore[no-untyped-def]
         blocks = -(-seq // tile.block_q)
         backward_query_kernel[(blocks * batch * n_heads,)](
             grad, query, key, value, out, lse, reach, *pointers, delta, grad_query,
-            *_strides(grad, query, key, value), seq, keys, batch * keys, n_heads, blocks, scale, *factors,
-            BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.warps, num_stages=tile.stages,
-            **options,
+            *_strides(grad, query, key, value), *grad_query.stride()[:2], seq, keys, batch * keys, n_heads,
+            blocks, scale, *factors, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, num_warps=tile.warps,
+            num_stages=tile.stages, **options,
         )  # fmt: skip
         kernel = "backward_key" if kv_heads == n_heads else "backward_key_grouped"
         tile = _tile(kernel, query, has_dropout=has_dropout)
         blocks = -(-keys // tile.block_k)
         backward_key_kernel[(blocks * batch * kv_heads,)](
             grad, query, key, value, lse, reach, *pointers, delta, grad_key, grad_value,
-            *_strides(grad, query, key, value), seq, keys, batch * keys, n_heads, blocks, scale, *factors,
-            BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, SKIPS=skips, num_warps=tile.warps,
-            num_stages=tile.stages, **options,
+            *_strides(grad, query, key, value), *grad_key.stride()[:2], seq, keys, batch * keys, n_heads,
+            blocks, scale, *factors, BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k, SKIPS=skips,
+            num_warps=tile.warps, num_stages=tile.stages, **options,
         )  # fmt: skip
-    return grad_query, grad_key, grad_value
+    return grads
 
 
-_backward.register_fake(lambda grad, *inputs: tuple(x.new_empty(x.shape) for x in inputs[:3]))
+_backward.register_fake(lambda grad, inputs, *_: [x.new_empty(x.shape) for x in inputs])
 
 
 def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)
-    tensors, ctx.options = inputs[:7], inputs[7:]
-    ctx.save_for_backward(*tensors, *output)
+    (given, ctx.n_heads), tensors, ctx.options = inputs[:2], inputs[2:6], inputs[6:]
+    ctx.save_for_backward(*given, *tensors, *output)
 
 
 def _differentiate(ctx: Any, grad: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
-    query, key, value, slopes, codes, bounds, seed, out, lse, reach = ctx.saved_tensors
+    *inputs, slopes, codes, bounds, seed, out, lse, reach = ctx.saved_tensors
     grads = _operators.attention_backward(
-        grad, query, key, value, out, lse, reach, slopes, codes, bounds, seed, *ctx.options
+        grad, inputs, out, lse, reach, ctx.n_heads, slopes, codes, bounds, seed, *ctx.options
     )
-    return (*grads, *(None,) * 10)
+    return (grads, *(None,) * 11)
 
 
 _attention.register_autograd(_differentiate, setup_context=_keep_for_backward)
@@ -318,13 +347,12 @@ _operators = getattr(torch.ops, _NAMESPACE)
 
 
 @register_flop_formula(_operators.attention)
-def _flops(query: Any, key: Any, *_: Any, **__: Any) -> int:
+def _flops(inputs: Any, n_heads: int, *_: Any, **__: Any) -> int:
     """FLOPs as PyTorch counts its own attention: all pairs, also masked and skipped ones."""
-    batch, seq, n_heads, head_dim = query
-    return 4 * batch * n_heads * seq * key[1] * head_dim
+    batch, seq, _, head_dim = inputs[0]
+    return 4 * batch * n_heads * seq * inputs[-1][1] * head_dim
 
 
 @register_flop_formula(_operators.attention_backward)
-def _backward_flops(grad: Any, query: Any, key: Any, *_: Any, **__: Any) -> int:
-    batch, seq, n_heads, head_dim = query
-    return 10 * batch * n_heads * seq * key[1] * head_dim
+def _backward_flops(grad: Any, inputs: Any, *_: Any, **__: Any) -> int:
+    return 5 * _flops(inputs, grad[2]) // 2

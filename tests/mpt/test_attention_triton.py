@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import AotEagerAndRecordGraphs
+from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from torch.utils.flop_counter import FlopCounterMode
 
 from mptfoundry.mpt import attention_triton
-from mptfoundry.mpt.attention_triton import attend
+from mptfoundry.mpt.attention_triton import attend, attend_joined
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.network import KVCache
 
@@ -60,9 +61,9 @@ def test_the_operators_are_what_pytorch_takes_them_for() -> None:
         with torch.no_grad():
             attend(*leaves_of(case), dataclasses.replace(on_device(case[2]), cache=object(), dropout=0.0))
     for name in ("attention", "attention_backward", "decode"):
-        arguments = [x.detach() if isinstance(x, torch.Tensor) else x for x in calls.arguments[name]]
+        arguments = tree_map_only(torch.Tensor, torch.Tensor.detach, list(calls.arguments[name]))
         if name == "attention":
-            arguments[:3] = (x.requires_grad_() for x in arguments[:3])
+            arguments[0] = [x.requires_grad_() for x in arguments[0]]
         torch.library.opcheck(getattr(OPERATORS, name).default, tuple(arguments))
 
 
@@ -154,6 +155,20 @@ def test_inputs_are_read_where_they_lie(storage: str) -> None:
     grad = case[1].to(DEVICE).transpose(1, 2).contiguous().transpose(1, 2)
     found = torch.autograd.grad(attend(*leaves, context), leaves, grad)
     assert equal(list(found), learn(case)[1:])
+
+
+def test_a_fused_projection_gets_one_gradient() -> None:
+    case = make_case(**{**MIX, "n_heads": 4, "kv_heads": 2}, dropout=0.3)
+    context = on_device(case[2])
+    torch.manual_seed(3)
+    expected = learn(case)
+    joined = torch.cat([x.to(DEVICE) for x in case[0]], dim=2).requires_grad_()
+    torch.manual_seed(3)
+    out = attend_joined(joined, 4, context)
+    with Calls() as calls:
+        (grad,) = torch.autograd.grad(out, joined, case[1].to(DEVICE))
+    assert equal([out.detach(), *grad.split([4, 2, 2], dim=2)], expected)
+    assert set(calls.names) == {"attention_backward", "detach"}
 
 
 def test_a_gradient_of_its_gradient_is_refused() -> None:

@@ -19,6 +19,7 @@ from unittest.mock import patch
 
 import machine
 import torch
+from torch.utils._pytree import tree_leaves
 
 machine.pretend()
 sys.path.insert(0, str(machine.ROOT / "scripts"))
@@ -152,7 +153,10 @@ def kernel_of(node: Any, sources: list[Any]) -> Operator:
     names = [source.target.name() for source in sources]
     size = node.get_read_write_buffers_sizes()
     for source, name in zip(sources, names, strict=True) if node.is_extern() else ():
-        values = [argument.meta["val"] for argument in source.all_input_nodes]
+        values = [
+            *(argument.meta["val"] for argument in source.all_input_nodes),
+            *tree_leaves(source.meta["val"]),
+        ]
         flops = flops_of(name, [tuple(map(int, value.shape)) for value in values])
         if flops or "attention" in name:
             return Operator(part_of(name, "forward"), name, size, flops)
