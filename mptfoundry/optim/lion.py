@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from mptfoundry.optim.gradients import local_part
 
 # The signs are a temporary tensor; updates in chunks of at most this many elements keep it small.
 ELEMENTS_AT_ONCE = 1 << 26
@@ -102,10 +103,10 @@ class DecoupledLionW(torch.optim.Optimizer):
         for param in params:
             if "exp_avg" not in self.state[param]:
                 self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        weights = [_local(param) for param in params]
-        momenta = [_local(self.state[param]["exp_avg"]) for param in params]
+        weights = [local_part(param) for param in params]
+        momenta = [local_part(self.state[param]["exp_avg"]) for param in params]
         grads = [
-            _local(param.grad).to(momentum.dtype)  # type: ignore[arg-type]
+            local_part(param.grad).to(momentum.dtype)  # type: ignore[arg-type]
             for param, momentum in zip(params, momenta, strict=True)
         ]
         lr, (beta1, beta2) = group["lr"], group["betas"]
@@ -121,17 +122,12 @@ def _shrinkage(lr: float, initial_lr: float, weight_decay: float) -> float:
     return 1 - weight_decay * lr / initial_lr
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's shard: the update is elementwise, so a shard needs nothing from the others."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _runs(params: Sequence[Tensor]) -> Iterator[list[Tensor]]:
     """Split into chunks of one device and dtype, for PyTorch's foreach kernels, and of bounded size."""
     run: list[Tensor] = []
     elements = 0
     for param in params:
-        kind, size = (param.device, param.dtype), _local(param).numel()
+        kind, size = (param.device, param.dtype), local_part(param).numel()
         if run and (kind != (run[0].device, run[0].dtype) or elements + size > ELEMENTS_AT_ONCE):
             yield run
             run, elements = [], 0

@@ -138,19 +138,8 @@ def _duration_of_unknown_length(config: TrainConfig, plan: Plan, streams: Stream
 
 def _learning_rate_in_words(config: TrainConfig) -> str:
     optimizer, schedule = config.optimizer, config.scheduler
-    top = f"{optimizer.name}: up to {optimizer.lr:g} over {schedule.t_warmup}, "
-    end = "the end" if schedule.t_max == "1dur" else str(schedule.t_max)
-    if schedule.name == "constant_with_warmup":
-        return f"{top}then {optimizer.lr * schedule.alpha:g}"
-    if schedule.name == "inv_sqrt_with_warmup":
-        return (
-            f"{top}falling as 1 / sqrt(time) on the scale of {schedule.t_scale}, in the last "
-            f"{schedule.t_cooldown} to {optimizer.lr * schedule.alpha_f_cooldown:g} at {end}"
-        )
-    last = f"{optimizer.lr * schedule.alpha_f:g} at {end}"
-    if schedule.name == "warmup_stable_decay":
-        return f"{top}level, in the last {schedule.t_decay} falling ({schedule.decay}) to {last}"
-    return f"{top}then along {'a cosine' if schedule.name == 'cosine_with_warmup' else 'a line'} to {last}"
+    after_warmup = schedule.after_warmup(optimizer.lr)
+    return f"{optimizer.name}: up to {optimizer.lr:g} over {schedule.t_warmup}, {after_warmup}"
 
 
 def epochs_of_streams(config: TrainConfig, streams: Streams) -> dict[str, float]:
