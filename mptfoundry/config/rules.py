@@ -383,7 +383,8 @@ def _allowed_changes(run: TrainConfig) -> Iterator[Problem]:
             yield "allow_changes", f"{key} is not a key of a run. Use the keys that the refusal names."
 
 
-# The rules of what most runs don't use, by the option that has to be set.
+# The rules of what most runs don't use, by the option that has to be set. Where two options ask for one rule,
+# its problems are reported once.
 _RULES_OF_OPTIONS: tuple[tuple[str, Callable[[TrainConfig], Iterator[Problem]]], ...] = (
     ("callbacks", _generated_samples),
     ("optimizer.disable_grad", _patterns),
