@@ -34,8 +34,6 @@ from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import EvalConfig, Sampling
 from mptfoundry.errors import ConfigError, MPTFoundryError, first_line
 from mptfoundry.evals.token_loss import token_loss_metrics
-from mptfoundry.export.folder import export_weights
-from mptfoundry.generation import generate_text
 from mptfoundry.models.activation_checkpointing import checkpoint_activations
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.heads import ComposerHead
@@ -307,6 +305,8 @@ def _add_generation(kwargs: dict[str, Any], tokenizer: Any) -> None:
 
 
 def _add_export(kwargs: dict[str, Any], config: TrainConfig, run_folder: Path) -> None:
+    from mptfoundry.export.folder import export_weights
+
     network = config.model.network()
     kwargs |= {"run_folder": run_folder, "names": frozenset(expected_shapes(network))}
     overwrite = kwargs.get("overwrite", True)
@@ -367,6 +367,8 @@ def _sharding(sharding: Sharding, fsdp: FSDPConfig) -> dict[str, Any]:
 def _generate_text(
     network: torch.nn.Module, prompts: Sequence[str], *, tokenizer: Any, how: Mapping[str, Any]
 ) -> list[str]:
+    from mptfoundry.generation import generate_text
+
     return generate_text(cast(MPT, network), tokenizer, prompts, **how)
 
 

@@ -96,7 +96,8 @@ def check_on(
         ConfigError, DataError: The config contradicts what is on this machine, or can't run on the cluster.
     """
     look, problem, absent = look_here(config), None, absent or {}
-    _raise(look.problems)
+    if look.problems:
+        raise _as_one(look.problems)
     if device is None:
         device, problem = planned_device(config, launcher_device())
     plan = make_plan(config, device)
@@ -127,11 +128,11 @@ def refuse_here(config: TrainConfig) -> Plan:
     """
     look, plan = look_here(config), make_plan(config, detect_device())
     problems = [*look.problems, *(ConfigError(f"{key}: {text}") for key, text in plan.missing.items())]
-    try:
-        _raise([*problems, *map(DataError, look.lacking)])
-    except MPTFoundryError as error:
+    problems += map(DataError, look.lacking)
+    if problems:
+        error = _as_one(problems)
         error.of_this_machine = True
-        raise
+        raise error
     return plan
 
 
@@ -192,12 +193,10 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
-def _raise(problems: list[MPTFoundryError]) -> None:
-    """Raise all problems as one error: a DataError if all of them are about data, else a ConfigError."""
-    if not problems:
-        return
+def _as_one(problems: list[MPTFoundryError]) -> MPTFoundryError:
+    """Return all problems as one error: a DataError if all of them are about data, else a ConfigError."""
     texts = [str(problem) for problem in problems]
-    raise (ConfigError if any(isinstance(p, ConfigError) for p in problems) else DataError)("\n".join(texts))
+    return (ConfigError if any(isinstance(p, ConfigError) for p in problems) else DataError)("\n".join(texts))
 
 
 def _look_at_start(load_path: str, run_name: str, look: Look) -> None:

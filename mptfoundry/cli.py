@@ -29,12 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = ["clean=true" if word == "--clean" and words[0] == "doctor" else word for word in words]
     if words and words[0] not in VERBS and not words[0].startswith("-"):
         return _unknown_verb(words[0])
-    arguments = _parser(words).parse_args(words)
+    if not words or any(word.startswith("-") for word in words):  # options such as --help
+        arguments = _parser(words).parse_args(words)
+        words = [arguments.verb, *arguments.words]
     if "GROUP_RANK" in os.environ:
         os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])  # torchrun calls it GROUP_RANK
     # Training continues when its terminal, or the reader of its output, goes away.
-    with lasting_output() if arguments.verb == "train" else nullcontext():
-        return _run(VERBS[arguments.verb], arguments.words)
+    with lasting_output() if words[0] == "train" else nullcontext():
+        return _run(VERBS[words[0]], words[1:])
 
 
 def _unknown_verb(word: str) -> int:
@@ -53,7 +55,8 @@ def _run(verb: Verb, words: list[str]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:
         return _exit_code(error)
-    _leave_signals()
+    if world_size() > 1:
+        _leave_signals()
     return 0
 
 
@@ -62,7 +65,8 @@ def _exit_code(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print(STOPPED_BY_CTRL_C, file=sys.stderr)
         return CTRL_C_EXIT_CODE
-    _leave_signals()
+    if world_size() > 1:
+        _leave_signals()
     if isinstance(error, RunStopped):
         if rank() == 0:
             print(error, file=sys.stderr, flush=True)
@@ -102,9 +106,8 @@ def _explained(error: ImportError) -> MPTFoundryError | None:
 
 def _leave_signals() -> None:
     """Ignore signals from here on: the launcher ends all ranks when one ends, and the exit code must stay."""
-    if world_size() > 1:
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _parser(words: Sequence[str] = ()) -> argparse.ArgumentParser:

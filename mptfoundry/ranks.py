@@ -228,7 +228,8 @@ class RankWatch:
         self._ended = threading.Event()
 
     def __enter__(self) -> RankWatch:
-        self._store = connect()
+        if world_size() > 1:
+            self._store = connect()
         if self._store is not None:
             threading.Thread(target=self._beat, name="beats", daemon=True).start()
         return self

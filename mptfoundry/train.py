@@ -92,6 +92,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
         peak_flops=plan.device.peak_flops,
         extra_flops_per_token=plan.trainable.extra_flops_per_token,
     )
+    named = build.build_loggers(config, run.folder, run.start) if config.loggers else []
     console = [ConsoleLine(config.console_log_interval)] if config.log_to_console else []
     trainer = Trainer(
         model=model,
@@ -108,7 +109,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
             *run.checkpointing(tokenizer, has_weights=source is not None, fused=plan.fused),
             *(foretold(config, plan) if plan.device.kind == "gpu" else ()),
         ],
-        loggers=[*build.build_loggers(config, run.folder, run.start), *run.loggers, *console],
+        loggers=[*named, *run.loggers, *console],
         parallelism_config=build.build_parallelism(config, plan),
         **trainer_arguments(config, plan),
     )

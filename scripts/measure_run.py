@@ -111,6 +111,8 @@ def measure(config: Path) -> dict[str, dict[str, int]]:
         if event == "call":
             entered.add(frame.f_code)
 
+    # Other runs on this machine start and leave files there, too.
+    tempfile.tempdir = str(config.parent)
     # A killed run's lock, since every start removes such leftovers where there are any.
     (Path(tempfile.gettempdir()) / "999999_cache_filelock").touch()
     sys.path.insert(0, str(ROOT))

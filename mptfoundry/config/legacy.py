@@ -7,6 +7,7 @@ What it removes had no effect on the numbers of a run. The tables are in legacy.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,13 @@ def translate(document: Document) -> list[str]:
     notes: list[str] = []
     if document.get(("model", "name")) == "mosaic_gpt":
         _old_model_name(document, notes)
-    for old, new in _MOVED.items():
-        if document.has(_path(old)):
-            _move(document, _path(old), _path(new), notes)
-    for key, entry in _TABLES["dropped"].items():
-        if document.has(_path(key)):
-            _drop(document, _path(key), entry, notes)
-    for key, translation in _TRANSLATIONS.items():
-        if document.has(_path(key)):
+    for path, translation in _TRANSLATIONS:
+        if document.has(path):
             translation(document, notes)
     for loader in _loader_paths(document):
         for key, entry in _TABLES["dropped_from_loaders"].items():
             if document.has(loader + _path(key)):
-                _drop(document, loader + _path(key), entry, notes)
+                _drop(loader + _path(key), entry, document, notes)
     known = field_types(TrainConfig)
     if unknown := [k for k in document.tree if k not in known and ("TrainConfig", k) not in REFUSED]:
         top_level_variables(document, unknown, notes)
@@ -62,7 +57,7 @@ def _loader_paths(document: Document) -> list[KeyPath]:
     return [("train_loader",), *(("eval_loader", *index) for index in indices)]
 
 
-def _move(document: Document, old: KeyPath, new: KeyPath, notes: list[str]) -> None:
+def _move(old: KeyPath, new: KeyPath, document: Document, notes: list[str]) -> None:
     origin, value = document.origin(old), document.get(old)
     if document.has(new):
         document.report(old, f"is the older name of {dotted(new)}, which is also given. Remove one.")
@@ -72,7 +67,7 @@ def _move(document: Document, old: KeyPath, new: KeyPath, notes: list[str]) -> N
     document.take(old)
 
 
-def _drop(document: Document, path: KeyPath, entry: Mapping[str, Any], notes: list[str]) -> None:
+def _drop(path: KeyPath, entry: Mapping[str, Any], document: Document, notes: list[str]) -> None:
     """Remove a key that had no effect; with `if`, only where it has that value."""
     value = document.get(path)
     if isinstance(value, dict) and value.keys() == {"name"}:
@@ -100,14 +95,14 @@ def _low_precision_norm(document: Document, notes: list[str]) -> None:
     old, norm = ("algorithms", "low_precision_layernorm"), document.get(("model", "norm_type"))
     if norm is None or str(norm).startswith("low_precision"):
         because = f"model.norm_type is {norm or 'low_precision_layernorm'} already"
-        _drop(document, old, {"because": because}, notes)
+        _drop(old, {"because": because}, document, notes)
 
 
 def _tasks_without_data(document: Document, notes: list[str]) -> None:
     """llm-foundry's finetuning files list tasks whose data the user is to fill in."""
     tasks = document.tree.get("icl_tasks")
     if isinstance(tasks, list) and all(isinstance(t, dict) and t.get("dataset_uri") is None for t in tasks):
-        _drop(document, ("icl_tasks",), {"because": "none of its tasks says where its data is"}, notes)
+        _drop(("icl_tasks",), {"because": "none of its tasks says where its data is"}, document, notes)
 
 
 def _unmasked_packing(document: Document, notes: list[str]) -> None:
@@ -140,15 +135,17 @@ def _multiquery(document: Document, notes: list[str]) -> None:
         notes.append(f"{origin.place}: model.multiquery_attention is now model.attn_config.attn_type.")
 
 
-# What is translated by code, by the key that asks for it.
-_TRANSLATIONS: dict[str, Callable[[Document, list[str]], None]] = {
-    "model.attn_config.attn_uses_sequence_id": _unmasked_packing,
-    "model.config_overrides.attn_config.attn_uses_sequence_id": _unmasked_packing,
-    "model.multiquery_attention": _multiquery,
-    "fsdp_config.state_dict_type": _local_checkpoints,
-    "icl_tasks": _tasks_without_data,
-    "algorithms.low_precision_layernorm": _low_precision_norm,
-}
+# What is done about a key where it is given, in this order.
+_TRANSLATIONS: list[tuple[KeyPath, Callable[[Document, list[str]], None]]] = [
+    *((_path(old), partial(_move, _path(old), _path(new))) for old, new in _MOVED.items()),
+    *((_path(key), partial(_drop, _path(key), entry)) for key, entry in _TABLES["dropped"].items()),
+    (_path("model.attn_config.attn_uses_sequence_id"), _unmasked_packing),
+    (_path("model.config_overrides.attn_config.attn_uses_sequence_id"), _unmasked_packing),
+    (_path("model.multiquery_attention"), _multiquery),
+    (_path("fsdp_config.state_dict_type"), _local_checkpoints),
+    (_path("icl_tasks"), _tasks_without_data),
+    (_path("algorithms.low_precision_layernorm"), _low_precision_norm),
+]
 
 
 def top_level_variables(document: Document, keys: list[str], notes: list[str]) -> None:

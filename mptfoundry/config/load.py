@@ -64,7 +64,8 @@ def load_train_config(
     """
     name = os.environ.get("RUN_NAME") or os.environ.get("COMPOSER_RUN_NAME") or Path(path).stem
     document = read_document(path, words, {"run_name": name})
-    _refuse_another_kind(document)
+    if not {"model", "train_loader"} & document.tree.keys():
+        _refuse_another_kind(document)
     _refuse_code_from_file(document)
     notes = [*document.notes, *_run_code(document), *translate(document)]
     if isinstance(document.get(NAMED), str):
@@ -297,10 +298,9 @@ def _plain(value: Any, path: tuple[Any, ...] = ()) -> Any:
 
 
 def _refuse_another_kind(document: Document) -> None:
-    """Raise ConfigError for a file that describes no training run, before its keys are checked."""
-    tree = document.tree
+    """Raise ConfigError for a file that describes something else than a training run."""
     for key, text in OTHER_KINDS.items():
-        if key in tree and "model" not in tree and "train_loader" not in tree:
+        if key in document.tree:
             raise ConfigError(f"{document.origin((key,)).place}: {key}: {text}")
 
 

@@ -198,6 +198,13 @@ class _AnyScheduleConfig(Section):
     t_max: Duration = "1dur"
     scale_warmup: Literal[False] = False
 
+    def after_warmup(self, lr: float) -> str:
+        """How the learning rate goes on from `lr` after the warmup, in words."""
+        raise NotImplementedError
+
+    def _at_the_end(self, lr: float) -> str:
+        return f"{lr:g} at {'the end' if self.t_max == '1dur' else self.t_max}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class ConstantWithWarmupConfig(_AnyScheduleConfig):
@@ -212,6 +219,9 @@ class ConstantWithWarmupConfig(_AnyScheduleConfig):
 
     limits: ClassVar = {"alpha": _FACTOR}
 
+    def after_warmup(self, lr: float) -> str:
+        return f"then {lr * self.alpha:g}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class CosineWithWarmupConfig(_AnyScheduleConfig):
@@ -225,6 +235,9 @@ class CosineWithWarmupConfig(_AnyScheduleConfig):
     alpha_f: float = 0.0
 
     limits: ClassVar = {"alpha_f": _FACTOR}
+
+    def after_warmup(self, lr: float) -> str:
+        return f"then along a cosine to {self._at_the_end(lr * self.alpha_f)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +254,9 @@ class LinearDecayWithWarmupConfig(_AnyScheduleConfig):
     alpha_f: float = 0.0
 
     limits: ClassVar = {"alpha_i": _FACTOR, "alpha_f": _FACTOR}
+
+    def after_warmup(self, lr: float) -> str:
+        return f"then along a line to {self._at_the_end(lr * self.alpha_f)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +284,11 @@ class InvSqrtWithWarmupConfig(_AnyScheduleConfig):
         yield from map(self._no_fraction, ("t_warmup", "t_scale", "t_cooldown"))
         yield self._scale()
         yield self._decays()
+
+    def after_warmup(self, lr: float) -> str:
+        last = self._at_the_end(lr * self.alpha_f_cooldown)
+        slope = f"falling as 1 / sqrt(time) on the scale of {self.t_scale}"
+        return f"{slope}, in the last {self.t_cooldown} to {last}"
 
     def _no_fraction(self, name: str) -> Iterator[Problem]:
         length = getattr(self, name)
@@ -303,6 +324,10 @@ class WarmupStableDecayConfig(_AnyScheduleConfig):
     decay: Literal["linear", "cosine", "sqrt"] = "linear"
 
     limits: ClassVar = {"alpha_f": _FACTOR}
+
+    def after_warmup(self, lr: float) -> str:
+        last = self._at_the_end(lr * self.alpha_f)
+        return f"level, in the last {self.t_decay} falling ({self.decay}) to {last}"
 
 
 @dataclass(frozen=True, kw_only=True)

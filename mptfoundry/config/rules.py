@@ -54,7 +54,7 @@ def between_sections(run: TrainConfig) -> Rules:
         yield where_set(run, key, partial(_file_name, key=key))
     for rule_of_a_run in (
         *(_batch_splits, _model_length_given_twice, _tokenizer_length_given_twice, label_problems),
-        *(_patterns, _schedule_ends, _decay_fits, _run_name, _names_that_a_start_finds, _link_name),
+        *(_schedule_ends, _decay_fits, _run_name, _names_that_a_start_finds, _link_name),
     ):
         yield rule_of_a_run(run)
     for key, rule_of_an_option in _RULES_OF_OPTIONS:
@@ -183,9 +183,8 @@ def _patterns(run: TrainConfig) -> Iterator[Problem]:
     """Every pattern names parameters of the model, and some parameter stays trainable."""
     model, optimizer = run.model, run.optimizer
     groups = [group.param_str_match for group in optimizer.param_groups]
-    if groups or optimizer.disable_grad:
-        problems = pattern_problems(model.network(), model.peft_config, optimizer.disable_grad, groups)
-        yield from ((f"optimizer.{key}", text) for key, text in problems)
+    problems = pattern_problems(model.network(), model.peft_config, optimizer.disable_grad, groups)
+    yield from ((f"optimizer.{key}", text) for key, text in problems)
 
 
 def _base_of_adapters(run: TrainConfig) -> Iterator[Problem]:
@@ -407,9 +406,12 @@ def _allowed_changes(run: TrainConfig) -> Iterator[Problem]:
             yield "allow_changes", f"{key} is not a key of a run. Use the keys that the refusal names."
 
 
-# The rules of what most runs don't use, by the option that has to be set.
+# The rules of what most runs don't use, by the option that has to be set. Where two options ask for one rule,
+# its problems are reported once.
 _RULES_OF_OPTIONS: tuple[tuple[str, Callable[[TrainConfig], Iterator[Problem]]], ...] = (
     ("callbacks", _generated_samples),
+    ("optimizer.disable_grad", _patterns),
+    ("optimizer.param_groups", _patterns),
     ("model.peft_config", _base_of_adapters),
     ("model.peft_config", _around_adapters),
     ("load_path", _one_source_of_weights),

@@ -35,7 +35,7 @@ class Limits:
     least: float = -inf
     most: float = inf
     above: float = -inf
-    below: float = inf
+    below: float | None = None
     text: str = ""
 
     def problems(self, section: Any, name: str) -> Iterator[Problem]:
@@ -43,7 +43,7 @@ class Limits:
         value = getattr(section, name)
         if not isinstance(value, (int, float)):
             return
-        if value < self.least or not self.above < value < self.below:
+        if value < self.least or value <= self.above or (self.below is not None and value >= self.below):
             yield name, f"{value}{self.text or f' is too small. Use {self.least} or more.'}"
         elif value > self.most:
             yield name, f"{value} is too large. Use {self.most} or less."

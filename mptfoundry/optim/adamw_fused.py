@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from composer import optim
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from mptfoundry.optim.gradients import local_part
 
 
 class DecoupledAdamW(optim.DecoupledAdamW):
@@ -44,7 +45,7 @@ class DecoupledAdamW(optim.DecoupledAdamW):
         `lr / initial_lr * weight_decay`, and by `weight_decay` if both rates are 0.
         """
         lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, state_steps)
-        local = [[t.to_local() if isinstance(t, DTensor) else t for t in tensors] for tensors in lists]
+        local = [[local_part(tensor) for tensor in tensors] for tensors in lists]
         if not initial_lr:
             torch._foreach_mul_(local[0], 1 - weight_decay)
         decay = weight_decay / initial_lr if initial_lr else 0.0

@@ -20,7 +20,7 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     groups: dict[tuple, list[Tensor]] = {}
     for gradient in gradients:
         layout = (gradient.device_mesh, tuple(gradient.placements)) if isinstance(gradient, DTensor) else ()
-        groups.setdefault(layout, []).append(_local(gradient))
+        groups.setdefault(layout, []).append(local_part(gradient))
     squares = []
     for layout, shards in groups.items():
         parts = [shard for shard in shards if shard.numel()] or [shards[0].new_zeros(1)]
@@ -39,7 +39,7 @@ def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, threshold: float) -
     scale = scale_for_norm(norm, threshold)
     if scale.device.type == "cpu" and scale == 1:
         return
-    torch._foreach_mul_([_local(gradient) for gradient in gradients], scale)
+    torch._foreach_mul_([local_part(gradient) for gradient in gradients], scale)
 
 
 def scale_for_norm(norm: Tensor, threshold: float) -> Tensor:
@@ -51,8 +51,9 @@ def clamp(parameters: Iterable[Tensor], threshold: float) -> None:
     """Clamp every element of the parameters' gradients to [-threshold, threshold], in place."""
     for parameter in parameters:
         if parameter.grad is not None:
-            _local(parameter.grad).clamp_(-threshold, threshold)
+            local_part(parameter.grad).clamp_(-threshold, threshold)
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
+    """This rank's shard of a tensor, or the whole tensor if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

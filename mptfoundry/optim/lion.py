@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from mptfoundry.optim.gradients import local_part
 
 # A parameter's weights, gradient and momentum on this rank.
 Shard = tuple[Tensor, Tensor, Tensor]
@@ -111,7 +112,7 @@ class DecoupledLionW(torch.optim.Optimizer):
         if "exp_avg" not in self.state[param]:
             self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         assert param.grad is not None
-        return _local(param), _local(param.grad), _local(self.state[param]["exp_avg"])
+        return local_part(param), local_part(param.grad), local_part(self.state[param]["exp_avg"])
 
 
 def _update(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> None:
@@ -128,10 +129,6 @@ def _update(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], g
 def shrinkage(lr: float, initial_lr: float, weight_decay: float) -> float:
     """What weight decay multiplies all weights by in a step."""
     return 1 - weight_decay * lr / initial_lr
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _runs(shards: Iterable[Shard]) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:

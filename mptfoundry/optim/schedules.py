@@ -85,11 +85,14 @@ class Schedule:
         # A run may end during warmup: that helps to try the first batches of a recipe.
         fits = max(decay, spans.get("t_cooldown", 0)) <= end and (warmup > end or warmup + decay <= end)
         if end < duration or not fits:
-            times = ", ".join(f"{name}: {time}" for name, time in self.times.items())
-            raise ConfigError(
-                f"scheduler: {times} do not fit max_duration: {max_duration}. t_max can't be shorter than "
-                "the run, and a decay or cooldown must fit into t_max after the warmup."
-            )
+            raise self._misfit(max_duration)
+
+    def _misfit(self, max_duration: Time) -> ConfigError:
+        times = ", ".join(f"{name}: {time}" for name, time in self.times.items())
+        return ConfigError(
+            f"scheduler: {times} do not fit max_duration: {max_duration}. t_max can't be shorter than "
+            "the run, and a decay or cooldown must fit into t_max after the warmup."
+        )
 
 
 def constant_with_warmup(

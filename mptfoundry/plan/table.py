@@ -142,19 +142,7 @@ def _learning_rate_in_words(config: TrainConfig) -> str:
     rate = getattr(optimizer, "lr", None)
     if isinstance(schedule, OwnScheduleConfig) or not isinstance(rate, (int, float)):
         return f"{optimizer.name}: {'its own' if rate is None else rate} along {schedule.name}"
-    top = f"{optimizer.name}: up to {rate:g} over {schedule.t_warmup}, "
-    end = "the end" if schedule.t_max == "1dur" else str(schedule.t_max)
-    if schedule.name == "constant_with_warmup":
-        return f"{top}then {rate * schedule.alpha:g}"
-    if schedule.name == "inv_sqrt_with_warmup":
-        return (
-            f"{top}falling as 1 / sqrt(time) on the scale of {schedule.t_scale}, in the last "
-            f"{schedule.t_cooldown} to {rate * schedule.alpha_f_cooldown:g} at {end}"
-        )
-    last = f"{rate * schedule.alpha_f:g} at {end}"
-    if schedule.name == "warmup_stable_decay":
-        return f"{top}level, in the last {schedule.t_decay} falling ({schedule.decay}) to {last}"
-    return f"{top}then along {'a cosine' if schedule.name == 'cosine_with_warmup' else 'a line'} to {last}"
+    return f"{optimizer.name}: up to {rate:g} over {schedule.t_warmup}, {schedule.after_warmup(rate)}"
 
 
 def epochs_of_streams(config: TrainConfig, streams: Streams) -> dict[str, float]:

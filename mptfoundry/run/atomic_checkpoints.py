@@ -105,7 +105,9 @@ class KeepBest(LoggerDestination):
         batch = int(state.timestamp.batch)
         saved = next((each for each in newest_first(self.folder) if each.batch == batch), None)
         if saved is not None:
-            _remove_older(self.folder, batch, self.keep, self.after_save(saved.path, batch))
+            best = self.after_save(saved.path, batch)
+            if self.keep >= 0:
+                _remove_older(self.folder, batch, self.keep, best)
 
     eval_standalone_end = eval_after_all
 
@@ -166,7 +168,7 @@ class KeepBest(LoggerDestination):
 
 def _remove_older(folder: Path, batch: int, keep: int, best: int | None) -> None:
     """Delete all but the newest checkpoints, among those up to a batch; the best one stays."""
-    older = [each for each in newest_first(folder) if 0 <= each.batch <= batch] if keep >= 0 else []
+    older = [each for each in newest_first(folder) if 0 <= each.batch <= batch]
     for checkpoint in (each for each in older[keep:] if each.batch != best):
         remove(checkpoint.path)
 
@@ -223,7 +225,7 @@ class AtomicCheckpoints(Callback):
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future[None] | None = None
         # Ranks that write together use their own group, separate from training's collectives.
-        self._group: Any = None
+        self.group: Any = None
 
     def after_load(self, state: State, logger: Logger) -> None:
         """Check that the folder is free and has room for the first checkpoint."""
@@ -242,7 +244,7 @@ class AtomicCheckpoints(Callback):
         """Record where the run starts."""
         self._saved_batch = int(state.timestamp.batch) or -1
         if world_size() > 1 and state.fsdp_sharded_state_dict_enabled:
-            self._group = torch.distributed.new_group(backend="gloo")
+            self.group = torch.distributed.new_group(backend="gloo")
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """End the run if the last checkpoint could not be written."""
@@ -288,31 +290,24 @@ class AtomicCheckpoints(Callback):
         if is_sharded or rank() == 0:
             if self.in_background:
                 content = copied_to_host(content, _live(state))
-            save = _Save(
-                content,
-                target=self.folder / _named(_SHARDED_NAME if is_sharded else self.filename, state),
-                link=self._link(state) if self.num_checkpoints_to_keep != 0 else None,
-                batch=self._saved_batch,
-                keep=self.num_checkpoints_to_keep,
-                group=self._group,
-                upload=self.upload,
-                best=self.best,
+            target = self.folder / _named(_SHARDED_NAME if is_sharded else self.filename, state)
+            save = _Save(self, content, target, self._link(state), self._saved_batch)
+            self._writing = self._pool.submit(
+                self._write, save.shards if is_sharded else save.file, started_at
             )
-
-            def write() -> None:
-                uploads = self.upload_small is not None and rank() == 0
-                if uploads:  # a run continued elsewhere from this checkpoint then has all rows up to it
-                    self._owed.add(self.folder / METRICS)
-                    self._upload_what_is_owed()
-                save.shards() if is_sharded else save.file()
-                self.save_seconds = time.monotonic() - started_at
-                if uploads:
-                    self._upload_what_is_owed()
-
-            self._writing = self._pool.submit(write)
             if not self.in_background:
                 self.wait()
         logger.log_metrics({"checkpoint/held_seconds": time.monotonic() - called_at})
+
+    def _write(self, save: Callable[[], None], started_at: float) -> None:
+        uploads = self.upload_small is not None and rank() == 0
+        if uploads:  # a run continued elsewhere from this checkpoint then has all rows up to it
+            self._owed.add(self.folder / METRICS)
+            self._upload_what_is_owed()
+        save()
+        self.save_seconds = time.monotonic() - started_at
+        if uploads:
+            self._upload_what_is_owed()
 
     def _upload_what_is_owed(self) -> None:
         """Upload small files. A failure is printed, and does not end the run."""
@@ -370,14 +365,11 @@ def _refuse_to_replace(checkpoints: Sequence[Checkpoint], batch: int) -> None:
 class _Save:
     """One checkpoint on its way to disk and to a store; then `link` points to it, and older ones go."""
 
+    saver: AtomicCheckpoints
     content: dict[str, Any]
     target: Path
     link: Path | None
     batch: int
-    keep: int
-    group: Any
-    upload: Upload | None
-    best: KeepBest | None = None
 
     def file(self) -> None:
         """Write a whole checkpoint, on rank 0 only."""
@@ -388,8 +380,8 @@ class _Save:
         ):
             torch.save(self.content, file)
         self.content = {}
-        if self.upload is not None:
-            self.upload(self.target, self.target.name)
+        if self.saver.upload is not None:
+            self.saver.upload(self.target, self.target.name)
         self.tidy()
 
     def shards(self) -> None:
@@ -410,7 +402,7 @@ class _Save:
             folder.rename(self.target)
             is_first = True
         self._gathered(None)
-        if self.upload is not None:
+        if self.saver.upload is not None:
             self._upload([*own], last=[CHECKSUMS, METADATA])
         if is_first:
             self.tidy()
@@ -419,9 +411,13 @@ class _Save:
         """Write this rank's shards into a folder, and on rank 0 all checksums; return the shards' names."""
         planner = dcp.DefaultSavePlanner(dedup_save_to_lowest_rank=True)
         writer = dcp.FileSystemWriter(folder)
-        alone = self.group is None
+        alone = self.saver.group is None
         dcp.save(
-            self.content, storage_writer=writer, planner=planner, process_group=self.group, no_dist=alone
+            self.content,
+            storage_writer=writer,
+            planner=planner,
+            process_group=self.saver.group,
+            no_dist=alone,
         )
         own = checksums_of(sorted(folder.glob(f"__{rank()}_*.distcp")))
         gathered = self._gathered(own)
@@ -432,27 +428,30 @@ class _Save:
 
     def _upload(self, own: list[str], last: list[str]) -> None:
         """Upload every rank's shards first, and then the files that complete the checkpoint."""
-        assert self.upload is not None
+        assert self.saver.upload is not None
         for name in own:
-            self.upload(self.target / name, f"{self.target.name}/{name}")
+            self.saver.upload(self.target / name, f"{self.target.name}/{name}")
         self._gathered(None)
         for name in last if rank() == 0 else ():
-            self.upload(self.target / name, f"{self.target.name}/{name}")
+            self.saver.upload(self.target / name, f"{self.target.name}/{name}")
 
     def _gathered(self, own: Any) -> list[Any]:
         """Gather a value from all ranks, which wait for each other here."""
-        if self.group is None:
+        if self.saver.group is None:
             return [own]
         gathered: list[Any] = [None] * world_size()
-        torch.distributed.all_gather_object(gathered, own, group=self.group)
+        torch.distributed.all_gather_object(gathered, own, group=self.saver.group)
         return gathered
 
     def tidy(self) -> None:
         """Point the link to the checkpoint, and delete those up to it except the newest and the best."""
-        if self.link is not None:
+        keep, best = self.saver.num_checkpoints_to_keep, None
+        if self.link is not None and keep != 0:
             point(self.link, self.target)
-        best = None if self.best is None else self.best.after_save(self.target, self.batch)
-        _remove_older(self.target.parent, self.batch, self.keep, best)
+        if self.saver.best is not None:
+            best = self.saver.best.after_save(self.target, self.batch)
+        if keep >= 0:
+            _remove_older(self.target.parent, self.batch, keep, best)
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -465,9 +464,7 @@ class _Save:
 def _content(state: State, ignore_keys: Sequence[str], *, weights_only: bool) -> dict[str, Any]:
     """Return what Composer saves; a collective call. Tensors may be the live ones."""
     if weights_only:
-        integrations, metadata = state._get_integrations_state_dict(), state._get_state_metadata()
-        parts = {"model": state.get_model_state_dict(), "integrations": integrations, "metadata": metadata}
-        content: dict[str, Any] = {"state": parts}
+        content = _weights_alone(state)
     else:
         content = {"state": state.state_dict(), "rng": reproducibility.get_rng_state()}
         set_epoch_by_time(content["state"])
@@ -477,6 +474,12 @@ def _content(state: State, ignore_keys: Sequence[str], *, weights_only: bool) ->
         glob_filter(list(ignore_keys))(content)
         content.setdefault("state", {})
     return content
+
+
+def _weights_alone(state: State) -> dict[str, Any]:
+    integrations, metadata = state._get_integrations_state_dict(), state._get_state_metadata()
+    parts = {"model": state.get_model_state_dict(), "integrations": integrations, "metadata": metadata}
+    return {"state": parts}
 
 
 def _tensors(content: Any) -> list[Tensor]:

@@ -112,7 +112,7 @@ def describe(
 def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None:
     """Plot loss, evaluations, tasks, learning rate, tokens/s and gradient norm over tokens, as a PNG."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import EngFormatter
 
     heights = [3, *([2] if _has_tasks(evaluations) else []), 1, 1, 1]
     figure = Figure(figsize=(9, 7 + sum(heights) / 2), layout="constrained")
@@ -142,13 +142,19 @@ def draw(batches: Sequence[Row], evaluations: Sequence[Row], path: Path) -> None
     speed.yaxis.set_major_formatter(EngFormatter(sep=""))
     norms = [value for value in _column(batches, "grad_norm") if value > 0]
     if norms and max(norms) > 10 * min(norms):  # over a smaller range a log axis has hardly any round ticks
-        norm.set_yscale("log")
-        norm.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        norm.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        norm.yaxis.set_minor_formatter(NullFormatter())
+        _use_log_scale(norm)
     norm.set_xlabel("tokens")
     norm.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.savefig(path, dpi=110)
+
+
+def _use_log_scale(axes: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _evaluations(evaluations: Sequence[Row]) -> list[str]:

@@ -90,7 +90,7 @@ LOGGED = InMemoryLogger()
 def whole(run: Run) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(build, "build_loggers", lambda *_: [LOGGED])
-        return run("whole", "eval_first=true")
+        return run("whole", "eval_first=true", "loggers.in_memory_logger={}")
 
 
 def results(folder: Path, batch: int) -> dict[str, dict[str, float]]:

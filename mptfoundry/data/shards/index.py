@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mptfoundry.data.shards.index_keys import META_KINDS, check_index_keys, check_keys, shortened
 from mptfoundry.data.shards.integrity import CODECS, fastest_hash, problem_of, problems_of, refuse, unpack
@@ -146,8 +146,12 @@ def find_split(folder: str | Path, split: str | None, where: str) -> Path:
     if not folder.is_dir():
         raise MissingError(f"{where}: the folder {folder} is missing. Prepare it with `mptfoundry prepare`.")
     chosen = folder / split if split else folder
-    if chosen.is_dir():
-        return chosen
+    if not chosen.is_dir():
+        _refuse_split(folder, split, where)
+    return chosen
+
+
+def _refuse_split(folder: Path, split: str | None, where: str) -> NoReturn:
     refuse_slice(split, f"{where}: split")
     splits = sorted(entry.name for entry in folder.iterdir() if (entry / INDEX).is_file())
     have = f"It has {', '.join(splits)}." if splits else "It has no splits."

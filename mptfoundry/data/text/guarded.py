@@ -14,11 +14,11 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from math import ceil
 from pathlib import Path
 from time import sleep
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import streaming.base.dataset
@@ -255,30 +255,42 @@ class GuardedDataset(StreamingDataset):
             DataError: Files of a local dataset are missing or damaged. Bad copies of a remote dataset are
                 fetched again when they are needed.
         """
-        is_full = self.verify == "full"
+        if self.verify == "full":
+            self._check_hashes()
+            return
+
+        def look(shard_id: int) -> str | None:
+            stream = self._stream_of(shard_id)
+            entry = stream.stored(self.shards[shard_id])
+            path = stream.folder / entry.basename
+            problem = problem_of(path, vars(entry), None) if stream.is_only_copy else None
+            return problem and f"{path} {problem}"
+
+        with ThreadPoolExecutor() as pool:
+            problems = [each for each in pool.map(look, range(len(self.shards))) if each]
+        if problems:
+            refuse(self.where, problems)
+
+    def _check_hashes(self) -> None:
+        """Check the hashes of all local files; those that are right are not checked again."""
         files = []
         for shard_id, shard in enumerate(self.shards):
             stream = self._stream_of(shard_id)
             entry = stream.stored(shard)
-            if stream.is_only_copy or (is_full and entry.basename in stream.here):
+            if stream.is_only_copy or entry.basename in stream.here:
                 files.append((shard_id, stream, entry))
-
-        def look(file: tuple[int, GuardedStream, Any]) -> str | None:
-            _, stream, entry = file
-            path = stream.folder / entry.basename
-            return stream.problem(entry) if is_full else problem_of(path, vars(entry), None)
-
-        title = f"{self.where}: checking shards" if is_full and get_rank() == 0 else ""
-        problems = problems_of(files, look, lambda file: file[2].bytes, title=title)
+        title = f"{self.where}: checking shards" if get_rank() == 0 else ""
+        problems = problems_of(
+            files, lambda file: file[1].problem(file[2]), lambda file: file[2].bytes, title=title
+        )
         lost = [(file, why) for file, why in problems if file[1].is_only_copy]
         if lost:
             refuse(
                 self.where, [f"{stream.folder / entry.basename} {why}" for (_, stream, entry), why in lost]
             )
-        if is_full:
-            bad = {shard_id for (shard_id, _, _), _ in problems}
-            good = [shard_id for shard_id, _, _ in files if shard_id not in bad]
-            self._shard_states[good] = _ShardState.LOCAL
+        bad = {shard_id for (shard_id, _, _), _ in problems}
+        good = [shard_id for shard_id, _, _ in files if shard_id not in bad]
+        self._shard_states[good] = _ShardState.LOCAL
 
     def get_item(self, sample_id: int, retry: int = 7) -> Any:
         """Read one sample, after its shard has been fetched and checked."""
@@ -381,7 +393,8 @@ class GuardedDataset(StreamingDataset):
 
     def __iter__(self) -> Iterator[Any]:
         """Like streaming's, but raise an error that an earlier epoch left in the background."""
-        self._raise_background_error()
+        if self.background_error is not None:
+            self._raise_background_error(self.background_error)
         yield from super().__iter__()
 
     def _each_sample_id(self, it: Any) -> Iterator[int]:
@@ -390,14 +403,13 @@ class GuardedDataset(StreamingDataset):
         finally:
             it.non_blocking_exit()  # else its threads poll until the process ends, if nobody reads the rest
         # If a background fetch fails, streaming just stops, which looks like the end of the epoch.
-        self._raise_background_error()
+        if self.background_error is not None:
+            self._raise_background_error(self.background_error)
 
-    def _raise_background_error(self) -> None:
-        error = self.background_error
+    def _raise_background_error(self, error: BaseException) -> NoReturn:
         if isinstance(error, DataError):
             raise DataError(str(error)) from error
-        if error is not None:
-            raise DataError(f"{self.where}: a shard can't be read: {error}") from error
+        raise DataError(f"{self.where}: a shard can't be read: {error}") from error
 
     def _evict_coldest_shard(self) -> None:
         """Like streaming's, but also evict shards from before the run, and never the only copy of one."""
