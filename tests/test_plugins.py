@@ -98,7 +98,7 @@ def test_a_run_trains_with_code_of_its_own_and_a_resume_says_what_changed(
     before, after = config.code_hashes["mine.py"], again.code_hashes["mine.py"]
     assert f"code_hashes.mine.py: {before} -> {after}" in capsys.readouterr().out
     _, notes = load_train_config(write(f"{OWN}code_hashes: {{mine.py: {before}}}\n", f"{CODE}\n#"), words)
-    assert any("mine.py has changed since this config was saved" in note for note in notes)
+    assert any("mine.py has changed since the run saved its config" in note for note in notes)
 
 
 def test_arguments_are_those_of_the_signature(write: Callable[..., Path]) -> None:

@@ -9,12 +9,14 @@ from dataclasses import fields
 from string import Formatter
 from typing import Any
 
+from mptfoundry import plugins
 from mptfoundry.architecture.trainable import pattern_problems
 from mptfoundry.config.data import FinetuningDatasetConfig, label_problems, some_batches
 from mptfoundry.config.engine.durations import parse_duration
 from mptfoundry.config.engine.section_rules import Problem, Rules, at_least, at_most, broken_rules
 from mptfoundry.config.optim import OwnScheduleConfig
 from mptfoundry.config.parallel import FSDPConfig
+from mptfoundry.config.streams import code_problem
 from mptfoundry.config.tasks import GauntletConfig, missing_benchmarks
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.mpt.head_config import HeadConfig
@@ -64,9 +66,9 @@ def between_sections(run: TrainConfig) -> Rules:
         yield _file_name(run, key)
     for rule_of_a_run in (
         *(_batch_splits, _model_length_given_twice, _tokenizer_length_given_twice, label_problems),
-        *(_generated_samples, _patterns, _adapters, _schedule_ends, _decay_fits),
+        *(_generated_samples, _own_metrics, _patterns, _adapters, _schedule_ends, _decay_fits),
         *(_one_source_of_weights, _run_name, _names_that_a_start_finds, _link_name),
-        *(_resuming, _target_without_checkpointing, _sharding, _code, _allowed_changes, _evaluations),
+        *(_resuming, _target_without_checkpointing, _sharding, code_problem, _allowed_changes, _evaluations),
     ):
         yield rule_of_a_run(run)
 
@@ -155,7 +157,7 @@ def _heads(run: TrainConfig, key: str) -> Iterator[Problem]:
 
 
 def _generated_samples(run: TrainConfig) -> Iterator[Problem]:
-    if "generate_callback" in run.callbacks:
+    if "generate_callback" in run.callbacks.keys() - plugins.callbacks.keys():
         yield from _sampling(run.callbacks["generate_callback"])
         name = run.model.name
         if isinstance(run.model, HeadConfig):
@@ -193,6 +195,12 @@ def _refused_code(dataset: FinetuningDatasetConfig, place: str) -> Iterator[Prob
     named = [name for name, source in dataset.sources.items() if isinstance(source.preprocessing_fn, str)]
     for name in named[:1] if is_shared else named:
         yield f"{place}{'' if is_shared else f'.streams.{name}'}.preprocessing_fn", text
+
+
+def _own_metrics(run: TrainConfig) -> Iterator[Problem]:
+    name = run.model.name
+    if run.eval_metrics and isinstance(run.model, HeadConfig):
+        yield "eval_metrics", f"are only for language models, not for {name}. Remove them."
 
 
 def _patterns(run: TrainConfig) -> Iterator[Problem]:
@@ -364,11 +372,6 @@ def _around_sharding(run: TrainConfig, fsdp: FSDPConfig) -> Iterator[Problem]:
             "model.init_device",
             "meta: fsdp_config.load_monolith_rank0_only loads into a whole model on rank 0. Use mixed.",
         )
-
-
-def _code(run: TrainConfig) -> Iterator[Problem]:
-    if run.code_paths and not run.allow_code:
-        yield "code_paths", "names code, which runs only with allow_code=true on the command line."
 
 
 def _evaluations(run: TrainConfig) -> Iterator[Problem]:
