@@ -38,7 +38,7 @@ class OwnBackend(str):
     """The name of an attention backend of the user's own."""
 
     @staticmethod
-    def names() -> tuple[str, ...]:
+    def own_names() -> tuple[str, ...]:
         """The names that there are: further choices next to those of a Literal."""
         return tuple(OWN_BACKENDS)
 
@@ -496,8 +496,8 @@ def _fits(value: Any, kind: Any) -> bool:
             is_as_long = isinstance(value, (list, tuple)) and len(value) == len(kinds)
             if is_as_long and all(map(_fits, value, kinds)):
                 return True
-        elif hasattr(choice, "names"):
-            if value in choice.names():
+        elif hasattr(choice, "own_names"):
+            if value in choice.own_names():
                 return True
         elif choice is float:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -512,8 +512,8 @@ def _allowed(kind: Any) -> str:
     for choice in _alternatives(kind):
         if typing.get_origin(choice) is typing.Literal:
             words += [str(value) for value in typing.get_args(choice)]
-        elif hasattr(choice, "names"):
-            words += choice.names()
+        elif hasattr(choice, "own_names"):
+            words += choice.own_names()
         else:
             words.append("null" if choice is types.NoneType else getattr(choice, "__name__", str(choice)))
     return ", ".join(words)

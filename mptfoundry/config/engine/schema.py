@@ -130,14 +130,14 @@ def choices_of(member: Any) -> tuple[Any, ...]:
     """The values that a member of a union lists: those of a Literal, or names of the user's own."""
     if get_origin(member) is Literal:
         return get_args(member)
-    return tuple(member.names()) if hasattr(member, "names") else ()
+    return tuple(member.own_names()) if hasattr(member, "own_names") else ()
 
 
 def _describe_member(member: Any) -> str:
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if member in plain:
         return plain[member]
-    if hasattr(member, "names"):
+    if hasattr(member, "own_names"):
         return ""
     if member is Any:
         return "anything"

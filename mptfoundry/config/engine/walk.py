@@ -184,8 +184,8 @@ class _Walk:
                 if option == value and type(option) in (str, type(value)):
                     return option
             raise _MismatchError
-        if hasattr(member, "names"):
-            if isinstance(value, str) and (value in member.names() or self.document.has_unknown_names):
+        if hasattr(member, "own_names"):
+            if isinstance(value, str) and (value in member.own_names() or self.document.has_unknown_names):
                 return value
             raise _MismatchError
         if kind is tuple:
