@@ -230,6 +230,8 @@ def compose(
 ) -> ComposerMPT:
     """Wrap a network for Composer, with the metrics for its task, and those of the user's own."""
     if isinstance(network.config, HeadConfig):
+        if own:
+            raise ConfigError("eval_metrics: are only for language models, not for classifiers. Remove them.")
         return ComposerHead(network, tokenizer=tokenizer, seed=seed)
     metrics = token_loss_metrics(token_byte_lengths(tokenizer, network.config.vocab_size))
     kind = ComposerMPT

@@ -323,6 +323,8 @@ def _type_of(annotation: ast.expr | None) -> Any:
             return Literal[None]
         # Text also accepts numbers, as written.
         return reduce(or_, sorted(types, key=lambda type_: type_ not in (int, float, bool)))
+    if isinstance(annotation, ast.Subscript) and name == "Literal":
+        return Literal[ast.literal_eval(annotation.slice)]
     if isinstance(annotation, ast.Subscript) and name in ("list", "List", "Sequence"):
         return list[_type_of(annotation.slice)]  # type: ignore[misc]
     return _PLAIN.get(name, Any if name == "Any" else _in_words(name, Any))
