@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from composer.core import Algorithm, Callback
@@ -32,7 +32,7 @@ from mptfoundry.config.optim import OwnOptimizerConfig, OwnScheduleConfig
 from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import EvalConfig, Sampling
-from mptfoundry.errors import ConfigError, MPTFoundryError, first_line
+from mptfoundry.errors import ConfigError
 from mptfoundry.evals.token_loss import token_loss_metrics
 from mptfoundry.models.activation_checkpointing import checkpoint_activations
 from mptfoundry.models.causal_lm import ComposerMPT
@@ -55,7 +55,6 @@ from mptfoundry.run.report import read_trackers
 from mptfoundry.run.start import Start
 from mptfoundry.tokenizer import count_ids, load_tokenizer, token_byte_lengths, vocabulary_problem
 
-T = TypeVar("T")
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "decoupled_lionw": DecoupledLionW,
     "decoupled_adamw": DecoupledAdamW,
@@ -94,17 +93,6 @@ def compare_code(hashes: Mapping[str, str]) -> None:
             f"code_paths: the files of rank {others[0]} are not those of rank 0 (their sha256 differ). Copy "
             "the same files to all machines."
         )
-
-
-def _of_own(key: str, make: Callable[..., T], *arguments: Any, **kwargs: Any) -> T:
-    """Call a class or function of the user's own; its errors say where it is named."""
-    try:
-        return make(*arguments, **kwargs)
-    except (MPTFoundryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        text = f"{getattr(make, '__name__', make)} fails: {type(error).__name__}: {first_line(error)}"
-        raise ConfigError(f"{key}: {text}. MPTFOUNDRY_DEBUG=1 shows where.") from error
 
 
 def build_tokenizer(config: TrainConfig) -> Any:
@@ -188,7 +176,8 @@ def build_model(
     if on_meta and not torch.cuda.is_available():
         start_on_the_cpu(network)
     extra_flops = plan.trainable.extra_flops_per_token
-    model = compose(network, tokenizer, seed=config.seed, extra_flops_per_token=extra_flops)
+    own = own_metrics(config.eval_metrics) if config.eval_metrics else None
+    model = compose(network, tokenizer, seed=config.seed, extra_flops_per_token=extra_flops, own=own)
     if weights is not None:
         model.start_from(weights)
     return model
@@ -227,14 +216,35 @@ def _starting_weights(source: ModelSource, network: Any, seed: int) -> StartingW
     return weights
 
 
-def compose(network: Any, tokenizer: Any, *, seed: int = 0, extra_flops_per_token: int = 0) -> ComposerMPT:
-    """Wrap a network for Composer, with the metrics for its task."""
+def own_metrics(named: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The metrics of the user's own that a config names, in their interface for Composer."""
+    from mptfoundry.models.own_metrics import make_metric
+
+    return {name: make_metric(name, plugins.metrics[name], kwargs) for name, kwargs in named.items()}
+
+
+def compose(
+    network: Any,
+    tokenizer: Any,
+    *,
+    seed: int = 0,
+    extra_flops_per_token: int = 0,
+    own: Mapping[str, Any] | None = None,
+) -> ComposerMPT:
+    """Wrap a network for Composer, with the metrics for its task, and those of the user's own."""
     if isinstance(network.config, HeadConfig):
+        if own:
+            raise ConfigError("eval_metrics: are only for language models, not for classifiers. Remove them.")
         return ComposerHead(network, tokenizer=tokenizer, seed=seed)
     metrics = token_loss_metrics(token_byte_lengths(tokenizer, network.config.vocab_size))
-    return ComposerMPT(
+    kind = ComposerMPT
+    if own:
+        from mptfoundry.models.own_metrics import MeasuredMPT
+
+        kind = MeasuredMPT
+    return kind(
         network,
-        eval_metrics=metrics,
+        eval_metrics={**metrics, **(own or {})},
         tokenizer=tokenizer,
         seed=seed,
         extra_flops_per_token=extra_flops_per_token,
@@ -252,7 +262,7 @@ def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = Fa
     groups = [{key: value for key, value in group.items() if value is not None} for group in groups]
     parameters = parameter_groups(model.model.named_parameters(), param_groups=groups, disable_grad=frozen)
     if name in plugins.optimizers:
-        return _of_own("optimizer", plugins.optimizers[name], parameters, **options)
+        return plugins.call("optimizer", plugins.optimizers[name], parameters, **options)
     make = OPTIMIZERS[name]
     if fused and make in (DecoupledLionW, DecoupledAdamW):  # not a class of the user's own
         make = _class_in(FUSED_OPTIMIZERS, name)
@@ -263,7 +273,7 @@ def build_scheduler(config: TrainConfig) -> ComposerScheduler:
     """The learning rate schedule; its times may have any unit."""
     if isinstance(config.scheduler, OwnScheduleConfig):
         given = signatures.own_arguments(config.scheduler, OwnScheduleConfig)
-        return _of_own("scheduler", plugins.schedulers[config.scheduler.name], **given)
+        return plugins.call("scheduler", plugins.schedulers[config.scheduler.name], **given)
     options = asdict(config.scheduler)
     name = options.pop("name")
     options.pop("scale_warmup", None)
@@ -375,7 +385,7 @@ def _generate_text(
 def _make(section: str, table: Mapping[str, str | type], name: str, kwargs: Mapping[str, Any]) -> Any:
     """An instance of the user's class of this name, or of that in `table`."""
     if (own := plugins.TABLES[section].get(name)) is not None:
-        return _of_own(f"{section}.{name}", own, **kwargs)
+        return plugins.call(f"{section}.{name}", own, **kwargs)
     return _class_in(table, name)(**kwargs)
 
 

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 STOPPED_WHILE_STARTING = "{name}: stopped while starting; nothing had to be saved."
 STOPPED_BY_CTRL_C = "stopped by Ctrl-C"
 CTRL_C_EXIT_CODE = 130
+OF_OWN_CODE = ("code_paths", "allow_code")
 KEY = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
 
 
@@ -222,7 +223,7 @@ def _export(words: list[str]) -> None:
     with _importing():
         from mptfoundry.export.folder import export
 
-    print(export(**vars(options)))
+    print(export(**{key: value for key, value in vars(options).items() if key not in OF_OWN_CODE}))
 
 
 def _import(words: list[str]) -> None:

@@ -20,13 +20,13 @@ from composer.core.precision import get_precision_context
 from composer.utils import dist
 from composer.utils.parallelism import FSDP2Config
 
-from mptfoundry import build
+from mptfoundry import build, plugins
 from mptfoundry.architecture.of_run import read_run
 from mptfoundry.checkpoints.reading import network_of, open_model, outline_of, tokenizer_of
 from mptfoundry.checkpoints.source import ModelSource
 from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.config.data import LoaderConfig
-from mptfoundry.config.load import load_train_config
+from mptfoundry.config.load import load_saved_config
 from mptfoundry.config.verbs import EvalConfig
 from mptfoundry.data.loading import LoaderContext
 from mptfoundry.errors import AnotherModelError, ConfigError
@@ -212,14 +212,26 @@ def _model(
         "compute_dtype": getattr(torch, COMPUTE_DTYPE[precision]),
         "attn_impl": options.attn_impl,
     }
+    own = _own_metrics(options, source)
     if not is_sharded:
-        return build.compose(network_of(source, dtype=torch.float32, **chosen), tokenizer)
+        return build.compose(network_of(source, dtype=torch.float32, **chosen), tokenizer, own=own)
     network = outline_of(source, **chosen)
-    model = build.compose(network, tokenizer)
+    model = build.compose(network, tokenizer, own=own)
     model.start_from(StartingWeights(source, network, seed=options.seed))
     if device.kind == "cpu":
         start_on_the_cpu(network)
     return model
+
+
+def _own_metrics(options: EvalConfig, source: ModelSource) -> dict[str, Any]:
+    """The metrics of the user's own that the command names, or the model's run if its code ran."""
+    named = options.eval_metrics
+    if not named and options.code_paths and source.run_folder is not None:
+        named = read_run(source.run_folder).get("eval_metrics") or {}
+    if not named:
+        return {}
+    build.compare_code(plugins.hashes)
+    return build.own_metrics({name: kwargs for name, kwargs in named.items() if name in plugins.metrics})
 
 
 def _loaders(options: EvalConfig, source: ModelSource) -> dict[str, LoaderConfig]:
@@ -228,8 +240,7 @@ def _loaders(options: EvalConfig, source: ModelSource) -> dict[str, LoaderConfig
         return options.eval_loaders
     if source.run_folder is not None:
         # Evaluation uses no loggers, and their settings may refer to environment variables missing here.
-        words = ["code_paths=[]", "allow_code=true", "loggers=null"]
-        config, _ = load_train_config(source.run_folder / "config.yaml", words)
+        config = load_saved_config(source.run_folder / "config.yaml", ["loggers=null"])
         if config.eval_loaders:
             return config.eval_loaders
     raise ConfigError(
@@ -278,6 +289,8 @@ def _write(
     out = _results_file(options, source, plan)
     # Arguments of loggers may be secrets.
     settings = {**asdict(options), "loggers": list(options.loggers)}
+    if options.code_paths:
+        settings["code_hashes"] = {path: plugins.hashes[path] for path in options.code_paths}
     content: dict[str, Any] = {"model": str(source.path), "results": results, "options": settings}
     if plan is not None:
         content["settings"] = plan.settings

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
-from mptfoundry.errors import ConfigError, MPTFoundryError, RunStopped
-from mptfoundry.mpt.backends import OWN as attention_backends
+from mptfoundry.errors import ConfigError, MPTFoundryError, RunStopped, first_line
+from mptfoundry.mpt.config import OWN_BACKENDS as attention_backends
 
 __all__ = ["algorithms", "attention_backends", "callbacks", "loggers", "metrics", "optimizers"]
 __all__ += ["record_formats", "schedulers"]
@@ -36,6 +35,9 @@ schedulers: dict[str, Any] = {}
 metrics: dict[str, Any] = {}
 record_formats: dict[str, Callable[[str], Iterable[Any]]] = {}
 
+T = TypeVar("T")
+# The sha256 of each file that ran in this process, by its path.
+hashes: dict[str, str] = {}
 _SHIM = "llmfoundry"
 
 
@@ -48,12 +50,35 @@ def run_code(paths: Iterable[str], say: Callable[[str], None]) -> dict[str, str]
         ConfigError: A file fails, with its line.
     """
     found = {path: Path(path).read_bytes() for path in paths if Path(path).is_file()}
-    hashes = {path: hashlib.sha256(content).hexdigest() for path, content in found.items()}
-    for path, digest in hashes.items():
+    ran = {path: hashlib.sha256(content).hexdigest() for path, content in found.items()}
+    for path, digest in ran.items():
         say(f"code_paths: running {path} (sha256 {digest})")
         with _explained(path), _llmfoundry():
             _run(path, f"code_{digest[:16]}")
-    return hashes
+    hashes.update(ran)
+    return ran
+
+
+def record_format(path: str) -> Callable[[str], Iterable[Any]] | None:
+    """The function of the user's own that reads a file of records, by the file's suffix, or None."""
+    suffix = path.lower().rpartition(".")[2]
+    return record_formats.get(suffix) or record_formats.get(f".{suffix}")
+
+
+def call(key: str, own: Callable[..., T], *arguments: Any, **kwargs: Any) -> T:
+    """Call a class or function of the user's own, which the config names at `key`.
+
+    Raises:
+        ConfigError: It fails.
+    """
+    try:
+        return own(*arguments, **kwargs)
+    except (MPTFoundryError, RunStopped):
+        raise
+    except Exception as error:
+        name = getattr(own, "__name__", type(own).__name__)
+        text = f"{key}: {name} fails: {type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"{text}. MPTFOUNDRY_DEBUG=1 shows where.") from error
 
 
 def _run(path: str, name: str) -> None:
@@ -76,8 +101,8 @@ def _explained(path: str) -> Iterator[None]:
         error.of_this_machine = True
         raise
     except Exception as error:
-        here = os.path.abspath(path)
-        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == here]
+        file, all_frames = Path(path).resolve(), traceback.extract_tb(error.__traceback__)
+        frames = [frame for frame in all_frames if Path(frame.filename).resolve() == file]
         line = getattr(error, "lineno", None) if isinstance(error, SyntaxError) else None
         line = line or (frames[-1].lineno if frames else None)
         place = f"{path}:{line}" if line else path

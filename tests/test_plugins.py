@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mptfoundry import plugins
+from mptfoundry import build, plugins, ranks
 from mptfoundry.check import check_on
 from mptfoundry.config.load import load_saved_config, load_train_config, to_yaml
 from mptfoundry.errors import ConfigError
@@ -98,7 +98,7 @@ def test_a_run_trains_with_code_of_its_own_and_a_resume_says_what_changed(
     before, after = config.code_hashes["mine.py"], again.code_hashes["mine.py"]
     assert f"code_hashes.mine.py: {before} -> {after}" in capsys.readouterr().out
     _, notes = load_train_config(write(f"{OWN}code_hashes: {{mine.py: {before}}}\n", f"{CODE}\n#"), words)
-    assert any("mine.py has changed since this config was saved" in note for note in notes)
+    assert any("mine.py has changed since the run saved its config" in note for note in notes)
 
 
 def test_arguments_are_those_of_the_signature(write: Callable[..., Path]) -> None:
@@ -148,3 +148,24 @@ def test_a_file_that_fails_is_one_sentence_with_its_line(
     with pytest.raises(ConfigError) as caught:
         load_train_config(write(code=code), ["allow_code=true"])
     assert str(caught.value).startswith(said) and len(str(caught.value).splitlines()) == 1
+
+
+def test_all_ranks_run_the_same_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    from composer.utils import dist
+
+    monkeypatch.setattr(ranks, "world_size", lambda: 3)
+    gathered = [{"mine.py": "a"}, {"mine.py": "a"}, {"mine.py": "b"}]
+    monkeypatch.setattr(dist, "all_gather_object", lambda value: gathered)
+    with pytest.raises(ConfigError, match="the files of rank 2 are not those of rank 0"):
+        build.compare_code(gathered[0])
+    gathered.pop()
+    build.compare_code(gathered[0])
+
+
+def test_a_class_that_fails_is_named_where_the_config_names_it(write: Callable[..., Path]) -> None:
+    code = CODE.replace("self.every, self.prefix = every, prefix", "raise OSError('the disk is full')")
+    config, _ = load_train_config(write(code=code), ["allow_code=true"])
+    with pytest.raises(
+        ConfigError, match=r"^callbacks.counts: Counts fails: OSError: the disk is full\. MPT"
+    ):
+        build.build_callbacks(config, None, Path())

@@ -328,6 +328,28 @@ def test_the_config_of_a_hostile_run_runs_nothing_when_it_is_evaluated(
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("verb", ["eval", "export", "generate", "chat", "compare", "check"])
+def test_no_verb_runs_the_code_of_a_run_unless_the_command_line_allows_it(
+    verb: str, tmp_path: Path, trace: Path, write_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mptfoundry.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "hostile.py").write_text(f"open({str(trace)!r}, 'w')\nraise ValueError('it ran')\n")
+    folder = write_run()
+    run = yaml.safe_load((folder / "config.yaml").read_text()) | {"code_paths": ["hostile.py"]}
+    run |= {"optimizer": {"name": "of_the_file"}, "allow_code": True}
+    (folder / "config.yaml").write_text(yaml.safe_dump(run))
+    more = {"export": ["out"], "generate": ["a"], "compare": [str(folder)]}.get(verb, [])
+    place = str(folder / "config.yaml") if verb == "check" else str(folder)
+    monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))
+    main([verb, place, *more])
+    assert not trace.exists()
+    if verb in ("eval", "export", "generate", "chat"):
+        assert main([verb, str(folder), *more, "allow_code=true"]) == 2
+        assert trace.exists()
+
+
 def test_a_tokenizer_of_the_hub_is_read_at_the_revision_that_is_named(
     tmp_path: Path, tokenizer_folder: Path
 ) -> None:

@@ -14,7 +14,8 @@ import yaml
 from mptfoundry.architecture.dialects import config_from_dict, config_of_folder
 from mptfoundry.config.engine import nested
 from mptfoundry.errors import CheckpointError
-from mptfoundry.mpt.config import MPTConfig, from_values
+from mptfoundry.mpt.backends import BACKENDS
+from mptfoundry.mpt.config import OWN_BACKENDS, MPTConfig, from_values
 
 RUN_CONFIG = "config.yaml"
 # Runtime options and the init scheme, which don't affect a loaded model's results.
@@ -80,6 +81,10 @@ def config_of_run(folder: Path) -> MPTConfig:
         raise CheckpointError(
             f"{file}: model does not list the architecture. Use the {RUN_CONFIG} that a run wrote."
         )
+    attention = model.get("attn_config")
+    if isinstance(attention, dict) and attention.get("attn_impl") not in ("auto", *BACKENDS, *OWN_BACKENDS):
+        # It may be a backend of the run's own code, which did not run here; all backends compute the same.
+        model["attn_config"] = {key: value for key, value in attention.items() if key != "attn_impl"}
     return config_from_dict(model, f"{file}: model")
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -32,14 +32,13 @@ from mptfoundry.checkpoints.weights import (
 )
 from mptfoundry.errors import CheckpointError, ConfigError
 from mptfoundry.files import confined, read_json
-from mptfoundry.mpt.config import MPTConfig
+from mptfoundry.mpt.config import AttnImpl, MPTConfig
 from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.ranks import rank
 
 if TYPE_CHECKING:
     from mptfoundry.mpt.network import MPT
 
-AttnImpl = Literal["auto", "torch", "flash", "triton"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 _TEXTS = (".json", ".txt", ".jinja", ".model")

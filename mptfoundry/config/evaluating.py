@@ -12,7 +12,9 @@ from mptfoundry import plugins
 from mptfoundry.config.data import LoaderConfig, label_problems, loaders_by_label, some_batches
 from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, picture_format
 from mptfoundry.config.engine.signatures import LOGGERS, REFUSED_LOGGERS, Catalogue
+from mptfoundry.config.streams import code_problem
 from mptfoundry.config.tasks import GauntletConfig, TaskConfig
+from mptfoundry.mpt.config import AttnImpl
 
 # Keys of an evaluation that only its public tasks read.
 PUBLIC_ONLY = ("include_path", "apply_chat_template", "fewshot_as_multiturn", "system_instruction")
@@ -20,6 +22,10 @@ PUBLIC_ONLY = ("include_path", "apply_chat_template", "fewshot_as_multiturn", "s
 Loggers = Annotated[
     dict[str, Any],
     Catalogue("a section of loggers by name", ChainMap(plugins.loggers, LOGGERS), REFUSED_LOGGERS),
+]
+# The type of a section that names metrics.
+Metrics = Annotated[
+    dict[str, Any], Catalogue("a section of metrics of your own by name", plugins.metrics, supplied=2)
 ]
 _MULTIPLE = re.compile(r"[1-9]\d*x")
 # A key, its value and the key again, each of 8 tokens, and some text around them.
@@ -91,6 +97,7 @@ class EvalConfig(Section):
             instead of the loss.
         device_eval_batch_size: Sequences a device evaluates at once. `auto` chooses by the memory.
         eval_subset_num_batches: Batches in an evaluation; -1: all.
+        eval_metrics: Metrics of your own, which code in `code_paths` names. Default: as in the run's config.
         icl_tasks: In-context tasks to evaluate, or a YAML file of them. Without an `eval_loader`, the loss is
             then not measured.
         eval_gauntlet: How the tasks' scores are averaged, or a YAML file that says it.
@@ -109,8 +116,9 @@ class EvalConfig(Section):
         out: JSON file for the results. Default: `eval.json` next to the model.
         loggers: Loggers by name, with their arguments, as for a run.
         dist_timeout: Seconds that a rank waits for the others.
-        allow_code: Run the `preprocessing_fn` of a loader, and the Python code of tasks. On the command line
-            only.
+        code_paths: Python files with code of your own. Default: those of the run.
+        allow_code: Run these files, the `preprocessing_fn` of a loader, and the Python code of tasks. On the
+            command line only.
         variables: Values that other keys refer to as `${variables.x}`.
     """
 
@@ -124,6 +132,7 @@ class EvalConfig(Section):
     copy: CopyConfig | None = None
     device_eval_batch_size: int | Literal["auto"] = "auto"
     eval_subset_num_batches: int = -1
+    eval_metrics: Metrics = field(default_factory=dict)
     icl_tasks: tuple[TaskConfig, ...] | str | None = None
     eval_gauntlet: GauntletConfig | str | None = None
     num_fewshot: int | None = None
@@ -134,12 +143,13 @@ class EvalConfig(Section):
     fewshot_as_multiturn: bool | None = None
     system_instruction: str | None = None
     precision: Literal["auto", "fp32", "amp_bf16", "amp_fp16"] = "auto"
-    attn_impl: Literal["auto", "torch", "flash", "triton"] = "auto"
+    attn_impl: AttnImpl = "auto"
     verify: bool = True
     seed: int = 17
     out: str | None = None
     loggers: Loggers = field(default_factory=dict)
     dist_timeout: float = 600.0
+    code_paths: tuple[str, ...] = ()
     allow_code: bool = False
     variables: dict[str, Any] = field(default_factory=dict)
 
@@ -163,6 +173,7 @@ class EvalConfig(Section):
         yield self._gauntlet_needs_tasks()
         yield self._shots_need_tasks()
         yield self._turns_need_a_chat()
+        yield code_problem(self)
 
     def _some_documents(self) -> Iterator[Problem]:
         if self.limit == 0:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from omegaconf import OmegaConf
 
 from mptfoundry import plugins
+from mptfoundry.architecture.of_run import RUN_CONFIG, read_run, run_of
 from mptfoundry.architecture.pretrained import NAMED, fill_architecture
 from mptfoundry.config.engine.document import Document, KeyPath, Origin, dotted, parse_key
 from mptfoundry.config.engine.nested import leaves, mapped
@@ -26,8 +29,8 @@ from mptfoundry.config.rules import code_named, tokens_of
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.tasks import GauntletConfig, TaskConfig, TaskFileConfig, missing_benchmarks
 from mptfoundry.config.verbs import EvalConfig
-from mptfoundry.errors import ConfigError
-from mptfoundry.ranks import say
+from mptfoundry.errors import CheckpointError, ConfigError
+from mptfoundry.ranks import rank, say
 
 T = TypeVar("T")
 CONFIG_SUFFIXES = (".yaml", ".yml")
@@ -67,7 +70,8 @@ def load_train_config(
     if not {"model", "train_loader"} & document.tree.keys():
         _refuse_another_kind(document)
     _refuse_code_from_file(document)
-    notes = [*document.notes, *_run_code(document), *translate(document)]
+    code_notes = _run_code(document, document.tree.get("code_hashes"), say)
+    notes = [*document.notes, *code_notes, *translate(document)]
     if isinstance(document.get(NAMED), str):
         notes += fill_architecture(document, lacking)
     _share_top_level(document)
@@ -92,28 +96,52 @@ def load_saved_config(path: str | Path, words: Sequence[str] = ()) -> TrainConfi
     return build(TrainConfig, document, REFUSED)
 
 
-def _run_code(document: Document) -> list[str]:
-    """Run the files of `code_paths` if the command line allows it, and put their hashes into the document.
+def _run_code(document: Document, saved: Any, say: Callable[[str], None]) -> list[str]:
+    """Run the files of `code_paths` if the command line allows it.
+
+    A run's config gets their hashes. `saved` holds those that a run has saved, if there are any.
 
     Returns:
-        A line for each file that is not the one whose hash the config has.
+        A line for each file that has changed since then.
     """
     given = document.tree.get("code_paths") or []
     paths = [str(path) for path in (given if isinstance(given, list) else [given])]
     if not paths or document.tree.get("allow_code") is not True or document.problems:
         document.has_unknown_names = bool(paths)
         return []
-    hashes, saved = plugins.run_code(paths, say), document.tree.get("code_hashes")
+    hashes = plugins.run_code(paths, say)
     document.has_unknown_names = len(hashes) < len(paths)  # `check` says which files are missing
     notes = [
-        f"{document.origin(('code_hashes',)).place}: code_paths: {path} has changed since this config was "
-        f"saved (sha256 {saved[path][:16]}, now {digest[:16]})."
+        f"code_paths: {path} has changed since the run saved its config (sha256 {saved[path]}, now {digest})."
         for path, digest in hashes.items()
         if isinstance(saved, dict) and str(saved.get(path, digest)) != digest
     ]
-    origin = document.origin(("code_paths",))
-    document.put(("code_hashes",), hashes, Origin(origin.place, origin.line))
+    if "model" in document.tree and isinstance(document.tree["model"], dict):
+        origin = document.origin(("code_paths",))
+        document.put(("code_hashes",), hashes, Origin(origin.place, origin.line))
     return notes
+
+
+def _run_code_of_model(document: Document) -> None:
+    """Run the files that the options of a verb name, or those of the run that its `model` belongs to."""
+    model, named, saved = document.tree.get("model"), document.tree.get("code_paths"), {}
+    if named is None and isinstance(model, str) and (folder := run_of(Path(model).expanduser())) is not None:
+        with suppress(CheckpointError):
+            saved = read_run(folder)
+        paths = saved.get("code_paths") or []
+        if paths and document.tree.get("allow_code") is True:
+            document.put(("code_paths",), paths, Origin(str(folder / RUN_CONFIG), 0))
+        elif paths:
+            note = f"{', '.join(paths)} of {folder} does not run here; allow_code=true runs it."
+            _say_aside(f"note: code_paths: {note}")
+    for note in _run_code(document, saved.get("code_hashes"), _say_aside):
+        _say_aside(f"note: {note}")
+
+
+def _say_aside(text: str) -> None:
+    """Print on rank 0, next to what the verb prints."""
+    if rank() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _build_for_check(document: Document, lacking: dict[str, str]) -> TrainConfig:
@@ -134,7 +162,11 @@ def parse_words(words: Sequence[str], schema: type[T], path: str | Path | None =
     Raises:
         ConfigError: All problems at once.
     """
-    return build(schema, read_document(path, words), REFUSED)
+    document = read_document(path, words)
+    options: Any = schema
+    if "code_paths" in field_types(options):
+        _run_code_of_model(document)
+    return build(schema, document, REFUSED)
 
 
 def load_evaluations(
@@ -173,6 +205,7 @@ def load_evaluations(
         one = deepcopy(document)
         name = _take_model(one, entry, lacking)
         one.take(("models",))
+        _run_code_of_model(one)
         evaluations[name] = build(EvalConfig, one, REFUSED)
         tasks_of(evaluations[name])
     return evaluations, notes

@@ -11,11 +11,13 @@ from functools import partial
 from string import Formatter
 from typing import Any
 
+from mptfoundry import plugins
 from mptfoundry.architecture.trainable import pattern_problems
 from mptfoundry.config.data import FinetuningDatasetConfig, label_problems, some_batches
 from mptfoundry.config.engine.durations import parse_duration
 from mptfoundry.config.engine.section_rules import Problem, Rules, broken_rules, where_set
 from mptfoundry.config.optim import OwnScheduleConfig
+from mptfoundry.config.streams import code_problem
 from mptfoundry.config.tasks import GauntletConfig, missing_benchmarks
 from mptfoundry.config.verbs import Sampling
 from mptfoundry.mpt.head_config import HeadConfig
@@ -140,7 +142,7 @@ def _heads(run: TrainConfig, key: str) -> Iterator[Problem]:
 
 
 def _generated_samples(run: TrainConfig) -> Iterator[Problem]:
-    if "generate_callback" in run.callbacks:
+    if "generate_callback" in run.callbacks.keys() - plugins.callbacks.keys():
         yield from _sampling(run.callbacks["generate_callback"])
         if isinstance(run.model, HeadConfig):
             yield "callbacks.generate_callback", f"model.name: {run.model.name} generates no text. Remove it."
@@ -177,6 +179,12 @@ def _refused_code(dataset: FinetuningDatasetConfig, place: str) -> Iterator[Prob
     named = [name for name, source in dataset.sources.items() if isinstance(source.preprocessing_fn, str)]
     for name in named[:1] if is_shared else named:
         yield f"{place}{'' if is_shared else f'.streams.{name}'}.preprocessing_fn", text
+
+
+def _own_metrics(run: TrainConfig) -> Iterator[Problem]:
+    name = run.model.name
+    if run.eval_metrics and isinstance(run.model, HeadConfig):
+        yield "eval_metrics", f"are only for language models, not for {name}. Remove them."
 
 
 def _patterns(run: TrainConfig) -> Iterator[Problem]:
@@ -338,11 +346,6 @@ def _around_sharding(run: TrainConfig) -> Iterator[Problem]:
         )
 
 
-def _code(run: TrainConfig) -> Iterator[Problem]:
-    if not run.allow_code:
-        yield "code_paths", "names code, which runs only with allow_code=true on the command line."
-
-
 def _tasks_in_training(run: TrainConfig) -> Iterator[Problem]:
     batches, length, model = run.icl_subset_num_batches, run.icl_seq_len, run.model
     if batches < -1 or batches == 0:
@@ -418,7 +421,8 @@ _RULES_OF_OPTIONS: tuple[tuple[str, Callable[[TrainConfig], Iterator[Problem]]],
     ("autoresume", _resuming),
     ("model.activation_checkpointing_target", _target_without_checkpointing),
     ("fsdp_config", _around_sharding),
-    ("code_paths", _code),
+    ("code_paths", code_problem),
+    ("eval_metrics", _own_metrics),
     ("allow_changes", _allowed_changes),
     ("icl_tasks", _tasks_in_training),
     ("eval_gauntlet", _tasks_in_training),

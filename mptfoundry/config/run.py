@@ -21,7 +21,7 @@ from mptfoundry.config.engine.signatures import (
     REFUSED_CALLBACKS,
     Catalogue,
 )
-from mptfoundry.config.evaluating import Loggers
+from mptfoundry.config.evaluating import Loggers, Metrics
 from mptfoundry.config.model import AnyModelConfig, TokenizerConfig
 from mptfoundry.config.optim import AlgorithmsConfig, OptimizerConfig, SchedulerConfig
 from mptfoundry.config.parallel import CompileConfig, FSDPConfig
@@ -78,6 +78,7 @@ class TrainConfig(Section):
         eval_interval: How often to evaluate, also the tasks of `icl_tasks`.
         eval_first: Evaluate before the first step.
         eval_subset_num_batches: Batches in an evaluation; -1: all.
+        eval_metrics: Metrics of your own, from code in `code_paths`, that each evaluation also measures.
         icl_tasks: In-context tasks that the model answers at each evaluation, or a YAML file of them.
         eval_gauntlet: How the tasks' scores are averaged, or a YAML file that says it.
         icl_seq_len: The most tokens of a question with its examples. Default: `max_seq_len`.
@@ -148,6 +149,7 @@ class TrainConfig(Section):
     eval_interval: Duration = 1
     eval_first: bool = False
     eval_subset_num_batches: int = -1
+    eval_metrics: Metrics = field(default_factory=dict)
     icl_tasks: tuple[TaskConfig, ...] | str | None = None
     eval_gauntlet: GauntletConfig | str | None = None
     icl_seq_len: int | None = None

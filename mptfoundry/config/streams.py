@@ -183,3 +183,9 @@ def one_amount_for_all(section: Any) -> Iterator[Problem]:
     elif ways["choose"] and len(ways["choose"]) < len(streams):
         missing = ", ".join(name for name in streams if name not in ways["choose"])
         yield "streams", f"{missing} lacks the choose that others have. Give it to all or none."
+
+
+def code_problem(section: Any) -> Iterator[Problem]:
+    """Code that a config names runs only if the command line allows it."""
+    if section.code_paths and not section.allow_code:
+        yield "code_paths", "names code, which runs only with allow_code=true on the command line."

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Literal
 from mptfoundry.config.engine.section_rules import Limits, Problem, Rules, Section, picture_format
 from mptfoundry.config.evaluating import CompareConfig as CompareConfig
 from mptfoundry.config.evaluating import EvalConfig as EvalConfig
+from mptfoundry.config.streams import code_problem
+from mptfoundry.mpt.config import AttnImpl
 
 COMPRESSIONS = ("br", "bz2", "snappy", "zstd")
 
@@ -338,6 +340,8 @@ class ExportConfig(Section):
         shard_bytes: Size of the largest weight file.
         verify: Compare the weights with their checksums, and refuse logits that are not finite or exceed 1e4.
         overwrite: Replace an existing folder.
+        code_paths: Python files with code of your own to run first. Default: those of the run.
+        allow_code: Run these files. On the command line only.
     """
 
     model: str
@@ -352,9 +356,12 @@ class ExportConfig(Section):
     shard_bytes: int = 5_000_000_000
     verify: bool = True
     overwrite: bool = False
+    code_paths: tuple[str, ...] = ()
+    allow_code: bool = False
 
     def rules(self) -> Rules:
         yield from map(self._of_merged_weights, ("format", "shard_bytes", "license"))
+        yield code_problem(self)
 
     def _of_merged_weights(self, name: str) -> Iterator[Problem]:
         if getattr(self, name) != getattr(ExportConfig, name) and self.adapter == "separate":
@@ -524,6 +531,8 @@ class TextConfig(Sampling):
         dtype: Number format of the weights. `auto`: bfloat16 on GPUs that support it, else float32.
         attn_impl: The attention backend; all have the same mathematics.
         verify: Compare the weights with their checksums.
+        code_paths: Python files with code of your own to run first. Default: those of the run.
+        allow_code: Run these files. On the command line only.
     """
 
     model: str
@@ -534,13 +543,16 @@ class TextConfig(Sampling):
     top_p: float = 0.95
     stop: tuple[str, ...] = ()
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    attn_impl: Literal["auto", "torch", "flash", "triton"] = "auto"
+    attn_impl: AttnImpl = "auto"
     verify: bool = True
+    code_paths: tuple[str, ...] = ()
+    allow_code: bool = False
 
     limits: ClassVar = {**Sampling.limits, "max_new_tokens": Limits(1)}
 
     def rules(self) -> Rules:
         yield from super().rules()
+        yield code_problem(self)
         yield self._no_empty_stop()
 
     def _no_empty_stop(self) -> Iterator[Problem]:

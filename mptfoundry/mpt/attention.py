@@ -14,11 +14,14 @@ A backend is a module with a function, and with two more if they spare it some w
     Compute once per forward pass what all layers share, with ``context.once``. Blocks then only read the
     context, so that each of them compiles as one graph, also with activation checkpointing.
 
-backends.py knows each backend's limits and chooses one.
+backends.py knows each backend's limits and chooses one. `OWN_BACKENDS` has those of the user's own: such a
+module, an object with these functions, or `attend` alone; ``why_not(config, device_type, dtype)`` may tell
+why it can't compute a model's attention, one clause, or None.
 """
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -27,7 +30,7 @@ from torch import nn
 from . import attention_flash, attention_torch, attention_triton
 from .attention_chunks import WeightsKept
 from .backends import choose_backend
-from .config import MPTConfig
+from .config import OWN_BACKENDS, MPTConfig
 from .linear import Linear
 from .norm import Norm
 from .position import AttentionContext, rotate
@@ -60,7 +63,13 @@ def _backend_for(config: MPTConfig, x: torch.Tensor) -> Any:
         return WeightsKept()
     dtype = str(x.dtype).removeprefix("torch.")
     capability = capability_of(x.device.index) if x.is_cuda else None
-    return BACKENDS[choose_backend(config, x.device.type, dtype, capability)[0]]
+    name = choose_backend(config, x.device.type, dtype, capability)[0]
+    return BACKENDS[name] if name in BACKENDS else own_backend(OWN_BACKENDS[name])
+
+
+def own_backend(own: Any) -> Any:
+    """A backend of the user's own; a function is its `attend`."""
+    return own if hasattr(own, "attend") else SimpleNamespace(attend=own)
 
 
 class Attention(nn.Module):

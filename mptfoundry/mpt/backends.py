@@ -10,14 +10,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
-from typing import Any
 
-from .config import MPTConfig
+from .config import OWN_BACKENDS, MPTConfig
 
 # In the order in which errors suggest them.
 BACKENDS = ("torch", "triton", "flash")
-# Backends of the user's own, modules or objects with `attend`, by name; see attention.py.
-OWN: dict[str, Any] = {}
 # `auto` takes the first of these that supports the model. Fastest first.
 _PREFERENCE = {"cuda": ("triton", "flash", "torch")}
 # Compute capabilities: Triton supports 8.0 and newer, and flash-attn is written for Ampere and newer.
@@ -81,7 +78,16 @@ def why_not(
     """
     if name == "torch":
         return None
+    if name not in BACKENDS:
+        return _why_not_own(name, config, device_type, dtype)
     return why_not_here(name, device_type, dtype, capability) or why_never(name, config, dtype)
+
+
+def _why_not_own(name: str, config: MPTConfig, device_type: str, dtype: str) -> str | None:
+    if name not in OWN_BACKENDS:
+        return "it is a backend of your own, and its code was not run here"
+    ask = getattr(OWN_BACKENDS[name], "why_not", None)
+    return None if ask is None else ask(config, device_type, dtype)
 
 
 def why_not_here(name: str, device_type: str, dtype: str, capability: Capability | None = None) -> str | None:

@@ -14,6 +14,8 @@ from math import inf
 from typing import Any, ClassVar, Literal, TypeVar
 
 T = TypeVar("T")
+# Attention backends of the user's own, by name; see attention.py.
+OWN_BACKENDS: dict[str, Any] = {}
 # A broken rule: the key, several keys, or "" for the section as a whole; and the message.
 Problem = tuple[str | tuple[str, ...], str]
 # A section's rules in order. Each yields its problems and reads its fields lazily.
@@ -68,6 +70,18 @@ class Section:
     def rules(self) -> Rules:
         """What has to hold besides the limits."""
         yield from ()
+
+
+class OwnBackend(str):
+    """The name of an attention backend of the user's own."""
+
+    @staticmethod
+    def own_names() -> tuple[str, ...]:
+        """The names that there are: further choices next to those of a Literal."""
+        return tuple(OWN_BACKENDS)
+
+
+AttnImpl = Literal["auto", "torch", "flash", "triton"] | OwnBackend
 
 
 def in_words(key: str | tuple[str, ...], text: str) -> str:
@@ -151,7 +165,7 @@ class AttnConfig(Section):
         "multihead_attention"
     )
     attn_pdrop: float = 0.0
-    attn_impl: Literal["auto", "torch", "flash", "triton"] = "auto"
+    attn_impl: AttnImpl = "auto"
     qk_ln: bool = False
     qk_gn: bool = False
     fused_qkv: Literal[True] = True
@@ -490,6 +504,9 @@ def _fits(value: Any, kind: Any) -> bool:
             is_as_long = isinstance(value, (list, tuple)) and len(value) == len(kinds)
             if is_as_long and all(map(_fits, value, kinds)):
                 return True
+        elif hasattr(choice, "own_names"):
+            if value in choice.own_names():
+                return True
         elif choice is float:
             if isinstance(value, (int, float)) and not isinstance(value, bool):
                 return True
@@ -503,6 +520,8 @@ def _allowed(kind: Any) -> str:
     for choice in _alternatives(kind):
         if typing.get_origin(choice) is typing.Literal:
             words += [str(value) for value in typing.get_args(choice)]
+        elif hasattr(choice, "own_names"):
+            words += choice.own_names()
         else:
             words.append("null" if choice is types.NoneType else getattr(choice, "__name__", str(choice)))
     return ", ".join(words)

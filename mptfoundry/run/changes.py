@@ -75,7 +75,8 @@ MAY_CHANGE: dict[str, str] = {
         "save_latest_filename save_ignore_keys save_async autoresume resume_past_damage allow_changes "
         "load_path load_weights_only load_strict_model_weights load_ignore_keys callbacks loggers "
         "progress_bar log_to_console console_log_interval log_config python_log_level metadata "
-        "code_paths code_hashes allow_code variables eval_loader scheduler fsdp_config compile_config"
+        "code_paths code_hashes allow_code variables eval_loader eval_metrics scheduler fsdp_config "
+        "compile_config"
     ),
     "model.attn_config": "attn_impl alibi_skips",
     "optimizer": "fused",

@@ -120,17 +120,25 @@ def describe(annotation: Any) -> str:
         if has_said_section and is_dataclass(member) and (name := section_name(cast(type, member))):
             said.append(name)
             continue
-        is_choice = get_origin(member) is Literal
-        said += [choice(v) for v in get_args(member)] if is_choice else [_describe_member(member)]
+        said += [choice(v) for v in choices_of(member)] or [_describe_member(member)]
     said += ["null"] if takes_none(annotation) else []
-    words = list(dict.fromkeys(said))
+    words = [word for word in dict.fromkeys(said) if word]
     return " or ".join(words) if len(words) < 3 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def choices_of(member: Any) -> tuple[Any, ...]:
+    """The values that a member of a union lists: those of a Literal, or names of the user's own."""
+    if get_origin(member) is Literal:
+        return get_args(member)
+    return tuple(member.own_names()) if hasattr(member, "own_names") else ()
 
 
 def _describe_member(member: Any) -> str:
     plain = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     if member in plain:
         return plain[member]
+    if hasattr(member, "own_names"):
+        return ""
     if member is Any:
         return "anything"
     if is_dataclass(member) and isinstance(member, type):

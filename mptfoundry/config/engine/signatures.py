@@ -103,11 +103,20 @@ class Catalogue:
         words: The section's contents, in words.
         known: Each class's import path, or one of the user's own, by its name in the configuration.
         refused: llm-foundry's names that are not supported here, and why.
+        supplied: How many first arguments of a user's own function the caller supplies.
     """
 
     words: str
     known: Mapping[str, Any]
     refused: Mapping[str, str] = field(default_factory=dict)
+    supplied: int = 0
+
+    def section(self, name: str) -> type:
+        """A dataclass with the arguments of the class of this name. LookupError as for `described`."""
+        where = self.known[name]
+        if isinstance(where, str):
+            return described(name, where)
+        return own_section(name, where, supplied=0 if inspect.isclass(where) else self.supplied)
 
 
 class OfSignature(Section):
@@ -143,16 +152,14 @@ class Own:
 
 
 @cache
-def described(name: str, where: str | Callable[..., Any]) -> type:
+def described(name: str, where: str) -> type:
     """A dataclass `name` with the arguments that `module:Class` takes from a configuration.
 
-    A field's default is the argument's default as source text. For an object, see `own_section`.
+    A field's default is the argument's default as source text.
 
     Raises:
         LookupError: The package is not installed, or has no such class.
     """
-    if not isinstance(where, str):
-        return own_section(name, where)
     arguments = []
     for argument, annotation, default in _constructor_arguments(_class_of(where)):
         if argument not in GIVEN.get(where, ()):
@@ -316,6 +323,8 @@ def _type_of(annotation: ast.expr | None) -> Any:
             return Literal[None]
         # Text also accepts numbers, as written.
         return reduce(or_, sorted(types, key=lambda type_: type_ not in (int, float, bool)))
+    if isinstance(annotation, ast.Subscript) and name == "Literal":
+        return Literal[ast.literal_eval(annotation.slice)]
     if isinstance(annotation, ast.Subscript) and name in ("list", "List", "Sequence"):
         return list[_type_of(annotation.slice)]  # type: ignore[misc]
     return _PLAIN.get(name, Any if name == "Any" else _in_words(name, Any))

@@ -19,6 +19,7 @@ from mptfoundry.config.engine.forms import Form
 from mptfoundry.config.engine.nested import leaves
 from mptfoundry.config.engine.schema import (
     choice,
+    choices_of,
     default_of,
     describe,
     did_you_mean,
@@ -33,7 +34,7 @@ from mptfoundry.config.engine.schema import (
 )
 from mptfoundry.config.engine.secrets import FromEnvironment
 from mptfoundry.config.engine.section_rules import broken_rules, in_words
-from mptfoundry.config.engine.signatures import Catalogue, OfSignature, described
+from mptfoundry.config.engine.signatures import Catalogue, OfSignature
 
 INVALID: Any = object()
 Refused = Mapping[tuple[str, str], str]
@@ -183,6 +184,10 @@ class _Walk:
                 if option == value and type(option) in (str, type(value)):
                     return option
             raise _MismatchError
+        if hasattr(member, "own_names"):
+            if isinstance(value, str) and (value in member.own_names() or self.document.has_unknown_names):
+                return value
+            raise _MismatchError
         if kind is tuple:
             return self.sequence(arguments, value, path)
         if kind is list:
@@ -223,7 +228,7 @@ class _Walk:
         """The arguments of one such class, as a dict of the given keys, or INVALID."""
         if name in catalogue.known and isinstance(value, dict):
             try:
-                section = self.section(described(name, catalogue.known[name]), value, path)
+                section = self.section(catalogue.section(name), value, path)
             except LookupError as error:
                 self.document.report(path, f"can't be checked: {error}.")
                 return INVALID
@@ -233,7 +238,8 @@ class _Walk:
         if name in catalogue.refused:
             self.document.report(path, f"is not supported: {catalogue.refused[name]}")
         elif name not in catalogue.known:
-            allowed = f"Allowed: {', '.join(sorted(catalogue.known))}."
+            names = ", ".join(sorted(catalogue.known))
+            allowed = f"Allowed: {names or 'none, before a file in code_paths names some'}."
             self.document.report(path, f"is not known.{did_you_mean(name, catalogue.known)} {allowed}")
         elif value is not UNRESOLVED:
             text = "has no value" if value is None else f"{show(value)} is not allowed here"
@@ -300,9 +306,7 @@ class _Walk:
         if (str(path[-1]), str(value)) in self.refused:
             return f"{show(value)} is not supported: {self.refused[str(path[-1]), str(value)]} {expected}"
         if isinstance(value, str):
-            options = [
-                option for m in members(annotation) for option in get_args(m) if get_origin(m) is Literal
-            ]
+            options = [option for m in members(annotation) for option in choices_of(m)]
             hint = did_you_mean(value, [choice(option) for option in options])
             if isinstance(value, FromEnvironment) and _fits_unquoted(annotation, value):
                 hint = f" Write ${{oc.decode:{origin.expression}}}."

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
+from mptfoundry import plugins
 from mptfoundry.data.shards.index import refuse_slice
 from mptfoundry.errors import DataError
 
@@ -42,13 +43,13 @@ class Input:
     """One file or dataset.
 
     Attributes:
-        kind: `text`, `lines`, `parquet`, `dataset` or `mds`.
+        kind: `text`, `lines`, `parquet`, `dataset`, `mds` or `own`, a format of `plugins.record_formats`.
         path: The file, or the user's name for a dataset.
         name: The file's path relative to the input folder.
         size: Bytes on disk, or the size that a dataset reports.
         changed_ns: Modification time of a file, in nanoseconds.
         dataset: Index of a dataset in `Inventory.datasets`.
-        identity: Identifies the content of a dataset.
+        identity: Identifies the content of a dataset, or the function that reads a format of the user's own.
     """
 
     kind: str
@@ -202,6 +203,8 @@ def _kind_of(path: Path, is_lines: Callable[[], bool]) -> str | None:
     Returns None for files that are not text, and `compressed` for compressed files that can't be read.
     """
     name = path.name.lower()
+    if plugins.record_format(name):
+        return "own"
     for suffix in COMPRESSED_SUFFIXES:
         if name.endswith(suffix):
             inner = name.removesuffix(suffix)
@@ -278,7 +281,11 @@ def _file_input(kind: str, path: Path, name: str) -> Input:
             pass
     except OSError as error:
         raise DataError(f"{path}: the file can't be read ({error.strerror}).") from error
-    return Input(kind, str(path), name, status.st_size, status.st_mtime_ns)
+    identity = ""
+    if kind == "own":  # the module's name holds the hash of the user's file
+        read: Any = plugins.record_format(path.name)
+        identity = f"{read.__module__} {read.__qualname__}"
+    return Input(kind, str(path), name, status.st_size, status.st_mtime_ns, identity=identity)
 
 
 def _is_dataset_dict(path: Path) -> bool:

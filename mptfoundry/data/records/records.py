@@ -16,12 +16,14 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from mptfoundry import plugins
 from mptfoundry.data.records.inputs import Input, is_array, open_decompressed
 from mptfoundry.data.shards.index import read_index, read_samples
-from mptfoundry.errors import DataError
+from mptfoundry.errors import DataError, MPTFoundryError, RunStopped, first_line
 
 # A tokenizer always splits here: `data.prepare.encode.SAFE_CUT` in UTF-8 bytes.
 _SAFE_CUT = re.compile(rb"\n(?=[A-Za-z])")
@@ -185,6 +187,8 @@ def _plan_parts(source: Input, datasets: Sequence[Any], cut_texts: bool) -> Iter
         for start in range(0, whole, step):
             stop = min(start + step, source.size)
             yield Part(source.kind, source.path, start, stop), stop - start
+    elif source.kind == "own":
+        yield from _plan_own(source)
     elif source.kind == "parquet":
         groups = _count_row_groups(source.path)
         for group in range(groups):
@@ -209,6 +213,24 @@ def _plan_array(source: Input) -> Iterator[tuple[Part, int]]:
         payload = "".join(json.dumps(entry) + "\n" for entry in some).encode()
         part = Part("line_bytes", source.path, start, start + len(some), payload)
         yield part, source.size * len(some) // len(entries)
+
+
+def _plan_own(source: Input) -> Iterator[tuple[Part, int]]:
+    """Read a format of the user's own here, as other processes have not run the user's code."""
+    first = 0
+    try:
+        records = iter(plugins.record_format(source.path)(source.path))  # type: ignore[misc]
+        while some := list(islice(records, UNIT_ROWS)):
+            payload = "".join(json.dumps(record) + "\n" for record in some).encode()
+            yield Part("line_bytes", source.path, first, first + len(some), payload), len(payload)
+            first += len(some)
+    except (MPTFoundryError, RunStopped):
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {first_line(error)}"
+        raise BadInput(
+            f"{source.path}: its format of your own fails after record {first}: {text}."
+        ) from error
 
 
 def _plan_compressed_lines(source: Input) -> Iterator[tuple[Part, int]]:

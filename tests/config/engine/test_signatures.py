@@ -5,6 +5,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -18,6 +19,8 @@ from mptfoundry.config.engine.signatures import (
     REFUSED_CALLBACKS,
     REFUSED_LOGGERS,
     described,
+    own_arguments,
+    own_section,
 )
 from mptfoundry.config.engine.walk import build
 from mptfoundry.errors import ConfigError
@@ -154,3 +157,21 @@ def test_annotations_are_described_in_words(
     annotated: Callable[[str], type], annotation: str, words: str
 ) -> None:
     assert describe(field_types(annotated(annotation))["value"]) == words
+
+
+class Base:
+    def __init__(self, first: object, size: int = 3, kind: Literal["a", "b"] = "a") -> None: ...
+
+
+class Derived(Base):
+    def __init__(self, first: object, *, rate: float, made: object = object(), **kwargs: Any) -> None: ...
+
+
+def test_arguments_of_own_classes_are_those_of_the_objects() -> None:
+    """Also those of the base class that `**kwargs` stands for, without defaults that YAML can't write."""
+    section = own_section("own", Derived, None, 1)
+    types = {name: describe(type_) for name, type_ in field_types(section).items()}
+    assert list(types) == ["rate", "made", "size", "kind"]
+    assert (types["rate"], types["size"], types["kind"]) == ("a number", "a whole number", "a or b")
+    made = section(rate=0.5, kind="b")
+    assert (made.size, made.made) == (3, None) and own_arguments(made) == {"rate": 0.5, "kind": "b"}
