@@ -134,19 +134,21 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     missing = _lacking(config, device, precision)
     memory = partial(estimate_memory, config, device, precision, sharding, trainable)
     largest = partial(largest_microbatch, share, device, memory)
-    microbatch = decide("device_train_microbatch_size", config.device_train_microbatch_size, largest)
-    microbatch = min(microbatch, share)
-    eval_batch = config.device_eval_batch_size
-    eval_batch = decide("device_eval_batch_size", eval_batch, lambda: (microbatch, "as in training"))
-    key, dtype = "model.attn_config.attn_impl", COMPUTE_DTYPE[precision]
-    attention = model.attn_config.attn_impl
+    microbatch = config.device_train_microbatch_size
+    microbatch = min(share, decide("device_train_microbatch_size", microbatch, largest))
+    as_in_training = (microbatch, "as in training")
+    eval_batch = decide("device_eval_batch_size", config.device_eval_batch_size, lambda: as_in_training)
+    key, dtype, attention = (
+        "model.attn_config.attn_impl",
+        COMPUTE_DTYPE[precision],
+        model.attn_config.attn_impl,
+    )
     if attention != "auto" and (problem := _attention_problem(config, device, dtype)):
         missing[key] = problem
     choose, here = choose_backend if device.is_here else _choose_elsewhere, (device.torch_type, dtype)
     attention = decide(key, attention, lambda: choose(model, *here, device.capability))
-    loss_fn = (
-        "torch" if isinstance(model, HeadConfig) else decide("model.loss_fn", model.loss_fn, _choose_loss)
-    )
+    loss_fn = "torch" if isinstance(model, HeadConfig) else model.loss_fn
+    loss_fn = decide("model.loss_fn", loss_fn, _choose_loss)
     # The values are the same everywhere, so `cpu` may replace `meta`.
     init_device = "auto" if sharding is None and model.init_device != "cpu" else model.init_device
     init_device = decide("model.init_device", init_device, lambda: choose_init_device(config, sharding))
