@@ -138,15 +138,8 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     microbatch = min(share, decide("device_train_microbatch_size", microbatch, largest))
     as_in_training = (microbatch, "as in training")
     eval_batch = decide("device_eval_batch_size", config.device_eval_batch_size, lambda: as_in_training)
-    key, dtype, attention = (
-        "model.attn_config.attn_impl",
-        COMPUTE_DTYPE[precision],
-        model.attn_config.attn_impl,
-    )
-    if attention != "auto" and (problem := _attention_problem(config, device, dtype)):
-        missing[key] = problem
-    choose, here = choose_backend if device.is_here else _choose_elsewhere, (device.torch_type, dtype)
-    attention = decide(key, attention, lambda: choose(model, *here, device.capability))
+    choose = partial(_choose_attention, model, device, COMPUTE_DTYPE[precision])
+    attention = decide("model.attn_config.attn_impl", model.attn_config.attn_impl, choose)
     loss_fn = "torch" if isinstance(model, HeadConfig) else model.loss_fn
     loss_fn = decide("model.loss_fn", loss_fn, _choose_loss)
     # The values are the same everywhere, so `cpu` may replace `meta`.
@@ -241,6 +234,11 @@ def largest_microbatch(share: int, device: Device, memory: Callable[[int], Memor
     return 1, f"none fits: 1 needs about {memory(1).total / GIB:.1f} GiB, and {usable}"
 
 
+def _choose_attention(model: MPTConfig, device: Device, dtype: str) -> tuple[str, str]:
+    choose = choose_backend if device.is_here else _choose_elsewhere
+    return choose(model, device.torch_type, dtype, device.capability)
+
+
 def _choose_elsewhere(
     model: MPTConfig, device_type: str, dtype: str, capability: Capability | None
 ) -> tuple[str, str]:
@@ -280,6 +278,9 @@ def _lacking(config: TrainConfig, device: Device, precision: str) -> dict[str, s
         lacking["precision"] = reason
     if fused_of(config.optimizer) is True and (reason := why_not_fused(config, device)):
         lacking["optimizer.fused"] = f"true can't be used: {reason}. Use auto or false."
+    attention, dtype = config.model.attn_config.attn_impl, COMPUTE_DTYPE[precision]
+    if attention != "auto" and (problem := _attention_problem(config, device, dtype)):
+        lacking["model.attn_config.attn_impl"] = problem
     return lacking
 
 
