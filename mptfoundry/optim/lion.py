@@ -138,17 +138,19 @@ def _runs(shards: Iterable[Shard]) -> Iterator[tuple[list[Tensor], list[Tensor],
     """Weights, gradients and momenta to update together, for PyTorch's foreach kernels: of one device and
     dtype, and of bounded size.
     """
-    run: list[Shard] = []
+    run: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
     elements = 0
     for piece in _pieces(shards):
-        kind, size = _kind(piece), piece[0].numel()
-        if run and (kind != _kind(run[0]) or elements + size > _most_elements(piece[0])):
-            yield _columns(run)
-            run, elements = [], 0
-        run.append(piece)
+        weight, size = piece[0], piece[0].numel()
+        is_other = any((weight.device, weight.dtype) != (each.device, each.dtype) for each in run[0][:1])
+        if is_other or (run[0] and elements + size > _most_elements(weight)):
+            yield run
+            run, elements = ([], [], []), 0
+        for tensors, tensor in zip(run, piece, strict=True):
+            tensors.append(tensor)
         elements += size
-    if run:
-        yield _columns(run)
+    if run[0]:
+        yield run
 
 
 def _pieces(shards: Iterable[Shard]) -> Iterator[Shard]:
@@ -162,15 +164,4 @@ def _pieces(shards: Iterable[Shard]) -> Iterator[Shard]:
 
 
 def _most_elements(tensor: Tensor) -> int:
-    if tensor.device.type == "cpu":
-        return ELEMENTS_AT_ONCE["cpu"] * torch.get_num_threads()
-    return ELEMENTS_AT_ONCE["cuda"]
-
-
-def _kind(shard: Shard) -> tuple[torch.device, torch.dtype]:
-    return shard[0].device, shard[0].dtype
-
-
-def _columns(run: Sequence[Shard]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    weights, grads, momenta = zip(*run, strict=True)
-    return list(weights), list(grads), list(momenta)
+    return ELEMENTS_AT_ONCE["cpu"] * torch.get_num_threads() if tensor.is_cpu else ELEMENTS_AT_ONCE["cuda"]
