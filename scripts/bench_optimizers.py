@@ -101,7 +101,7 @@ def ratio_to(base: list[tuple[float, float]], times: list[tuple[float, float]], 
 
 
 def fastest_step(optimizer: torch.optim.Optimizer, device: str) -> tuple[float, float]:
-    """Seconds by the clock and by the processors of the faster of two steps, after one that makes the state."""
+    """Seconds by the clock and by the processors of the faster of two steps, once there is a state."""
     optimizer.step()
     seconds, processor = [], []
     for _ in range(STEPS):

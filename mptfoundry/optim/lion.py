@@ -103,8 +103,14 @@ class DecoupledLionW(torch.optim.Optimizer):
 
     def update(self, shards: Sequence[Shard], group: dict[str, Any]) -> None:
         """Update the weights and momenta of a group's shards."""
+        lr, (beta1, beta2) = group["lr"], group["betas"]
         for weights, grads, momenta in _runs(shards):
-            _update(weights, grads, momenta, group)
+            directions = torch._foreach_lerp(momenta, grads, 1 - beta1)
+            torch._foreach_sign_(directions)
+            if group["weight_decay"]:
+                torch._foreach_mul_(weights, shrinkage(lr, group["initial_lr"], group["weight_decay"]))
+            torch._foreach_add_(weights, directions, alpha=-lr)
+            torch._foreach_lerp_(momenta, grads, 1 - beta2)
 
     def _shard(self, param: Tensor) -> Shard:
         """This rank's shard: the update is elementwise, so a shard needs nothing from the others."""
@@ -112,17 +118,6 @@ class DecoupledLionW(torch.optim.Optimizer):
             self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         assert param.grad is not None
         return _local(param), _local(param.grad), _local(self.state[param]["exp_avg"])
-
-
-def _update(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> None:
-    grads = [grad.to(momentum.dtype) for grad, momentum in zip(grads, momenta, strict=True)]
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    directions = torch._foreach_lerp(momenta, grads, 1 - beta1)
-    torch._foreach_sign_(directions)
-    if group["weight_decay"]:
-        torch._foreach_mul_(weights, shrinkage(lr, group["initial_lr"], group["weight_decay"]))
-    torch._foreach_add_(weights, directions, alpha=-lr)
-    torch._foreach_lerp_(momenta, grads, 1 - beta2)
 
 
 def shrinkage(lr: float, initial_lr: float, weight_decay: float) -> float:
@@ -139,16 +134,15 @@ def _runs(shards: Iterable[Shard]) -> Iterator[tuple[list[Tensor], list[Tensor],
     dtype, and of bounded size.
     """
     run: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    elements = 0
-    for piece in _pieces(shards):
-        weight, size = piece[0], piece[0].numel()
-        is_other = any((weight.device, weight.dtype) != (each.device, each.dtype) for each in run[0][:1])
-        if is_other or (run[0] and elements + size > _most_elements(weight)):
+    elements, kind = 0, None
+    for weight, grad, momentum in _pieces(shards):
+        elements += weight.numel()
+        if run[0] and (kind != (weight.device, weight.dtype) or elements > _most_elements(weight)):
             yield run
-            run, elements = ([], [], []), 0
-        for tensors, tensor in zip(run, piece, strict=True):
+            run, elements = ([], [], []), weight.numel()
+        kind = weight.device, weight.dtype
+        for tensors, tensor in zip(run, (weight, grad.to(momentum.dtype), momentum), strict=True):
             tensors.append(tensor)
-        elements += size
     if run[0]:
         yield run
 
