@@ -59,11 +59,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "decoupled_lionw": DecoupledLionW,
     "decoupled_adamw": DecoupledAdamW,
 }
-# Imported only where they are used: LION's needs Triton.
-FUSED_OPTIMIZERS: dict[str, str | type] = {
-    "decoupled_lionw": "mptfoundry.optim.lion_fused:DecoupledLionW",
-    "decoupled_adamw": "mptfoundry.optim.adamw_fused:DecoupledAdamW",
-}
+# Optimizers with a step in one pass; their modules are imported only where they are used.
+FUSED_OPTIMIZERS = {"decoupled_lionw": "lion_fused", "decoupled_adamw": "adamw_fused"}
 SCHEDULERS: dict[str, Callable[..., Schedule]] = {
     "constant_with_warmup": schedules.constant_with_warmup,
     "cosine_with_warmup": schedules.cosine_with_warmup,
@@ -265,7 +262,7 @@ def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = Fa
         return plugins.call("optimizer", plugins.optimizers[name], parameters, **options)
     make = OPTIMIZERS[name]
     if fused and make in (DecoupledLionW, DecoupledAdamW):  # not a class of the user's own
-        make = _class_in(FUSED_OPTIMIZERS, name)
+        make = getattr(importlib.import_module(f"mptfoundry.optim.{FUSED_OPTIMIZERS[name]}"), make.__name__)
     return make(parameters, **options)
 
 
@@ -383,17 +380,11 @@ def _generate_text(
 
 
 def _make(section: str, table: Mapping[str, str | type], name: str, kwargs: Mapping[str, Any]) -> Any:
-    """An instance of the user's class of this name, or of that in `table`."""
+    """An instance of the user's class of this name, or of that in `table`; imports its module if needed."""
     if (own := plugins.TABLES[section].get(name)) is not None:
         return plugins.call(f"{section}.{name}", own, **kwargs)
-    return _class_in(table, name)(**kwargs)
-
-
-def _class_in(table: Mapping[str, str | type], name: str) -> Callable[..., Any]:
-    """The class that `name` refers to; imports its module if needed."""
     entry = table[name]
     if isinstance(entry, str):
         module, _, attribute = entry.partition(":")
         entry = getattr(importlib.import_module(module), attribute)
-    assert callable(entry)
-    return entry
+    return entry(**kwargs)

@@ -104,8 +104,14 @@ class DecoupledLionW(torch.optim.Optimizer):
 
     def update(self, shards: Sequence[Shard], group: dict[str, Any]) -> None:
         """Update the weights and momenta of a group's shards."""
+        lr, (beta1, beta2) = group["lr"], group["betas"]
         for weights, grads, momenta in _runs(shards):
-            _update(weights, grads, momenta, group)
+            directions = torch._foreach_lerp(momenta, grads, 1 - beta1)
+            torch._foreach_sign_(directions)
+            if group["weight_decay"]:
+                torch._foreach_mul_(weights, shrinkage(lr, group["initial_lr"], group["weight_decay"]))
+            torch._foreach_add_(weights, directions, alpha=-lr)
+            torch._foreach_lerp_(momenta, grads, 1 - beta2)
 
     def _shard(self, param: Tensor) -> Shard:
         """This rank's shard: the update is elementwise, so a shard needs nothing from the others."""
@@ -113,17 +119,6 @@ class DecoupledLionW(torch.optim.Optimizer):
             self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
         assert param.grad is not None
         return local_part(param), local_part(param.grad), local_part(self.state[param]["exp_avg"])
-
-
-def _update(weights: list[Tensor], grads: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> None:
-    grads = [grad.to(momentum.dtype) for grad, momentum in zip(grads, momenta, strict=True)]
-    lr, (beta1, beta2) = group["lr"], group["betas"]
-    directions = torch._foreach_lerp(momenta, grads, 1 - beta1)
-    torch._foreach_sign_(directions)
-    if group["weight_decay"]:
-        torch._foreach_mul_(weights, shrinkage(lr, group["initial_lr"], group["weight_decay"]))
-    torch._foreach_add_(weights, directions, alpha=-lr)
-    torch._foreach_lerp_(momenta, grads, 1 - beta2)
 
 
 def shrinkage(lr: float, initial_lr: float, weight_decay: float) -> float:
@@ -135,17 +130,18 @@ def _runs(shards: Iterable[Shard]) -> Iterator[tuple[list[Tensor], list[Tensor],
     """Weights, gradients and momenta to update together, for PyTorch's foreach kernels: of one device and
     dtype, and of bounded size.
     """
-    run: list[Shard] = []
-    elements = 0
-    for piece in _pieces(shards):
-        kind, size = _kind(piece), piece[0].numel()
-        if run and (kind != _kind(run[0]) or elements + size > _most_elements(piece[0])):
-            yield _columns(run)
-            run, elements = [], 0
-        run.append(piece)
-        elements += size
-    if run:
-        yield _columns(run)
+    run: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
+    elements, kind = 0, None
+    for weight, grad, momentum in _pieces(shards):
+        elements += weight.numel()
+        if run[0] and (kind != (weight.device, weight.dtype) or elements > _most_elements(weight)):
+            yield run
+            run, elements = ([], [], []), weight.numel()
+        kind = weight.device, weight.dtype
+        for tensors, tensor in zip(run, (weight, grad.to(momentum.dtype), momentum), strict=True):
+            tensors.append(tensor)
+    if run[0]:
+        yield run
 
 
 def _pieces(shards: Iterable[Shard]) -> Iterator[Shard]:
@@ -159,15 +155,4 @@ def _pieces(shards: Iterable[Shard]) -> Iterator[Shard]:
 
 
 def _most_elements(tensor: Tensor) -> int:
-    if tensor.device.type == "cpu":
-        return ELEMENTS_AT_ONCE["cpu"] * torch.get_num_threads()
-    return ELEMENTS_AT_ONCE["cuda"]
-
-
-def _kind(shard: Shard) -> tuple[torch.device, torch.dtype]:
-    return shard[0].device, shard[0].dtype
-
-
-def _columns(run: Sequence[Shard]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    weights, grads, momenta = zip(*run, strict=True)
-    return list(weights), list(grads), list(momenta)
+    return ELEMENTS_AT_ONCE["cpu"] * torch.get_num_threads() if tensor.is_cpu else ELEMENTS_AT_ONCE["cuda"]

@@ -147,7 +147,6 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     init_device = decide("model.init_device", init_device, lambda: choose_init_device(config, sharding))
     if how:
         choices["fsdp_config"] = Choice(sharding or _replicas(device), how)
-    loaders = {"train": config.train_loader, **config.eval_loaders}
     flops = partial(flops_per_token, model, config.max_seq_len)
     return Plan(
         device=device,
@@ -162,7 +161,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         device_eval_batch_size=eval_batch,
         num_workers={
             name: decide("num_workers", loader.num_workers, lambda: choose_workers(device))
-            for name, loader in loaders.items()
+            for name, loader in {"train": config.train_loader, **config.eval_loaders}.items()
         },
         parameters=count_parameters(model),
         trainable=trainable,
