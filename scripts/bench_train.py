@@ -169,7 +169,7 @@ def draw(step: dict[str, Any], parts: list[dict[str, Any]], peers: dict[str, flo
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds per step")
     axes.set_title(f"{step['device']}: {step['tokens per second']:,} tokens/s", fontsize=9)
-    axes.legend(fontsize=7, loc="lower right")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
 
 

@@ -12,16 +12,20 @@ used, so recently compiled kernels take no time.
 
 * *spilled*: bytes of spill stores and loads in the machine code, from `ptxas -v`. It runs only if cuobjdump
   finds a stack; without a stack there are no spills.
+* *serial*: the assembler's warnings (C75xx) that it waits for each `wgmma` before the next, which is slower.
+* *loop*: machine instructions of the inner loop without a mask.
 * *shared*: bytes of shared memory per program.
 * *dots*: matrix products in Triton's code; *cores*: how many of them use tensor cores, with the number of
   `wgmma` (sm_90, at least 64 rows) or `mma` instructions. float32 does not use them.
 
 If a variant breaks a rule in `why_refused`, it is listed at the end, and the exit code is 1. Spills with
-another Triton version than the tile table's are reported but don't count as errors.
+another Triton version than the tile table's are reported but don't count as errors, nor do serial products
+with Triton 3.3, whose assembler makes them in every kernel.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import os
@@ -39,6 +43,7 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
@@ -68,6 +73,11 @@ SPILL_LIMIT = {"backward_query_kernel": (64, 64), "backward_key_kernel": (64, 25
 # Matrix products of a kernel: so many in each of its loops, of which there are two but in decoding.
 DOTS = {"forward_kernel": 4, "backward_query_kernel": 6, "backward_key_kernel": 8, "decode_kernel": 2}
 
+# What Triton tells its assembler about registers, if it does.
+REGISTERS = re.findall(r"--regAllocOptLevel=\d", inspect.getsource(nvidia))[:1]
+# The assembler may wait for each wgmma before the next, and warns of it (C75xx). This Triton's does so
+# in every kernel.
+SERIAL = "3.3."
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -253,19 +263,24 @@ def describe(compiled: Any) -> dict[str, Any]:
     products = re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) [^\n]*-> tensor<[^\n#]*(#\w+)>", layouts)
     on_cores = set(re.findall(r"(#\w+) = #ttg\.nvidia_mma", layouts))
     in_tensor_memory = len(re.findall(r"ttng\.tc_gen5_mma\b", layouts))  # sm_100: no layout of its own
-    spilled = 0
+    spilled, warnings = 0, []
     with tempfile.TemporaryDirectory() as folder:
         cubin, source = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
         cubin.write_bytes(compiled.asm["cubin"])
         usage = _told_by("cuobjdump", "-res-usage", cubin)
-        if _number(r"STACK:(\d+)", usage):
+        loop = instructions_of_loop(_told_by("nvdisasm", "-c", cubin))
+        if _number(r"STACK:(\d+)", usage) or "wgmma.mma_async" in ptx:
             source.write_text(ptx)
             arch = re.findall(r"\.target (sm_\w+)", ptx)[0]
-            told = _told_by(_assembler_of(arch), "-v", "-lineinfo", f"--gpu-name={arch}", source, "-o", cubin)
+            options = ["-v", "-lineinfo", *REGISTERS, f"--gpu-name={arch}"]
+            told = _told_by(_assembler_of(arch), *options, source, "-o", cubin)
             spilled = _number(r"(\d+) bytes spill stores", told) + _number(r"(\d+) bytes spill loads", told)
+            warnings = sorted(set(re.findall(r"\bC75\d\d\b", told)))
     return {
         "registers": _number(r"REG:(\d+)", usage),
         "spilled": spilled,
+        "warnings": warnings,
+        "loop": loop,
         "shared": compiled.metadata.shared,
         "tensor_memory": getattr(compiled.metadata, "tmem_size", None) or 0,
         "dots": len(products) + in_tensor_memory,
@@ -274,6 +289,34 @@ def describe(compiled: Any) -> dict[str, Any]:
         "mma": ptx.count("mma.sync"),
         "tcgen05": ptx.count("tcgen05.mma"),
     }
+
+
+def instructions_of_loop(assembly: str) -> int:
+    """Machine instructions of the shortest loop without another loop in it that has a tensor-core product.
+
+    It is the one for blocks without a mask, which most blocks of a long row take. 0 if there is none.
+    """
+    places: dict[str, int] = {}
+    code: list[str] = []
+    loops: list[tuple[int, int]] = []
+    for text in assembly.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", text):
+            places[label[1]] = len(code)
+        elif instruction := re.match(r"\s+/\*[0-9a-f]+\*/\s+(.*?);", text):
+            code.append(instruction[1])
+            jump = re.search(r"\bBRA\b.*?`\((\.L_x_\d+)\)", instruction[1])
+            if jump and jump[1] in places:
+                loops.append((places[jump[1]], len(code)))
+    innermost = [
+        (start, stop)
+        for start, stop in loops
+        if not any(start <= other[0] and other[1] <= stop for other in loops if other != (start, stop))
+    ]
+    return min((stop - start for start, stop in innermost if _multiplies(code[start:stop])), default=0)
+
+
+def _multiplies(code: list[str]) -> bool:
+    return any(re.search(r"\b(HGMMA|HMMA|UTC\w*MMA)\b", instruction) for instruction in code)
 
 
 def _assembler_of(arch: str) -> str:
@@ -302,6 +345,8 @@ def why_refused(row: dict[str, Any]) -> str | None:
         return f"{row['spilled']} bytes are spilled, {allowed} may be"
     if row["shared"] > SHARED_LIMIT[arch]:
         return f"it takes {row['shared']} bytes of shared memory, there are {SHARED_LIMIT[arch]}"
+    if row["warnings"] and not triton.__version__.startswith(SERIAL):
+        return f"the assembler waits for each wgmma before the next ({', '.join(row['warnings'])})"
     if row["tensor_memory"] > TENSOR_MEMORY_LIMIT:
         return f"it takes {row['tensor_memory']} columns of tensor memory, there are {TENSOR_MEMORY_LIMIT}"
     dots = DOTS.get(name, 0)
@@ -318,7 +363,7 @@ def why_refused(row: dict[str, Any]) -> str | None:
 
 TITLES = (
     "kernel           arch dim features           group dtype    tile          "
-    " registers spilled  shared  dots cores wgmma   mma seconds"
+    " registers spilled serial  loop  shared  dots cores wgmma   mma seconds"
 )
 
 
@@ -328,8 +373,10 @@ def line(row: dict[str, Any]) -> str:
     head += f"{row['features']:18} {row['group']:>5} {row['dtype']:8} {tile:14} "
     if "error" in row:
         return f"{head}{row['error']}"
-    keys = {"registers": 9, "spilled": 7, "shared": 7, "dots": 5, "dots_on_cores": 5, "wgmma": 5, "mma": 5}
-    return head + " ".join(f"{row[key]:>{width}}" for key, width in keys.items()) + f" {row['seconds']:>7.1f}"
+    row = row | {"serial": ",".join(row["warnings"]) or "-"}
+    keys = {"registers": 9, "spilled": 7, "serial": 6, "loop": 5, "shared": 7, "dots": 5, "dots_on_cores": 5}
+    widths = (keys | {"wgmma": 5, "mma": 5}).items()
+    return head + " ".join(f"{row[key]:>{width}}" for key, width in widths) + f" {row['seconds']:>7.1f}"
 
 
 if __name__ == "__main__":

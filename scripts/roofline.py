@@ -218,7 +218,7 @@ def draw(steps: dict[str, dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
     from operators import PARTS
 
-    figure = Figure(figsize=(8, 1.2 + 0.6 * len(steps)), layout="constrained")
+    figure = Figure(figsize=(8, 1.6 + 0.6 * len(steps)), layout="constrained")
     axes = figure.subplots()
     left = [0.0] * len(steps)
     for part in PARTS:
@@ -231,7 +231,7 @@ def draw(steps: dict[str, dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("milliseconds per step")
     axes.set_title(NOTE, fontsize=9)
-    axes.legend(fontsize=7, loc="lower right")
+    figure.legend(fontsize=7, loc="outside lower center", ncols=4)
     figure.savefig(path, dpi=120)
 
 

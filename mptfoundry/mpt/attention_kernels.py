@@ -178,6 +178,7 @@ def _forward_span(
     All four bounds are multiples of BLOCK_K.
     """
     inner_keys = whole_high - whole_low
+    steps = slope * tl.arange(0, BLOCK_K).to(tl.float32)  # the bias within a block of keys
     for back in range((high - low - inner_keys if MASKED else inner_keys) // BLOCK_K):
         start = (high if MASKED else whole_high) - (back + 1) * BLOCK_K
         if MASKED:
@@ -186,7 +187,10 @@ def _forward_span(
         k_block = load_rows(k, start, stride_k, keys, BLOCK_K, HEAD_DIM, WIDTH, MASKED)
         scores = scores_of(tl.dot(q, tl.trans(k_block), input_precision=PRECISION), inner, outer, HAS_SOFTCAP)
         if HAS_ALIBI:
-            scores += bias_of(slope, positions_q[:, None], positions_k[None, :], frame, EXACT)
+            if EXACT or HAS_CODES:  # with documents the vector would be one too many for the registers
+                scores += bias_of(slope, positions_q[:, None], positions_k[None, :], frame, EXACT)
+            else:
+                scores += (steps + slope * (start - frame).to(tl.float32))[None, :]
         if MASKED:
             codes_k = positions_k
             if HAS_CODES:
@@ -322,6 +326,7 @@ def _query_span(
     All four bounds are multiples of BLOCK_K.
     """
     inner_keys = whole_high - whole_low
+    steps = slope * tl.arange(0, BLOCK_K).to(tl.float32)  # the bias within a block of keys
     for forth in range((high - low - inner_keys if MASKED else inner_keys) // BLOCK_K):
         start = (low if MASKED else whole_low) + forth * BLOCK_K
         if MASKED:
@@ -332,7 +337,10 @@ def _query_span(
         scores = scores_of(tl.dot(q, tl.trans(k_block), input_precision=PRECISION), inner, outer, HAS_SOFTCAP)
         biased = scores
         if HAS_ALIBI:
-            biased += bias_of(slope, positions_q[:, None], positions_k[None, :], frame, EXACT)
+            if EXACT:
+                biased += bias_of(slope, positions_q[:, None], positions_k[None, :], frame, EXACT)
+            else:
+                biased += (steps + slope * (start - frame).to(tl.float32))[None, :]
         if MASKED:
             codes_k = positions_k
             if HAS_CODES:

@@ -56,6 +56,7 @@ def test_what_training_uses_compiles_without_spills_onto_tensor_cores(tmp_path: 
     architectures = {row["arch"] for row in rows}
     assert architectures >= {80, 90} if is_soak else architectures == {90}
     assert len(rows) == (len(architectures) * (10 * 5 - 2 * 2) if is_soak else 5)
+    assert all(row["loop"] > 0 for row in rows if row["wgmma"] or row["mma"])
 
 
 REFUSED = """
@@ -70,6 +71,10 @@ if __name__ == "__main__":
     print(row["spilled"] > 0 or not triton.__version__.startswith(TRITON))
     compile_kernels.TRITON = triton.__version__
     print(why_refused(row | {"spilled": 8}))
+    serial = row | {"spilled": 0, "warnings": ["C7515"]}
+    for compile_kernels.SERIAL in (triton.__version__, "another"):
+        print(why_refused(serial))
+    row["warnings"] = []
     for change in ({"dots_on_cores": 3}, {"dots": 2}, {"mma": 8}, {"shared": 240_000}):
         print(why_refused(row | {"spilled": 0} | change))
 """
@@ -81,6 +86,8 @@ def test_a_spill_a_lost_product_and_too_much_shared_memory_are_refused() -> None
     assert done.stdout.splitlines() == [
         "True",
         "8 bytes are spilled, 0 may be",
+        "None",
+        "the assembler waits for each wgmma before the next (C7515)",
         "1 of its matrix products are not done by tensor cores",
         "it has 2 matrix products, not 4",
         "its matrix products are not done by wgmma",
