@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
 import pickle
 import re
@@ -342,7 +343,7 @@ def test_no_verb_runs_the_code_of_a_run_unless_the_command_line_allows_it(
     (folder / "config.yaml").write_text(yaml.safe_dump(run))
     more = {"export": ["out"], "generate": ["a"], "compare": [str(folder)]}.get(verb, [])
     place = str(folder / "config.yaml") if verb == "check" else str(folder)
-    monkeypatch.setattr("builtins.input", lambda *_: (_ for _ in ()).throw(EOFError))
+    monkeypatch.setattr("sys.stdin", io.StringIO())
     main([verb, place, *more])
     assert not trace.exists()
     if verb in ("eval", "export", "generate", "chat"):
