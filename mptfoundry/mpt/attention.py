@@ -98,7 +98,7 @@ class Attention(nn.Module):
         qkv = self.Wqkv(x)  # (batch, seq, q_width + 2 * kv_width)
         if self.clip_qkv is not None:
             qkv = qkv.clamp(-self.clip_qkv, self.clip_qkv)
-        backend = context.once("backend", lambda: _backend_for(self.config, x))
+        backend = context.once("backend", lambda: _backend_for(self.config, qkv))
         if self._is_joined(backend, context):
             joined = qkv.unflatten(-1, (-1, self.head_dim))  # (batch, seq, n_heads + 2 * kv_heads, head_dim)
             return self.out_proj(backend.attend_joined(joined, self.config.n_heads, context).flatten(2))

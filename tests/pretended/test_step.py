@@ -46,8 +46,8 @@ def layer_parameters(steps: tuple[Step, Step]) -> int:
 
 def test_the_optimizer_moves_so_many_bytes_for_a_parameter(steps: dict[str, tuple[Step, Step]]) -> None:
     for name, (step, _) in steps.items():
-        assert total(step, "bytes", "optimizer") / step["parameters"] < 52.1, name
-        assert total(step, "bytes", "clipping") / step["parameters"] < 12.1, name
+        assert total(step, "bytes", "optimizer") / step["parameters"] < 20.1, name
+        assert total(step, "bytes", "clipping") / step["parameters"] < 4.1, name
 
 
 def test_weights_and_their_gradients_are_cast_once(steps: dict[str, tuple[Step, Step]]) -> None:
@@ -64,16 +64,16 @@ def test_a_layer_moves_so_many_bytes_of_a_tokens_features(steps: dict[str, tuple
     }
     weights = 12 * layer_parameters(steps["plain"])
     features = {name: (each - weights) / (ROWS * SEQ * D_MODEL) for name, each in moved.items()}
-    # Two norms (4 there, 8 back), two sums (6 there, 6 back for one of them), GELU (16 there, 24 back), and
-    # the gradients of queries, keys and values put together (12).
-    assert features["plain"] < 101, features
+    # Two norms (4 there, 8 back), two sums (6 there, 6 back for one of them) and GELU (16 there, 24 back).
+    assert features["plain"] < 89, features
     assert features["float32 residual"] > 1.2 * features["plain"], features
-    assert features.get("compiled", 0) < 101, features
+    assert features.get("compiled", 0) < 89, features
 
 
 def test_a_layer_launches_so_many_kernels(steps: dict[str, tuple[Step, Step]]) -> None:
     launches = {name: of_a_layer(pair, "launches") for name, pair in steps.items()}
-    assert launches["plain"] <= 40 and launches.get("compiled", 0) <= 40, launches
+    # Of these the optimizer launches one for each of the six parameters.
+    assert launches["plain"] <= 42 and launches.get("compiled", 0) <= 38, launches
 
 
 def test_a_step_multiplies_what_its_formula_says(steps: dict[str, tuple[Step, Step]]) -> None:
