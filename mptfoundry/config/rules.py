@@ -144,8 +144,9 @@ def _heads(run: TrainConfig, key: str) -> Iterator[Problem]:
 def _generated_samples(run: TrainConfig) -> Iterator[Problem]:
     if "generate_callback" in run.callbacks.keys() - plugins.callbacks.keys():
         yield from _sampling(run.callbacks["generate_callback"])
+        name = run.model.name
         if isinstance(run.model, HeadConfig):
-            yield "callbacks.generate_callback", f"model.name: {run.model.name} generates no text. Remove it."
+            yield "callbacks.generate_callback", f"model.name: {name} generates no text. Remove it."
 
 
 def _sampling(arguments: Mapping[str, Any]) -> Iterator[Problem]:

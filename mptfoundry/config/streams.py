@@ -20,7 +20,7 @@ from mptfoundry.places import is_url
 
 Amount = Literal["proportion", "repeat", "choose"]
 AMOUNTS: tuple[Amount, ...] = get_args(Amount)
-_AMOUNT_LIMITS = dict.fromkeys(AMOUNTS, Limits(0))
+_AMOUNT_LIMITS: dict[str, Limits] = {name: Limits(0) for name in AMOUNTS}
 
 
 @dataclass(frozen=True, kw_only=True)
