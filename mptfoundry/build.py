@@ -79,12 +79,18 @@ LOGGERS: dict[str, str | type] = {**signatures.LOGGERS}
 ALGORITHMS: dict[str, str | type] = {"gradient_clipping": GradientClipping}
 
 
-def compare_code(hashes: Mapping[str, str]) -> None:
-    """Compare the files of `code_paths` of all ranks, with a collective.
+def compare_code(paths: Sequence[str], hashes: Mapping[str, str]) -> None:
+    """Compare the files of `code_paths` of all ranks, with a collective; `hashes` are of those that ran.
 
     Raises:
-        ConfigError: A rank ran other files than rank 0.
+        ConfigError: A file did not run, or a rank ran other files than rank 0.
     """
+    for path in paths:
+        if path not in hashes:
+            why = (
+                "did not run; load the config with allow_code=true" if Path(path).is_file() else "is missing"
+            )
+            raise ConfigError(f"code_paths: {path} {why}. Name a Python file.")
     if others := ranks_that_differ(dict(hashes)):
         raise ConfigError(
             f"code_paths: the files of rank {others[0]} are not those of rank 0 (their sha256 differ). Copy "

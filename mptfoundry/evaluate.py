@@ -126,6 +126,8 @@ def _set_up(options: EvalConfig) -> tuple[Device, str]:
     refuse_missing_packages(options)
     if world_size() > 1:
         dist.initialize_dist(device.kind, timeout=options.dist_timeout)
+    if options.code_paths:
+        build.compare_code(options.code_paths, plugins.hashes)
     return device, precision
 
 
@@ -230,7 +232,6 @@ def _own_metrics(options: EvalConfig, source: ModelSource) -> dict[str, Any]:
         named = read_run(source.run_folder).get("eval_metrics") or {}
     if not named:
         return {}
-    build.compare_code(plugins.hashes)
     return build.own_metrics({name: kwargs for name, kwargs in named.items() if name in plugins.metrics})
 
 

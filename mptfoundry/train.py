@@ -80,7 +80,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
     takes_weights = config.model.takes_weights or run.start.checkpoint is not None
     source = starting_model(config, run.start) if takes_weights else None
     if config.code_paths:
-        build.compare_code(config.code_hashes)
+        build.compare_code(config.code_paths, config.code_hashes)
     tokenizer = build.build_tokenizer(config)
     say(describe_plan(config, plan, spelled(own_borders(tokenizer), tokenizer)))
     run.compare_inputs({"tokenizer": fingerprint(tokenizer, with_special_tokens=True)})

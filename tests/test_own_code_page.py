@@ -123,7 +123,11 @@ def test_a_run_with_all_of_them_trains_resumes_is_evaluated_and_exported(
     assert "note: code_paths: mine0.py has changed since the run saved its config" in capsys.readouterr().err
     assert main(["generate", str(folder), "a", "max_new_tokens=2", "code_paths=[mine1.py]"]) == 2
     assert "code_paths=[mine1.py]: names code, which runs only with" in capsys.readouterr().err
+    Path("mine0.py").unlink()
+    assert main(["generate", str(folder), "a", "max_new_tokens=2", "allow_code=true"]) == 2
+    assert "code_paths: names a file that is missing here." in capsys.readouterr().err
     words = ["allow_code=true", "attn_impl=plain", "temperature=0", "max_new_tokens=2"]
+    words += ["code_paths=[mine6.py]"]
     assert main(["generate", str(folder), "a", *words]) == 0
 
 

@@ -157,9 +157,11 @@ def test_all_ranks_run_the_same_files(monkeypatch: pytest.MonkeyPatch) -> None:
     gathered = [{"mine.py": "a"}, {"mine.py": "a"}, {"mine.py": "b"}]
     monkeypatch.setattr(dist, "all_gather_object", lambda value: gathered)
     with pytest.raises(ConfigError, match="the files of rank 2 are not those of rank 0"):
-        build.compare_code(gathered[0])
+        build.compare_code(["mine.py"], gathered[0])
+    with pytest.raises(ConfigError, match=r"code_paths: gone\.py is missing"):
+        build.compare_code(["gone.py"], gathered[0])
     gathered.pop()
-    build.compare_code(gathered[0])
+    build.compare_code(["mine.py"], gathered[0])
 
 
 def test_a_class_that_fails_is_named_where_the_config_names_it(write: Callable[..., Path]) -> None:

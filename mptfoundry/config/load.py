@@ -136,6 +136,9 @@ def _run_code_of_model(document: Document) -> None:
             _say_aside(f"note: code_paths: {note}")
     for note in _run_code(document, saved.get("code_hashes"), _say_aside):
         _say_aside(f"note: {note}")
+    if document.has_unknown_names and document.tree.get("allow_code") is True:
+        text = "names a file that is missing here. Say where yours are: code_paths=[mine.py]."
+        document.report(("code_paths",), text)
 
 
 def _say_aside(text: str) -> None:
