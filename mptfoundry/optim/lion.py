@@ -29,7 +29,7 @@ from mptfoundry.optim.gradients import local_part
 Shard = tuple[Tensor, Tensor, Tensor]
 # A step makes several passes over as many elements as are updated together. On a GPU the number bounds the
 # memory of the signs; on a CPU so many for each thread stay in its cache from one pass to the next.
-ELEMENTS_AT_ONCE = {"cuda": 1 << 26, "cpu": 1 << 16}
+ELEMENTS_AT_ONCE = {"cuda": 1 << 26, "cpu": 1 << 17}
 
 
 def lion_step(

@@ -75,7 +75,7 @@ def test_the_fast_step_is_the_plain_step_bit_for_bit(
 
 
 def test_pieces_of_a_large_tensor_are_the_plain_step_bit_for_bit() -> None:
-    params = parameters(((300, 301), (3, 5), (70_001,), (2, 9)))
+    params = parameters(((400, 401), (3, 5), (140_001,), (2, 9)))
     params[0].data = params[0].data.t()  # in no order that can be cut
     params[3].data = torch.zeros(2, 9)
     assert params[0].numel() > lion.ELEMENTS_AT_ONCE["cpu"]
