@@ -69,8 +69,9 @@ def load_train_config(
     document = read_document(path, words, {"run_name": name})
     _refuse_another_kind(document)
     _refuse_code_from_file(document)
-    code_notes = _run_code(document, document.tree.get("code_hashes"), say)
-    notes = [*document.notes, *code_notes, *translate(document), *fill_architecture(document, lacking)]
+    if document.tree.get("code_paths"):
+        document.notes += _run_code(document, document.tree.get("code_hashes"), say)
+    notes = [*document.notes, *translate(document), *fill_architecture(document, lacking)]
     _share_top_level(document)
     config = build(TrainConfig, document, REFUSED) if lacking is None else _build_for_check(document, lacking)
     return config, notes + _effects(config)
