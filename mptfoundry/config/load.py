@@ -70,8 +70,9 @@ def load_train_config(
     if not {"model", "train_loader"} & document.tree.keys():
         _refuse_another_kind(document)
     _refuse_code_from_file(document)
-    code_notes = _run_code(document, document.tree.get("code_hashes"), say)
-    notes = [*document.notes, *code_notes, *translate(document)]
+    if document.tree.get("code_paths"):
+        document.notes += _run_code(document, document.tree.get("code_hashes"), say)
+    notes = [*document.notes, *translate(document)]
     if isinstance(document.get(NAMED), str):
         notes += fill_architecture(document, lacking)
     _share_top_level(document)
