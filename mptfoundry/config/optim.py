@@ -199,7 +199,7 @@ class _AnyScheduleConfig(Section):
     scale_warmup: Literal[False] = False
 
     def after_warmup(self, lr: float) -> str:
-        """How the learning rate falls from `lr` after the warmup, in words."""
+        """What the learning rate does after the warmup, in words; `lr` is the optimizer's."""
         raise NotImplementedError
 
     def _at_the_end(self, lr: float) -> str:
