@@ -134,8 +134,8 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     missing = _lacking(config, device, precision)
     memory = partial(estimate_memory, config, device, precision, sharding, trainable)
     largest = partial(largest_microbatch, share, device, memory)
-    microbatch = config.device_train_microbatch_size
-    microbatch = min(share, decide("device_train_microbatch_size", microbatch, largest))
+    chosen = decide("device_train_microbatch_size", config.device_train_microbatch_size, largest)
+    microbatch = min(share, chosen)
     as_in_training = (microbatch, "as in training")
     eval_batch = decide("device_eval_batch_size", config.device_eval_batch_size, lambda: as_in_training)
     choose = partial(_choose_attention, model, device, COMPUTE_DTYPE[precision])
@@ -278,8 +278,8 @@ def _lacking(config: TrainConfig, device: Device, precision: str) -> dict[str, s
     if fused_of(config.optimizer) is True and (reason := why_not_fused(config, device)):
         lacking["optimizer.fused"] = f"true can't be used: {reason}. Use auto or false."
     attention, dtype = config.model.attn_config.attn_impl, COMPUTE_DTYPE[precision]
-    if attention != "auto" and (problem := _attention_problem(config, device, dtype)):
-        lacking["model.attn_config.attn_impl"] = problem
+    if attention != "auto" and (reason := _attention_problem(config, device, dtype)):
+        lacking["model.attn_config.attn_impl"] = reason
     return lacking
 
 
