@@ -401,7 +401,11 @@ def loaders_by_label(
 def label_problems(section: Any) -> Iterator[Problem]:
     """Each of several evaluation loaders has a label of its own."""
     given = section.eval_loader
-    labels = [loader.label for loader in given] if isinstance(given, tuple) and len(given) > 1 else []
+    if isinstance(given, tuple) and len(given) > 1:
+        yield from _problems_of_labels([loader.label for loader in given])
+
+
+def _problems_of_labels(labels: list[str | None]) -> Iterator[Problem]:
     for index, label in enumerate(labels):
         if label is None:
             yield f"eval_loader[{index}].label", "is missing. Each of several loaders needs its own label."

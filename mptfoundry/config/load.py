@@ -67,10 +67,11 @@ def load_train_config(
     """
     name = os.environ.get("RUN_NAME") or os.environ.get("COMPOSER_RUN_NAME") or Path(path).stem
     document = read_document(path, words, {"run_name": name})
-    if not {"model", "train_loader"} & document.tree.keys():
+    tree = document.tree
+    if not {"model", "train_loader"} & tree.keys():
         _refuse_another_kind(document)
     _refuse_code_from_file(document)
-    code_notes = _run_code(document, document.tree.get("code_hashes"), say)
+    code_notes = _run_code(document, tree.get("code_hashes"), say) if tree.get("code_paths") else []
     notes = [*document.notes, *code_notes, *translate(document)]
     if isinstance(document.get(NAMED), str):
         notes += fill_architecture(document, lacking)
