@@ -236,15 +236,9 @@ def compose(
 ) -> ComposerMPT:
     """Wrap a network for Composer, with the metrics for its task, and those of the user's own."""
     if isinstance(network.config, HeadConfig):
-        if own:
-            raise ConfigError("eval_metrics: are only for language models, not for classifiers. Remove them.")
-        return ComposerHead(network, tokenizer=tokenizer, seed=seed)
+        return _compose_head(network, tokenizer, seed, own)
     metrics = token_loss_metrics(token_byte_lengths(tokenizer, network.config.vocab_size))
-    kind = ComposerMPT
-    if own:
-        from mptfoundry.models.own_metrics import MeasuredMPT
-
-        kind = MeasuredMPT
+    kind = _measured() if own else ComposerMPT
     return kind(
         network,
         eval_metrics={**metrics, **(own or {})},
@@ -252,6 +246,18 @@ def compose(
         seed=seed,
         extra_flops_per_token=extra_flops_per_token,
     )
+
+
+def _compose_head(network: Any, tokenizer: Any, seed: int, own: Mapping[str, Any] | None) -> ComposerHead:
+    if own:
+        raise ConfigError("eval_metrics: are only for language models, not for classifiers. Remove them.")
+    return ComposerHead(network, tokenizer=tokenizer, seed=seed)
+
+
+def _measured() -> type[ComposerMPT]:
+    from mptfoundry.models.own_metrics import MeasuredMPT
+
+    return MeasuredMPT
 
 
 def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = False) -> torch.optim.Optimizer:
