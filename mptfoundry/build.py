@@ -226,17 +226,18 @@ def own_metrics(named: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: make_metric(name, plugins.metrics[name], kwargs) for name, kwargs in named.items()}
 
 
+def _measured() -> type[ComposerMPT]:
+    from mptfoundry.models.own_metrics import MeasuredMPT
+
+    return MeasuredMPT
+
+
 def compose(
-    network: Any,
-    tokenizer: Any,
-    *,
-    seed: int = 0,
-    extra_flops_per_token: int = 0,
-    own: Mapping[str, Any] | None = None,
+    network: Any, tokenizer: Any, *, seed: int = 0, extra_flops_per_token: int = 0, own: Any = None
 ) -> ComposerMPT:
     """Wrap a network for Composer, with the metrics for its task, and those of the user's own."""
     if isinstance(network.config, HeadConfig):
-        return _compose_head(network, tokenizer, seed, own)
+        return ComposerHead(network, tokenizer=tokenizer, seed=seed)
     metrics = token_loss_metrics(token_byte_lengths(tokenizer, network.config.vocab_size))
     kind = _measured() if own else ComposerMPT
     return kind(
@@ -248,29 +249,15 @@ def compose(
     )
 
 
-def _compose_head(network: Any, tokenizer: Any, seed: int, own: Mapping[str, Any] | None) -> ComposerHead:
-    if own:
-        raise ConfigError("eval_metrics: are only for language models, not for classifiers. Remove them.")
-    return ComposerHead(network, tokenizer=tokenizer, seed=seed)
-
-
-def _measured() -> type[ComposerMPT]:
-    from mptfoundry.models.own_metrics import MeasuredMPT
-
-    return MeasuredMPT
-
-
 def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = False) -> torch.optim.Optimizer:
     """The optimizer over the network's parameter groups, without frozen parameters."""
     options = asdict(config.optimizer)
     options.pop("fused", None)
-    if isinstance(config.optimizer, OwnOptimizerConfig):
-        of_all = {key: options[key] for key in ("name", "param_groups", "disable_grad")}
-        options = of_all | signatures.own_arguments(config.optimizer, OwnOptimizerConfig)
     name, groups, frozen = (options.pop(key) for key in ("name", "param_groups", "disable_grad"))
     groups = [{key: value for key, value in group.items() if value is not None} for group in groups]
     parameters = parameter_groups(model.model.named_parameters(), param_groups=groups, disable_grad=frozen)
-    if name in plugins.optimizers:
+    if isinstance(config.optimizer, OwnOptimizerConfig):
+        options = signatures.own_arguments(config.optimizer, OwnOptimizerConfig)
         return plugins.call("optimizer", plugins.optimizers[name], parameters, **options)
     make = OPTIMIZERS[name]
     if fused and make in (DecoupledLionW, DecoupledAdamW):  # not a class of the user's own
@@ -281,8 +268,7 @@ def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = Fa
 def build_scheduler(config: TrainConfig) -> ComposerScheduler:
     """The learning rate schedule; its times may have any unit."""
     if isinstance(config.scheduler, OwnScheduleConfig):
-        given = signatures.own_arguments(config.scheduler, OwnScheduleConfig)
-        return plugins.call("scheduler", plugins.schedulers[config.scheduler.name], **given)
+        return _own_scheduler(config.scheduler)
     options = asdict(config.scheduler)
     name = options.pop("name")
     options.pop("scale_warmup", None)
@@ -291,14 +277,22 @@ def build_scheduler(config: TrainConfig) -> ComposerScheduler:
     return cast(ComposerScheduler, schedule)
 
 
+def _own_scheduler(section: OwnScheduleConfig) -> ComposerScheduler:
+    given = signatures.own_arguments(section, OwnScheduleConfig)
+    return cast(ComposerScheduler, plugins.call("scheduler", plugins.schedulers[section.name], **given))
+
+
 def build_algorithms(config: TrainConfig) -> list[Algorithm]:
     """Composer's algorithms: gradient clipping if configured; the gradient norm is always measured."""
     clipping = config.algorithms.gradient_clipping
     given = {"gradient_clipping": {} if clipping is None else asdict(clipping)}
-    for name in plugins.algorithms:
-        if (section := getattr(config.algorithms, name, None)) is not None:
-            given[name] = signatures.own_arguments(section)
+    for name in [name for name in plugins.algorithms if hasattr(config.algorithms, name)]:
+        given |= _own_algorithm(name, getattr(config.algorithms, name))
     return [_make("algorithms", ALGORITHMS, name, kwargs) for name, kwargs in given.items()]
+
+
+def _own_algorithm(name: str, section: Any) -> dict[str, dict[str, Any]]:
+    return {} if section is None else {name: signatures.own_arguments(section)}
 
 
 def build_callbacks(config: TrainConfig, tokenizer: Any, run_folder: Path) -> list[Callback]:

@@ -34,6 +34,7 @@ from mptfoundry.files import whole_or_absent
 from mptfoundry.loaders import build_evaluators
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.sharding import start_on_the_cpu
+from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.plan.devices import Device, detect_device
 from mptfoundry.plan.gpu_support import imported_torch, refuse_unsupported
 from mptfoundry.plan.packages import refuse_missing_packages
@@ -232,6 +233,8 @@ def _own_metrics(options: EvalConfig, source: ModelSource) -> dict[str, Any]:
         named = read_run(source.run_folder).get("eval_metrics") or {}
     if not named:
         return {}
+    if isinstance(source.config, HeadConfig):
+        raise ConfigError("eval_metrics: are only for language models, not for classifiers. Remove them.")
     return build.own_metrics({name: kwargs for name, kwargs in named.items() if name in plugins.metrics})
 
 

@@ -67,12 +67,12 @@ def load_train_config(
     """
     name = os.environ.get("RUN_NAME") or os.environ.get("COMPOSER_RUN_NAME") or Path(path).stem
     document = read_document(path, words, {"run_name": name})
-    tree = document.tree
-    if not {"model", "train_loader"} & tree.keys():
+    if not {"model", "train_loader"} & document.tree.keys():
         _refuse_another_kind(document)
     _refuse_code_from_file(document)
-    code_notes = _run_code(document, tree.get("code_hashes"), say) if tree.get("code_paths") else []
-    notes = [*document.notes, *code_notes, *translate(document)]
+    if document.tree.get("code_paths"):
+        document.notes += _run_code(document, document.tree.get("code_hashes"), say)
+    notes = [*document.notes, *translate(document)]
     if isinstance(document.get(NAMED), str):
         notes += fill_architecture(document, lacking)
     _share_top_level(document)
