@@ -21,7 +21,7 @@ from mptfoundry.config.parallel import replicas_and_shards
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.streams import RecordsConfig, StreamConfig
 from mptfoundry.data.records.sources import look_at_records
-from mptfoundry.data.shards.index import find_split, read_index
+from mptfoundry.data.shards.index import ShardIndex, find_split, read_index
 from mptfoundry.data.text.streams import length_problem, tokenizer_problem
 from mptfoundry.errors import ConfigError, DataError, MissingError, MPTFoundryError, first_line
 from mptfoundry.places import path_of
@@ -276,16 +276,23 @@ def _look_at_shards(stream: StreamConfig, split: str | None, where: str, look: L
     index = read_index(folder, where)
     if problem := length_problem(index, config.max_seq_len):
         raise DataError(f"{where}: {problem}")
+    problem = None
     if tokenizer is not None and index.meta is not None:
         problem = tokenizer_problem(index, fingerprint_of_parts(tokenizer.parts))
-        if problem and tokenizer.is_plain:
-            raise DataError(f"{where}: {problem}")
-        if problem:
-            look.notes.append(
-                f"{where}: {index.folder} seems to be prepared with another tokenizer than "
-                f"{config.tokenizer.name} ({index.meta.tokenizer}); train compares them"
-            )
+    if problem:
+        _report_another_tokenizer(f"{where}: {problem}", index, where, look)
     return Stream(place_of(stream.place, split), index.samples)
+
+
+def _report_another_tokenizer(problem: str, index: ShardIndex, where: str, look: Look) -> None:
+    """Raise DataError if the tokenizer is nothing but its files; else note that it may be another one."""
+    assert look.tokenizer is not None and index.meta is not None
+    if look.tokenizer.is_plain:
+        raise DataError(problem)
+    look.notes.append(
+        f"{where}: {index.folder} seems to be prepared with another tokenizer than "
+        f"{look.config.tokenizer.name} ({index.meta.tokenizer}); train compares them"
+    )
 
 
 def _look_at_records(stream: RecordsConfig, where: str) -> Stream | None:

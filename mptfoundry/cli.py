@@ -25,18 +25,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit code: 0, 1 (data, checkpoint ...), 2 (config), 3 (a comparison found a
     model worse), 130 (Ctrl-C), or 143 if training was asked to stop."""
     words = list(sys.argv[1:] if argv is None else argv)
-    # Accept the usual form of the flag; a verb's own parser only knows `key=value`.
-    words = ["clean=true" if word == "--clean" and words[0] == "doctor" else word for word in words]
     if words and words[0] not in VERBS and not words[0].startswith("-"):
         return _unknown_verb(words[0])
     if not words or any(word.startswith("-") for word in words):  # options such as --help
-        arguments = _parser(words).parse_args(words)
-        words = [arguments.verb, *arguments.words]
+        words = _parsed(words)
     if "GROUP_RANK" in os.environ:
         os.environ.setdefault("NODE_RANK", os.environ["GROUP_RANK"])  # torchrun calls it GROUP_RANK
     # Training continues when its terminal, or the reader of its output, goes away.
     with lasting_output() if words[0] == "train" else nullcontext():
         return _run(VERBS[words[0]], words[1:])
+
+
+def _parsed(words: list[str]) -> list[str]:
+    """The verb and its words, after options such as `--help`, which end the process."""
+    # Accept the usual form of the flag; a verb's own parser only knows `key=value`.
+    words = ["clean=true" if word == "--clean" and words[0] == "doctor" else word for word in words]
+    arguments = _parser(words).parse_args(words)
+    return [arguments.verb, *arguments.words]
 
 
 def _unknown_verb(word: str) -> int:

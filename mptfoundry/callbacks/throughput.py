@@ -77,11 +77,11 @@ class Throughput(Callback):
         known = {
             "tokens_per_second": per_second,
             "tokens_per_second_per_device": per_device,
-            "mfu": self._share_of_peak(per_device, seq_len, causal=False),
-            "mfu_causal": self._share_of_peak(per_device, seq_len, causal=True),
             "peak_memory_bytes": peak_memory_bytes(),
             "eta_seconds": self._eta_seconds(state),
         }
+        if self.peak_flops is not None:
+            known |= self._shares_of_peak(per_device, seq_len, self.peak_flops)
         if "max_documents" in state.batch:
             known["padding_share"] = 1 - tokens / (rows * seq_len)
             known["packing_efficiency"] = tokens / (rows * self.config.max_seq_len)
@@ -89,11 +89,12 @@ class Throughput(Callback):
             {f"throughput/{name}": value for name, value in known.items() if value is not None}
         )
 
-    def _share_of_peak(self, tokens_per_second: float, seq_len: int, *, causal: bool) -> float | None:
-        if self.peak_flops is None:
-            return None
-        flops = flops_per_token(self.config, seq_len, causal=causal) + self.extra_flops_per_token
-        return tokens_per_second * flops / self.peak_flops
+    def _shares_of_peak(self, tokens_per_second: float, seq_len: int, peak: float) -> dict[str, float]:
+        shares = {}
+        for name, causal in (("mfu", False), ("mfu_causal", True)):
+            flops = flops_per_token(self.config, seq_len, causal=causal) + self.extra_flops_per_token
+            shares[name] = tokens_per_second * flops / peak
+        return shares
 
     def _eta_seconds(self, state: State) -> float | None:
         """Remaining time at the window's pace, assuming evaluations and checkpoints as often as so far."""

@@ -166,14 +166,18 @@ class TextDatasetConfig(Section):
         yield where_set(self, "validate_hash", TextDatasetConfig._verification)
 
     def _sources(self) -> Iterator[Problem]:
+        if self.streams is not None:
+            yield from self._streams_alone()
+        elif self.remote is None and self.local is None:
+            yield "", "neither streams nor remote nor local is given. Say where the shards lie."
+
+    def _streams_alone(self) -> Iterator[Problem]:
         for name in ("remote", "local"):
-            if self.streams is not None and getattr(self, name) is not None:
+            if getattr(self, name) is not None:
                 yield ("streams", name), "are both given. Use one of them."
                 return
-        if self.streams is not None and not self.streams:
+        if not self.streams:
             yield "streams", "is empty. Name at least one source of data."
-        if self.streams is None and self.remote is None and self.local is None:
-            yield "", "neither streams nor remote nor local is given. Say where the shards lie."
 
     def _verification(self) -> Iterator[Problem]:
         if self.verify == "off":
@@ -401,7 +405,11 @@ def loaders_by_label(
 def label_problems(section: Any) -> Iterator[Problem]:
     """Each of several evaluation loaders has a label of its own."""
     given = section.eval_loader
-    labels = [loader.label for loader in given] if isinstance(given, tuple) and len(given) > 1 else []
+    if isinstance(given, tuple) and len(given) > 1:
+        yield from _problems_of_labels([loader.label for loader in given])
+
+
+def _problems_of_labels(labels: list[str | None]) -> Iterator[Problem]:
     for index, label in enumerate(labels):
         if label is None:
             yield f"eval_loader[{index}].label", "is missing. Each of several loaders needs its own label."

@@ -371,8 +371,12 @@ def _effects(config: TrainConfig) -> list[str]:
     warmup = tokens_of(config.scheduler.t_warmup, config)
     whole = tokens_of(config.max_duration, config)
     if warmup is not None and whole is not None and warmup > whole:
-        notes.append(
-            f"scheduler.t_warmup: {config.scheduler.t_warmup} is longer than the run, max_duration: "
-            f"{config.max_duration}: the learning rate never reaches its peak."
-        )
+        notes.append(_warmup_is_longer(config.scheduler.t_warmup, config.max_duration))
     return notes
+
+
+def _warmup_is_longer(warmup: int | str, duration: int | str) -> str:
+    return (
+        f"scheduler.t_warmup: {warmup} is longer than the run, max_duration: {duration}: the learning rate "
+        "never reaches its peak."
+    )

@@ -133,12 +133,16 @@ def _documents(run: TrainConfig, key: str) -> Iterator[Problem]:
 
 def _heads(run: TrainConfig, key: str) -> Iterator[Problem]:
     """A head trains on labelled examples, a language model on all others."""
-    has_head, name = isinstance(run.model, HeadConfig), run.model.name
+    has_head = isinstance(run.model, HeadConfig)
     for path, loader in _loaders(run, key):
-        if has_head and loader.name != "labelled":
-            yield f"{path}.name", f"{loader.name}: model.name: {name} trains on labels. Use labelled."
-        elif not has_head and loader.name == "labelled":
-            yield f"{path}.name", f"labelled: model.name: {name} has no head that predicts labels. Use text."
+        if has_head != (loader.name == "labelled"):
+            yield f"{path}.name", _why_not_its_loader(run.model.name, loader.name, has_head)
+
+
+def _why_not_its_loader(model: str, loader: str, has_head: bool) -> str:
+    if has_head:
+        return f"{loader}: model.name: {model} trains on labels. Use labelled."
+    return f"labelled: model.name: {model} has no head that predicts labels. Use text."
 
 
 def _generated_samples(run: TrainConfig) -> Iterator[Problem]:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from mptfoundry.data.shards.token_ids import NOT_IN_LOSS
 
@@ -60,10 +61,14 @@ class TextCollator:
             batch |= {"attention_mask": torch.from_numpy(is_text), "max_documents": 1}
             batch |= {"row_tokens": is_text.sum(1).tolist(), "row_trained": is_text[:, 1:].sum(1).tolist()}
         if self.eos_token_id is not None or self.bos_token_id is not None:
-            sequence_id = sequence_ids(batch["input_ids"], self.eos_token_id, self.bos_token_id)
-            begins = (sequence_id[:, 1:] != sequence_id[:, :-1]) & torch.from_numpy(is_text[:, 1:])
-            batch |= {"sequence_id": sequence_id, "max_documents": 1 + int(begins.sum(1).max())}
+            batch |= self._documents(batch["input_ids"], torch.from_numpy(is_text))
         return batch
+
+    def _documents(self, input_ids: Tensor, is_text: Tensor) -> dict[str, Any]:
+        """The documents of each row by number, and the most of them in a row."""
+        sequence_id = sequence_ids(input_ids, self.eos_token_id, self.bos_token_id)
+        begins = (sequence_id[:, 1:] != sequence_id[:, :-1]) & is_text[:, 1:]
+        return {"sequence_id": sequence_id, "max_documents": 1 + int(begins.sum(1).max())}
 
 
 @dataclass(frozen=True)

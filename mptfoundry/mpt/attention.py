@@ -102,9 +102,10 @@ class Attention(nn.Module):
         if self._is_joined(backend, context):
             joined = qkv.unflatten(-1, (-1, self.head_dim))  # (batch, seq, n_heads + 2 * kv_heads, head_dim)
             return self.out_proj(backend.attend_joined(joined, self.config.n_heads, context).flatten(2))
-        query, key, value = qkv.split([self.q_width, self.kv_width, self.kv_width], dim=-1)
-        query, key = self._normalise(query, self.q_ln), self._normalise(key, self.k_ln)
-        value = value.unflatten(-1, (-1, self.head_dim))  # (batch, seq, kv_heads, head_dim)
+        parts = qkv.split([self.q_width, self.kv_width, self.kv_width], dim=-1)
+        query, key, value = (x.unflatten(-1, (-1, self.head_dim)) for x in parts)  # (batch, seq, heads, ...)
+        if self.q_ln is not None and self.k_ln is not None:
+            query, key = self._normalise(query, self.q_ln), self._normalise(key, self.k_ln)
         if context.rotary is not None:
             query, key = rotate(query, context.rotary), rotate(key, context.rotary)
         if context.cache is not None:
@@ -117,9 +118,8 @@ class Attention(nn.Module):
         is_changed = self.q_ln is not None or context.rotary is not None or context.cache is not None
         return hasattr(backend, "attend_joined") and not is_changed
 
-    def _normalise(self, x: torch.Tensor, norm: nn.Module | None) -> torch.Tensor:
-        """Split (batch, seq, width) into heads and normalise them, together or one by one."""
-        if norm is not None and not self.normalise_heads:
-            x = norm(x).to(x.dtype)
-        x = x.unflatten(-1, (-1, self.head_dim))  # (batch, seq, heads, head_dim)
-        return norm(x).to(x.dtype) if norm is not None and self.normalise_heads else x
+    def _normalise(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """Normalise the heads of (batch, seq, heads, head_dim), together or one by one."""
+        if self.normalise_heads:
+            return norm(x).to(x.dtype)
+        return norm(x.flatten(-2)).to(x.dtype).unflatten(-1, (-1, self.head_dim))

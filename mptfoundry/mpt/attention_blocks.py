@@ -301,18 +301,25 @@ def _joined(part: torch.Tensor, batch: int) -> torch.Tensor:
 
 
 def _bias_of(piece: _Piece, context: AttentionContext) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The bias of a piece, and the correction of its rows' lse; None for a triangle.
-
-    A rectangle's bias, (1, heads, 1, keys), is measured from its right edge. The correction (heads, queries)
-    is the query's distance from that edge times the slope, the same for all its keys.
-    """
+    """The bias of a piece, and the correction of its rows' lse; None for a triangle."""
     slopes = context.slopes
     if slopes is None:
         return None, None
+    if not piece.is_triangle:
+        return _bias_of_rectangle(piece, slopes, context)
+    table = context.once("triangle", lambda: _triangle(slopes))
+    return table[:, :, : piece.queries[1], : piece.queries[1]], None
+
+
+def _bias_of_rectangle(
+    piece: _Piece, slopes: torch.Tensor, context: AttentionContext
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A rectangle's bias, (1, heads, 1, keys), measured from its right edge, and its correction.
+
+    The correction (heads, queries) is the query's distance from that edge times the slope, the same for all
+    its keys.
+    """
     queries, keys = piece.queries[1], piece.keys[1]
-    if piece.is_triangle:
-        table = context.once("triangle", lambda: _triangle(slopes))
-        return table[:, :, :queries, :queries], None
     size = 2 ** math.ceil(math.log2(max(keys, queries)))
     fall = context.once(f"fall {size}", lambda: (slopes[:, None] * torch.arange(-size, 0))[None, :, None])
     slant = context.once(f"slant {size}", lambda: slopes[:, None] * torch.arange(size))

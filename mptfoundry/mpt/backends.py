@@ -40,10 +40,7 @@ def choose_backend(
     """
     name: str = config.attn_config.attn_impl
     if name != "auto":
-        reason = why_not(name, config, device_type, dtype, capability)
-        if reason is None:
-            return name, "asked for"
-        raise ValueError(refusal(name, reason, config, device_type, dtype, capability))
+        return _requested(name, config, device_type, dtype, capability)
     refused: list[str] = []
     for name in _PREFERENCE.get(device_type, ("torch",)):
         reason = why_not(name, config, device_type, dtype, capability)
@@ -51,6 +48,15 @@ def choose_backend(
             break
         refused.append(f"not {name}: {reason}")
     return name, "; ".join([f"serves this model in {dtype} on {device_type}", *refused])
+
+
+def _requested(
+    name: str, config: MPTConfig, device_type: str, dtype: str, capability: Capability | None
+) -> tuple[str, str]:
+    reason = why_not(name, config, device_type, dtype, capability)
+    if reason is None:
+        return name, "asked for"
+    raise ValueError(refusal(name, reason, config, device_type, dtype, capability))
 
 
 def refusal(

@@ -104,17 +104,13 @@ def _distribution(name: str, shape: tuple[int, ...], config: MPTConfig) -> Distr
     if any(module == kind.head for kind in HEADS):
         return ("normal", (_HEAD_STD,)) if leaf == "weight" else ("constant", (0.0,))
     if init.name == "default_":
-        if is_embedding:
-            return "normal", (1.0,)
-        bound = 1 / math.sqrt(_inputs_of(module, config))
-        return "uniform", (-bound, bound)
+        return ("normal", (1.0,)) if is_embedding else _default_distribution(module, config)
     if leaf == "bias":
         return "constant", (0.0,)
     if is_embedding and init.emb_init_std is not None:
         return "normal", (init.emb_init_std,)
     if is_embedding and init.emb_init_uniform_lim is not None:
-        limit = init.emb_init_uniform_lim
-        return "uniform", limit if isinstance(limit, tuple) else (-limit, limit)
+        return _uniform_embedding(init.emb_init_uniform_lim)
     # In Wqkv, the queries, keys and values of each head count as separate matrices.
     std = _standard_deviation(shape[1], config.d_head if module == "Wqkv" else shape[0], config)
     if module in ("out_proj", "down_proj"):
@@ -152,6 +148,12 @@ def _residual_divisor(config: MPTConfig) -> float:
     return divisor
 
 
-def _inputs_of(module: str, config: MPTConfig) -> int:
-    """Input features of a linear layer."""
-    return {"out_proj": config.n_heads * config.d_head, "down_proj": config.d_ffn}.get(module, config.d_model)
+def _default_distribution(module: str, config: MPTConfig) -> Distribution:
+    """PyTorch's own distribution for a linear layer, from the number of its inputs."""
+    inputs = {"out_proj": config.n_heads * config.d_head, "down_proj": config.d_ffn}
+    bound = 1 / math.sqrt(inputs.get(module, config.d_model))
+    return "uniform", (-bound, bound)
+
+
+def _uniform_embedding(limit: float | tuple[float, float]) -> Distribution:
+    return "uniform", limit if isinstance(limit, tuple) else (-limit, limit)

@@ -255,15 +255,17 @@ class MPT(nn.Module):
             x = x * self.config.logit_factor
         if labels is not None:
             return self._loss(x, labels)
-        logits = linear(x[:, -1:] if last_only else x, self.output_weight)
-        softcap = self.config.final_logit_softcapping
-        return MPTOutput(logits=logits if softcap is None else softcap * torch.tanh(logits / softcap))
+        return self._logits(x[:, -1:] if last_only else x)
 
     @property
     def output_weight(self) -> torch.Tensor:
         """The output projection, (vocab, d_model): the embedding's weight if they are tied."""
         tied = self.config.tie_word_embeddings
         return self.transformer.wte.weight if tied else self.lm_head.weight
+
+    def _logits(self, x: torch.Tensor) -> MPTOutput:
+        logits, softcap = linear(x, self.output_weight), self.config.final_logit_softcapping
+        return MPTOutput(logits=logits if softcap is None else softcap * torch.tanh(logits / softcap))
 
     def _loss(self, x: torch.Tensor, labels: torch.Tensor) -> MPTOutput:
         """The loss of predicting ``labels`` (batch, seq) from x (batch, seq, d_model), shifted by one."""

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
 
 # Avoids division by zero; PyTorch's clip_grad_norm_ uses the same value.
 EPSILON = 1e-6
@@ -26,12 +27,15 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
         parts = [shard for shard in shards if shard.numel()] or [shards[0].new_zeros(1)]
         square = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)).square().sum()
         if layout:
-            mesh, placements = layout
-            for dimension, placement in enumerate(placements):
-                if not placement.is_replicate():
-                    dist.all_reduce(square, group=mesh.get_group(dimension))
+            _add_other_shards(square, *layout)
         squares.append(square)
     return torch.stack(squares).sum().sqrt()
+
+
+def _add_other_shards(square: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> None:
+    for dimension, placement in enumerate(placements):
+        if not placement.is_replicate():
+            dist.all_reduce(square, group=mesh.get_group(dimension))
 
 
 def scale_to_norm(gradients: Sequence[Tensor], norm: Tensor, threshold: float) -> None:

@@ -34,10 +34,12 @@ def parameter_groups(
             parameter.requires_grad_(False)
         if parameter.requires_grad:
             trainable[name] = parameter
-    groups = []
-    for group in param_groups:
-        names = [name for name in trainable if re.search(group["param_str_match"], name)]
-        assert names
-        options = {key: value for key, value in group.items() if key != "param_str_match"}
-        groups.append({"params": [trainable.pop(name) for name in names], **options})
+    groups = [_take(trainable, **group) for group in param_groups]
     return [{"params": list(trainable.values())}, *groups] if trainable else groups
+
+
+def _take(trainable: dict[str, nn.Parameter], param_str_match: str, **options: Any) -> dict[str, Any]:
+    """Take the parameters that match out of `trainable`, as a group with these options."""
+    names = [name for name in trainable if re.search(param_str_match, name)]
+    assert names
+    return {"params": [trainable.pop(name) for name in names], **options}

@@ -93,10 +93,7 @@ class DecoupledLionW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Call `closure` if given, update every parameter that has a gradient, and return the loss."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
             shards = [self._shard(param) for param in group["params"] if param.grad is not None]
             self.update(shards, group)
@@ -126,22 +123,21 @@ def shrinkage(lr: float, initial_lr: float, weight_decay: float) -> float:
     return 1 - weight_decay * lr / initial_lr
 
 
-def _runs(shards: Iterable[Shard]) -> Iterator[tuple[list[Tensor], list[Tensor], list[Tensor]]]:
+def _runs(shards: Iterable[Shard]) -> Iterator[Iterable[tuple[Tensor, ...]]]:
     """Weights, gradients and momenta to update together, for PyTorch's foreach kernels: of one device and
     dtype, and of bounded size.
     """
-    run: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
-    elements, kind = 0, None
+    run: list[Shard] = []
+    kind, room = None, 0
     for weight, grad, momentum in _pieces(shards):
-        elements += weight.numel()
-        if run[0] and (kind != (weight.device, weight.dtype) or elements > _most_elements(weight)):
-            yield run
-            run, elements = ([], [], []), weight.numel()
+        if run and (kind != (weight.device, weight.dtype) or weight.numel() > room):
+            yield zip(*run, strict=True)
+            run = []
         kind = weight.device, weight.dtype
-        for tensors, tensor in zip(run, (weight, grad.to(momentum.dtype), momentum), strict=True):
-            tensors.append(tensor)
-    if run[0]:
-        yield run
+        room = (room if run else _most_elements(weight)) - weight.numel()
+        run.append((weight, grad.to(momentum.dtype), momentum))
+    if run:
+        yield zip(*run, strict=True)
 
 
 def _pieces(shards: Iterable[Shard]) -> Iterator[Shard]:

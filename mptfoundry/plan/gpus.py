@@ -186,6 +186,12 @@ def visible_gpus(environ: Mapping[str, str] = os.environ) -> Visible:
     gpus, how, trouble = _machine_gpus()
     if not gpus:
         return Visible((), how, None if is_hidden else trouble)
+    return _visible_of(gpus, how, environ)
+
+
+def _visible_of(gpus: list[GPU], how: str, environ: Mapping[str, str]) -> Visible:
+    """Those of this machine's GPUs that the process may use."""
+    chosen = environ.get("CUDA_VISIBLE_DEVICES")
     is_ordered = len({gpu.name for gpu in gpus}) == 1 or environ.get("CUDA_DEVICE_ORDER") == "PCI_BUS_ID"
     visible = Visible(tuple(gpus), f"found by {how}", is_ordered=is_ordered)
     return _with_slices(visible) if chosen is None else _chosen(chosen, gpus, visible)

@@ -339,16 +339,7 @@ class AtomicCheckpoints(Callback):
         if self.upload is not None and state.fsdp_sharded_state_dict_enabled:
             needed = needed * dist.get_local_world_size() // world_size()
 
-        def look() -> None:
-            free = shutil.disk_usage(self.folder).free
-            if needed + _MARGIN_BYTES > free:
-                raise CheckpointError(
-                    f"save_folder: a checkpoint takes {needed:,} bytes, and {free:,} are free on the disk of "
-                    f"{self.folder}. Those before it are as they were. Free some space, or keep fewer: "
-                    "save_num_checkpoints_to_keep."
-                )
-
-        decided_by_rank_0(look)
+        decided_by_rank_0(lambda: _refuse_full_disk(self.folder, needed))
 
 
 def _refuse_to_replace(checkpoints: Sequence[Checkpoint], batch: int) -> None:
@@ -459,6 +450,16 @@ class _Save:
             yield
         except (RuntimeError, dcp.api.CheckpointException) as error:  # torch's zip writer and its collectives
             raise CheckpointError(f"{self.target}: can't be written ({first_line(error)}).") from error
+
+
+def _refuse_full_disk(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed + _MARGIN_BYTES > free:
+        raise CheckpointError(
+            f"save_folder: a checkpoint takes {needed:,} bytes, and {free:,} are free on the disk of "
+            f"{folder}. Those before it are as they were. Free some space, or keep fewer: "
+            "save_num_checkpoints_to_keep."
+        )
 
 
 def _content(state: State, ignore_keys: Sequence[str], *, weights_only: bool) -> dict[str, Any]:

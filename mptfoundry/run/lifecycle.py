@@ -246,10 +246,7 @@ class Run:
                 if not is_finished(trainer):
                     trainer.fit()
             except EvaluationLeft:
-                # The evaluation runs before Composer's own point for saving.
-                state.set_dataloader(state.train_dataloader, "train")
-                state.stop_training()
-                trainer.engine.run_event(Event.BATCH_CHECKPOINT)
+                _save_after_evaluation(trainer)
             if not guard.is_stopping:
                 return
             trainer.close()
@@ -303,6 +300,13 @@ def _resume(config: TrainConfig, checkpoint: Path, *, is_own: bool) -> Resume:
         keep_optimizer=is_own,
         subset_num_batches=config.train_subset_num_batches,
     )
+
+
+def _save_after_evaluation(trainer: Trainer) -> None:
+    """Stop training and save; the evaluation runs before Composer's own point for saving."""
+    trainer.state.set_dataloader(trainer.state.train_dataloader, "train")
+    trainer.state.stop_training()
+    trainer.engine.run_event(Event.BATCH_CHECKPOINT)
 
 
 def is_finished(trainer: Trainer) -> bool:

@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
 
 from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
 from mptfoundry.files import Held, is_open_at, rewrite, take_lock, writing_into
@@ -47,10 +48,12 @@ def _refuse_other_kinds(folder: Path) -> None:
     for name in (*_FILES, *_FOLDERS):
         path, is_file = folder / name, name in _FILES
         if path.is_dir() if is_file else path.is_file():
-            kind, written = ("folder", "file") if is_file else ("file", "folder")
-            raise ConfigError(
-                f"save_folder: {path} is a {kind}, and the run writes a {written} there. Move it away."
-            )
+            _refuse_kind(path, is_file)
+
+
+def _refuse_kind(path: Path, is_file: bool) -> NoReturn:
+    kind, written = ("folder", "file") if is_file else ("file", "folder")
+    raise ConfigError(f"save_folder: {path} is a {kind}, and the run writes a {written} there. Move it away.")
 
 
 class RunLock:

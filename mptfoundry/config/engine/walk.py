@@ -177,17 +177,13 @@ class _Walk:
             return self.annotated(arguments[0], arguments[1], value, path)
         if kind is Literal:
             if isinstance(value, bool):  # YAML reads an unquoted off or on as a bool
-                value = next(
-                    (each for each in arguments if each == self.document.origin(path).written), value
-                )
+                value = self.as_written(arguments, value, path)
             for option in arguments:
                 if option == value and type(option) in (str, type(value)):
                     return option
             raise _MismatchError
         if hasattr(member, "own_names"):
-            if isinstance(value, str) and (value in member.own_names() or self.document.has_unknown_names):
-                return value
-            raise _MismatchError
+            return self.own_name(member, value)
         if kind is tuple:
             return self.sequence(arguments, value, path)
         if kind is list:
@@ -199,6 +195,16 @@ class _Walk:
         if member is Any:
             return INVALID if any(leaf is UNRESOLVED for _, leaf in leaves(value)) else value
         return _number(member, value)
+
+    def as_written(self, options: tuple[Any, ...], value: bool, path: KeyPath) -> Any:
+        """The option that the file writes where YAML reads a bool; the bool if there is none."""
+        return next((each for each in options if each == self.document.origin(path).written), value)
+
+    def own_name(self, names: Any, value: Any) -> str:
+        """A name that the user's own code knows."""
+        if isinstance(value, str) and (value in names.own_names() or self.document.has_unknown_names):
+            return value
+        raise _MismatchError
 
     def annotated(self, plain: Any, form: Form | Catalogue, value: Any, path: KeyPath) -> Any:
         """A value whose format is checked after its plain type."""

@@ -129,10 +129,8 @@ def read_index(folder: str | Path, where: str) -> ShardIndex:
         raise DataError(f"{where}: {folder} holds no samples. Prepare more text than max_seq_len tokens.")
     meta = _read_meta(content.get(META_KEY), path, where)
     if meta is not None and meta.samples != samples:
-        raise DataError(
-            f"{where}: {path} is damaged: its shards hold {samples:,} samples, and {META_KEY} says "
-            f"{meta.samples:,}. {AGAIN}"
-        )
+        said = f"its shards hold {samples:,} samples, and {META_KEY} says {meta.samples:,}"
+        raise DataError(f"{where}: {path} is damaged: {said}. {AGAIN}")
     return ShardIndex(folder, shards, meta)
 
 

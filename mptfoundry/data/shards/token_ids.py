@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -56,11 +56,13 @@ def stored_ids(tokens: Any, token_encoding_type: str, place: str) -> np.ndarray:
     else:
         ids = np.asarray(tokens) if isinstance(tokens, list) else tokens
     if not isinstance(ids, np.ndarray) or ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-        kind = f"{ids.dtype} and shape {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
-        raise DataError(
-            f"{place} has tokens of type {kind}. Each sample must be one non-empty row of integers."
-        )
+        _refuse_ids(ids, place)
     return ids.astype(np.int64)
+
+
+def _refuse_ids(ids: Any, place: str) -> NoReturn:
+    kind = f"{ids.dtype} and shape {ids.shape}" if isinstance(ids, np.ndarray) else type(ids).__name__
+    raise DataError(f"{place} has tokens of type {kind}. Each sample must be one non-empty row of integers.")
 
 
 def unpack_ids(data: bytes, token_encoding_type: str) -> np.ndarray:

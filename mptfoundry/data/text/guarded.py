@@ -123,17 +123,19 @@ class GuardedStream(Stream):
         """Describe what is wrong with an index entry's file, or its copy at `path`; None if it is fine."""
         algorithm = None
         if self.verify != "off":
-            algorithm = self.validate_hash or fastest_hash(entry.hashes)
-            if algorithm is not None and algorithm not in entry.hashes:
-                has = ", ".join(entry.hashes) or "none"
-                raise DataError(
-                    f"{self.where}.validate_hash: {entry.basename} has no {algorithm}. It has {has}."
-                )
+            algorithm = self._hash_to_validate(entry) if self.validate_hash else fastest_hash(entry.hashes)
         if path is None:
             path = self.folder / entry.basename
             if not self.is_only_copy:
                 wait_for_writer(path, entry.bytes)
         return problem_of(path, vars(entry), algorithm)
+
+    def _hash_to_validate(self, entry: Any) -> str:
+        """Return `validate_hash`, an algorithm that the entry must have."""
+        if self.validate_hash not in entry.hashes:
+            has = f"no {self.validate_hash}. It has {', '.join(entry.hashes) or 'none'}."
+            raise DataError(f"{self.where}.validate_hash: {entry.basename} has {has}")
+        return str(self.validate_hash)
 
     def _prepare_shard_part(self, raw_info: Any, zip_info: Any = None, compression: str | None = None) -> int:
         """Make sure a shard's file is here and correct; return how many bytes the cache grew."""

@@ -119,7 +119,14 @@ def _plan_stream(config: StreamConfig, split: str | None, where: str) -> ShardSt
         kept = Path(local).expanduser() if local else origin
         arguments.update(remote=None if kept == origin else str(origin.absolute()), local=str(kept))
     elif not local:
-        # With streaming's default, a run fails to start if an earlier run left its folder behind.
-        digest = hashlib.sha256(f"{remote}\0{arguments['split']}".encode()).hexdigest()[:16]
-        arguments["local"] = str(Path(tempfile.gettempdir()) / "mptfoundry-streams" / digest)
+        arguments["local"] = str(_default_cache(f"{remote}\0{arguments['split']}"))
     return ShardStream(where, arguments)
+
+
+def _default_cache(key: str) -> Path:
+    """The folder for copies of a remote stream that names none.
+
+    With streaming's default, a run fails to start if an earlier run left its folder behind.
+    """
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / "mptfoundry-streams" / digest

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -115,10 +115,7 @@ class TextDataset(GuardedDataset):
         content = read_sample(sample, self.token_encoding_type, self._place(sample_id))
         ids = self._ids_of_text(content) if isinstance(content, str) else content
         if len(ids) > self.max_seq_len:
-            raise DataError(
-                f"{self._place(sample_id)} has {len(ids)} tokens; max_seq_len is {self.max_seq_len}. "
-                f"Set max_seq_len: {len(ids)}, or prepare the text again for {self.max_seq_len}."
-            )
+            self._refuse_length(len(ids), sample_id)
         check_ids(ids, self.vocab_size, "model", self._place(sample_id))
         return {"input_ids": ids, "sample_id": int(sample_id)}
 
@@ -127,6 +124,12 @@ class TextDataset(GuardedDataset):
         ids = self.tokenizer(text, truncation=True, max_length=self.max_seq_len, **options)["input_ids"]
         # Attention fails on a row that is all padding. A single EOS works and adds nothing to the loss.
         return np.asarray(ids or [filler_id(self.tokenizer)], np.int64)
+
+    def _refuse_length(self, tokens: int, sample_id: int) -> NoReturn:
+        raise DataError(
+            f"{self._place(sample_id)} has {tokens} tokens; max_seq_len is {self.max_seq_len}. "
+            f"Set max_seq_len: {tokens}, or prepare the text again for {self.max_seq_len}."
+        )
 
     def _place(self, sample_id: int) -> str:
         shard_id, row = self.spanner[sample_id]
@@ -184,8 +187,12 @@ class TextLoader(StreamingDataLoader):
 
 def _collator(loader: TextLoaderConfig, context: LoaderContext) -> TextCollator:
     filler = filler_id(context.tokenizer)
-    if not context.model.attn_config.attn_uses_sequence_id:
-        return TextCollator(context.max_seq_len, filler)
+    if context.model.attn_config.attn_uses_sequence_id:
+        return _separating_collator(loader, context, filler)
+    return TextCollator(context.max_seq_len, filler)
+
+
+def _separating_collator(loader: TextLoaderConfig, context: LoaderContext, filler: int) -> TextCollator:
     eos, bos = loader.dataset.eos_token_id, loader.dataset.bos_token_id
     if eos is None and bos is None:
         eos = context.tokenizer.eos_token_id
