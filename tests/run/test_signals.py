@@ -22,6 +22,7 @@ pytestmark = pytest.mark.serial
 
 HEAD = """
 import os, signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where the tests run under nohup, which ignores it
 from mptfoundry.run import signals
 from mptfoundry.errors import RunStopped
 from mptfoundry.run.signals import DEADLY, StopSignals
