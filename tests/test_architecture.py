@@ -169,3 +169,21 @@ def test_packages_hold_no_logic() -> None:
     for path in PACKAGE.rglob("*/__init__.py"):
         body = ast.parse(path.read_text()).body
         assert all(isinstance(node, (ast.Expr, ast.Assign)) for node in body), path
+
+
+def test_the_repository_holds_nothing_that_a_run_wrote() -> None:
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no git checkout, so what is tracked is not known")
+    names = {line.partition("/")[0] for line in listed.stdout.splitlines()}
+    folders = ["clusters", "configs", "docker", "docs", "mptfoundry", "scripts", "tests", ".ci"]
+    texts = ["CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "SECURITY.md"]
+    assert names <= {
+        *folders,
+        *texts,
+        "Makefile",
+        "mkdocs.yml",
+        "pyproject.toml",
+        ".gitignore",
+        ".dockerignore",
+    }
