@@ -226,12 +226,6 @@ def own_metrics(named: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     return {name: make_metric(name, plugins.metrics[name], kwargs) for name, kwargs in named.items()}
 
 
-def _measured() -> type[ComposerMPT]:
-    from mptfoundry.models.own_metrics import MeasuredMPT
-
-    return MeasuredMPT
-
-
 def compose(
     network: Any, tokenizer: Any, *, seed: int = 0, extra_flops_per_token: int = 0, own: Any = None
 ) -> ComposerMPT:
@@ -239,7 +233,11 @@ def compose(
     if isinstance(network.config, HeadConfig):
         return ComposerHead(network, tokenizer=tokenizer, seed=seed)
     metrics = token_loss_metrics(token_byte_lengths(tokenizer, network.config.vocab_size))
-    kind = _measured() if own else ComposerMPT
+    kind = ComposerMPT
+    if own:
+        from mptfoundry.models.own_metrics import MeasuredMPT
+
+        kind = MeasuredMPT
     return kind(
         network,
         eval_metrics={**metrics, **(own or {})},

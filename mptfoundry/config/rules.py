@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from string import Formatter
@@ -403,8 +403,13 @@ def _unknown_metric(run: TrainConfig) -> Iterator[Problem]:
     if start is not None and (not names[start] or metric.removeprefix(start) in names[start]):
         return
     known = [start + name for name in names[start]] if start else [f"{each}..." for each in names]
+    yield "keep_best.metric", not_measured(metric, known)
+
+
+def not_measured(metric: str, known: Sequence[str]) -> str:
+    """What is wrong with `keep_best.metric`, and some known metrics like it."""
     near = difflib.get_close_matches(metric, known, 3, 0.4) or known[:8]
-    yield "keep_best.metric", f"{metric} is not measured by this run. Use one such as {', '.join(near)}."
+    return f"{metric} is not measured by this run. Use one such as {', '.join(near)}."
 
 
 def _allowed_changes(run: TrainConfig) -> Iterator[Problem]:

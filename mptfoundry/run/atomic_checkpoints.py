@@ -12,7 +12,6 @@ Words: the *content* is the state of a run as Composer provides it; a *whole* ch
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import math
 import shutil
@@ -39,6 +38,7 @@ from mptfoundry.checkpoints.checkpoint import Checkpoint, newest_first
 from mptfoundry.checkpoints.checksums import CHECKSUMS, checksums_of, write_checksums
 from mptfoundry.checkpoints.sharded import METADATA
 from mptfoundry.checkpoints.training_state import set_epoch_by_time
+from mptfoundry.config.rules import not_measured
 from mptfoundry.errors import CheckpointError, ConfigError, first_line
 from mptfoundry.files import Upload, point, remove, whole_or_absent
 from mptfoundry.ranks import decided_by_rank_0, local_rank, rank, world_size
@@ -91,11 +91,7 @@ class KeepBest(LoggerDestination):
         known = [f"metrics/{label}/{name}" for label, each in state.eval_metrics.items() for name in each]
         known += [name for callback in state.callbacks for name in getattr(callback, "averages", ())]
         if self.metric not in known:
-            near = difflib.get_close_matches(self.metric, known, 3, 0.4) or known[:8]
-            raise ConfigError(
-                f"keep_best.metric: {self.metric} is not measured by this run. Use one such as "
-                f"{', '.join(near)}."
-            )
+            raise ConfigError(f"keep_best.metric: {not_measured(self.metric, known)}")
         self._starts_at = int(state.timestamp.batch)
 
     def eval_after_all(self, state: State, logger: Logger) -> None:
