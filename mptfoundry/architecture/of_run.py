@@ -13,6 +13,7 @@ import yaml
 
 from mptfoundry.architecture.dialects import config_from_dict, config_of_folder
 from mptfoundry.config.engine import nested
+from mptfoundry.config.engine.plain_yaml import from_text
 from mptfoundry.errors import CheckpointError
 from mptfoundry.mpt.backends import BACKENDS
 from mptfoundry.mpt.config import OWN_BACKENDS, MPTConfig, from_values
@@ -48,7 +49,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     file = folder / RUN_CONFIG
     try:
         text = file.read_text(encoding="utf-8")
-        run = yaml.safe_load(text)
+        run = from_text(text)
         if "${oc.env:" in text:
             run = _from_environment(run, file)
         return {**run, "model": dict(run["model"])}

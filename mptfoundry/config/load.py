@@ -12,13 +12,12 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from omegaconf import OmegaConf
-
 from mptfoundry import plugins
 from mptfoundry.architecture.of_run import RUN_CONFIG, read_run, run_of
 from mptfoundry.architecture.pretrained import NAMED, fill_architecture
 from mptfoundry.config.engine.document import Document, KeyPath, Origin, dotted, parse_key
 from mptfoundry.config.engine.nested import leaves, mapped
+from mptfoundry.config.engine.plain_yaml import from_text, to_text
 from mptfoundry.config.engine.read_document import read_document
 from mptfoundry.config.engine.schema import default_of, field_types
 from mptfoundry.config.engine.secrets import REDACTED, FromEnvironment, redacted, redactions
@@ -298,12 +297,12 @@ def to_yaml(config: Any) -> str:
 
     Fields that are None by default and permissions of the command line are left out, and secrets replaced.
     """
-    return OmegaConf.to_yaml(OmegaConf.create(redacted(mapped(config, _plain))))
+    return to_text(redacted(mapped(config, _plain)))
 
 
 def values_by_key(text: str) -> dict[str, Any]:
     """Return the values of a saved config by key, without those that have no effect by themselves."""
-    pairs = leaves(OmegaConf.to_container(OmegaConf.create(text)), lists=False)
+    pairs = leaves(from_text(text), lists=False)
     return {
         ".".join(map(str, path)): value
         for path, value in pairs

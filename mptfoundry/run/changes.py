@@ -15,9 +15,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from mptfoundry.checkpoints.checkpoint import checkpoint_at
+from mptfoundry.config.engine.plain_yaml import from_text
 from mptfoundry.config.load import load_saved_config, to_yaml, values_by_key
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import CheckpointError, ConfigError, first_line
@@ -208,8 +207,8 @@ def saved_config(path: Path) -> dict[str, Any]:
         ConfigError: It is damaged, or cut short.
     """
     try:
-        saved = OmegaConf.to_container(OmegaConf.create(path.read_text(encoding="utf-8")))
-    except Exception as error:  # from YAML, OmegaConf, or decoding
+        saved = from_text(path.read_text(encoding="utf-8"))
+    except Exception as error:  # from YAML, or decoding
         raise _damaged(path, first_line(error)) from error
     first, last = _ENDS_OF_A_RUNS
     if not saved or not isinstance(saved, dict) or (first in saved and not isinstance(saved.get(last), dict)):
