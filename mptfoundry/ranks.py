@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import socket
 import sys
 import sysconfig
@@ -189,6 +190,8 @@ def report(error: MPTFoundryError) -> None:
     speaks = (store is None and _have_met()) or error.of_this_machine
     if rank() != 0 and not speaks and (store is None or _all_report(store, str(error), [0])):
         # Rank 0 prints it. The launcher ends all ranks after the first one exits: let that be rank 0.
+        # Composer's handler of SIGTERM would not end the wait.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(SECONDS_TO_WAIT_FOR_RANK_0)
         return
     is_shared = rank() == 0 and (store is None or _all_report(store, str(error), range(world_size())))

@@ -22,10 +22,6 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 class _Dumper(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
     """PyYAML's safe dumper, which quotes text that `_Loader` would read as a number."""
 
-    def ignore_aliases(self, data: Any) -> bool:
-        """Write a value that occurs twice twice."""
-        return True
-
 
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, form) for tag, form in forms if not tag.endswith(":timestamp")]
@@ -42,9 +38,5 @@ def to_text(values: Any) -> str:
 
 
 def from_text(text: str) -> Any:
-    """The values of YAML text; interpolations stay as they are written.
-
-    Raises:
-        yaml.YAMLError: It is not YAML.
-    """
+    """The values of YAML text, with interpolations as they are written; yaml.YAMLError if it isn't YAML."""
     return yaml.load(text, Loader=_Loader)

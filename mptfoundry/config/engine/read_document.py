@@ -317,14 +317,12 @@ def _resolve(node: Any, raw: Any, path: KeyPath, document: Document) -> Any:
 
 def _resolve_child(node: Any, key: Any, raw: Any, path: KeyPath, document: Document) -> Any:
     if isinstance(raw, (dict, list)):
-        # A node takes time to look up, and only what is to be resolved needs it.
-        below = node[key] if any(_is_unresolved(leaf) for _, leaf in leaves(raw)) else None
-        return _resolve(below, raw, path, document)
-    return _interpolated(node, key, raw, path, document) if _is_unresolved(raw) else raw
-
-
-def _is_unresolved(raw: Any) -> bool:
-    return isinstance(raw, str) and ("${" in raw or raw == "???")
+        # Only what is to be resolved needs its node, which takes time to look up.
+        has_more = "${" in str(raw) or "???" in str(raw)
+        return _resolve(node[key] if has_more else None, raw, path, document)
+    if not isinstance(raw, str) or ("${" not in raw and raw != "???"):
+        return raw
+    return _interpolated(node, key, raw, path, document)
 
 
 def _interpolated(node: Any, key: Any, raw: str, path: KeyPath, document: Document) -> Any:

@@ -74,6 +74,7 @@ def test_an_epoch_is_the_same_each_time_and_for_any_number_of_workers(
     build: Any, prepared: Path, workers: int
 ) -> None:
     options = {"local": str(prepared), "split": "train", "shuffle": True, "drop_last": False}
+    options["device_batch_size"] = 32
     first = [batch["sample_id"].tolist() for batch in build(**options, seed=3).dataloader]
     again = [
         batch["sample_id"].tolist() for batch in build(**options, seed=3, num_workers=workers).dataloader
