@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections import namedtuple
@@ -20,6 +21,7 @@ from mptfoundry.config.load import load_train_config
 from mptfoundry.errors import CheckpointError, ConfigError, DataError, MPTFoundryError, RunStopped
 from mptfoundry.train import train
 from tests.conftest import losses
+from tests.marks import some_of
 from tests.runs import run, whole
 from tests.runs import stopped as before_the_last
 
@@ -118,7 +120,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", some_of(REFUSED))
 def test_a_refused_start_leaves_the_runs_folder_byte_for_byte(
     run: Callable[..., Path], whole: Path, stopped: Path, name: str
 ) -> None:
@@ -226,8 +228,16 @@ def test_a_disk_that_is_too_small_is_noticed_before_anything_is_written(
     assert content(stopped) == before
 
 
-@pytest.mark.parametrize("event", ["init", "before_load", "after_load"])
-@pytest.mark.parametrize("error", [RunStopped("SIGTERM"), ConfigError("no"), KeyboardInterrupt()], ids=repr)
+@pytest.mark.parametrize(
+    ("error", "event"),
+    some_of(
+        itertools.product(
+            [RunStopped("SIGTERM"), ConfigError("no"), KeyboardInterrupt()],
+            ["init", "before_load", "after_load"],
+        )
+    ),
+    ids=repr,
+)
 def test_whatever_ends_a_start_while_it_is_built_changes_nothing(
     run: Callable[..., Path],
     stopped: Path,
@@ -271,7 +281,7 @@ def a_config_of_another_seed(folder: Path) -> None:
     file.write_text(file.read_text().replace("seed: 17", "seed: 18"))
 
 
-@pytest.mark.parametrize("damage", [no_config, *SPOILED_CONFIGS, a_config_of_another_seed])
+@pytest.mark.parametrize("damage", some_of([no_config, *SPOILED_CONFIGS, a_config_of_another_seed]))
 def test_a_config_that_is_lost_or_damaged_is_the_checkpoints_again(
     run: Callable[..., Path],
     whole: Path,

@@ -67,7 +67,7 @@ def shifted(ids: torch.Tensor, lengths: list[int], left: bool) -> tuple[torch.Te
     return rows, mask
 
 
-@EACH
+@MIXED
 def test_logits_and_gradients_are_the_same(architecture: str) -> None:
     ids, attention = tokens(), ARCHITECTURES[architecture]
     mask = torch.ones_like(ids, dtype=torch.bool)
