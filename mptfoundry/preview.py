@@ -69,7 +69,8 @@ def _preview_config(options: PreviewConfig, words: Sequence[str], color: bool) -
         return _preview_finetuning(config, config.train_loader, options, color)
     if not isinstance(config.train_loader, TextLoaderConfig):
         raise ConfigError(
-            f"{options.data}: train_loader.name: labelled is not shown. Name a config of text or finetuning."
+            f"{options.data}: train_loader.name: {config.train_loader.name} is not shown. Name a config of "
+            "text or finetuning."
         )
     dataset, batches = config.train_loader.dataset, config.batches()
     tokens_per_step = config.global_train_batch_size * config.max_seq_len

@@ -168,6 +168,6 @@ def test_a_class_that_fails_is_named_where_the_config_names_it(write: Callable[.
     code = CODE.replace("self.every, self.prefix = every, prefix", "raise OSError('the disk is full')")
     config, _ = load_train_config(write(code=code), ["allow_code=true"])
     with pytest.raises(
-        ConfigError, match=r"^callbacks.counts: Counts fails: OSError: the disk is full\. MPT"
+        ConfigError, match=r"^callbacks.counts: Counts \(mine.py\) fails: OSError: the disk is full\. MPT"
     ):
         build.build_callbacks(config, None, Path())
