@@ -25,10 +25,14 @@ def build_loader(loader: LoaderConfig, context: LoaderContext) -> DataSpec:
     if isinstance(loader, FinetuningLoaderConfig):
         return build_finetuning_loader(loader, context)
     if isinstance(loader, OwnLoaderConfig):
-        from mptfoundry.data.own.own_loader import build_own_loader
-
-        return build_own_loader(loader, context)
+        return _build_own_loader(loader, context)
     return build_labelled_loader(loader, context)
+
+
+def _build_own_loader(loader: OwnLoaderConfig, context: LoaderContext) -> DataSpec:
+    from mptfoundry.data.own.own_loader import build_own_loader
+
+    return build_own_loader(loader, context)
 
 
 def build_loaders(config: TrainConfig, plan: Plan, tokenizer: Any) -> tuple[DataSpec, list[Evaluator]]:

@@ -44,12 +44,14 @@ class Items:
 
     Args:
         made: What the user's class or function made.
+        count: How many items it has.
         made_by: That class or function, for errors.
         context: What the loader needs from the run.
     """
 
-    def __init__(self, made: Any, made_by: str, context: LoaderContext) -> None:
+    def __init__(self, made: Any, count: int, made_by: str, context: LoaderContext) -> None:
         self.made = made
+        self.count = count
         self.made_by = made_by
         self.where = context.where
         self.max_seq_len = context.max_seq_len
@@ -57,7 +59,7 @@ class Items:
         self._is_quiet = rank() != 0
 
     def __len__(self) -> int:
-        return len(self.made)
+        return self.count
 
     def __getitem__(self, number: int) -> Item:
         try:

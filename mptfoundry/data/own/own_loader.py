@@ -42,7 +42,8 @@ def build_own_loader(loader: OwnLoaderConfig, context: LoaderContext) -> DataSpe
         DataError: The dataset is empty or too small, an item is wrong, or not the same on all ranks.
     """
     where, made = context.where, _make(loader, context)
-    items = Items(made, plugins.described(plugins.datasets[loader.name]), context)
+    count = plugins.call(where, type(made).__len__, made)
+    items = Items(made, count, plugins.described(plugins.datasets[loader.name]), context)
     options = loader_options(loader, context)
     if len(items) < (context.device_batch_size * world_size() if options["drop_last"] else 1):
         raise DataError(

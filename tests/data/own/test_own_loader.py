@@ -200,6 +200,7 @@ def test_what_is_not_read_of_an_item_is_said_once(
             "fails: OSError: no disk.",
         ),
         (("__len__", "length"), "has no __len__. Give a class whose items are read by their number"),
+        (("return self.items", "return 1 / 0"), "fails: ZeroDivisionError"),
         (("return self.items", "return 0"), "can't fill one batch of 4 on each of 1 devices."),
         (("return self.items", "return 3"), "3 items can't fill one batch of 4"),
         (
@@ -324,15 +325,25 @@ def test_ranks_share_an_epoch(
 
 
 @pytest.mark.soak
+def test_two_ranks_with_different_items_do_not_start(write: Callable[..., Path], tmp_path: Path) -> None:
+    code = CODE.replace("ids[0] = number", "import os; ids[0] = int(os.environ['RANK'])")
+    config = write(code, code_paths=[str(tmp_path / "mine.py")]).absolute()
+    done = run_on_ranks("scripts/train.py", config, "allow_code=true", "run_name=two")
+    assert done.returncode == 1
+    text = "error: train_loader: the items of rank 1 are not those of rank 0."
+    assert done.stdout.count(text) == done.stdout.count("error: ") == 1 and "Traceback" not in done.stdout
+
+
+@pytest.mark.soak
 def test_two_ranks_read_every_item_once(write: Callable[..., Path], tmp_path: Path) -> None:
     seen = (
         "        ids[0] = number\n        import os\n"
         f"        open(f'{tmp_path}/seen{{os.environ[\"RANK\"]}}', 'a').write(f'{{number}} ')\n"
     )
-    config = write(CODE.replace("        ids[0] = number\n", seen)).absolute()
-    code = tmp_path / "mine.py"
+    code = CODE.replace("        ids[0] = number\n", seen)
+    config = write(code, code_paths=[str(tmp_path / "mine.py")]).absolute()
     words = ["allow_code=true", "max_duration=1ep", "log_to_console=false", "model.resid_pdrop=0"]
-    done = run_on_ranks("scripts/train.py", config, *words, f"code_paths=[{code}]", "run_name=two")
+    done = run_on_ranks("scripts/train.py", config, *words, "run_name=two")
     assert done.returncode == 0, done.stdout
     read = [list(map(int, (tmp_path / f"seen{rank}").read_text().split()))[4:] for rank in (0, 1)]
     assert len(read[0]) == len(read[1]) == 20 and len({*read[0], *read[1]}) == 40
