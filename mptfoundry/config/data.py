@@ -431,7 +431,8 @@ class OwnLoaderConfig(_StreamingLoaderConfig):
     """
 
     shuffle: bool | None = None
-    dataset: ClassVar[Any] = property(lambda self: self._dataset())  # not a field: the keys are here
+    # Not a field, since the keys of the dataset are here.
+    dataset: ClassVar[Any] = property(lambda self: self._dataset())  # type: ignore[misc]
 
     def rules(self) -> Rules:
         yield self._another_name()

@@ -26,9 +26,10 @@ from mptfoundry.data.examples.order import RowSampler
 from mptfoundry.data.examples.packing import shuffled
 from mptfoundry.data.loading import LoaderContext, loader_options, raise_plainly
 from mptfoundry.data.own.items import Items
+from mptfoundry.data.records.records import counted
 from mptfoundry.data.shards.token_ids import NOT_IN_LOSS
 from mptfoundry.errors import ConfigError, DataError
-from mptfoundry.ranks import once_per_node, rank, ranks_that_differ, world_size
+from mptfoundry.ranks import once_per_node, rank, ranks_that_differ, say, world_size
 
 
 def build_own_loader(loader: OwnLoaderConfig, context: LoaderContext) -> DataSpec:
@@ -47,13 +48,14 @@ def build_own_loader(loader: OwnLoaderConfig, context: LoaderContext) -> DataSpe
     options = loader_options(loader, context)
     if len(items) < (context.device_batch_size * world_size() if options["drop_last"] else 1):
         raise DataError(
-            f"{where}: {len(items)} items can't fill one batch of {context.device_batch_size} on each of "
-            f"{world_size()} devices. Use a smaller batch, more items, or drop_last: false."
+            f"{where}: {counted(len(items), 'item')} can't fill one batch of {context.device_batch_size} on "
+            f"each of {world_size()} devices. Use a smaller batch, more items, or drop_last: false."
         )
     shuffles = context.is_training if loader.shuffle is None else loader.shuffle
     order = ItemOrder(len(items), context.seed if shuffles else None, varies=context.is_training)
     sampler = RowSampler(order, rank=rank(), ranks=world_size(), drop_last=options["drop_last"])
     fingerprints = {where: _fingerprint(items, where)}
+    say(f"{where}: {counted(len(items), 'item')} in an epoch")
     return DataSpec(
         ItemLoader(
             ItemDataset(items, sampler, fingerprints, context),
@@ -92,8 +94,8 @@ def _make(loader: OwnLoaderConfig, context: LoaderContext) -> Any:
 def _why_no_dataset(made: Any) -> str | None:
     if isinstance(made, StreamingDataset):
         return (
-            "is a StreamingDataset, which orders and shares out its samples itself. Read shards with name: "
-            "text, or give a class with __len__ and __getitem__."
+            "is a StreamingDataset, which orders and shares out its samples itself. Read MDS shards with "
+            "name: text, or those on this machine with a streaming.LocalDataset."
         )
     missing = [name for name in ("__len__", "__getitem__") if not hasattr(made, name)]
     if missing:

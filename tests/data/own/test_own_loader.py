@@ -309,6 +309,22 @@ def test_llm_foundrys_loaders_name_our_datasets(write: Callable[..., Path]) -> N
         load_train_config(write("from llmfoundry.registry import dataloaders"), ["allow_code=true"])
 
 
+def test_shards_with_columns_of_their_own_are_read_by_number(
+    write: Callable[..., Path], shards: Path
+) -> None:
+    code = (
+        "from streaming import LocalDataset\nfrom mptfoundry import plugins\n"
+        "class Columns(LocalDataset):\n"
+        "    def __getitem__(self, number):\n"
+        "        return {'input_ids': super().__getitem__(number)['tokens']}\n"
+        "plugins.datasets['columns'] = Columns\n"
+    )
+    config = write(code, {"name": "columns", "local": str(shards / "a"), "split": "train", "shuffle": False})
+    config.write_text(config.read_text().replace("  items: 42\n", ""))
+    ids = np.concatenate([batch["input_ids"] for batch in built(config)])
+    assert ids.shape[1] == 32 and len(ids) >= 8 and not (ids == ids[0]).all()
+
+
 @pytest.mark.parametrize("drop_last", [True, False])
 def test_ranks_share_an_epoch(
     write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, drop_last: bool
