@@ -42,10 +42,10 @@ def build_own_loader(loader: OwnLoaderConfig, context: LoaderContext) -> DataSpe
         ConfigError: The code did not run, the class fails, or what it makes can't be indexed.
         DataError: The dataset is empty or too small, an item is wrong, or not the same on all ranks.
     """
-    where, made = context.where, _make(loader, context)
-    count = plugins.call(where, type(made).__len__, made)
-    items = Items(made, count, plugins.described(plugins.datasets[loader.name]), context)
+    where, items = context.where, open_items(loader, context)
     options = loader_options(loader, context)
+    if context.num_workers:  # a worker that starts as a new Python could not import the class
+        options["multiprocessing_context"] = "fork"
     if len(items) < (context.device_batch_size * world_size() if options["drop_last"] else 1):
         raise DataError(
             f"{where}: {counted(len(items), 'item')} can't fill one batch of {context.device_batch_size} on "
@@ -68,8 +68,14 @@ def build_own_loader(loader: OwnLoaderConfig, context: LoaderContext) -> DataSpe
     )
 
 
-def _make(loader: OwnLoaderConfig, context: LoaderContext) -> Any:
-    """The user's dataset; the first process of each node makes it before the others, which find its files."""
+def open_items(loader: OwnLoaderConfig, context: LoaderContext) -> Items:
+    """The items of the user's dataset.
+
+    The first process of each node makes the dataset before the others, which find the files that it wrote.
+
+    Raises:
+        ConfigError: The code did not run, the class fails, or what it makes can't be indexed.
+    """
     where, own = context.where, plugins.datasets.get(loader.name)
     if own is None:
         raise ConfigError(
@@ -88,7 +94,8 @@ def _make(loader: OwnLoaderConfig, context: LoaderContext) -> Any:
         make()
     if problem := _why_no_dataset(made[0]):
         raise ConfigError(f"{where}: {plugins.described(own)} {problem}")
-    return made[0]
+    count = plugins.call(where, type(made[0]).__len__, made[0])
+    return Items(made[0], count, plugins.described(own), context)
 
 
 def _why_no_dataset(made: Any) -> str | None:

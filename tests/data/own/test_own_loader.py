@@ -177,6 +177,7 @@ def test_a_wrong_item_is_one_sentence_before_the_first_batch(
 def test_a_wrong_item_in_a_worker_is_the_same_sentence(write: Callable[..., Path]) -> None:
     code = CODE.replace("ids[0] = number", "ids[0] = number if number != 11 else -3")
     loader = built(write(code, {"shuffle": False}), num_workers=1)
+    assert loader.multiprocessing_context.get_start_method() == "fork"
     with pytest.raises(DataError) as caught:
         list(loader)
     text = str(caught.value)
@@ -256,6 +257,23 @@ def test_check_knows_the_arguments_and_runs_no_dataset(write: Callable[..., Path
         ConfigError, match=r"name: text is a loader of mptfoundry's. Give your dataset another"
     ):
         load_train_config(config, ["allow_code=true"])
+
+
+def test_preview_shows_items_and_what_of_them_is_in_the_loss(
+    write: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = '"sequence_id": np.arange(tokens) > 4, "labels": np.where(np.arange(tokens) % 3 == 0, -100, 7)'
+    code = CODE.replace('"labels": np.where(np.arange(tokens) % 3 == 0, -100, ids)', changed)
+    for text, said in (
+        (CODE, "10 tokens, 6 in the loss\n"),
+        (code, "10 tokens, 5 in the loss, 2 documents; its"),
+    ):
+        assert main(["preview", str(write(text)), "allow_code=true", "samples=2"]) == 0
+        printed = capsys.readouterr().out
+        assert "counting: 42 items" in printed and "item 0 of 42: 2 tokens, 1 in the loss" in printed
+        assert f"item 41 of 42: {said}" in printed and "⟦" in printed
+    assert main(["preview", str(write())]) == 2
+    assert "code_paths: names code, which runs only with allow_code=true" in capsys.readouterr().err
 
 
 def test_a_config_is_checked_and_read_back_without_its_code(write: Callable[..., Path]) -> None:
