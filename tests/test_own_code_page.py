@@ -144,6 +144,8 @@ def test_a_run_trains_on_the_dataset(write: Callable[..., str], tmp_path: Path) 
     batch = next(iter(trainer.state.train_dataloader))
     ids = np.fromfile("train.bin", np.uint16).reshape(20, 32)[batch["sample_id"]]
     assert (batch["input_ids"].numpy() == ids).all()
+    assert "token_file: path 'train.bin'" in (tmp_path / "own/report.md").read_text()
+    assert main(["export", str(tmp_path / "own"), "hf"]) == 0
 
 
 def test_a_record_format_is_read_and_made_again_when_its_code_changes(write: Callable[..., str]) -> None:

@@ -47,6 +47,9 @@ class Items:
         count: How many items it has.
         made_by: That class or function, for errors.
         context: What the loader needs from the run.
+
+    Attributes:
+        is_quiet: Whether it was said what is not read of an item.
     """
 
     def __init__(self, made: Any, count: int, made_by: str, context: LoaderContext) -> None:
@@ -56,7 +59,7 @@ class Items:
         self.where = context.where
         self.max_seq_len = context.max_seq_len
         self.vocab_size = context.model.vocab_size
-        self._is_quiet = rank() != 0
+        self.is_quiet = rank() != 0
 
     def __len__(self) -> int:
         return self.count
@@ -96,9 +99,9 @@ class Items:
     def _warn_of_others(self, values: Mapping[str, Any], number: int) -> None:
         """Warn once of what is not read."""
         others = [str(key) for key in values if key not in KEYS]
-        if others and not self._is_quiet:
+        if others and not self.is_quiet:
             log.warning("%s: these keys are not looked at: %s.", self.place(number), ", ".join(others))
-        self._is_quiet = True
+        self.is_quiet = True
 
 
 def read_item(values: Mapping[str, Any], max_seq_len: int, vocab_size: int) -> Item:

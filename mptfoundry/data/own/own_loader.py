@@ -44,8 +44,8 @@ def build_own_loader(loader: OwnLoaderConfig, context: LoaderContext) -> DataSpe
     """
     where, items = context.where, open_items(loader, context)
     options = loader_options(loader, context)
-    if context.num_workers:  # a worker that starts as a new Python could not import the class
-        options["multiprocessing_context"] = "fork"
+    # A worker that starts as a new Python could not import the class.
+    options["multiprocessing_context"] = "fork" if context.num_workers else None
     if len(items) < (context.device_batch_size * world_size() if options["drop_last"] else 1):
         raise DataError(
             f"{where}: {counted(len(items), 'item')} can't fill one batch of {context.device_batch_size} on "
@@ -54,7 +54,7 @@ def build_own_loader(loader: OwnLoaderConfig, context: LoaderContext) -> DataSpe
     shuffles = context.is_training if loader.shuffle is None else loader.shuffle
     order = ItemOrder(len(items), context.seed if shuffles else None, varies=context.is_training)
     sampler = RowSampler(order, rank=rank(), ranks=world_size(), drop_last=options["drop_last"])
-    fingerprints = {where: _fingerprint(items, where)}
+    fingerprints = {where: _fingerprint(items, context)}
     say(f"{where}: {counted(len(items), 'item')} in an epoch")
     return DataSpec(
         ItemLoader(
@@ -113,26 +113,47 @@ def _why_no_dataset(made: Any) -> str | None:
     return None
 
 
-def _fingerprint(items: Items, where: str) -> str:
+def _fingerprint(items: Items, context: LoaderContext) -> str:
     """A hash of the number of items and of three of them.
 
     Raises:
         DataError: They are not the same on all ranks, or not when they are read again.
     """
-    first, digest = items.bytes_of(0), hashlib.sha256(repr(len(items)).encode())
-    contents = [items.bytes_of(number) for number in (0, len(items) // 2, len(items) - 1)]
-    digest.update(b"".join(contents))
-    if contents[0] != first:
+    *contents, again = _read([0, len(items) // 2, len(items) - 1, 0], items, context)
+    digest = hashlib.sha256(b"".join([repr(len(items)).encode(), *contents])).hexdigest()
+    if contents[0] != again:
         raise DataError(
             f"{items.place(0)} is not the same when it is read twice, so a run could not resume exactly. "
             "Seed what it draws at random with the number of the item."
         )
-    if others := ranks_that_differ(digest.hexdigest()):
+    if others := ranks_that_differ(digest):
         raise DataError(
-            f"{where}: the items of rank {others[0]} are not those of rank 0. Give all machines the same "
-            "data, and seed what is drawn at random."
+            f"{context.where}: the items of rank {others[0]} are not those of rank 0. Give all machines the "
+            "same data, and seed what is drawn at random."
         )
-    return digest.hexdigest()
+    return digest
+
+
+def _read(numbers: list[int], items: Items, context: LoaderContext) -> list[bytes]:
+    """The contents of some items, read in a worker if the run has workers: a file that the dataset opens when
+    it is first read would otherwise be shared by all of them, with its position.
+    """
+    workers = {"num_workers": 1, "multiprocessing_context": "fork"} if context.num_workers else {}
+    contents = _Contents(items)
+    loader = ItemLoader(contents, None, sampler=numbers, generator=torch.Generator(), **workers)  # type: ignore[arg-type]
+    read: list[bytes] = list(loader)
+    items.is_quiet = True
+    return read
+
+
+class _Contents(Dataset):
+    """The content of each item, as bytes."""
+
+    def __init__(self, items: Items) -> None:
+        self.items = items
+
+    def __getitem__(self, number: int) -> bytes:
+        return self.items.bytes_of(number)
 
 
 @dataclass(frozen=True)

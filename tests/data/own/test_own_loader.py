@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,18 @@ def test_a_wrong_item_in_a_worker_is_the_same_sentence(write: Callable[..., Path
     assert "has the id -3 in input_ids" in text
 
 
+def test_only_workers_read_items(write: Callable[..., Path]) -> None:
+    """What a dataset opens when it is first read is never shared by two processes."""
+    reading = "import os; self.reader = getattr(self, 'reader', os.getpid())\n        "
+    reading += "assert self.reader == os.getpid() != self.maker\n        ids[0] = number"
+    code = CODE.replace("ids[0] = number", reading)
+    code = code.replace(
+        "self.items, self.first", "import os; self.maker = os.getpid(); self.items, self.first"
+    )
+    loader = built(write(code, {"num_workers": 2, "drop_last": False}), num_workers=2)
+    assert sorted(number for batch in loader for number in batch["sample_id"].tolist()) == list(range(42))
+
+
 def test_what_is_not_read_of_an_item_is_said_once(
     write: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -299,6 +312,10 @@ def test_a_resumed_run_says_what_has_changed(
         train(load_train_config(write(loader={"items": 43}), longer)[0])
     with pytest.raises(ConfigError, match="train_loader: its content is not what the run of"):
         train(load_train_config(write(CODE.replace("self.first, number)", "9, number)")), longer)[0])
+    allowed = [*longer, "allow_changes=[train_loader]", "run_name=b"]
+    shutil.copytree("a", "b", symlinks=True)
+    trainer = train(load_train_config(write(loader={"items": 43}), allowed)[0])
+    assert trainer.state.timestamp.sample_in_epoch == 24
     capsys.readouterr()
     train(load_train_config(write(f"{CODE}\n# changed", {"num_workers": 1}), longer)[0])
     said = capsys.readouterr().out
