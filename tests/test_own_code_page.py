@@ -141,7 +141,8 @@ def test_a_run_trains_on_the_dataset(write: Callable[..., str], tmp_path: Path) 
     trainer = train(run)
     assert trainer.state.timestamp.token == 2 * 8 * 32
     assert trainer.state.eval_metrics["eval"]["tokens"].compute() == 9 * 31
-    batch = next(iter(trainer.state.train_dataloader))
+    loader: Any = trainer.state.train_dataloader
+    batch = next(iter(loader))
     ids = np.fromfile("train.bin", np.uint16).reshape(20, 32)[batch["sample_id"]]
     assert (batch["input_ids"].numpy() == ids).all()
     assert "token_file: path 'train.bin'" in (tmp_path / "own/report.md").read_text()
