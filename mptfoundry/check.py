@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from mptfoundry.architecture.pretrained import published_architecture
-from mptfoundry.config.data import sources_by_key
+from mptfoundry.config.data import OwnSource, sources_by_key
 from mptfoundry.config.load import tasks_of_run
 from mptfoundry.config.parallel import replicas_and_shards
 from mptfoundry.config.run import TrainConfig
@@ -295,8 +295,10 @@ def _report_another_tokenizer(problem: str, index: ShardIndex, where: str, look:
     )
 
 
-def _look_at_records(stream: RecordsConfig, where: str) -> Stream | None:
-    """List the files of a stream of records, if they are on this machine."""
+def _look_at_records(stream: RecordsConfig | OwnSource, where: str) -> Stream | None:
+    """List the files of a stream of records, if they are on this machine; only its code knows an own one."""
+    if isinstance(stream, OwnSource):
+        return None
     records = look_at_records(stream, where)
     if records is None:
         return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from composer.core import DataSpec, Evaluator
 
-from mptfoundry.config.data import FinetuningLoaderConfig, LoaderConfig, TextLoaderConfig
+from mptfoundry.config.data import FinetuningLoaderConfig, LoaderConfig, OwnLoaderConfig, TextLoaderConfig
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.data.examples.finetuning import build_finetuning_loader
 from mptfoundry.data.examples.labelled import build_labelled_loader
@@ -24,7 +24,15 @@ def build_loader(loader: LoaderConfig, context: LoaderContext) -> DataSpec:
         return build_text_loader(loader, context)
     if isinstance(loader, FinetuningLoaderConfig):
         return build_finetuning_loader(loader, context)
+    if isinstance(loader, OwnLoaderConfig):
+        return _build_own_loader(loader, context)
     return build_labelled_loader(loader, context)
+
+
+def _build_own_loader(loader: OwnLoaderConfig, context: LoaderContext) -> DataSpec:
+    from mptfoundry.data.own.own_loader import build_own_loader
+
+    return build_own_loader(loader, context)
 
 
 def build_loaders(config: TrainConfig, plan: Plan, tokenizer: Any) -> tuple[DataSpec, list[Evaluator]]:

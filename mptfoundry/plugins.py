@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from mptfoundry.errors import ConfigError, MPTFoundryError, RunStopped, first_line
 from mptfoundry.mpt.config import OWN_BACKENDS as attention_backends
 
-__all__ = ["algorithms", "attention_backends", "callbacks", "loggers", "metrics", "optimizers"]
+__all__ = ["algorithms", "attention_backends", "callbacks", "datasets", "loggers", "metrics", "optimizers"]
 __all__ += ["record_formats", "schedulers"]
 
 callbacks: dict[str, Any] = {}
@@ -33,6 +33,7 @@ algorithms: dict[str, Any] = {}
 optimizers: dict[str, Any] = {}
 schedulers: dict[str, Any] = {}
 metrics: dict[str, Any] = {}
+datasets: dict[str, Callable[..., Any]] = {}
 record_formats: dict[str, Callable[[str], Iterable[Any]]] = {}
 
 T = TypeVar("T")
@@ -54,7 +55,7 @@ def run_code(paths: Iterable[str], say: Callable[[str], None]) -> dict[str, str]
     for path, digest in ran.items():
         say(f"code_paths: running {path} (sha256 {digest})")
         with _explained(path), _llmfoundry():
-            _run(path, f"code_{digest[:16]}")
+            _run(path, _module_name(digest))
     hashes.update(ran)
     return ran
 
@@ -76,9 +77,19 @@ def call(key: str, own: Callable[..., T], *arguments: Any, **kwargs: Any) -> T:
     except (MPTFoundryError, RunStopped):
         raise
     except Exception as error:
-        name = getattr(own, "__name__", type(own).__name__)
-        text = f"{key}: {name} fails: {type(error).__name__}: {first_line(error)}"
+        text = f"{key}: {described(own)} fails: {type(error).__name__}: {first_line(error)}"
         raise ConfigError(f"{text}. MPTFOUNDRY_DEBUG=1 shows where.") from error
+
+
+def described(own: Any) -> str:
+    """A class or function of the user's own by its name, and the file of `code_paths` that it is from."""
+    name, module = getattr(own, "__name__", type(own).__name__), getattr(own, "__module__", "")
+    file = next((path for path, digest in hashes.items() if _module_name(digest) == module), None)
+    return f"{name} ({file})" if file else name
+
+
+def _module_name(digest: str) -> str:
+    return f"code_{digest[:16]}"
 
 
 def _run(path: str, name: str) -> None:
@@ -136,6 +147,13 @@ _ONLY = (
 )
 
 
+_ONLY_DATASETS = (
+    "order, ranks, padding and the position in an epoch are mptfoundry's own, so that runs resume exactly. "
+    'Register the dataset instead, plugins.datasets["NAME"] = MyDataset: a class with __len__, and with '
+    "__getitem__ that returns a dict with input_ids."
+)
+
+
 class _Shim(ModuleType):
     """`llmfoundry`, with nothing but its `registry`."""
 
@@ -155,6 +173,8 @@ class _Registry(ModuleType):
             raise AttributeError(name)
         if name in TABLES:
             return _Table(name)
+        if name == "dataloaders":
+            raise ConfigError(f"code_paths: llmfoundry.registry.{name} has no table here: {_ONLY_DATASETS}")
         raise ConfigError(
             f"code_paths: llmfoundry.registry.{name} has no table here. mptfoundry.plugins has "
             f"{', '.join(TABLES)}."
@@ -188,6 +208,7 @@ TABLES: Mapping[str, dict[str, Any]] = {
     "optimizers": optimizers,
     "schedulers": schedulers,
     "metrics": metrics,
+    "datasets": datasets,
     "record_formats": record_formats,
     "attention_backends": attention_backends,
 }

@@ -6,8 +6,9 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from mptfoundry.config.data import FinetuningLoaderConfig, TextLoaderConfig
+from mptfoundry.config.data import FinetuningLoaderConfig, OwnLoaderConfig, TextLoaderConfig
 from mptfoundry.config.load import CONFIG_SUFFIXES, load_train_config
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import PreviewConfig
@@ -67,6 +68,8 @@ def _preview_config(options: PreviewConfig, words: Sequence[str], color: bool) -
     config, _ = load_train_config(options.data, [*words, allow_code])
     if isinstance(config.train_loader, FinetuningLoaderConfig):
         return _preview_finetuning(config, config.train_loader, options, color)
+    if isinstance(config.train_loader, OwnLoaderConfig):
+        return _preview_own(config, config.train_loader, options, color)
     if not isinstance(config.train_loader, TextLoaderConfig):
         raise ConfigError(
             f"{options.data}: train_loader.name: labelled is not shown. Name a config of text or finetuning."
@@ -100,24 +103,13 @@ def _preview_finetuning(
     """Preview a finetuning config. This tokenizes new records into the cache that the run reads later."""
     from mptfoundry.data.examples.finetuning import load_examples, why_not
     from mptfoundry.data.examples.packing import plan_packing
-    from mptfoundry.data.loading import LoaderContext
     from mptfoundry.data.records.records import counted
     from mptfoundry.data.views.example_preview import preview_examples
     from mptfoundry.tokenizer import adds_in_words, load_tokenizer, own_borders, spelled
 
     dataset, length = loader.dataset, config.max_seq_len
     tokenizer = load_tokenizer(options.tokenizer or config.tokenizer.name, config.tokenizer.kwargs)
-    context = LoaderContext(
-        model=config.model,
-        tokenizer=tokenizer,
-        max_seq_len=length,
-        device_batch_size=config.global_train_batch_size,
-        seed=config.seed,
-        num_workers=0,
-        is_training=True,
-        where="train_loader",
-        allow_code=config.allow_code,
-    )
+    context = _context(config, tokenizer)
     stores = load_examples(loader, context)
     adds = adds_in_words(spelled(own_borders(tokenizer), tokenizer))
     parts = [f"the tokenizer {adds}; a conversation has the special tokens that its template writes"]
@@ -134,3 +126,47 @@ def _preview_finetuning(
     if reasons:
         raise RunWouldEnd(reasons, text)
     return text
+
+
+def _preview_own(config: TrainConfig, loader: OwnLoaderConfig, options: PreviewConfig, color: bool) -> str:
+    """Preview evenly spaced items of a dataset of the user's own."""
+    import numpy as np
+
+    from mptfoundry.data.own.own_loader import open_items
+    from mptfoundry.data.records.records import counted
+    from mptfoundry.data.shards.token_ids import NOT_IN_LOSS
+    from mptfoundry.data.views.example_preview import show_trained
+    from mptfoundry.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(options.tokenizer or config.tokenizer.name, config.tokenizer.kwargs)
+    items = open_items(loader, _context(config, tokenizer))
+    count, shown = len(items), min(options.samples, len(items))
+    parts = [f"{loader.name}: {counted(count, 'item')}"]
+    for number in sorted({round(at) for at in np.linspace(0, count - 1, shown)}):
+        item = items[number]
+        trained = item.labels != NOT_IN_LOSS
+        said = f"{counted(len(item.input_ids), 'token')}, {int(trained.sum()):,} in the loss"
+        if len(item.lengths) > 1:
+            said += f", {counted(len(item.lengths), 'document')}"
+        if (item.labels != item.input_ids)[trained].any():
+            said += "; its labels are other ids than its input_ids"
+        text = show_trained(item.input_ids, trained, tokenizer, color=color)
+        parts.append(f"item {number:,} of {count:,}: {said}\n{text}")
+    return "\n\n".join(parts)
+
+
+def _context(config: TrainConfig, tokenizer: Any) -> Any:
+    """What a training loader needs from the run, to read its samples here."""
+    from mptfoundry.data.loading import LoaderContext
+
+    return LoaderContext(
+        model=config.model,
+        tokenizer=tokenizer,
+        max_seq_len=config.max_seq_len,
+        device_batch_size=config.global_train_batch_size,
+        seed=config.seed,
+        num_workers=0,
+        is_training=True,
+        where="train_loader",
+        allow_code=config.allow_code,
+    )

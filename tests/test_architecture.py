@@ -25,6 +25,7 @@ FLOORS = [
         "export",
         "callbacks",
         "data/views",
+        "data/own",
         "tasks",
         "explain",
         "doctor",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -37,10 +38,11 @@ TABLES = {
     "A logger": "loggers",
     "An algorithm": "algorithms",
     "Metrics": "metrics",
+    "A dataset": "datasets",
     "A record format": "record_formats",
     "An attention backend": "attention_backends",
 }
-TOGETHER = [title for title in TABLES if title != "A record format"]
+TOGETHER = [title for title in TABLES if title not in ("A dataset", "A record format")]
 
 
 @pytest.fixture(autouse=True)
@@ -129,6 +131,22 @@ def test_a_run_with_all_of_them_trains_resumes_is_evaluated_and_exported(
     words = ["allow_code=true", "attn_impl=plain", "temperature=0", "max_new_tokens=2"]
     words += ["code_paths=[mine6.py]"]
     assert main(["generate", str(folder), "a", *words]) == 0
+
+
+def test_a_run_trains_on_the_dataset(write: Callable[..., str], tmp_path: Path) -> None:
+    for name, tokens in (("train.bin", 20 * 32), ("val.bin", 9 * 32 + 5)):
+        np.random.default_rng(tokens).integers(0, 384, tokens, np.uint16).tofile(name)
+    words = ["allow_code=true", "run_name=own", "train_loader.num_workers=0", "eval_loader.num_workers=0"]
+    run, _ = load_train_config(write("A dataset"), [*words, "max_duration=2ba"])
+    trainer = train(run)
+    assert trainer.state.timestamp.token == 2 * 8 * 32
+    assert trainer.state.eval_metrics["eval"]["tokens"].compute() == 9 * 31
+    loader: Any = trainer.state.train_dataloader
+    batch = next(iter(loader))
+    ids = np.fromfile("train.bin", np.uint16).reshape(20, 32)[batch["sample_id"]]
+    assert (batch["input_ids"].numpy() == ids).all()
+    assert "token_file: path 'train.bin'" in (tmp_path / "own/report.md").read_text()
+    assert main(["export", str(tmp_path / "own"), "hf"]) == 0
 
 
 def test_a_record_format_is_read_and_made_again_when_its_code_changes(write: Callable[..., str]) -> None:

@@ -12,6 +12,7 @@ from mptfoundry.check import check_on
 from mptfoundry.config.load import load_saved_config, load_train_config, to_yaml
 from mptfoundry.errors import ConfigError
 from mptfoundry.train import train
+from tests.ranks import run_on_ranks
 
 CODE = """
 import torch
@@ -164,10 +165,29 @@ def test_all_ranks_run_the_same_files(monkeypatch: pytest.MonkeyPatch) -> None:
     build.compare_code(["mine.py"], gathered[0])
 
 
+@pytest.mark.soak
+def test_two_ranks_with_different_files_do_not_start(write: Callable[..., Path], tmp_path: Path) -> None:
+    """As on two machines: each rank has a folder of its own, and a file of the same name in it."""
+    config = write().absolute()
+    for rank, code in enumerate((CODE, CODE.replace("lr * share", "lr * share / 2"))):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "mine.py").write_text(code)
+    script = tmp_path / "each_in_its_folder.py"
+    script.write_text(
+        "import os, sys\nfrom mptfoundry.cli import main\n"
+        f"os.chdir(f'{tmp_path}/{{os.environ[\"RANK\"]}}')\n"
+        "sys.exit(main(['train', *sys.argv[1:]]))\n"
+    )
+    done = run_on_ranks(script, config, "allow_code=true", "run_name=two")
+    assert done.returncode == 2
+    text = "error: code_paths: the files of rank 1 are not those of rank 0 (their sha256 differ)."
+    assert done.stdout.count(text) == done.stdout.count("error: ") == 1 and "Traceback" not in done.stdout
+
+
 def test_a_class_that_fails_is_named_where_the_config_names_it(write: Callable[..., Path]) -> None:
     code = CODE.replace("self.every, self.prefix = every, prefix", "raise OSError('the disk is full')")
     config, _ = load_train_config(write(code=code), ["allow_code=true"])
     with pytest.raises(
-        ConfigError, match=r"^callbacks.counts: Counts fails: OSError: the disk is full\. MPT"
+        ConfigError, match=r"^callbacks.counts: Counts \(mine.py\) fails: OSError: the disk is full\. MPT"
     ):
         build.build_callbacks(config, None, Path())

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
+from mptfoundry import plugins
 from mptfoundry.config.engine.forms import (
     ByteSize,
     SampleCount,
@@ -15,6 +16,7 @@ from mptfoundry.config.engine.forms import (
     parse_bytes,
     parse_count,
 )
+from mptfoundry.config.engine.schema import show
 from mptfoundry.config.engine.section_rules import (
     Limits,
     Problem,
@@ -24,6 +26,7 @@ from mptfoundry.config.engine.section_rules import (
     only_one,
     where_set,
 )
+from mptfoundry.config.engine.signatures import Own, belongs_to, own_arguments, own_parameters
 from mptfoundry.config.streams import (
     AMOUNTS,
     Amount,
@@ -389,7 +392,78 @@ class FinetuningLoaderConfig(_StreamingLoaderConfig):
     dataset: FinetuningDatasetConfig
 
 
-LoaderConfig = TextLoaderConfig | LabelledLoaderConfig | FinetuningLoaderConfig
+@dataclass(frozen=True)
+class OwnSource:
+    """What there is to say about the data of a dataset of the user's own: the arguments of its class."""
+
+    place: str
+    split: ClassVar[None] = None
+    proportion: ClassVar[None] = None
+    repeat: ClassVar[None] = None
+    choose: ClassVar[None] = None
+
+
+@dataclass(frozen=True)
+class OwnDataset:
+    """What the `dataset` section of other loaders says, for a dataset of the user's own."""
+
+    sources: dict[str, OwnSource]
+    shuffle: bool | None
+    streams: ClassVar[None] = None
+    split: ClassVar[None] = None
+    max_seq_len: ClassVar[None] = None
+    shuffle_seed: ClassVar[None] = None
+    epoch_size: ClassVar[None] = None
+    separates_documents: ClassVar[bool] = False
+
+
+# Arguments that a dataset of the user's own gets from the run, if its signature names them.
+FROM_THE_RUN = ("tokenizer", "max_seq_len", "seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnLoaderConfig(_StreamingLoaderConfig):
+    """Batches of a dataset of your own, a class in `plugins.datasets`, with the arguments of its signature.
+
+    Attributes:
+        name: Its name in the table.
+        shuffle: Read the items in random order. Default: true in training, false in evaluation.
+    """
+
+    shuffle: bool | None = None
+    # Not a field, since the keys of the dataset are here.
+    dataset: ClassVar[Any] = property(lambda self: self._dataset())  # type: ignore[misc]
+
+    def rules(self) -> Rules:
+        yield self._another_name()
+        yield self._keys_of_the_loader()
+
+    def _another_name(self) -> Iterator[Problem]:
+        if self.name in ("text", "labelled", "finetuning"):
+            yield "name", f"{self.name} is a loader of mptfoundry's. Give your dataset another name."
+
+    def _keys_of_the_loader(self) -> Iterator[Problem]:
+        own = plugins.datasets.get(self.name)
+        for each in own_parameters(own, FROM_THE_RUN) if own is not None else ():
+            if belongs_to(OwnLoaderConfig, each.name):
+                text = "is a key of the loader, and also an argument of your class. Rename the argument."
+                yield "name", f"{each.name} {text}"
+
+    def _dataset(self) -> OwnDataset:
+        given = own_arguments(self, OwnLoaderConfig)
+        place = ", ".join(f"{key} {show(value)}" for key, value in given.items())
+        return OwnDataset({self.name: OwnSource(place)}, self.shuffle)
+
+
+LoaderConfig = (
+    TextLoaderConfig
+    | LabelledLoaderConfig
+    | FinetuningLoaderConfig
+    | Annotated[
+        OwnLoaderConfig,
+        Own("the name of an own one", plugins.datasets, OwnLoaderConfig, supplied=FROM_THE_RUN),
+    ]
+)
 
 
 def loaders_by_label(

@@ -301,7 +301,8 @@ class PreviewConfig(Section):
         samples: How many samples to show from each folder.
         token_encoding_type: Integer type of `tokens` that are stored as bytes in shards. Default: int64.
         picture: File for a picture of the config's data mix, such as `mix.png`.
-        allow_code: Run the `preprocessing_fn` that a config names. On the command line only.
+        allow_code: Run the files in `code_paths` and every `preprocessing_fn` of a config. On the command
+            line only.
     """
 
     data: str

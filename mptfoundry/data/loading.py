@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from mptfoundry.config.data import LabelledLoaderConfig, LoaderConfig
+from mptfoundry.errors import DataError
 from mptfoundry.mpt.config import MPTConfig
 
 
@@ -65,3 +66,13 @@ def loader_options(loader: LoaderConfig, context: LoaderContext) -> dict[str, An
             names = ("prefetch_factor", "persistent_workers", "timeout")
             options |= {name: getattr(loader, name) for name in names}
     return options
+
+
+def raise_plainly(error: DataError, workers: Any) -> NoReturn:
+    """End a loader's workers, which takes the garbage collector seconds; raise their error as plain text."""
+    if workers is not None:
+        workers._shutdown_workers()
+    marker, text = f"{DataError.__module__}.{DataError.__qualname__}: ", str(error)
+    if marker in text:
+        raise DataError(text.rsplit(marker, 1)[1].strip()) from error
+    raise error

@@ -110,7 +110,7 @@ def data_lines(config: TrainConfig, streams: Streams, length: Length) -> list[st
         lines.append(text)
     if unknown:
         lines.append(
-            f"  the indexes of {_some(unknown)} can't be read here: as much text as the run reads is assumed"
+            f"  the size of {_some(unknown)} is not known here: as much text as the run reads is assumed"
         )
     return ["data", *lines, *warnings]
 

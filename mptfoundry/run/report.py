@@ -292,7 +292,7 @@ def facts_of(config: TrainConfig, dataset: Any) -> dict[str, str]:
 def _stream(named: tuple[str, Any], store: Any) -> str:
     """Describe a stream: its location, its share of the mix, and what its examples contain."""
     name, source = named
-    places = [getattr(source, key, None) for key in ("hf_name", "local", "remote")]
+    places = [getattr(source, key, None) for key in ("hf_name", "local", "remote", "place")]
     words = [str(place) for place in places if place][:1]
     shares = {key: getattr(source, key, None) for key in ("proportion", "repeat", "choose")}
     words += [f"{key} {value:g}" for key, value in shares.items() if value is not None]

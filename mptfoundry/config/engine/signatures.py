@@ -131,13 +131,13 @@ class Own:
         words: The alternatives, in words.
         table: The classes and functions by name; the user's files write into it.
         base: The section with the keys that all of them have.
-        supplied: How many first arguments the builder supplies.
+        supplied: How many first arguments the builder supplies, or the names of those that it supplies.
     """
 
     words: str
     table: Mapping[str, Any]
     base: type
-    supplied: int = 0
+    supplied: int | tuple[str, ...] = 0
 
     def alternatives(self) -> list[type]:
         """A section for each name."""
@@ -145,7 +145,7 @@ class Own:
 
     def unchecked(self, value: Mapping[str, Any]) -> type:
         """A section that takes all keys of `value`, for a name that only code knows which was not run."""
-        keys = value.keys() - {f.name for f in fields(self.base)}
+        keys = {key for key in value if not belongs_to(self.base, key)}
         types = [("name", Literal[value["name"]]), *((key, Any) for key in sorted(keys))]
         bases = (self.base, OfSignature)
         return make_dataclass(value["name"], types, bases=bases, kw_only=True, frozen=True)
@@ -171,15 +171,16 @@ def described(name: str, where: str) -> type:
 
 
 @cache
-def own_section(name: str, own: Callable[..., Any], base: type | None = None, supplied: int = 0) -> type:
+def own_section(
+    name: str, own: Callable[..., Any], base: type | None = None, supplied: int | tuple[str, ...] = 0
+) -> type:
     """A dataclass `name` with the arguments of a user's own class or function, and the keys of `base`.
 
     A field's default is the argument's own if YAML can write it, else None.
     """
-    known = {f.name for f in fields(base)} if base is not None else set()
     arguments: list[Any] = [] if base is None else [("name", Literal[name])]
-    for each in _own_arguments(own, supplied):
-        if each.name in known:
+    for each in own_parameters(own, supplied):
+        if base is not None and belongs_to(base, each.name):
             continue
         text = (
             each.annotation if isinstance(each.annotation, str) else inspect.formatannotation(each.annotation)
@@ -194,6 +195,11 @@ def own_section(name: str, own: Callable[..., Any], base: type | None = None, su
             arguments.append((each.name, type_, field(default_factory=partial(deepcopy, plain))))
     bases = (OfSignature,) if base is None else (base, OfSignature)
     return make_dataclass(name, arguments, bases=bases, kw_only=True, frozen=True)
+
+
+def belongs_to(base: type, key: str) -> bool:
+    """Whether a key of an own section is one that all of them have, or a name that their code uses."""
+    return key in {f.name for f in fields(base)} or hasattr(base, key)
 
 
 def with_own_keys(section: type, table: Mapping[str, Any]) -> type:
@@ -217,16 +223,18 @@ def own_arguments(section: Any, base: type | None = None) -> dict[str, Any]:
     }
 
 
-def _own_arguments(own: Any, supplied: int) -> Iterator[inspect.Parameter]:
-    """The arguments of a class or function; `**kwargs` of a class stands for those of its base class."""
-    said: set[str] = set()
+def own_parameters(own: Any, supplied: int | tuple[str, ...] = 0) -> Iterator[inspect.Parameter]:
+    """The arguments of a class or function without those that the builder supplies; `**kwargs` of a class
+    stands for those of its base class.
+    """
+    first, said = (supplied, set()) if isinstance(supplied, int) else (0, set(supplied))
     makers = (
         [vars(cls)["__init__"] for cls in own.__mro__ if "__init__" in vars(cls)]
         if inspect.isclass(own)
         else [own]
     )
     for maker in makers:
-        parameters = list(inspect.signature(maker).parameters.values())[supplied + inspect.isclass(own) :]
+        parameters = list(inspect.signature(maker).parameters.values())[first + inspect.isclass(own) :]
         for each in parameters:
             if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY) and each.name not in said:
                 said.add(each.name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from torch.utils.data import DistributedSampler
@@ -107,6 +107,16 @@ def passes(
     return [amount * whole / size for amount, size in zip(amounts, sizes, strict=True)]
 
 
+class Order(Protocol):
+    """The rows of all epochs, in any form that can be indexed."""
+
+    def __len__(self) -> int:
+        """Rows in an epoch."""
+
+    def epoch(self, number: int) -> Any:
+        """The rows of epoch `number`, counted from 0."""
+
+
 # An empty row, for a rank that has no rows left: its number, and no examples.
 EMPTY_ROW = (-1, np.empty(0, np.int64))
 
@@ -124,7 +134,7 @@ class RowSampler(DistributedSampler):
             ranks that would get one row less get an empty row.
     """
 
-    def __init__(self, order: RowOrder, *, rank: int, ranks: int, drop_last: bool) -> None:
+    def __init__(self, order: Order, *, rank: int, ranks: int, drop_last: bool) -> None:
         super().__init__(range(len(order)), ranks, rank, shuffle=False, drop_last=drop_last)  # type: ignore[arg-type]
         # If total_size is larger, Composer treats the excess as repeated rows and cuts it from an evaluation.
         self.total_size = len(order)

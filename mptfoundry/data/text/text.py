@@ -19,7 +19,7 @@ from streaming import StreamingDataLoader
 
 from mptfoundry.config.data import TextLoaderConfig
 from mptfoundry.data.collate import TextCollator, count_samples, count_tokens, filler_id
-from mptfoundry.data.loading import LoaderContext, loader_options
+from mptfoundry.data.loading import LoaderContext, loader_options, raise_plainly
 from mptfoundry.data.shards.token_ids import check_ids, read_sample
 from mptfoundry.data.text.guarded import GuardedDataset, GuardedStream
 from mptfoundry.data.text.streams import ShardStream, check_shards, plan_streams, warn_of_unknown
@@ -160,19 +160,8 @@ class TextLoader(StreamingDataLoader):
         try:
             yield from super().__iter__()
         except DataError as error:
-            self._end_workers(error)
-            raise
+            raise_plainly(error, self._iterator)
         self._check_that_all_came()
-
-    def _end_workers(self, error: DataError) -> None:
-        """End the workers, which takes the garbage collector seconds, and raise their error as plain text."""
-        workers: Any = self._iterator
-        if workers is not None:
-            workers._shutdown_workers()
-        marker = f"{DataError.__module__}.{DataError.__qualname__}: "
-        text = str(error)
-        if marker in text:
-            raise DataError(text.rsplit(marker, 1)[1].strip()) from error
 
     def _check_that_all_came(self) -> None:
         """Raise DataError if the epoch ended before this rank read all of its samples."""
