@@ -163,6 +163,20 @@ def test_positions_far_along_a_row_cost_no_precision(
     assert_kernels_as_exact(case, dtype)
 
 
+@pytest.mark.parametrize("options", [{"past": 23}, {"right": 19, "window": 10}, {"kv_heads": 1}], ids=str)
+def test_packed_rows_are_computed_without_the_numbers_of_documents(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tiles(monkeypatch, SMALL_TILES[1])
+    inputs, grad, packed = make_case(**{**FEATURES["packed documents"], "bias_max": 8, **options})
+    numbered = dataclasses.replace(packed, max_documents=None, _made={})
+    with Calls() as calls:
+        by_starts = by_kernels(inputs, grad, packed, torch.float32)
+        assert calls.arguments["attention"][3] is None
+    for one, other in zip(by_starts, by_kernels(inputs, grad, numbered, torch.float32), strict=True):
+        assert torch.equal(one, other)
+
+
 def skipping_case(**options: Any) -> Case:
     return make_case(**{"seq": 96, "slopes": (4.0, 1.0), **options})
 
