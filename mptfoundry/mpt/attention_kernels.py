@@ -120,11 +120,24 @@ def codes_of_queries(codes, positions, inside):
 
 
 @triton.jit
-def is_kept(seed, head, positions_q, positions_k, dropout):
-    """Whether dropout keeps a weight; depends only on the seed, the head and the positions."""
-    zero = positions_q * 0 + positions_k * 0
-    drawn, _, _, _ = tl.philox(seed, positions_q + zero, positions_k + zero, zero + head, zero)
-    return tl.uint_to_uniform_float(drawn) >= dropout
+def is_kept(seed, head, first_row, first_column, dropout, ROWS: constexpr, COLUMNS: constexpr,
+            QUERIES_FIRST: constexpr):  # fmt: skip
+    """Whether dropout keeps a weight, (queries, keys) or (keys, queries); the same whatever the blocks.
+
+    A call of the generator draws for four weights: 8 apart in queries and keys, because tensor cores give a
+    thread these. Blocks start at multiples of 16.
+    """
+    rows = first_row // 2 + tl.arange(0, ROWS // 2)[:, None]
+    columns = first_column // 2 + tl.arange(0, COLUMNS // 2)[None, :]
+    zero = rows * 0 + columns * 0
+    if QUERIES_FIRST:
+        first, right, below, both = tl.philox(seed, rows + zero, columns + zero, zero + head, zero)
+    else:
+        first, below, right, both = tl.philox(seed, columns + zero, rows + zero, zero + head, zero)
+    drawn = tl.join(tl.join(first, right), tl.join(below, both))
+    drawn = tl.reshape(drawn, [ROWS // 16, 8, COLUMNS // 16, 8, 2, 2])
+    drawn = tl.reshape(tl.permute(drawn, (0, 5, 1, 2, 4, 3)), [ROWS, COLUMNS])
+    return drawn >= (tl.full([1, 1], 4294967296.0, dtype=tl.float32) * dropout).to(tl.uint32)
 
 
 @triton.jit
@@ -187,10 +200,10 @@ def query_bounds(
 @triton.jit
 def _forward_span(
     acc, total, highest, q, k, v, stride_k, stride_v, low, whole_low, whole_high, high, keys, positions_q,
-    codes, codes_q, starts_q, slope, frame, inner, outer, window, seed, head, dropout, HEAD_DIM: constexpr,
-    WIDTH: constexpr, BLOCK_K: constexpr, MASKED: constexpr, HAS_ALIBI: constexpr, HAS_DOCUMENTS: constexpr,
-    HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW: constexpr,
-    HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
+    codes, codes_q, starts_q, slope, begin, frame, inner, outer, window, seed, head, dropout,
+    HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_K: constexpr, MASKED: constexpr, HAS_ALIBI: constexpr,
+    HAS_DOCUMENTS: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr,
+    HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Visit key blocks from last to first: those in [whole_low, whole_high), or the others.
 
@@ -225,7 +238,7 @@ def _forward_span(
         shrink = tl.exp2(highest - now)
         total = total * shrink + tl.sum(weights, 1)
         if HAS_DROPOUT:
-            kept = is_kept(seed, head, positions_q[:, None], positions_k[None, :], dropout)
+            kept = is_kept(seed, head, begin, start, dropout, positions_q.shape[0], BLOCK_K, True)
             weights = tl.where(kept, weights, 0.0)
         v_block = load_rows(v, start, stride_v, keys, BLOCK_K, HEAD_DIM, WIDTH, MASKED)
         acc = tl.dot(weights.to(v_block.dtype), v_block, acc * shrink[:, None], input_precision=PRECISION)
@@ -307,9 +320,9 @@ def forward_kernel(
             low = tl.minimum(tl.maximum(low, stop), whole_low)
         acc, total, highest = _forward_span(
             acc, total, highest, q_block, k, v, stride_ks, stride_vs, low, whole_low, whole_high, high,
-            keys, positions_q, codes, codes_q, starts_q, slope, frame, inner, outer, window, drawn_from,
-            head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K, span == 0, HAS_ALIBI, HAS_DOCUMENTS, HAS_CODES,
-            HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            keys, positions_q, codes, codes_q, starts_q, slope, begin, frame, inner, outer, window,
+            drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K, span == 0, HAS_ALIBI, HAS_DOCUMENTS,
+            HAS_CODES, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     tl.store(reach + head_of_all * blocks + block, low)
 
@@ -338,7 +351,7 @@ def _softmax_gradient(scores, weights, grad_weights, delta, kept, outer, dropout
 @triton.jit
 def _query_span(
     grad_q, q, grad, level, delta, k, v, stride_k, stride_v, low, whole_low, whole_high, high, keys,
-    positions_q, codes, codes_q, starts_q, slope, frame, inner, outer, window, seed, head, dropout,
+    positions_q, codes, codes_q, starts_q, slope, begin, frame, inner, outer, window, seed, head, dropout,
     HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_K: constexpr, MASKED: constexpr, HAS_ALIBI: constexpr,
     HAS_DOCUMENTS: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr,
     HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
@@ -375,9 +388,9 @@ def _query_span(
             biased = tl.where(visible, biased, NOTHING)
         weights = tl.exp2(biased - level[:, None])
         grad_weights = tl.dot(grad, tl.trans(v_block), input_precision=PRECISION)
-        kept = (
-            is_kept(seed, head, positions_q[:, None], positions_k[None, :], dropout) if HAS_DROPOUT else True
-        )
+        kept = True
+        if HAS_DROPOUT:
+            kept = is_kept(seed, head, begin, start, dropout, positions_q.shape[0], BLOCK_K, True)
         grad_products = _softmax_gradient(scores, weights, grad_weights, delta[:, None], kept, outer, dropout,
                                           HAS_SOFTCAP, HAS_DROPOUT)  # fmt: skip
         grad_q = tl.dot(grad_products.to(k_block.dtype), k_block, grad_q, input_precision=PRECISION)
@@ -439,7 +452,7 @@ def backward_query_kernel(
     for masked in tl.static_range(2):
         grad_q_block = _query_span(
             grad_q_block, q_block, grad_block, level, own_delta, k, v, stride_ks, stride_vs, low, whole_low,
-            whole_high, high, keys, positions_q, codes, codes_q, starts_q, slope, frame, inner, outer,
+            whole_high, high, keys, positions_q, codes, codes_q, starts_q, slope, begin, frame, inner, outer,
             window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K, masked, HAS_ALIBI,
             HAS_DOCUMENTS, HAS_CODES, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
@@ -548,9 +561,9 @@ def _key_span(
             )  # fmt: skip
             biased = tl.where(visible, biased, NOTHING)
         weights = tl.exp2(biased - level[None, :])
-        kept = (
-            is_kept(seed, head, positions_q[None, :], positions_k[:, None], dropout) if HAS_DROPOUT else True
-        )
+        kept = True
+        if HAS_DROPOUT:
+            kept = is_kept(seed, head, frame, start, dropout, positions_k.shape[0], BLOCK_Q, False)
         passed = tl.where(kept, weights / (1 - dropout), 0.0) if HAS_DROPOUT else weights
         grad_v = tl.dot(passed.to(grad_block.dtype), grad_block, grad_v, input_precision=PRECISION)
         grad_products = _softmax_gradient(scores, weights, grad_weights, own_delta[None, :], kept, outer,
