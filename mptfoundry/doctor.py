@@ -237,6 +237,11 @@ def _traps(device: Device) -> list[str]:
         lines.append("TRITON_INTERPRET is set: Triton's kernels run slowly on the CPU, and wrongly in bf16.")
         if (3, 6) <= release(triton) < (3, 7) and release(numpy) >= (2, 4):
             lines.append(f"Triton {triton}'s interpreter crashes with numpy {numpy}. Use numpy below 2.4.")
+    if release(triton)[:2] == (3, 3) and any(gpu.capability == (9, 0) for gpu in device.gpus):
+        lines.append(
+            f"attn_impl: triton is slower with Triton {triton} on GPUs of compute capability 9.0: its "
+            "kernels wait for each matrix product. The install set `current` has a newer Triton."
+        )
     shared = Path("/dev/shm")
     if shared.is_dir() and shutil.disk_usage(shared).total < GIB:
         lines.append("Shared memory is small: start the container with --shm-size=8g, or use num_workers 0.")

@@ -25,6 +25,7 @@ with Triton 3.3, whose assembler makes them in every kernel.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import itertools
 import json
@@ -56,9 +57,10 @@ from mptfoundry.optim.lion_fused import DecoupledLionW
 ARCHITECTURES = (90, 80) if triton.__version__.startswith("3.3.") else (90, 80, 100, 120)
 HEAD_DIMS = (32, 64, 80, 96, 112, 128, 192, 256)
 EVERYTHING = "alibi+documents+window+prefix+softcap+dropout"
+# "gaps" are documents between whose tokens padding may stand.
 FEATURES = (
-    "causal", "alibi", "alibi+unskipped", "alibi+documents", "window", "prefix+documents", "softcap",
-    "dropout", "everything",
+    "causal", "alibi", "alibi+unskipped", "alibi+documents", "alibi+gaps", "window", "prefix+documents",
+    "softcap", "dropout", "everything",
 )  # fmt: skip
 
 # Bytes of shared memory that a program may use: "Technical Specifications per Compute Capability" in NVIDIA's
@@ -221,11 +223,12 @@ def call_attention(case: Case, batch: int, seq: int, past: int) -> None:
     context = AttentionContext(
         head_dim**-0.5,
         slopes=alibi_slopes(n_heads, 8) if "alibi" in has else None,
-        documents=places // 40 if "documents" in has else None,
+        documents=places // 40 if {"documents", "gaps"} & set(has) else None,
         prefix=places < 20 if "prefix" in has else None,
         window=32 if "window" in has else None,
         softcap=30.0 if "softcap" in has else None,
         dropout=0.1 if "dropout" in has else 0.0,
+        max_documents=None if "gaps" in has else 2,
         cache=_Cache(),
         skips="unskipped" not in has,
     )
@@ -235,8 +238,9 @@ def call_attention(case: Case, batch: int, seq: int, past: int) -> None:
     out = attention_triton.attend(query[:, past:], key, value, context)
     out.backward(torch.zeros_like(out))
     if context.dropout == 0:
+        decoding = dataclasses.replace(context, max_documents=None, _made={})  # unknown with a cache
         with torch.no_grad():
-            attention_triton.attend(query[:, -1:], key, value, context)
+            attention_triton.attend(query[:, -1:], key, value, decoding)
 
 
 def call_lion() -> None:

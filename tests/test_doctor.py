@@ -67,6 +67,19 @@ def install(monkeypatch: pytest.MonkeyPatch, **versions: str | None) -> None:
     monkeypatch.setattr(metadata, "version", version)
 
 
+def test_a_triton_that_makes_the_kernels_slower_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def is_reported(gpu: str, capability: str, triton: str) -> bool:
+        put_nvidia_smi(tmp_path, monkeypatch, [gpu_row(gpu, capability, "580.82.07", uuid="GPU-7")])
+        install(monkeypatch, triton=triton)
+        return any("is slower with Triton" in line for line in section("Good to know here"))
+
+    assert is_reported("NVIDIA H100 80GB HBM3", "9.0", "3.3.1")
+    assert not is_reported("NVIDIA H100 80GB HBM3", "9.0", "3.8.0")
+    assert not is_reported("NVIDIA A100-SXM4-80GB", "8.0", "3.3.1")
+
+
 def test_a_missing_package_is_trouble_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, omegaconf=None)
     assert troubles() == [

@@ -21,8 +21,10 @@ Scores are in base 2, multiplied by log2(e), because the hardware computes `exp2
   rows: row = member * seq + query.
 
 Letters of the shapes: seq = queries of a row, keys = tokens in the cache + seq; the queries are the last
-tokens. A *position* is a token's index among the keys. `codes` holds 2 * document + is-in-prefix for each
-token, -1 for padding; `bounds` holds start and stop of its document and of its unbroken run (see
+tokens. A *position* is a token's index among the keys. `bounds` holds where each token's document starts and
+stops. A query sees the keys from its document's start on, which takes one comparison. That is not enough
+where padding may stand between tokens of one document, and with a prefix: then `codes` holds 2 * document +
+is-in-prefix for each token, -1 for padding, and `bounds` also start and stop of the token's unbroken run (see
 attention_triton.py).
 """
 
@@ -93,18 +95,21 @@ def bias_of(slope, positions_q, positions_k, frame, EXACT: constexpr):
 
 @triton.jit
 def is_visible(
-    positions_q, positions_k, codes_q, codes_k, window,
+    positions_q, positions_k, codes_q, codes_k, in_document, window,
     HAS_CODES: constexpr, HAS_PREFIX: constexpr, HAS_WINDOW: constexpr,
 ):  # fmt: skip
-    """The visibility mask; all arguments are rows or columns of the result."""
+    """The visibility mask; positions and codes are rows or columns of the result.
+
+    Without codes, `in_document` excludes the other documents' keys, or is True.
+    """
     visible = positions_q >= positions_k
     if HAS_PREFIX:
         visible = visible | ((codes_q & codes_k & 1) == 1)
     if HAS_WINDOW:
         visible = visible & (tl.abs(positions_q - positions_k) <= window)
     if HAS_CODES:
-        visible = visible & ((codes_q >> 1) == (codes_k >> 1))
-    return visible
+        in_document = (codes_q >> 1) == (codes_k >> 1)
+    return visible & in_document
 
 
 @triton.jit
@@ -115,11 +120,24 @@ def codes_of_queries(codes, positions, inside):
 
 
 @triton.jit
-def is_kept(seed, head, positions_q, positions_k, dropout):
-    """Whether dropout keeps a weight; depends only on the seed, the head and the positions."""
-    zero = positions_q * 0 + positions_k * 0
-    drawn, _, _, _ = tl.philox(seed, positions_q + zero, positions_k + zero, zero + head, zero)
-    return tl.uint_to_uniform_float(drawn) >= dropout
+def is_kept(seed, head, first_row, first_column, dropout, ROWS: constexpr, COLUMNS: constexpr,
+            QUERIES_FIRST: constexpr):  # fmt: skip
+    """Whether dropout keeps a weight, (queries, keys) or (keys, queries); the same whatever the blocks.
+
+    A call of the generator draws for four weights: 8 apart in queries and keys, because tensor cores give a
+    thread these. Blocks start at multiples of 16.
+    """
+    rows = first_row // 2 + tl.arange(0, ROWS // 2)[:, None]
+    columns = first_column // 2 + tl.arange(0, COLUMNS // 2)[None, :]
+    zero = rows * 0 + columns * 0
+    if QUERIES_FIRST:
+        first, right, below, both = tl.philox(seed, rows + zero, columns + zero, zero + head, zero)
+    else:
+        first, below, right, both = tl.philox(seed, columns + zero, rows + zero, zero + head, zero)
+    drawn = tl.join(tl.join(first, right), tl.join(below, both))
+    drawn = tl.reshape(drawn, [ROWS // 16, 8, COLUMNS // 16, 8, 2, 2])
+    drawn = tl.reshape(tl.permute(drawn, (0, 5, 1, 2, 4, 3)), [ROWS, COLUMNS])
+    return drawn >= (tl.full([1, 1], 4294967296.0, dtype=tl.float32) * dropout).to(tl.uint32)
 
 
 @triton.jit
@@ -132,10 +150,19 @@ def shift_of(slope, positions_q, frame, EXACT: constexpr):
 
 
 @triton.jit
+def _uniform(x):
+    """The same int32, but the assembler knows that all threads of a warp have it, because a warp reduced it.
+
+    A loop with such bounds has its addresses in uniform registers, which leaves more for the threads.
+    """
+    return tl.max(tl.full([32], 0, dtype=tl.int32) + x)
+
+
+@triton.jit
 def query_bounds(
     bounds, plane, begin, past, seq, keys, window,
-    BLOCK_Q: constexpr, BLOCK_K: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr,
-    HAS_WINDOW: constexpr,
+    BLOCK_Q: constexpr, BLOCK_K: constexpr, HAS_DOCUMENTS: constexpr, HAS_CODES: constexpr,
+    HAS_PREFIX: constexpr, HAS_WINDOW: constexpr,
 ):  # fmt: skip
     """The keys that the queries [begin, begin + BLOCK_Q) see, in multiples of BLOCK_K.
 
@@ -149,15 +176,20 @@ def query_bounds(
     if HAS_WINDOW:
         low = tl.maximum(low, first_position - window)
         whole_low = tl.maximum(whole_low, last_position - window)
-    if HAS_CODES:
-        rows = begin + tl.arange(0, BLOCK_Q)
-        inside, positions = rows < seq, past + rows
-        low = tl.maximum(low, tl.min(tl.load(bounds + positions, mask=inside, other=keys)))
-        run = tl.load(bounds + 2 * plane + positions, mask=inside, other=0)
+    if HAS_DOCUMENTS:
+        if HAS_CODES:
+            rows = begin + tl.arange(0, BLOCK_Q)
+            inside, positions = rows < seq, past + rows
+            first_start = _uniform(tl.min(tl.load(bounds + positions, mask=inside, other=keys)))
+            last_start = _uniform(tl.max(tl.load(bounds + 2 * plane + positions, mask=inside, other=0)))
+        else:  # bounds rise along the row
+            first_start, last_start = tl.load(bounds + first_position), tl.load(bounds + last_position)
+        low = tl.maximum(low, first_start)
         # If the queries belong to several runs, no block counts as fully visible.
-        whole_low = tl.where(tl.max(run) <= first_position, tl.maximum(whole_low, tl.max(run)), whole_high)
+        whole_low = tl.where(last_start <= first_position, tl.maximum(whole_low, last_start), whole_high)
         if HAS_PREFIX:
-            high = tl.maximum(high, tl.max(tl.load(bounds + plane + positions, mask=inside, other=0)))
+            last_stop = tl.max(tl.load(bounds + plane + positions, mask=inside, other=0))
+            high = tl.maximum(high, _uniform(last_stop))
             whole_low = whole_high
     low, high = low // BLOCK_K * BLOCK_K, tl.cdiv(high, BLOCK_K) * BLOCK_K
     whole_low = tl.minimum(tl.cdiv(whole_low, BLOCK_K) * BLOCK_K, whole_high)
@@ -168,10 +200,10 @@ def query_bounds(
 @triton.jit
 def _forward_span(
     acc, total, highest, q, k, v, stride_k, stride_v, low, whole_low, whole_high, high, keys, positions_q,
-    codes, codes_q, slope, frame, inner, outer, window, seed, head, dropout, HEAD_DIM: constexpr, WIDTH:
-    constexpr, BLOCK_K:
-    constexpr, MASKED: constexpr, HAS_ALIBI: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT:
-    constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
+    codes, codes_q, starts_q, slope, begin, frame, inner, outer, window, seed, head, dropout,
+    HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_K: constexpr, MASKED: constexpr, HAS_ALIBI: constexpr,
+    HAS_DOCUMENTS: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr,
+    HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Visit key blocks from last to first: those in [whole_low, whole_high), or the others.
 
@@ -195,9 +227,10 @@ def _forward_span(
             codes_k = positions_k
             if HAS_CODES:
                 codes_k = tl.load(codes + positions_k, mask=positions_k < keys, other=-1)
+            in_document = positions_k[None, :] >= starts_q[:, None] if HAS_DOCUMENTS else True
             visible = is_visible(
-                positions_q[:, None], positions_k[None, :], codes_q[:, None], codes_k[None, :], window,
-                HAS_CODES, HAS_PREFIX, HAS_WINDOW,
+                positions_q[:, None], positions_k[None, :], codes_q[:, None], codes_k[None, :], in_document,
+                window, HAS_CODES, HAS_PREFIX, HAS_WINDOW,
             )  # fmt: skip
             scores = tl.where(visible, scores, NOTHING)
         now = tl.maximum(highest, tl.max(scores, 1))
@@ -205,7 +238,7 @@ def _forward_span(
         shrink = tl.exp2(highest - now)
         total = total * shrink + tl.sum(weights, 1)
         if HAS_DROPOUT:
-            kept = is_kept(seed, head, positions_q[:, None], positions_k[None, :], dropout)
+            kept = is_kept(seed, head, begin, start, dropout, positions_q.shape[0], BLOCK_K, True)
             weights = tl.where(kept, weights, 0.0)
         v_block = load_rows(v, start, stride_v, keys, BLOCK_K, HEAD_DIM, WIDTH, MASKED)
         acc = tl.dot(weights.to(v_block.dtype), v_block, acc * shrink[:, None], input_precision=PRECISION)
@@ -229,7 +262,7 @@ def _stop(bound, highest, inside, slope, frame, bits, BLOCK_K: constexpr):
     gap = tl.where(highest > LOWEST, bound - highest, tl.where(highest == LOWEST, NOTHING, 1e29))
     widest = tl.max(tl.where(inside, gap, NOTHING))
     stop = tl.minimum(tl.maximum(frame - (widest + bits) / slope, 0.0), frame)
-    return stop.to(tl.int32) // BLOCK_K * BLOCK_K
+    return _uniform(stop.to(tl.int32)) // BLOCK_K * BLOCK_K
 
 
 @triton.jit(do_not_specialize=["seq", "keys", "plane", "blocks"])
@@ -238,9 +271,9 @@ def forward_kernel(
     stride_qb, stride_qs, stride_qh, stride_kb, stride_ks, stride_kh, stride_vb, stride_vs, stride_vh,
     seq, keys, plane, n_heads, blocks, inner, outer, window, dropout, bits,
     GROUP: constexpr, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr,
-    BLOCK_K: constexpr, HAS_ALIBI: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr,
-    HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, SKIPS: constexpr,
-    PRECISION: constexpr,
+    BLOCK_K: constexpr, HAS_ALIBI: constexpr, HAS_DOCUMENTS: constexpr, HAS_CODES: constexpr,
+    HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr,
+    HAS_DROPOUT: constexpr, SKIPS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """One block of queries of one head.
 
@@ -261,12 +294,14 @@ def forward_kernel(
     rows = begin + tl.arange(0, BLOCK_Q)
     positions_q, frame = past + rows, past + begin
     codes_q = codes_of_queries(codes, positions_q, rows < seq) if HAS_CODES else positions_q
+    starts_q = tl.load(bounds + positions_q, mask=rows < seq, other=keys) if HAS_DOCUMENTS else positions_q
     slope = tl.load(slopes + head) * 1.4426950408889634 if HAS_ALIBI else 0.0
     drawn_from = tl.load(seed) if HAS_DROPOUT else 0
     q_block = load_rows(q, begin, stride_qs, seq, BLOCK_Q, HEAD_DIM, WIDTH, True)
     low, whole_low, whole_high, high = query_bounds(
-        bounds, plane, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, HAS_CODES, HAS_PREFIX, HAS_WINDOW
-    )
+        bounds, plane, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, HAS_DOCUMENTS,
+        HAS_CODES, HAS_PREFIX, HAS_WINDOW,
+    )  # fmt: skip
 
     acc = tl.zeros([BLOCK_Q, WIDTH], dtype=tl.float32)
     total = tl.zeros([BLOCK_Q], dtype=tl.float32)
@@ -285,9 +320,9 @@ def forward_kernel(
             low = tl.minimum(tl.maximum(low, stop), whole_low)
         acc, total, highest = _forward_span(
             acc, total, highest, q_block, k, v, stride_ks, stride_vs, low, whole_low, whole_high, high,
-            keys, positions_q, codes, codes_q, slope, frame, inner, outer, window, drawn_from, head_of_all,
-            dropout, HEAD_DIM, WIDTH, BLOCK_K, span == 0, HAS_ALIBI, HAS_CODES, HAS_PREFIX, EXACT,
-            HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            keys, positions_q, codes, codes_q, starts_q, slope, begin, frame, inner, outer, window,
+            drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K, span == 0, HAS_ALIBI, HAS_DOCUMENTS,
+            HAS_CODES, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     tl.store(reach + head_of_all * blocks + block, low)
 
@@ -316,10 +351,10 @@ def _softmax_gradient(scores, weights, grad_weights, delta, kept, outer, dropout
 @triton.jit
 def _query_span(
     grad_q, q, grad, level, delta, k, v, stride_k, stride_v, low, whole_low, whole_high, high, keys,
-    positions_q, codes, codes_q, slope, frame, inner, outer, window, seed, head, dropout, HEAD_DIM: constexpr,
-    WIDTH: constexpr, BLOCK_K:
-    constexpr, MASKED: constexpr, HAS_ALIBI: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT:
-    constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
+    positions_q, codes, codes_q, starts_q, slope, begin, frame, inner, outer, window, seed, head, dropout,
+    HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_K: constexpr, MASKED: constexpr, HAS_ALIBI: constexpr,
+    HAS_DOCUMENTS: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr,
+    HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """Add the key blocks' part of the queries' gradients: those in [whole_low, whole_high), or the others.
 
@@ -345,16 +380,17 @@ def _query_span(
             codes_k = positions_k
             if HAS_CODES:
                 codes_k = tl.load(codes + positions_k, mask=positions_k < keys, other=-1)
+            in_document = positions_k[None, :] >= starts_q[:, None] if HAS_DOCUMENTS else True
             visible = is_visible(
-                positions_q[:, None], positions_k[None, :], codes_q[:, None], codes_k[None, :], window,
-                HAS_CODES, HAS_PREFIX, HAS_WINDOW,
+                positions_q[:, None], positions_k[None, :], codes_q[:, None], codes_k[None, :], in_document,
+                window, HAS_CODES, HAS_PREFIX, HAS_WINDOW,
             )  # fmt: skip
             biased = tl.where(visible, biased, NOTHING)
         weights = tl.exp2(biased - level[:, None])
         grad_weights = tl.dot(grad, tl.trans(v_block), input_precision=PRECISION)
-        kept = (
-            is_kept(seed, head, positions_q[:, None], positions_k[None, :], dropout) if HAS_DROPOUT else True
-        )
+        kept = True
+        if HAS_DROPOUT:
+            kept = is_kept(seed, head, begin, start, dropout, positions_q.shape[0], BLOCK_K, True)
         grad_products = _softmax_gradient(scores, weights, grad_weights, delta[:, None], kept, outer, dropout,
                                           HAS_SOFTCAP, HAS_DROPOUT)  # fmt: skip
         grad_q = tl.dot(grad_products.to(k_block.dtype), k_block, grad_q, input_precision=PRECISION)
@@ -368,9 +404,9 @@ def backward_query_kernel(
     stride_vb, stride_vs, stride_vh, stride_db, stride_ds,
     seq, keys, plane, n_heads, blocks, scale, inner, outer, window, dropout,
     GROUP: constexpr, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr,
-    BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_ALIBI: constexpr, HAS_CODES: constexpr,
-    HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr,
-    HAS_DROPOUT: constexpr, PRECISION: constexpr,
+    BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_ALIBI: constexpr, HAS_DOCUMENTS: constexpr,
+    HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW: constexpr,
+    HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """One block of queries of one head: its gradient, (batch, seq, n_heads, head_dim), heads side by side.
 
@@ -394,6 +430,7 @@ def backward_query_kernel(
     rows = begin + tl.arange(0, BLOCK_Q)
     positions_q, frame = past + rows, past + begin
     codes_q = codes_of_queries(codes, positions_q, rows < seq) if HAS_CODES else positions_q
+    starts_q = tl.load(bounds + positions_q, mask=rows < seq, other=keys) if HAS_DOCUMENTS else positions_q
     slope = tl.load(slopes + head) * 1.4426950408889634 if HAS_ALIBI else 0.0
     drawn_from = tl.load(seed) if HAS_DROPOUT else 0
     q_block = load_rows(q, begin, stride_qs, seq, BLOCK_Q, HEAD_DIM, WIDTH, True)
@@ -405,8 +442,9 @@ def backward_query_kernel(
     level += shift_of(slope, positions_q, frame, EXACT)
 
     low, whole_low, whole_high, high = query_bounds(
-        bounds, plane, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, HAS_CODES, HAS_PREFIX, HAS_WINDOW
-    )
+        bounds, plane, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, HAS_DOCUMENTS,
+        HAS_CODES, HAS_PREFIX, HAS_WINDOW,
+    )  # fmt: skip
     reached = tl.load(reach + head_of_all * tl.cdiv(seq, REACH_BLOCK) + begin // REACH_BLOCK)
     low = tl.minimum(tl.maximum(low, reached // BLOCK_K * BLOCK_K), whole_high)
     whole_low = tl.maximum(whole_low, low)
@@ -414,9 +452,9 @@ def backward_query_kernel(
     for masked in tl.static_range(2):
         grad_q_block = _query_span(
             grad_q_block, q_block, grad_block, level, own_delta, k, v, stride_ks, stride_vs, low, whole_low,
-            whole_high, high, keys, positions_q, codes, codes_q, slope, frame, inner, outer, window,
-            drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K, masked, HAS_ALIBI, HAS_CODES,
-            HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
+            whole_high, high, keys, positions_q, codes, codes_q, starts_q, slope, begin, frame, inner, outer,
+            window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_K, masked, HAS_ALIBI,
+            HAS_DOCUMENTS, HAS_CODES, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
         )  # fmt: skip
     store_rows(grad_q, grad_q_block * scale, begin, stride_ds, seq, BLOCK_Q, HEAD_DIM, WIDTH)
 
@@ -424,8 +462,8 @@ def backward_query_kernel(
 @triton.jit
 def _key_bounds(
     bounds, plane, reach, begin, past, seq, keys, window,
-    BLOCK_Q: constexpr, BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_CODES: constexpr,
-    HAS_PREFIX: constexpr, HAS_WINDOW: constexpr, SKIPS: constexpr,
+    BLOCK_Q: constexpr, BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_DOCUMENTS: constexpr,
+    HAS_CODES: constexpr, HAS_PREFIX: constexpr, HAS_WINDOW: constexpr, SKIPS: constexpr,
 ):  # fmt: skip
     """The queries that see the keys [begin, begin + BLOCK_K), in multiples of BLOCK_Q.
 
@@ -439,15 +477,22 @@ def _key_bounds(
     if HAS_WINDOW:
         high = tl.minimum(high, last_position + window + 1 - past)
         whole_high = tl.minimum(whole_high, begin + window + 1 - past)
-    if HAS_CODES:
-        positions = begin + tl.arange(0, BLOCK_K)
-        inside = positions < keys
-        high = tl.minimum(high, tl.max(tl.load(bounds + plane + positions, mask=inside, other=0)) - past)
-        run = tl.load(bounds + 2 * plane + positions, mask=inside, other=0)
-        run_end = tl.min(tl.load(bounds + 3 * plane + positions, mask=inside, other=keys))
-        whole_high = tl.where(tl.max(run) <= begin, tl.minimum(whole_high, run_end - past), 0)
+    if HAS_DOCUMENTS:
+        if HAS_CODES:
+            positions = begin + tl.arange(0, BLOCK_K)
+            inside = positions < keys
+            first_stop = _uniform(tl.min(tl.load(bounds + 3 * plane + positions, mask=inside, other=keys)))
+            last_stop = _uniform(tl.max(tl.load(bounds + plane + positions, mask=inside, other=0)))
+            last_start = _uniform(tl.max(tl.load(bounds + 2 * plane + positions, mask=inside, other=0)))
+        else:
+            first_stop = tl.load(bounds + plane + begin)
+            last_stop = tl.load(bounds + plane + last_position)
+            last_start = tl.load(bounds + last_position)
+        high = tl.minimum(high, last_stop - past)
+        whole_high = tl.where(last_start <= begin, tl.minimum(whole_high, first_stop - past), 0)
         if HAS_PREFIX:
-            low = tl.minimum(low, tl.min(tl.load(bounds + positions, mask=inside, other=keys)) - past)
+            first_start = tl.min(tl.load(bounds + positions, mask=inside, other=keys))
+            low = tl.minimum(low, _uniform(first_start) - past)
             whole_high = 0
     if SKIPS:
         high = tl.minimum(high, _reached_by(reach, last_position, seq, REACH_BLOCK))
@@ -467,16 +512,17 @@ def _reached_by(reach, position, seq, REACH_BLOCK: constexpr):
         blocks = start + tl.arange(0, 128)
         first_visited = tl.load(reach + blocks, mask=blocks < number, other=2147483647)
         last = tl.maximum(last, tl.max(tl.where(first_visited <= position, blocks + 1, 0)))
-    return last * REACH_BLOCK
+    return _uniform(last) * REACH_BLOCK
 
 
 @triton.jit
 def _key_span(
     grad_k, grad_v, q, grad, lse, delta, k, v, stride_q, stride_g, low, whole_low, whole_high, high, seq,
-    frame, past, positions_k, codes, codes_k, slope, inner, outer, window, seed, head, dropout,
+    frame, past, positions_k, codes, codes_k, stops_k, slope, inner, outer, window, seed, head, dropout,
     HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr, MASKED: constexpr,
-    HAS_ALIBI: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW:
-    constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, PRECISION: constexpr,
+    HAS_ALIBI: constexpr, HAS_DOCUMENTS: constexpr, HAS_CODES: constexpr, HAS_PREFIX: constexpr,
+    EXACT: constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr,
+    PRECISION: constexpr,
 ):  # fmt: skip
     """Add the query blocks' part of the keys' gradients: those in [whole_low, whole_high), or the others.
 
@@ -497,7 +543,10 @@ def _key_span(
         else:
             level, own_delta = tl.load(lse + rows), tl.load(delta + rows)
         level += shift_of(slope, positions_q, frame, EXACT)
-        scores = scores_of(tl.dot(k, tl.trans(q_block), input_precision=PRECISION), inner, outer, HAS_SOFTCAP)
+        # Both products come first: the second is computed while the softmax of the first is.
+        products = tl.dot(k, tl.trans(q_block), input_precision=PRECISION)
+        grad_weights = tl.dot(v, tl.trans(grad_block), input_precision=PRECISION)
+        scores = scores_of(products, inner, outer, HAS_SOFTCAP)
         biased = scores
         if HAS_ALIBI:
             biased += bias_of(slope, positions_q[None, :], positions_k[:, None], frame, EXACT)
@@ -505,18 +554,18 @@ def _key_span(
             codes_q = positions_q
             if HAS_CODES:
                 codes_q = codes_of_queries(codes, positions_q, rows < seq)
+            in_document = positions_q[None, :] < stops_k[:, None] if HAS_DOCUMENTS else True
             visible = is_visible(
-                positions_q[None, :], positions_k[:, None], codes_q[None, :], codes_k[:, None], window,
-                HAS_CODES, HAS_PREFIX, HAS_WINDOW,
+                positions_q[None, :], positions_k[:, None], codes_q[None, :], codes_k[:, None], in_document,
+                window, HAS_CODES, HAS_PREFIX, HAS_WINDOW,
             )  # fmt: skip
             biased = tl.where(visible, biased, NOTHING)
         weights = tl.exp2(biased - level[None, :])
-        kept = (
-            is_kept(seed, head, positions_q[None, :], positions_k[:, None], dropout) if HAS_DROPOUT else True
-        )
+        kept = True
+        if HAS_DROPOUT:
+            kept = is_kept(seed, head, frame, start, dropout, positions_k.shape[0], BLOCK_Q, False)
         passed = tl.where(kept, weights / (1 - dropout), 0.0) if HAS_DROPOUT else weights
         grad_v = tl.dot(passed.to(grad_block.dtype), grad_block, grad_v, input_precision=PRECISION)
-        grad_weights = tl.dot(v, tl.trans(grad_block), input_precision=PRECISION)
         grad_products = _softmax_gradient(scores, weights, grad_weights, own_delta[None, :], kept, outer,
                                           dropout, HAS_SOFTCAP, HAS_DROPOUT)  # fmt: skip
         grad_k = tl.dot(grad_products.to(q_block.dtype), q_block, grad_k, input_precision=PRECISION)
@@ -530,9 +579,9 @@ def backward_key_kernel(
     stride_vb, stride_vs, stride_vh, stride_db, stride_ds,
     seq, keys, plane, n_heads, blocks, scale, inner, outer, window, dropout,
     GROUP: constexpr, HEAD_DIM: constexpr, WIDTH: constexpr, BLOCK_Q: constexpr,
-    BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_ALIBI: constexpr, HAS_CODES: constexpr,
-    HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW: constexpr, HAS_SOFTCAP: constexpr,
-    HAS_DROPOUT: constexpr, SKIPS: constexpr, PRECISION: constexpr,
+    BLOCK_K: constexpr, REACH_BLOCK: constexpr, HAS_ALIBI: constexpr, HAS_DOCUMENTS: constexpr,
+    HAS_CODES: constexpr, HAS_PREFIX: constexpr, EXACT: constexpr, HAS_WINDOW: constexpr,
+    HAS_SOFTCAP: constexpr, HAS_DROPOUT: constexpr, SKIPS: constexpr, PRECISION: constexpr,
 ):  # fmt: skip
     """One block of one key head: its keys' and values' gradients, (batch, keys, kv_heads, head_dim), heads
     side by side."""
@@ -546,6 +595,11 @@ def backward_key_kernel(
     bounds += row * keys
     positions_k = begin + tl.arange(0, BLOCK_K)
     codes_k = tl.load(codes + positions_k, mask=positions_k < keys, other=-1) if HAS_CODES else positions_k
+    stops_k = (
+        tl.load(bounds + plane + positions_k, mask=positions_k < keys, other=0)
+        if HAS_DOCUMENTS
+        else positions_k
+    )
     drawn_from = tl.load(seed) if HAS_DROPOUT else 0
     k_block = load_rows(k, begin, stride_ks, keys, BLOCK_K, HEAD_DIM, WIDTH, True)
     v_block = load_rows(v, begin, stride_vs, keys, BLOCK_K, HEAD_DIM, WIDTH, True)
@@ -561,15 +615,15 @@ def backward_key_kernel(
         own_reach = reach + head_of_all * tl.cdiv(seq, REACH_BLOCK)
         low, whole_low, whole_high, high = _key_bounds(
             bounds, plane, own_reach, begin, past, seq, keys, window, BLOCK_Q, BLOCK_K, REACH_BLOCK,
-            HAS_CODES, HAS_PREFIX, HAS_WINDOW, SKIPS,
+            HAS_DOCUMENTS, HAS_CODES, HAS_PREFIX, HAS_WINDOW, SKIPS,
         )  # fmt: skip
         for masked in tl.static_range(2):
             grad_k_block, grad_v_block = _key_span(
                 grad_k_block, grad_v_block, own_q, own_grad, own_sum, own_delta, k_block, v_block, stride_qs,
                 stride_gs, low, whole_low, whole_high, high, seq, begin, past, positions_k, codes, codes_k,
-                slope, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH, BLOCK_Q,
-                masked, HAS_ALIBI, HAS_CODES, HAS_PREFIX, EXACT, HAS_WINDOW, HAS_SOFTCAP, HAS_DROPOUT,
-                PRECISION,
+                stops_k, slope, inner, outer, window, drawn_from, head_of_all, dropout, HEAD_DIM, WIDTH,
+                BLOCK_Q, masked, HAS_ALIBI, HAS_DOCUMENTS, HAS_CODES, HAS_PREFIX, EXACT, HAS_WINDOW,
+                HAS_SOFTCAP, HAS_DROPOUT, PRECISION,
             )  # fmt: skip
     offset = row.to(tl.int64) * stride_db + kv_head * HEAD_DIM
     store_rows(grad_k + offset, grad_k_block * scale, begin, stride_ds, keys, BLOCK_K, HEAD_DIM, WIDTH)
@@ -626,7 +680,7 @@ def decode_kernel(
             scores += bias_of(slope[:, None], positions_q[:, None], positions_k[None, :], past, EXACT)
         codes_k = tl.load(codes + positions_k, mask=positions_k < end, other=-1) if HAS_CODES else positions_k
         visible = is_visible(
-            positions_q[:, None], positions_k[None, :], codes_q[:, None], codes_k[None, :], window,
+            positions_q[:, None], positions_k[None, :], codes_q[:, None], codes_k[None, :], True, window,
             HAS_CODES, HAS_PREFIX, HAS_WINDOW,
         )  # fmt: skip
         scores = tl.where(visible, scores, NOTHING)

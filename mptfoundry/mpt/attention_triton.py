@@ -98,29 +98,32 @@ def prepare(context: AttentionContext, seq: int) -> None:
 def _codes_and_bounds(context: AttentionContext) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if context.documents is None and context.prefix is None:
         return None, None
-    return context.once("codes and bounds", lambda: encode_documents(context.documents, context.prefix))
+    return context.once(
+        "codes and bounds",
+        lambda: encode_documents(context.documents, context.prefix, context.max_documents is None),
+    )
 
 
 def encode_documents(
-    documents: torch.Tensor | None, prefix: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    documents: torch.Tensor | None, prefix: torch.Tensor | None, may_have_gaps: bool = True
+) -> tuple[torch.Tensor | None, torch.Tensor]:
     """Encode documents and prefixes for the kernels, on the device without a sync.
 
     Args:
         documents, prefix: (batch, keys) each, as in AttentionContext; one of them may be None.
+        may_have_gaps: Whether padding may stand between tokens of one document.
 
     Returns:
-        codes: (batch, keys) int32, 2 * document + is-in-prefix, and -1 for padding.
-        bounds: (4, batch, keys) int32: start and stop of a token's document, then start and stop of its run
-            without padding in between. For padding the values are empty ranges.
+        codes: (batch, keys) int32, 2 * document + is-in-prefix, and -1 for padding. None without gaps and
+            prefix, where the bounds are enough.
+        bounds: (2 or 4, batch, keys) int32: start and stop of a token's document, then, with codes, start and
+            stop of its run without padding in between. For padding the values are empty ranges.
     """
     if documents is None:
         assert prefix is not None
         documents = torch.zeros_like(prefix, dtype=torch.int64)
     batch, keys = documents.shape
     is_padding = documents == PADDING
-    codes = documents * 2 if prefix is None else documents * 2 + prefix
-    codes = codes.masked_fill(is_padding, PADDING)
     positions = torch.arange(keys, device=documents.device).expand(batch, keys)
 
     def begins(numbers: torch.Tensor) -> torch.Tensor:
@@ -134,10 +137,14 @@ def encode_documents(
     # Document numbers increase along a row, so padding takes the number of the document before or after it.
     before = documents.cummax(1).values
     after = documents.masked_fill(is_padding, torch.iinfo(torch.int64).max).flip(1).cummin(1).values.flip(1)
-    starts = torch.stack([begins(before), begins(documents)]).masked_fill_(is_padding, keys)
-    stops = torch.stack([ends(after), ends(documents)]).masked_fill_(is_padding, 0)
-    bounds = torch.stack([starts, stops], dim=1).flatten(0, 1)
-    return codes.int(), bounds.int()
+    starts, stops = begins(before).masked_fill(is_padding, keys), ends(after).masked_fill(is_padding, 0)
+    if prefix is None and not may_have_gaps:
+        return None, torch.stack([starts, stops.cummax(1).values]).int()
+    codes = documents * 2 if prefix is None else documents * 2 + prefix
+    codes = codes.masked_fill(is_padding, PADDING)
+    run_starts = begins(documents).masked_fill(is_padding, keys)
+    run_stops = ends(documents).masked_fill(is_padding, 0)
+    return codes.int(), torch.stack([starts, stops, run_starts, run_stops]).int()
 
 
 def _constants(
@@ -215,8 +222,8 @@ def _attention(  # type: ignore[no-untyped-def]
             nothing if seed is None else seed, *_strides(query, key, value),
             seq, keys, batch * keys, n_heads, blocks, *_factors(scale, softcap), window, dropout, bits,
             **_constants(query, key, slopes, codes, window, softcap, has_prefix), BLOCK_Q=tile.block_q,
-            BLOCK_K=tile.block_k, HAS_DROPOUT=seed is not None, SKIPS=skips, num_warps=tile.warps,
-            num_stages=tile.stages,
+            BLOCK_K=tile.block_k, HAS_DOCUMENTS=bounds is not None, HAS_DROPOUT=seed is not None, SKIPS=skips,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     return out, lse, reach
 
@@ -256,6 +263,7 @@ def _backward(  # type: ignore[no-untyped-def]
     options = {
         **_constants(query, key, slopes, codes, window, softcap, has_prefix),
         "REACH_BLOCK": _tile("forward", query, has_dropout=has_dropout).block_q,
+        "HAS_DOCUMENTS": bounds is not None,
         "HAS_DROPOUT": has_dropout,
     }
     with torch.cuda.device_of(query):

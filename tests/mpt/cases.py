@@ -36,6 +36,7 @@ SMALL_TILES = [
 FEATURES: dict[str, dict[str, Any]] = {
     "alibi": {"bias_max": 8},
     "documents": {"documents": ((3, 16), (4, 5, 25))},
+    "packed documents": {"documents": ((3, 16), (4, 5, 25)), "packed": True},
     "left padding": {"left": 5},
     "right padding": {"right": 19},
     "inner padding": {"inner": ((9, 26), (20, 23))},
@@ -72,12 +73,14 @@ def make_case(
     inner: tuple[tuple[int, int], ...] = (),
     prefix: tuple[tuple[int, int], ...] = (),
     slopes: tuple[float, ...] = (),
+    packed: bool = False,
     **options: Any,
 ) -> Case:
     """Inputs, a gradient of the output that is zero for padding, and a context.
 
     ``documents`` (where each begins but the first), ``inner`` (where padding begins and ends) and ``prefix``
-    are for each row; where rows don't differ there is one.
+    are for each row; where rows don't differ there is one. ``packed`` says, where it is true, that padding
+    stands only at the end of rows.
     """
     keys, kv_heads = past + seq, kv_heads or n_heads
     batch = min(batch, 2 if left or right else max(1, len(documents), len(inner), len(prefix)))
@@ -96,6 +99,7 @@ def make_case(
         numbers[row, begin:end] = PADDING
     if documents or left or right or inner:
         options["documents"] = numbers
+        options["max_documents"] = 9 if packed and not left and not inner else None
         grad[numbers[:, past:] == PADDING] = 0
     if prefix:
         options["prefix"] = torch.stack([(places >= begin) & (places < end) for begin, end in prefix[:batch]])

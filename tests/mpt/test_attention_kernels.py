@@ -166,6 +166,20 @@ def test_positions_far_along_a_row_cost_no_precision(
     assert_kernels_as_exact(case, dtype)
 
 
+@pytest.mark.parametrize("options", [{"past": 23}, {"right": 19, "window": 10}, {"kv_heads": 1}], ids=str)
+def test_packed_rows_are_computed_without_the_numbers_of_documents(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tiles(monkeypatch, SMALL_TILES[1])
+    inputs, grad, packed = make_case(**{**FEATURES["packed documents"], "bias_max": 8, **options})
+    numbered = dataclasses.replace(packed, max_documents=None, _made={})
+    with Calls() as calls:
+        by_starts = by_kernels(inputs, grad, packed, torch.float32)
+        assert calls.arguments["attention"][3] is None
+    for one, other in zip(by_starts, by_kernels(inputs, grad, numbered, torch.float32), strict=True):
+        assert torch.equal(one, other)
+
+
 def skipping_case(**options: Any) -> Case:
     return make_case(**{"seq": 96, "slopes": (4.0, 1.0), **options})
 
@@ -287,7 +301,8 @@ def test_dropout_drops_its_share_and_other_weights_in_each_row_and_head(
     case = make_case(seq=64, head_dim=64, dropout=0.3, prefix=((0, 64), (0, 64)))
     kept = kept_weights(case, seed=5)
     assert kept.float().mean().item() == pytest.approx(0.7, abs=0.02)
-    others = [kept.flip(0), kept.flip(1), kept.roll(1, 2), kept.roll(1, 3), kept.mT, kept_weights(case, 6)]
+    others = [kept.flip(0), kept.flip(1), kept.mT, kept_weights(case, 6)]
+    others += [kept.roll(by, dim) for by in (1, 8) for dim in (2, 3)]
     for other in others:
         assert (kept == other).float().mean().item() == pytest.approx(0.7**2 + 0.3**2, abs=0.03)
     use_tiles(monkeypatch, SMALL_TILES[1])
