@@ -165,6 +165,7 @@ def build_model(
     on_meta = plan.init_device == "meta" or (plan.init_device == "mixed" and rank() != 0)
     device, is_empty = "meta" if on_meta else "cpu", source is not None
     network: Any = make_network(config.model.network(), device=device, seed=config.seed, empty=is_empty)
+    network.fuses_loss = plan.loss_fn == "fused_crossentropy"
     if config.fsdp_config is not None and config.fsdp_config.saves_activations:
         _save_activations(network, config.model, config.fsdp_config)
     if config.compile_config is not None:

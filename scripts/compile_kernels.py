@@ -5,10 +5,10 @@
         [lines=true]
 
 Without words it compiles every variant that ships, with words all combinations of their values; `and` starts
-another set; `features=lion` is the optimizer's kernel. Attention, or a step, is called on the CPU with small
-tensors that have a model's strides. Where Triton would launch a kernel, the kernel is only compiled, as
-Triton's launcher does for that architecture, with Triton's own ptxas. Triton's cache (TRITON_CACHE_DIR) is
-used, so recently compiled kernels take no time.
+another set; `features=lion`, `loss` and `loss+softcap` are the kernels of optimizer and loss. Attention, or a
+step, is called on the CPU with small tensors that have a model's strides. Where Triton would launch a kernel,
+the kernel is only compiled, as Triton's launcher does for that architecture, with Triton's own ptxas.
+Triton's cache (TRITON_CACHE_DIR) is used, so recently compiled kernels take no time.
 
 * *spilled*: bytes of spill stores and loads in the machine code, from `ptxas -v`. It runs only if cuobjdump
   finds a stack; without a stack there are no spills.
@@ -50,6 +50,7 @@ from triton.runtime.jit import JITFunction
 
 from mptfoundry.mpt import attention_triton
 from mptfoundry.mpt.attention_tiles import Tile, tile_of
+from mptfoundry.mpt.loss_kernel import cross_entropy
 from mptfoundry.mpt.position import AttentionContext, alibi_slopes
 from mptfoundry.optim.lion_fused import DecoupledLionW
 
@@ -133,6 +134,8 @@ def shipped(options: dict[str, str]) -> Iterator[Case]:
     kernels = tuple(asked("kernel", ()))
     if not options:
         yield from (Case(arch, 0, "lion", dtype="float32") for arch in ARCHITECTURES)
+        losses = itertools.product(ARCHITECTURES, ("loss", "loss+softcap"), ("bfloat16", "float32"))
+        yield from (Case(arch, 0, features, dtype=dtype) for arch, features, dtype in losses)
     for arch, head_dim, features, group, dtype in itertools.product(
         asked("arch", ARCHITECTURES),
         asked("head_dim", HEAD_DIMS),
@@ -183,6 +186,8 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
     try:
         if case.features == "lion":
             call_lion()
+        elif case.features.startswith("loss"):
+            call_loss(case)
         else:
             call_attention(case, batch=2, seq=64, past=0)
             call_attention(case, batch=1, seq=1, past=36)
@@ -250,6 +255,13 @@ def call_lion() -> None:
     optimizer = DecoupledLionW([weight], weight_decay=1e-5)
     optimizer.gradient_scale = torch.ones(())
     optimizer.step()
+
+
+def call_loss(case: Case) -> None:
+    """The cross entropy of MPT-7B's vocabulary."""
+    logits = torch.zeros(2, 50_432, dtype=getattr(torch, case.dtype))
+    softcap = 30.0 if "softcap" in case.features else 0.0
+    cross_entropy(logits, torch.zeros(2, dtype=torch.int64), -100, softcap)
 
 
 class _Cache:

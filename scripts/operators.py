@@ -27,6 +27,8 @@ PARTS = (
 )
 # Position of the first factor among the arguments.
 _PRODUCTS = {"aten::mm": 0, "aten::bmm": 0, "aten::addmm": 1, "aten::addmm_": 1, "aten::baddbmm": 1}
+_PRODUCTS |= {"aten::mm.out": 0, "aten::mm.dtype": 0, "aten::mm.dtype_out": 0}
+_PRODUCTS |= {"aten::addmm.out": 1, "aten::addmm.dtype": 1, "aten::addmm.dtype_out": 1}
 COPIES = ("aten::_to_copy", "aten::copy_", "aten::clone", "prims::convert_element_type")
 # They allocate or look at a tensor, but launch no kernel. Other views are known by their schema.
 _NO_KERNEL = (
@@ -46,8 +48,10 @@ _PICKS = ("aten::embedding", "aten::gather", "aten::index.Tensor", "aten::index_
 _PUTS = ("aten::index_put_", "aten::scatter_add_", "aten::scatter_.src", "aten::scatter_.value")
 # They write without reading what was there.
 _FILLS = ("aten::copy_", "aten::zero_", "aten::fill_.Scalar", "aten::fill_.Tensor")
+_FILLS += ("aten::mm.out", "aten::mm.dtype_out")
 # Their kernels read an input of wide rows several times: for the maximum, the sum and the result.
 _READ_AGAIN = {"aten::_log_softmax": 2, "aten::log_softmax.int_out": 2, "aten::native_layer_norm_backward": 1}
+_READ_AGAIN |= {"mptfoundry_mpt::cross_entropy": 1}
 
 
 @dataclass(frozen=True)

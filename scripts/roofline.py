@@ -9,8 +9,8 @@ slower of both on an H200. It needs Linux, a C compiler, PyTorch's CUDA build, a
 of a 7B. With `layers=2,4` it needs seconds: it traces networks of two and of four layers of that width, and
 adds what a layer takes as often as there are more. The variants, from left to right in the table:
 
-* `float32-residual`: the residual stream in float32, the optimizer operator by operator.
-* `plain`: the residual stream in autocast's dtype, the optimizer operator by operator.
+* `float32-residual`: the residual stream in float32, the optimizer and the loss operator by operator.
+* `plain`: the residual stream in autocast's dtype, the optimizer and the loss operator by operator.
 * `as-configured`: what the config says.
 * `compiled`: as configured, with compiled blocks (`compile_config`).
 
@@ -75,10 +75,11 @@ def main(words: list[str]) -> int:
     return 0
 
 
+PLAIN = ["optimizer.fused=false", "model.loss_fn=torch_crossentropy"]
 # The residual stream's dtype where it is not autocast's, and words for the config.
 VARIANTS: dict[str, tuple[str | None, list[str]]] = {
-    "float32-residual": ("float32", ["optimizer.fused=false"]),
-    "plain": (None, ["optimizer.fused=false"]),
+    "float32-residual": ("float32", PLAIN),
+    "plain": (None, PLAIN),
     "as-configured": (None, []),
     "compiled": (None, ["compile_config={}"]),
 }

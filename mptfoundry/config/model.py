@@ -32,7 +32,9 @@ class ModelConfig(MPTConfig):
 
     Attributes:
         name: The kind of model.
-        loss_fn: llm-foundry's names for one exact cross-entropy, computed in chunks of tokens; all are equal.
+        loss_fn: llm-foundry's names for one exact cross-entropy, computed in chunks of tokens. On a GPU with
+            Triton, `fused_crossentropy` writes the gradient over the logits in one kernel: faster, and equal
+            within rounding. Elsewhere both compute the same. `auto` is `fused_crossentropy` on such a GPU.
         init_device: Where new weights are created: `meta` allocates them only once they are sharded, `cpu`
             creates them whole, `mixed` creates them whole on rank 0 only. `auto` is `meta` with FSDP and
             `cpu` without. The weights are the same in each case.

@@ -187,7 +187,12 @@ class MPT(nn.Module):
         seed: Draw the weights from this seed. Default: a seed from torch's random state, as for PyTorch's own
             modules.
         empty: Allocate the weights without initializing them, for a network whose weights are loaded.
+
+    Attributes:
+        fuses_loss: Compute the loss's gradients by a kernel where one can run; see loss.py.
     """
+
+    fuses_loss = True
 
     def __init__(
         self,
@@ -270,8 +275,9 @@ class MPT(nn.Module):
     def _loss(self, x: torch.Tensor, labels: torch.Tensor) -> MPTOutput:
         """The loss of predicting ``labels`` (batch, seq) from x (batch, seq, d_model), shifted by one."""
         targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        softcap, fused = self.config.final_logit_softcapping, self.fuses_loss
         loss, token_loss, correct = linear_cross_entropy(
-            x.flatten(0, 1), self.output_weight, targets.flatten(), self.config.final_logit_softcapping
+            x.flatten(0, 1), self.output_weight, targets.flatten(), softcap, fused
         )
         if self.training:
             return MPTOutput(loss=loss)

@@ -26,7 +26,8 @@ from mptfoundry.plan.fsdp import Sharding
 FP32 = 4
 STATE_BYTES = {"decoupled_lionw": FP32, "decoupled_adamw": 2 * FP32}  # optimizer state per parameter
 OWN_STATE_BYTES = 2 * FP32  # of an optimizer of the user's own, taken to be like AdamW's
-LOSS_CHUNK_LOGITS = {"gpu": 2**27, "cpu": 2**23}
+LOSS_CHUNK_LOGITS = 2**23  # on a CPU
+LOSS_CHUNK_BYTES = 2**30  # on a GPU
 # Memory of the driver, the libraries and the process itself.
 OVERHEAD = {"gpu": 2 * GIB, "cpu": GIB}
 
@@ -132,9 +133,6 @@ def _everything(
     kept = model.n_layers * block_keeps
     if fsdp is not None and fsdp.saves_activations:
         kept -= _saved_activations(model, fsdp, block_keeps)
-    chunk = min(tokens * model.vocab_size, LOSS_CHUNK_LOGITS[device.kind])
-    # In float32 a chunk is changed in place, and freed once the next one exists.
-    per_logit = FP32 + 2 * number if number < FP32 else FP32 * (1 + (tokens * model.vocab_size > chunk))
     quantized = matrix_parameters(model) if model.bits else 0
     return Memory(
         weights=(parameters * FP32 - quantized * FP32 + quantized * (model.bits or 0) // 8) // shards,
@@ -142,10 +140,22 @@ def _everything(
         optimizer=trainable.parameters * STATE_BYTES.get(config.optimizer.name, OWN_STATE_BYTES) // shards,
         gathered=gathered,
         activations=tokens * kept * number,
-        logits=chunk * per_logit
+        logits=_CHUNK[device.kind](model, tokens * model.vocab_size, number)
         + (model.vocab_size * model.d_model * FP32 if trainable.trains_output else 0),
         overhead=OVERHEAD[device.kind],
     )
+
+
+def _chunk_on_cpu(model: AnyModelConfig, logits: int, number: int) -> int:
+    chunk = min(logits, LOSS_CHUNK_LOGITS)
+    return chunk * FP32 * (1 + (logits > chunk))  # changed in place, and freed once the next one exists
+
+
+def _chunk_on_gpu(model: AnyModelConfig, logits: int, number: int) -> int:
+    """Bytes of a chunk of the loss at its peak, of so many logits with `number` bytes each."""
+    if model.loss_fn == "torch_crossentropy":
+        return min(logits * 2 * FP32, LOSS_CHUNK_BYTES)
+    return logits * number // max(1, -(-logits * number // LOSS_CHUNK_BYTES))
 
 
 def _gathered_parameters(
@@ -200,3 +210,6 @@ def _adapter_activations(model: AnyModelConfig) -> int:
     shapes = lora.adapter_shapes(replace(model.network(), n_layers=1))
     inputs = [shape[1] for name, shape in shapes.items() if ".lora_A." in name]
     return lora.r * len(inputs) + (sum(inputs) if lora.lora_dropout else 0)
+
+
+_CHUNK = {"cpu": _chunk_on_cpu, "gpu": _chunk_on_gpu}

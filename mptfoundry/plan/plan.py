@@ -141,7 +141,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     choose = partial(_choose_attention, model, device, COMPUTE_DTYPE[precision])
     attention = decide("model.attn_config.attn_impl", model.attn_config.attn_impl, choose)
     loss_fn = "torch" if isinstance(model, HeadConfig) else model.loss_fn
-    loss_fn = decide("model.loss_fn", loss_fn, _choose_loss)
+    loss_fn = decide("model.loss_fn", loss_fn, lambda: _choose_loss(device))
     # The values are the same everywhere, so `cpu` may replace `meta`.
     init_device = "auto" if sharding is None and model.init_device != "cpu" else model.init_device
     init_device = decide("model.init_device", init_device, lambda: choose_init_device(config, sharding))
@@ -295,6 +295,11 @@ def why_not_fused(config: TrainConfig, device: Device) -> str | None:
     """Why the optimizer has no step in one pass on a device, one clause; None if it has."""
     if config.optimizer.name == "decoupled_adamw":
         return None
+    return why_no_kernels(device)
+
+
+def why_no_kernels(device: Device) -> str | None:
+    """Why Triton's kernels can't run on a device, one clause; None if they can."""
     if device.kind == "gpu" and not device.is_here and (device.capability or (0, 0)) >= (8, 0):
         return None  # torch brings Triton to a cluster, whatever this machine has
     return why_not_here("triton", device.torch_type, "float32", device.capability)
@@ -304,8 +309,9 @@ def _replicas(device: Device) -> str:
     return f"{device.count} replicas" if device.count > 1 else "not sharded"
 
 
-def _choose_loss() -> tuple[str, str]:
-    return "torch_crossentropy", "exact, in chunks of tokens: the full logits never exist"
+def _choose_loss(device: Device) -> tuple[str, str]:
+    name = "torch_crossentropy" if device.kind == "cpu" or why_no_kernels(device) else "fused_crossentropy"
+    return name, "exact, in chunks of tokens: the full logits never exist"
 
 
 def choose_init_device(config: TrainConfig, sharding: Sharding | None) -> tuple[str, str]:

@@ -144,6 +144,16 @@ def test_the_optimizers_step_is_one_pass_on_a_gpu_that_can() -> None:
 
 
 @pytest.mark.usefixtures("all_backends")
+def test_the_loss_is_one_kernel_on_a_gpu_that_can() -> None:
+    assert make_plan(load("mpt-tiny"), CPU).loss_fn == "torch_crossentropy"
+    assert make_plan(load("mpt-tiny"), gpus()).loss_fn == "fused_crossentropy"
+    old = replace(LAPTOP_GPU, gpus=(GPU("NVIDIA T4", capability=(7, 5)),))
+    assert make_plan(load("mpt-tiny"), old).loss_fn == "torch_crossentropy"
+    given = make_plan(load("mpt-tiny", "model.loss_fn=torch_crossentropy"), gpus())
+    assert given.loss_fn == "torch_crossentropy" and "model.loss_fn" not in given.choices
+
+
+@pytest.mark.usefixtures("all_backends")
 def test_a_backend_that_cannot_serve_is_refused_before_anything_is_built() -> None:
     flash = "model.attn_config.attn_impl=flash"
     on_cpu = make_plan(load("mpt-tiny", flash), CPU)

@@ -47,6 +47,7 @@ def trace(config: TrainConfig, residual: str | None) -> Recorder:
     is_wide = residual is not None and (lambda x: getattr(torch, residual))
     with machine.FakeTensorMode(allow_non_fake_inputs=True), launches(recorder):
         net = make_network(config, recorder)
+        net.fuses_loss = plan.loss_fn == "fused_crossentropy"
         optimizer = make_optimizer(config, net, plan.fused)
         ids = torch.zeros(microbatch, config.max_seq_len, dtype=torch.int64, device="cuda")
         with patch.object(networks, "compute_dtype", is_wide or networks.compute_dtype):

@@ -25,7 +25,7 @@ def case(n_layers: int, *words: str, residual: str | None = None) -> dict[str, A
 def steps(start: Callable[..., Any]) -> dict[str, tuple[Step, Step]]:
     """For each kind, a step with one layer and one with two."""
     kinds: dict[str, dict[str, Any]] = {"plain": {}, "float32 residual": {"residual": "float32"}}
-    words = {"unfused": ("optimizer.fused=false",)}
+    words = {"unfused": ("optimizer.fused=false", "model.loss_fn=torch_crossentropy")}
     words |= {"compiled": (COMPILED,)} if hasattr(TorchDispatchMode, "ignore_compile_internals") else {}
     cases = [case(n, **options) for options in kinds.values() for n in (1, 2)]
     cases += [case(n, *some) for some in words.values() for n in (1, 2)]
@@ -70,6 +70,15 @@ def test_a_layer_moves_so_many_bytes_of_a_tokens_features(steps: dict[str, tuple
     assert features["plain"] < 89, features
     assert features["float32 residual"] > 1.2 * features["plain"], features
     assert features.get("compiled", 0) < 89, features
+
+
+def test_the_loss_reads_its_logits_twice_and_writes_them_once(steps: dict[str, tuple[Step, Step]]) -> None:
+    tokens, vocab = ROWS * SEQ, 512
+    for name, (step, _) in steps.items():
+        # bfloat16 logits; the matrix is cast, and its float32 gradient scaled; the hidden states' is scaled.
+        expected = 6 * tokens * vocab + 14 * vocab * D_MODEL + 4 * tokens * D_MODEL
+        is_fused = total(step, "bytes", "loss") == pytest.approx(expected, rel=0.02)
+        assert is_fused == (name != "unfused"), name
 
 
 def test_a_layer_launches_so_many_kernels(steps: dict[str, tuple[Step, Step]]) -> None:
