@@ -60,7 +60,7 @@ def main(words: list[str]) -> int:
         case(own, [*overrides, *depth], name) for name in names for depth in ([[d] for d in depths] or [[]])
     ]
     with tempfile.TemporaryDirectory() as folder:
-        traced = run_program(Path(folder), "step.py", json.dumps(cases), seconds=3600)
+        traced = run_program(Path(folder), "step.py", json.dumps(cases))
     if depths:
         total = n_layers_of(own["config"], overrides)
         small, large = (int(number) for number in own["layers"].split(","))

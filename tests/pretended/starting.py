@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -24,15 +25,28 @@ def why_not() -> str | None:
     return None
 
 
-def run_program(folder: Path, program: str, *words: str, seconds: float = 900) -> Any:
+def run_program(folder: Path, program: str, *words: str) -> Any:
     """Run a program of this folder with words; returns what its last line says as JSON.
 
     Args:
-        folder: For the compiled stubs, which later calls use again.
+        folder: For the compiled stubs, and what the program prints; later calls use it again.
         program: Such as `memory.py`.
         words: Its command line.
-        seconds: That it may take.
     """
+    server, output = _server(folder), folder / f"{program}.txt"
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps([str(HERE / program), words, str(output)]) + "\n")
+    server.stdin.flush()
+    code = server.stdout.readline()
+    printed = output.read_text() if output.exists() else ""
+    output.unlink(missing_ok=True)
+    assert code == "0\n", printed[-4000:]
+    return json.loads(printed.splitlines()[-1])
+
+
+@functools.cache
+def _server(folder: Path) -> subprocess.Popen[str]:
+    """The process that the programs are forked from. It ends with this one, which closes its input."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {
         "LD_PRELOAD": str(_stubs(folder)),
@@ -40,16 +54,9 @@ def run_program(folder: Path, program: str, *words: str, seconds: float = 900) -
         "OMP_NUM_THREADS": "1",
         "TORCHINDUCTOR_COMPILE_THREADS": "1",  # nothing is compiled, so no pool of compilers is started
     }
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(HERE / program), *words],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=seconds,
-        cwd=folder,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-W", "ignore", str(HERE / "server.py")]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, cwd=folder, stdin=pipe, stdout=pipe, text=True)
 
 
 def _stubs(folder: Path) -> Path:
