@@ -48,6 +48,7 @@ from mptfoundry.optim.clipping import GradientClipping
 from mptfoundry.optim.groups import parameter_groups
 from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.optim.schedules import BatchSize, Schedule
+from mptfoundry.plan.bf16_choice import has_bf16_gradients
 from mptfoundry.plan.fsdp import Sharding
 from mptfoundry.plan.plan import COMPUTE_DTYPE, Plan
 from mptfoundry.ranks import rank, ranks_that_differ
@@ -247,10 +248,13 @@ def compose(
     )
 
 
-def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = False) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: TrainConfig, model: ComposerMPT, *, fused: bool = False, bf16_weights: bool = False
+) -> torch.optim.Optimizer:
     """The optimizer over the network's parameter groups, without frozen parameters."""
     options = asdict(config.optimizer)
-    options.pop("fused", None)
+    for decided in ("fused", "bf16_weights"):
+        options.pop(decided, None)
     name, groups, frozen = (options.pop(key) for key in ("name", "param_groups", "disable_grad"))
     groups = [{key: value for key, value in group.items() if value is not None} for group in groups]
     parameters = parameter_groups(model.model.named_parameters(), param_groups=groups, disable_grad=frozen)
@@ -260,7 +264,13 @@ def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = Fa
     make = OPTIMIZERS[name]
     if fused and make in (DecoupledLionW, DecoupledAdamW):  # not a class of the user's own
         make = getattr(importlib.import_module(f"mptfoundry.optim.{FUSED_OPTIMIZERS[name]}"), make.__name__)
-    return make(parameters, **options)
+    optimizer = make(parameters, **options)
+    if bf16_weights:
+        from mptfoundry.optim.bf16_weights import use_bf16_weights
+
+        reads_bf16 = hasattr(optimizer, "bf16_copies") and has_bf16_gradients(config, fused)
+        use_bf16_weights(model.model, optimizer, bf16_gradients=reads_bf16)
+    return optimizer
 
 
 def build_scheduler(config: TrainConfig) -> ComposerScheduler:

@@ -25,6 +25,7 @@ from mptfoundry.config.run import TrainConfig
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.gloo_average import average_gradients
 from mptfoundry.models.sharding import prefetch
+from mptfoundry.plan.bf16_choice import choose_bf16_weights
 from mptfoundry.plan.devices import detect_device
 from mptfoundry.plan.gpu_support import imported_torch, refuse_unsupported
 from mptfoundry.plan.plan import Choice, Plan, make_plan, refuse_missing, why_not_fused
@@ -98,7 +99,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
         model=model,
         train_dataloader=train_loader,
         eval_dataloader=evaluators,
-        optimizers=build.build_optimizer(config, model, fused=plan.fused),
+        optimizers=build.build_optimizer(config, model, fused=plan.fused, bf16_weights=plan.bf16_weights),
         schedulers=build.build_scheduler(config),
         algorithms=build.build_algorithms(config),
         callbacks=[
@@ -131,7 +132,13 @@ def keep_fused(config: TrainConfig, plan: Plan, start: Start) -> Plan:
     missing = why_not_fused(config, plan.device) if before else None
     reason = f"not fused as this run's earlier steps: {missing}" if missing else "as this run's earlier steps"
     choice = Choice(before and missing is None, reason)
-    return replace(plan, fused=choice.value, choices=plan.choices | {"optimizer.fused": choice})
+    plan = replace(plan, fused=choice.value, choices=plan.choices | {"optimizer.fused": choice})
+    if "optimizer.bf16_weights" not in plan.choices:
+        return plan
+    decided = plan.device, plan.precision, plan.sharding, plan.fused
+    copies = Choice(*choose_bf16_weights(config, *decided, fits=lambda other: True))
+    choices = plan.choices | {"optimizer.bf16_weights": copies}
+    return replace(plan, bf16_weights=copies.value, choices=choices)
 
 
 def foretold(config: TrainConfig, plan: Plan) -> list[Callback]:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from mptfoundry.architecture.trainable import Trainable, matrix_parameters
 from mptfoundry.config.model import AnyModelConfig
+from mptfoundry.config.optim import bf16_weights_of, fused_of
 from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.mpt.flops import (
@@ -20,6 +21,7 @@ from mptfoundry.mpt.flops import (
     count_parameters,
     ffn_activations,
 )
+from mptfoundry.plan.bf16_choice import has_bf16_gradients
 from mptfoundry.plan.devices import GIB, Device
 from mptfoundry.plan.fsdp import Sharding
 
@@ -39,7 +41,8 @@ class Memory:
         weights: The float32 weights, or this device's shard.
         gradients: Their gradients, as far as they exist then.
         optimizer: The optimizer's state.
-        gathered: Low-precision and gathered weights and gradients, for compute and communication.
+        gathered: Low-precision and gathered weights and gradients, for compute and communication; with
+            `optimizer.bf16_weights` also the copies of the matrices.
         activations: Tensors that forward saves for backward, and those of the block that is computed.
         logits: One chunk of logits and its gradient, and the gradient of the output projection.
         overhead: Everything else.
@@ -71,12 +74,14 @@ def estimate_memory(
     """Bytes of a device at the peak of a step on `microbatch` sequences; `fsdp` replaces the config's own.
 
     Gradients come into being while activations go. So the peak is at the end of forward, in the last block,
-    in the first one, or in the optimizer's step.
+    in the first one, or in the optimizer's step. `optimizer.bf16_weights` counts where it is true.
     """
     model, fsdp = config.model, config.fsdp_config if isinstance(fsdp, str) else fsdp
     everything = _everything(config, device, precision, sharding, trainable, microbatch, fsdp)
     accumulates = config.global_train_batch_size > microbatch * device.count
     forward = replace(everything, gradients=everything.gradients if accumulates else 0)
+    if not accumulates:
+        everything = replace(everything, gradients=everything.gradients - _saved_in_bf16(config))
     number = FP32 if precision == "fp32" else 2
     stream = microbatch * config.max_seq_len * model.d_model * number
     block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
@@ -90,6 +95,9 @@ def estimate_memory(
         copies = number * block_parameters(model) if number < FP32 else 0
         stepping = trainable.parameters * FP32 if device.count > 1 else 0
         last, first = everything.gathered - recomputed * copies, stepping + copies
+        if bf16_weights_of(config.optimizer) is True:
+            stepping += number * matrix_parameters(model)
+            last = first = stepping
     output = model.vocab_size * model.d_model * FP32 if trainable.trains_output else 0
     gradients = everything.gradients * (model.n_layers - 1) // model.n_layers
     kept = microbatch * config.max_seq_len * block_keeps * number
@@ -146,6 +154,15 @@ def _everything(
         + (model.vocab_size * model.d_model * FP32 if trainable.trains_output else 0),
         overhead=OVERHEAD[device.kind],
     )
+
+
+def _saved_in_bf16(config: TrainConfig) -> int:
+    """Bytes that gradients of a single microbatch don't take in bfloat16, with `optimizer.bf16_weights`."""
+    if bf16_weights_of(config.optimizer) is not True or not has_bf16_gradients(
+        config, fused_of(config.optimizer) is True
+    ):
+        return 0
+    return FP32 // 2 * matrix_parameters(config.model)
 
 
 def _gathered_parameters(
