@@ -19,7 +19,7 @@ from mptfoundry.callbacks.console import ConsoleLine
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
 from mptfoundry.checkpoints.source import ModelSource
-from mptfoundry.config.optim import fused_of
+from mptfoundry.config.optim import choice_of
 from mptfoundry.config.parallel import FSDPConfig
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.models.causal_lm import ComposerMPT
@@ -99,7 +99,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
         model=model,
         train_dataloader=train_loader,
         eval_dataloader=evaluators,
-        optimizers=build.build_optimizer(config, model, fused=plan.fused, bf16_weights=plan.bf16_weights),
+        optimizers=build.build_optimizer(config, model, fused=plan.fused),
         schedulers=build.build_scheduler(config),
         algorithms=build.build_algorithms(config),
         callbacks=[
@@ -119,6 +119,8 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
         check_base(source, next(value for name, value in buffers if name.endswith(FINGERPRINT)))
     if config.fsdp_config is not None and isinstance(model.model, FSDPModule):
         set_up_sharding(config.fsdp_config, model, plan)
+    if plan.bf16_weights:
+        build.keep_bf16_weights(config, model, trainer.state.optimizers[0])
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": run.yaml})
     return trainer
@@ -127,7 +129,7 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
 def keep_fused(config: TrainConfig, plan: Plan, start: Start) -> Plan:
     """With `optimizer.fused: auto`, a run keeps the step that it began with, if this machine has it."""
     before = start.notes is not None and start.notes.fused
-    if fused_of(config.optimizer) != "auto" or before == plan.fused:
+    if choice_of(config.optimizer, "fused") != "auto" or before == plan.fused:
         return plan
     missing = why_not_fused(config, plan.device) if before else None
     reason = f"not fused as this run's earlier steps: {missing}" if missing else "as this run's earlier steps"
@@ -135,7 +137,7 @@ def keep_fused(config: TrainConfig, plan: Plan, start: Start) -> Plan:
     plan = replace(plan, fused=choice.value, choices=plan.choices | {"optimizer.fused": choice})
     if "optimizer.bf16_weights" not in plan.choices:
         return plan
-    decided = plan.device, plan.precision, plan.sharding, plan.fused
+    decided = plan.device, plan.sharding, plan.fused
     copies = Choice(*choose_bf16_weights(config, *decided, fits=lambda other: True))
     choices = plan.choices | {"optimizer.bf16_weights": copies}
     return replace(plan, bf16_weights=copies.value, choices=choices)

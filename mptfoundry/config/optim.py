@@ -150,14 +150,9 @@ OptimizerConfig = (
 )
 
 
-def fused_of(optimizer: OptimizerConfig) -> bool | Literal["auto"]:
-    """`optimizer.fused`; of an optimizer of your own it is false, whatever its arguments are called."""
-    return False if isinstance(optimizer, OwnOptimizerConfig) else optimizer.fused
-
-
-def bf16_weights_of(optimizer: OptimizerConfig) -> bool | Literal["auto"]:
-    """`optimizer.bf16_weights`; of an optimizer of your own it is false."""
-    return False if isinstance(optimizer, OwnOptimizerConfig) else optimizer.bf16_weights
+def choice_of(optimizer: OptimizerConfig, key: Literal["fused", "bf16_weights"]) -> bool | Literal["auto"]:
+    """The value of a key; of an optimizer of your own it is false, whatever its arguments are called."""
+    return False if isinstance(optimizer, OwnOptimizerConfig) else getattr(optimizer, key)
 
 
 @dataclass(frozen=True, kw_only=True)

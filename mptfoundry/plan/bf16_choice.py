@@ -19,16 +19,15 @@ TORCH = "torch>=2.10"
 def choose_bf16_weights(
     config: TrainConfig,
     device: Device,
-    precision: str,
     sharding: Sharding | None,
     fused: bool,
     fits: Callable[[TrainConfig], bool],
 ) -> tuple[bool, str]:
-    """Resolve `optimizer.bf16_weights: auto`; returns the value and the reason.
+    """Resolve `optimizer.bf16_weights: auto` in amp_bf16; returns the value and the reason.
 
     `fits` says whether a config that decides this leaves room for as large a microbatch as one without.
     """
-    reason = why_not_bf16_weights(config, device, precision, sharding)
+    reason = why_not_bf16_weights(config, device, "amp_bf16", sharding)
     if reason is None and not has_bf16_gradients(config, fused):
         reason = "it pays where a fused LION writes them, and reads gradients in bfloat16"
     if reason is None and not fits(with_bf16_weights(config, fused)):
@@ -40,13 +39,9 @@ def why_not_bf16_weights(
     config: TrainConfig, device: Device, precision: str, sharding: Sharding | None
 ) -> str | None:
     """Why a run can't have such copies of its matrices, one clause; None if it can."""
+    own = config.callbacks.keys() & plugins.callbacks.keys()
     if precision != "amp_bf16":
         return f"weights are cast to bfloat16 only in amp_bf16, not in {precision}"
-    return _why_not_on_a_gpu(config, device, sharding)
-
-
-def _why_not_on_a_gpu(config: TrainConfig, device: Device, sharding: Sharding | None) -> str | None:
-    own = config.callbacks.keys() & plugins.callbacks.keys()
     if sharding is not None:
         return "FSDP casts each shard once, when it gathers the weights"
     if device.count > 1:

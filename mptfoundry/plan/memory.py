@@ -11,7 +11,7 @@ from typing import Literal
 
 from mptfoundry.architecture.trainable import Trainable, matrix_parameters
 from mptfoundry.config.model import AnyModelConfig
-from mptfoundry.config.optim import bf16_weights_of, fused_of
+from mptfoundry.config.optim import choice_of
 from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.mpt.flops import (
@@ -80,14 +80,10 @@ def estimate_memory(
     everything = _everything(config, device, precision, sharding, trainable, microbatch, fsdp)
     accumulates = config.global_train_batch_size > microbatch * device.count
     forward = replace(everything, gradients=everything.gradients if accumulates else 0)
-    if not accumulates:
-        everything = replace(everything, gradients=everything.gradients - _saved_in_bf16(config))
     number = FP32 if precision == "fp32" else 2
     stream = microbatch * config.max_seq_len * model.d_model * number
     block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
-    recomputed, largest = 0, 0
-    if fsdp is not None and fsdp.saves_activations:
-        recomputed, largest = _recomputed(model, block_keeps)
+    recomputed, largest = _recomputed(model, block_keeps) if fsdp and fsdp.saves_activations else (0, 0)
     largest *= microbatch * config.max_seq_len * number
     last = first = stepping = everything.gathered
     if sharding is None or sharding.shards == 1:
@@ -95,9 +91,9 @@ def estimate_memory(
         copies = number * block_parameters(model) if number < FP32 else 0
         stepping = trainable.parameters * FP32 if device.count > 1 else 0
         last, first = everything.gathered - recomputed * copies, stepping + copies
-        if bf16_weights_of(config.optimizer) is True:
-            stepping += number * matrix_parameters(model)
-            last = first = stepping
+        if choice_of(config.optimizer, "bf16_weights") is True:
+            last = first = stepping = stepping + number * matrix_parameters(model)
+            everything = everything if accumulates else _with_bf16_gradients(everything, config)
     output = model.vocab_size * model.d_model * FP32 if trainable.trains_output else 0
     gradients = everything.gradients * (model.n_layers - 1) // model.n_layers
     kept = microbatch * config.max_seq_len * block_keeps * number
@@ -156,13 +152,11 @@ def _everything(
     )
 
 
-def _saved_in_bf16(config: TrainConfig) -> int:
-    """Bytes that gradients of a single microbatch don't take in bfloat16, with `optimizer.bf16_weights`."""
-    if bf16_weights_of(config.optimizer) is not True or not has_bf16_gradients(
-        config, fused_of(config.optimizer) is True
-    ):
-        return 0
-    return FP32 // 2 * matrix_parameters(config.model)
+def _with_bf16_gradients(memory: Memory, config: TrainConfig) -> Memory:
+    """The gradients of a single microbatch in bfloat16, if they stay so with `optimizer.bf16_weights`."""
+    if not has_bf16_gradients(config, choice_of(config.optimizer, "fused") is True):
+        return memory
+    return replace(memory, gradients=memory.gradients - FP32 // 2 * matrix_parameters(config.model))
 
 
 def _gathered_parameters(

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from mptfoundry.architecture.trainable import Trainable, count_trainable
-from mptfoundry.config.optim import bf16_weights_of, fused_of
+from mptfoundry.config.optim import choice_of
 from mptfoundry.config.rules import split_problem
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
@@ -33,6 +33,7 @@ COMPUTE_DTYPE = {"fp32": "float32", "amp_bf16": "bfloat16", "amp_fp16": "float16
 # The fraction of a device's memory to use: allocators fragment, and a CPU machine has other work.
 USABLE = {"gpu": 0.85, "cpu": 0.6}
 MOST_WORKERS = 4
+LOSS = "torch_crossentropy", "exact, in chunks of tokens: the full logits never exist"
 
 
 @dataclass(frozen=True)
@@ -135,17 +136,19 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     trainable = count_trainable(model.network(), model.peft_config, config.optimizer.disable_grad)
     share = device_batch(config, device)
     precision = decide("precision", config.precision, lambda: choose_precision(device))
-    missing = _lacking(config, device, precision, sharding)
-    fused = decide("optimizer.fused", fused_of(config.optimizer), lambda: choose_fused(config, device))
-    memory_of = partial(_memory_of, device, precision, sharding, trainable)
-    fits = partial(_fits_as_well, config, device, memory_of)
-    copies = partial(choose_bf16_weights, config, device, precision, sharding, fused, fits)
-    bf16_weights = decide("optimizer.bf16_weights", bf16_weights_of(config.optimizer), copies)
-    memory = memory_of(with_bf16_weights(config, fused) if bf16_weights else config)
+    missing = _lacks(config, device, precision, sharding)
+    fused = decide(
+        "optimizer.fused", choice_of(config.optimizer, "fused"), lambda: choose_fused(config, device)
+    )
+    if bf16_weights := precision == "amp_bf16" and choice_of(config.optimizer, "bf16_weights"):
+        fits = partial(_fits_as_well, config, device, precision, trainable)
+        copies = partial(choose_bf16_weights, config, device, sharding, fused, fits)
+        bf16_weights = decide("optimizer.bf16_weights", bf16_weights, copies)
+    settled = with_bf16_weights(config, fused) if bf16_weights else config
+    memory = partial(estimate_memory, settled, device, precision, sharding, trainable)
     largest = partial(largest_microbatch, share, device, memory)
-    chosen = decide("device_train_microbatch_size", config.device_train_microbatch_size, largest)
-    microbatch = min(share, chosen)
-    as_in_training = (microbatch, "as in training")
+    size = decide("device_train_microbatch_size", config.device_train_microbatch_size, largest)
+    as_in_training = (microbatch := min(share, size), "as in training")
     eval_batch = decide("device_eval_batch_size", config.device_eval_batch_size, lambda: as_in_training)
     choose = partial(_choose_attention, model, device, COMPUTE_DTYPE[precision])
     attention = decide("model.attn_config.attn_impl", model.attn_config.attn_impl, choose)
@@ -160,7 +163,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         device=device,
         precision=precision,
         attn_impl=attention,
-        loss_fn=decide("model.loss_fn", own_loss, _choose_loss),
+        loss_fn=decide("model.loss_fn", own_loss, lambda: LOSS),
         fused=fused,
         bf16_weights=bf16_weights,
         sharding=sharding,
@@ -242,24 +245,17 @@ def largest_microbatch(share: int, device: Device, memory: Callable[[int], Memor
     return 1, f"none fits: 1 needs about {memory(1).total / GIB:.1f} GiB, and {usable}"
 
 
-def _memory_of(
-    device: Device, precision: str, sharding: Sharding | None, trainable: Trainable, config: TrainConfig
-) -> Callable[[int], Memory]:
-    """The estimated memory of a microbatch of so many sequences."""
-    return partial(estimate_memory, config, device, precision, sharding, trainable)
-
-
 def _fits_as_well(
-    config: TrainConfig,
-    device: Device,
-    memory_of: Callable[[TrainConfig], Callable[[int], Memory]],
-    other: TrainConfig,
+    config: TrainConfig, device: Device, precision: str, trainable: Trainable, other: TrainConfig
 ) -> bool:
-    """Whether the microbatch of `config` fits with another config, too, or with neither."""
+    """Whether the microbatch of `config`, without FSDP, fits with another config, too, or with neither."""
+    memory, other_memory = (
+        partial(estimate_memory, each, device, precision, None, trainable) for each in (config, other)
+    )
     share, size = device_batch(config, device), config.device_train_microbatch_size
-    memory, room = memory_of(config), USABLE[device.kind] * (device.memory or math.inf)
     size = largest_microbatch(share, device, memory)[0] if isinstance(size, str) else min(share, size)
-    return memory_of(other)(size).total <= room or memory(size).total > room
+    room = USABLE[device.kind] * (device.memory or math.inf)
+    return other_memory(size).total <= room or memory(size).total > room
 
 
 def _choose_attention(model: MPTConfig, device: Device, dtype: str) -> tuple[str, str]:
@@ -297,25 +293,32 @@ def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str |
     return None
 
 
-def _lacking(
-    config: TrainConfig, device: Device, precision: str, sharding: Sharding | None
-) -> dict[str, str]:
+def _lacks(config: TrainConfig, device: Device, precision: str, sharding: Sharding | None) -> dict[str, str]:
     """What to do about missing packages, and about GPUs that torch can't use or not in this precision."""
     lacking = missing_packages(config, device.torch_type)
     if (device.gpus or device.trouble) and (problem := gpu_problem(device)):
         lacking.update([problem])
     if config.precision != "auto" and (reason := precision_problem(precision, device)):
         lacking["precision"] = reason
-    if fused_of(config.optimizer) is True and (reason := why_not_fused(config, device)):
-        lacking["optimizer.fused"] = f"true can't be used: {reason}. Use auto or false."
-    if bf16_weights_of(config.optimizer) is True and (
-        reason := why_not_bf16_weights(config, device, precision, sharding)
-    ):
-        lacking["optimizer.bf16_weights"] = f"true can't be used: {reason}. Use auto or false."
+    if True in (choice_of(config.optimizer, "fused"), choice_of(config.optimizer, "bf16_weights")):
+        lacking |= _optimizer_problems(config, device, precision, sharding)
     attention, dtype = config.model.attn_config.attn_impl, COMPUTE_DTYPE[precision]
     if attention != "auto" and (reason := _attention_problem(config, device, dtype)):
         lacking["model.attn_config.attn_impl"] = reason
     return lacking
+
+
+def _optimizer_problems(
+    config: TrainConfig, device: Device, precision: str, sharding: Sharding | None
+) -> dict[str, str]:
+    """Why what the optimizer shall do can't be done here, and what to do."""
+    reasons = {}
+    if choice_of(config.optimizer, "fused") is True:
+        reasons["fused"] = why_not_fused(config, device)
+    if choice_of(config.optimizer, "bf16_weights") is True:
+        reasons["bf16_weights"] = why_not_bf16_weights(config, device, precision, sharding)
+    use = "Use auto or false."
+    return {f"optimizer.{key}": f"true can't be used: {why}. {use}" for key, why in reasons.items() if why}
 
 
 def choose_fused(config: TrainConfig, device: Device) -> tuple[bool, str]:
@@ -337,10 +340,6 @@ def why_not_fused(config: TrainConfig, device: Device) -> str | None:
 
 def _replicas(device: Device) -> str:
     return f"{device.count} replicas" if device.count > 1 else "not sharded"
-
-
-def _choose_loss() -> tuple[str, str]:
-    return "torch_crossentropy", "exact, in chunks of tokens: the full logits never exist"
 
 
 def choose_init_device(config: TrainConfig, sharding: Sharding | None) -> tuple[str, str]:
