@@ -136,7 +136,6 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     trainable = count_trainable(model.network(), model.peft_config, config.optimizer.disable_grad)
     share = device_batch(config, device)
     precision = decide("precision", config.precision, lambda: choose_precision(device))
-    missing = _lacks(config, device, precision, sharding)
     fused = decide(
         "optimizer.fused", choice_of(config.optimizer, "fused"), lambda: choose_fused(config, device)
     )
@@ -183,7 +182,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         batches=config.batches(),
         memory=memory(microbatch),
         choices=choices,
-        missing=missing,
+        missing=_lacks(config, device, precision, sharding),
     )
 
 
