@@ -48,6 +48,7 @@ from mptfoundry.optim.clipping import GradientClipping
 from mptfoundry.optim.groups import parameter_groups
 from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.optim.schedules import BatchSize, Schedule
+from mptfoundry.plan.bf16_choice import has_bf16_gradients
 from mptfoundry.plan.fsdp import Sharding
 from mptfoundry.plan.plan import COMPUTE_DTYPE, Plan
 from mptfoundry.ranks import rank, ranks_that_differ
@@ -59,6 +60,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "decoupled_lionw": DecoupledLionW,
     "decoupled_adamw": DecoupledAdamW,
 }
+# Keys of the section that the plan decides, and that are no options of an optimizer's class.
+DECIDED = ("fused", "bf16_weights")
 # Optimizers with a step in one pass; their modules are imported only where they are used.
 FUSED_OPTIMIZERS = {"decoupled_lionw": "lion_fused", "decoupled_adamw": "adamw_fused"}
 SCHEDULERS: dict[str, Callable[..., Schedule]] = {
@@ -250,8 +253,7 @@ def compose(
 
 def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = False) -> torch.optim.Optimizer:
     """The optimizer over the network's parameter groups, without frozen parameters."""
-    options = asdict(config.optimizer)
-    options.pop("fused", None)
+    options = {key: value for key, value in asdict(config.optimizer).items() if key not in DECIDED}
     name, groups, frozen = (options.pop(key) for key in ("name", "param_groups", "disable_grad"))
     groups = [{key: value for key, value in group.items() if value is not None} for group in groups]
     parameters = parameter_groups(model.model.named_parameters(), param_groups=groups, disable_grad=frozen)
@@ -262,6 +264,15 @@ def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = Fa
     if fused and make in (DecoupledLionW, DecoupledAdamW):  # not a class of the user's own
         make = getattr(importlib.import_module(f"mptfoundry.optim.{FUSED_OPTIMIZERS[name]}"), make.__name__)
     return make(parameters, **options)
+
+
+def keep_bf16_weights(config: TrainConfig, model: ComposerMPT, optimizer: torch.optim.Optimizer) -> None:
+    """Keep the blocks' matrices in bfloat16, too; `optimizer` is the network's."""
+    from mptfoundry.optim.bf16_weights import use_bf16_weights
+
+    is_ours_and_fused = hasattr(optimizer, "bf16_copies")
+    has_gradients = has_bf16_gradients(config, is_ours_and_fused)
+    use_bf16_weights(model.model, optimizer, bf16_gradients=has_gradients)
 
 
 def build_scheduler(config: TrainConfig) -> ComposerScheduler:

@@ -19,12 +19,13 @@ from mptfoundry.callbacks.console import ConsoleLine
 from mptfoundry.callbacks.throughput import Throughput
 from mptfoundry.checkpoints.adapters import FINGERPRINT, check_base
 from mptfoundry.checkpoints.source import ModelSource
-from mptfoundry.config.optim import fused_of
+from mptfoundry.config.optim import choice_of
 from mptfoundry.config.parallel import FSDPConfig
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.models.causal_lm import ComposerMPT
 from mptfoundry.models.gloo_average import average_gradients
 from mptfoundry.models.sharding import prefetch
+from mptfoundry.plan.bf16_choice import choose_bf16_weights
 from mptfoundry.plan.devices import detect_device
 from mptfoundry.plan.gpu_support import imported_torch, refuse_unsupported
 from mptfoundry.plan.plan import Choice, Plan, make_plan, refuse_missing, why_not_fused
@@ -118,6 +119,8 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
         check_base(source, next(value for name, value in buffers if name.endswith(FINGERPRINT)))
     if config.fsdp_config is not None and isinstance(model.model, FSDPModule):
         set_up_sharding(config.fsdp_config, model, plan)
+    if plan.bf16_weights:
+        build.keep_bf16_weights(config, model, trainer.state.optimizers[0])
     if config.log_config:
         trainer.logger.log_hyperparameters({"config": run.yaml})
     return trainer
@@ -126,12 +129,18 @@ def build_trainer(config: TrainConfig, plan: Plan, run: Run) -> Trainer:
 def keep_fused(config: TrainConfig, plan: Plan, start: Start) -> Plan:
     """With `optimizer.fused: auto`, a run keeps the step that it began with, if this machine has it."""
     before = start.notes is not None and start.notes.fused
-    if fused_of(config.optimizer) != "auto" or before == plan.fused:
+    if choice_of(config.optimizer, "fused") != "auto" or before == plan.fused:
         return plan
     missing = why_not_fused(config, plan.device) if before else None
     reason = f"not fused as this run's earlier steps: {missing}" if missing else "as this run's earlier steps"
     choice = Choice(before and missing is None, reason)
-    return replace(plan, fused=choice.value, choices=plan.choices | {"optimizer.fused": choice})
+    plan = replace(plan, fused=choice.value, choices=plan.choices | {"optimizer.fused": choice})
+    if "optimizer.bf16_weights" not in plan.choices:
+        return plan
+    decided = plan.device, plan.sharding, plan.fused
+    copies = Choice(*choose_bf16_weights(config, *decided, fits=lambda other: True))
+    choices = plan.choices | {"optimizer.bf16_weights": copies}
+    return replace(plan, bf16_weights=copies.value, choices=choices)
 
 
 def foretold(config: TrainConfig, plan: Plan) -> list[Callback]:

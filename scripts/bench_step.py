@@ -26,17 +26,18 @@ from bench_ceilings import Piece, pieces_of, seconds_of
 from timing import seconds_between, stamp
 
 from mptfoundry.config.load import load_train_config
-from mptfoundry.config.optim import fused_of
 from mptfoundry.config.parallel import recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.models.activation_checkpointing import checkpoint_activations
 from mptfoundry.mpt.flops import count_parameters, flops_per_token
 from mptfoundry.mpt.network import MPT
+from mptfoundry.optim.bf16_weights import use_bf16_weights
 from mptfoundry.optim.gradients import clamp, global_norm, scale_for_norm, scale_to_norm
 from mptfoundry.optim.groups import parameter_groups
 from mptfoundry.optim.lion import DecoupledLionW
+from mptfoundry.plan.bf16_choice import has_bf16_gradients
 from mptfoundry.plan.devices import detect_device
-from mptfoundry.plan.plan import choose_fused
+from mptfoundry.plan.plan import make_plan
 
 WARMUP_STEPS = 3
 # What `mptfoundry plan ... measured=FILE.json` needs to know about the network.
@@ -122,10 +123,8 @@ class Work:
         network = make_network(self.config, self.kind)
         shape = (self.microbatch, self.config.max_seq_len)
         ids = torch.randint(self.config.model.network().vocab_size, shape, device=self.kind)
-        fused = fused_of(self.config.optimizer)
-        if fused == "auto":
-            fused, _ = choose_fused(self.config, detect_device(world_size=1))
-        return network, make_optimizer(self.config, network, fused), ids
+        plan = make_plan(self.config, detect_device(world_size=1))
+        return network, make_optimizer(self.config, network, plan.fused, plan.bf16_weights), ids
 
     def train(
         self, network: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, enter: Callable[[str], None]
@@ -207,9 +206,20 @@ def make_network(config: TrainConfig, kind: str) -> Any:
     return network
 
 
-def make_optimizer(config: TrainConfig, network: Any, fused: bool) -> torch.optim.Optimizer:
+def make_optimizer(
+    config: TrainConfig, network: Any, fused: bool, bf16_weights: bool = False
+) -> torch.optim.Optimizer:
+    """The run's optimizer; with `bf16_weights` the network has copies of its matrices from now on."""
+    optimizer = _optimizer(config, network, fused)
+    if bf16_weights:
+        use_bf16_weights(network, optimizer, bf16_gradients=has_bf16_gradients(config, fused))
+    return optimizer
+
+
+def _optimizer(config: TrainConfig, network: Any, fused: bool) -> torch.optim.Optimizer:
     options = asdict(config.optimizer)
-    name, groups, frozen, _ = (options.pop(key) for key in ("name", "param_groups", "disable_grad", "fused"))
+    name, groups, frozen = (options.pop(key) for key in ("name", "param_groups", "disable_grad"))
+    del options["fused"], options["bf16_weights"]
     groups = [{key: value for key, value in group.items() if value is not None} for group in groups]
     parameters: Any = parameter_groups(network.named_parameters(), param_groups=groups, disable_grad=frozen)
     # Triton and Composer are imported only where they are needed.

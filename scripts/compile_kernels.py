@@ -52,6 +52,7 @@ from mptfoundry.mpt import attention_triton
 from mptfoundry.mpt.attention_tiles import Tile, tile_of
 from mptfoundry.mpt.loss_kernel import cross_entropy
 from mptfoundry.mpt.position import AttentionContext, alibi_slopes
+from mptfoundry.optim.bf16_weights import Copy
 from mptfoundry.optim.lion_fused import DecoupledLionW
 
 # Triton 3.3 has no code for sm_120, and torch 2.7, which comes with it, none for sm_100.
@@ -249,11 +250,12 @@ def call_attention(case: Case, batch: int, seq: int, past: int) -> None:
 
 
 def call_lion() -> None:
-    """The optimizer's step in one pass, with clipping."""
+    """The optimizer's step in one pass, with clipping and a copy of the weights in bfloat16."""
     weight = torch.nn.Parameter(torch.zeros(64, 64))
     weight.grad = torch.zeros_like(weight)
     optimizer = DecoupledLionW([weight], weight_decay=1e-5)
     optimizer.gradient_scale = torch.ones(())
+    optimizer.bf16_copies = {weight: Copy(weight.detach().bfloat16())}
     optimizer.step()
 
 

@@ -49,6 +49,8 @@ _PUTS = ("aten::index_put_", "aten::scatter_add_", "aten::scatter_.src", "aten::
 # They write without reading what was there.
 _FILLS = ("aten::copy_", "aten::zero_", "aten::fill_.Scalar", "aten::fill_.Tensor")
 _FILLS += ("aten::mm.out", "aten::mm.dtype_out")
+# Their kernels write an argument of this name without reading it.
+_WRITTEN = {"mptfoundry_optim::lion_step": "copy"}
 # Their kernels read an input of wide rows several times: for the maximum, the sum and the result.
 _READ_AGAIN = {"aten::_log_softmax": 2, "aten::log_softmax.int_out": 2, "aten::native_layer_norm_backward": 1}
 _READ_AGAIN |= {"mptfoundry_mpt::cross_entropy": 1}
@@ -106,6 +108,7 @@ class Recorder(TorchDispatchMode):
             return out
         inputs, outputs = _tensors((args, kwargs)), _tensors(out)
         moved = bytes_of(name, inputs, outputs, _tensors(_mutated(func, args, kwargs)))
+        moved -= sum(map(_size, _tensors(_argument(func, args, kwargs, _WRITTEN.get(name)))))
         flops = flops_of(name, [tuple(tensor.shape) for tensor in (*inputs, *outputs)])
         part = part_of(name, self.phase, is_loss=_is_called_by("mpt/loss.py"))
         self.operators.append(Operator(part, name, moved, flops, moments))
@@ -229,6 +232,12 @@ def _mutated(func: Any, args: Any, kwargs: dict[str, Any]) -> list[Any]:
         if argument.alias_info is not None and argument.alias_info.is_write:
             found.append(args[number] if number < len(args) else kwargs.get(argument.name))
     return found
+
+
+def _argument(func: Any, args: Any, kwargs: dict[str, Any], name: str | None) -> Any:
+    """The value of an operator's argument; None if it has none of this name."""
+    names = [argument.name for argument in func._schema.arguments] if name else []
+    return args[names.index(name)] if name in names[: len(args)] else kwargs.get(name or "")
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -11,8 +11,9 @@ adds what a layer takes as often as there are more. The variants, from left to r
 
 * `float32-residual`: the residual stream in float32, the optimizer and the loss operator by operator.
 * `plain`: the residual stream in autocast's dtype, the optimizer and the loss operator by operator.
-* `as-configured`: what the config says.
-* `compiled`: as configured, with compiled blocks (`compile_config`).
+* `as-configured`: what the config says. With FSDP, weights are cast in each microbatch.
+* `bf16-weights`: the same without FSDP, so that matrices stay in bfloat16 (`optimizer.bf16_weights`).
+* `compiled`: the same again with compiled blocks (`compile_config`).
 
 Matrix products and attention count at the rates that kernels of their kind reach; what the GPU waits for,
 such as Python or launches, is not in the estimate.
@@ -81,7 +82,8 @@ VARIANTS: dict[str, tuple[str | None, list[str]]] = {
     "float32-residual": ("float32", PLAIN),
     "plain": (None, PLAIN),
     "as-configured": (None, []),
-    "compiled": (None, ["compile_config={}"]),
+    "bf16-weights": (None, ["fsdp_config.state_dict_type=full"]),
+    "compiled": (None, ["fsdp_config.state_dict_type=full", "compile_config={}"]),
 }
 
 

@@ -57,7 +57,9 @@ def test_a_run_that_was_plain_stays_so_on_a_gpu_unless_the_config_says_otherwise
     config = load_train_config(tiny_runs)[0]
     plan = make_plan(config, H100)
     start = Start(tiny_runs, is_own=True, notes=notes)
-    assert plan.fused and keep_fused(config, plan, start).fused is fused
+    assert plan.fused and plan.bf16_weights
+    kept = keep_fused(config, plan, start)
+    assert kept.fused is kept.bf16_weights is fused
     config = replace(config, optimizer=replace(config.optimizer, fused=True))
     assert keep_fused(config, make_plan(config, H100), start).fused
 

@@ -60,6 +60,10 @@ class _AnyOptimizerConfig(Section):
         fused: Update weights and state in one pass over the memory: LION by a Triton kernel on a GPU, AdamW
             by PyTorch's kernel. The numbers are the plain step's within rounding, so with `auto` a run keeps
             the step that it began with. A new run is fused on a GPU that can, and not on a CPU.
+        bf16_weights: With `precision: amp_bf16` on one GPU without FSDP, keep a bfloat16 copy of each matrix
+            next to its float32 weight, instead of casting the weight in each microbatch. The numbers are the
+            same bit for bit, and checkpoints hold the float32 weights. `auto` is true if LION is fused, which
+            then writes the copies in its pass.
     """
 
     name: str
@@ -69,6 +73,7 @@ class _AnyOptimizerConfig(Section):
     disable_grad: tuple[str, ...] = ()
     param_groups: tuple[ParamGroupConfig, ...] = ()
     fused: bool | Literal["auto"] = "auto"
+    bf16_weights: bool | Literal["auto"] = "auto"
 
     limits: ClassVar = _LIMITS
 
@@ -145,9 +150,9 @@ OptimizerConfig = (
 )
 
 
-def fused_of(optimizer: OptimizerConfig) -> bool | Literal["auto"]:
-    """`optimizer.fused`; of an optimizer of your own it is false, whatever its arguments are called."""
-    return False if isinstance(optimizer, OwnOptimizerConfig) else optimizer.fused
+def choice_of(optimizer: OptimizerConfig, key: Literal["fused", "bf16_weights"]) -> bool | Literal["auto"]:
+    """The value of a key; of an optimizer of your own it is false, whatever its arguments are called."""
+    return False if isinstance(optimizer, OwnOptimizerConfig) else getattr(optimizer, key)
 
 
 @dataclass(frozen=True, kw_only=True)

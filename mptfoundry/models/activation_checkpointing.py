@@ -126,7 +126,9 @@ def _checkpointed(cls: type[nn.Module]) -> type[nn.Module]:
 
 def _offloading(module: nn.Module) -> saved_tensors_hooks:
     """Saves autograd's tensors in CPU memory, pinned if they come from a GPU, except weights."""
-    weights = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+    copies = (getattr(each, "compute_weight", None) for each in module.modules())
+    kept = [*module.parameters(), *(copy for copy in copies if copy is not None)]
+    weights = {tensor.untyped_storage().data_ptr() for tensor in kept}
     offload = save_on_cpu(pin_memory=torch.cuda.is_available())
 
     def pack(tensor: Tensor) -> Any:

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .norm import compute_dtype
+
 # Up to this many rows, a CPU is faster at (W @ x.T).T: it reads the matrix once, row by row.
 # `python scripts/bench_generate.py` measures the gain.
 _ROWS = range(8, 33)
@@ -25,10 +27,19 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` that computes with `linear`."""
+    """`torch.nn.Linear` that computes with `linear`.
+
+    Attributes:
+        compute_weight: The weight in autocast's dtype, (out_features, in_features), which forward then uses;
+            None: autocast casts the weight in each forward pass. It is not part of the state dict.
+    """
+
+    compute_weight: torch.Tensor | None = None
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """Map (..., in_features) to (..., out_features)."""
+        if self.compute_weight is not None and compute_dtype(input) == self.compute_weight.dtype:
+            return F.linear(input, self.compute_weight, self.bias)
         return linear(input, self.weight, self.bias)
 
 

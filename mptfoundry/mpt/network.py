@@ -133,7 +133,6 @@ class Transformer(nn.Module):
         if prefix is not None and not self.config.attn_config.prefix_lm:
             raise ValueError("prefix_mask: this model is not a prefix-LM. Set attn_config.prefix_lm: true.")
         x = input_ids if input_ids.is_floating_point() else self.wte(input_ids)  # (batch, seq, d_model)
-        # Under autocast the residual stream has its dtype, whether or not FSDP gathers weights in it.
         x = x.to(compute_dtype(x) or x.dtype)
         rotary = None
         if self.config.has_learned_positions or self.config.attn_config.rope:

@@ -25,11 +25,22 @@ def global_norm(gradients: Sequence[Tensor]) -> Tensor:
     squares = []
     for layout, shards in groups.items():
         parts = [shard for shard in shards if shard.numel()] or [shards[0].new_zeros(1)]
-        square = torch.stack(torch._foreach_norm(parts, 2, dtype=torch.float32)).square().sum()
+        is_mixed = len({part.dtype for part in parts}) > 1
+        norms = _mixed_norms(parts) if is_mixed else torch._foreach_norm(parts, 2, dtype=torch.float32)
+        square = torch.stack(norms).square().sum()
         if layout:
             _add_other_shards(square, *layout)
         squares.append(square)
     return torch.stack(squares).sum().sqrt()
+
+
+def _mixed_norms(parts: Sequence[Tensor]) -> list[Tensor]:
+    """Norms in float32; each dtype has a call of its own, since PyTorch has no quick one for several."""
+    norms: dict[int, Tensor] = {}
+    for dtype in {part.dtype for part in parts}:
+        some = [part for part in parts if part.dtype == dtype]
+        norms |= zip(map(id, some), torch._foreach_norm(some, 2, dtype=torch.float32), strict=True)
+    return [norms[id(part)] for part in parts]
 
 
 def _add_other_shards(square: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> None:

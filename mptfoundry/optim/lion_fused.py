@@ -6,13 +6,17 @@ rounding, but not bit for bit: a fused multiply-add rounds once. So a run keeps 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mptfoundry.optim import lion
+
+if TYPE_CHECKING:
+    from mptfoundry.optim.bf16_weights import Copy
 
 
 class DecoupledLionW(lion.DecoupledLionW):
@@ -20,31 +24,41 @@ class DecoupledLionW(lion.DecoupledLionW):
 
     Attributes:
         gradient_scale: What the next step multiplies all gradients by, on their device; None is 1.
+        bf16_copies: Copies of weights in bfloat16, which a step also writes.
     """
 
     gradient_scale: Tensor | None = None
+    bf16_copies: Mapping[Tensor, Copy] = MappingProxyType({})
 
     def update(self, shards: Sequence[lion.Shard], group: dict[str, Any]) -> None:
         """Update the weights and momenta of a group's shards."""
         lr, (beta1, beta2) = group["lr"], group["betas"]
         shrinkage = lion.shrinkage(lr, group["initial_lr"], group["weight_decay"])
         for weight, gradient, momentum in shards:
-            if weight.numel():
-                _lion_step(
-                    weight, gradient, momentum, self.gradient_scale, lr, shrinkage, 1 - beta1, 1 - beta2
-                )
+            if not weight.numel():
+                continue
+            copy = self.bf16_copies.get(weight)
+            _lion_step(
+                weight, gradient, momentum, copy.tensor if copy else None, self.gradient_scale, lr, shrinkage,
+                1 - beta1, 1 - beta2,
+            )  # fmt: skip
+            if copy:
+                copy.version = weight._version
 
 
 @torch.library.custom_op(
     "mptfoundry_optim::lion_step",
-    mutates_args=("weight", "momentum"),
-    schema="(Tensor(a!) weight, Tensor gradient, Tensor(b!) momentum, Tensor? scale, float lr, "
-    "float shrinkage, float toward_direction, float toward_momentum) -> ()",
+    mutates_args=("weight", "momentum", "copy"),
+    schema="(Tensor(a!) weight, Tensor gradient, Tensor(b!) momentum, Tensor(c!)? copy, Tensor? scale, "
+    "float lr, float shrinkage, float toward_direction, float toward_momentum) -> ()",
 )
 def _lion_step(  # type: ignore[no-untyped-def]
-    weight, gradient, momentum, scale, lr, shrinkage, toward_direction, toward_momentum
+    weight, gradient, momentum, copy, scale, lr, shrinkage, toward_direction, toward_momentum
 ) -> None:  # fmt: skip
-    """Update float32 weights and momentum in place; the gradient may have another dtype and layout."""
+    """Update float32 weights and momentum in place; the gradient may have another dtype and layout.
+
+    The weights are also written to `copy`, if there is one, in its dtype.
+    """
     from mptfoundry.optim.lion_kernel import BLOCK, WARPS, lion_kernel
 
     assert weight.dtype == momentum.dtype == torch.float32
@@ -52,9 +66,9 @@ def _lion_step(  # type: ignore[no-untyped-def]
     numbers = weight.numel()
     with torch.cuda.device_of(weight):
         lion_kernel[(-(-numbers // BLOCK),)](
-            weight, gradient.contiguous(), momentum, weight if scale is None else scale, numbers, lr,
-            shrinkage, toward_direction, toward_momentum, HAS_SCALE=scale is not None, ELEMENTS=BLOCK,
-            num_warps=WARPS,
+            weight, gradient.contiguous(), momentum, weight if copy is None else copy,
+            weight if scale is None else scale, numbers, lr, shrinkage, toward_direction, toward_momentum,
+            HAS_COPY=copy is not None, HAS_SCALE=scale is not None, ELEMENTS=BLOCK, num_warps=WARPS,
         )  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """LION's step as one Triton kernel: it reads weights, gradient and momentum once, and writes weights and
-momentum, 20 bytes per parameter in float32. The passes of `lion.py` move 52.
+momentum, 20 bytes per parameter in float32, and as many with a gradient and a copy of the weights in
+bfloat16. The passes of `lion.py` move 52.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -22,9 +23,12 @@ def _lerp(start, end, weight):
 
 
 @triton.jit
-def lion_kernel(weights, gradients, momenta, scale, numbers, lr, shrinkage, toward_direction, toward_momentum,
-                HAS_SCALE: constexpr, ELEMENTS: constexpr):  # fmt: skip
-    """The equations of `lion.py`, in float32; with a scale, of the gradient times that."""
+def lion_kernel(weights, gradients, momenta, copies, scale, numbers, lr, shrinkage, toward_direction,
+                toward_momentum, HAS_COPY: constexpr, HAS_SCALE: constexpr, ELEMENTS: constexpr):  # fmt: skip
+    """The equations of `lion.py`, in float32; with a scale, of the gradient times that.
+
+    With copies, the new weights are also written there, in their dtype.
+    """
     offsets = tl.program_id(0).to(tl.int64) * ELEMENTS + tl.arange(0, ELEMENTS)
     inside = offsets < numbers
     weight = tl.load(weights + offsets, mask=inside)
@@ -34,5 +38,8 @@ def lion_kernel(weights, gradients, momenta, scale, numbers, lr, shrinkage, towa
         gradient = gradient * tl.load(scale)
     direction = _lerp(momentum, gradient, toward_direction)
     step = tl.where(direction > 0, lr, 0.0) - tl.where(direction < 0, lr, 0.0)
-    tl.store(weights + offsets, weight * shrinkage - step, mask=inside)
+    weight = weight * shrinkage - step
+    tl.store(weights + offsets, weight, mask=inside)
+    if HAS_COPY:
+        tl.store(copies + offsets, weight.to(copies.dtype.element_ty), mask=inside)
     tl.store(momenta + offsets, _lerp(momentum, gradient, toward_momentum), mask=inside)

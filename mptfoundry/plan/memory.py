@@ -11,6 +11,7 @@ from typing import Literal
 
 from mptfoundry.architecture.trainable import Trainable, matrix_parameters
 from mptfoundry.config.model import AnyModelConfig
+from mptfoundry.config.optim import choice_of
 from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.mpt.flops import (
@@ -20,6 +21,7 @@ from mptfoundry.mpt.flops import (
     count_parameters,
     ffn_activations,
 )
+from mptfoundry.plan.bf16_choice import has_bf16_gradients
 from mptfoundry.plan.devices import GIB, Device
 from mptfoundry.plan.fsdp import Sharding
 
@@ -40,7 +42,8 @@ class Memory:
         weights: The float32 weights, or this device's shard.
         gradients: Their gradients, as far as they exist then.
         optimizer: The optimizer's state.
-        gathered: Low-precision and gathered weights and gradients, for compute and communication.
+        gathered: Low-precision and gathered weights and gradients, for compute and communication; with
+            `optimizer.bf16_weights` also the copies of the matrices.
         activations: Tensors that forward saves for backward, and those of the block that is computed.
         logits: One chunk of logits and its gradient, and the gradient of the output projection.
         overhead: Everything else.
@@ -72,7 +75,7 @@ def estimate_memory(
     """Bytes of a device at the peak of a step on `microbatch` sequences; `fsdp` replaces the config's own.
 
     Gradients come into being while activations go. So the peak is at the end of forward, in the last block,
-    in the first one, or in the optimizer's step.
+    in the first one, or in the optimizer's step. `optimizer.bf16_weights` counts where it is true.
     """
     model, fsdp = config.model, config.fsdp_config if isinstance(fsdp, str) else fsdp
     everything = _everything(config, device, precision, sharding, trainable, microbatch, fsdp)
@@ -81,9 +84,7 @@ def estimate_memory(
     number = FP32 if precision == "fp32" else 2
     stream = microbatch * config.max_seq_len * model.d_model * number
     block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
-    recomputed, largest = 0, 0
-    if fsdp is not None and fsdp.saves_activations:
-        recomputed, largest = _recomputed(model, block_keeps)
+    recomputed, largest = _recomputed(model, block_keeps) if fsdp and fsdp.saves_activations else (0, 0)
     largest *= microbatch * config.max_seq_len * number
     last = first = stepping = everything.gathered
     if sharding is None or sharding.shards == 1:
@@ -91,6 +92,9 @@ def estimate_memory(
         copies = number * block_parameters(model) if number < FP32 else 0
         stepping = trainable.parameters * FP32 if device.count > 1 else 0
         last, first = everything.gathered - recomputed * copies, stepping + copies
+        if choice_of(config.optimizer, "bf16_weights") is True:
+            last = first = stepping = stepping + number * matrix_parameters(model)
+            everything = everything if accumulates else _with_bf16_gradients(everything, config)
     output = model.vocab_size * model.d_model * FP32 if trainable.trains_output else 0
     gradients = everything.gradients * (model.n_layers - 1) // model.n_layers
     kept = microbatch * config.max_seq_len * block_keeps * number
@@ -156,6 +160,13 @@ def _chunk_on_gpu(model: AnyModelConfig, logits: int, number: int) -> int:
     if model.loss_fn == "torch_crossentropy":
         return min(logits * 2 * FP32, LOSS_CHUNK_BYTES)
     return logits * number // max(1, -(-logits * number // LOSS_CHUNK_BYTES))
+
+
+def _with_bf16_gradients(memory: Memory, config: TrainConfig) -> Memory:
+    """The gradients of a single microbatch in bfloat16, if they stay so with `optimizer.bf16_weights`."""
+    if not has_bf16_gradients(config, choice_of(config.optimizer, "fused") is True):
+        return memory
+    return replace(memory, gradients=memory.gradients - FP32 // 2 * matrix_parameters(config.model))
 
 
 def _gathered_parameters(

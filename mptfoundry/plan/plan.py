@@ -6,13 +6,14 @@ batches are exact; memory and time are estimates. Planning builds no model and d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from mptfoundry.architecture.trainable import Trainable, count_trainable
-from mptfoundry.config.optim import fused_of
+from mptfoundry.config.optim import choice_of
 from mptfoundry.config.rules import split_problem
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
@@ -20,6 +21,7 @@ from mptfoundry.mpt.backends import Capability, choose_backend, refusal, why_nev
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters, flops_per_token
 from mptfoundry.mpt.head_config import HeadConfig
+from mptfoundry.plan.bf16_choice import choose_bf16_weights, why_not_bf16_weights, with_bf16_weights
 from mptfoundry.plan.devices import GIB, Device
 from mptfoundry.plan.fsdp import Sharding, plan_sharding
 from mptfoundry.plan.gpu_support import gpu_problem
@@ -51,6 +53,7 @@ class Plan:
         attn_impl: `model.attn_config.attn_impl`.
         loss_fn: `model.loss_fn`.
         fused: `optimizer.fused`.
+        bf16_weights: `optimizer.bf16_weights`.
         sharding: How `fsdp_config` shards the weights; None if every device holds all of them.
         init_device: `model.init_device`.
         device_train_batch_size: Sequences of one step on one device.
@@ -74,6 +77,7 @@ class Plan:
     attn_impl: str
     loss_fn: str
     fused: bool
+    bf16_weights: bool
     sharding: Sharding | None
     init_device: str
     device_train_batch_size: int
@@ -131,17 +135,22 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     trainable = count_trainable(model.network(), model.peft_config, config.optimizer.disable_grad)
     share = device_batch(config, device)
     precision = decide("precision", config.precision, lambda: choose_precision(device))
-    missing = _lacking(config, device, precision)
-    memory = partial(estimate_memory, config, device, precision, sharding, trainable)
+    fused = decide(
+        "optimizer.fused", choice_of(config.optimizer, "fused"), lambda: choose_fused(config, device)
+    )
+    if bf16_weights := precision == "amp_bf16" and choice_of(config.optimizer, "bf16_weights"):
+        fits = partial(_fits_as_well, config, device, precision, trainable)
+        copies = partial(choose_bf16_weights, config, device, sharding, fused, fits)
+        bf16_weights = decide("optimizer.bf16_weights", bf16_weights, copies)
+    settled = with_bf16_weights(config, fused) if bf16_weights else config
+    memory = partial(estimate_memory, settled, device, precision, sharding, trainable)
     largest = partial(largest_microbatch, share, device, memory)
-    chosen = decide("device_train_microbatch_size", config.device_train_microbatch_size, largest)
-    microbatch = min(share, chosen)
-    as_in_training = (microbatch, "as in training")
+    size = decide("device_train_microbatch_size", config.device_train_microbatch_size, largest)
+    as_in_training = (microbatch := min(share, size), "as in training")
     eval_batch = decide("device_eval_batch_size", config.device_eval_batch_size, lambda: as_in_training)
     choose = partial(_choose_attention, model, device, COMPUTE_DTYPE[precision])
     attention = decide("model.attn_config.attn_impl", model.attn_config.attn_impl, choose)
-    loss_fn = "torch" if isinstance(model, HeadConfig) else model.loss_fn
-    loss_fn = decide("model.loss_fn", loss_fn, lambda: _choose_loss(device))
+    own_loss = "torch" if isinstance(model, HeadConfig) else model.loss_fn
     # The values are the same everywhere, so `cpu` may replace `meta`.
     init_device = "auto" if sharding is None and model.init_device != "cpu" else model.init_device
     init_device = decide("model.init_device", init_device, lambda: choose_init_device(config, sharding))
@@ -152,8 +161,9 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         device=device,
         precision=precision,
         attn_impl=attention,
-        loss_fn=loss_fn,
-        fused=decide("optimizer.fused", fused_of(config.optimizer), lambda: choose_fused(config, device)),
+        loss_fn=decide("model.loss_fn", own_loss, lambda: _choose_loss(device)),
+        fused=fused,
+        bf16_weights=bf16_weights,
         sharding=sharding,
         init_device=init_device,
         device_train_batch_size=share,
@@ -171,7 +181,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         batches=config.batches(),
         memory=memory(microbatch),
         choices=choices,
-        missing=missing,
+        missing=_lacks(config, device, precision, sharding),
     )
 
 
@@ -233,6 +243,19 @@ def largest_microbatch(share: int, device: Device, memory: Callable[[int], Memor
     return 1, f"none fits: 1 needs about {memory(1).total / GIB:.1f} GiB, and {usable}"
 
 
+def _fits_as_well(
+    config: TrainConfig, device: Device, precision: str, trainable: Trainable, other: TrainConfig
+) -> bool:
+    """Whether the microbatch of `config`, without FSDP, fits with another config, too, or with neither."""
+    memory, other_memory = (
+        partial(estimate_memory, each, device, precision, None, trainable) for each in (config, other)
+    )
+    share, size = device_batch(config, device), config.device_train_microbatch_size
+    size = largest_microbatch(share, device, memory)[0] if isinstance(size, str) else min(share, size)
+    room = USABLE[device.kind] * (device.memory or math.inf)
+    return other_memory(size).total <= room or memory(size).total > room
+
+
 def _choose_attention(model: MPTConfig, device: Device, dtype: str) -> tuple[str, str]:
     choose = choose_backend if device.is_here else _choose_elsewhere
     return choose(model, device.torch_type, dtype, device.capability)
@@ -268,19 +291,32 @@ def _attention_problem(config: TrainConfig, device: Device, dtype: str) -> str |
     return None
 
 
-def _lacking(config: TrainConfig, device: Device, precision: str) -> dict[str, str]:
+def _lacks(config: TrainConfig, device: Device, precision: str, sharding: Sharding | None) -> dict[str, str]:
     """What to do about missing packages, and about GPUs that torch can't use or not in this precision."""
     lacking = missing_packages(config, device.torch_type)
     if (device.gpus or device.trouble) and (problem := gpu_problem(device)):
         lacking.update([problem])
     if config.precision != "auto" and (reason := precision_problem(precision, device)):
         lacking["precision"] = reason
-    if fused_of(config.optimizer) is True and (reason := why_not_fused(config, device)):
-        lacking["optimizer.fused"] = f"true can't be used: {reason}. Use auto or false."
+    if True in (choice_of(config.optimizer, "fused"), choice_of(config.optimizer, "bf16_weights")):
+        lacking |= _optimizer_problems(config, device, precision, sharding)
     attention, dtype = config.model.attn_config.attn_impl, COMPUTE_DTYPE[precision]
     if attention != "auto" and (reason := _attention_problem(config, device, dtype)):
         lacking["model.attn_config.attn_impl"] = reason
     return lacking
+
+
+def _optimizer_problems(
+    config: TrainConfig, device: Device, precision: str, sharding: Sharding | None
+) -> dict[str, str]:
+    """Why what the optimizer shall do can't be done here, and what to do."""
+    reasons = {}
+    if choice_of(config.optimizer, "fused") is True:
+        reasons["fused"] = why_not_fused(config, device)
+    if choice_of(config.optimizer, "bf16_weights") is True:
+        reasons["bf16_weights"] = why_not_bf16_weights(config, device, precision, sharding)
+    use = "Use auto or false."
+    return {f"optimizer.{key}": f"true can't be used: {why}. {use}" for key, why in reasons.items() if why}
 
 
 def choose_fused(config: TrainConfig, device: Device) -> tuple[bool, str]:

@@ -78,7 +78,7 @@ MAY_CHANGE: dict[str, str] = {
         "compile_config"
     ),
     "model.attn_config": "attn_impl alibi_skips",
-    "optimizer": "fused",
+    "optimizer": "fused bf16_weights",
     "model": (
         "loss_fn init_device pretrained_model_name_or_path revision pretrained config_overrides "
         "activation_checkpointing_target"

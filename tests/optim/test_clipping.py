@@ -58,6 +58,11 @@ def test_clipping_by_norm_scales_all_gradients_alike(threshold: float, norm_afte
     assert (linear.bias.grad[0] / linear.weight.grad[0, 0]).item() == pytest.approx(4.0)
 
 
+def test_the_norm_of_gradients_in_two_dtypes_is_that_of_float32() -> None:
+    gradients = [torch.randn(30, 20).bfloat16(), torch.randn(7), torch.randn(9, 9).bfloat16()]
+    assert torch.equal(global_norm(gradients), global_norm([gradient.float() for gradient in gradients]))
+
+
 def test_clipping_by_value_clamps_each_element() -> None:
     linear, _ = after_a_batch(GradientClipping("value", 3.5))
     assert torch.equal(linear.weight.grad, torch.tensor([[3.0, 0.0], [0.0, -3.5]]))

@@ -102,6 +102,7 @@ def test_every_auto_has_its_reason_and_what_was_given_has_none() -> None:
         "fsdp_config",
         "num_workers",
         "optimizer.fused",
+        "optimizer.bf16_weights",
     }
     words = ["precision=amp_fp16", "device_train_microbatch_size=4"]
     given = make_plan(load("mpt-7b", *words, "train_loader.num_workers=7"), gpus(8))
@@ -141,6 +142,46 @@ def test_the_optimizers_step_is_one_pass_on_a_gpu_that_can() -> None:
     assert make_plan(load("mpt-tiny", ADAMW, "optimizer.fused=true"), CPU).missing == {}
     lacking = make_plan(load("mpt-tiny", "optimizer.fused=true"), CPU).missing["optimizer.fused"]
     assert lacking.startswith("true can't be used: it needs a GPU") and lacking.endswith("Use auto or false.")
+
+
+BF16 = "optimizer.bf16_weights"
+
+
+@pytest.mark.usefixtures("all_backends")
+def test_matrices_stay_in_bfloat16_next_to_a_fused_lion_on_one_gpu() -> None:
+    plan = make_plan(load("mpt-tiny"), gpus())
+    assert plan.bf16_weights and "no microbatch casts weights" in plan.choices[BF16].reason
+    assert not make_plan(load("mpt-tiny", f"{BF16}=false"), gpus()).bf16_weights
+    reasons = {
+        "DDP averages": (load("mpt-tiny"), gpus(2)),
+        "FSDP casts each shard": (load("mpt-7b"), gpus(8)),
+        "pays where a fused LION": (load("mpt-tiny", ADAMW), gpus()),
+        "it pays where": (load("mpt-tiny", "callbacks.optimizer_monitor={}"), gpus()),
+    }
+    for said, (config, device) in reasons.items():
+        plan = make_plan(config, device)
+        assert not plan.bf16_weights and said in plan.choices[BF16].reason
+    assert BF16 not in make_plan(load("mpt-tiny"), CPU).choices
+    assert make_plan(load("mpt-tiny", ADAMW, f"{BF16}=true"), gpus()).bf16_weights
+    assert make_plan(load("mpt-tiny", ADAMW, f"{BF16}=true"), gpus()).missing == {}
+    lacking = make_plan(load("mpt-tiny", f"{BF16}=true"), CPU).missing[BF16]
+    assert lacking.startswith("true can't be used: weights are cast") and lacking.endswith(
+        "Use auto or false."
+    )
+
+
+@pytest.mark.usefixtures("all_backends")
+def test_copies_that_would_not_fit_are_left_out() -> None:
+    words = ["model.n_layers=4", "max_seq_len=65536", "global_train_batch_size=1"]
+    words += ["fsdp_config.state_dict_type=full", "fsdp_config.activation_checkpointing=true"]
+    plain, ours = (
+        make_plan(load("mpt-7b", *words, f"{BF16}={choice}"), gpus()).memory.total
+        for choice in ("false", "true")
+    )
+    assert ours > plain
+    between = replace(gpus(), memory=int((plain + ours) / 2 / USABLE["gpu"]))
+    plan = make_plan(load("mpt-7b", *words), between)
+    assert not plan.bf16_weights and plan.choices[BF16].reason == "with them the microbatch would not fit"
 
 
 @pytest.mark.usefixtures("all_backends")

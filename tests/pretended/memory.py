@@ -18,19 +18,20 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 machine.pretend()
+sys.path.insert(0, str(machine.ROOT / "scripts"))
+
+from bench_step import clip, make_optimizer  # noqa: E402
 
 from mptfoundry.config.load import load_train_config  # noqa: E402
 from mptfoundry.config.parallel import recomputed_parts  # noqa: E402
 from mptfoundry.config.run import TrainConfig  # noqa: E402
 from mptfoundry.models.activation_checkpointing import checkpoint_activations  # noqa: E402
 from mptfoundry.mpt.network import MPT  # noqa: E402
-from mptfoundry.optim.gradients import global_norm, scale_to_norm  # noqa: E402
-from mptfoundry.optim.lion import DecoupledLionW  # noqa: E402
-from mptfoundry.plan.devices import Device  # noqa: E402
+from mptfoundry.plan.devices import cluster_device  # noqa: E402
 from mptfoundry.plan.memory import OVERHEAD  # noqa: E402
-from mptfoundry.plan.plan import make_plan  # noqa: E402
+from mptfoundry.plan.plan import Plan, make_plan  # noqa: E402
 
-H200 = Device("gpu", "NVIDIA H200", memory=machine.MEMORY, has_bf16=True, cores=4)
+H200 = cluster_device("h200", 1, 1)
 
 
 class Memory(TorchDispatchMode):
@@ -63,7 +64,7 @@ class Memory(TorchDispatchMode):
         return out
 
 
-def measure(config: TrainConfig, microbatch: int) -> Memory:
+def measure(config: TrainConfig, plan: Plan, microbatch: int) -> Memory:
     """A step as Composer makes it, with the state of the optimizer from an earlier one."""
     model, fsdp = config.model, config.fsdp_config
     with machine.FakeTensorMode(allow_non_fake_inputs=True), Memory() as memory:
@@ -71,7 +72,7 @@ def measure(config: TrainConfig, microbatch: int) -> Memory:
         if fsdp is not None and fsdp.saves_activations:
             parts = recomputed_parts(model.activation_checkpointing_target, model.n_layers)
             checkpoint_activations(net, parts, recompute=fsdp.activation_checkpointing)
-        optimizer = DecoupledLionW(net.parameters(), lr=1e-4, weight_decay=1e-5)
+        optimizer = make_optimizer(config, net, plan.fused, plan.bf16_weights)
         for parameter in net.parameters():
             optimizer.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
         ids = torch.zeros(microbatch, config.max_seq_len, dtype=torch.int64, device="cuda")
@@ -83,8 +84,7 @@ def measure(config: TrainConfig, microbatch: int) -> Memory:
             loss.backward()
             del loss
         memory.part = "optimizer"
-        gradients = [parameter.grad for parameter in net.parameters()]
-        scale_to_norm(gradients, global_norm(gradients), 1.0)
+        clip(config, net, optimizer)
         optimizer.step()
     return memory
 
@@ -94,7 +94,8 @@ def main(cases: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for case in cases:
         words = [*case["words"], f"device_train_microbatch_size={case['microbatch']}"]
         config, _ = load_train_config(machine.ROOT / case["config"], words)
-        memory, plan = measure(config, case["microbatch"]), make_plan(config, H200)
+        plan = make_plan(config, H200)
+        memory = measure(config, plan, case["microbatch"])
         estimated = plan.memory.total - OVERHEAD["gpu"]
         parts = dict(vars(plan.memory))
         results.append({"peak": memory.peak, "at": memory.at, "estimated": estimated, "parts": parts})

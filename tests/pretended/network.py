@@ -23,9 +23,12 @@ machine.pretend()
 from mptfoundry.models.activation_checkpointing import checkpoint_activations  # noqa: E402
 from mptfoundry.mpt.config import AttnConfig, FFNConfig, MPTConfig  # noqa: E402
 from mptfoundry.mpt.network import MPT  # noqa: E402
+from mptfoundry.optim.bf16_weights import use_bf16_weights  # noqa: E402
 from mptfoundry.optim.lion import DecoupledLionW  # noqa: E402
+from mptfoundry.optim.lion_fused import DecoupledLionW as FusedLionW  # noqa: E402
 
 SEQ = 64
+HAS_GRAD_DTYPE = hasattr(torch.Tensor, "grad_dtype")
 GROUPED: dict[str, Any] = {"attn_type": "grouped_query_attention", "kv_n_heads": 2}
 ALL_DROPOUTS = {"resid_pdrop": 0.1, "emb_pdrop": 0.1}
 # The network's keys, then those of its attention.
@@ -124,14 +127,17 @@ def seen() -> dict[str, int]:
 def waits(*names: str) -> dict[str, dict[str, int]]:
     results = {"three waits": seen()}
     for name in names or NETWORKS:
-        for kind in ("plain", "packed", "checkpointed"):
+        for kind in ("plain", "packed", "checkpointed", *HAS_GRAD_DTYPE * ["bf16 weights"]):
             device = machine.Device()
             with device:
                 with device.mode:
                     net = machine.move(network_of(name))
                 if kind == "checkpointed":
                     checkpoint_activations(net, {"block": range(2)})
-                optimizer = DecoupledLionW(net.parameters(), lr=1e-4, weight_decay=1e-5)
+                lion = FusedLionW if kind == "bf16 weights" else DecoupledLionW
+                optimizer = lion(net.parameters(), lr=1e-4, weight_decay=1e-5)
+                if kind == "bf16 weights":
+                    use_bf16_weights(net, optimizer, bf16_gradients=True)
                 inputs = batch(kind == "packed")
                 step(net, optimizer, inputs)
                 device.waits.clear()
@@ -160,7 +166,10 @@ def graphs(*names: str) -> dict[str, Any]:
         "dropout": ("dropout", None, True, (64,)),
         "rotary positions": ("rotary positions", None, True, (64,)),
         "grouped queries": ("grouped queries", "block", True, (64, 96)),
+        "bf16 weights": ("alibi", None, True, (64, 96)),
+        "bf16 weights, checkpointed": ("everything", "block", True, (64,)),
     }
+    cases = {name: case for name, case in cases.items() if HAS_GRAD_DTYPE or "bf16" not in name}
     for name in names or cases:
         kind, recomputed, packed, lengths = cases[name]
         torch._dynamo.reset()
@@ -170,6 +179,8 @@ def graphs(*names: str) -> dict[str, Any]:
             net = machine.move(network_of(kind, 4))
             if recomputed:
                 checkpoint_activations(net, {recomputed: range(4)})
+            if "bf16" in name:
+                use_bf16_weights(net, FusedLionW(net.parameters()), bf16_gradients=True)
             compile_blocks(net, fullgraph=True, backend=counter)
             for seq in lengths * 2:
                 inputs = batch(packed, seq)
@@ -185,5 +196,6 @@ def graphs(*names: str) -> dict[str, Any]:
 if sys.argv[1] == "all":
     print(json.dumps({"waits": waits(), "graphs": graphs()}))
 else:
-    some = waits("alibi", "everything"), graphs("packed, two lengths", "checkpointed and packed")
+    bf16 = ["bf16 weights"] if HAS_GRAD_DTYPE else []
+    some = waits("alibi", "everything"), graphs("packed, two lengths", "checkpointed and packed", *bf16)
     print(json.dumps(dict(zip(("waits", "graphs"), some, strict=True))))

@@ -48,10 +48,10 @@ def trace(config: TrainConfig, residual: str | None) -> Recorder:
     with machine.FakeTensorMode(allow_non_fake_inputs=True), launches(recorder):
         net = make_network(config, recorder)
         net.fuses_loss = plan.loss_fn == "fused_crossentropy"
-        optimizer = make_optimizer(config, net, plan.fused)
+        optimizer = make_optimizer(config, net, plan.fused, plan.bf16_weights)
         ids = torch.zeros(microbatch, config.max_seq_len, dtype=torch.int64, device="cuda")
         with patch.object(networks, "compute_dtype", is_wide or networks.compute_dtype):
-            if config.compile_config is not None:
+            if config.compile_config is not None or plan.bf16_weights:
                 forward_and_backward(net, ids, recorder)
             else:
                 for parameter in net.parameters():

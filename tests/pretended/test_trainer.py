@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 COMPOSER = "composer/trainer/trainer.py"
 # How often a step of two microbatches waits for the device. Only the second is ours: the loss of all
 # microbatches, the gradient's norm and a request to stop are read at once.
@@ -26,6 +28,9 @@ def test_a_step_of_packed_rows_waits_where_composer_does_and_once_more(
 ) -> None:
     words = ["max_duration=3ba", "device_train_microbatch_size=4", "model.d_model=64", "save_folder=null"]
     words += ["train_loader.dataset.eos_token_id=0"]
+    words += (
+        ["optimizer.fused=true", "optimizer.bf16_weights=true"] if hasattr(torch.Tensor, "grad_dtype") else []
+    )
     steps = start("trainer.py", str(tiny_run), *words)
     assert len(steps) == 3
     for waits in steps[1:]:

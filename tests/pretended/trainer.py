@@ -17,10 +17,13 @@ from composer.utils import dist  # noqa: E402
 
 from mptfoundry import build, train  # noqa: E402
 from mptfoundry.config.load import load_train_config  # noqa: E402
+from mptfoundry.mpt.linear import Linear  # noqa: E402
 from mptfoundry.plan.devices import Device  # noqa: E402
 from mptfoundry.run.step_guard import StepGuard  # noqa: E402
 
 H200 = Device("gpu", "NVIDIA H200", memory=machine.MEMORY, peak_flops=989.4e12, has_bf16=True, cores=4)
+
+BF16 = "optimizer.bf16_weights=true"
 
 
 def main(words: list[str]) -> None:
@@ -39,6 +42,8 @@ def main(words: list[str]) -> None:
 
     def note_end(guard, state, logger):  # type: ignore[no-untyped-def]
         end(guard, state, logger)
+        layers = [layer for layer in state.model.modules() if isinstance(layer, Linear)]
+        assert all((layer.compute_weight is not None) == (BF16 in words) for layer in layers)
         steps.append(dict(device.waits))
 
     build.build_model = on_the_gpu
