@@ -320,19 +320,19 @@ def _decode(query, key, value, slopes, codes, scale, window, softcap, has_prefix
     block_k = keys_of_decoding(head_dim, query.element_size())
     keys_of_part, parts = _cut(keys, block_k, batch * kv_heads, query.device)
     partial = query.new_empty((batch, parts, n_heads, seq, head_dim), dtype=torch.float32)
-    partial_sum, out = partial.new_empty(partial.shape[:4]), query.new_empty(query.shape)
+    partial_lse, out = partial.new_empty(partial.shape[:4]), query.new_empty(query.shape)
     constants = _constants(query, key, slopes, codes, window, softcap, has_prefix)
     width = constants["WIDTH"]
     with torch.cuda.device_of(query):
         decode_kernel[(batch * kv_heads * parts,)](
-            query, key, value, partial, partial_sum, *(partial if x is None else x for x in (slopes, codes)),
+            query, key, value, partial, partial_lse, *(partial if x is None else x for x in (slopes, codes)),
             *_strides(query, key, value), keys, seq, keys, parts, keys_of_part, n_heads,
             *_factors(scale, softcap), window,
             **constants, ROWS=padded(constants["GROUP"] * seq), BLOCK_K=block_k,
             num_warps=8 if width == 256 else 4, num_stages=2,
         )  # fmt: skip
         join_kernel[(batch * n_heads * seq,)](
-            partial, partial_sum, out, seq, parts, n_heads,
+            partial, partial_lse, out, seq, parts, n_heads,
             HEAD_DIM=head_dim, WIDTH=width, PARTS=max(2, 1 << (parts - 1).bit_length()),
         )  # fmt: skip
     return out
