@@ -291,11 +291,15 @@ def test_preview_shows_items_and_what_of_them_is_in_the_loss(
 
 def test_a_config_is_checked_and_read_back_without_its_code(write: Callable[..., Path]) -> None:
     lacking: dict[str, str] = {}
-    config, _ = load_train_config(write(eval_loader=OWN | {"first": 4}), [], lacking)
+    loaders = [OWN | {"first": 4, "label": "a"}, OWN | {"label": "b"}]
+    config, _ = load_train_config(write(eval_loader=loaders), [], lacking)
     assert list(lacking) == ["code_paths"] and "counting  items 42" in check_on(config, None, lacking).text
     Path("run.yaml").write_text(to_yaml(config))
     saved = load_saved_config("run.yaml")
-    assert saved.eval_loaders["eval"].first == 4 and not plugins.datasets  # type: ignore[union-attr]
+    assert saved.eval_loaders["a"].first == 4 and not plugins.datasets  # type: ignore[union-attr]
+    checked, _ = load_train_config("run.yaml", ["allow_code=true"])
+    assert [loader.first for loader in checked.eval_loaders.values()] == [4, 2]  # type: ignore[union-attr]
+    plugins.datasets.clear()
     with pytest.raises(
         ConfigError, match=r"counting is a dataset of your own, whose code did not run. Say allow_"
     ):
