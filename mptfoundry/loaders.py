@@ -8,10 +8,15 @@ from typing import Any
 
 from composer.core import DataSpec, Evaluator
 
-from mptfoundry.config.data import FinetuningLoaderConfig, LoaderConfig, OwnLoaderConfig, TextLoaderConfig
+from mptfoundry.config.data import (
+    FinetuningLoaderConfig,
+    LabelledLoaderConfig,
+    LoaderConfig,
+    OwnLoaderConfig,
+    TextLoaderConfig,
+)
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.data.examples.finetuning import build_finetuning_loader
-from mptfoundry.data.examples.labelled import build_labelled_loader
 from mptfoundry.data.loading import LoaderContext
 from mptfoundry.data.text.text import build_text_loader
 from mptfoundry.plan.plan import Plan
@@ -24,15 +29,17 @@ def build_loader(loader: LoaderConfig, context: LoaderContext) -> DataSpec:
         return build_text_loader(loader, context)
     if isinstance(loader, FinetuningLoaderConfig):
         return build_finetuning_loader(loader, context)
+    return _build_rarer_loader(loader, context)
+
+
+def _build_rarer_loader(loader: LabelledLoaderConfig | OwnLoaderConfig, context: LoaderContext) -> DataSpec:
     if isinstance(loader, OwnLoaderConfig):
-        return _build_own_loader(loader, context)
+        from mptfoundry.data.own.own_loader import build_own_loader
+
+        return build_own_loader(loader, context)
+    from mptfoundry.data.examples.labelled import build_labelled_loader
+
     return build_labelled_loader(loader, context)
-
-
-def _build_own_loader(loader: OwnLoaderConfig, context: LoaderContext) -> DataSpec:
-    from mptfoundry.data.own.own_loader import build_own_loader
-
-    return build_own_loader(loader, context)
 
 
 def build_loaders(config: TrainConfig, plan: Plan, tokenizer: Any) -> tuple[DataSpec, list[Evaluator]]:

@@ -135,9 +135,8 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     trainable = count_trainable(model.network(), model.peft_config, config.optimizer.disable_grad)
     share = device_batch(config, device)
     precision = decide("precision", config.precision, lambda: choose_precision(device))
-    fused = decide(
-        "optimizer.fused", choice_of(config.optimizer, "fused"), lambda: choose_fused(config, device)
-    )
+    fuse = partial(choose_fused, config, device)
+    fused = decide("optimizer.fused", choice_of(config.optimizer, "fused"), fuse)
     if bf16_weights := precision == "amp_bf16" and choice_of(config.optimizer, "bf16_weights"):
         fits = partial(_fits_as_well, config, device, precision, trainable)
         copies = partial(choose_bf16_weights, config, device, sharding, fused, fits)
@@ -157,6 +156,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     if how:
         choices["fsdp_config"] = Choice(sharding or _replicas(device), how)
     flops = partial(flops_per_token, model, config.max_seq_len)
+    loaders, workers = {"train": config.train_loader, **config.eval_loaders}, partial(choose_workers, device)
     return Plan(
         device=device,
         precision=precision,
@@ -169,10 +169,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         device_train_batch_size=share,
         device_train_microbatch_size=microbatch,
         device_eval_batch_size=eval_batch,
-        num_workers={
-            name: decide("num_workers", loader.num_workers, lambda: choose_workers(device))
-            for name, loader in {"train": config.train_loader, **config.eval_loaders}.items()
-        },
+        num_workers={name: decide("num_workers", own.num_workers, workers) for name, own in loaders.items()},
         parameters=count_parameters(model),
         trainable=trainable,
         flops_per_token=flops(causal=False) + trainable.extra_flops_per_token,

@@ -317,8 +317,7 @@ def _resolve(node: Any, raw: Any, path: KeyPath, document: Document) -> Any:
 
 def _resolve_child(node: Any, key: Any, raw: Any, path: KeyPath, document: Document) -> Any:
     if isinstance(raw, (dict, list)):
-        # Only what is to be resolved needs its node, which takes time to look up.
-        has_more = "${" in str(raw) or "???" in str(raw)
+        has_more = "${" in str(raw) or "???" in str(raw)  # else its node, slow to look up, isn't needed
         return _resolve(node[key] if has_more else None, raw, path, document)
     if not isinstance(raw, str) or ("${" not in raw and raw != "???"):
         return raw
