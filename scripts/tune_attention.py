@@ -111,7 +111,8 @@ def milliseconds(kernel: str, batch: int, seq: int, width: int) -> float:
     fused = torch.randn(batch, seq, sum(parts), width, device="cuda", dtype=torch.bfloat16)
     query, key, value = (part.requires_grad_() for part in fused.split(parts, 2))
     documents = torch.zeros(batch, seq, dtype=torch.int64, device="cuda")
-    context = AttentionContext(width**-0.5, alibi_slopes(heads, 8, "cuda"), documents, skips=False)
+    slopes = alibi_slopes(heads, 8, "cuda")
+    context = AttentionContext(width**-0.5, slopes, documents, max_documents=1, skips=False)
     out = attend(query, key, value, context)
     grad = torch.randn_like(out)
     events = []

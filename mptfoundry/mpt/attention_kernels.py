@@ -294,32 +294,28 @@ def forward_kernel(
     bounds += row * seqlen_k
 
     rows = begin + tl.arange(0, BLOCK_Q)
-    positions_q, frame = past + rows, past + begin
-    codes_q = codes_of_queries(codes, positions_q, rows < seqlen_q) if HAS_CODES else positions_q
-    starts_q = positions_q
-    if HAS_DOCUMENTS:
-        starts_q = tl.load(bounds + positions_q, mask=rows < seqlen_q, other=seqlen_k)
+    positions_q, frame, inside = past + rows, past + begin, rows < seqlen_q
+    codes_q = codes_of_queries(codes, positions_q, inside) if HAS_CODES else positions_q
+    starts_q = tl.load(bounds + positions_q, mask=inside, other=seqlen_k) if HAS_DOCUMENTS else positions_q
     slope = tl.load(slopes + head) * 1.4426950408889634 if HAS_ALIBI else 0.0
     seed_value = tl.load(seed) if HAS_DROPOUT else 0
     q_block = load_rows(q, begin, stride_qs, seqlen_q, BLOCK_Q, HEAD_DIM, WIDTH, True)
     low, whole_low, whole_high, high = query_bounds(
-        bounds, plane, begin, past, seqlen_q, seqlen_k, window, BLOCK_Q, BLOCK_K, HAS_DOCUMENTS,
-        HAS_CODES, HAS_PREFIX, HAS_WINDOW,
-    )  # fmt: skip
+        bounds, plane, begin, past, seqlen_q, seqlen_k, window, BLOCK_Q, BLOCK_K, HAS_DOCUMENTS, HAS_CODES,
+        HAS_PREFIX, HAS_WINDOW)  # fmt: skip
 
     acc = tl.zeros([BLOCK_Q, WIDTH], dtype=tl.float32)
-    row_sum = tl.zeros([BLOCK_Q], dtype=tl.float32)
-    row_max = tl.full([BLOCK_Q], LOWEST, dtype=tl.float32)
+    row_sum, row_max = tl.zeros([BLOCK_Q], dtype=tl.float32), tl.full([BLOCK_Q], LOWEST, dtype=tl.float32)
     if SKIPS:
         longest_key = tl.load(longest + row * (n_heads // GROUP) + head // GROUP)
         bound = _bound(q_block, longest_key, inner, outer, HAS_SOFTCAP)
         # A row's maximum is at least minus its bound; the edges are visited before the maximum is known.
-        stop = _stop(bound, -bound, rows < seqlen_q, slope, frame, bits, BLOCK_K)
+        stop = _stop(bound, -bound, inside, slope, frame, bits, BLOCK_K)
         low = tl.minimum(tl.maximum(low, stop), whole_high)
         whole_low = tl.maximum(whole_low, low)
     for span in tl.static_range(2):
         if span == 1 and SKIPS:
-            stop = _stop(bound, row_max, rows < seqlen_q, slope, frame, bits, BLOCK_K)
+            stop = _stop(bound, row_max, inside, slope, frame, bits, BLOCK_K)
             whole_low = tl.minimum(tl.maximum(whole_low, stop), whole_high)
             low = tl.minimum(tl.maximum(low, stop), whole_low)
         acc, row_sum, row_max = _forward_span(
@@ -333,7 +329,7 @@ def forward_kernel(
     sees = row_sum > 0
     row_lse = row_max + tl.log2(tl.where(sees, row_sum, 1.0)) - shift_of(slope, positions_q, frame, EXACT)
     tl.store(lse + head_of_all.to(tl.int64) * seqlen_q + rows, tl.where(sees, row_lse, float("inf")),
-             mask=rows < seqlen_q)  # fmt: skip
+             mask=inside)  # fmt: skip
     acc = acc / (tl.where(sees, row_sum, 1.0) * (1 - dropout))[:, None]
     out += (row.to(tl.int64) * seqlen_q * n_heads + head) * HEAD_DIM
     store_rows(out, acc, begin, n_heads * HEAD_DIM, seqlen_q, BLOCK_Q, HEAD_DIM, WIDTH)
@@ -432,11 +428,9 @@ def backward_query_kernel(
     bounds += row * seqlen_k
 
     rows = begin + tl.arange(0, BLOCK_Q)
-    positions_q, frame = past + rows, past + begin
-    codes_q = codes_of_queries(codes, positions_q, rows < seqlen_q) if HAS_CODES else positions_q
-    starts_q = positions_q
-    if HAS_DOCUMENTS:
-        starts_q = tl.load(bounds + positions_q, mask=rows < seqlen_q, other=seqlen_k)
+    positions_q, frame, inside = past + rows, past + begin, rows < seqlen_q
+    codes_q = codes_of_queries(codes, positions_q, inside) if HAS_CODES else positions_q
+    starts_q = tl.load(bounds + positions_q, mask=inside, other=seqlen_k) if HAS_DOCUMENTS else positions_q
     slope = tl.load(slopes + head) * 1.4426950408889634 if HAS_ALIBI else 0.0
     seed_value = tl.load(seed) if HAS_DROPOUT else 0
     q_block = load_rows(q, begin, stride_qs, seqlen_q, BLOCK_Q, HEAD_DIM, WIDTH, True)

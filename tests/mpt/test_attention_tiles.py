@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 PUBLISHED = "arch=90 group=1 dtype=bfloat16 head_dim=128 features=alibi+documents"
 ESSENTIAL = (
     "group=1 dtype=bfloat16 head_dim=64,80,128,256 features=alibi+documents "
-    "and group=1 dtype=bfloat16 head_dim=128 features=causal,alibi "
+    "and group=1 dtype=bfloat16 head_dim=128 features=causal,alibi,alibi+gaps "
     "and group=1 dtype=bfloat16 head_dim=64,128 features=everything "
     "and group=4 dtype=bfloat16 head_dim=128 features=alibi+documents "
     "and group=1 dtype=float32 head_dim=64 features=alibi+documents"
@@ -84,7 +84,7 @@ def test_what_training_uses_compiles_without_spills_onto_tensor_cores(
     }
     architectures = {row["arch"] for row in rows}
     assert architectures >= {80, 90} if IS_SOAK else architectures == {90}
-    assert len(rows) == (len(architectures) * (10 * 5 - 2 * 2) if IS_SOAK else 5)
+    assert len(rows) == (len(architectures) * (11 * 5 - 2 * 2) if IS_SOAK else 5)
     assert all(row["loop"] > 0 for row in rows if row["wgmma"] or row["mma"])
 
 
