@@ -45,7 +45,8 @@ class Norm(nn.Module):
     def fuses(self, x: torch.Tensor) -> bool:
         """Whether `add` by the kernel computes what forward computes of ``x``, within rounding."""
         dtype = compute_dtype(x)
-        is_own = type(self) is Norm and not self._forward_hooks  # not recomputed in backward
+        # Not recomputed in backward, and not offloaded.
+        is_own = type(self) is Norm and not self._forward_hooks and self.weight.device == x.device
         is_same = dtype is None or (self.low_precision and dtype == x.dtype)
         return is_own and is_same and x.shape[-1] <= _WIDEST
 

@@ -167,7 +167,7 @@ _add_norm_backward.register_fake(_empty_grads)
 
 def _size(width: int) -> dict[str, int]:
     columns = max(16, 1 << (width - 1).bit_length())
-    return {"COLUMNS": columns, "num_warps": min(16, max(1, columns // 512))}
+    return {"COLUMNS": columns, "num_warps": min(32, max(1, columns // 256))}
 
 
 _operators = getattr(torch.ops, _NAMESPACE)
@@ -205,7 +205,7 @@ def add_norm(
     Returns:
         The sum and its norm, layer norm if it ``centres``, or else RMS norm.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    delta = None if delta is None else delta.reshape_as(flat)
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    delta = None if delta is None else delta.reshape_as(flat).contiguous()
     total, out = _AddNorm.apply(flat, delta, weight, bias, eps, centres)
     return total.view_as(x), out.view_as(x)
