@@ -5,7 +5,7 @@
         [lines=true]
 
 Without words it compiles every variant that ships, with words all combinations of their values; `and` starts
-another set; `features=lion`, `loss` and `loss+softcap` are the kernels of optimizer and loss. Attention, or a
+another set; `features=lion`, and those in OTHERS, are kernels of optimizer, loss and norms. Attention, or a
 step, is called on the CPU with small tensors that have a model's strides. Where Triton would launch a kernel,
 the kernel is only compiled, as Triton's launcher does for that architecture, with Triton's own ptxas.
 Triton's cache (TRITON_CACHE_DIR) is used, so recently compiled kernels take no time.
@@ -51,6 +51,7 @@ from triton.runtime.jit import JITFunction
 from mptfoundry.mpt import attention_triton
 from mptfoundry.mpt.attention_tiles import Tile, tile_of
 from mptfoundry.mpt.loss_kernel import cross_entropy
+from mptfoundry.mpt.norm_kernel import add_norm
 from mptfoundry.mpt.position import AttentionContext, alibi_slopes
 from mptfoundry.optim.bf16_weights import Copy
 from mptfoundry.optim.lion_fused import DecoupledLionW
@@ -64,6 +65,9 @@ FEATURES = (
     "causal", "alibi", "alibi+unskipped", "alibi+documents", "alibi+gaps", "window", "prefix+documents",
     "softcap", "dropout", "everything",
 )  # fmt: skip
+
+# Of the loss, and of norms with the sum before them.
+OTHERS = ("loss", "loss+softcap", "norm", "norm+wide+bias", "norm+rms")
 
 # Bytes of shared memory that a program may use: "Technical Specifications per Compute Capability" in NVIDIA's
 # CUDA C++ Programming Guide. 8.6 and 8.9, which run what is made for sm_80, have less than 8.0.
@@ -135,8 +139,8 @@ def shipped(options: dict[str, str]) -> Iterator[Case]:
     kernels = tuple(asked("kernel", ()))
     if not options:
         yield from (Case(arch, 0, "lion", dtype="float32") for arch in ARCHITECTURES)
-        losses = itertools.product(ARCHITECTURES, ("loss", "loss+softcap"), ("bfloat16", "float32"))
-        yield from (Case(arch, 0, features, dtype=dtype) for arch, features, dtype in losses)
+        others = itertools.product(ARCHITECTURES, OTHERS, ("bfloat16", "float32"))
+        yield from (Case(arch, 0, features, dtype=dtype) for arch, features, dtype in others)
     for arch, head_dim, features, group, dtype in itertools.product(
         asked("arch", ARCHITECTURES),
         asked("head_dim", HEAD_DIMS),
@@ -189,6 +193,8 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
             call_lion()
         elif case.features.startswith("loss"):
             call_loss(case)
+        elif case.features.startswith("norm"):
+            call_norm(case)
         else:
             call_attention(case, batch=2, seq=64, past=0)
             call_attention(case, batch=1, seq=1, past=36)
@@ -264,6 +270,16 @@ def call_loss(case: Case) -> None:
     logits = torch.zeros(2, 50_432, dtype=getattr(torch, case.dtype))
     softcap = 30.0 if "softcap" in case.features else 0.0
     cross_entropy(logits, torch.zeros(2, dtype=torch.int64), -100, softcap)
+
+
+def call_norm(case: Case) -> None:
+    """The residual stream's sum and norm, there and back, 4,096 and 8,192 wide."""
+    width = 8192 if "wide" in case.features else 4096
+    x, delta = (torch.zeros(2, width, dtype=getattr(torch, case.dtype), requires_grad=True) for _ in range(2))
+    weight = torch.ones(width, requires_grad=True)
+    bias = torch.zeros(width, requires_grad=True) if "bias" in case.features else None
+    total, out = add_norm(x, delta, weight, bias, 1e-5, "rms" not in case.features)
+    (total + out).sum().backward()
 
 
 class _Cache:

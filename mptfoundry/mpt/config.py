@@ -140,7 +140,7 @@ class AttnConfig(Section):
         attn_type: How many heads keys and values have: as many as queries, one, or `kv_n_heads`.
         attn_pdrop: Dropout probability of the attention weights.
         attn_impl: The backend that computes attention; the result is the same for all. `auto` chooses one for
-            the hardware, and the run prints which.
+            the hardware, and the run prints which. On a GPU, with `triton`, kernels also compute the norms.
         qk_ln: Apply layer norm to queries and keys, over all heads together.
         qk_gn: Apply layer norm to queries and keys, for each head separately.
         fused_qkv: Only `true`: one matrix, `Wqkv`, computes queries, keys and values.

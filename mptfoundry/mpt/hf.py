@@ -46,6 +46,7 @@ from .position import AttentionContext, number_documents
 with suppress(ImportError):  # triton may be missing
     from .attention_kernels import forward_kernel  # noqa: F401
     from .loss_kernel import cross_entropy  # noqa: F401
+    from .norm_kernel import add_norm  # noqa: F401
 
 # The problem_type in folders from earlier versions; transformers does not have this value.
 _FORMER_PROBLEM_TYPE = "none of these: it needs AutoModelForCausalLM and trust_remote_code=True"

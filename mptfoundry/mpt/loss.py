@@ -32,7 +32,7 @@ _CHUNK_LOGITS = {"cpu": 2**23, "cuda": 2**27}
 # Bytes of a chunk of logits that the kernel writes over: what the other way takes at its peak, in float32.
 _CHUNK_BYTES = 2**30
 # The release of PyTorch from which products of bfloat16 can be added to float32.
-_ADDS_TO_FLOAT32 = torch.__version__ >= (2, 10)
+_ADDS_TO_FLOAT32 = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)
 
 
 def linear_cross_entropy(

@@ -12,6 +12,9 @@ from torch.nn import functional as F
 
 from .config import MPTConfig
 
+# What a program of the kernel keeps in registers.
+_WIDEST = 8192
+
 
 class Norm(nn.Module):
     """The norm of ``config.norm_type`` over the last dimension, with a trainable scale.
@@ -38,6 +41,22 @@ class Norm(nn.Module):
         bias = None if self.bias is None else self.bias.to(dtype)
         with torch.autocast(x.device.type, enabled=False):
             return self._normalise(x.to(dtype), self.weight.to(dtype), bias)
+
+    def fuses(self, x: torch.Tensor) -> bool:
+        """Whether `add` by the kernel computes what forward computes of ``x``, within rounding."""
+        dtype = compute_dtype(x)
+        # Not recomputed in backward, and not offloaded.
+        is_own = type(self) is Norm and not self._forward_hooks and self.weight.device == x.device
+        is_same = dtype is None or (self.low_precision and dtype == x.dtype)
+        return is_own and is_same and x.shape[-1] <= _WIDEST
+
+    def add(self, x: torch.Tensor, delta: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add ``delta``, if any, to x (..., width), and normalise the sum: both, by a kernel for GPUs."""
+        from .norm_kernel import add_norm
+
+        if delta is not None and delta.dtype != x.dtype:
+            return x + delta, self(x + delta)
+        return add_norm(x, delta, self.weight, self.bias, self.eps, self.centres)
 
     def _normalise(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         if self.centres:

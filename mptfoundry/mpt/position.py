@@ -75,6 +75,10 @@ class AttentionContext:
             self._made[name] = make()
         return self._made[name]
 
+    def made(self, name: str) -> Any:
+        """What `once` made under this name; None if nothing yet."""
+        return self._made.get(name)
+
 
 def number_documents(
     attention_mask: torch.Tensor | None, sequence_id: torch.Tensor | None, cache: Cache | None = None

@@ -75,10 +75,11 @@ def test_a_layer_moves_so_many_bytes_of_a_tokens_features(steps: dict[str, tuple
     }
     weights = {name: 0 if name in UNCAST else 12 * layer_parameters(steps["plain"]) for name in steps}
     features = {name: (each - weights[name]) / (ROWS * SEQ * D_MODEL) for name, each in moved.items()}
-    # Two norms (4 there, 8 back), two sums (6 there, 6 back for one of them) and GELU (16 there, 24 back).
-    assert features["plain"] < 89 and features["bf16 weights"] < 89, features
+    # A norm (4 there, 8 back), one with the sum before it (8 there, 8 back; the residual stream's gradient is
+    # added in both), a sum (6) and GELU (16 there, 24 back). The scales' gradients by program are the rest.
+    assert features["plain"] < 77 and features["bf16 weights"] < 77, features
     assert features["float32 residual"] > 1.2 * features["plain"], features
-    assert features.get("compiled", 0) < 89, features
+    assert features.get("compiled", 0) < 77, features
 
 
 def test_the_loss_reads_its_logits_twice_and_writes_them_once(steps: dict[str, tuple[Step, Step]]) -> None:
