@@ -47,8 +47,10 @@ _NO_KERNEL = (
 _PICKS = ("aten::embedding", "aten::gather", "aten::index.Tensor", "aten::index_select")
 _PUTS = ("aten::index_put_", "aten::scatter_add_", "aten::scatter_.src", "aten::scatter_.value")
 # They write without reading what was there.
-_FILLS = ("aten::copy_", "aten::zero_", "aten::fill_.Scalar", "aten::fill_.Tensor")
-_FILLS += ("aten::mm.out", "aten::mm.dtype_out")
+_FILLS = (
+    *("aten::copy_", "aten::zero_", "aten::fill_.Scalar", "aten::fill_.Tensor"),
+    *("aten::mm.out", "aten::mm.dtype_out"),
+)
 # Their kernels write an argument of this name without reading it.
 _WRITTEN = {"mptfoundry_optim::lion_step": "copy"}
 # Their kernels read an input of wide rows several times: for the maximum, the sum and the result.

@@ -247,8 +247,8 @@ def _fits_as_well(
     memory, other_memory = (
         partial(estimate_memory, each, device, precision, None, trainable) for each in (config, other)
     )
-    share, size = device_batch(config, device), config.device_train_microbatch_size
-    size = largest_microbatch(share, device, memory)[0] if isinstance(size, str) else min(share, size)
+    share, wanted = device_batch(config, device), config.device_train_microbatch_size
+    size = largest_microbatch(share, device, memory)[0] if wanted == "auto" else min(share, wanted)
     room = USABLE[device.kind] * (device.memory or math.inf)
     return other_memory(size).total <= room or memory(size).total > room
 
