@@ -153,8 +153,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
     # The values are the same everywhere, so `cpu` may replace `meta`.
     init_device = "auto" if sharding is None and model.init_device != "cpu" else model.init_device
     init_device = decide("model.init_device", init_device, lambda: choose_init_device(config, sharding))
-    if how:
-        choices["fsdp_config"] = Choice(sharding or _replicas(device), how)
+    choices |= {"fsdp_config": Choice(sharding or _replicas(device), how)} if how else {}
     flops = partial(flops_per_token, model, config.max_seq_len)
     loaders, workers = {"train": config.train_loader, **config.eval_loaders}, partial(choose_workers, device)
     return Plan(
@@ -247,8 +246,8 @@ def _fits_as_well(
     memory, other_memory = (
         partial(estimate_memory, each, device, precision, None, trainable) for each in (config, other)
     )
-    share, wanted = device_batch(config, device), config.device_train_microbatch_size
-    size = largest_microbatch(share, device, memory)[0] if wanted == "auto" else min(share, wanted)
+    share, own = device_batch(config, device), config.device_train_microbatch_size
+    size = largest_microbatch(share, device, memory)[0] if isinstance(own, str) else min(share, own)
     room = USABLE[device.kind] * (device.memory or math.inf)
     return other_memory(size).total <= room or memory(size).total > room
 
