@@ -77,7 +77,9 @@ def test_what_training_uses_compiles_without_spills_onto_tensor_cores(
 ) -> None:
     rows = compiled[0]
     lion = [row for row in rows if row["kernel"] == "lion_kernel"]
-    assert [(row["arch"], row["spilled"], row["shared"]) for row in lion] == [(80, 0, 0), (90, 0, 0)]
+    assert [(row["arch"], row["spilled"]) for row in lion] == [(80, 0), (90, 0)]
+    # A bfloat16 gradient takes the layout of the float32 weights there.
+    assert all(row["shared"] <= 8192 for row in lion)
     rows = [row for row in rows if row not in lion]
     assert {row["kernel"] for row in rows} == {
         f"{name}_kernel" for name in ("forward", "backward_query", "backward_key", "decode", "join")

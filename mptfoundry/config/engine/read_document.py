@@ -319,9 +319,8 @@ def _resolve_child(node: Any, key: Any, raw: Any, path: KeyPath, document: Docum
     if isinstance(raw, (dict, list)):
         has_more = "${" in str(raw) or "???" in str(raw)  # else its node, slow to look up, isn't needed
         return _resolve(node[key] if has_more else None, raw, path, document)
-    if not isinstance(raw, str) or ("${" not in raw and raw != "???"):
-        return raw
-    return _interpolated(node, key, raw, path, document)
+    is_plain = not isinstance(raw, str) or ("${" not in raw and raw != "???")
+    return raw if is_plain else _interpolated(node, key, raw, path, document)
 
 
 def _interpolated(node: Any, key: Any, raw: str, path: KeyPath, document: Document) -> Any:
