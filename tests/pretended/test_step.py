@@ -25,7 +25,9 @@ def case(n_layers: int, *words: str, residual: str | None = None) -> dict[str, A
 def steps(start: Callable[..., Any]) -> dict[str, tuple[Step, Step]]:
     """For each kind, a step with one layer and one with two."""
     kinds: dict[str, dict[str, Any]] = {"plain": {}, "float32 residual": {"residual": "float32"}}
-    words = {"unfused": ("optimizer.fused=false", "model.loss_fn=torch_crossentropy")}
+    words: dict[str, tuple[str, ...]] = {
+        "unfused": ("optimizer.fused=false", "model.loss_fn=torch_crossentropy")
+    }
     words |= {"compiled": (COMPILED,)} if hasattr(TorchDispatchMode, "ignore_compile_internals") else {}
     cases = [case(n, **options) for options in kinds.values() for n in (1, 2)]
     cases += [case(n, *some) for some in words.values() for n in (1, 2)]
