@@ -167,7 +167,8 @@ _add_norm_backward.register_fake(_empty_grads)
 
 def _size(width: int) -> dict[str, int]:
     columns = max(16, 1 << (width - 1).bit_length())
-    return {"COLUMNS": columns, "num_warps": min(32, max(1, columns // 256))}
+    # So many that nothing is spilled: `python scripts/compile_kernels.py features=norm,norm+wide+bias`.
+    return {"COLUMNS": columns, "num_warps": 32 if columns > 4096 else max(1, columns // 512)}
 
 
 _operators = getattr(torch.ops, _NAMESPACE)

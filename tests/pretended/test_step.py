@@ -29,7 +29,7 @@ def case(n_layers: int, *words: str, residual: str | None = None) -> dict[str, A
 def steps(start: Callable[..., Any]) -> dict[str, tuple[Step, Step]]:
     """For each kind, a step with one layer and one with two."""
     kinds: dict[str, dict[str, Any]] = {"plain": {}, "float32 residual": {"residual": "float32"}}
-    words = {
+    words: dict[str, tuple[str, ...]] = {
         "unfused": ("optimizer.fused=false", "model.loss_fn=torch_crossentropy"),
         "bf16 weights": (WITHOUT_FSDP,),
     }
