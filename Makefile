@@ -52,7 +52,7 @@ test: install
 
 soak: install
 	MPTFOUNDRY_SOAK=1 $(BIN)/python -m pytest tests/soak tests/pretended tests/mpt/test_attention_kernels.py tests/mpt/test_attention_tiles.py tests/checkpoints/test_checksums.py
-	MPTFOUNDRY_SOAK=1 $(BIN)/python -m pytest -m soak $$(grep -rl --include='test_*.py' mark.soak tests)
+	MPTFOUNDRY_SOAK=1 $(BIN)/python -m pytest -m soak $$(grep -rlE --include='test_*.py' 'mark[.]soak|some_of' tests)
 
 docs: install
 	$(BIN)/python scripts/write_docs.py
