@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,12 @@ def files_of() -> Callable[[Path], dict[str, bytes]]:
     return lambda folder: {
         path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
+
+
+@pytest.fixture(autouse=True)
+def no_workers_left() -> Iterator[None]:
+    """End the workers of a test's loaders: the garbage collector waits five seconds for each."""
+    yield
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.terminate()
