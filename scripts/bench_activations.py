@@ -34,6 +34,8 @@ CONFIG = MPTConfig(
 CASES: dict[str, tuple[Any, bool] | None] = {
     "everything kept": None,
     "norm": ("norm", False),
+    "act_fn": ("act_fn", False),
+    "norm and act_fn": (("norm", "act_fn"), False),
     "attention": ("attention", False),
     "mlp": ("mlp", False),
     "attention and mlp": (("attention", "mlp"), False),
