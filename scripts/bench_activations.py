@@ -14,7 +14,9 @@ import time
 from typing import Any
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mptfoundry.config.parallel import recomputed_parts
 from mptfoundry.models.activation_checkpointing import checkpoint_activations
@@ -69,18 +71,30 @@ def main(words: list[str]) -> None:
 
 
 def bytes_kept(model: MPT, ids: torch.Tensor) -> int:
-    found: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    """Bytes of the tensors that forward makes and that are alive after it."""
+    made = Made()
+    with made:
         loss = model(ids, labels=ids).loss
     for parameter in model.parameters():
-        found.pop(parameter.untyped_storage().data_ptr(), None)
+        made.storages.pop(parameter.untyped_storage(), None)
+    kept = sum(made.storages.values())
     del loss
-    return sum(found.values())
+    return kept
+
+
+class Made(TorchDispatchMode):
+    """Collects the storages that operators return, with their bytes, as long as they are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.storages[leaf.untyped_storage()] = leaf.untyped_storage().nbytes()
+        return out
 
 
 if __name__ == "__main__":
