@@ -12,13 +12,16 @@ from __future__ import annotations
 import statistics
 import time
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from mptfoundry.config.parallel import recomputed_parts
+from mptfoundry.models import activation_checkpointing
 from mptfoundry.models.activation_checkpointing import checkpoint_activations
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
@@ -71,15 +74,22 @@ def main(words: list[str]) -> None:
 
 
 def bytes_kept(model: MPT, ids: torch.Tensor) -> int:
-    """Bytes of the tensors that forward makes and that are alive after it."""
+    """Bytes of the tensors that forward makes and that are alive after it, without the offloaded ones."""
     made = Made()
-    with made:
+    with made, patch.object(activation_checkpointing, "save_on_cpu", OnHost):
         loss = model(ids, labels=ids).loss
     for parameter in model.parameters():
         made.storages.pop(parameter.untyped_storage(), None)
     kept = sum(made.storages.values())
     del loss
     return kept
+
+
+class OnHost(saved_tensors_hooks):
+    """Offloads to arrays of NumPy: on a CPU, PyTorch's own hooks leave tensors where they are."""
+
+    def __init__(self, pin_memory: bool = False) -> None:
+        super().__init__(lambda tensor: tensor.detach().numpy().copy(), torch.from_numpy)
 
 
 class Made(TorchDispatchMode):
