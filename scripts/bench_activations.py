@@ -12,11 +12,16 @@ from __future__ import annotations
 import statistics
 import time
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mptfoundry.config.parallel import recomputed_parts
+from mptfoundry.models import activation_checkpointing
 from mptfoundry.models.activation_checkpointing import checkpoint_activations
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
@@ -34,6 +39,8 @@ CONFIG = MPTConfig(
 CASES: dict[str, tuple[Any, bool] | None] = {
     "everything kept": None,
     "norm": ("norm", False),
+    "act_fn": ("act_fn", False),
+    "norm and act_fn": (("norm", "act_fn"), False),
     "attention": ("attention", False),
     "mlp": ("mlp", False),
     "attention and mlp": (("attention", "mlp"), False),
@@ -67,18 +74,37 @@ def main(words: list[str]) -> None:
 
 
 def bytes_kept(model: MPT, ids: torch.Tensor) -> int:
-    found: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    """Bytes of the tensors that forward makes and that are alive after it, without the offloaded ones."""
+    made = Made()
+    with made, patch.object(activation_checkpointing, "save_on_cpu", OnHost):
         loss = model(ids, labels=ids).loss
     for parameter in model.parameters():
-        found.pop(parameter.untyped_storage().data_ptr(), None)
+        made.storages.pop(parameter.untyped_storage(), None)
+    kept = sum(made.storages.values())
     del loss
-    return sum(found.values())
+    return kept
+
+
+class OnHost(saved_tensors_hooks):
+    """Offloads to arrays of NumPy: on a CPU, PyTorch's own hooks leave tensors where they are."""
+
+    def __init__(self, pin_memory: bool = False) -> None:
+        super().__init__(lambda tensor: tensor.detach().numpy().copy(), torch.from_numpy)
+
+
+class Made(TorchDispatchMode):
+    """Collects the storages that operators return, with their bytes, as long as they are alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                self.storages[leaf.untyped_storage()] = leaf.untyped_storage().nbytes()
+        return out
 
 
 if __name__ == "__main__":

@@ -51,9 +51,10 @@ class ModelConfig(MPTConfig):
             generation and export use the base's own weights.
         load_in_4bit: The same in 4 bits (NF4).
         activation_checkpointing_target: What `fsdp_config.activation_checkpointing` recomputes: `block`,
-            `attention`, `mlp`, `norm` or a list of these, in all blocks; or a section that gives each its
-            blocks (`first-N`, `last-N`, `middle-N`, `range-N-M`, `every-K`, numbers from 0, a list of these,
-            or N for the first N). Default: `block`.
+            `attention`, `mlp`, the outputs of `norm`, the output of the feed-forward network's activation
+            function, `act_fn`, or a list of these, in all blocks; or a section that gives each its blocks
+            (`first-N`, `last-N`, `middle-N`, `range-N-M`, `every-K`, numbers from 0, a list of these, or N
+            for the first N). Default: `block`.
     """
 
     name: Literal["mpt_causal_lm"] = "mpt_causal_lm"

@@ -244,13 +244,15 @@ PARTS: dict[str, tuple[str, ...]] = {
     "attention": ("multihead_attention", "multiquery_attention", "grouped_query_attention"),
     "mlp": ("mptmlp", "mptglu"),
     "norm": ("layernorm", "low_precision_layernorm", "rmsnorm", "low_precision_rmsnorm", "triton_rmsnorm"),
+    "act_fn": ("ffn_act_fn",),
 }
+_CONTAINED = (*((part, "block") for part in PARTS if part != "block"), ("act_fn", "mlp"))
 _PART_OF = {name: part for part, names in PARTS.items() for name in (part, *names)}
 _CHOICES = "first-N, last-N, middle-N, range-N-M (without M), every-K, or numbers of blocks"
 
 
 def recomputed_parts(target: Target | None, n_layers: int) -> dict[str, frozenset[int]]:
-    """The blocks of each part that `target` names: `block`, `attention`, `mlp`, `norm` -> numbers of blocks.
+    """The blocks of each part that `target` names: `block`, `mlp`, `act_fn`, ... -> numbers of blocks.
 
     Args:
         target: None: all blocks; a name or a list of them: in all blocks; else the blocks by name, as one
@@ -259,7 +261,7 @@ def recomputed_parts(target: Target | None, n_layers: int) -> dict[str, frozense
 
     Raises:
         ValueError: A name or a choice of blocks is unknown, a block does not exist, or a part is named for a
-            block that is also named as a whole.
+            block in which a larger part that contains it is named, too.
     """
     every = frozenset(range(n_layers))
     if not isinstance(target, Mapping):
@@ -274,11 +276,12 @@ def recomputed_parts(target: Target | None, n_layers: int) -> dict[str, frozense
             known = "; ".join(f"{part} ({', '.join(names)})" for part, names in PARTS.items())
             raise ValueError(f"activation_checkpointing_target: {show(name)} is not a part. Use {known}.")
         parts[part] = parts.get(part, frozenset()) | blocks
-    for part in parts.keys() - {"block"}:
-        if twice := parts[part] & parts.get("block", frozenset()):
+    for part, whole in _CONTAINED:
+        if twice := parts.get(part, frozenset()) & parts.get(whole, frozenset()):
+            name = f"block {min(twice)}" if whole == "block" else f"the {whole} of block {min(twice)}"
             raise ValueError(
-                f"activation_checkpointing_target: block {min(twice)} is recomputed whole, its {part} with "
-                "it. Name one of them."
+                f"activation_checkpointing_target: {name} is recomputed whole, its {part} with it. Name one "
+                "of them."
             )
     return parts
 

@@ -17,6 +17,7 @@ from mptfoundry.config.data import FinetuningDatasetConfig, label_problems, some
 from mptfoundry.config.engine.durations import parse_duration
 from mptfoundry.config.engine.section_rules import Problem, Rules, broken_rules, where_set
 from mptfoundry.config.optim import OwnScheduleConfig
+from mptfoundry.config.parallel import recomputed_parts
 from mptfoundry.config.streams import code_problem
 from mptfoundry.config.tasks import GauntletConfig, missing_benchmarks
 from mptfoundry.config.verbs import Sampling
@@ -331,11 +332,18 @@ def _resuming(run: TrainConfig) -> Iterator[Problem]:
         yield "autoresume", "needs whole checkpoints. Set save_weights_only: false."
 
 
-def _target_without_checkpointing(run: TrainConfig) -> Iterator[Problem]:
-    if run.fsdp_config is None or not run.fsdp_config.saves_activations:
+def _around_target(run: TrainConfig) -> Iterator[Problem]:
+    """What the parts that are recomputed or offloaded need."""
+    fsdp, model = run.fsdp_config, run.model
+    if fsdp is None or not fsdp.saves_activations:
         text = (
             "has no effect without fsdp_config.activation_checkpointing or activation_cpu_offload. Set one."
         )
+        yield "model.activation_checkpointing_target", text
+    elif fsdp.activation_cpu_offload and "act_fn" in recomputed_parts(
+        model.activation_checkpointing_target, model.n_layers
+    ):
+        text = "act_fn can't be offloaded, only recomputed. Use mlp, or remove activation_cpu_offload."
         yield "model.activation_checkpointing_target", text
 
 
@@ -429,7 +437,7 @@ _RULES_OF_OPTIONS: tuple[tuple[str, Callable[[TrainConfig], Iterator[Problem]]],
     ("model.peft_config", _around_adapters),
     ("load_path", _one_source_of_weights),
     ("autoresume", _resuming),
-    ("model.activation_checkpointing_target", _target_without_checkpointing),
+    ("model.activation_checkpointing_target", _around_target),
     ("fsdp_config", _around_sharding),
     ("code_paths", code_problem),
     ("eval_metrics", _own_metrics),

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 # The attribute names of a block's parts; the block itself has none.
@@ -27,20 +28,23 @@ def checkpoint_activations(
 
     Args:
         network: The network; its parameters may still be on the meta device.
-        parts: Maps `block`, `attention`, `mlp` or `norm` to indices of blocks.
+        parts: Maps `block`, `attention`, `mlp`, `norm` or `act_fn` to indices of blocks; `act_fn` can only be
+            recomputed, not offloaded.
         recompute: Save only the inputs, and run forward again in backward, with the same dropout.
         offload: Save tensors in CPU memory, except weights.
     """
     for part, blocks in parts.items():
         for number in blocks:
-            if part == "norm" and recompute and not offload:
-                block = network.transformer.blocks[number]
-                block.__class__ = _recomputing_norms(block.__class__)
+            block = network.transformer.blocks[number]
+            if part in OUTPUTS and recompute and not offload:
+                name, mixin = OUTPUTS[part]
+                module = block.get_submodule(name)
+                module.__class__ = _mixed(mixin, module.__class__)
                 continue
             for name in MODULES[part]:
-                module = network.transformer.blocks[number].get_submodule(name)
+                module = block.get_submodule(name)
                 module.recomputes, module.offloads = recompute, offload
-                module.__class__ = _checkpointed(module.__class__)
+                module.__class__ = _mixed(Checkpointed, module.__class__)
 
 
 class Checkpointed(nn.Module):
@@ -82,11 +86,53 @@ class RecomputedNorms(nn.Module):
                 hook.remove()
 
 
+class RecomputedActFn(nn.Module):
+    """A mixin in front of FFN: the output of the activation function is computed again in backward.
+
+    Its input is saved for the function itself; its output is as large, and saved for `down_proj`. In the
+    gated form this is so for the function's output and for the product with `up_proj`'s.
+    """
+
+    act: Callable[[Tensor], Tensor]
+    up_proj: nn.Module
+    gate_proj: nn.Module | None
+    down_proj: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The result of FFN's own forward, from the same operators."""
+        if torch.compiler.is_compiling():  # the compiler decides this itself
+            return super().forward(x)
+        up = self.up_proj(x)
+        gate = up if self.gate_proj is None else self.gate_proj(x)
+        again = partial(_again, self.act, (gate.detach(),), _autocast(x))
+        made: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
+        with saved_tensors_hooks(partial(_pack, made), _unpack):
+            hidden = self.act(gate)
+            if self.act is F.relu:  # its own backward needs the output, and not the input
+                again = hidden.detach
+            else:
+                made[hidden.untyped_storage()._cdata] = hidden, again
+            if self.gate_proj is not None:
+                hidden = hidden * up
+                made[hidden.untyped_storage()._cdata] = hidden, partial(_product, again, up.detach())
+            try:
+                return self.down_proj(hidden)
+            finally:
+                made.clear()
+
+
+# The parts of which the outputs are recomputed from what their own backward needs: the module and its mixin.
+OUTPUTS: dict[str, tuple[str, type[nn.Module]]] = {
+    "norm": ("", RecomputedNorms),
+    "act_fn": ("ffn", RecomputedActFn),
+}
+
+
 def _note(made: dict[int, Any], norm: nn.Module, args: tuple[Tensor], out: Tensor) -> None:
     """Remember how a norm's output is made. The output itself is kept so that no tensor takes its place."""
     (x,) = args
     if out.dtype == x.dtype:  # or else the matrix saves a copy of its own
-        made[out.untyped_storage()._cdata] = out, partial(_again, norm, x.detach(), _autocast(x))
+        made[out.untyped_storage()._cdata] = out, partial(_again, norm, (x.detach(),), _autocast(x))
 
 
 def _pack(made: dict[int, Any], tensor: Tensor) -> Any:
@@ -108,20 +154,19 @@ def _autocast(x: Tensor) -> dict[str, Any]:
     return {"device_type": kind, "enabled": enabled, "dtype": torch.get_autocast_dtype(kind)}
 
 
-def _again(norm: nn.Module, x: Tensor, autocast: dict[str, Any]) -> Tensor:
+def _again(function: Callable[..., Tensor], inputs: tuple[Tensor, ...], autocast: dict[str, Any]) -> Tensor:
     with torch.no_grad(), torch.autocast(**autocast):
-        return norm(x)
+        return function(*inputs)
+
+
+def _product(again: Callable[[], Tensor], up: Tensor) -> Tensor:
+    return again() * up
 
 
 @cache
-def _recomputing_norms(cls: type[nn.Module]) -> type[nn.Module]:
-    return type(f"RecomputedNorms{cls.__name__}", (RecomputedNorms, cls), {})
-
-
-@cache
-def _checkpointed(cls: type[nn.Module]) -> type[nn.Module]:
+def _mixed(mixin: type[nn.Module], cls: type[nn.Module]) -> type[nn.Module]:
     # Swap the class as FSDP2 does: names, state dicts, `isinstance` and deepcopy keep working.
-    return type(f"Checkpointed{cls.__name__}", (Checkpointed, cls), {})
+    return type(f"{mixin.__name__}{cls.__name__}", (mixin, cls), {})
 
 
 def _offloading(module: nn.Module) -> saved_tensors_hooks:

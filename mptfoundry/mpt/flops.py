@@ -78,6 +78,13 @@ def ffn_activations(config: MPTConfig) -> int:
     return (4 if config.ffn_config.ffn_type == "mptglu" else 2) * config.d_ffn
 
 
+def act_fn_activations(config: MPTConfig) -> int:
+    """The part of these that is computed from the rest: the activation function's output, and gated, the
+    product.
+    """
+    return ffn_activations(config) // 2
+
+
 def _shapes_around_blocks(config: MPTConfig) -> dict[str, tuple[int, ...]]:
     tokens = (config.vocab_size, config.d_model)
     shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": tokens}

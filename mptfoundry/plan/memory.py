@@ -15,6 +15,7 @@ from mptfoundry.config.optim import choice_of
 from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.mpt.flops import (
+    act_fn_activations,
     attention_activations,
     block_activations,
     block_parameters,
@@ -197,13 +198,14 @@ def _saved_activations(model: AnyModelConfig, fsdp: FSDPConfig, block_keeps: int
 def _sizes(model: AnyModelConfig, block_keeps: int) -> dict[str, tuple[int, int]]:
     """Numbers per token of a part, and of its input, which stays on the device unless it is offloaded.
 
-    Of the norms the outputs are recomputed; their inputs are the stream.
+    Of the norms and the activation function the outputs are recomputed from inputs that are kept anyway.
     """
     return {
         "block": (block_keeps, model.d_model),
         "attention": (attention_activations(model), 0),
         "mlp": (ffn_activations(model), 0),
         "norm": (2 * model.d_model, 0),
+        "act_fn": (act_fn_activations(model), 0),
     }
 
 

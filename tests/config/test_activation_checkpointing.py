@@ -22,6 +22,7 @@ EVERY = frozenset(range(8))
         ("MPTBlock", {"block": EVERY}),
         (("grouped_query_attention", "mptmlp"), {"attention": EVERY, "mlp": EVERY}),
         ({"low_precision_layernorm": "first-2", "norm": (7,)}, {"norm": {0, 1, 7}}),
+        (("norm", "ffn_act_fn"), {"norm": EVERY, "act_fn": EVERY}),
         ({"block": 3}, {"block": {0, 1, 2}}),
         ({"block": "last-2, first-1"}, {"block": {0, 6, 7}}),
         ({"block": "middle-3"}, {"block": {2, 3, 4}}),
@@ -46,6 +47,11 @@ def test_a_target_names_parts_and_blocks(target: Any, parts: dict[str, set[int]]
         ({"block": "second-2"}, "is not a choice of blocks. Use first-N"),
         ({"block": ()}, "names no blocks"),
         ({"block": "first-4", "mlp": (3,)}, "block 3 is recomputed whole, its mlp with it"),
+        ({"block": "first-4", "act_fn": (3,)}, "block 3 is recomputed whole, its act_fn with it"),
+        (
+            {"mlp": "last-2", "act_fn": "first-7"},
+            "the mlp of block 6 is recomputed whole, its act_fn with it",
+        ),
     ],
 )
 def test_a_target_that_the_model_does_not_have_is_refused(target: Any, said: str) -> None:

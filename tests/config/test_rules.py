@@ -169,6 +169,14 @@ def test_batches_are_counted_where_they_do_not_depend_on_the_data(
             "activation_cpu_offload=true",
             "can't be combined with compile_config",
         ),
+        (
+            (
+                "model.activation_checkpointing_target=[norm,act_fn]",
+                "fsdp_config={activation_checkpointing: true, activation_cpu_offload: true}",
+            ),
+            "target=[norm,act_fn]",
+            "act_fn can't be offloaded, only recomputed",
+        ),
     ],
 )
 def test_what_sharding_and_activation_checkpointing_cannot_combine_is_refused(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from mptfoundry.models.activation_checkpointing import checkpoint_activations
-from mptfoundry.mpt.config import AttnConfig, MPTConfig
+from mptfoundry.mpt.config import ActivationConfig, AttnConfig, FFNConfig, MPTConfig
 from mptfoundry.mpt.network import MPT
 
 WAYS: dict[str, dict[str, bool]] = {
@@ -26,10 +29,22 @@ PARTS: dict[str, dict[str, Iterable[int]]] = {
     "norms": {"norm": range(4)},
     "some of each": {"attention": (0,), "mlp": (1,), "block": (3,)},
 }
+OUTPUTS: dict[str, dict[str, Iterable[int]]] = {
+    "activation functions": {"act_fn": range(4)},
+    "norms and activation functions": {"norm": range(4), "act_fn": range(4)},
+    "activation functions beside other parts": {
+        "act_fn": (0, 3),
+        "attention": (0,),
+        "mlp": (1,),
+        "block": (2,),
+    },
+}
+D_FFN = 4 * 32
 
 
-def network(**attention: bool) -> MPT:
+def network(ffn: FFNConfig | None = None, **attention: bool) -> MPT:
     config = MPTConfig(
+        ffn_config=ffn or FFNConfig(),
         d_model=32,
         n_heads=4,
         n_layers=4,
@@ -96,6 +111,63 @@ def test_less_is_kept_the_more_is_recomputed_or_offloaded() -> None:
         >= inputs * 3 // 4
     )
     assert kept("all blocks", "offloaded") == kept("all blocks", "recomputed, inputs offloaded")
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("parts", OUTPUTS)
+def test_recomputed_outputs_give_bitwise_the_same_loss_and_gradients(parts: str, autocast: bool) -> None:
+    model = network(alibi=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss, gradients, _ = step(model)
+        model.zero_grad()
+        checkpoint_activations(model, OUTPUTS[parts])
+        again, found, _ = step(model)
+    assert again == loss and found.keys() == gradients.keys()
+    assert all(torch.equal(found[name], gradients[name]) for name in gradients)
+
+
+# How many tensors as wide as the feed-forward network a block keeps, and how many of them are recomputed.
+FUNCTIONS = {
+    ("gelu", "mptmlp"): (2, 1),
+    ("gelu", "mptglu"): (4, 2),
+    ("silu", "mptglu"): (4, 2),
+    ("quick_gelu", "mptmlp"): (3, 1),
+    ("relu", "mptmlp"): (1, 0),
+    ("relu", "mptglu"): (3, 1),
+}
+
+
+@pytest.mark.parametrize(("function", "form"), FUNCTIONS, ids=str)
+def test_outputs_of_activation_functions_are_not_kept(function: str, form: str) -> None:
+    ffn = FFNConfig(ffn_type=form, ffn_act_fn=ActivationConfig(name=function))
+    model = network(ffn, alibi=True)
+    _, gradients, _ = step(model)
+    model.zero_grad()
+    wide_before = wide_after_forward(model)
+    checkpoint_activations(model, {"act_fn": range(4)})
+    wide = wide_after_forward(model)
+    _, found, _ = step(model)
+    assert all(torch.equal(found[name], gradients[name]) for name in gradients)
+    kept, recomputed = FUNCTIONS[function, form]
+    assert (wide_before, wide_before - wide) == (4 * kept, 4 * recomputed)
+
+
+def wide_after_forward(model: MPT) -> int:
+    """The tensors with `d_ffn` features per token that are alive between forward and backward."""
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.untyped_storage().nbytes() == 2 * 64 * D_FFN * 4:
+                made[out.untyped_storage()] = True
+            return out
+
+    made = WeakIdKeyDictionary()
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    with Made():
+        loss = model(ids, labels=ids).loss
+    assert loss.requires_grad
+    return len(made)
 
 
 def test_names_of_weights_stay_and_a_copy_has_weights_of_its_own() -> None:

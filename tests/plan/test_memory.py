@@ -100,6 +100,8 @@ def test_the_estimate_follows_what_is_recomputed_and_offloaded() -> None:
     assert kept(*recomputed("mlp")) == 32 * 8 + 8 + 6
     assert kept(*recomputed("[attention,mlp]")) == 32 * 4 + 8 + 6
     assert kept(*recomputed("norm")) == 32 * 14 + 3
+    assert kept(*recomputed("act_fn")) == 32 * 12 + 4 + 6
+    assert kept(*recomputed("[norm,act_fn]")) == 32 * 10 + 4 + 6
     assert kept(*recomputed("block"), "fsdp_config.activation_cpu_offload=true") == 16 + 5
 
 

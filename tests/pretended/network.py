@@ -162,6 +162,7 @@ def graphs(*names: str) -> dict[str, Any]:
         "checkpointed in part": ("alibi", "mlp", False, (64,)),
         "two lengths": ("alibi", None, False, (64, 96)),
         "packed, two lengths": ("alibi", None, True, (64, 96)),
+        "outputs recomputed": ("alibi", "act_fn", False, (64,)),
         "everything": ("everything", "mlp", True, (64,)),
         "dropout": ("dropout", None, True, (64,)),
         "rotary positions": ("rotary positions", None, True, (64,)),

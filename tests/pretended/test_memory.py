@@ -12,6 +12,7 @@ from tests.pretended.conftest import LOOKS_AT_ALL
 
 RECOMPUTED = "fsdp_config.activation_checkpointing=true"
 TARGET = "model.activation_checkpointing_target"
+GATED = "model.ffn_config.ffn_type=mptglu"
 LONG = ("max_seq_len=65536", "model.attn_config.clip_qkv=6")
 # Rows of a step and of a microbatch, and the words of the config.
 CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
@@ -19,13 +20,18 @@ CASES: dict[str, tuple[int, int, tuple[str, ...]]] = {
     "two microbatches": (2, 1, ()),
     "blocks": (8, 8, (RECOMPUTED,)),
     "norm": (8, 8, (RECOMPUTED, f"{TARGET}=norm")),
+    "norm, act_fn": (8, 8, (RECOMPUTED, f"{TARGET}=[norm,act_fn]")),
     "65k": (1, 1, (RECOMPUTED, *LONG)),
 }
 MORE: dict[str, tuple[int, int, tuple[str, ...]]] = {
+    "act_fn": (8, 8, (RECOMPUTED, f"{TARGET}=act_fn")),
+    "gated": (8, 8, (GATED,)),
+    "gated, act_fn": (8, 8, (RECOMPUTED, f"{TARGET}=act_fn", GATED)),
     "mlp": (8, 8, (RECOMPUTED, f"{TARGET}=mlp")),
     "attention": (8, 8, (RECOMPUTED, f"{TARGET}=attention")),
     "every second block": (8, 8, (RECOMPUTED, f"{TARGET}={{block: every-2}}")),
     "7b": (8, 8, ("model.n_layers=32",)),
+    "7b, norm, act_fn": (8, 8, ("model.n_layers=32", RECOMPUTED, f"{TARGET}=[norm,act_fn]")),
     "7b, blocks": (8, 8, ("model.n_layers=32", RECOMPUTED)),
 }
 if LOOKS_AT_ALL:
@@ -54,4 +60,4 @@ def test_the_estimate_is_within_five_percent_of_the_peak(name: str, found: dict[
 
 def test_recomputing_saves_memory_and_never_costs_any(found: dict[str, Any]) -> None:
     peaks = {name: result["peak"] for name, result in found.items()}
-    assert peaks["plain"] > peaks["norm"] > peaks["blocks"]
+    assert peaks["plain"] > peaks["norm"] > peaks["norm, act_fn"] > peaks["blocks"]
