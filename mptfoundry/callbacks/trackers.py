@@ -10,9 +10,12 @@ from __future__ import annotations
 import inspect
 import json
 import os
+import random
 import shutil
 import uuid
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +207,8 @@ class CometRun(CometMLLogger):
             self._last_steps = offline_steps(folder, key)
         start = {name: self._options[name] for name in COMET_START if name in self._options}
         start = {"mode": "get_or_create"} | start | {"experiment_key": key}
-        self.experiment = comet_ml.start(**start, experiment_config=settings)
+        with _other_random_numbers():
+            self.experiment = comet_ml.start(**start, experiment_config=settings)
         self.experiment.log_other("Created from", "mosaicml-composer")
         if isinstance(self.experiment, comet_ml.ExistingExperiment):
             self._last_steps = _online_steps(self.experiment)
@@ -240,6 +244,21 @@ class CometRun(CometMLLogger):
         super().post_close()
         if self._unfinished is not None and not self._unfinished.exists():
             self._unfinished.unlink(missing_ok=True)  # Comet has zipped and removed the folder
+
+
+@contextmanager
+def _other_random_numbers() -> Iterator[None]:
+    """Draw from another sequence than the run's, and leave the run's as it is.
+
+    Comet draws the end of a zip file's name from Python's random numbers. Every start of a run has the same
+    seed, so a start would overwrite the zip file of the one before.
+    """
+    state = random.getstate()
+    random.seed()
+    try:
+        yield
+    finally:
+        random.setstate(state)
 
 
 def zip_unfinished(folder: Path, key: str) -> None:

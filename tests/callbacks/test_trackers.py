@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import random
 import signal
 import time
 import zipfile
@@ -139,7 +140,7 @@ def test_comet_has_one_experiment_with_each_point_once(
     assert set(points.values()) == {1}, [point for point, times in points.items() if times > 1]
     assert sorted(step for name, step in points if name == "loss/train/total") == list(range(8))
     assets = [each for _, messages in starts for each in messages if "config.yaml" in str(each)]
-    assert len(assets) == 3 and all(each["payload"]["overwrite"] for each in assets)
+    assert len(assets) == 3 and all(each["payload"]["additional_params"]["overwrite"] for each in assets)
 
 
 def test_three_kills_leave_one_experiment_in_comet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +165,7 @@ def log_to_comet(run_folder: Path, steps: range, ends: bool) -> None:
     """A start of a run that logs these steps, and is killed unless it `ends`."""
     from mptfoundry.callbacks.trackers import CometRun
 
+    random.seed(17)  # as each start of a run does
     comet = CometRun(run_folder, read_trackers(run_folder).get("cometml", {}), exp_kwargs=QUIET)
     comet.init(SimpleNamespace(run_name="killed"), None)  # type: ignore[arg-type]
     for step in steps:
