@@ -77,6 +77,7 @@ CALLBACKS: dict[str, str | type] = {**signatures.CALLBACKS}
 TRACKERS = {
     "wandb": "mptfoundry.callbacks.trackers:WandBRun",
     "mlflow": "mptfoundry.callbacks.trackers:MLFlowRun",
+    "cometml": "mptfoundry.callbacks.trackers:CometRun",
 }
 LOGGERS: dict[str, str | type] = {**signatures.LOGGERS}
 ALGORITHMS: dict[str, str | type] = {"gradient_clipping": GradientClipping}

@@ -35,7 +35,7 @@ OVERRIDES = [
     "torchmetrics",
 ]
 # Extras whose packages are in NAME-dev.txt. Without flash (compiled against an installed torch), spark (needs
-# Java) and bitsandbytes (needs a GPU for most of what it does).
+# Java), bitsandbytes (needs a GPU for most of what it does) and cometml (its server has not been tried).
 EXTRAS = ("peft", "eval", "tensorboard", "wandb", "mlflow", "dev")
 HEAD = {
     "current": "# Today's packages, for Python 3.11 to 3.14: what `make install` installs.",

@@ -174,7 +174,7 @@ def test_a_plan_is_made_in_the_dtype_that_is_asked_for(tiny: Load) -> None:
             "model.attn_config.attn_impl: triton can't be used",
         ),
         (["loggers.mlflow={}"], "loggers.mlflow: needs the package mlflow: pip install mlflow"),
-        (["loggers.cometml={}"], "loggers.cometml: needs the package comet_ml: pip install comet_ml"),
+        (["loggers.cometml={}"], "loggers.cometml: needs the package comet_ml: pip install 'comet_ml>=3.58'"),
         (["loggers.wandb={}"], "loggers.wandb: needs the package wandb: pip install 'wandb<0.28'"),
         (["tokenizer.name=./nowhere"], "tokenizer.name: ./nowhere is not a folder"),
         (

@@ -1,4 +1,4 @@
-"""Weights & Biases and MLflow, continued by the same command that continues the run.
+"""Weights & Biases, MLflow and Comet, continued by the same command that continues the run.
 
 Composer's loggers open a new run at every start. Here, the id that the first start gets is kept in
 `trackers.json` in the run's folder, and in its store, and each further start gives it back. A resumed run
@@ -7,20 +7,32 @@ repeats the batches since its checkpoint; trackers that have them already keep w
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
+import random
+import shutil
 import uuid
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from composer.core import State
-from composer.loggers import Logger, MLFlowLogger, WandBLogger
+from composer.loggers import CometMLLogger, Logger, LoggerDestination, MLFlowLogger, WandBLogger
 
+from mptfoundry.errors import ConfigError
 from mptfoundry.files import whole_or_absent, writing_into
 from mptfoundry.ranks import decided_by_rank_0, rank, say
 from mptfoundry.run.report import TRACKERS, read_trackers
 
 REPEATED = "{tracker}: batches up to {last} are there already; those that run again are not logged twice"
+LOSS = "loss/train/total"  # what Composer logs for every batch; the loss of batch N has step N - 1
+# What `comet_ml.start` takes itself; the rest of `exp_kwargs` is for `comet_ml.ExperimentConfig`.
+COMET_START = ("api_key", "workspace", "project_name", "experiment_key", "mode", "online", "source")
+# The files of Comet in the folder and the zip file of an offline experiment.
+COMET_MESSAGES, COMET_EXPERIMENT = "messages.json", "experiment.json"
 
 
 class WandBRun(WandBLogger):
@@ -111,7 +123,7 @@ class MLFlowRun(MLFlowLogger):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Say which batches MLflow has already."""
-        last = self._last_steps.get("loss/train/total", -1) + 1
+        last = self._last_steps.get(LOSS, -1) + 1
         if last > state.timestamp.batch.value:
             say(REPEATED.format(tracker="MLflow", last=last))
 
@@ -134,6 +146,231 @@ class MLFlowRun(MLFlowLogger):
         if step is not None:
             metrics = {name: each for name, each in metrics.items() if step > self._last_steps.get(name, -1)}
         super().log_metrics(metrics, step)
+
+
+class CometRun(CometMLLogger):
+    """Composer's Comet logger with one experiment for all starts of a run, online or offline.
+
+    The resolved config is an asset, `config.yaml`; parameters may change. Offline, each start writes a zip
+    file, and the next start zips what a killed one left.
+
+    Args:
+        run_folder: The run's folder, where the experiment's key is kept; offline, its subfolder `comet` gets
+            the zip files, unless `offline_directory` or COMET_OFFLINE_DIRECTORY names another folder.
+        kept: What the run's earlier starts kept; empty if it does not resume.
+        kwargs: The arguments of Composer's logger. `exp_kwargs` are those of `comet_ml.start` and of
+            `comet_ml.ExperimentConfig`. An `experiment_key` there, or COMET_EXPERIMENT_KEY, is used as is.
+
+    Raises:
+        ConfigError: `exp_kwargs` has an unknown key, or Comet has no API key and is not offline.
+    """
+
+    def __init__(self, run_folder: Path, kept: dict[str, Any], **kwargs: Any) -> None:
+        LoggerDestination.__init__(self)  # Composer's own begins a new experiment
+        self._rank_zero_only = kwargs.pop("rank_zero_only", True)
+        self._enabled = not self._rank_zero_only or rank() == 0
+        options = dict(kwargs.pop("exp_kwargs", None) or {}) | {"log_code": False, "log_graph": False}
+        self._options = options | {name: value for name, value in kwargs.items() if value is not None}
+        self.name = self._options.pop("name", None)
+        _check_comet_options(self._options)
+        self._own_key: str | None = None
+        if not _comet_setting(self._options, "experiment_key"):
+            self._own_key = decided_by_rank_0(lambda: kept.get("id") or uuid.uuid4().hex)
+            self._options["experiment_key"] = self._own_key + ("" if self._rank_zero_only else f"r{rank()}")
+        self._run_folder = run_folder
+        self.experiment: Any = None
+        self._last_steps: dict[str, int] = {}
+        self._unfinished: Path | None = None
+
+    def init(self, state: State, logger: Logger) -> None:
+        """Open the experiment and keep its key."""
+        if self._enabled:
+            self._open()
+        super().init(state, logger)
+        if rank() == 0:
+            entry = {"id": self._own_key or self.experiment.get_key(), "url": self.experiment.url}
+            keep_tracker(self._run_folder, "cometml", entry)
+
+    def _open(self) -> None:
+        import comet_ml
+
+        settings = comet_ml.ExperimentConfig(
+            **{name: value for name, value in self._options.items() if name not in COMET_START}
+        )
+        if not settings.offline_directory or settings.has_default_offline_directory():
+            settings.offline_directory = str(self._run_folder / "comet")
+        folder, key = Path(settings.offline_directory), str(_comet_setting(self._options, "experiment_key"))
+        if not _is_online(self._options):
+            with writing_into(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                zip_unfinished(folder, key)
+            self._last_steps = offline_steps(folder, key)
+        start = {name: self._options[name] for name in COMET_START if name in self._options}
+        start = {"mode": "get_or_create"} | start | {"experiment_key": key}
+        with _other_random_numbers():
+            self.experiment = comet_ml.start(**start, experiment_config=settings)
+        self.experiment.log_other("Created from", "mosaicml-composer")
+        if isinstance(self.experiment, comet_ml.ExistingExperiment):
+            self._last_steps = _online_steps(self.experiment)
+        elif isinstance(self.experiment, comet_ml.OfflineExperiment) and self.experiment.alive:
+            self._unfinished = folder / f"{key}.unfinished"
+            with writing_into(folder):
+                _point_to_messages(self._unfinished, self.experiment)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Say which batches Comet has already."""
+        last = self._last_steps.get(LOSS, -1) + 1
+        if last > state.timestamp.batch.value:
+            say(REPEATED.format(tracker="Comet", last=last))
+
+    def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
+        """Log the config as an asset and the rest as parameters; a later start overwrites both."""
+        rest = dict(hyperparameters)
+        config = rest.pop("config", None)
+        if self._enabled and config is not None:
+            self.experiment.log_asset_data(str(config), name="config.yaml", overwrite=True)
+        super().log_hyperparameters(rest)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Log what Comet does not have: a resumed run measures the same again."""
+        if step is not None:
+            metrics = {name: each for name, each in metrics.items() if step > self._last_steps.get(name, -1)}
+        super().log_metrics(metrics, step)
+
+    def post_close(self) -> None:
+        """End the experiment, if there is one."""
+        if self.experiment is None:
+            return
+        super().post_close()
+        if self._unfinished is not None and not self._unfinished.exists():
+            self._unfinished.unlink(missing_ok=True)  # Comet has zipped and removed the folder
+
+
+@contextmanager
+def _other_random_numbers() -> Iterator[None]:
+    """Draw from another sequence than the run's, and leave the run's as it is.
+
+    Comet draws the end of a zip file's name from Python's random numbers. Every start of a run has the same
+    seed, so a start would overwrite the zip file of the one before.
+    """
+    state = random.getstate()
+    random.seed()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
+def zip_unfinished(folder: Path, key: str) -> None:
+    """Zip what a killed start of an offline Comet experiment left, and remove the zip file it did not finish.
+
+    Args:
+        folder: The folder of the zip files.
+        key: The experiment's key.
+    """
+    link = folder / f"{key}.unfinished"
+    left = link.resolve() if link.is_dir() else None
+    facts = {file: _facts_in(file) for file in folder.glob(f"{key}-*.zip")}
+    for file in facts:
+        if facts[file] is None:
+            file.unlink()
+    if left is not None and (left / COMET_EXPERIMENT).is_file() and (left / COMET_MESSAGES).is_file():
+        own = json.loads((left / COMET_EXPERIMENT).read_bytes())
+        # A kill just after Comet wrote the zip file leaves both.
+        if all(each["start_time"] != own["start_time"] for each in facts.values() if each is not None):
+            own["stop_time"] = int((left / COMET_MESSAGES).stat().st_mtime * 1000)
+            (left / COMET_EXPERIMENT).write_text(json.dumps(own), encoding="utf-8")
+            messages = (left / COMET_MESSAGES).read_bytes()  # a kill may cut the last line
+            (left / COMET_MESSAGES).write_bytes(messages[: messages.rfind(b"\n") + 1])
+            with (
+                whole_or_absent(folder / f"{key}-{uuid.uuid4().hex[:6]}.zip") as file,
+                zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive,
+            ):
+                for each in left.iterdir():
+                    archive.write(each, each.name)
+        shutil.rmtree(left, ignore_errors=True)
+    link.unlink(missing_ok=True)
+
+
+def _facts_in(file: Path) -> dict[str, Any] | None:
+    """What Comet's zip file says of its start; None if the zip file is not finished."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return dict(json.loads(archive.read(COMET_EXPERIMENT)))
+    except (zipfile.BadZipFile, KeyError):
+        return None
+
+
+def _point_to_messages(link: Path, experiment: Any) -> None:
+    """Point `link` to the temporary folder into which Comet writes until the end of an offline experiment."""
+    from comet_ml.offline_utils import write_experiment_meta_file
+
+    write_experiment_meta_file(  # Comet itself writes it at the end
+        tempdir=experiment.tmpdir,
+        experiment_key=experiment.get_key(),
+        workspace=experiment.workspace,
+        project_name=experiment.project_name,
+        start_time=experiment.start_time,
+        stop_time=experiment.start_time,
+        tags=experiment.get_tags(),
+        resume_strategy=experiment.resume_strategy,
+        user_provided_experiment_key=True,
+        comet_start_sourced=True,
+    )
+    link.symlink_to(experiment.tmpdir)
+
+
+def _online_steps(experiment: Any) -> dict[str, int]:
+    """Return the last step of each metric that Comet's server has."""
+    import comet_ml
+
+    page = comet_ml.API(api_key=experiment.api_key).get_experiment_by_key(experiment.get_key())
+    summary = page.get_metrics_summary() if page is not None else None
+    last = {each["name"]: each.get("stepCurrent") for each in summary or []}
+    return {name: int(step) for name, step in last.items() if step is not None}
+
+
+def offline_steps(folder: Path, key: str) -> dict[str, int]:
+    """Return the last step of each metric in the zip files of an offline Comet experiment."""
+    last: dict[str, int] = {}
+    for file in folder.glob(f"{key}-*.zip"):
+        with zipfile.ZipFile(file) as archive, archive.open(COMET_MESSAGES) as lines:
+            for line in lines:
+                if b'"metric_msg"' in line:
+                    metric = json.loads(line)["payload"]["metric"]
+                    name, step = metric["metricName"], metric["step"]
+                    if step is not None:
+                        last[name] = max(step, last.get(name, -1))
+    return last
+
+
+def _check_comet_options(options: dict[str, Any]) -> None:
+    import comet_ml
+
+    known = sorted({*COMET_START, *inspect.signature(comet_ml.ExperimentConfig).parameters})
+    if unknown := sorted(options.keys() - set(known)):
+        raise ConfigError(
+            f"loggers.cometml.exp_kwargs: {unknown[0]} is not an argument of comet_ml.start or "
+            f"comet_ml.ExperimentConfig. Known are {', '.join(known)}."
+        )
+    if _is_online(options) and not _comet_setting(options, "api_key"):
+        raise ConfigError(
+            "loggers.cometml: Comet needs an API key. Set COMET_API_KEY, or write zip files for a later "
+            "upload with exp_kwargs: {online: false}."
+        )
+
+
+def _is_online(options: dict[str, Any]) -> bool:
+    import comet_ml
+
+    return bool(comet_ml.get_config().get_bool(options.get("online"), "comet.start.online", default=True))
+
+
+def _comet_setting(options: dict[str, Any], name: str) -> Any:
+    """An argument, or what the environment and Comet's configuration file say."""
+    import comet_ml
+
+    return options.get(name) or comet_ml.get_config(f"comet.{name}")
 
 
 def keep_tracker(run_folder: Path, tracker: str, entry: dict[str, Any]) -> None:

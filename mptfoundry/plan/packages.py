@@ -16,7 +16,8 @@ OF_SECTIONS = {
     ("loggers", "wandb"): "wandb<0.28",
     ("loggers", "tensorboard"): "tensorboard",
     ("loggers", "mlflow"): "mlflow",
-    ("loggers", "cometml"): "comet_ml",
+    # Its start with a key, online or offline; earlier versions have not been tried.
+    ("loggers", "cometml"): "comet_ml>=3.58",
     ("loggers", "slack"): "slack_sdk",
 }
 ON_A_GPU = {("callbacks", "system_metrics_monitor"): "pynvml"}

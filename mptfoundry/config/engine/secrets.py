@@ -28,7 +28,9 @@ _SECRET = re.compile(
 _TOKENIZERS = re.compile(
     r"\b(add|bos|eos|pad|unk|sep|cls|mask|max|per)\b.*\btoken\b|\btoken (id|ids|types?|encoding|mask)\b"
 )
-_OTHER_KEY = re.compile(r"\b(text|prompt|response|target|label|sort|primary|foreign|index|metric) key$")
+_OTHER_KEY = re.compile(
+    r"\b(text|prompt|response|target|label|sort|primary|foreign|index|metric|experiment) key$"
+)
 
 # The working directory, which every shell keeps in the environment.
 _FOLDERS = ("PWD", "OLDPWD")
