@@ -216,6 +216,8 @@ def test_optimizers_refuse_values_that_cannot_be() -> None:
         DecoupledLionWConfig(lr=1e300)
     with pytest.raises(ValueError, match=r"^lr: 0 is not positive"):
         DecoupledLionWConfig(lr=0)
+    with pytest.raises(ValueError, match="momentum_dtype"):
+        DecoupledLionWConfig(lr=1, momentum_dtype="float16")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^weight_decay: 1. Use 0 or more and less than 1"):
         DecoupledLionWConfig(lr=1, weight_decay=1)
     with pytest.raises(ValueError, match=r"^param_groups\[0\].lr: 0 is not positive"):
