@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -216,8 +217,6 @@ def test_optimizers_refuse_values_that_cannot_be() -> None:
         DecoupledLionWConfig(lr=1e300)
     with pytest.raises(ValueError, match=r"^lr: 0 is not positive"):
         DecoupledLionWConfig(lr=0)
-    with pytest.raises(ValueError, match="momentum_dtype"):
-        DecoupledLionWConfig(lr=1, momentum_dtype="float16")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^weight_decay: 1. Use 0 or more and less than 1"):
         DecoupledLionWConfig(lr=1, weight_decay=1)
     with pytest.raises(ValueError, match=r"^param_groups\[0\].lr: 0 is not positive"):
@@ -235,6 +234,20 @@ def test_optimizers_refuse_values_that_cannot_be() -> None:
     ):
         with pytest.raises(ValueError, match=next(iter(rate))):
             ParamGroupConfig(param_str_match="x", **rate)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("optimizer.momentum_dtype=float16",),
+        ("optimizer.name=decoupled_adamw", "optimizer.momentum_dtype=bfloat16"),
+    ],
+)
+def test_only_lion_stores_its_momentum_in_another_dtype(
+    words: tuple[str, ...], problems: Callable[..., tuple[str, ...]]
+) -> None:
+    (problem,) = problems(words=words)
+    assert "momentum_dtype" in problem, problem
 
 
 @pytest.mark.parametrize(
