@@ -28,7 +28,7 @@ from mptfoundry.checkpoints.source import ModelSource, expected_shapes, with_row
 from mptfoundry.checkpoints.starting import StartingWeights
 from mptfoundry.config.engine import signatures
 from mptfoundry.config.model import ModelConfig
-from mptfoundry.config.optim import OwnOptimizerConfig, OwnScheduleConfig
+from mptfoundry.config.optim import OwnOptimizerConfig, OwnScheduleConfig, choice_of
 from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.config.verbs import EvalConfig, Sampling
@@ -60,8 +60,8 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "decoupled_lionw": DecoupledLionW,
     "decoupled_adamw": DecoupledAdamW,
 }
-# Keys of the section that the plan decides, and that are no options of an optimizer's class.
-DECIDED = ("fused", "bf16_weights")
+# Keys of the section that are not options of an optimizer's class as they are.
+DECIDED = ("fused", "bf16_weights", "momentum_dtype")
 # Optimizers with a step in one pass; their modules are imported only where they are used.
 FUSED_OPTIMIZERS = {"decoupled_lionw": "lion_fused", "decoupled_adamw": "adamw_fused"}
 SCHEDULERS: dict[str, Callable[..., Schedule]] = {
@@ -264,6 +264,8 @@ def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = Fa
     make = OPTIMIZERS[name]
     if fused and make in (DecoupledLionW, DecoupledAdamW):  # not a class of the user's own
         make = getattr(importlib.import_module(f"mptfoundry.optim.{FUSED_OPTIMIZERS[name]}"), make.__name__)
+    if choice_of(config.optimizer, "momentum_dtype") == "bfloat16":
+        options["momentum_dtype"] = torch.bfloat16
     return make(parameters, **options)
 
 

@@ -138,7 +138,8 @@ def shipped(options: dict[str, str]) -> Iterator[Case]:
 
     kernels = tuple(asked("kernel", ()))
     if not options:
-        yield from (Case(arch, 0, "lion", dtype="float32") for arch in ARCHITECTURES)
+        steps = itertools.product(ARCHITECTURES, ("float32", "bfloat16"))
+        yield from (Case(arch, 0, "lion", dtype=dtype) for arch, dtype in steps)
         others = itertools.product(ARCHITECTURES, OTHERS, ("bfloat16", "float32"))
         yield from (Case(arch, 0, features, dtype=dtype) for arch, features, dtype in others)
     for arch, head_dim, features, group, dtype in itertools.product(
@@ -190,7 +191,7 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
     JITFunction.run = compile_instead
     try:
         if case.features == "lion":
-            call_lion()
+            call_lion(case)
         elif case.features.startswith("loss"):
             call_loss(case)
         elif case.features.startswith("norm"):
@@ -255,11 +256,14 @@ def call_attention(case: Case, batch: int, seq: int, past: int) -> None:
             attention_triton.attend(query[:, -1:], key, value, decoding)
 
 
-def call_lion() -> None:
-    """The optimizer's step in one pass, with clipping and a copy of the weights in bfloat16."""
+def call_lion(case: Case) -> None:
+    """The optimizer's step in one pass, with clipping and a copy of the weights in bfloat16.
+
+    The case's dtype is the momentum's.
+    """
     weight = torch.nn.Parameter(torch.zeros(64, 64))
     weight.grad = torch.zeros_like(weight)
-    optimizer = DecoupledLionW([weight], weight_decay=1e-5)
+    optimizer = DecoupledLionW([weight], weight_decay=1e-5, momentum_dtype=getattr(torch, case.dtype))
     optimizer.gradient_scale = torch.ones(())
     optimizer.bf16_copies = {weight: Copy(weight.detach().bfloat16())}
     optimizer.step()

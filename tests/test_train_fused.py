@@ -1,15 +1,20 @@
-"""A run whose optimizer makes its step in one pass: its numbers, and what a resumed run does."""
+"""A run whose optimizer makes its step in one pass, or stores its momentum in bfloat16: its numbers, and what
+a resumed run does.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from mptfoundry.config.load import load_train_config
+from mptfoundry.errors import ConfigError
 from mptfoundry.plan.devices import Device
 from mptfoundry.plan.gpus import GPU
 from mptfoundry.plan.plan import make_plan
@@ -29,6 +34,11 @@ H100 = Device("gpu", "H100", gpus=(GPU("NVIDIA H100", capability=(9, 0)),), memo
 
 def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     return torch.load(checkpoint, weights_only=False)["state"]["model"]
+
+
+def momenta(checkpoint: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(checkpoint, weights_only=False)["state"]["optimizers"]["DecoupledLionW"]["state"]
+    return {name: moments["exp_avg"] for name, moments in state.items()}
 
 
 def test_a_fused_run_has_the_plain_runs_losses(whole: Path, run: Callable[..., Path]) -> None:
@@ -71,3 +81,47 @@ def test_a_machine_that_cannot_go_on_fused_says_so(tiny_runs: Path, monkeypatch:
     kept = keep_fused(config, plan, Start(tiny_runs, is_own=True, notes=RunNotes("", fused=True)))
     assert not kept.fused
     assert "not fused as this run's earlier steps: it needs a GPU" in kept.choices["optimizer.fused"].reason
+
+
+@pytest.mark.parametrize(
+    ("words", "last", "link"),
+    [
+        ([], "ep0-ba4-rank0.pt", "latest-rank0.pt"),
+        (["optimizer.fused=false", "fsdp_config={state_dict_type: sharded}"], "ep0-ba4", None),
+    ],
+    ids=["fused", "sharded"],
+)
+def test_a_run_with_a_bfloat16_momentum_resumes_bit_for_bit(
+    words: list[str], last: str, link: str | None, run: Callable[..., Path], tmp_path: Path
+) -> None:
+    words = [*words, "optimizer.momentum_dtype=bfloat16"]
+    folder = run(f"bf16-{last}", *words)
+    expected = losses(folder)
+    (folder / last).rename(tmp_path / last)
+    if link is not None:
+        (folder / link).unlink()
+    run(folder.name, *words)
+    assert losses(folder) == expected and len(expected) == 4
+    if (folder / last).is_dir():
+        stored = FileSystemReader(folder / last).read_metadata().state_dict_metadata
+        dtypes = {stored[key].properties.dtype for key in stored if key.endswith("exp_avg")}
+        assert dtypes == {torch.bfloat16}
+        shutil.rmtree(tmp_path / last)
+        return
+    for read in (weights, momenta):
+        one, other = read(tmp_path / last), read(folder / last)
+        assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert {momentum.dtype for momentum in other.values()} == {torch.bfloat16}
+
+
+def test_a_run_takes_another_dtype_of_its_momentum_only_where_that_is_allowed(
+    stopped: Path, run: Callable[..., Path]
+) -> None:
+    key = "optimizer.momentum_dtype"
+    with pytest.raises(ConfigError, match=rf"{key}: float32 in the run of .*, bfloat16 here"):
+        run(stopped.name, f"{key}=bfloat16")
+    run(stopped.name, f"{key}=bfloat16", f"allow_changes=[{key}]")
+    after = momenta(stopped / "ep0-ba4-rank0.pt").values()
+    assert {momentum.dtype for momentum in after} == {torch.bfloat16}
+    before = momenta(stopped / "ep0-ba2-rank0.pt").values()
+    assert {momentum.dtype for momentum in before} == {torch.float32}

@@ -88,12 +88,15 @@ class DecoupledLionWConfig(_AnyOptimizerConfig):
     Attributes:
         lr: Learning rate at the top of the schedule; for LION, 3 to 10 times smaller than for AdamW.
         betas: Weights of the old momentum, first in the update, then in the next momentum.
+        momentum_dtype: How the momentum is stored. With `bfloat16` it takes half the memory, and a step still
+            computes in float32, and rounds the new momentum to nearest.
     """
 
     name: Literal["decoupled_lionw"] = "decoupled_lionw"
     lr: float
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
+    momentum_dtype: Literal["float32", "bfloat16"] = "float32"
 
     def rules(self) -> Rules:
         yield from super().rules()
@@ -150,9 +153,13 @@ OptimizerConfig = (
 )
 
 
-def choice_of(optimizer: OptimizerConfig, key: Literal["fused", "bf16_weights"]) -> bool | Literal["auto"]:
-    """The value of a key; of an optimizer of your own it is false, whatever its arguments are called."""
-    return False if isinstance(optimizer, OwnOptimizerConfig) else getattr(optimizer, key)
+# Keys of our optimizers that say how a step is made.
+_StepKey = Literal["fused", "bf16_weights", "momentum_dtype"]
+
+
+def choice_of(optimizer: OptimizerConfig, key: _StepKey) -> bool | str:
+    """The value of a key; false of an optimizer without it, and of your own, whatever its arguments are."""
+    return False if isinstance(optimizer, OwnOptimizerConfig) else getattr(optimizer, key, False)
 
 
 @dataclass(frozen=True, kw_only=True)

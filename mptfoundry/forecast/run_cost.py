@@ -13,7 +13,7 @@ from mptfoundry.config.run import TrainConfig
 from mptfoundry.forecast.hardware import Hardware
 from mptfoundry.forecast.settings import Setting
 from mptfoundry.forecast.step_time import Rates, forward_seconds
-from mptfoundry.plan.memory import FP32, OWN_STATE_BYTES, STATE_BYTES
+from mptfoundry.plan.memory import FP32, state_bytes
 from mptfoundry.plan.plan import Plan
 from mptfoundry.plan.table import Streams
 
@@ -123,7 +123,7 @@ def _rows(config: TrainConfig, samples: int, tokens_per_example: float | None) -
 
 def checkpoints_of(config: TrainConfig, plan: Plan, length: Length) -> Checkpoints:
     """The size of a run's checkpoints, and how many it saves and keeps."""
-    trainable, state = plan.trainable, STATE_BYTES.get(config.optimizer.name, OWN_STATE_BYTES)
+    trainable, state = plan.trainable, state_bytes(config.optimizer)
     weights = trainable.parameters if trainable.adapters else trainable.parameters + trainable.frozen
     size = FP32 * weights + (0 if config.save_weights_only else state * trainable.parameters)
     if config.save_folder is None:

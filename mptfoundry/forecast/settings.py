@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from mptfoundry.config.optim import choice_of
 from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
@@ -177,7 +178,8 @@ def _step(
         reduced_bytes=2 if is_pure else 4,
         trainable=plan.trainable.parameters,
         adapters=plan.trainable.adapters,
-        optimizer_bytes=OPTIMIZER_BYTES.get(config.optimizer.name, OPTIMIZER_BYTES["decoupled_adamw"]),
+        optimizer_bytes=OPTIMIZER_BYTES.get(config.optimizer.name, OPTIMIZER_BYTES["decoupled_adamw"])
+        - (4 if choice_of(config.optimizer, "momentum_dtype") == "bfloat16" else 0),
     )
 
 

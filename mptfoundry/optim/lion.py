@@ -13,6 +13,9 @@ https://arxiv.org/abs/1711.05101): a weight decay of 1e-4 removes 1e-4 of every 
 learning rate, whatever that rate is, so the two can be tuned independently.
 
 The state is one number per weight; Adam needs two. The step never syncs with the device.
+
+With `momentum_dtype=torch.bfloat16` the momentum is stored in bfloat16 and computed in float32: a step reads
+it, widens it, and rounds the new one to nearest. The sign comes from the float32 sum, before any rounding.
 """
 
 from __future__ import annotations
@@ -72,6 +75,8 @@ class DecoupledLionW(torch.optim.Optimizer):
         lr: The peak learning rate of the schedule. LION needs a tenth to a third of Adam's.
         betas: The momentum's coefficients: for the direction, and for the momentum's own update.
         weight_decay: Fraction of every weight that a step at full learning rate removes.
+        momentum_dtype: The dtype in which the momentum is stored, also if a checkpoint has another one.
+            None: the dtype of the weights.
     """
 
     def __init__(
@@ -80,23 +85,24 @@ class DecoupledLionW(torch.optim.Optimizer):
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
+        momentum_dtype: torch.dtype | None = None,
     ) -> None:
+        self.momentum_dtype = momentum_dtype
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters that share options; missing options get the optimizer's defaults."""
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
         # Sharding recreates groups in the middle of a schedule, where `lr` may be 0; `initial_lr` never is.
-        assert group.setdefault("initial_lr", group["lr"]) > 0
+        assert self.param_groups[-1].setdefault("initial_lr", self.param_groups[-1]["lr"]) > 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Call `closure` if given, update every parameter that has a gradient, and return the loss."""
         loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            shards = [self._shard(param) for param in group["params"] if param.grad is not None]
-            self.update(shards, group)
+            shards = [self._shard(param, param.grad) for param in group["params"] if param.grad is not None]
+            (self.update if self.momentum_dtype is None else self.update_rounded)(shards, group)
         return loss
 
     def update(self, shards: Sequence[Shard], group: dict[str, Any]) -> None:
@@ -110,12 +116,29 @@ class DecoupledLionW(torch.optim.Optimizer):
             torch._foreach_add_(weights, directions, alpha=-lr)
             torch._foreach_lerp_(momenta, grads, 1 - beta2)
 
-    def _shard(self, param: Tensor) -> Shard:
+    def update_rounded(self, shards: Sequence[Shard], group: dict[str, Any]) -> None:
+        """As `update`, in the weights' dtype, with momenta that are stored in `momentum_dtype`."""
+        for weight, grad, stored in _pieces(shards):
+            momentum = stored.to(weight.dtype)
+            DecoupledLionW.update(self, [(weight, grad, momentum)], group)
+            stored.copy_(momentum)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles have: what PyTorch keeps, and the momentum's dtype."""
+        return {**super().__getstate__(), "momentum_dtype": self.momentum_dtype}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state. PyTorch casts it to the weights' dtype; here the momentum gets its own."""
+        super().load_state_dict(state_dict)
+        for state in self.state.values():
+            if self.momentum_dtype is not None and "exp_avg" in state:
+                state["exp_avg"] = state["exp_avg"].to(self.momentum_dtype)
+
+    def _shard(self, param: Tensor, grad: Tensor) -> Shard:
         """This rank's shard: the update is elementwise, so a shard needs nothing from the others."""
         if "exp_avg" not in self.state[param]:
-            self.state[param]["exp_avg"] = torch.zeros_like(param, memory_format=torch.preserve_format)
-        assert param.grad is not None
-        return local_part(param), local_part(param.grad), local_part(self.state[param]["exp_avg"])
+            self.state[param]["exp_avg"] = torch.zeros_like(param, dtype=self.momentum_dtype)
+        return local_part(param), local_part(grad), local_part(self.state[param]["exp_avg"])
 
 
 def shrinkage(lr: float, initial_lr: float, weight_decay: float) -> float:
@@ -124,9 +147,7 @@ def shrinkage(lr: float, initial_lr: float, weight_decay: float) -> float:
 
 
 def _runs(shards: Iterable[Shard]) -> Iterator[Iterable[tuple[Tensor, ...]]]:
-    """Weights, gradients and momenta to update together, for PyTorch's foreach kernels: of one device and
-    dtype, and of bounded size.
-    """
+    """Shards of one device and dtype, and of bounded size, for PyTorch's foreach kernels."""
     run: list[Shard] = []
     kind, room = None, 0
     for weight, grad, momentum in _pieces(shards):

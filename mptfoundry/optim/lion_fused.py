@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 
 class DecoupledLionW(lion.DecoupledLionW):
-    """LION with a step that reads weights, gradient and momentum once. Weights have to be float32.
+    """LION with a step that reads weights, gradient and momentum once.
+
+    Weights have to be float32, the momentum float32 or bfloat16.
 
     Attributes:
         gradient_scale: What the next step multiplies all gradients by, on their device; None is 1.
@@ -45,6 +47,8 @@ class DecoupledLionW(lion.DecoupledLionW):
             if copy:
                 copy.version = weight._version
 
+    update_rounded = update  # the kernel itself reads and writes the momentum in its dtype
+
 
 @torch.library.custom_op(
     "mptfoundry_optim::lion_step",
@@ -55,13 +59,13 @@ class DecoupledLionW(lion.DecoupledLionW):
 def _lion_step(  # type: ignore[no-untyped-def]
     weight, gradient, momentum, copy, scale, lr, shrinkage, toward_direction, toward_momentum
 ) -> None:  # fmt: skip
-    """Update float32 weights and momentum in place; the gradient may have another dtype and layout.
+    """Update float32 weights and their momentum in place; the gradient may have any dtype and layout.
 
     The weights are also written to `copy`, if there is one, in its dtype.
     """
     from mptfoundry.optim.lion_kernel import BLOCK, WARPS, lion_kernel
 
-    assert weight.dtype == momentum.dtype == torch.float32
+    assert weight.dtype == torch.float32 and momentum.dtype in (torch.float32, torch.bfloat16)
     assert weight.is_contiguous() and momentum.is_contiguous()
     numbers = weight.numel()
     with torch.cuda.device_of(weight):

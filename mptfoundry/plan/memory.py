@@ -11,7 +11,7 @@ from typing import Literal
 
 from mptfoundry.architecture.trainable import Trainable, matrix_parameters
 from mptfoundry.config.model import AnyModelConfig
-from mptfoundry.config.optim import choice_of
+from mptfoundry.config.optim import OptimizerConfig, choice_of
 from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.mpt.flops import (
@@ -27,8 +27,9 @@ from mptfoundry.plan.devices import GIB, Device
 from mptfoundry.plan.fsdp import Sharding
 
 FP32 = 4
-STATE_BYTES = {"decoupled_lionw": FP32, "decoupled_adamw": 2 * FP32}  # optimizer state per parameter
-OWN_STATE_BYTES = 2 * FP32  # of an optimizer of the user's own, taken to be like AdamW's
+# Numbers per parameter that an optimizer keeps; one of the user's own is taken to be like AdamW.
+MOMENTS = {"decoupled_lionw": 1, "decoupled_adamw": 2}
+MOMENT_BYTES: dict[bool | str, int] = {"bfloat16": 2}  # of each of them, by `momentum_dtype`; else float32
 LOSS_CHUNK_LOGITS = 2**23  # on a CPU
 LOSS_CHUNK_BYTES = 2**30  # on a GPU
 # Memory of the driver, the libraries and the process itself.
@@ -88,8 +89,7 @@ def estimate_memory(
     recomputed, largest = _recomputed(model, block_keeps) if fsdp and fsdp.saves_activations else (0, 0)
     largest *= microbatch * config.max_seq_len * number
     last = first = stepping = everything.gathered
-    if sharding is None or sharding.shards == 1:
-        # Backward frees autocast's copies; DDP's buckets stay.
+    if sharding is None or sharding.shards == 1:  # backward frees autocast's copies; DDP's buckets stay
         copies = number * block_parameters(model) if number < FP32 else 0
         stepping = trainable.parameters * FP32 if device.count > 1 else 0
         last, first = everything.gathered - recomputed * copies, stepping + copies
@@ -114,6 +114,11 @@ def estimate_memory(
     )
 
 
+def state_bytes(optimizer: OptimizerConfig) -> int:
+    """Bytes of an optimizer's state for each parameter."""
+    return MOMENTS.get(optimizer.name, 2) * MOMENT_BYTES.get(choice_of(optimizer, "momentum_dtype"), FP32)
+
+
 def _everything(
     config: TrainConfig,
     device: Device,
@@ -127,24 +132,21 @@ def _everything(
     model, number = config.model, FP32 if precision == "fp32" else 2
     parameters = count_parameters(model) + trainable.adapters
     shards = 1 if sharding is None else sharding.shards
-    if sharding is None or shards == 1:
-        # autocast's low-precision weights, and DDP's gradient buckets
+    if sharding is None or shards == 1:  # autocast's low-precision weights, and DDP's gradient buckets
         gathered = parameters * number if number < FP32 else 0
         gathered += trainable.parameters * FP32 if device.count > 1 else 0
     else:
         gathered = number * _gathered_parameters(model, parameters, trainable, sharding)
     tokens = microbatch * config.max_seq_len
     block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
-    kept = model.n_layers * block_keeps
-    if fsdp is not None and fsdp.saves_activations:
-        kept -= _saved_activations(model, fsdp, block_keeps)
+    saved = _saved_activations(model, fsdp, block_keeps) if fsdp and fsdp.saves_activations else 0
     quantized = matrix_parameters(model) if model.bits else 0
     return Memory(
         weights=(parameters * FP32 - quantized * FP32 + quantized * (model.bits or 0) // 8) // shards,
         gradients=trainable.parameters * FP32 // shards,
-        optimizer=trainable.parameters * STATE_BYTES.get(config.optimizer.name, OWN_STATE_BYTES) // shards,
+        optimizer=trainable.parameters * state_bytes(config.optimizer) // shards,
         gathered=gathered,
-        activations=tokens * kept * number,
+        activations=tokens * (model.n_layers * block_keeps - saved) * number,
         logits=_CHUNK[device.kind](model, tokens * model.vocab_size, number)
         + (model.vocab_size * model.d_model * FP32 if trainable.trains_output else 0),
         overhead=OVERHEAD[device.kind],

@@ -45,7 +45,7 @@ from mptfoundry.ranks import decided_by_rank_0, local_rank, rank, world_size
 from mptfoundry.run.changes import RUN, RunNotes
 from mptfoundry.run.metrics_file import NAME as METRICS
 
-# Moments per parameter, by optimizer; before the first step they don't exist yet and can't be counted.
+# Moments per parameter, by optimizer; before the first step they don't exist yet, and count as float32.
 _MOMENTS = {"DecoupledLionW": 1, "DecoupledAdamW": 2}
 _MARGIN_BYTES = 1 << 20
 BEST = "best.json"

@@ -60,7 +60,7 @@ MAKES_THE_RUN: dict[str, str] = {
         "eos_token_id bos_token_id hf_name fields hf_kwargs preprocessing_fn decoder_only_format "
         "target_prompts target_responses packing_ratio allow_pad_trimming max_dropped"
     ),
-    "optimizer": "name lr betas weight_decay disable_grad param_groups eps amsgrad",
+    "optimizer": "name lr betas weight_decay disable_grad param_groups eps amsgrad momentum_dtype",
 }
 # All other keys: lengths, locations, hardware, reporting, and how something is computed or fetched. A section
 # listed here as a whole includes all keys in it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, get_args
@@ -233,6 +234,20 @@ def test_optimizers_refuse_values_that_cannot_be() -> None:
     ):
         with pytest.raises(ValueError, match=next(iter(rate))):
             ParamGroupConfig(param_str_match="x", **rate)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("optimizer.momentum_dtype=float16",),
+        ("optimizer.name=decoupled_adamw", "optimizer.momentum_dtype=bfloat16"),
+    ],
+)
+def test_only_lion_stores_its_momentum_in_another_dtype(
+    words: tuple[str, ...], problems: Callable[..., tuple[str, ...]]
+) -> None:
+    (problem,) = problems(words=words)
+    assert "momentum_dtype" in problem, problem
 
 
 @pytest.mark.parametrize(

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from mptfoundry.config.optim import DecoupledLionWConfig
 from mptfoundry.config.parallel import recomputed_parts
 from mptfoundry.models.activation_checkpointing import checkpoint_activations
 from mptfoundry.mpt.config import AttnConfig, FFNConfig, MPTConfig
 from mptfoundry.mpt.flops import attention_activations, block_activations, count_parameters, ffn_activations
 from mptfoundry.mpt.network import MPT
 from mptfoundry.optim.lion import DecoupledLionW
-from mptfoundry.plan.memory import FP32, STATE_BYTES
+from mptfoundry.plan.memory import FP32, state_bytes
 
 INT64 = 8
 # Mean and inverse deviation of a norm's rows.
@@ -95,13 +96,16 @@ def test_every_byte_that_is_recomputed_is_not_kept(target: Any) -> None:
     assert counted(network) == kept_bytes(config, BATCH * LENGTH, parts)
 
 
-def test_weights_and_the_optimizers_state_are_counted_exactly() -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_and_the_optimizers_state_are_counted_exactly(
+    dtype: Literal["float32", "bfloat16"],
+) -> None:
     config = MPTConfig(n_layers=2, **SMALL)
     network = MPT(config, seed=0)
     assert sum(each.nbytes for each in network.parameters()) == FP32 * count_parameters(config)
-    optimizer = DecoupledLionW(network.parameters(), lr=0.1)
+    optimizer = DecoupledLionW(network.parameters(), lr=0.1, momentum_dtype=getattr(torch, dtype))
     for each in network.parameters():
         each.grad = torch.zeros_like(each)
     optimizer.step()
     state = sum(value.nbytes for each in optimizer.state.values() for value in each.values())
-    assert state == STATE_BYTES["decoupled_lionw"] * count_parameters(config)
+    assert state == state_bytes(DecoupledLionWConfig(lr=0.1, momentum_dtype=dtype)) * count_parameters(config)

@@ -124,21 +124,6 @@ def test_gradients_may_stay_in_bfloat16(
     both_ways(kind, options, bf16_gradients=True, microbatches=microbatches, **keys)
 
 
-@pytest.fixture
-def rounds_as_a_gpu(triton_runs: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton's interpreter cuts float32 off to bfloat16; a GPU rounds to nearest, ties to even."""
-    from triton.runtime import interpreter
-
-    convert = interpreter._convert_float
-
-    def rounded(value: Any, source: Any, target: Any, mode: Any) -> Any:
-        if (str(source), str(target)) != ("fp32", "bf16"):
-            return convert(value, source, target, mode)
-        return torch.from_numpy(value.copy()).bfloat16().view(torch.int16).numpy().view("uint16")
-
-    monkeypatch.setattr(interpreter, "_convert_float", rounded)
-
-
 @needs_grad_dtype
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the network is on the CPU, and Triton's kernel is not")
 @pytest.mark.usefixtures("rounds_as_a_gpu")

@@ -71,6 +71,17 @@ def test_lion_in_one_pass_is_as_near_the_truth_as_the_plain_step(
         assert error(ours, plain) < 1e-7
 
 
+@pytest.mark.usefixtures("triton_runs", "rounds_as_a_gpu")
+def test_lion_in_one_pass_rounds_a_bfloat16_momentum_as_the_plain_step() -> None:
+    options = LION | {"momentum_dtype": torch.bfloat16}
+    results = [take_steps(make(kind, options)) for kind in (DecoupledLionW, lion_fused.DecoupledLionW)]
+    for plain, ours in zip(*results, strict=True):
+        assert ours.dtype == plain.dtype
+        # A sum that is rounded once and not twice may fall on the other side of the middle of two numbers.
+        torch.testing.assert_close(ours, plain, rtol=2**-7 if ours.dtype == torch.bfloat16 else 1e-6, atol=0)
+        assert (ours == plain).float().mean() > 0.99 or not ours.numel()
+
+
 @pytest.mark.usefixtures("triton_runs")
 def test_what_is_not_a_number_stays_one() -> None:
     results = []
@@ -174,10 +185,13 @@ def test_a_state_is_the_same_for_both_and_goes_from_one_to_the_other(
 
 
 @pytest.mark.usefixtures("triton_runs")
-@pytest.mark.parametrize("kind", ["lion", "adamw"])
+@pytest.mark.parametrize("kind", ["lion", "bf16 momentum", "plain bf16 momentum", "adamw"])
 def test_a_rank_updates_its_own_shard(kind: str) -> None:
+    narrow = LION | {"momentum_dtype": torch.bfloat16}
     ours, options = {
         "lion": (lion_fused.DecoupledLionW, LION),
+        "bf16 momentum": (lion_fused.DecoupledLionW, narrow),
+        "plain bf16 momentum": (DecoupledLionW, narrow),
         "adamw": (adamw_fused.DecoupledAdamW, ADAMW),
     }[kind]
     store = dist.HashStore()
@@ -192,7 +206,13 @@ def test_a_rank_updates_its_own_shard(kind: str) -> None:
         optimizer = ours([sharded], **options)
         optimizer.step()
         ours([whole], **options).step()
-        assert isinstance(optimizer.state[sharded]["exp_avg"], DTensor)
+        momentum = optimizer.state[sharded]["exp_avg"]
+        assert isinstance(momentum, DTensor)
+        assert momentum.dtype == (torch.bfloat16 if "bf16" in kind else torch.float32)
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        loaded = optimizer.state[sharded]["exp_avg"]
+        assert isinstance(loaded, DTensor) and loaded.dtype == momentum.dtype
+        assert torch.equal(loaded.to_local(), momentum.to_local())
         assert torch.equal(sharded.data.to_local(), whole.data)
     finally:
         dist.destroy_process_group()

@@ -144,3 +144,65 @@ def test_a_group_made_in_the_middle_of_a_schedule_keeps_its_initial_rate() -> No
     assert optimizer.param_groups[0]["initial_lr"] == 0.5
     with pytest.raises(AssertionError):
         DecoupledLionW([torch.nn.Parameter(torch.ones(3))], lr=0.0)
+
+
+@pytest.mark.parametrize("elements_at_once", [6, 1 << 16])
+def test_a_bfloat16_momentum_is_the_float32_one_rounded_in_each_step(
+    elements_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(lion.ELEMENTS_AT_ONCE, "cpu", elements_at_once)
+    params = parameters()
+    params[0].data = params[0].data.t()  # in no order that can be cut
+    optimizer = DecoupledLionW(params, **OPTIONS, momentum_dtype=torch.bfloat16)
+    weights = [param.detach().clone() for param in params]
+    momenta = [torch.zeros_like(weight, dtype=torch.bfloat16) for weight in weights]
+    for step in range(4):
+        set_gradients(params, step)
+        optimizer.step()
+        for i, param in enumerate(params):
+            assert param.grad is not None
+            keys = {"lr": OPTIONS["lr"], "initial_lr": OPTIONS["lr"], "betas": OPTIONS["betas"]}
+            keys["weight_decay"] = OPTIONS["weight_decay"]
+            weights[i], momentum = lion_step(weights[i], param.grad, momenta[i].float(), **keys)
+            momenta[i] = momentum.bfloat16()
+            assert torch.equal(param, weights[i])
+            assert optimizer.state[param]["exp_avg"].dtype == torch.bfloat16
+            assert torch.equal(optimizer.state[param]["exp_avg"], momenta[i])
+
+
+def stepped(dtype: torch.dtype | None) -> tuple[list[torch.nn.Parameter], DecoupledLionW]:
+    params = parameters()
+    optimizer = DecoupledLionW(params, **OPTIONS, momentum_dtype=dtype)
+    set_gradients(params, 0)
+    optimizer.step()
+    return params, optimizer
+
+
+def test_a_bfloat16_momentum_goes_round_and_into_copies() -> None:
+    params, optimizer = stepped(torch.bfloat16)
+    others = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    resumed = DecoupledLionW(others, **OPTIONS, momentum_dtype=torch.bfloat16)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    twin = copy.deepcopy(optimizer)
+    copied = twin.param_groups[0]["params"]
+    for each, own in ((optimizer, params), (resumed, others), (twin, copied)):
+        set_gradients(own, 1)
+        each.step()
+    for param, other, third in zip(params, others, copied, strict=True):
+        assert torch.equal(param, other) and torch.equal(param, third)
+        for each, own in ((resumed, other), (twin, third)):
+            assert each.state[own]["exp_avg"].dtype == torch.bfloat16
+            assert torch.equal(each.state[own]["exp_avg"], optimizer.state[param]["exp_avg"])
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, torch.bfloat16), (torch.bfloat16, None)])
+def test_a_state_in_another_dtype_is_rounded_or_widened(
+    before: torch.dtype | None, after: torch.dtype | None
+) -> None:
+    params, optimizer = stepped(before)
+    resumed = DecoupledLionW(parameters(), **OPTIONS, momentum_dtype=after)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for param, other in zip(params, resumed.param_groups[0]["params"], strict=True):
+        momentum = resumed.state[other]["exp_avg"]
+        assert momentum.dtype == (after or torch.float32)
+        assert torch.equal(momentum, optimizer.state[param]["exp_avg"].to(momentum.dtype))

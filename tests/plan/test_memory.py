@@ -80,6 +80,15 @@ def test_adamw_keeps_twice_what_lion_keeps() -> None:
     assert adamw.optimizer == 2 * lion.optimizer
 
 
+def test_a_bfloat16_momentum_takes_half_the_memory() -> None:
+    float32, bfloat16 = (
+        memory_of(load("mpt-7b", f"optimizer.momentum_dtype={dtype}"), gpus(8), 1)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert bfloat16.optimizer == float32.optimizer // 2
+    assert float32.total - bfloat16.total == bfloat16.optimizer
+
+
 def test_the_estimate_follows_what_is_recomputed_and_offloaded() -> None:
     """In widths of a token. A block keeps 16: the attention 4, the MLP 8 besides their inputs, 1 for its own.
 

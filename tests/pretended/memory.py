@@ -74,7 +74,8 @@ def measure(config: TrainConfig, plan: Plan, microbatch: int) -> Memory:
             checkpoint_activations(net, parts, recompute=fsdp.activation_checkpointing)
         optimizer = make_optimizer(config, net, plan.fused, plan.bf16_weights)
         for parameter in net.parameters():
-            optimizer.state[parameter]["exp_avg"] = torch.zeros_like(parameter)
+            dtype = optimizer.momentum_dtype
+            optimizer.state[parameter]["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
         ids = torch.zeros(microbatch, config.max_seq_len, dtype=torch.int64, device="cuda")
         for _ in range(config.global_train_batch_size // microbatch):
             memory.part = "forward"
