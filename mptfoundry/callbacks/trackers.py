@@ -175,8 +175,9 @@ class CometRun(CometMLLogger):
         _check_comet_options(self._options)
         self._own_key: str | None = None
         if not _comet_setting(self._options, "experiment_key"):
-            self._own_key = decided_by_rank_0(lambda: kept.get("id") or uuid.uuid4().hex)
-            self._options["experiment_key"] = self._own_key + ("" if self._rank_zero_only else f"r{rank()}")
+            key: str = decided_by_rank_0(lambda: kept.get("id") or uuid.uuid4().hex)
+            self._own_key, own_part = key, "" if self._rank_zero_only else f"r{rank()}"
+            self._options["experiment_key"] = key + own_part
         self._run_folder = run_folder
         self.experiment: Any = None
         self._last_steps: dict[str, int] = {}

@@ -162,7 +162,7 @@ def make_plan(config: TrainConfig, device: Device) -> Plan:
         attn_impl=attention,
         loss_fn=decide("model.loss_fn", own_loss, lambda: _choose_loss(device)),
         fused=fused,
-        bf16_weights=bf16_weights,
+        bf16_weights=bool(bf16_weights),
         sharding=sharding,
         init_device=init_device,
         device_train_batch_size=share,
