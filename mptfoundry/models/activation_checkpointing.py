@@ -104,7 +104,7 @@ class RecomputedActFn(nn.Module):
             return super().forward(x)
         up = self.up_proj(x)
         gate = up if self.gate_proj is None else self.gate_proj(x)
-        again = partial(_again, self.act, (gate.detach(),), _autocast(x))
+        again: Callable[[], Tensor] = partial(_again, self.act, (gate.detach(),), _autocast(x))
         made: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
         with saved_tensors_hooks(partial(_pack, made), _unpack):
             hidden = self.act(gate)
@@ -122,7 +122,7 @@ class RecomputedActFn(nn.Module):
 
 
 # The parts of which the outputs are recomputed from what their own backward needs: the module and its mixin.
-OUTPUTS: dict[str, tuple[str, type[nn.Module]]] = {
+OUTPUTS: dict[str, tuple[str, Any]] = {
     "norm": ("", RecomputedNorms),
     "act_fn": ("ffn", RecomputedActFn),
 }
