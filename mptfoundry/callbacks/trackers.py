@@ -119,7 +119,14 @@ class MLFlowRun(MLFlowLogger):
         self._params = dict(run.data.params)
         self._last_steps = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         if rank() == 0:
-            keep_tracker(self._run_folder, "mlflow", {"id": self._run_id, "url": self.run_url})
+            keep_tracker(self._run_folder, "mlflow", {"id": self._run_id, "url": self._page()})
+
+    def _page(self) -> str | None:
+        """The run's page on its server; None for a store of files or a database."""
+        uri, path = str(self.tracking_uri), f"experiments/{self._experiment_id}/runs/{self._run_id}"
+        if uri.startswith("databricks"):
+            return f"{os.environ.get('DATABRICKS_HOST', '').rstrip('/')}/ml/{path}"
+        return f"{uri.rstrip('/')}/#/{path}" if uri.startswith("http") else None
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Say which batches MLflow has already."""
