@@ -183,8 +183,8 @@ class CometRun(CometMLLogger):
         self._own_key: str | None = None
         if not _comet_setting(self._options, "experiment_key"):
             key: str = decided_by_rank_0(lambda: kept.get("id") or uuid.uuid4().hex)
-            self._own_key, own_part = key, "" if self._rank_zero_only else f"r{rank()}"
-            self._options["experiment_key"] = key + own_part
+            self._own_key = key
+            self._options["experiment_key"] = key if self._rank_zero_only else f"{key}r{rank()}"
         self._run_folder = run_folder
         self.experiment: Any = None
         self._last_steps: dict[str, int] = {}
