@@ -182,7 +182,7 @@ class CometRun(CometMLLogger):
         _check_comet_options(self._options)
         self._own_key: str | None = None
         if not _comet_setting(self._options, "experiment_key"):
-            key: str = decided_by_rank_0(lambda: kept.get("id") or uuid.uuid4().hex)
+            key = str(decided_by_rank_0(lambda: kept.get("id") or uuid.uuid4().hex))
             self._own_key = key
             self._options["experiment_key"] = key if self._rank_zero_only else f"{key}r{rank()}"
         self._run_folder = run_folder
