@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from composer.algorithms.gradient_clipping.gradient_clipping import apply_gradient_clipping
 from composer.core import Algorithm, Event, State
 from composer.loggers import Logger
 from torch import Tensor
@@ -70,4 +69,11 @@ class GradientClipping(Algorithm):
         elif self.clipping_type == "value":
             clamp(state.model.parameters(), threshold)
         else:
-            apply_gradient_clipping(state.model, "adaptive", threshold, fsdp_enabled=False)
+            _clip_adaptively(state.model, threshold)
+
+
+def _clip_adaptively(model: torch.nn.Module, threshold: float) -> None:
+    # Composer's package of algorithms is only imported where it is used.
+    from composer.algorithms.gradient_clipping.gradient_clipping import apply_gradient_clipping
+
+    apply_gradient_clipping(model, "adaptive", threshold, fsdp_enabled=False)
