@@ -174,7 +174,7 @@ def test_two_sharded_ranks_train_and_evaluate_as_one(tiny_runs: Path, tasks: Pat
     words += ["run_name=tasks", "fsdp_config={}", f"icl_tasks={tasks}", "icl_seq_len=64", "eval_first=true"]
     done = run_on_ranks("scripts/train.py", tiny_runs, *words)
     assert done.returncode == 0, done.stdout
-    assert losses(tmp_path / "tasks") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    assert losses(tmp_path / "tasks") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5), done.stdout
     found = results(tmp_path / "tasks", 0)
     alone = evaluate(
         parse_words(
