@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
 import torch.distributed as dist
 from streaming.base.constant import LOCALS, SHM_TO_CLEAN
@@ -17,18 +18,14 @@ from streaming.base.shared.prefix import _check_and_find_retrying, _check_self, 
 from streaming.base.world import World
 
 Claim = tuple[int, SharedMemory]
+SHARED_MEMORY = Path("/dev/shm")
 
 
 def take_number(
     streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 100
 ) -> Claim:
-    """Claim a number for the processes of a node; replaces streaming's `get_shm_prefix`.
-
-    Returns:
-        The number, and the shared memory that claims it.
-
-    Raises:
-        ValueError: Two streams, or this run and another, would keep copies in one folder.
+    """Claim a number for the processes of a node, with shared memory of that name; replaces streaming's
+    `get_shm_prefix`. ValueError if two streams, or this run and another, would keep copies in one folder.
     """
     _check_self(streams_local)
     claim = partial(_claim, streams_local, streams_remote, retry)
@@ -58,6 +55,9 @@ def _claim(streams_local: list[str], streams_remote: list[str | None], retry: in
     number = max(
         _check_and_find_retrying(streams_local, streams_remote, name, retry) for name in SHM_TO_CLEAN
     )
+    # A data set that is freed loses its names one by one; the place where it resumed would be this one's.
+    while any((SHARED_MEMORY / _get_path(number, name)).exists() for name in SHM_TO_CLEAN):
+        number += 1
     while True:
         data = _pack_locals(streams_local, number)
         with suppress(FileExistsError):

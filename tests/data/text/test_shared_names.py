@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from streaming.base.constant import LOCALS, SHM_TO_CLEAN
+from streaming.base.constant import LOCALS, RESUME, SHM_TO_CLEAN
 from streaming.base.shared import SharedMemory
 from streaming.base.shared.prefix import _get_path
 from streaming.base.world import World
@@ -21,6 +21,11 @@ FAULTS = [
         "two runs start at the same moment",
         "one takes the other's number in shared memory",
         "the other takes the next number",
+    ),
+    (
+        "a data set that is being freed still has its position in shared memory",
+        "when the next one takes its number",
+        "the next one takes another number, and starts at its own place",
     ),
 ]
 
@@ -45,6 +50,21 @@ def test_a_number_that_another_run_takes_meanwhile_is_passed_over(monkeypatch: p
         shared.cleanup()
     assert len(set(names)) == 3
     assert _get_path(number, LOCALS) == names[-1]
+
+
+def test_a_number_of_which_a_name_is_left_is_passed_over() -> None:
+    """A run that resumed leaves its position under a name that hardly any other number has."""
+    _, running = take_number(["/a"], [None], World.detect())
+    number, ended = take_number(["/b"], [None], World.detect())
+    ended.cleanup()
+    left = SharedMemory(_get_path(number, RESUME), True, 8)
+    try:
+        other, taken = take_number(["/b"], [None], World.detect())
+        taken.cleanup()
+    finally:
+        left.cleanup()
+        running.cleanup()
+    assert other > number
 
 
 LATE_RANK = """
