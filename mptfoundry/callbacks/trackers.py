@@ -130,9 +130,7 @@ class MLFlowRun(MLFlowLogger):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Say which batches MLflow has already."""
-        last = self._last_steps.get(LOSS, -1) + 1
-        if last > state.timestamp.batch.value:
-            say(REPEATED.format(tracker="MLflow", last=last))
+        _say_repeated("MLflow", self._last_steps, state)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         """Log parameters that are new, the config as an artifact, and what a later start changed as tags."""
@@ -150,9 +148,20 @@ class MLFlowRun(MLFlowLogger):
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Log what MLflow does not have: a resumed run measures the same again."""
-        if step is not None:
-            metrics = {name: each for name, each in metrics.items() if step > self._last_steps.get(name, -1)}
-        super().log_metrics(metrics, step)
+        super().log_metrics(_new_ones(metrics, step, self._last_steps), step)
+
+
+def _say_repeated(tracker: str, last_steps: dict[str, int], state: State) -> None:
+    last = last_steps.get(LOSS, -1) + 1
+    if last > state.timestamp.batch.value:
+        say(REPEATED.format(tracker=tracker, last=last))
+
+
+def _new_ones(metrics: dict[str, Any], step: int | None, last_steps: dict[str, int]) -> dict[str, Any]:
+    """The metrics of which a tracker doesn't have this step yet."""
+    if step is None:
+        return metrics
+    return {name: each for name, each in metrics.items() if step > last_steps.get(name, -1)}
 
 
 class CometRun(CometMLLogger):
@@ -227,9 +236,7 @@ class CometRun(CometMLLogger):
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Say which batches Comet has already."""
-        last = self._last_steps.get(LOSS, -1) + 1
-        if last > state.timestamp.batch.value:
-            say(REPEATED.format(tracker="Comet", last=last))
+        _say_repeated("Comet", self._last_steps, state)
 
     def log_hyperparameters(self, hyperparameters: dict[str, Any]) -> None:
         """Log the config as an asset and the rest as parameters; a later start overwrites both."""
@@ -241,9 +248,7 @@ class CometRun(CometMLLogger):
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Log what Comet does not have: a resumed run measures the same again."""
-        if step is not None:
-            metrics = {name: each for name, each in metrics.items() if step > self._last_steps.get(name, -1)}
-        super().log_metrics(metrics, step)
+        super().log_metrics(_new_ones(metrics, step, self._last_steps), step)
 
     def post_close(self) -> None:
         """End the experiment, if there is one."""

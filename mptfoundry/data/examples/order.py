@@ -6,7 +6,7 @@ any number of ranks, and a run can resume at any row without reading the ones be
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -121,6 +121,13 @@ class Order(Protocol):
 EMPTY_ROW = (-1, np.empty(0, np.int64))
 
 
+# What helps when a checkpoint stands in an epoch of other rows.
+TO_GO_ON = (
+    "Restore them, name what has changed in allow_changes, or start a new run from its weights, with "
+    "load_path and load_weights_only: true."
+)
+
+
 class RowSampler(DistributedSampler):
     """Gives each rank its rows of an epoch: rank r of n reads the rows r, r + n, r + 2n, ...
 
@@ -144,6 +151,19 @@ class RowSampler(DistributedSampler):
     def resume(self, epoch: int, place: int) -> None:
         """Start `epoch` at row `place`, counted over all ranks."""
         self._resumed = (epoch, place)
+
+    def place(self, num_samples: int, rows_of: str) -> dict[str, Any]:
+        """A position as state: the epoch, how many of its rows all ranks have read, and of which rows."""
+        return {"epoch": self.epoch, "row": num_samples, "rows_of": rows_of}
+
+    def resume_at(self, place: Mapping[str, Any], rows_of: str, *, takes_other_rows: bool) -> bool:
+        """Resume at a position; False if it is inside an epoch of other rows and those are not allowed."""
+        if place.get("row") == 0:
+            return True
+        is_taken = place.get("rows_of") == rows_of or (takes_other_rows and "row" in place)
+        if is_taken:
+            self.resume(int(place["epoch"]), int(place["row"]))
+        return is_taken
 
     def __len__(self) -> int:
         """Rows of this rank in a full epoch."""

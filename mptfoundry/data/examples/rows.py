@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mptfoundry.config.data import FinetuningDatasetConfig, FinetuningLoaderConfig
 from mptfoundry.data.collate import RowCollator, count_rows, count_tokens, filler_id
-from mptfoundry.data.examples.order import RowOrder, RowSampler, passes
+from mptfoundry.data.examples.order import TO_GO_ON, RowOrder, RowSampler, passes
 from mptfoundry.data.examples.packing import plan_packing
 from mptfoundry.data.examples.store import ExampleStore
 from mptfoundry.data.loading import LoaderContext, loader_options
@@ -159,7 +159,7 @@ class RowDataset(Dataset):
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Return the epoch, how many of its rows all ranks have read, and a hash of the rows."""
-        return {"epoch": self._sampler.epoch, "row": num_samples, "rows_of": self._digest}
+        return self._sampler.place(num_samples, self._digest)
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Resume at the state's position.
@@ -167,18 +167,11 @@ class RowDataset(Dataset):
         Raises:
             DataError: The position is inside an epoch of other rows, and the run doesn't allow that.
         """
-        place = state or {}
-        if place.get("row") == 0:
-            return
-        is_taken = place.get("rows_of") == self._digest or (self._takes_other_rows and "row" in place)
-        if not is_taken:
+        if not self._sampler.resume_at(state or {}, self._digest, takes_other_rows=self._takes_other_rows):
             raise DataError(
                 f"{self.where}: the checkpoint stands in the middle of an epoch of other rows: the examples, "
-                "their mix, packing_ratio, max_seq_len or seed have changed since. Restore them, name what "
-                "has changed in allow_changes, or start a new run from its weights, with load_path and "
-                "load_weights_only: true."
+                "their mix, packing_ratio, max_seq_len or seed have changed since. " + TO_GO_ON
             )
-        self._sampler.resume(int(place["epoch"]), int(place["row"]))
 
 
 def _check(stores: Iterable[ExampleStore], max_seq_len: int, where: str) -> None:

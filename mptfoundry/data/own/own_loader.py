@@ -22,7 +22,7 @@ from mptfoundry import plugins
 from mptfoundry.config.data import FROM_THE_RUN, OwnLoaderConfig
 from mptfoundry.config.engine.signatures import own_arguments, own_parameters
 from mptfoundry.data.collate import RowCollator, count_rows, count_tokens, filler_id
-from mptfoundry.data.examples.order import RowSampler
+from mptfoundry.data.examples.order import TO_GO_ON, RowSampler
 from mptfoundry.data.examples.packing import shuffled
 from mptfoundry.data.loading import LoaderContext, loader_options, raise_plainly
 from mptfoundry.data.own.items import Items
@@ -51,8 +51,8 @@ def build_own_loader(loader: OwnLoaderConfig, context: LoaderContext) -> DataSpe
             f"{where}: {counted(len(items), 'item')} can't fill one batch of {context.device_batch_size} on "
             f"each of {world_size()} devices. Use a smaller batch, more items, or drop_last: false."
         )
-    shuffles = context.is_training if loader.shuffle is None else loader.shuffle
-    order = ItemOrder(len(items), context.seed if shuffles else None, varies=context.is_training)
+    seed = context.seed if context.shuffles(loader) else None
+    order = ItemOrder(len(items), seed, varies=context.is_training)
     sampler = RowSampler(order, rank=rank(), ranks=world_size(), drop_last=options["drop_last"])
     fingerprints = {where: _fingerprint(items, context)}
     say(f"{where}: {counted(len(items), 'item')} in an epoch")
@@ -221,7 +221,7 @@ class ItemDataset(Dataset):
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
         """Return the epoch, how many of its items all ranks have read, and of which order."""
-        return {"epoch": self._sampler.epoch, "row": num_samples, "rows_of": self._rows_of}
+        return self._sampler.place(num_samples, self._rows_of)
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Resume at the state's position.
@@ -229,18 +229,11 @@ class ItemDataset(Dataset):
         Raises:
             DataError: The position is inside an epoch of other items, and the run doesn't allow that.
         """
-        place = state or {}
-        if place.get("row") == 0:
-            return
-        is_taken = place.get("rows_of") == self._rows_of or (self._takes_other_rows and "row" in place)
-        if not is_taken:
+        if not self._sampler.resume_at(state or {}, self._rows_of, takes_other_rows=self._takes_other_rows):
             raise DataError(
                 f"{self.where}: the checkpoint stands in the middle of an epoch of other items: their "
-                "number, shuffle or seed has changed since. Restore them, name what has changed in "
-                "allow_changes, or start a new run from its weights, with load_path and "
-                "load_weights_only: true."
+                "number, shuffle or seed has changed since. " + TO_GO_ON
             )
-        self._sampler.resume(int(place["epoch"]), int(place["row"]))
 
 
 @dataclass(frozen=True)
