@@ -91,7 +91,7 @@ class RunsCode:
         return os.system, (self.command,)
 
 
-_shared_memory: list[Any] = []
+_shared_memory: list[tuple[Any, bool]] = []  # with whether this process created it
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -143,7 +143,8 @@ def shared_memory_is_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         owner = getattr(function, "__self__", None)
         if type(owner).__module__ != "streaming.base.shared.memory":
             return register(function, *args, **kwargs)
-        _shared_memory.extend(owner.created_shms + owner.opened_shms)
+        _shared_memory.extend((file, True) for file in owner.created_shms)
+        _shared_memory.extend((file, False) for file in owner.opened_shms)
         return function
 
     monkeypatch.setattr(atexit, "register", noting)
@@ -156,18 +157,21 @@ def shared_memory_is_closed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def _close_shared_memory() -> None:
     files, _shared_memory[:] = tuple(_shared_memory), []
-    for file in files:
+    for file, is_created in files:
         try:
             is_ours = False
             with contextlib.suppress(OSError):  # closed or removed already
                 # Streaming may have removed the file, and another process may use its name by now.
-                is_ours = os.path.samestat(os.fstat(file._fd), Path("/dev/shm", file.name).stat())
+                is_ours = is_created and os.path.samestat(
+                    os.fstat(file._fd), Path("/dev/shm", file.name).stat()
+                )
             with contextlib.suppress(OSError):
                 file.close()
+                # A data set that looks for a number opens those of all others; they aren't ours to remove.
                 if is_ours:
                     file.unlink()
         except BufferError:
-            _shared_memory.append(file)
+            _shared_memory.append((file, is_created))
 
 
 @pytest.fixture(autouse=True)
