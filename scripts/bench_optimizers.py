@@ -31,7 +31,6 @@ from mptfoundry.optim.lion import DecoupledLionW
 BASE = "LION, llm-foundry's loop"
 OPTIONS: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 1e-5}
 STEPS = 2
-GPU_ONLY = ("LION, ours, fused",)
 
 
 class LoopLion(torch.optim.Optimizer):
@@ -78,14 +77,13 @@ def main(words: list[str]) -> int:
         param.grad = torch.randn_like(param).mul_(0.01)
     numbers = sum(param.numel() for param in params)
     print(f"{numbers:,} parameters, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    names = [name for name in PEERS if name not in GPU_ONLY or own["device"] == "cuda"]
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in PEERS}
     for _ in range(int(own["rounds"])):
-        for name in names:
+        for name in PEERS:
             make, _ = PEERS[name]
             times[name].append(fastest_step(make(params), own["device"]))
     print(f"{'':26} {'ms':>8} {'ratio':>6} {'ms of processor':>16} {'ratio':>6} {'bytes':>6}")
-    for name in names:
+    for name in PEERS:
         clock, processor = (min(each) * 1000 for each in zip(*times[name], strict=True))
         ratios = [ratio_to(times[BASE], times[name], which) for which in (0, 1)]
         shown = f"{clock:8.1f} {ratios[0]:6.2f} {processor:16.1f} {ratios[1]:6.2f} {PEERS[name][1]:6}"

@@ -76,11 +76,33 @@ def test_a_run_that_was_plain_stays_so_on_a_gpu_unless_the_config_says_otherwise
 
 def test_a_machine_that_cannot_go_on_fused_says_so(tiny_runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("CXX", "no-such-g++")
     config = load_train_config(tiny_runs)[0]
     plan = make_plan(config, Device("cpu", "CPU", memory=2**34))
     kept = keep_fused(config, plan, Start(tiny_runs, is_own=True, notes=RunNotes("", fused=True)))
     assert not kept.fused
-    assert "not fused as this run's earlier steps: it needs a GPU" in kept.choices["optimizer.fused"].reason
+    reason = "not fused as this run's earlier steps: it is compiled, and there is no C++ compiler no-such-g++"
+    assert kept.choices["optimizer.fused"].reason == reason
+    plan = make_plan(replace(config, optimizer=replace(config.optimizer, fused=True)), plan.device)
+    assert plan.missing["optimizer.fused"].startswith(
+        "true can't be used: it is compiled, and there is no C++"
+    )
+
+
+@pytest.mark.soak
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch needs a C++ compiler, and there is none")
+def test_a_run_with_the_compiled_step_has_the_plain_runs_losses_and_resumes_bit_for_bit(
+    run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    plain, compiled = run("of-plain", "optimizer.fused=false"), run("of-compiled")
+    assert losses(compiled) == pytest.approx(losses(plain), abs=1e-4)
+    run("of-resumed", "max_duration=2ba")
+    run("of-resumed", "optimizer.fused=auto")
+    one, other = (
+        weights(folder / "ep0-ba4-rank0.pt") for folder in (compiled, compiled.parent / "of-resumed")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(

@@ -57,9 +57,10 @@ class _AnyOptimizerConfig(Section):
         weight_decay: Each step shrinks the weights by the fraction `weight_decay * lr / initial lr`.
         disable_grad: Regular expressions; parameters whose names match any of them are frozen.
         param_groups: Parameters with their own settings.
-        fused: Update weights and state in one pass over the memory: LION by a Triton kernel on a GPU, AdamW
-            by PyTorch's kernel. The numbers are the plain step's within rounding, so with `auto` a run keeps
-            the step that it began with. A new run is fused on a GPU that can, and not on a CPU.
+        fused: Update weights and state in one pass over the memory: LION by a Triton kernel on a GPU and by
+            compiled C++ on a CPU, AdamW by PyTorch's kernel. The numbers are the plain step's within
+            rounding, so with `auto` a run keeps the step that it began with. A new run is fused on a GPU that
+            can, and not on a CPU.
         bf16_weights: With `precision: amp_bf16` on one GPU without FSDP, keep a bfloat16 copy of each matrix
             next to its float32 weight, instead of casting the weight in each microbatch. The numbers are the
             same bit for bit, and checkpoints hold the float32 weights. `auto` is true if LION is fused, which

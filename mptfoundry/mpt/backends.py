@@ -104,11 +104,16 @@ def why_not_here(name: str, device_type: str, dtype: str, capability: Capability
         return "it needs a GPU" if device_type != "cuda" else _FLASH_IS_MISSING
     if name == "torch" or (device_type == "cuda" and _HAS_TRITON):
         return None
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device_type != "cuda" and not is_interpreted():
         return "it needs a GPU, or on a CPU Triton's slow interpreter (TRITON_INTERPRET=1)"
     if not _HAS_TRITON:
         return "the package triton is not installed; on Linux torch brings it"
     return None if dtype == "float32" else f"Triton's interpreter is right in float32 alone, not in {dtype}"
+
+
+def is_interpreted() -> bool:
+    """Whether Triton's kernels run on a CPU, in its slow interpreter, as the environment asks."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def why_never(name: str, config: MPTConfig, dtype: str) -> str | None:

@@ -1,4 +1,4 @@
-"""LION with a step in one pass, by our Triton kernel.
+"""LION with a step in one pass: by our Triton kernel, or on a CPU by a function that torch.compile makes.
 
 It has the name, options and state of the plain one, so checkpoints are the same. The numbers are equal within
 rounding, but not bit for bit: a fused multiply-add rounds once. So a run keeps the step that it began with.
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from mptfoundry.optim import lion
+from mptfoundry.mpt.backends import is_interpreted
+from mptfoundry.optim import lion, lion_compiled
 
 if TYPE_CHECKING:
     from mptfoundry.optim.bf16_weights import Copy
@@ -40,7 +41,8 @@ class DecoupledLionW(lion.DecoupledLionW):
             if not weight.numel():
                 continue
             copy = self.bf16_copies.get(weight)
-            _lion_step(
+            step = lion_compiled.lion_step if weight.is_cpu and not is_interpreted() else _lion_step
+            step(
                 weight, gradient, momentum, copy.tensor if copy else None, self.gradient_scale, lr, shrinkage,
                 1 - beta1, 1 - beta2,
             )  # fmt: skip

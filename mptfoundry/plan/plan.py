@@ -7,6 +7,8 @@ batches are exact; memory and time are estimates. Planning builds no model and d
 from __future__ import annotations
 
 import math
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +19,15 @@ from mptfoundry.config.optim import choice_of
 from mptfoundry.config.rules import split_problem
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import ConfigError
-from mptfoundry.mpt.backends import Capability, choose_backend, refusal, why_never, why_not, why_not_here
+from mptfoundry.mpt.backends import (
+    Capability,
+    choose_backend,
+    is_interpreted,
+    refusal,
+    why_never,
+    why_not,
+    why_not_here,
+)
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters, flops_per_token
 from mptfoundry.mpt.head_config import HeadConfig
@@ -327,6 +337,9 @@ def why_not_fused(config: TrainConfig, device: Device) -> str | None:
     """Why the optimizer has no step in one pass on a device, one clause; None if it has."""
     if config.optimizer.name == "decoupled_adamw":
         return None
+    if device.kind == "cpu" and not is_interpreted():
+        compiler = os.environ.get("CXX", "g++")  # as PyTorch looks for it
+        return None if shutil.which(compiler) else f"it is compiled, and there is no C++ compiler {compiler}"
     return why_no_kernels(device)
 
 

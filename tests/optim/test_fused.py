@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +16,13 @@ from composer.devices import DeviceCPU
 from composer.loggers import Logger
 from composer.models import ComposerModel
 from composer.optim import DecoupledAdamW
+from torch._inductor.exc import InvalidCxxCompiler
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from mptfoundry.optim import adamw_fused, lion_fused
+from mptfoundry.errors import TrainingError
+from mptfoundry.optim import adamw_fused, lion_compiled, lion_fused
+from mptfoundry.optim.bf16_weights import Copy
 from mptfoundry.optim.clipping import GradientClipping
 from mptfoundry.optim.lion import DecoupledLionW
 
@@ -105,6 +110,59 @@ def test_a_gradient_of_another_dtype_or_layout_is_read() -> None:
         lion_fused.DecoupledLionW([weight], **LION).step()
         results.append(weight.data)
     assert torch.equal(*results)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU takes the compiled step, and not Triton's interpreter."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("PyTorch needs a C++ compiler, and there is none")
+    monkeypatch.delenv("TRITON_INTERPRET")
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes the kernel")
+def test_the_compiled_lion_is_as_near_the_truth_as_the_plain_step_and_is_compiled_once() -> None:
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for options in (LION, LION | {"betas": (0.3, 0.4), "weight_decay": 0.0}):
+        plain = take_steps(make(DecoupledLionW, options))
+        truth = take_steps(make(DecoupledLionW, options, torch.float64))
+        ours = take_steps(make(lion_fused.DecoupledLionW, options))
+        assert error(ours, truth) <= 2 * error(plain, truth)
+    # Once for all shapes, rates and coefficients; a tensor of one number is a program of its own.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes the kernel")
+def test_the_compiled_lion_clips_copies_and_rounds_the_momentum_in_its_pass() -> None:
+    results = []
+    for kind in (DecoupledLionW, lion_fused.DecoupledLionW):
+        optimizer = make(kind, LION | {"momentum_dtype": torch.bfloat16})
+        weight = weights_of(optimizer)[0]
+        gradient = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        weight.grad = gradient if kind is lion_fused.DecoupledLionW else gradient * 0.25
+        copied = Copy(torch.empty_like(weight, dtype=torch.bfloat16))
+        if kind is lion_fused.DecoupledLionW:
+            optimizer.gradient_scale, optimizer.bf16_copies = torch.tensor(0.25), {weight: copied}
+        optimizer.step()
+        if kind is lion_fused.DecoupledLionW:
+            assert torch.equal(copied.tensor, weight.bfloat16()) and copied.version == weight._version
+        results.append((weight.data, optimizer.state[weight]["exp_avg"]))
+    (plain, plain_momentum), (ours, momentum) = results
+    torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
+    torch.testing.assert_close(momentum, plain_momentum, rtol=2**-7, atol=0)
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_compiler_that_fails_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise InvalidCxxCompiler
+
+    monkeypatch.setattr(lion_compiled, "_compiled", lambda: fails)
+    with pytest.raises(TrainingError, match=r"^optimizer.fused: PyTorch can't compile the step on this mach"):
+        take_steps(make(lion_fused.DecoupledLionW, LION))
 
 
 class Weights(ComposerModel):
