@@ -264,8 +264,8 @@ def build_optimizer(config: TrainConfig, model: ComposerMPT, *, fused: bool = Fa
     make = OPTIMIZERS[name]
     if fused and make in (DecoupledLionW, DecoupledAdamW):  # not a class of the user's own
         make = getattr(importlib.import_module(f"mptfoundry.optim.{FUSED_OPTIMIZERS[name]}"), make.__name__)
-    if choice_of(config.optimizer, "momentum_dtype") == "bfloat16":
-        options["momentum_dtype"] = torch.bfloat16
+    if (dtype := choice_of(config.optimizer, "momentum_dtype")) not in (False, "float32"):
+        options["momentum_dtype"] = getattr(torch, str(dtype))
     return make(parameters, **options)
 
 

@@ -220,8 +220,8 @@ def _optimizer(config: TrainConfig, network: Any, fused: bool) -> torch.optim.Op
     options = asdict(config.optimizer)
     name, groups, frozen = (options.pop(key) for key in ("name", "param_groups", "disable_grad"))
     del options["fused"], options["bf16_weights"]
-    if options.pop("momentum_dtype", None) == "bfloat16":
-        options["momentum_dtype"] = torch.bfloat16
+    if (dtype := options.pop("momentum_dtype", "float32")) != "float32":
+        options["momentum_dtype"] = getattr(torch, dtype)
     groups = [{key: value for key, value in group.items() if value is not None} for group in groups]
     parameters: Any = parameter_groups(network.named_parameters(), param_groups=groups, disable_grad=frozen)
     # Triton and Composer are imported only where they are needed.

@@ -1,4 +1,4 @@
-"""Train small models with LION's momentum in float32 and in bfloat16, and print the means of the last losses.
+"""Train small models with LION's momentum in float32, bfloat16 and int8; print the means of the last losses.
 
     python scripts/momentum_losses.py [text=mptfoundry] [steps=250] [seeds=1,2,3]
 
@@ -30,12 +30,14 @@ def main(words: list[str]) -> None:
     files = sorted(Path(options["text"]).rglob("*.py"))
     text = torch.tensor(list(b"\n".join(file.read_bytes() for file in files)))
     print(f"{len(text):,} bytes; means of the last {LAST} losses")
-    print("| seed | float32 | bfloat16 | difference |\n|---:|---:|---:|---:|")
+    print("| seed | float32 | bfloat16 | difference | int8 | difference |\n|---:|---:|---:|---:|---:|---:|")
     for seed in map(int, options["seeds"].split(",")):
-        float32, bfloat16 = (
-            mean_loss(text, seed, int(options["steps"]), dtype) for dtype in (None, torch.bfloat16)
+        plain, *others = (
+            mean_loss(text, seed, int(options["steps"]), dtype)
+            for dtype in (None, torch.bfloat16, torch.int8)
         )
-        print(f"| {seed} | {float32:.4f} | {bfloat16:.4f} | {bfloat16 - float32:+.4f} |", flush=True)
+        shown = " | ".join(f"{other:.4f} | {other - plain:+.4f}" for other in others)
+        print(f"| {seed} | {plain:.4f} | {shown} |", flush=True)
 
 
 def mean_loss(text: torch.Tensor, seed: int, steps: int, dtype: torch.dtype | None) -> float:

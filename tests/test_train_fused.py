@@ -105,19 +105,25 @@ def test_a_run_with_the_compiled_step_has_the_plain_runs_losses_and_resumes_bit_
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize(
     ("words", "last", "link"),
     [
-        ([], "ep0-ba4-rank0.pt", "latest-rank0.pt"),
-        (["optimizer.fused=false", "fsdp_config={state_dict_type: sharded}"], "ep0-ba4", None),
+        (["model.d_model=64"], "ep0-ba4-rank0.pt", "latest-rank0.pt"),
+        (
+            ["model.d_model=64", "optimizer.fused=false", "fsdp_config={state_dict_type: sharded}"],
+            "ep0-ba4",
+            None,
+        ),
     ],
     ids=["fused", "sharded"],
 )
-def test_a_run_with_a_bfloat16_momentum_resumes_bit_for_bit(
-    words: list[str], last: str, link: str | None, run: Callable[..., Path], tmp_path: Path
+def test_a_run_with_a_stored_momentum_resumes_bit_for_bit(
+    words: list[str], last: str, link: str | None, dtype: str, run: Callable[..., Path], tmp_path: Path
 ) -> None:
-    words = [*words, "optimizer.momentum_dtype=bfloat16"]
-    folder = run(f"bf16-{last}", *words)
+    words = [*words, f"optimizer.momentum_dtype={dtype}"]
+    folder = run(f"{dtype}-{last}", *words)
+    stored_as = {torch.bfloat16} if dtype == "bfloat16" else {torch.int8, torch.float32}
     expected = losses(folder)
     (folder / last).rename(tmp_path / last)
     if link is not None:
@@ -127,13 +133,13 @@ def test_a_run_with_a_bfloat16_momentum_resumes_bit_for_bit(
     if (folder / last).is_dir():
         stored = FileSystemReader(folder / last).read_metadata().state_dict_metadata
         dtypes = {stored[key].properties.dtype for key in stored if key.endswith("exp_avg")}
-        assert dtypes == {torch.bfloat16}
+        assert dtypes == stored_as
         shutil.rmtree(tmp_path / last)
         return
     for read in (weights, momenta):
         one, other = read(tmp_path / last), read(folder / last)
         assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-    assert {momentum.dtype for momentum in other.values()} == {torch.bfloat16}
+    assert {momentum.dtype for momentum in other.values()} == stored_as
 
 
 def test_a_run_takes_another_dtype_of_its_momentum_only_where_that_is_allowed(

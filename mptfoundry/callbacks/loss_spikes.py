@@ -53,9 +53,7 @@ class LossSpikes(Callback):
         if window_size < 2:
             raise _senseless(f"window_size: {window_size} is too small. Use 2 or more.")
         if outlier_multiplier <= 1:
-            raise _senseless(
-                f"outlier_multiplier: {outlier_multiplier} makes every loss an outlier. Use a number above 1."
-            )
+            raise _senseless(f"outlier_multiplier: {outlier_multiplier} is too small. Use more than 1.")
         self.log_only = log_only
         self.patience = patience
         self.outlier_multiplier = outlier_multiplier

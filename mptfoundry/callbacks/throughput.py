@@ -40,11 +40,7 @@ class Throughput(Callback):
     """
 
     def __init__(
-        self,
-        config: MPTConfig,
-        *,
-        peak_flops: float | None = None,
-        extra_flops_per_token: int = 0,
+        self, config: MPTConfig, *, peak_flops: float | None = None, extra_flops_per_token: int = 0
     ) -> None:
         self.config = config
         self.extra_flops_per_token = extra_flops_per_token
@@ -85,9 +81,7 @@ class Throughput(Callback):
         if "max_documents" in state.batch:
             known["padding_share"] = 1 - tokens / (rows * seq_len)
             known["packing_efficiency"] = tokens / (rows * self.config.max_seq_len)
-        logger.log_metrics(
-            {f"throughput/{name}": value for name, value in known.items() if value is not None}
-        )
+        logger.log_metrics({f"throughput/{key}": value for key, value in known.items() if value is not None})
 
     def _shares_of_peak(self, tokens_per_second: float, seq_len: int, peak: float) -> dict[str, float]:
         shares = {}

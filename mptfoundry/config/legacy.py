@@ -32,8 +32,9 @@ REFUSED = {(owner, key): why for owner, table in _TABLES["refused"].items() for 
 def translate(document: Document) -> list[str]:
     """Bring an older llm-foundry layout into today's, in place; return a line for each thing that changed."""
     notes: list[str] = []
-    if document.get(("model", "name")) == "mosaic_gpt":
-        _old_model_name(document, notes)
+    for section, name, translation in _OLD_NAMES:
+        if document.get((section, "name")) == name:
+            translation(document, notes)
     for path, translation in _TRANSLATIONS:
         if document.has(path):
             translation(document, notes)
@@ -90,6 +91,21 @@ def _old_model_name(document: Document, notes: list[str]) -> None:
     notes.append(f"{origin.place}: model.name: mosaic_gpt is now mpt_causal_lm.")
 
 
+def _lion_in_8_bits(document: Document, notes: list[str]) -> None:
+    """Its 8-bit momentum is ours in int8, with other groups; without `quantize` its numbers are float32."""
+    name = ("optimizer", "name")
+    origin, quantize = document.origin(name), document.get(("optimizer", "quantize"))
+    document.put(name, "decoupled_lionw", origin)
+    document.put(("optimizer", "momentum_dtype"), "float32" if quantize is False else "int8", origin)
+    for key in ("quantize", "compress_state_dict", "error_correction"):
+        if document.has(("optimizer", key)) and (
+            key != "error_correction" or not document.get(("optimizer", key))
+        ):
+            document.take(("optimizer", key))
+    dtype = document.get(("optimizer", "momentum_dtype"))
+    notes.append(f"{origin.place}: decoupled_lionw_8b is now decoupled_lionw with momentum_dtype: {dtype}.")
+
+
 def _low_precision_norm(document: Document, notes: list[str]) -> None:
     """The algorithm swaps layernorms for what MPT's default norm is already."""
     old, norm = ("algorithms", "low_precision_layernorm"), document.get(("model", "norm_type"))
@@ -135,6 +151,11 @@ def _multiquery(document: Document, notes: list[str]) -> None:
         notes.append(f"{origin.place}: model.multiquery_attention is now model.attn_config.attn_type.")
 
 
+# Names of sections that stand for another name, and maybe other keys.
+_OLD_NAMES: tuple[tuple[str, str, Callable[[Document, list[str]], None]], ...] = (
+    ("model", "mosaic_gpt", _old_model_name),
+    ("optimizer", "decoupled_lionw_8b", _lion_in_8_bits),
+)
 # What is done about a key where it is given, in this order.
 _TRANSLATIONS: list[tuple[KeyPath, Callable[[Document, list[str]], None]]] = [
     *((_path(old), partial(_move, _path(old), _path(new))) for old, new in _MOVED.items()),

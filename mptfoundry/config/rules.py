@@ -16,7 +16,7 @@ from mptfoundry.architecture.trainable import pattern_problems
 from mptfoundry.config.data import FinetuningDatasetConfig, label_problems, some_batches
 from mptfoundry.config.engine.durations import parse_duration
 from mptfoundry.config.engine.section_rules import Problem, Rules, broken_rules, where_set
-from mptfoundry.config.optim import OwnScheduleConfig
+from mptfoundry.config.optim import MOMENTUM_GROUP, OwnScheduleConfig, choice_of
 from mptfoundry.config.parallel import recomputed_parts
 from mptfoundry.config.streams import code_problem
 from mptfoundry.config.tasks import GauntletConfig, missing_benchmarks
@@ -199,6 +199,18 @@ def _patterns(run: TrainConfig) -> Iterator[Problem]:
     groups = [group.param_str_match for group in optimizer.param_groups]
     problems = pattern_problems(model.network(), model.peft_config, optimizer.disable_grad, groups)
     yield from ((f"optimizer.{key}", text) for key, text in problems)
+
+
+def _momentum(run: TrainConfig) -> Iterator[Problem]:
+    if choice_of(run.optimizer, "momentum_dtype") == "int8":
+        yield from _momentum_in_8_bits(run)
+
+
+def _momentum_in_8_bits(run: TrainConfig) -> Iterator[Problem]:
+    width, size = run.model.network().d_model, MOMENTUM_GROUP
+    if width % size:
+        text = f"int8 stores {size} numbers of a row together, and model.d_model: {width} is not a multiple"
+        yield "optimizer.momentum_dtype", f"{text} of {size}. Use bfloat16 or float32."
 
 
 def _base_of_adapters(run: TrainConfig) -> Iterator[Problem]:
@@ -433,6 +445,7 @@ _RULES_OF_OPTIONS: tuple[tuple[str, Callable[[TrainConfig], Iterator[Problem]]],
     ("callbacks", _generated_samples),
     ("optimizer.disable_grad", _patterns),
     ("optimizer.param_groups", _patterns),
+    ("optimizer", _momentum),
     ("model.peft_config", _base_of_adapters),
     ("model.peft_config", _around_adapters),
     ("load_path", _one_source_of_weights),

@@ -123,9 +123,10 @@ def _rows(config: TrainConfig, samples: int, tokens_per_example: float | None) -
 
 def checkpoints_of(config: TrainConfig, plan: Plan, length: Length) -> Checkpoints:
     """The size of a run's checkpoints, and how many it saves and keeps."""
-    trainable, state = plan.trainable, state_bytes(config.optimizer)
+    trainable = plan.trainable
+    state = 0 if config.save_weights_only else state_bytes(config.optimizer, trainable.parameters)
     weights = trainable.parameters if trainable.adapters else trainable.parameters + trainable.frozen
-    size = FP32 * weights + (0 if config.save_weights_only else state * trainable.parameters)
+    size = FP32 * weights + state
     if config.save_folder is None:
         return Checkpoints(size, 0, 0, 0)
     saved = times_in_run(config, config.save_interval, length)

@@ -13,7 +13,7 @@ from mptfoundry.forecast.hardware import Hardware
 from mptfoundry.forecast.step_time import OPTIMIZER_BYTES, Rates, Step, StepTime, step_time
 from mptfoundry.mpt.flops import attention_activations, block_activations, ffn_activations
 from mptfoundry.plan.fsdp import Sharding, plan_sharding
-from mptfoundry.plan.memory import Memory, estimate_memory
+from mptfoundry.plan.memory import FP32, MOMENT_BYTES, Memory, estimate_memory
 from mptfoundry.plan.plan import USABLE, Plan
 
 KEPT, RECOMPUTED, OFFLOADED = "kept", "recomputed", "recomputed, inputs offloaded"
@@ -179,7 +179,7 @@ def _step(
         trainable=plan.trainable.parameters,
         adapters=plan.trainable.adapters,
         optimizer_bytes=OPTIMIZER_BYTES.get(config.optimizer.name, OPTIMIZER_BYTES["decoupled_adamw"])
-        - (4 if choice_of(config.optimizer, "momentum_dtype") == "bfloat16" else 0),
+        - 2 * (FP32 - MOMENT_BYTES.get(choice_of(config.optimizer, "momentum_dtype"), FP32)),
     )
 
 

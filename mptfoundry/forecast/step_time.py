@@ -78,7 +78,7 @@ class Step:
     reduced_bytes: int = 4
     trainable: int | None = None
     adapters: int = 0
-    optimizer_bytes: int = 36
+    optimizer_bytes: float = 36
 
     @property
     def tokens(self) -> int:

@@ -14,8 +14,8 @@ learning rate, whatever that rate is, so the two can be tuned independently.
 
 The state is one number per weight; Adam needs two. The step never syncs with the device.
 
-With `momentum_dtype=torch.bfloat16` the momentum is stored in bfloat16 and computed in float32: a step reads
-it, widens it, and rounds the new one to nearest. The sign comes from the float32 sum, before any rounding.
+With a `momentum_dtype` the momentum is stored as `momentum.py` says, and computed in float32: a step widens
+it, and rounds the new one to nearest. The sign comes from the float32 sum, before any rounding.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mptfoundry.optim import momentum as storage
 from mptfoundry.optim.gradients import local_part
 
-# A parameter's weights, gradient and momentum on this rank.
-Shard = tuple[Tensor, Tensor, Tensor]
+# A parameter's weights, gradient and momentum on this rank; fourth, the scales of a momentum in 8 bits.
+Shard = tuple[Tensor, ...]
 # A step makes several passes over as many elements as are updated together. On a GPU the number bounds the
 # memory of the signs; on a CPU so many for each thread stay in its cache from one pass to the next.
 ELEMENTS_AT_ONCE = {"cuda": 1 << 26, "cpu": 1 << 17}
@@ -75,8 +76,8 @@ class DecoupledLionW(torch.optim.Optimizer):
         lr: The peak learning rate of the schedule. LION needs a tenth to a third of Adam's.
         betas: The momentum's coefficients: for the direction, and for the momentum's own update.
         weight_decay: Fraction of every weight that a step at full learning rate removes.
-        momentum_dtype: The dtype in which the momentum is stored, also if a checkpoint has another one.
-            None: the dtype of the weights.
+        momentum_dtype: The dtype in which the momentum is stored, also if a checkpoint has another one:
+            bfloat16 or int8. None: the dtype of the weights.
     """
 
     def __init__(
@@ -118,10 +119,10 @@ class DecoupledLionW(torch.optim.Optimizer):
 
     def update_rounded(self, shards: Sequence[Shard], group: dict[str, Any]) -> None:
         """As `update`, in the weights' dtype, with momenta that are stored in `momentum_dtype`."""
-        for weight, grad, stored in _pieces(shards):
-            momentum = stored.to(weight.dtype)
+        for weight, grad, *stored in _pieces(shards):
+            momentum = storage.widen(*stored, dtype=weight.dtype)
             DecoupledLionW.update(self, [(weight, grad, momentum)], group)
-            stored.copy_(momentum)
+            storage.store(momentum, *stored)
 
     def __getstate__(self) -> dict[str, Any]:
         """What copies and pickles have: what PyTorch keeps, and the momentum's dtype."""
@@ -130,15 +131,20 @@ class DecoupledLionW(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state. PyTorch casts it to the weights' dtype; here the momentum gets its own."""
         super().load_state_dict(state_dict)
-        for state in self.state.values():
-            if self.momentum_dtype is not None and "exp_avg" in state:
-                state["exp_avg"] = state["exp_avg"].to(self.momentum_dtype)
+        for param, state in self.state.items():
+            if "exp_avg" in state:
+                storage.convert_state(state, param, self.momentum_dtype or param.dtype)
 
     def _shard(self, param: Tensor, grad: Tensor) -> Shard:
         """This rank's shard: the update is elementwise, so a shard needs nothing from the others."""
-        if "exp_avg" not in self.state[param]:
-            self.state[param]["exp_avg"] = torch.zeros_like(param, dtype=self.momentum_dtype)
-        return local_part(param), local_part(grad), local_part(self.state[param]["exp_avg"])
+        state, dtype = self.state[param], self.momentum_dtype
+        if "exp_avg" not in state:
+            state |= (
+                {"exp_avg": torch.zeros_like(param)} if dtype is None else storage.new_state(param, dtype)
+            )
+        return tuple(
+            map(local_part, (param, grad, *(state[name] for name in storage.STATE if name in state)))
+        )
 
 
 def shrinkage(lr: float, initial_lr: float, weight_decay: float) -> float:
@@ -164,11 +170,11 @@ def _runs(shards: Iterable[Shard]) -> Iterator[Iterable[tuple[Tensor, ...]]]:
 def _pieces(shards: Iterable[Shard]) -> Iterator[Shard]:
     """Cut what is larger than a run, where it is contiguous."""
     for shard in shards:
-        most = _most_elements(shard[0])
-        if shard[0].numel() <= most or not all(tensor.is_contiguous() for tensor in shard):
+        most, all_of_it = _most_elements(shard[0]), shard[0].numel()
+        if all_of_it <= most or not all(tensor.is_contiguous() for tensor in shard):
             yield shard
-        else:
-            yield from zip(*(tensor.view(-1).split(most) for tensor in shard), strict=True)
+        else:  # there are fewer scales than weights
+            yield from zip(*(t.view(-1).split(most * t.numel() // all_of_it) for t in shard), strict=True)
 
 
 def _most_elements(tensor: Tensor) -> int:

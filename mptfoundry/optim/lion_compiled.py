@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from mptfoundry.errors import TrainingError
+from mptfoundry.optim.momentum import store, widen
 
 
 def lion_step(
     weight: Tensor,
     gradient: Tensor,
     momentum: Tensor,
+    scales: Tensor | None,
     copy: Tensor | None,
     scale: Tensor | None,
     lr: float,
@@ -32,9 +34,10 @@ def lion_step(
     """
     # As a tensor, numbers that change don't make PyTorch compile again.
     numbers = torch.tensor([lr, shrinkage, toward_direction, toward_momentum])
-    flat = [_flat(tensor) for tensor in (weight, gradient.contiguous(), momentum)]
+    tensors = weight, gradient.contiguous(), momentum, scales, copy
+    flat = [None if tensor is None else _flat(tensor) for tensor in tensors]
     try:
-        _compiled()(*flat, None if copy is None else _flat(copy), scale, numbers)
+        _compiled()(*flat, scale, numbers)
     except RuntimeError as error:
         if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise
@@ -55,19 +58,14 @@ def _compiled() -> Callable[..., None]:
     return torch.compile(_step, fullgraph=True, dynamic=True)
 
 
-def _step(
-    weight: Tensor,
-    gradient: Tensor,
-    momentum: Tensor,
-    copy: Tensor | None,
-    scale: Tensor | None,
-    numbers: Tensor,
-) -> None:
+def _step(  # type: ignore[no-untyped-def]
+    weight, gradient, momentum, scales, copy, scale, numbers
+) -> None:  # fmt: skip
     lr, shrinkage, toward_direction, toward_momentum = numbers.unbind()
     gradient = gradient.float() if scale is None else gradient.float() * scale
-    before = momentum.float()
+    before = widen(momentum, scales, dtype=torch.float32)
     direction = before.lerp(gradient, toward_direction).sign()
     weight.copy_(weight * shrinkage - lr * direction)
     if copy is not None:
         copy.copy_(weight)
-    momentum.copy_(before.lerp(gradient, toward_momentum))
+    store(before.lerp(gradient, toward_momentum), momentum, scales)

@@ -11,7 +11,7 @@ from typing import Literal
 
 from mptfoundry.architecture.trainable import Trainable, matrix_parameters
 from mptfoundry.config.model import AnyModelConfig
-from mptfoundry.config.optim import OptimizerConfig, choice_of
+from mptfoundry.config.optim import MOMENTUM_GROUP, OptimizerConfig, choice_of
 from mptfoundry.config.parallel import FSDPConfig, recomputed_parts
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.mpt.flops import (
@@ -29,7 +29,8 @@ from mptfoundry.plan.fsdp import Sharding
 FP32 = 4
 # Numbers per parameter that an optimizer keeps; one of the user's own is taken to be like AdamW.
 MOMENTS = {"decoupled_lionw": 1, "decoupled_adamw": 2}
-MOMENT_BYTES: dict[bool | str, int] = {"bfloat16": 2}  # of each of them, by `momentum_dtype`; else float32
+# Of each of them, by `momentum_dtype`; else float32. In 8 bits, 64 numbers share a scale in float32.
+MOMENT_BYTES: dict[bool | str, float] = {"bfloat16": 2, "int8": 1 + FP32 / MOMENTUM_GROUP}
 LOSS_CHUNK_LOGITS = 2**23  # on a CPU
 LOSS_CHUNK_BYTES = 2**30  # on a GPU
 # Memory of the driver, the libraries and the process itself.
@@ -86,8 +87,8 @@ def estimate_memory(
     number = FP32 if precision == "fp32" else 2
     stream = microbatch * config.max_seq_len * model.d_model * number
     block_keeps = block_activations(model) + (_adapter_activations(model) if model.peft_config else 0)
-    recomputed, largest = _recomputed(model, block_keeps) if fsdp and fsdp.saves_activations else (0, 0)
-    largest *= microbatch * config.max_seq_len * number
+    recomputed, *parts = _recomputed(model, block_keeps) if fsdp and fsdp.saves_activations else (0, 0, 0)
+    largest, in_last = (microbatch * config.max_seq_len * number * part for part in parts)
     last = first = stepping = everything.gathered
     if sharding is None or sharding.shards == 1:  # backward frees autocast's copies; DDP's buckets stay
         copies = number * block_parameters(model) if number < FP32 else 0
@@ -102,11 +103,12 @@ def estimate_memory(
     # The `torch` backend's scores of a block of tokens, their probabilities and the gradients of both.
     scores = 4 * microbatch * model.n_heads * min(config.max_seq_len, 256) ** 2 * number
     busy = 6 * stream + (scores if device.kind == "cpu" else 0)
+    held = forward.activations - largest
     return max(
         # The norm's input, the hidden states and their gradient.
-        replace(forward, activations=forward.activations - largest + 3 * stream),
+        replace(forward, activations=held + 3 * stream),
         # The stream's gradient, and that of the widest matrix's input.
-        replace(forward, activations=forward.activations + busy, logits=output, gathered=last),
+        replace(forward, activations=held + in_last + busy, logits=output, gathered=last),
         replace(everything, gradients=gradients, gathered=first, activations=kept + busy - stream, logits=0),
         # The embedding's gradient, or the optimizer's direction.
         replace(everything, gathered=stepping, activations=0, logits=output),
@@ -114,9 +116,10 @@ def estimate_memory(
     )
 
 
-def state_bytes(optimizer: OptimizerConfig) -> int:
-    """Bytes of an optimizer's state for each parameter."""
-    return MOMENTS.get(optimizer.name, 2) * MOMENT_BYTES.get(choice_of(optimizer, "momentum_dtype"), FP32)
+def state_bytes(optimizer: OptimizerConfig, parameters: int) -> int:
+    """Bytes of an optimizer's state for so many parameters."""
+    each = MOMENT_BYTES.get(choice_of(optimizer, "momentum_dtype"), FP32)
+    return int(parameters * MOMENTS.get(optimizer.name, 2) * each)
 
 
 def _everything(
@@ -144,7 +147,7 @@ def _everything(
     return Memory(
         weights=(parameters * FP32 - quantized * FP32 + quantized * (model.bits or 0) // 8) // shards,
         gradients=trainable.parameters * FP32 // shards,
-        optimizer=trainable.parameters * state_bytes(config.optimizer) // shards,
+        optimizer=state_bytes(config.optimizer, trainable.parameters) // shards,
         gathered=gathered,
         activations=tokens * (model.n_layers * block_keeps - saved) * number,
         logits=_CHUNK[device.kind](model, tokens * model.vocab_size, number)
@@ -211,11 +214,13 @@ def _sizes(model: AnyModelConfig, block_keeps: int) -> dict[str, tuple[int, int]
     }
 
 
-def _recomputed(model: AnyModelConfig, block_keeps: int) -> tuple[int, int]:
-    """How many blocks are recomputed as a whole, and the numbers per token of the largest part that is."""
+def _recomputed(model: AnyModelConfig, block_keeps: int) -> tuple[int, int, int]:
+    """How many blocks are recomputed as a whole; the numbers per token of the largest part that is recomputed
+    anywhere, and of the largest in the last block."""
     parts = recomputed_parts(model.activation_checkpointing_target, model.n_layers)
-    sizes = _sizes(model, block_keeps)
-    return len(parts.get("block", ())), max(sizes[part][0] for part in parts)
+    sizes = {part: _sizes(model, block_keeps)[part][0] for part in parts}
+    in_last = (sizes[part] for part, blocks in parts.items() if model.n_layers - 1 in blocks)
+    return len(parts.get("block", ())), max(sizes.values()), max(in_last, default=0)
 
 
 def _adapter_activations(model: AnyModelConfig) -> int:

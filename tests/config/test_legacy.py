@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from mptfoundry.config.load import load_train_config
+from mptfoundry.config.optim import DecoupledLionWConfig
 from mptfoundry.config.run import TrainConfig
 
 from .conftest import SMALL
@@ -157,6 +158,23 @@ def test_an_older_name_beside_the_newer_one_is_an_error(problems: Callable[..., 
 
 def test_the_first_name_of_the_model_is_understood(load: Load) -> None:
     assert load(text=SMALL.replace("mpt_causal_lm", "mosaic_gpt")).model.name == "mpt_causal_lm"
+
+
+@pytest.mark.parametrize(
+    ("more", "dtype"), [("", "int8"), ("quantize: false, compress_state_dict: true, ", "float32")]
+)
+def test_the_lion_in_8_bits_is_a_momentum_in_int8(write: Callable[..., str], more: str, dtype: str) -> None:
+    lion = f"optimizer: {{name: decoupled_lionw_8b, {more}error_correction: false, lr: 1e-4}}\n"
+    text = SMALL.replace("optimizer:\n  name: decoupled_lionw\n  lr: 1e-4\n", lion)
+    config, (note,) = load_train_config(write(text=text))
+    assert isinstance(config.optimizer, DecoupledLionWConfig) and config.optimizer.momentum_dtype == dtype
+    assert note.endswith(f"decoupled_lionw_8b is now decoupled_lionw with momentum_dtype: {dtype}.")
+
+
+def test_error_correction_of_the_lion_in_8_bits_is_refused(problems: Callable[..., tuple[str, ...]]) -> None:
+    words = ("optimizer={name: decoupled_lionw_8b, lr: 1e-4, error_correction: true}",)
+    (problem,) = problems(words=words)
+    assert "error_correction: is not supported: momentum_dtype int8 has none" in problem
 
 
 def test_low_precision_layernorm_is_what_the_model_has_already(

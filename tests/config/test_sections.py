@@ -241,6 +241,7 @@ def test_optimizers_refuse_values_that_cannot_be() -> None:
     [
         ("optimizer.momentum_dtype=float16",),
         ("optimizer.name=decoupled_adamw", "optimizer.momentum_dtype=bfloat16"),
+        ("optimizer.momentum_dtype=int8", "model.d_model=96", "model.n_heads=4"),
     ],
 )
 def test_only_lion_stores_its_momentum_in_another_dtype(

@@ -25,6 +25,7 @@ from mptfoundry.optim import adamw_fused, lion_compiled, lion_fused
 from mptfoundry.optim.bf16_weights import Copy
 from mptfoundry.optim.clipping import GradientClipping
 from mptfoundry.optim.lion import DecoupledLionW
+from mptfoundry.optim.momentum import GROUP
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LION = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 1e-3}
@@ -85,6 +86,36 @@ def test_lion_in_one_pass_rounds_a_bfloat16_momentum_as_the_plain_step() -> None
         # A sum that is rounded once and not twice may fall on the other side of the middle of two numbers.
         torch.testing.assert_close(ours, plain, rtol=2**-7 if ours.dtype == torch.bfloat16 else 1e-6, atol=0)
         assert (ours == plain).float().mean() > 0.99 or not ours.numel()
+
+
+def check_int8_momenta_of_the_plain_and_the_fused_step() -> None:
+    """A matrix in groups, more of them than a program of the kernel has, and a vector without."""
+    results = []
+    for kind in (DecoupledLionW, lion_fused.DecoupledLionW):
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((37, 2 * GROUP), (2 * GROUP,), (3, GROUP + 1))
+        weights = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+        optimizer = kind(map(torch.nn.Parameter, weights), **LION, momentum_dtype=torch.int8)
+        take_steps(optimizer)
+        params = weights_of(optimizer)
+        results.append([(param.data, *optimizer.state[param].values()) for param in params])
+    (plain, plain_integers, plain_scales), *plain_others = results[0]
+    (fused, integers, scales), *others = results[1]
+    assert integers.dtype == plain_integers.dtype == torch.int8 and scales.shape == (37, 2)
+    torch.testing.assert_close(scales, plain_scales, rtol=1e-6, atol=0)
+    # A number halfway between two integers may go to the other one, once in thousands.
+    differences = (integers.int() - plain_integers.int()).abs()
+    assert differences.max() <= 1 and differences.float().mean() < 1e-3
+    assert integers.int().abs().amax() == 127
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=2.5e-2 * (differences.sum() > 0).item())
+    for one, other in zip(plain_others, others, strict=True):
+        for some, same in zip(one, other, strict=True):
+            torch.testing.assert_close(some, same, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.usefixtures("triton_runs")
+def test_lion_in_one_pass_stores_an_int8_momentum_as_the_plain_step() -> None:
+    check_int8_momenta_of_the_plain_and_the_fused_step()
 
 
 @pytest.mark.usefixtures("triton_runs")
@@ -153,6 +184,12 @@ def test_the_compiled_lion_clips_copies_and_rounds_the_momentum_in_its_pass() ->
     (plain, plain_momentum), (ours, momentum) = results
     torch.testing.assert_close(ours, plain, rtol=1e-6, atol=0)
     torch.testing.assert_close(momentum, plain_momentum, rtol=2**-7, atol=0)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.skipif(DEVICE == "cuda", reason="a GPU takes the kernel")
+def test_the_compiled_lion_stores_an_int8_momentum_as_the_plain_step() -> None:
+    check_int8_momenta_of_the_plain_and_the_fused_step()
 
 
 @pytest.mark.usefixtures("compiled")
@@ -243,34 +280,40 @@ def test_a_state_is_the_same_for_both_and_goes_from_one_to_the_other(
 
 
 @pytest.mark.usefixtures("triton_runs")
-@pytest.mark.parametrize("kind", ["lion", "bf16 momentum", "plain bf16 momentum", "adamw"])
+@pytest.mark.parametrize(
+    "kind", ["lion", "bf16 momentum", "plain bf16 momentum", "int8 momentum", "plain int8 momentum", "adamw"]
+)
 def test_a_rank_updates_its_own_shard(kind: str) -> None:
-    narrow = LION | {"momentum_dtype": torch.bfloat16}
+    narrow, narrowest = (LION | {"momentum_dtype": dtype} for dtype in (torch.bfloat16, torch.int8))
     ours, options = {
         "lion": (lion_fused.DecoupledLionW, LION),
         "bf16 momentum": (lion_fused.DecoupledLionW, narrow),
         "plain bf16 momentum": (DecoupledLionW, narrow),
+        "int8 momentum": (lion_fused.DecoupledLionW, narrowest),
+        "plain int8 momentum": (DecoupledLionW, narrowest),
         "adamw": (adamw_fused.DecoupledAdamW, ADAMW),
     }[kind]
     store = dist.HashStore()
     dist.init_process_group("gloo" if DEVICE == "cpu" else "nccl", store=store, rank=0, world_size=1)
     try:
         mesh = init_device_mesh(DEVICE, (1,))
-        weight, gradient = torch.ones(6, 3, device=DEVICE), torch.linspace(-1, 1, 18, device=DEVICE)
+        weight = torch.ones(6, GROUP, device=DEVICE)
+        gradient = torch.linspace(-1, 1, weight.numel(), device=DEVICE).view_as(weight)
         sharded = torch.nn.Parameter(DTensor.from_local(weight.clone(), mesh, [Shard(0)]))
-        sharded.grad = DTensor.from_local(gradient.view(6, 3).clone(), mesh, [Shard(0)])
+        sharded.grad = DTensor.from_local(gradient.clone(), mesh, [Shard(0)])
         whole = torch.nn.Parameter(weight.clone())
-        whole.grad = gradient.view(6, 3).clone()
+        whole.grad = gradient.clone()
         optimizer = ours([sharded], **options)
         optimizer.step()
         ours([whole], **options).step()
-        momentum = optimizer.state[sharded]["exp_avg"]
-        assert isinstance(momentum, DTensor)
-        assert momentum.dtype == (torch.bfloat16 if "bf16" in kind else torch.float32)
+        before = dict(optimizer.state[sharded])
+        assert before["exp_avg"].dtype == options.get("momentum_dtype", torch.float32)
         optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        loaded = optimizer.state[sharded]["exp_avg"]
-        assert isinstance(loaded, DTensor) and loaded.dtype == momentum.dtype
-        assert torch.equal(loaded.to_local(), momentum.to_local())
+        for name, stored in before.items():
+            if name != "step":
+                loaded = optimizer.state[sharded][name]
+                assert isinstance(stored, DTensor) and isinstance(loaded, DTensor)
+                assert loaded.dtype == stored.dtype and torch.equal(loaded.to_local(), stored.to_local())
         assert torch.equal(sharded.data.to_local(), whole.data)
     finally:
         dist.destroy_process_group()

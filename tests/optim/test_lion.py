@@ -9,11 +9,14 @@ import torch
 
 from mptfoundry.optim import lion
 from mptfoundry.optim.lion import DecoupledLionW, lion_step
+from mptfoundry.optim.momentum import GROUP, widen
 
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 1e-3}
 
 
-def parameters(shapes: tuple[tuple[int, ...], ...] = ((5, 3), (7,), (2, 2, 2))) -> list[torch.nn.Parameter]:
+def parameters(
+    shapes: tuple[tuple[int, ...], ...] = ((5, 3), (7,), (2, 2, GROUP)),
+) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
 
@@ -170,6 +173,22 @@ def test_a_bfloat16_momentum_is_the_float32_one_rounded_in_each_step(
             assert torch.equal(optimizer.state[param]["exp_avg"], momenta[i])
 
 
+def test_an_int8_momentum_is_the_nearest_of_255_numbers_for_each_group() -> None:
+    params = [torch.nn.Parameter(torch.ones(5, 2 * GROUP))]
+    optimizer = DecoupledLionW(params, **OPTIONS, momentum_dtype=torch.int8)
+    expected = torch.zeros(5, 2, GROUP)
+    for step in range(3):
+        set_gradients(params, step)
+        params[0].grad[0] = 0  # a group of zeros stays one
+        optimizer.step()
+        state = optimizer.state[params[0]]
+        exact = expected.lerp(params[0].grad.view(5, 2, GROUP), 1 - OPTIONS["betas"][1])
+        scales = exact.abs().amax(-1, keepdim=True) / 127
+        expected = state["exp_avg"].view(5, 2, GROUP) * state["exp_avg_scale"].unsqueeze(-1)
+        assert ((expected - exact).abs() <= 0.5001 * scales).all()
+        assert state["exp_avg"].dtype == torch.int8 and not expected[0].any() and expected[1:].any()
+
+
 def stepped(dtype: torch.dtype | None) -> tuple[list[torch.nn.Parameter], DecoupledLionW]:
     params = parameters()
     optimizer = DecoupledLionW(params, **OPTIONS, momentum_dtype=dtype)
@@ -178,10 +197,11 @@ def stepped(dtype: torch.dtype | None) -> tuple[list[torch.nn.Parameter], Decoup
     return params, optimizer
 
 
-def test_a_bfloat16_momentum_goes_round_and_into_copies() -> None:
-    params, optimizer = stepped(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+def test_a_stored_momentum_goes_round_and_into_copies(dtype: torch.dtype) -> None:
+    params, optimizer = stepped(dtype)
     others = [torch.nn.Parameter(param.detach().clone()) for param in params]
-    resumed = DecoupledLionW(others, **OPTIONS, momentum_dtype=torch.bfloat16)
+    resumed = DecoupledLionW(others, **OPTIONS, momentum_dtype=dtype)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     twin = copy.deepcopy(optimizer)
     copied = twin.param_groups[0]["params"]
@@ -191,11 +211,22 @@ def test_a_bfloat16_momentum_goes_round_and_into_copies() -> None:
     for param, other, third in zip(params, others, copied, strict=True):
         assert torch.equal(param, other) and torch.equal(param, third)
         for each, own in ((resumed, other), (twin, third)):
-            assert each.state[own]["exp_avg"].dtype == torch.bfloat16
-            assert torch.equal(each.state[own]["exp_avg"], optimizer.state[param]["exp_avg"])
+            assert each.state[own].keys() == optimizer.state[param].keys()
+            for name, stored in optimizer.state[param].items():
+                assert each.state[own][name].dtype == stored.dtype
+                assert torch.equal(each.state[own][name], stored)
 
 
-@pytest.mark.parametrize(("before", "after"), [(None, torch.bfloat16), (torch.bfloat16, None)])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (None, torch.bfloat16),
+        (torch.bfloat16, None),
+        (None, torch.int8),
+        (torch.int8, None),
+        (torch.int8, torch.bfloat16),
+    ],
+)
 def test_a_state_in_another_dtype_is_rounded_or_widened(
     before: torch.dtype | None, after: torch.dtype | None
 ) -> None:
@@ -203,6 +234,13 @@ def test_a_state_in_another_dtype_is_rounded_or_widened(
     resumed = DecoupledLionW(parameters(), **OPTIONS, momentum_dtype=after)
     resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     for param, other in zip(params, resumed.param_groups[0]["params"], strict=True):
-        momentum = resumed.state[other]["exp_avg"]
-        assert momentum.dtype == (after or torch.float32)
-        assert torch.equal(momentum, optimizer.state[param]["exp_avg"].to(momentum.dtype))
+        was, is_now = (
+            widen(*each.state[own].values(), dtype=torch.float32)
+            for each, own in ((optimizer, param), (resumed, other))
+        )
+        if after == torch.int8:
+            torch.testing.assert_close(is_now, was, rtol=0, atol=0.51 / 127 * was.abs().max().item())
+            assert resumed.state[other]["exp_avg"].dtype == (torch.int8 if param.ndim == 3 else torch.float32)
+        else:
+            assert resumed.state[other]["exp_avg"].dtype == (after or torch.float32)
+            assert torch.equal(is_now, was.to(after or torch.float32).float())

@@ -27,6 +27,7 @@ from mptfoundry.config.parallel import recomputed_parts  # noqa: E402
 from mptfoundry.config.run import TrainConfig  # noqa: E402
 from mptfoundry.models.activation_checkpointing import checkpoint_activations  # noqa: E402
 from mptfoundry.mpt.network import MPT  # noqa: E402
+from mptfoundry.optim.momentum import new_state  # noqa: E402
 from mptfoundry.plan.devices import cluster_device  # noqa: E402
 from mptfoundry.plan.memory import OVERHEAD  # noqa: E402
 from mptfoundry.plan.plan import Plan, make_plan  # noqa: E402
@@ -74,8 +75,7 @@ def measure(config: TrainConfig, plan: Plan, microbatch: int) -> Memory:
             checkpoint_activations(net, parts, recompute=fsdp.activation_checkpointing)
         optimizer = make_optimizer(config, net, plan.fused, plan.bf16_weights)
         for parameter in net.parameters():
-            dtype = optimizer.momentum_dtype
-            optimizer.state[parameter]["exp_avg"] = torch.zeros_like(parameter, dtype=dtype)
+            optimizer.state[parameter] = new_state(parameter, optimizer.momentum_dtype or parameter.dtype)
         ids = torch.zeros(microbatch, config.max_seq_len, dtype=torch.int64, device="cuda")
         for _ in range(config.global_train_batch_size // microbatch):
             memory.part = "forward"
