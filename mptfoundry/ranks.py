@@ -30,7 +30,7 @@ from mptfoundry import errors
 from mptfoundry.errors import DataError, MPTFoundryError, TrainingError
 
 T = TypeVar("T")
-FAILURE, BEAT = "mptfoundry/failure", "mptfoundry/beat"
+FAILURE, BEAT, _HEARD = "mptfoundry/failure", "mptfoundry/beat", "mptfoundry/heard"
 SECONDS_TO_WAIT_FOR_RANK_0 = 10.0
 _SECONDS_TO_CONNECT = 10.0
 _LONGEST_SECONDS_BETWEEN_BEATS = 5.0
@@ -162,9 +162,14 @@ def announce_failure(store: Any, text: str, exit_code: int) -> None:
     """Tell the other ranks that this one ends with an error, and which; does nothing without a store."""
     if store is None:
         return
+    _set(store, f"{FAILURE}/{rank()}", text)
+    _set(store, f"{FAILURE}/code/{rank()}", str(exit_code))
+
+
+def _set(store: Any, key: str, value: str = "") -> None:
+    """Set a key, unless the store is gone."""
     with contextlib.suppress(RuntimeError):
-        store.set(f"{FAILURE}/{rank()}", text)
-        store.set(f"{FAILURE}/code/{rank()}", str(exit_code))
+        store.set(key, value)
 
 
 def failure_text(store: Any, number: int) -> str | None:
@@ -188,7 +193,10 @@ def report(error: MPTFoundryError) -> None:
     store = connect()
     announce_failure(store, str(error), error.exit_code)
     speaks = (store is None and _have_met()) or error.of_this_machine
-    if rank() != 0 and not speaks and (store is None or _all_report(store, str(error), [0])):
+    is_silent = rank() != 0 and not speaks and (store is None or _all_report(store, str(error), [0]))
+    if store is not None:
+        _set(store, f"{_HEARD}/{rank()}")
+    if is_silent:
         # Rank 0 prints it. The launcher ends all ranks after the first one exits: let that be rank 0.
         # Composer's handler of SIGTERM would not end the wait.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -197,18 +205,23 @@ def report(error: MPTFoundryError) -> None:
     is_shared = rank() == 0 and (store is None or _all_report(store, str(error), range(world_size())))
     name = "" if is_shared else f"rank {rank()}: "
     print("\n".join(f"{name}{line}" for line in lines), file=sys.stderr, flush=True)
+    if is_shared and store is not None:  # it may end with this process, and the others still read it
+        _wait_for(store, [f"{_HEARD}/{each}" for each in range(1, world_size())])
 
 
 def _all_report(store: Any, text: str, ranks: Iterable[int]) -> bool:
-    return _wait_for(store, ranks) and all(failure_text(store, each) == text for each in ranks)
+    has_all = _wait_for(store, [f"{FAILURE}/{each}" for each in ranks])
+    return has_all and all(failure_text(store, each) == text for each in ranks)
 
 
-def _wait_for(store: Any, ranks: Iterable[int]) -> bool:
+def _wait_for(store: Any, keys: list[str]) -> bool:
+    """Wait until the store has all keys; False if that takes too long, or if the store is gone."""
     until = time.monotonic() + SECONDS_TO_WAIT_FOR_RANK_0
-    while time.monotonic() < until:
-        if all(failure_text(store, each) is not None for each in ranks):
-            return True
-        time.sleep(0.05)
+    with contextlib.suppress(RuntimeError):
+        while time.monotonic() < until:
+            if store.check(keys):
+                return True
+            time.sleep(0.05)
     return False
 
 
