@@ -89,12 +89,12 @@ class StepGuard(Callback):
         own = torch.stack(self._losses).mean()
         asked = torch.full_like(own, float(self.signals.requested is not None))
         told = torch.stack([asked, (~own.isfinite()).float(), own])
-        dist.all_reduce(told)
+        if world_size() > 1:
+            dist.all_reduce(told)
         norm = self._clipping.grad_norm
         told = told if norm is None else torch.cat([told, norm.to(told).reshape(1)])
         asked_by, broken, total, *norms = told.tolist()
-        if norms:
-            self._clipping.grad_norm = norms[0]
+        self._clipping.grad_norm = norms[0] if norms else None
         loss = total / world_size()
         # With a gradient scaler, an overflow only lowers the scale.
         is_scaled = state.precision == Precision.AMP_FP16
