@@ -540,9 +540,8 @@ def _key_span(
         grad_block = load_rows(grad, start, stride_g, seqlen_q, BLOCK_Q, HEAD_DIM, WIDTH, MASKED)
         if MASKED:
             lse_q = tl.load(lse + rows, mask=rows < seqlen_q, other=float("inf"))
-            own_delta = tl.load(delta + rows, mask=rows < seqlen_q, other=0.0)
         else:
-            lse_q, own_delta = tl.load(lse + rows), tl.load(delta + rows)
+            lse_q = tl.load(lse + rows)
         lse_q += shift_of(slope, positions_q, frame, EXACT)
         # Both products come first: the second is computed while the softmax of the first is.
         products = tl.dot(k, tl.trans(q_block), input_precision=PRECISION)
@@ -567,6 +566,11 @@ def _key_span(
             kept = is_kept(seed, head, frame, start, dropout, positions_k.shape[0], BLOCK_Q, False)
         passed = tl.where(kept, weights / (1 - dropout), 0.0) if HAS_DROPOUT else weights
         grad_v = tl.dot(passed.to(grad_block.dtype), grad_block, grad_v, input_precision=PRECISION)
+        # Read this late, delta takes no registers while the softmax is computed.
+        if MASKED:
+            own_delta = tl.load(delta + rows, mask=rows < seqlen_q, other=0.0)
+        else:
+            own_delta = tl.load(delta + rows)
         grad_products = _softmax_gradient(scores, weights, grad_weights, own_delta[None, :], kept, outer,
                                           dropout, HAS_SOFTCAP, HAS_DROPOUT)  # fmt: skip
         grad_k = tl.dot(grad_products.to(q_block.dtype), q_block, grad_k, input_precision=PRECISION)
