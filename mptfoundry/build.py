@@ -177,8 +177,8 @@ def build_model(
     weights = None if source is None else _starting_weights(source, network, config.seed)
     if weights is not None and not on_meta:
         weights.fill(network)
-    if (bits := config.model.bits) is not None:
-        quantize_blocks(network, bits, getattr(torch, COMPUTE_DTYPE[plan.precision]))
+    if config.model.bits or config.model.float8_recipe:
+        _narrow(network, config.model, getattr(torch, COMPUTE_DTYPE[plan.precision]))
     if source is not None and config.model.peft_config is not None:
         _adapt(network, config.model.peft_config, source, config.seed)
     if on_meta and not torch.cuda.is_available():
@@ -207,6 +207,16 @@ def _compile(network: Any, config: TrainConfig, plan: Plan) -> None:
     if config.compile_config.fullgraph is None:
         options["fullgraph"] = plan.attn_impl in ("triton", "flash")
     compile_blocks(network, **options)
+
+
+def _narrow(network: Any, model: ModelConfig, dtype: torch.dtype) -> None:
+    """Store the blocks' matrices in fewer bits, or compute with them in float8."""
+    if model.bits:
+        quantize_blocks(network, model.bits, dtype)
+    if model.float8_recipe:
+        from mptfoundry.models.float8 import use_float8
+
+        use_float8(network, model.float8_recipe)
 
 
 def _adapt(network: Any, lora: LoRAConfig, base: ModelSource, seed: int) -> None:

@@ -44,6 +44,7 @@ _PACKAGES: dict[str, str | None] = {
     "triton": "kernels of our own on NVIDIA GPUs; comes with torch on Linux",
     "flash-attn": "attn_impl: flash; pip install --no-build-isolation 'mptfoundry[flash]'",
     "peft": "LoRA; pip install 'mptfoundry[peft]'",
+    "torchao": "matrix products in float8 on GPUs; pip install 'mptfoundry[float8]'",
     "bitsandbytes": "LoRA with 8 or 4 bits; pip install 'mptfoundry[bitsandbytes]'",
 }
 _HUB_TIMEOUT_SECONDS = 3.0

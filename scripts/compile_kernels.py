@@ -2,7 +2,7 @@
 
     python scripts/compile_kernels.py [arch=90,80] [head_dim=64,128] [features=alibi,alibi+documents]
         [group=1,4] [dtype=bfloat16,float32] [kernel=forward_kernel] [and ...] [processes=2] [out=FILE.json]
-        [lines=true]
+        [lines=true] [record=true]
 
 Without words it compiles every variant that ships, with words all combinations of their values; `and` starts
 another set; `features=lion`, and those in OTHERS, are kernels of optimizer, loss and norms. Attention, or a
@@ -18,14 +18,17 @@ Triton's cache (TRITON_CACHE_DIR) is used, so recently compiled kernels take no 
 * *dots*: matrix products in Triton's code; *cores*: how many of them use tensor cores, with the number of
   `wgmma` (sm_90, at least 64 rows) or `mma` instructions. float32 does not use them.
 
-If a variant breaks a rule in `why_refused`, it is listed at the end, and the exit code is 1. Spills with
-another Triton version than the tile table's are reported but don't count as errors, nor do serial products
-with Triton 3.3, whose assembler makes them in every kernel.
+If a variant breaks a rule in `why_refused`, it is listed at the end, and the exit code is 1. What a variant
+spills, and the instructions of its loop, may not grow: compiled_kernels.csv has them for versions of Triton,
+and `record=true` writes those of the installed one there. Serial products don't count as errors with Triton
+3.3, whose assembler makes them in every kernel.
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -53,6 +56,7 @@ from mptfoundry.mpt.attention_tiles import Tile, tile_of
 from mptfoundry.mpt.loss_kernel import cross_entropy
 from mptfoundry.mpt.norm_kernel import add_norm
 from mptfoundry.mpt.position import AttentionContext, alibi_slopes
+from mptfoundry.optim import lion_fused
 from mptfoundry.optim.bf16_weights import Copy
 from mptfoundry.optim.lion_fused import DecoupledLionW
 
@@ -74,8 +78,15 @@ OTHERS = ("loss", "loss+softcap", "norm", "norm+wide+bias", "norm+rms")
 SHARED_LIMIT = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 # Columns of sm_100's tensor memory: "Tensor Memory" in NVIDIA's PTX ISA.
 TENSOR_MEMORY_LIMIT = 512
-# The table of blocks was made with this Triton.
+# The table of blocks was made with this Triton, under which no other spill is allowed.
 TRITON = "3.3."
+# What was compiled with a version, by what a row of it is known by.
+RECORD = Path(__file__).with_name("compiled_kernels.csv")
+VERSION = ".".join(triton.__version__.split(".")[:2])
+KEY = ("arch", "kernel", "head_dim", "features", "group", "dtype")
+HEADS = ("triton", *KEY, "spilled", "loop")
+# Instructions of a loop that may be more than they were: a share of them.
+MORE = 0.02
 # Bytes; of heads 256 wide in the second place.
 SPILL_LIMIT = {"backward_query_kernel": (64, 64), "backward_key_kernel": (64, 256), "decode_kernel": (64, 64)}
 # Matrix products of a kernel: so many in each of its loops, of which there are two but in decoding.
@@ -122,12 +133,55 @@ def main(words: list[str]) -> int:
         print(line(row), flush=True)
         tell(options, **row)
     print(f"{len(rows)} kernels in {time.monotonic() - started_at:.0f} s, triton {triton.__version__}")
+    if "record" in options:
+        record(rows)
     refused = [row for row in rows if row["refused"]]
     for row in refused:
         print(f"error: {line(row)[:71].strip()}: {row['refused']}.", file=sys.stderr)
     if "out" in options:
         Path(options["out"]).write_text(json.dumps(rows, indent=1) + "\n")
     return 1 if refused else 0
+
+
+def record(rows: list[dict[str, Any]]) -> None:
+    """Write what rows spill and how long their loops are, in place of what this Triton had for them."""
+    ours = {_key(row): row for row in rows if "error" not in row}
+    lines = [
+        each
+        for each in recorded().values()
+        if (each["triton"], _key(each)) not in {(VERSION, k) for k in ours}
+    ]
+    lines += [{**row, "triton": VERSION} for row in ours.values()]
+    with RECORD.open("w", newline="") as file:
+        table = csv.DictWriter(file, HEADS, extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows(sorted(lines, key=lambda row: [str(row[name]) for name in HEADS]))
+    recorded.cache_clear()
+
+
+@functools.cache
+def recorded() -> dict[tuple[str, ...], dict[str, str]]:
+    """The rows of the record, by version and key."""
+    if not RECORD.exists():
+        return {}
+    with RECORD.open(newline="") as file:
+        return {(row["triton"], *_key(row)): row for row in csv.DictReader(file)}
+
+
+def _key(row: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in KEY)
+
+
+def why_worse(row: dict[str, Any]) -> str | None:
+    """What a row has more of than its record; None if nothing, or if there is none."""
+    before = recorded().get((VERSION, *_key(row)))
+    if before is None or row["tiles"]:
+        return None
+    if row["spilled"] > int(before["spilled"]):
+        return f"{row['spilled']} bytes are spilled, {before['spilled']} were"
+    if row["loop"] > int(before["loop"]) * (1 + MORE):
+        return f"its loop has {row['loop']} instructions, {before['loop']} were in it"
+    return None
 
 
 def shipped(options: dict[str, str]) -> Iterator[Case]:
@@ -138,7 +192,7 @@ def shipped(options: dict[str, str]) -> Iterator[Case]:
 
     kernels = tuple(asked("kernel", ()))
     if not options:
-        steps = itertools.product(ARCHITECTURES, ("float32", "bfloat16"))
+        steps = itertools.product(ARCHITECTURES, ("float32", "bfloat16", "int8"))
         yield from (Case(arch, 0, "lion", dtype=dtype) for arch, dtype in steps)
         others = itertools.product(ARCHITECTURES, OTHERS, ("bfloat16", "float32"))
         yield from (Case(arch, 0, features, dtype=dtype) for arch, features, dtype in others)
@@ -189,6 +243,7 @@ def compile_case(case: Case) -> list[dict[str, Any]]:
         case.tiles
     ).get(kernel, tile_of(kernel, head_dim, divmod(case.arch, 10), number_bytes, **has_dropout))
     JITFunction.run = compile_instead
+    lion_fused.is_interpreted = lambda: True  # or a CPU would take the step that PyTorch compiles
     try:
         if case.features == "lion":
             call_lion(case)
@@ -377,6 +432,8 @@ def why_refused(row: dict[str, Any]) -> str | None:
     """Which rule a variant breaks; None if it may ship."""
     if "error" in row:
         return row["error"]
+    if worse := why_worse(row):
+        return worse
     name, arch = row["kernel"], row["arch"]
     allowed = SPILL_LIMIT.get(name, (0, 0))[row["head_dim"] > 128]
     if row["spilled"] > allowed and triton.__version__.startswith(TRITON):

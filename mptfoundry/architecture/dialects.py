@@ -41,7 +41,7 @@ _WITHOUT_EFFECT_TEXT = """
     early_stopping encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty fc_type
     finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing id2label init_device
     initializer_range is_decoder is_encoder_decoder label2id length_penalty llm_config load_in_4bit
-    load_in_8bit loss_fn max_length min_length
+    float8_recipe load_in_8bit loss_fn max_length min_length
     model_type name no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences
     output_attentions output_hidden_states output_scores pad_token_id peft_config prefix pretrained
     pretrained_model_name_or_path problem_type pruned_heads remove_invalid_values repetition_penalty

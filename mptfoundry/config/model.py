@@ -50,6 +50,9 @@ class ModelConfig(MPTConfig):
         load_in_8bit: Keep the blocks' matrices in 8 bits during training, through bitsandbytes. Evaluation,
             generation and export use the base's own weights.
         load_in_4bit: The same in 4 bits (NF4).
+        float8_recipe: Compute the products of the blocks' matrices in float8 during training, by torchao's
+            recipe of this name. It needs a GPU of compute capability 8.9 or newer; a CPU emulates it. The
+            weights and checkpoints stay float32. Default: no float8.
         activation_checkpointing_target: What `fsdp_config.activation_checkpointing` recomputes: `block`,
             `attention`, `mlp`, the outputs of `norm`, the output of the feed-forward network's activation
             function, `act_fn`, or a list of these, in all blocks; or a section that gives each its blocks
@@ -67,6 +70,7 @@ class ModelConfig(MPTConfig):
     peft_config: LoRAConfig | None = None
     load_in_8bit: bool = False
     load_in_4bit: bool = False
+    float8_recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] | None = None
     activation_checkpointing_target: Target | None = None
 
     def __post_init__(self) -> None:
@@ -79,8 +83,8 @@ class ModelConfig(MPTConfig):
         yield not_empty(self, "pretrained_model_name_or_path")
         yield where_set(self, "activation_checkpointing_target", ModelConfig._checkpointed_parts)
         yield from map(self._needs_a_model, ("revision", "pretrained", "config_overrides"))
-        yield only_one(self, "are both given. Use one of them.", "load_in_8bit", "load_in_4bit")
         yield where_set(self, "bits", ModelConfig._quantized)
+        yield where_set(self, "float8_recipe", ModelConfig._float8)
         yield where_set(self, "peft_config", ModelConfig._adapters)
 
     def _checkpointed_parts(self) -> Iterator[Problem]:
@@ -91,7 +95,16 @@ class ModelConfig(MPTConfig):
         if getattr(self, name) and self.pretrained_model_name_or_path is None:
             yield name, "has no effect without pretrained_model_name_or_path."
 
+    def _float8(self) -> Iterator[Problem]:
+        if self.bits or self.peft_config is not None:
+            yield "float8_recipe", "is for weights that are trained, and those of an adapters' base are not."
+        sizes = {"d_model": self.d_model, "ffn_config.ffn_hidden_size": self.d_ffn}
+        for key, size in sizes.items():
+            if size % 16:
+                yield "float8_recipe", f"needs sizes that are multiples of 16, and {key} is {size}."
+
     def _quantized(self) -> Iterator[Problem]:
+        yield from only_one(self, "are both given. Use one of them.", "load_in_8bit", "load_in_4bit")
         if self.peft_config is None:
             yield f"load_in_{self.bits}bit", "can't be trained. Add adapters: peft_config."
 

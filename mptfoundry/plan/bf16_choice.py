@@ -48,6 +48,8 @@ def why_not_bf16_weights(
         return "DDP averages the gradients of float32 weights"
     if config.model.bits or config.model.peft_config is not None:
         return "the base of adapters is frozen"
+    if config.model.float8_recipe:
+        return "products in float8 cast the weights themselves"
     if own or plugins.algorithms or isinstance(config.optimizer, OwnOptimizerConfig):
         return "code of your own may change weights without a trace, through `.data`"
     if device.is_here and package_problem(TORCH):

@@ -21,7 +21,12 @@ OF_SECTIONS = {
     ("loggers", "slack"): "slack_sdk",
 }
 ON_A_GPU = {("callbacks", "system_metrics_monitor"): "pynvml"}
-ADAPTERS, QUANTIZED = "peft>=0.15,<0.22", "bitsandbytes>=0.48"
+OF_THE_MODEL = {
+    "peft_config": "peft>=0.15,<0.22",
+    "load_in_8bit": "bitsandbytes>=0.48",
+    "load_in_4bit": "bitsandbytes>=0.48",
+    "float8_recipe": "torchao>=0.18",
+}
 PUBLIC_TASKS = "lm-eval>=0.4.13,<0.5"
 
 
@@ -34,10 +39,7 @@ def missing_packages(config: TrainConfig, device_type: str) -> dict[str, str]:
         for (section, name), each in table.items()
         if name in getattr(config, section)
     }
-    if config.model.peft_config is not None:
-        needed["model.peft_config"] = ADAPTERS
-    if config.model.bits:
-        needed[f"model.load_in_{config.model.bits}bit"] = QUANTIZED
+    needed |= {f"model.{key}": each for key, each in OF_THE_MODEL.items() if getattr(config.model, key)}
     return {key: problem for key, each in needed.items() if (problem := package_problem(each))}
 
 

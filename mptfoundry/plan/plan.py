@@ -304,12 +304,19 @@ def _lacks(config: TrainConfig, device: Device, precision: str, sharding: Shardi
         lacking.update([problem])
     if config.precision != "auto" and (reason := precision_problem(precision, device)):
         lacking["precision"] = reason
+    if config.model.float8_recipe and device.capability is not None and device.capability < (8, 9):
+        lacking["model.float8_recipe"] = _no_float8(device.capability)
     if True in (choice_of(config.optimizer, "fused"), choice_of(config.optimizer, "bf16_weights")):
         lacking |= _optimizer_problems(config, device, precision, sharding)
     attention, dtype = config.model.attn_config.attn_impl, COMPUTE_DTYPE[precision]
     if attention != "auto" and (reason := _attention_problem(config, device, dtype)):
         lacking["model.attn_config.attn_impl"] = reason
     return lacking
+
+
+def _no_float8(capability: Capability) -> str:
+    version = ".".join(map(str, capability))
+    return f"needs a GPU of compute capability 8.9 or newer, and this one has {version}. Remove it."
 
 
 def _optimizer_problems(

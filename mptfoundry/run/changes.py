@@ -31,7 +31,7 @@ MAKES_THE_RUN: dict[str, str] = {
     "model": (
         "d_model n_heads n_layers head_dim expansion_ratio max_seq_len vocab_size resid_pdrop "
         "emb_pdrop learned_pos_emb logit_scale no_bias attention_bias embedding_fraction norm_type "
-        "norm_eps tie_word_embeddings final_logit_softcapping name load_in_8bit load_in_4bit "
+        "norm_eps tie_word_embeddings final_logit_softcapping name load_in_8bit load_in_4bit float8_recipe "
         "num_labels id2label problem_type classifier_dropout"
     ),
     "model.attn_config": (

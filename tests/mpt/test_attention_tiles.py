@@ -46,6 +46,10 @@ if __name__ == "__main__":
     serial = row | {"spilled": 0, "warnings": ["C7515"]}
     for compile_kernels.SERIAL in (triton.__version__, "another"):
         print(why_refused(serial))
+    key = (compile_kernels.VERSION, *compile_kernels._key(row))
+    compile_kernels.recorded = lambda: {key: {"spilled": "0", "loop": "100"}}
+    for change in ({}, {"spilled": 8}, {"loop": 103}):
+        print(compile_kernels.why_worse(row | {"tiles": (), "spilled": 0, "loop": 102} | change))
     row["warnings"] = []
     for change in ({"dots_on_cores": 3}, {"dots": 2}, {"mma": 8}, {"shared": 240_000}):
         print(why_refused(row | {"spilled": 0} | change))
@@ -98,6 +102,9 @@ def test_a_spill_a_lost_product_and_too_much_shared_memory_are_refused(
         "8 bytes are spilled, 0 may be",
         "None",
         "the assembler waits for each wgmma before the next (C7515)",
+        "None",
+        "8 bytes are spilled, 0 were",
+        "its loop has 103 instructions, 100 were in it",
         "1 of its matrix products are not done by tensor cores",
         "it has 2 matrix products, not 4",
         "its matrix products are not done by wgmma",

@@ -20,7 +20,17 @@ from mptfoundry.plan.install_sets import FOLDER, PYTHONS, install_command, insta
 ROOT = Path(__file__).parents[2]
 FILES = [f"{name}{kind}" for name in PYTHONS for kind in ("", "-dev")]
 # Modules that the package imports only where an optional package is asked for.
-OPTIONAL = {"flash_attn", "bitsandbytes", "pyspark", "peft", "accelerate", "comet_ml", "lm_eval", "wandb"}
+OPTIONAL = {
+    "flash_attn",
+    "bitsandbytes",
+    "pyspark",
+    "peft",
+    "accelerate",
+    "comet_ml",
+    "lm_eval",
+    "wandb",
+    "torchao",
+}
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -52,7 +62,7 @@ def test_a_set_contradicts_no_range_of_the_project(name: str) -> None:
         elif requirement.name in here:
             pin = here[requirement.name]
         else:
-            assert requirement.name in {"flash-attn", "bitsandbytes", "pyspark", "comet_ml"}, (
+            assert requirement.name in {"flash-attn", "bitsandbytes", "pyspark", "comet_ml", "torchao"}, (
                 f"{name} lacks {requirement.name}"
             )
             continue

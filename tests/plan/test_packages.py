@@ -9,7 +9,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from mptfoundry.config.engine.signatures import LOGGERS
-from mptfoundry.plan.packages import ADAPTERS, OF_SECTIONS, QUANTIZED, package_problem
+from mptfoundry.plan.packages import OF_SECTIONS, OF_THE_MODEL, package_problem
 
 ROOT = Path(__file__).parents[2]
 NO_PACKAGE = {"file_logger", "in_memory_logger", "inmemory"}
@@ -20,7 +20,7 @@ def test_every_logger_that_imports_a_package_names_it() -> None:
     assert named == set(LOGGERS) - NO_PACKAGE
 
 
-@pytest.mark.parametrize("wanted", [*OF_SECTIONS.values(), ADAPTERS, QUANTIZED])
+@pytest.mark.parametrize("wanted", [*OF_SECTIONS.values(), *OF_THE_MODEL.values()])
 def test_the_advice_is_what_the_project_declares(wanted: str) -> None:
     extras = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
     declared = re.findall(r'^\w+ = \["([^"]+)"\]$', extras, re.MULTILINE)

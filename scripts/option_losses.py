@@ -1,9 +1,11 @@
-"""Train small models with LION's momentum in float32, bfloat16 and int8; print the means of the last losses.
+"""Train small models plainly and with options that change the numbers; print the means of the last losses.
 
-    python scripts/momentum_losses.py [text=mptfoundry] [steps=250] [seeds=1,2,3]
+    python scripts/option_losses.py [options=bfloat16,int8] [text=mptfoundry] [steps=250] [seeds=1,2,3]
 
-Each model (d_model 64, 2 layers, float32) reads 8 rows of 128 bytes in each step, from the Python files below
-`text`. With a seed both start with the same weights and read the same rows.
+Options are dtypes of LION's momentum, and recipes of products in float8 (`tensorwise`, `rowwise`,
+`rowwise_with_gw_hp`; by torchao, emulated on a CPU). Each model (d_model 64, 2 layers, float32) reads 8 rows
+of 128 bytes in each step, from the Python files below `text`. With a seed all start with the same weights and
+read the same rows.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from mptfoundry.models.float8 import use_float8  # noqa: E402
 from mptfoundry.mpt.config import AttnConfig, MPTConfig  # noqa: E402
 from mptfoundry.mpt.network import MPT  # noqa: E402
 from mptfoundry.optim.lion import DecoupledLionW  # noqa: E402
@@ -25,28 +28,30 @@ ROWS, SEQ, LAST, LR, WARMUP = 8, 128, 50, 1e-3, 25
 
 
 def main(words: list[str]) -> None:
-    options = {"text": str(ROOT / "mptfoundry"), "steps": "250", "seeds": "1,2,3"}
-    options |= dict(word.split("=", 1) for word in words)
-    files = sorted(Path(options["text"]).rglob("*.py"))
+    given = {"options": "bfloat16,int8", "text": str(ROOT / "mptfoundry"), "steps": "250", "seeds": "1,2,3"}
+    given |= dict(word.split("=", 1) for word in words)
+    files = sorted(Path(given["text"]).rglob("*.py"))
     text = torch.tensor(list(b"\n".join(file.read_bytes() for file in files)))
+    options = given["options"].split(",")
     print(f"{len(text):,} bytes; means of the last {LAST} losses")
-    print("| seed | float32 | bfloat16 | difference | int8 | difference |\n|---:|---:|---:|---:|---:|---:|")
-    for seed in map(int, options["seeds"].split(",")):
-        plain, *others = (
-            mean_loss(text, seed, int(options["steps"]), dtype)
-            for dtype in (None, torch.bfloat16, torch.int8)
-        )
+    print("| seed | float32 | " + " | ".join(f"{option} | difference" for option in options) + " |")
+    print("|---:|---:|" + "---:|---:|" * len(options))
+    for seed in map(int, given["seeds"].split(",")):
+        plain, *others = (mean_loss(text, seed, int(given["steps"]), option) for option in ("", *options))
         shown = " | ".join(f"{other:.4f} | {other - plain:+.4f}" for other in others)
         print(f"| {seed} | {plain:.4f} | {shown} |", flush=True)
 
 
-def mean_loss(text: torch.Tensor, seed: int, steps: int, dtype: torch.dtype | None) -> float:
+def mean_loss(text: torch.Tensor, seed: int, steps: int, option: str) -> float:
     """The mean of the last losses of a model that is trained along a warmup and a cosine."""
     attention = AttnConfig(alibi=True, attn_impl="torch")
     config = MPTConfig(
         d_model=64, n_heads=4, n_layers=2, max_seq_len=SEQ, vocab_size=256, attn_config=attention
     )
     net = MPT(config, seed=seed).train()
+    dtype = {"bfloat16": torch.bfloat16, "int8": torch.int8}.get(option)
+    if option and dtype is None:
+        use_float8(net, option)
     optimizer = DecoupledLionW(net.parameters(), lr=LR, weight_decay=1e-4, momentum_dtype=dtype)
     generator = torch.Generator().manual_seed(seed)
     losses = []
