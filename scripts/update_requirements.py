@@ -35,10 +35,9 @@ OVERRIDES = [
     "torchmetrics",
 ]
 # Extras whose packages are in NAME-dev.txt. Without flash (compiled against an installed torch), spark (needs
-# Java), bitsandbytes (needs a GPU for most of what it does) and cometml (its server has not been tried).
+# Java), bitsandbytes (needs a GPU for most of what it does), float8 (transformers imports torchao wherever it is
+# installed, which takes two seconds) and cometml (its server has not been tried).
 EXTRAS = ("peft", "eval", "tensorboard", "wandb", "mlflow", "dev")
-# torchao has been tried with today's PyTorch alone.
-MORE_EXTRAS = {"current": ("float8",), "composer-pins": ()}
 HEAD = {
     "current": "# Today's packages, for Python 3.11 to 3.14: what `make install` installs.",
     "composer-pins": "# What pip resolves within Composer's own limits, for Python 3.10 to 3.13.",
@@ -52,7 +51,7 @@ def main(words: list[str]) -> int:
         print("error: the only words are set=current and set=composer-pins.", file=sys.stderr)
         return 2
     for name in names:
-        whole = resolve(name, (*EXTRAS, *MORE_EXTRAS[name]))
+        whole = resolve(name, EXTRAS)
         # Both files agree: a run's packages are resolved among the pins of the whole.
         needed = resolve(name, (), constraints=whole)
         write(FOLDER / f"{name}.txt", [HEAD[name], f"{NOTE} {name}.txt", *needed])
