@@ -35,8 +35,8 @@ OVERRIDES = [
     "torchmetrics",
 ]
 # Extras whose packages are in NAME-dev.txt. Without flash (compiled against an installed torch), spark (needs
-# Java), bitsandbytes (needs a GPU for most of what it does), float8 (transformers imports torchao wherever it is
-# installed, which takes two seconds) and cometml (its server has not been tried).
+# Java), bitsandbytes (needs a GPU for most of what it does), float8 (transformers imports torchao wherever it
+# is installed, which takes two seconds) and cometml (its server has not been tried).
 EXTRAS = ("peft", "eval", "tensorboard", "wandb", "mlflow", "dev")
 HEAD = {
     "current": "# Today's packages, for Python 3.11 to 3.14: what `make install` installs.",
