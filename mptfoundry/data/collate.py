@@ -8,11 +8,11 @@ A sample is `{"input_ids": (tokens,) int64 array, "sample_id": int}` with at mos
     attention_mask  (batch, seq) bool, if there is padding, which is always at the end
     sequence_id     (batch, seq) int64, if documents must not attend to each other
     max_documents   the most documents in a row, if attention_mask or sequence_id is present
-    row_tokens      list of the tokens in each row, if there is padding, and always for finetuning rows
-    row_trained     list of the labels in the loss of each row, after the shift by one, with row_tokens
+    row_tokens      list: number of tokens in each row, if there is padding, and always for finetuning rows
+    row_trained     list: number of labels in each row's loss, after the shift by one; wherever row_tokens is
 
-The two lists are for counting: Composer counts a microbatch once it is on the device, where counting tensors
-would wait for the device. Rows of text without padding are counted by their shape.
+The two lists hold Python's ints, because Composer counts a microbatch once it is on the device, where
+counting in tensors would wait for the device. Rows of text without padding are counted by their shape.
 """
 
 from __future__ import annotations

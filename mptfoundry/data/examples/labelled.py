@@ -158,7 +158,7 @@ class LabelledCollator:
 
     A batch has `input_ids` (batch, seq) int64, and if there is padding, `attention_mask` (batch, seq) bool
     and `max_documents`, 1. Two lists are for counting: `row_tokens`, the tokens in each row, and
-    `row_trained`, how much of each row is in the loss: tokens, spans, or the row itself. The other fields
+    `row_trained`, what each row adds to the loss's divisor: its tokens, its spans, or 1. The other fields
     depend on the task:
 
     - classification of sequences: `labels` (batch,) int64 or float32, or (batch, num_labels) float32

@@ -116,7 +116,7 @@ class LabelledPlan:
 
 @dataclass
 class UnitLabelled:
-    """A unit's packed examples; `flags` are, per example, whether it was truncated and has a label left."""
+    """A unit's packed examples; `flags` are two bools per example: was it truncated, is any label left."""
 
     examples: list[bytes]
     flags: list[tuple[bool, bool]]

@@ -18,7 +18,7 @@ from mptfoundry.data.examples.packing import Packing, shuffled
 
 @dataclass(frozen=True, eq=False)
 class EpochRows:
-    """The rows of an epoch in order: `rows[i]` is the row's number and the numbers of its examples.
+    """The rows of an epoch in order: `rows[i]` is the row's index and its examples' indices.
 
     Attributes:
         numbers: (rows,) int64; a row that repeats within an epoch keeps its number.
@@ -153,11 +153,11 @@ class RowSampler(DistributedSampler):
         self._resumed = (epoch, place)
 
     def place(self, num_samples: int, rows_of: str) -> dict[str, Any]:
-        """A position as state: the epoch, how many of its rows all ranks have read, and of which rows."""
+        """A position to save: the epoch, how many of its rows all ranks have read, and a hash of the rows."""
         return {"epoch": self.epoch, "row": num_samples, "rows_of": rows_of}
 
     def resume_at(self, place: Mapping[str, Any], rows_of: str, *, takes_other_rows: bool) -> bool:
-        """Resume at a position; False if it is inside an epoch of other rows and those are not allowed."""
+        """Resume at a position; False if it is in the middle of other rows, which are not allowed."""
         if place.get("row") == 0:
             return True
         is_taken = place.get("rows_of") == rows_of or (takes_other_rows and "row" in place)

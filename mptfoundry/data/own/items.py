@@ -43,13 +43,13 @@ class Items:
     """The user's dataset, whose items are checked when they are read.
 
     Args:
-        made: What the user's class or function made.
+        made: The dataset that the user's class or function returned.
         count: How many items it has.
         made_by: That class or function, for errors.
         context: What the loader needs from the run.
 
     Attributes:
-        is_quiet: Whether it was said what is not read of an item.
+        is_quiet: Don't warn of keys that are ignored: the warning was printed, or another rank prints it.
     """
 
     def __init__(self, made: Any, count: int, made_by: str, context: LoaderContext) -> None:
@@ -97,7 +97,7 @@ class Items:
         return b"".join(each.tobytes() for each in vars(self[number]).values())
 
     def _warn_of_others(self, values: Mapping[str, Any], number: int) -> None:
-        """Warn once of what is not read."""
+        """Warn once of keys that are ignored."""
         others = [str(key) for key in values if key not in KEYS]
         if others and not self.is_quiet:
             log.warning("%s: these keys are not looked at: %s.", self.place(number), ", ".join(others))

@@ -71,7 +71,7 @@ def build_own_loader(loader: OwnLoaderConfig, context: LoaderContext) -> DataSpe
 def open_items(loader: OwnLoaderConfig, context: LoaderContext) -> Items:
     """The items of the user's dataset.
 
-    The first process of each node makes the dataset before the others, which find the files that it wrote.
+    The first process of each node makes the dataset first, so that the others can use the files it writes.
 
     Raises:
         ConfigError: The code did not run, the class fails, or what it makes can't be indexed.
@@ -117,7 +117,7 @@ def _fingerprint(items: Items, context: LoaderContext) -> str:
     """A hash of the number of items and of three of them.
 
     Raises:
-        DataError: They are not the same on all ranks, or not when they are read again.
+        DataError: The items differ between ranks, or when they are read again.
     """
     *contents, again = _read([0, len(items) // 2, len(items) - 1, 0], items, context)
     digest = hashlib.sha256(b"".join([repr(len(items)).encode(), *contents])).hexdigest()
@@ -135,8 +135,8 @@ def _fingerprint(items: Items, context: LoaderContext) -> str:
 
 
 def _read(numbers: list[int], items: Items, context: LoaderContext) -> list[bytes]:
-    """The contents of some items, read in a worker if the run has workers: a file that the dataset opens when
-    it is first read would otherwise be shared by all of them, with its position.
+    """The contents of some items, read in a worker if the run has workers: otherwise forked workers would
+    share the offset of a file that the dataset opens when it is first read.
     """
     workers = {"num_workers": 1, "multiprocessing_context": "fork"} if context.num_workers else {}
     contents = _Contents(items)
@@ -238,7 +238,7 @@ class ItemDataset(Dataset):
 
 @dataclass(frozen=True)
 class ItemCollator:
-    """Collate items like rows of examples, with labels that may be other tokens than the ids."""
+    """Collate items like rows of examples, with labels that need not be the input ids."""
 
     rows: RowCollator
 

@@ -1,8 +1,8 @@
 """The sink of a preparation: writes the shards of all splits, and can resume after a kill.
 
 During a preparation `out/train` has a folder `.preparing` with a lock, the job's state (see `data/jobs.py`),
-the ids that are not in a shard yet, and a *log* that names each file before it is written. A state names its
-files of ids. Only files named in the log or the state are ever removed.
+the ids that are not in a shard yet, and a *log* that names each file before it is written. A state names
+the files of those ids. Only files named in the log or the state are ever removed.
 """
 
 from __future__ import annotations

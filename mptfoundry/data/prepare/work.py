@@ -43,7 +43,7 @@ class EncodingPlan:
 
 @dataclass
 class Encoded:
-    """The ids of one split from one unit, as the bytes of an array, and the size of their source."""
+    """One unit's ids for one split, as the bytes of an array, and the size of the text they came from."""
 
     ids: bytes = b""
     documents: int = 0

@@ -51,7 +51,7 @@ class Part:
             split into parts.
         source: The file, or the index of the dataset in the list of datasets; for `bad`, what is wrong.
         start: First byte, line, row group or row.
-        stop: One past the last. For `text` and `lines`, anything that starts before it is in the part.
+        stop: Exclusive end. For `text` and `lines`, a piece that starts before it is in the part as a whole.
         payload: For `line_bytes`, the lines (a compressed file can't be read from the middle).
     """
 
@@ -337,7 +337,7 @@ def _line_of(source: str | int, line_number: Callable[[], int]) -> str:
 
 
 def _numbered_lines(part: Part) -> Iterator[tuple[bytes, Callable[[], int]]]:
-    """Yield lines, each with a function that returns its number from 1 and may read all text before it."""
+    """Yield lines, each with a function that returns its 1-based number and may read the file up to it."""
     if part.kind == "line_bytes":
         for number, line in enumerate(io.BytesIO(part.payload), part.start + 1):
             yield line, partial(int, number)

@@ -192,7 +192,7 @@ def check_shard_files(index: ShardIndex, where: str, *, by_hash: bool = True, ti
 
 
 def _problem_of_entry(shard: Mapping[str, Any]) -> str | None:
-    """Why a shard of the index must not be read, after the index's name; None if it may."""
+    """Why a shard must not be read, as words that follow the index's name; None if it may be."""
     samples, raw, packed = shard["samples"], shard["raw_data"], shard["zip_data"]
     if shard["format"] != "mds":
         return f"is of {shortened(shard['format'])} shards. Only mds shards are read."

@@ -40,7 +40,7 @@ def fastest_hash(hashes: Mapping[str, str]) -> str | None:
 
 
 def problem_of(path: Path, entry: Mapping[str, Any], algorithm: str | None) -> str | None:
-    """Describe what is wrong with a file; None if it has its entry's size and, unless None, this hash."""
+    """What is wrong with a file; None if its size and, if `algorithm` is given, its hash are its entry's."""
     try:
         size = path.stat().st_size
         if size != entry["bytes"]:

@@ -414,7 +414,7 @@ class GuardedDataset(StreamingDataset):
         raise DataError(f"{self.where}: a shard can't be read: {error}") from error
 
     def _evict_coldest_shard(self) -> None:
-        """Like streaming's, but also evict shards from before the run, and never the only copy of one."""
+        """Like streaming's, but also evict shards cached before the run, and never a shard's only copy."""
         times = self._shard_access_times.numpy().copy()
         times[self._shard_states.numpy() == _ShardState.PREPARING] = NEVER
         for number, stream in enumerate(self.streams):

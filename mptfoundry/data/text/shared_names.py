@@ -25,7 +25,7 @@ def take_number(
     streams_local: list[str], streams_remote: list[str | None], world: World, retry: int = 100
 ) -> Claim:
     """Claim a number for the processes of a node, with shared memory of that name; replaces streaming's
-    `get_shm_prefix`. ValueError if two streams, or this run and another, would keep copies in one folder.
+    `get_shm_prefix`. ValueError if two streams, or two runs, would keep copies of shards in one folder.
     """
     _check_self(streams_local)
     claim = partial(_claim, streams_local, streams_remote, retry)
@@ -51,7 +51,7 @@ def _claim_together(claim: Callable[[], Claim], world: World) -> Claim:
 
 
 def _claim(streams_local: list[str], streams_remote: list[str | None], retry: int) -> Claim:
-    """Claim the first number that is free, and stays so until its file is made."""
+    """Claim the first free number; if another process takes it first, the next one."""
     number = max(
         _check_and_find_retrying(streams_local, streams_remote, name, retry) for name in SHM_TO_CLEAN
     )

@@ -140,7 +140,7 @@ class TextDataset(GuardedDataset):
 
 
 class TextLoader(StreamingDataLoader):
-    """A StreamingDataLoader that checks each epoch is complete and re-raises workers' DataErrors.
+    """A StreamingDataLoader that checks that each epoch is complete and re-raises workers' DataErrors.
 
     Args:
         dataset: A GuardedDataset.
