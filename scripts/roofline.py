@@ -1,7 +1,7 @@
 """Estimate a training step on one H200 by part, from the operators that it runs: not run on a GPU.
 
     python scripts/roofline.py [config=configs/mpt-7b.yaml] [batch=8] [variants=NAME,...] [layers=2,4]
-        [key=value ...] [out=FILE.json] [picture=FILE.png]
+        [sharper=1] [key=value ...] [out=FILE.json] [picture=FILE.png]
 
 It traces the step of `config` with `batch` rows on a pretended GPU (tests/pretended: real shapes, dtypes and
 operators, no data), counts the bytes and FLOPs of each operator, and takes for each kind of operator the
@@ -14,6 +14,8 @@ adds what a layer takes as often as there are more. The variants, from left to r
 * `as-configured`: what the config says. With FSDP, weights are cast in each microbatch.
 * `bf16-weights`: the same without FSDP, so that matrices stay in bfloat16 (`optimizer.bf16_weights`).
 * `compiled`: the same again with compiled blocks (`compile_config`).
+* `skipping`: `bf16-weights`, and attention skips the blocks that ALiBi lets it skip with fresh weights;
+  `sharper` multiplies the scores, which grow in training (scripts/skipped_blocks.py).
 
 Matrix products and attention count at the rates that kernels of their kind reach; what the GPU waits for,
 such as Python or launches, is not in the estimate.
@@ -37,9 +39,10 @@ BYTES_PER_SECOND = 4.3e12 * 0.9
 PRODUCTS = 720e12
 ATTENTION_FORWARD, ATTENTION_BACKWARD = 340e12, 230e12
 PEAK = 989.4e12
+BF16 = 2  # bytes
 
 OWN = {"config": "configs/mpt-7b.yaml", "batch": "8", "variants": "", "layers": ""}
-OWN |= {"out": "", "picture": ""}
+OWN |= {"sharper": "1", "out": "", "picture": ""}
 NOTE = "Estimate for one H200 from bytes and FLOPs of the traced step; not run on a GPU."
 
 
@@ -67,6 +70,8 @@ def main(words: list[str]) -> int:
         small, large = (int(number) for number in own["layers"].split(","))
         times = (total - large) / (large - small)
         traced = [deeper(*pair, times) for pair in zip(traced[::2], traced[1::2], strict=True)]
+    if "skipping" in names:
+        skip_blocks_of(traced[names.index("skipping")], own, overrides)
     steps = {name: estimate(step) for name, step in zip(names, traced, strict=True)}
     print("\n".join(table(steps)))
     if own["out"]:
@@ -84,6 +89,7 @@ VARIANTS: dict[str, tuple[str | None, list[str]]] = {
     "as-configured": (None, []),
     "bf16-weights": (None, ["fsdp_config.state_dict_type=full"]),
     "compiled": (None, ["fsdp_config.state_dict_type=full", "compile_config={}"]),
+    "skipping": (None, ["fsdp_config.state_dict_type=full"]),
 }
 
 
@@ -123,6 +129,28 @@ def deeper(small: dict[str, Any], large: dict[str, Any], times: float) -> dict[s
         more = {key: round(each[key] + times * (each[key] - before[key])) for key in nothing}
         step["operators"].append(each | more)
     return step
+
+
+def skip_blocks_of(step: dict[str, Any], own: dict[str, str], overrides: list[str]) -> None:
+    """Take from attention the blocks that ALiBi lets the kernels skip."""
+    from skipped_blocks import computed_shares
+
+    from mptfoundry.config.load import load_train_config
+
+    config, _ = load_train_config(own["config"], overrides)
+    network = config.model.network()
+    _, share = computed_shares(network, config.max_seq_len, [float(own["sharper"])])[0]
+    forwards = 2 if config.fsdp_config is not None and config.fsdp_config.activation_checkpointing else 1
+    skip_blocks(step, share, forwards * network.n_layers * network.kv_heads * network.d_head * BF16)
+
+
+def skip_blocks(step: dict[str, Any], share: float, key_bytes: int) -> None:
+    """Count a share of attention's FLOPs, and reading the keys, `key_bytes` per token, for their norms."""
+    for operator in step["operators"]:
+        if operator["part"] == "attention":
+            operator["flops"] = round(operator["flops"] * share)
+    norms = {"part": "attention", "name": "norms of keys", "launches": 0, "flops": 0}
+    step["operators"].append({**norms, "bytes": step["tokens"] * key_bytes})
 
 
 def estimate(step: dict[str, Any]) -> dict[str, Any]:

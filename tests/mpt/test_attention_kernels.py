@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from mptfoundry.mpt.attention_tiles import Tile
 from mptfoundry.mpt.attention_triton import attend
+from scripts.skipped_blocks import reach_of
 
 from .cases import (
     DEVICE,
@@ -199,6 +201,23 @@ def test_keys_too_far_to_count_are_not_visited(monkeypatch: pytest.MonkeyPatch) 
     begins = torch.arange(12) * 16
     assert (begins - steep).max() <= 48 < (begins - less_steep).max() <= 144 and not flat.any()
     assert not first_visited((inputs, grad, dataclasses.replace(context, skips=False))).any()
+
+
+@pytest.mark.parametrize("seq", [192, 150])
+@pytest.mark.parametrize("tiles", SMALL_TILES, ids=str)
+@pytest.mark.parametrize("kv_heads", [3, 1])
+def test_skipped_blocks_are_counted_as_the_kernel_skips_them(
+    kv_heads: int, tiles: dict[str, tuple[int, int]], seq: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tiles(monkeypatch, tiles)
+    inputs, grad, context = make_case(seq=seq, n_heads=3, kv_heads=kv_heads, slopes=(1.0, 0.3, 1e-6))
+    inputs = [x.half() for x in inputs]  # in float32 the kernel measures distances, and skips a bit less
+    query, key = inputs[0][0].float(), inputs[1][0].float()
+    tile = Tile(*tiles["forward"], 4, 1)
+    counted, largest = reach_of(query, key, context.slopes, context.scale, tile)
+    assert torch.equal(counted, first_visited((inputs, grad, context))[0].long())
+    longest = query.norm(dim=-1).amax(0) * key.norm(dim=-1).amax(0)
+    assert largest == pytest.approx((context.scale * longest.max()).item(), rel=0.01)
 
 
 def towards(near: float, far: float, inputs: list[torch.Tensor]) -> None:
