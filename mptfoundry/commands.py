@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mptfoundry.errors import ConfigError, MPTFoundryError, RunStopped
 from mptfoundry.ranks import local_rank, rank
-from mptfoundry.run.signals import ending_at_once, heeded
+from mptfoundry.run.signals import heeded, importing
 
 if TYPE_CHECKING:
     from mptfoundry.config.run import TrainConfig
@@ -34,21 +34,21 @@ KEY = re.compile(r"[A-Za-z_][\w.\[\]-]*=")
 
 def _importing() -> AbstractContextManager[None]:
     """Let Ctrl-C end the process at once while heavy libraries are imported."""
-    return ending_at_once([signal.SIGINT], STOPPED_BY_CTRL_C, CTRL_C_EXIT_CODE)
+    return importing([signal.SIGINT], STOPPED_BY_CTRL_C, CTRL_C_EXIT_CODE)
 
 
 def _train(words: list[str]) -> None:
     for number in heeded():
         signal.signal(number, _stop_while_starting)
     stopped = STOPPED_WHILE_STARTING if rank() == 0 else ""
-    with ending_at_once(heeded(), stopped, RunStopped.exit_code):  # the user's files may import torch
+    with importing(heeded(), stopped, RunStopped.exit_code):  # the user's files may import torch
         config = _load_config(words)
     plan = None
     if local_rank() == 0:
         from mptfoundry.check import refuse_here
 
         plan = refuse_here(config)
-    with ending_at_once(heeded(), stopped, RunStopped.exit_code):
+    with importing(heeded(), stopped, RunStopped.exit_code):
         from mptfoundry.train import train
 
     train(config, plan)

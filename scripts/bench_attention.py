@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import platform
 import statistics
 import sys
 import time
@@ -38,6 +37,7 @@ from mptfoundry.mpt.attention import BACKENDS
 from mptfoundry.mpt.backends import choose_backend, why_not
 from mptfoundry.mpt.config import AttnConfig, MPTConfig
 from mptfoundry.mpt.position import AttentionContext, alibi_slopes
+from mptfoundry.plan.devices import cpu_name
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -333,14 +333,6 @@ def line(row: dict[str, Any]) -> str:
         f"{row['forward_ms']:>9.2f} {row['both_ms']:>11.2f} {row['forward_ratio']:>6.2f} "
         f"{row['both_ratio']:>6.2f} {tflops[0]:>8} {tflops[1]:>5}"
     )
-
-
-def cpu_name() -> str:
-    """The processor's name as Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

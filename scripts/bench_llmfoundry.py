@@ -24,20 +24,34 @@ SEQ_LENS = (256, 1024)
 TOKENS_PER_STEP = 8192
 SEED = 17
 
-# Runs inside each side's own Python; STARTED_AT is when the command was given.
+# Runs inside each side's own Python, when it imports Composer's engine.
 WATCHED = """
-import json, os, sys, time
-from composer.core import engine
-times, run_event = [], engine.Engine.run_event
-def watched(self, event):
-    if str(getattr(event, "value", event)) in ("batch_end",):
-        times.append(time.time())
-        with open(os.environ["TIMES"], "w") as f:
-            json.dump(times, f)
-    elif str(getattr(event, "value", event)) == "batch_start" and not times:
-        times.append(time.time())
-    return run_event(self, event)
-engine.Engine.run_event = watched
+import importlib.machinery, json, os, sys, time
+
+class Watch:
+    def find_spec(self, name, path, target=None):
+        if name != "composer.core.engine":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        load = spec.loader.exec_module
+        spec.loader.exec_module = lambda module: (load(module), watch(module.Engine))
+        return spec
+
+def watch(engine):
+    times, run_event = [], engine.run_event
+
+    def watched(self, event):
+        name = str(getattr(event, "value", event))
+        if name == "batch_end" or (name == "batch_start" and not times):
+            times.append(time.time())
+            with open(os.environ["TIMES"], "w") as f:
+                json.dump(times, f)
+        return run_event(self, event)
+
+    engine.run_event = watched
+
+sys.meta_path.insert(0, Watch())
 """
 DRIVERS = {
     "mptfoundry": "import sys\nfrom mptfoundry.cli import main\nsys.exit(main(['train', sys.argv[1]]))\n",

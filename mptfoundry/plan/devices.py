@@ -7,9 +7,12 @@ bf16 FLOP/s.
 from __future__ import annotations
 
 import os
+import platform
+import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -170,6 +173,14 @@ def _cpu(visible: Visible, count: int, per_node: int) -> Device:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@lru_cache
+def cpu_name() -> str:
+    """The processor's name as Linux tells it; elsewhere its architecture."""
+    info = Path("/proc/cpuinfo")
+    name = re.search(r"^model name\s*: (.+)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    return name[1] if name else platform.machine()
 
 
 def total_memory() -> int | None:

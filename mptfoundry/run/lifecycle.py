@@ -20,7 +20,7 @@ from typing import Any
 
 from composer import Trainer
 from composer.core import Callback, Event, Time
-from composer.utils import dist
+from composer.utils import collect_env, dist
 
 from mptfoundry.architecture.of_run import RUN_CONFIG as CONFIG
 from mptfoundry.config.engine.secrets import REDACTED
@@ -28,7 +28,7 @@ from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
 from mptfoundry.files import Upload, whole_or_absent, writing_into
-from mptfoundry.plan.devices import Device
+from mptfoundry.plan.devices import Device, cpu_name
 from mptfoundry.ranks import RankWatch, decided_by_rank_0, local_rank, rank, say, world_size
 from mptfoundry.run.atomic_checkpoints import BEST, AtomicCheckpoints, KeepBest
 from mptfoundry.run.changes import RunNotes
@@ -321,6 +321,7 @@ def set_up_process(config: TrainConfig, device: Device) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     for expected in EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=expected)
+    collect_env.get_cpu_model = cpu_name  # Composer's own sleeps for a second to measure the clock
     if device.kind == "gpu":
         _set_up_gpu(config)
     if world_size() > 1:

@@ -17,6 +17,7 @@ of the first are one request. Child processes, such as the loader's workers, lea
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import select
 import signal
@@ -165,11 +166,12 @@ def heeded() -> list[signal.Signals]:
 
 
 @contextmanager
-def ending_at_once(numbers: Sequence[signal.Signals], said: str, exit_code: int) -> Iterator[None]:
-    """Let some signals end the process without an exception in this context, such as during imports.
+def importing(numbers: Sequence[signal.Signals], said: str, exit_code: int) -> Iterator[None]:
+    """A context for imports of heavy libraries: some signals end the process without an exception.
 
     The process prints `said`, with the signal's name for `{name}`. After the context the earlier handlers are
-    back, whatever a library has set.
+    back, whatever a library has set. Garbage is not looked for: what modules make stays, and going through it
+    again and again would take 40 % of the time.
     """
     # macOS has no sigwaitinfo.
     if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "sigwaitinfo"):
@@ -188,9 +190,12 @@ def ending_at_once(numbers: Sequence[signal.Signals], said: str, exit_code: int)
     signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     thread = threading.Thread(target=wait, name="signals while importing", daemon=True)
     thread.start()
+    gc.disable()
     try:
         yield
     finally:
+        gc.freeze()
+        gc.enable()
         is_over.set()
         signal.pthread_kill(thread.ident or 0, numbers[0])
         thread.join()

@@ -207,14 +207,14 @@ with StopSignals() as stop, stop.answered_by_training():
 
 
 IMPORTS = """
-from mptfoundry.run.signals import SIGNALS, ending_at_once
+from mptfoundry.run.signals import SIGNALS, importing
 def of_a_library(number, frame):
     sys.exit(3)
 def ours(number, frame):
     print("ours")
     sys.exit(4)
 signal.signal(signal.SIGINT, ours)
-with ending_at_once(SIGNALS, "{name}: stopped", 9):
+with importing(SIGNALS, "{name}: stopped", 9):
     signal.signal(signal.SIGINT, of_a_library)
     if %r:
         print("ready", flush=True)
