@@ -27,7 +27,7 @@ from mptfoundry.plan.devices import GIB, Device, launcher_device
 from mptfoundry.plan.gpu_support import describe_gpus, gpu_problem, installed_torch
 from mptfoundry.plan.install_sets import PYTHONS, installed_set, pins, release, version_of
 from mptfoundry.plan.plan import COMPUTE_DTYPE, choose_precision
-from mptfoundry.run.leftovers import clean_now, find_leftovers
+from mptfoundry.run.leftovers import clean_now, find_leftovers, size_of
 
 # Name on PyPI, and for optional packages what they are used for.
 _PACKAGES: dict[str, str | None] = {
@@ -101,8 +101,8 @@ def environment() -> str:
 def clean() -> str:
     """Remove what dead runs left, and return the list that `mptfoundry doctor clean=true` prints."""
     leftovers, gone = clean_now()
-    lines = [f"removed {each.path}, {each.bytes:,} bytes" for each in gone]
-    lines += [f"{each.path} can't be removed" for each in leftovers if each not in gone]
+    lines = [f"removed {each}" for each in gone]
+    lines += [f"{each} can't be removed" for each in leftovers if each not in gone]
     return "\n".join(lines or ["dead runs left nothing here"])
 
 
@@ -247,10 +247,9 @@ def _traps(device: Device) -> list[str]:
     if shared.is_dir() and shutil.disk_usage(shared).total < GIB:
         lines.append("Shared memory is small: start the container with --shm-size=8g, or use num_workers 0.")
     if left := find_leftovers():
-        size = sum(each.bytes for each in left)
         lines.append(
-            f"{len(left)} blocks and files of dead runs are left, {size / 2**20:.1f} MiB. The next run "
-            "removes them, and so does: mptfoundry doctor clean=true"
+            f"{len(left)} blocks and files of dead runs are left, {size_of(left) / 2**20:.1f} MiB. The next "
+            "run removes them, and so does: mptfoundry doctor clean=true"
         )
     if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < 1024:
         lines.append("Few files may be open at once; raise it for data sets of many shards: ulimit -n 4096")

@@ -58,10 +58,7 @@ def build_loaders(config: TrainConfig, plan: Plan, tokenizer: Any) -> tuple[Data
     )
     train_loader = build_loader(config.train_loader, context)
     held_out = replace(
-        context,
-        device_batch_size=plan.device_eval_batch_size,
-        is_training=False,
-        takes_other_rows=False,
+        context, device_batch_size=plan.device_eval_batch_size, is_training=False, takes_other_rows=False
     )
     return train_loader, build_evaluators(config.eval_loaders, held_out, plan.num_workers)
 

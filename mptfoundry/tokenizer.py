@@ -73,6 +73,18 @@ def load_tokenizer(
     return tokenizer
 
 
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Write the tokenizer's files so that transformers 4 reads what transformers 5 writes, too."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if values.get("tokenizer_class") == "TokenizersBackend":
+        values["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(values.get("extra_special_tokens"), list):
+        values["additional_special_tokens"] = values.pop("extra_special_tokens")
+    file.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def fingerprint(tokenizer: Any, *, with_special_tokens: bool = False) -> str:
     """Hash the mapping from text to ids: sha256, 64 hex digits.
 
@@ -417,7 +429,7 @@ def train_bpe(
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    tokenizer.save_pretrained(staging)
+    save_tokenizer(tokenizer, staging)
     staging.chmod(0o755)
     if folder.exists():
         shutil.rmtree(folder)

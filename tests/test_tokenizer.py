@@ -41,6 +41,17 @@ def test_training_twice_gives_the_same_files(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
+def test_its_files_are_written_as_every_version_of_transformers_reads_them(tmp_path: Path) -> None:
+    tokenizer = train_bpe(
+        ["some text"], 270, tmp_path / "own", special_tokens=["<|start|>"], chat_template="{{ 1 }}"
+    )
+    config = json.loads((tmp_path / "own/tokenizer_config.json").read_text())
+    # Version 4 knows neither version 5's class nor a list of extra_special_tokens.
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["additional_special_tokens"] == ["<|start|>"] and "extra_special_tokens" not in config
+    assert "<|start|>" in tokenizer.all_special_tokens and tokenizer.chat_template == "{{ 1 }}"
+
+
 def test_training_too_few_ids_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="vocab_size: 100 can't hold 256 bytes and 2 special tokens"):
         train_bpe(["text"], 100, tmp_path / "x")

@@ -466,9 +466,7 @@ LoaderConfig = (
 )
 
 
-def loaders_by_label(
-    given: LoaderConfig | tuple[LoaderConfig, ...] | None,
-) -> dict[str, LoaderConfig]:
+def loaders_by_label(given: LoaderConfig | tuple[LoaderConfig, ...] | None) -> dict[str, LoaderConfig]:
     """Evaluation loaders by label; a single one without a label is `eval`."""
     if given is None:
         return {}

@@ -50,10 +50,7 @@ def token_loss_rows(
     targets = labels[:, 1:]
     predicted = targets != -100
     losses = token_loss[:, :-1].double() * predicted
-    if token_bytes is None:
-        target_bytes = torch.zeros_like(targets)
-    else:
-        target_bytes = token_bytes[targets.clamp(min=0)] * predicted
+    target_bytes = targets * 0 if token_bytes is None else token_bytes[targets.clamp(min=0)] * predicted
     if sample_id is None:
         sample_id = torch.full((len(labels),), UNNUMBERED, device=labels.device)
     correct = torch.full((len(labels),), math.nan, device=labels.device)
@@ -119,14 +116,8 @@ class TokenLoss(Metric):
 
     def update(self, batch: Mapping[str, Tensor], outputs: Any) -> None:
         """Add a batch and the network's `outputs.token_loss` and `outputs.token_correct` (batch, seq)."""
-        rows = token_loss_rows(
-            outputs.token_loss,
-            batch["labels"],
-            batch.get("sample_id"),
-            self.token_bytes,
-            outputs.token_correct,
-        )
-        self.rows.append(rows)
+        ids, correct = batch.get("sample_id"), outputs.token_correct
+        self.rows.append(token_loss_rows(outputs.token_loss, batch["labels"], ids, self.token_bytes, correct))
 
     def compute(self) -> Tensor:
         """The result over all ranks, float64."""

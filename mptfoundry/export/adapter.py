@@ -27,6 +27,7 @@ from mptfoundry.export.card import Base, adapter_card, adapter_use
 from mptfoundry.export.native import why_not_native
 from mptfoundry.files import read_json, whole_or_absent
 from mptfoundry.mpt.config import MPTConfig
+from mptfoundry.tokenizer import save_tokenizer
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def export_adapter(
         (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         card = adapter_card(out.name, source, folder, weights.lora, base, f"{parameters:,}")
         (folder / "README.md").write_text(card, encoding="utf-8")
-        tokenizer.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
         write_tensor_checksums(folder, {name: zlib.crc32(bytes_of(t)) for name, t in tensors.items()})
         written = SafetensorsFile(folder / PEFT_WEIGHTS)
         for name in tensors:

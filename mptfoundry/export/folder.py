@@ -34,7 +34,7 @@ from mptfoundry.files import refuse_what_is_there, whole_or_absent
 from mptfoundry.mpt.config import MPTConfig
 from mptfoundry.mpt.flops import count_parameters
 from mptfoundry.mpt.head_config import HeadConfig
-from mptfoundry.tokenizer import check_tokenizer, load_tokenizer
+from mptfoundry.tokenizer import check_tokenizer, load_tokenizer, save_tokenizer
 
 Format = Literal["auto", "native", "custom"]
 
@@ -271,7 +271,7 @@ def _write_the_rest(
 
 def _write_tokenizer(folder: Path, tokenizer: Any, max_seq_len: int) -> None:
     """Write the tokenizer's files so that `generate(**tokenizer(text))` works in every version."""
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     file = folder / "tokenizer_config.json"
     values = json.loads(file.read_text(encoding="utf-8"))
     values["tokenizer_class"] = "PreTrainedTokenizerFast"

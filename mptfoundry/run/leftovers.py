@@ -15,7 +15,6 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
@@ -38,18 +37,9 @@ _LAUNCHERS = ".of-the-launcher"
 _TORCH_MODULE = ("_remote_module_non_scriptable.py", "__pycache__")
 _SECONDS_TO_READ_A_MODULE = 3600.0
 _SOCKETS = PROCESSES / "net" / "unix"
-# The inode and the path at the end of a line of /proc/PID/maps.
 
 
-@dataclass(frozen=True)
-class Leftover:
-    """A file or a folder that no living process uses."""
-
-    path: Path
-    bytes: int
-
-
-def find_leftovers() -> list[Leftover]:
+def find_leftovers() -> list[Path]:
     """Find what dead processes of this user left here, sorted by path; empty if there is no /proc."""
     candidates = sorted({*_in_shared_memory(), *_in_temporary_folder()})
     if not candidates or not (PROCESSES / "self" / "fd").is_dir():
@@ -58,16 +48,24 @@ def find_leftovers() -> list[Leftover]:
     used = _used_files()
     living = {_number(Path(path).name) for path in used if Path(path).parent == SHARED_MEMORY} - {None}
     dead = [path for path in candidates if _number(path.name) not in living]
-    unused = [path for path in dead if not any({str(f), _inode(f)} & used for f in _files(path))]
-    return [Leftover(path, _size(path)) for path in unused]
+    return [path for path in dead if not any({str(f), _inode(f)} & used for f in _files(path))]
 
 
-def remove_leftovers(leftovers: Sequence[Leftover]) -> list[Leftover]:
+def remove_leftovers(leftovers: Sequence[Path]) -> list[Path]:
     """Remove leftovers; return those that are gone now."""
     for leftover in leftovers:
         with contextlib.suppress(OSError):
-            remove(leftover.path)
-    return [leftover for leftover in leftovers if not leftover.path.exists()]
+            remove(leftover)
+    return [leftover for leftover in leftovers if not leftover.exists()]
+
+
+def size_of(leftovers: Sequence[Path]) -> int:
+    """Their bytes together."""
+    total = 0
+    for leftover in leftovers:
+        with contextlib.suppress(OSError):
+            total += sum(file.lstat().st_size for file in _files(leftover))
+    return total
 
 
 def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
@@ -96,7 +94,7 @@ def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
     return starts
 
 
-def clean_now() -> tuple[list[Leftover], list[Leftover]]:
+def clean_now() -> tuple[list[Path], list[Path]]:
     """Remove leftovers while no run starts; returns what was there and what of it is gone.
 
     Raises:
@@ -200,12 +198,6 @@ def _owned(folder: Path) -> Iterator[Path]:
 
 def _files(path: Path) -> list[Path]:
     return list(path.iterdir()) if path.is_dir() else [path]
-
-
-def _size(path: Path) -> int:
-    with contextlib.suppress(OSError):
-        return sum(each.lstat().st_size for each in _files(path))
-    return 0
 
 
 def _number(name: str) -> str | None:

@@ -50,6 +50,7 @@ from mptfoundry.run.start import (
 )
 from mptfoundry.run.step_guard import EvaluationLeft, StepGuard
 from mptfoundry.stores import AT_START, ONCE
+from mptfoundry.tokenizer import save_tokenizer
 
 # Warnings Composer raises about things we do on purpose: the last batch of an evaluation is smaller,
 # `eval_subset_num_batches` is a limit that a short evaluation does not reach, PyTorch uses its own deprecated
@@ -226,7 +227,7 @@ class Run:
         file = self.folder / CONFIG
         with writing_into(self.folder):
             if not (self.folder / "tokenizer").is_dir():
-                self._tokenizer.save_pretrained(self.folder / "tokenizer")
+                save_tokenizer(self._tokenizer, self.folder / "tokenizer")
             if notes is not None and not _holds(file, notes.config):
                 print(
                     f"{file} is not the checkpoint's config, which replaces it",
@@ -274,7 +275,7 @@ class Run:
         """Write the resolved config and the tokenizer, which make the folder's checkpoints usable."""
         with writing_into(folder):
             _write_config(self.yaml, folder / CONFIG)
-            self._tokenizer.save_pretrained(folder / "tokenizer")
+            save_tokenizer(self._tokenizer, folder / "tokenizer")
             return [folder / CONFIG, *(folder / "tokenizer").iterdir()]
 
 

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from mptfoundry.plan.devices import Device, detect_device, launcher_device
+from mptfoundry.plan.devices import Device, cpu_name, detect_device, launcher_device
 from mptfoundry.plan.gpus import visible_gpus
 from tests.nvidia_smi import gpu_row, put_nvidia_smi
+
+CPU_INFO = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
 
 
 @pytest.fixture
@@ -16,6 +18,12 @@ def two_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         gpu_row("NVIDIA H100 80GB HBM3", "9.0", "580.95.05", uuid=uuid) for uuid in ("GPU-8a1b", "GPU-9c")
     ]
     put_nvidia_smi(tmp_path, monkeypatch, rows)
+
+
+@pytest.mark.skipif("model name" not in CPU_INFO, reason="/proc/cpuinfo doesn't name this processor")
+def test_the_processor_has_the_name_that_composer_finds_for_it() -> None:
+    cpuinfo = pytest.importorskip("cpuinfo")
+    assert cpu_name() == cpuinfo.get_cpu_info()["brand_raw"]
 
 
 def test_a_device_has_torchs_name_for_its_kind() -> None:

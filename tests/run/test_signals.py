@@ -238,6 +238,22 @@ def test_after_imports_a_signal_is_handled_as_before_them_whatever_a_library_has
     assert process.communicate(timeout=20)[0] == "ours\n" and process.returncode == 4
 
 
+def test_garbage_is_not_collected_during_imports_and_what_they_made_is_left_out_afterwards() -> None:
+    program = """
+import gc
+from mptfoundry.run.signals import SIGNALS, importing
+try:
+    with importing(SIGNALS, "", 9):
+        during, made = gc.isenabled(), [[]]
+        raise ImportError
+except ImportError:
+    after = gc.isenabled()
+print(during, after, any(each is made for each in gc.get_objects()))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "False True False\n"
+
+
 def test_output_falls_silent_when_its_reader_is_gone() -> None:
     program = """
 import sys
