@@ -87,18 +87,17 @@ class StepGuard(Callback):
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Decide after the gradients are computed and before the weights change."""
         own = torch.stack(self._losses).mean()
-        asked = torch.full_like(own, float(self.signals.requested is not None))
-        told = torch.stack([asked, (~own.isfinite()).float(), own])
+        told = torch.stack([own, torch.full_like(own, self.signals.requested is not None)])
         if world_size() > 1:
             dist.all_reduce(told)
         norm = self._clipping.grad_norm
         told = told if norm is None else torch.cat([told, norm.to(told).reshape(1)])
-        asked_by, broken, total, *norms = told.tolist()
+        total, asked_by, *norms = told.tolist()
         self._clipping.grad_norm = norms[0] if norms else None
         loss = total / world_size()
         # With a gradient scaler, an overflow only lowers the scale.
         is_scaled = state.precision == Precision.AMP_FP16
-        if broken or not (is_scaled or all(map(math.isfinite, norms))):
+        if not (math.isfinite(total) and (is_scaled or all(map(math.isfinite, norms)))):
             raise TrainingError(self._what_broke(state, own, norms))
         if verdict := self._spikes.judge(loss):
             self._obey(verdict, loss, state, logger)
