@@ -1,15 +1,16 @@
 """Collate samples into a batch.
 
-A sample is `{"input_ids": (tokens,) int64 array, "sample_id": int}` with at most `seq` tokens. A batch has
+A sample of text is `{"input_ids": (tokens,) int64 array, "sample_id": int}` with at most `seq` tokens; a row
+of examples has more fields (see `RowCollator`). A batch has
 
     input_ids       (batch, seq) int64
-    labels          (batch, seq) int64, aligned with input_ids, -100 for padding
+    labels          (batch, seq) int64, aligned with input_ids, -100 for padding and tokens not in the loss
     sample_id       (batch,) int64
     attention_mask  (batch, seq) bool, if there is padding, which is always at the end
     sequence_id     (batch, seq) int64, if documents must not attend to each other
-    max_documents   the most documents in a row, if attention_mask or sequence_id is present
-    row_tokens      list: number of tokens in each row, if there is padding, and always for finetuning rows
-    row_trained     list: number of labels in each row's loss, after the shift by one; wherever row_tokens is
+    max_documents   int: the most documents in a row; absent for text without attention_mask and sequence_id
+    row_tokens      list: number of tokens in each row; absent for text without padding
+    row_trained     list: number of labels in each row's loss, after the shift by one; present with row_tokens
 
 The two lists hold Python's ints, because Composer counts a microbatch once it is on the device, where
 counting in tensors would wait for the device. Rows of text without padding are counted by their shape.

@@ -5,7 +5,8 @@ order of the units, so its output is the same bytes for any number of workers. W
 has a *state*: how many units are in the sink, and what the sink needs to resume from there. Each state
 replaces the previous one atomically, so the state on disk is always consistent.
 
-A worker process does not import torch or transformers, and exits when its parent dies for any reason.
+A worker process does not import torch, and imports transformers only if its function has a tokenizer of that
+library. It exits when its parent dies for any reason.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ MOST_TIME_SAVING = 0.05
 
 Unit = TypeVar("Unit")
 Result = TypeVar("Result")
-# Returns the function that processes a unit. It is pickled, sent to each worker and called there.
+# Makes the function that processes a unit. Each worker gets a pickled copy of the maker, and calls it once.
 Make = Callable[[], Callable[[Any], Any]]
 # Processes units instead of local worker processes.
 Engine = Callable[[Iterable[Any]], Iterator[Any]]
@@ -219,7 +220,7 @@ def in_processes(
     try:
         for unit in units:
             running.append(pool.submit(_work_in_worker, unit))
-            # A few more units than workers keep them busy; more would only use memory.
+            # A short queue keeps all workers busy; a longer one would only use memory.
             if len(running) >= 2 * workers + 2:
                 yield running.popleft().result()
         while running:

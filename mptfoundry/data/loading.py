@@ -69,7 +69,7 @@ def loader_options(loader: LoaderConfig, context: LoaderContext) -> dict[str, An
 
 
 def raise_plainly(error: DataError, workers: Any) -> NoReturn:
-    """End a loader's workers now, not seconds later as garbage; raise their error as plain text."""
+    """Stop a loader's workers now, not when they are garbage-collected; raise their error as plain text."""
     if workers is not None:
         workers._shutdown_workers()
     marker, text = f"{DataError.__module__}.{DataError.__qualname__}: ", str(error)

@@ -50,7 +50,7 @@ class Recipe:
     Attributes:
         settings: All that the examples depend on except the records; a hash of both names the store.
         make: Returns the function that converts a unit of records; see `jobs.run_job`.
-        sink: Receives the results; called with the folder to write in and that of the finished store.
+        sink: Returns the sink of the results; called with the folder to write in and the finished store's.
     """
 
     settings: Mapping[str, Any]

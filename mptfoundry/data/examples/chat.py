@@ -306,8 +306,8 @@ def _render(
         if not is_told and (needs_all or number == len(messages) - 1):
             raise RecordError(
                 f"{field}[{number - added}]",
-                "the chat template writes what came before differently once this message is there, so that "
-                "it can't be told what is the answer. Give the tokenizer another chat template",
+                "the chat template writes earlier messages differently once this message follows, so that "
+                "the answer can't be separated from them. Give the tokenizer another chat template",
             )
         if not follows and needs_all:
             raise RecordError(

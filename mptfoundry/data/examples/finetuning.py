@@ -90,7 +90,7 @@ def describe(store: ExampleStore) -> str:
 
 
 def columns_not_read(store: ExampleStore) -> str:
-    """List the columns that were ignored, with the number of records if it was not all good ones."""
+    """List the ignored columns; a column that some good records lack comes with its number of records."""
     counts = store.meta["counts"]
     good = counts["records"] - counts["bad"]
     names = [
@@ -134,8 +134,8 @@ def why_not(store: ExampleStore, where: str, allowed: FinetuningDatasetConfig) -
     share = counts["dropped"] / max(1, counts["records"])
     if share > allowed.max_dropped:
         return Refusal(
-            f"{where}: {share:.1%} of the examples are dropped, {counts['dropped']:,} of "
-            f"{counts['records']:,}, since none of their tokens in the loss is left",
+            f"{where}: {share:.1%} of the records are dropped, {counts['dropped']:,} of "
+            f"{counts['records']:,}",
             "\n".join(first_of(counts["drops"], counts["dropped"])),
             "Use a larger max_seq_len or shorter prompts, or allow it with dataset.max_dropped: "
             f"{min(1.0, share + 0.005):.2f}.",

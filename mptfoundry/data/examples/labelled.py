@@ -35,7 +35,7 @@ def build_labelled_loader(loader: LabelledLoaderConfig, context: LoaderContext) 
     """Build the loader of a labelled dataset for the model's head.
 
     Two texts are joined the way the tokenizer joins pairs. Examples longer than `max_seq_len` are truncated
-    at the end. Training skips examples that lose all their labels this way; an evaluation keeps them.
+    (see `LabelledPlan`). Training skips examples without a label left; an evaluation keeps them.
 
     Raises:
         ConfigError: The model has no head.
@@ -191,7 +191,7 @@ class LabelledCollator:
 
 
 def _trained_in_rows(batch: Mapping[str, Any]) -> list[int]:
-    """What the mean loss divides by, by row: tokens or spans in the loss, or the rows."""
+    """Count what each row adds to the loss's divisor: its tokens or spans in the loss, or 1."""
     ids, labels = batch["input_ids"], batch.get("labels")
     if labels is None:
         return (batch["start_positions"] < ids.shape[1]).int().tolist()
@@ -203,9 +203,9 @@ def _trained_in_rows(batch: Mapping[str, Any]) -> list[int]:
 def _say_what_was_cut(cut: int, left_out: int, max_seq_len: int, where: str) -> None:
     if not (cut or left_out):
         return
-    lost = f"; {left_out} without a label left were left out" * bool(left_out)
-    text = "%s: %s examples are longer than max_seq_len: %s and were cut at their end%s."
-    log.warning(text, where, cut, max_seq_len, lost)
+    lost = f"; training skips {counted(left_out, 'example')} without a label left" * bool(left_out)
+    text = "%s: max_seq_len: %s truncates %s%s."
+    log.warning(text, where, max_seq_len, counted(cut, "example"), lost)
 
 
 def _pad(values: np.ndarray, length: int, filler: int) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 A record's fields depend on the task:
 
-    sequence   `text`, optionally `text_pair`, `label`: a name or number, or numbers, or a list of names
+    sequence   `text`, optionally `text_pair`, and `label`: a name, a number, or a list of names or numbers
     token      `words`, `labels`: one name or number per word, -100 if the word is not in the loss
     span       `question`, `context`, `answers`: {text: [...], answer_start: [...]}, as in SQuAD
 
@@ -84,10 +84,10 @@ class Record:
 
 
 class Checked(NamedTuple):
-    """A record's text or two texts, and its target.
+    """A record's one or two texts, and its target.
 
-    The target is a number or numbers; or each word's start character and label; or the start character of the
-    first answer and all answers.
+    The target depends on the task: a number or a list of numbers; the words' start characters and labels; or
+    the first answer's start character and all answers.
     """
 
     first: str
@@ -101,7 +101,8 @@ class LabelledPlan:
 
     Attributes:
         tokenizer: A transformers fast tokenizer; it joins two texts as a pair.
-        max_seq_len: Maximum tokens in an example; longer ones are truncated at the end.
+        max_seq_len: Maximum tokens in an example. Longer ones are truncated on the tokenizer's
+            `truncation_side`: of two texts the longer one first, of question and context only the context.
         head: The config of the model's head.
         fields: Field names -> names in the data, if they differ.
         datasets: Hugging Face datasets that parts refer to.
@@ -208,7 +209,8 @@ def encode(records: Iterator[Record], plan: LabelledPlan) -> Iterator[tuple[dict
                 kind = np.int64 if head.problem == "single_label_classification" else np.float32
                 example["labels"] = np.asarray(answer, kind)
             elif isinstance(head, TokenClassifierConfig):
-                example["labels"] = _labels_of_tokens(encoding, answer, record)
+                is_left = plan.tokenizer.truncation_side == "left"
+                example["labels"] = _labels_of_tokens(encoding, answer, record, is_cut_first=is_left)
             else:
                 example |= _span_of_tokens(encoding, *answer) | {"context": context, "answers": answer[1]}
             yield example, bool(encoding.overflowing)
@@ -233,7 +235,8 @@ def _tokenize(records: Sequence[Record], checked: Sequence[Checked], plan: Label
         for record, ids in zip(records, plan.tokenizer(firsts)["input_ids"], strict=True):
             if len(ids) >= plan.max_seq_len:
                 raise record.error(
-                    "question", f"has {len(ids)} tokens of {plan.max_seq_len}: no room for more"
+                    "question",
+                    f"has {len(ids)} tokens; max_seq_len: {plan.max_seq_len} leaves no room for the context",
                 )
     return plan.tokenizer(
         firsts,
@@ -245,12 +248,17 @@ def _tokenize(records: Sequence[Record], checked: Sequence[Checked], plan: Label
 
 
 def _labels_of_tokens(
-    encoding: Any, words: tuple[Sequence[int], Sequence[int]], record: Record
+    encoding: Any, words: tuple[Sequence[int], Sequence[int]], record: Record, *, is_cut_first: bool
 ) -> np.ndarray:
-    """Put each word's label at its first token and -100 at all others. Returns (tokens,) int64."""
+    """Put each word's label at its first token and -100 at all others. Returns (tokens,) int64.
+
+    `is_cut_first` says whether truncation removes the first tokens, whose words get no label.
+    """
     begins, numbers = words
     labels = np.full(len(encoding.ids), NOT_IN_LOSS, np.int64)
-    last = -1
+    cut = [end for part in encoding.overflowing for begin, end in part.offsets if begin < end]
+    # The last word that has its label already, or lost its first token.
+    last = bisect_right(begins, max(cut) - 1) - 1 if cut and is_cut_first else -1
     for token, (begin, end) in enumerate(encoding.offsets):
         # Use the token's last character, since a token may start with the space before its word.
         word = bisect_right(begins, end - 1) - 1

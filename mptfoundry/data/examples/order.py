@@ -121,10 +121,10 @@ class Order(Protocol):
 EMPTY_ROW = (-1, np.empty(0, np.int64))
 
 
-# What helps when a checkpoint stands in an epoch of other rows.
-TO_GO_ON = (
-    "Restore them, name what has changed in allow_changes, or start a new run from its weights, with "
-    "load_path and load_weights_only: true."
+# Advice for a checkpoint that was saved inside an epoch of other rows.
+HOW_TO_CONTINUE = (
+    "Undo the change, name the changed keys in allow_changes, or start a new run from the checkpoint's "
+    "weights with load_path and load_weights_only: true."
 )
 
 
@@ -157,7 +157,7 @@ class RowSampler(DistributedSampler):
         return {"epoch": self.epoch, "row": num_samples, "rows_of": rows_of}
 
     def resume_at(self, place: Mapping[str, Any], rows_of: str, *, takes_other_rows: bool) -> bool:
-        """Resume at a position; False if it is in the middle of other rows, which are not allowed."""
+        """Resume at a position; return False if it is inside an epoch of other rows that aren't allowed."""
         if place.get("row") == 0:
             return True
         is_taken = place.get("rows_of") == rows_of or (takes_other_rows and "row" in place)

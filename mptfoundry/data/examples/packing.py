@@ -102,8 +102,8 @@ def plan_packing(
 def shuffled(count: int, *seed: int) -> np.ndarray:
     """Shuffle the numbers 0 to count - 1 by the seed, (count,) int64.
 
-    Trailing zeros in the seed have no effect. This uses the generator's raw bits, which are the same in every
-    version of numpy, unlike its shuffles.
+    Trailing zeros have no effect in a seed of at most four 32-bit words. This uses the generator's raw bits,
+    which are the same in every version of numpy, unlike its shuffles.
     """
     # The low bits of each key are its number, so a plain sort of the keys, which is fast, is enough.
     numbers = np.uint64((1 << count.bit_length()) - 1)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mptfoundry.config.data import FinetuningDatasetConfig, FinetuningLoaderConfig
 from mptfoundry.data.collate import RowCollator, count_rows, count_tokens, filler_id
-from mptfoundry.data.examples.order import TO_GO_ON, RowOrder, RowSampler, passes
+from mptfoundry.data.examples.order import HOW_TO_CONTINUE, RowOrder, RowSampler, passes
 from mptfoundry.data.examples.packing import plan_packing
 from mptfoundry.data.examples.store import ExampleStore
 from mptfoundry.data.loading import LoaderContext, loader_options
@@ -98,14 +98,12 @@ def packing_lines(order: RowOrder, asked: float | Literal["auto"] | None, where:
     lines = []
     for one in order.streams:
         fits = (
-            f", where {asked:g} do not fit"
-            if isinstance(asked, (int, float)) and one.ratio < 0.99 * asked
-            else ""
+            f" ({asked:g} do not fit)" if isinstance(asked, (int, float)) and one.ratio < 0.99 * asked else ""
         )
         lines.append(
             f"{where}: {counted(len(one.lengths), 'example')} in {counted(one.rows, 'row')} of "
             f"{counted(one.row_len, 'token')}: "
-            f"{one.ratio:.1f} in a row{fits}; {1 - one.fill:.1%} is padding."
+            f"{one.ratio:.1f} per row{fits}; {1 - one.fill:.1%} is padding."
         )
     return lines
 
@@ -169,8 +167,8 @@ class RowDataset(Dataset):
         """
         if not self._sampler.resume_at(state or {}, self._digest, takes_other_rows=self._takes_other_rows):
             raise DataError(
-                f"{self.where}: the checkpoint stands in the middle of an epoch of other rows: the examples, "
-                "their mix, packing_ratio, max_seq_len or seed have changed since. " + TO_GO_ON
+                f"{self.where}: the checkpoint was saved inside an epoch of other rows: the examples, "
+                "their mix, packing_ratio, max_seq_len or the seed changed since then. " + HOW_TO_CONTINUE
             )
 
 
@@ -184,6 +182,6 @@ def _check(stores: Iterable[ExampleStore], max_seq_len: int, where: str) -> None
         # The mean loss is undefined for a batch without a token in the loss.
         if not store.trained.all():
             raise DataError(
-                f"{where}: no token is in the loss of example {store.trained.argmin()} of {store.folder}. "
+                f"{where}: example {store.trained.argmin()} of {store.folder} has no token in the loss. "
                 f"Leave such examples out."
             )

@@ -81,8 +81,8 @@ class TokenReader:
         if len(labels) != len(ids):
             raise RecordError(
                 "labels",
-                f"there are {len(labels)} for {len(ids)} input_ids. With an attention_mask or a -100 each "
-                "label stands for the token at its place",
+                f"there are {len(labels)} for {len(ids)} input_ids. With an attention_mask or a -100, labels "
+                "are a loss mask with one label per id",
             )
         kept = slice(0, len(ids))
         if record.get("attention_mask") is not None:

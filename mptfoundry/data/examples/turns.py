@@ -71,8 +71,8 @@ class ExamplePlan:
         dtype: Unsigned integer type of the ids.
         datasets: Hugging Face datasets that parts refer to.
         token_encoding_type: Integer type of ids stored as bytes.
-        as_text: Whether special tokens that are spelled out in a prompt or response are encoded as text. In
-            a conversation this makes the record bad, because the template writes special tokens itself.
+        as_text: Whether to encode special tokens spelled out in a prompt or response as text. A conversation
+            that spells one out is then a bad record, because the template writes special tokens itself.
     """
 
     tokenizer: Any
@@ -93,7 +93,8 @@ class Counts:
         records: Number of records.
         bad: Number of invalid records.
         problems: The first of these, with their locations.
-        dropped: Number of records without a token in the loss within max_seq_len.
+        dropped: Number of valid records that give no example: no token within max_seq_len is in the loss, or
+            a prompt or response has no tokens.
         drops: The first of these, with their locations.
         cut: Number of records that were truncated and kept.
         chats: Number of records rendered with a chat template.
@@ -312,11 +313,11 @@ def _field_of(said: Turns | list[Ids]) -> str:
 
 
 def _why_dropped(trained: np.ndarray, limit: int, *, is_masked: bool) -> str:
-    if is_masked and not trained[1:].any():
-        return "none of them is in the loss"
-    if not trained.any() or trained.argmax() < limit:
-        return "a prompt or a response has no tokens"
-    return f"the first token in the loss is token {trained.argmax():,}, past max_seq_len: {limit:,}"
+    # Counted from 1, and past the example's first token, which is never predicted.
+    first = 2 + int(trained[1:].argmax()) if trained[1:].any() else 0
+    if first > limit:
+        return f"the first token in the loss is token {first:,}, past max_seq_len: {limit:,}"
+    return "none of them is in the loss" if is_masked else "a prompt or a response has no tokens"
 
 
 def _note(notes: list[str], text: str) -> None:

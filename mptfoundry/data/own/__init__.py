@@ -1,1 +1,1 @@
-"""Datasets of the user's own: what they have to be, and from their items to batches."""
+"""The user's own datasets: what they must provide, and how their items become batches."""

@@ -49,7 +49,7 @@ class Items:
         context: What the loader needs from the run.
 
     Attributes:
-        is_quiet: Don't warn of keys that are ignored: the warning was printed, or another rank prints it.
+        is_quiet: Whether to skip the warning about ignored keys: an item was read before, or rank is not 0.
     """
 
     def __init__(self, made: Any, count: int, made_by: str, context: LoaderContext) -> None:
@@ -97,7 +97,7 @@ class Items:
         return b"".join(each.tobytes() for each in vars(self[number]).values())
 
     def _warn_of_others(self, values: Mapping[str, Any], number: int) -> None:
-        """Warn once of keys that are ignored."""
+        """Warn of the ignored keys of the first item that is read; later items are not inspected."""
         others = [str(key) for key in values if key not in KEYS]
         if others and not self.is_quiet:
             log.warning("%s: these keys are not looked at: %s.", self.place(number), ", ".join(others))

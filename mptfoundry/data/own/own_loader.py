@@ -22,7 +22,7 @@ from mptfoundry import plugins
 from mptfoundry.config.data import FROM_THE_RUN, OwnLoaderConfig
 from mptfoundry.config.engine.signatures import own_arguments, own_parameters
 from mptfoundry.data.collate import RowCollator, count_rows, count_tokens, filler_id
-from mptfoundry.data.examples.order import TO_GO_ON, RowSampler
+from mptfoundry.data.examples.order import HOW_TO_CONTINUE, RowSampler
 from mptfoundry.data.examples.packing import shuffled
 from mptfoundry.data.loading import LoaderContext, loader_options, raise_plainly
 from mptfoundry.data.own.items import Items
@@ -135,8 +135,8 @@ def _fingerprint(items: Items, context: LoaderContext) -> str:
 
 
 def _read(numbers: list[int], items: Items, context: LoaderContext) -> list[bytes]:
-    """The contents of some items, read in a worker if the run has workers: otherwise forked workers would
-    share the offset of a file that the dataset opens when it is first read.
+    """Read some items as bytes, in a worker if the run has workers. If the dataset opened a file in this
+    process, the workers forked later would all share its offset.
     """
     workers = {"num_workers": 1, "multiprocessing_context": "fork"} if context.num_workers else {}
     contents = _Contents(items)
@@ -220,7 +220,7 @@ class ItemDataset(Dataset):
         return {**vars(item), "trained": item.labels != NOT_IN_LOSS, "sample_id": int(number)}
 
     def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
-        """Return the epoch, how many of its items all ranks have read, and of which order."""
+        """Return the epoch, how many of its items all ranks have read, and what their order depends on."""
         return self._sampler.place(num_samples, self._rows_of)
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
@@ -231,8 +231,8 @@ class ItemDataset(Dataset):
         """
         if not self._sampler.resume_at(state or {}, self._rows_of, takes_other_rows=self._takes_other_rows):
             raise DataError(
-                f"{self.where}: the checkpoint stands in the middle of an epoch of other items: their "
-                "number, shuffle or seed has changed since. " + TO_GO_ON
+                f"{self.where}: the checkpoint was saved inside an epoch with another order of items: their "
+                "number, shuffle or the seed changed since then. " + HOW_TO_CONTINUE
             )
 
 

@@ -256,7 +256,7 @@ def _make_folder(folder: Path) -> None:
     others = sorted(path.name for path in folder.iterdir() if path.name != PREPARING)
     if others:
         raise DataError(
-            f"{folder}: the folder is not empty ({others[0]}). Give another out folder, or remove that one."
+            f"{folder}: the folder is not empty ({others[0]}). Give another out folder, or remove this one."
         )
     (folder / PREPARING).mkdir(exist_ok=True)
 
@@ -281,7 +281,7 @@ def _refuse_differences(folder: Path, state: str, then: Mapping[str, Any], now: 
     if differences:
         raise DataError(
             f"{folder} {state} with {', '.join(differences)}. "
-            f"Use the same options and inputs, give another out folder, or remove that one."
+            f"Use the same options and inputs, give another out folder, or remove this one."
         )
 
 

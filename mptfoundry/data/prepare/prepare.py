@@ -1,8 +1,9 @@
 """Tokenize text into shards for training: parallel, resumable, same bytes for any number of workers.
 
-Documents, each followed by EOS, are concatenated into one stream of ids, which is cut into samples of
-`max_seq_len` ids. The incomplete last sample is dropped and counted. The published MPT models were prepared
-this way, and llm-foundry's `--concat_tokens` does the same. The split into units depends only on the inputs.
+Documents, each followed by EOS unless `add_eos` is false, are concatenated into one stream of ids, which is
+cut into samples of `max_seq_len` ids. The incomplete last sample is dropped and counted. The published MPT
+models were prepared this way, and llm-foundry's `--concat_tokens` does the same. The split into units depends
+only on the inputs, and on whether the tokenizer can encode a long text in pieces.
 Workers encode units; this process joins the results in order, writes shards and saves its progress.
 """
 
@@ -41,8 +42,8 @@ def prepare(inputs: Sequence[str], out: str | Path, **options: Any) -> PrepareSu
 
     Raises:
         ConfigError: The tokenizer can't be loaded.
-        DataError: An option, an input or the output folder is invalid. Nothing is left behind, unless so
-            much was done that the folder is kept to resume from.
+        DataError: An option, an input or the output folder is invalid. The call removes what it wrote,
+            unless it keeps the finished work to resume from.
     """
     if options.get("workers", 1) is None:
         options["workers"] = "auto"
@@ -82,7 +83,7 @@ def _held(plan: Preparation) -> Iterator[None]:
 
 
 def _make(plan: Preparation, started_at: float) -> PrepareSummary:
-    """Run the preparation. If it fails before much was done, remove everything it wrote."""
+    """Run the preparation. If it fails and there is no work worth keeping, remove everything it wrote."""
     job, sink = open_job(plan)
     config = plan.config
     try:
@@ -113,14 +114,14 @@ def _advice(plan: Preparation, is_kept: bool) -> str:
     advice = "Or use bad_input=skip, which leaves out and counts all such input."
     if is_kept:
         advice += (
-            f" What was done is kept in {plan.folder}: with bad_input=skip the same command continues; after "
-            "a change of the input, remove that folder first."
+            f" {plan.folder} keeps the finished work: the same command with bad_input=skip continues from "
+            "it. If you change the input instead, remove that folder first."
         )
     return advice
 
 
 def _is_worth_keeping(job: Job, error: BaseException) -> bool:
-    """Whether to keep partial work: always after an interruption, but only long work after bad input."""
+    """Whether to keep saved work: not if the text is too short, and only long work after bad input."""
     return (
         job.saved_units > 0
         and not isinstance(error, TooLittle)

@@ -2,7 +2,7 @@
 
 During a preparation `out/train` has a folder `.preparing` with a lock, the job's state (see `data/jobs.py`),
 the ids that are not in a shard yet, and a *log* that names each file before it is written. A state names
-the files of those ids. Only files named in the log or the state are ever removed.
+the files of those ids. Outside `.preparing`, only files named in the log or the state are ever removed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ LOG = "written"
 
 
 class TooLittle(DataError):
-    """The whole text is shorter than one sample."""
+    """The text of a split is shorter than one sample."""
 
 
 @dataclass

@@ -25,7 +25,7 @@ from mptfoundry.data.records.inputs import Input, is_array, open_decompressed
 from mptfoundry.data.shards.index import read_index, read_samples
 from mptfoundry.errors import DataError, MPTFoundryError, RunStopped, first_line
 
-# A tokenizer always splits here: `data.prepare.encode.SAFE_CUT` in UTF-8 bytes.
+# Tokenizers with `TextEncoder.can_cut` always split here: `data.prepare.encode.SAFE_CUT` in UTF-8 bytes.
 _SAFE_CUT = re.compile(rb"\n(?=[A-Za-z])")
 UNIT_BYTES = 1 << 21
 UNIT_ROWS = 1000
@@ -441,6 +441,7 @@ def json_type(value: Any) -> str:
         float: "number",
         str: "string",
         list: "array",
+        dict: "object",
     }
     return names.get(type(value), type(value).__name__)
 
@@ -477,7 +478,7 @@ def text_of(value: Any) -> str:
     """Return a record's text, which may be stored as UTF-8 bytes.
 
     Raises:
-        ValueError: The value is not text. The message is a predicate that follows the field's name.
+        ValueError: The value is not text. The message follows the field's name and a colon.
     """
     if isinstance(value, (bytes, bytearray)):
         if 0 in value:

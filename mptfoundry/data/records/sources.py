@@ -2,7 +2,8 @@
 
 `hf_name` is a file or folder of JSONL, Parquet or MDS shards, a folder saved by `datasets`, or a dataset on
 the Hub. As in llm-foundry, it can also be `json` or `parquet` with `hf_kwargs.data_files` or `data_dir`.
-`local` is the same without the Hub; `remote` is a URL of MDS shards.
+`local` is a file or folder of the same kinds, or the folder for a copy of `remote`. `remote` is a URL of MDS
+shards, or a path that is read like `local`.
 """
 
 from __future__ import annotations
@@ -132,7 +133,7 @@ def _note_of(inputs: Sequence[Input], cache: Path) -> Path:
 
 
 def _files_of(source: Input) -> list[Path]:
-    """List the files of an input. A Hub dataset has none, since `datasets` fingerprints its content."""
+    """List the files of an input. A Hugging Face dataset has none; `datasets` fingerprints its content."""
     folder = Path(source.path)
     if source.kind == "mds":
         names = [shard["raw_data"]["basename"] for shard in read_index(folder, source.path).shards]
@@ -190,7 +191,7 @@ def _data_files(folder: Path, given: Any, config: RecordsConfig, where: str) -> 
 
 
 def _shards(folder: Path, where: str, cache: Path | None) -> Inventory:
-    """List a folder of shards. Their hashes are checked unless these exact files are in the cache."""
+    """List a folder of shards. Their hashes are checked unless the cache has a digest of these files."""
     index = read_index(folder, where)
     size = sum(int(shard["raw_data"]["bytes"]) for shard in index.shards)
     inventory = Inventory([Input("mds", str(folder), folder.name, size)])

@@ -40,10 +40,10 @@ class ShardMeta:
         vocab_size: Number of ids of the tokenizer.
         max_seq_len: Tokens in each sample.
         eos_token_id: The id after each document, if one was added.
-        documents: Number of documents in the samples.
+        documents: Number of documents, also those in the dropped tokens.
         samples: Number of samples of `max_seq_len` tokens.
         tokens: Tokens in the samples, including EOS and BOS.
-        bytes: UTF-8 bytes of the documents.
+        bytes: UTF-8 bytes of these documents.
         dropped_tokens: Tokens after the last full sample.
         options: Options of `prepare` that affect the bytes of the shards.
         inputs: Number of files or datasets, bytes, and a digest of names and sizes.
@@ -215,7 +215,7 @@ def _problem_of_entry(shard: Mapping[str, Any]) -> str | None:
 def _problem_of_name(name: str) -> str | None:
     parts = name.split("/")
     if {"", ".", "..", INDEX} & set(parts) or "\\" in name or "\0" in name:
-        return "lies outside its folder. Don't use it."
+        return "is not a valid path for a shard inside the folder. Don't use the folder."
     if max(map(len, map(os.fsencode, parts))) > LONGEST_NAME:
         return f"is longer than a file's name can be. {AGAIN}"
     return None

@@ -84,7 +84,7 @@ def check_index_keys(content: Any) -> None:
 def check_keys(
     value: Any, kinds: Kinds, place: str, *, others: Literal["kept", "refused"] = "refused"
 ) -> None:
-    """Raise ValueError unless a value is an object with these keys. Streaming refuses others in a shard."""
+    """Raise ValueError unless a value is an object with these keys, and no others unless those are kept."""
     if not isinstance(value, dict):
         raise ValueError(f"{place} is {shortened(value)}, but must be an object")
     for key, (words, is_kind) in kinds.items():

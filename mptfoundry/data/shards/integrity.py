@@ -40,7 +40,7 @@ def fastest_hash(hashes: Mapping[str, str]) -> str | None:
 
 
 def problem_of(path: Path, entry: Mapping[str, Any], algorithm: str | None) -> str | None:
-    """What is wrong with a file; None if its size and, if `algorithm` is given, its hash are its entry's."""
+    """Say what is wrong with a file; None if its size matches, and its hash if `algorithm` is given."""
     try:
         size = path.stat().st_size
         if size != entry["bytes"]:
@@ -95,7 +95,7 @@ def unpack(compression: str, data: bytes, size: int) -> bytes:
     try:
         if name == "snappy":
             if _snappy_length(data) != size:
-                raise ValueError(f"it is not made of the {size:,} bytes that its index says")
+                raise ValueError(f"it doesn't hold the {size:,} bytes that its index states")
             raw = pyarrow.decompress(data, decompressed_size=size, codec=name, asbytes=True)
         else:
             with pyarrow.CompressedInputStream(io.BytesIO(data), name) as file:
@@ -103,7 +103,7 @@ def unpack(compression: str, data: bytes, size: int) -> bytes:
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"it is not {compression} data ({error})") from error
     if len(raw) != size:
-        raise ValueError(f"it is not made of the {size:,} bytes that its index says")
+        raise ValueError(f"it doesn't hold the {size:,} bytes that its index states")
     return raw
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mptfoundry.errors import DataError
 
-# In fewer ids, every second one may be 0 by chance: tokens with EOS between them.
+# With fewer ids, every second one may be 0 by chance, for example if it is EOS.
 _FEWEST_IDS_JUDGED = 8
 
 # The label of a token that is not in the loss, as in torch and transformers.

@@ -336,8 +336,8 @@ class GuardedDataset(StreamingDataset):
         """
         if not isinstance(obj, Mapping) or not obj.keys() >= PLACE:
             raise DataError(
-                f"{self.where}: the checkpoint's place in the data is that of another loader. Restore that "
-                "one, or start a new run from its weights, with load_path and load_weights_only: true."
+                f"{self.where}: another kind of loader saved the checkpoint's position in the data. Use that "
+                "loader, or start a new run with only the weights: load_path and load_weights_only: true."
             )
         before = obj.get("global_batch_size", self._global_batch())
         if self.batching_method != "random" and before != self._global_batch():
@@ -422,5 +422,5 @@ class GuardedDataset(StreamingDataset):
                 times[self.stream_per_shard == number] = NEVER
         coldest = int(times.argmin())
         if times[coldest] == NEVER:
-            raise ValueError("cache_limit is too low: it holds nothing more that could be removed.")
+            raise ValueError("cache_limit is too low: the cache has no shard that could be evicted.")
         self._evict_shard(coldest)

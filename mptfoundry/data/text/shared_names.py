@@ -55,7 +55,7 @@ def _claim(streams_local: list[str], streams_remote: list[str | None], retry: in
     number = max(
         _check_and_find_retrying(streams_local, streams_remote, name, retry) for name in SHM_TO_CLEAN
     )
-    # A data set that is freed loses its names one by one; the place where it resumed would be this one's.
+    # A closing run unlinks its blocks one by one. This run must not read the resume position left in them.
     while any((SHARED_MEMORY / _get_path(number, name)).exists() for name in SHM_TO_CLEAN):
         number += 1
     while True:

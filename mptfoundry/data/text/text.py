@@ -122,7 +122,7 @@ class TextDataset(GuardedDataset):
     def _ids_of_text(self, text: str) -> np.ndarray:
         options = {"split_special_tokens": True} if self.as_text else {}
         ids = self.tokenizer(text, truncation=True, max_length=self.max_seq_len, **options)["input_ids"]
-        # Attention fails on a row that is all padding. A single EOS works and adds nothing to the loss.
+        # Attention fails on a row that is all padding. A row of one token works and adds nothing to the loss.
         return np.asarray(ids or [filler_id(self.tokenizer)], np.int64)
 
     def _refuse_length(self, tokens: int, sample_id: int) -> NoReturn:

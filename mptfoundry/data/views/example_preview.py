@@ -108,7 +108,7 @@ def _left_out(store: ExampleStore, max_seq_len: int) -> list[str]:
         return f"{number:,} ({number / records:.1%})"
 
     lines = [f"cut at max_seq_len, {max_seq_len:,}: {share(counts['cut'])}"]
-    lines += [f"dropped, since no token in the loss is left: {share(counts['dropped'])}"]
+    lines += [f"dropped: {share(counts['dropped'])}"]
     lines += first_of(counts["drops"], counts["dropped"])
     lines += [f"bad records: {share(counts['bad'])}", *first_of(counts["problems"], counts["bad"])]
     if counts["doubles"]:

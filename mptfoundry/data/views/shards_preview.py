@@ -63,7 +63,7 @@ def preview(
     if index.meta and index.meta.fingerprint != fingerprint(reader):
         blocks.append(
             f"note: {name} is not the tokenizer that these shards were made with ({index.meta.tokenizer}): "
-            "ids may become other text, and training with it is refused."
+            "the decoded text may be wrong, and a run refuses these shards with this tokenizer."
         )
     numbers = sorted({round(at) for at in np.linspace(0, index.samples - 1, min(samples, index.samples))})
     for number, sample in zip(numbers, read_samples(index, numbers), strict=True):
@@ -140,12 +140,12 @@ def _borders_in_words(index: ShardIndex, tokenizer: Any) -> str:
     """Describe the special tokens around each document, or the tokenizer's default if that is unknown."""
     own, meta = spelled(own_borders(tokenizer), tokenizer), index.meta
     if meta is None:
-        return f"the tokenizer {adds_in_words(own)}, also to a `text` column"
+        return f"the tokenizer {adds_in_words(own)}; this also holds for a `text` column"
     before, after = meta.options.get("borders") or (
         [tokenizer.bos_token] * bool(meta.options.get("add_bos")),
         [] if meta.eos_token_id is None else [tokenizer.convert_ids_to_tokens(meta.eos_token_id)],
     )
-    as_text = "; text that spells a special token is text" * ("special_tokens" in meta.options)
+    as_text = "; special tokens spelled out in the text are plain text" * ("special_tokens" in meta.options)
     return documents_in_words(Borders(tuple(before), tuple(after)), own) + as_text
 
 

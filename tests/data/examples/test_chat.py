@@ -199,6 +199,7 @@ def test_of_two_complete_forms_the_first_is_read(tiny_tokenizer: Any) -> None:
         ({"instruction": "x"}, "output: is missing or null"),
         ({"messages": "x"}, "messages: is a string, not a list of messages"),
         ({"messages": [message("user")]}, "messages: has 1 message. A conversation needs two or more"),
+        ({"messages": {"role": "user"}}, "messages: is an object, not a list of messages"),
         ({"messages": ["x", "y"]}, "messages[0]: is a string, not an object with role and content"),
         ({"messages": [{"content": "x"}, {}]}, "messages[0].role: is missing; each message has role"),
         (
@@ -277,7 +278,10 @@ def test_a_record_that_is_none_says_the_field_and_the_reason(
             "{{ raise_exception('no system here') }}",
             "messages: the chat template refuses them: no sys",
         ),
-        ("{{ messages | length }}", "messages[1]: the chat template writes what came"),
+        (
+            "{{ messages | length }}",
+            "messages[1]: the chat template writes earlier messages differently once this message",
+        ),
     ],
 )
 def test_a_template_that_refuses_or_rewrites_a_conversation_is_said(

@@ -78,9 +78,7 @@ def test_many_dropped_examples_end_a_run_unless_allowed(tmp_path: Path, tokenize
     rows = [GOOD] * 3 + [LONG]
     with pytest.raises(DataError) as caught:
         load(tmp_path, tokenizer_folder, rows)
-    assert "25.0% of the examples are dropped, 1 of 4, since none of their tokens in the loss" in str(
-        caught.value
-    )
+    assert "25.0% of the records are dropped, 1 of 4:" in str(caught.value)
     assert "0.jsonl:4: prompt: the first token in the loss is token" in str(caught.value)
     assert str(caught.value).endswith("or allow it with dataset.max_dropped: 0.26.")
     spec, _ = load(tmp_path, tokenizer_folder, rows, max_dropped=0.25)

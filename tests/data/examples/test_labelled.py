@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import pickle
@@ -137,6 +138,19 @@ def test_words_are_found_where_tokens_begin_with_a_space(build: Build, tmp_path:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("max_seq_len", range(2, 20))
+def test_where_the_start_is_truncated_words_that_keep_their_first_token_keep_their_label(
+    build: Build, tiny_tokenizer: Any, max_seq_len: int
+) -> None:
+    (whole,) = batches(build([WORDS], "token", is_training=False))
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.truncation_side = "left"
+    spec = build([WORDS], "token", tokenizer=tokenizer, max_seq_len=max_seq_len, is_training=False)
+    (batch,) = batches(spec)
+    for name in ("input_ids", "labels"):
+        assert torch.equal(batch[name], whole[name][:, -max_seq_len:])
+
+
 @pytest.mark.parametrize("answers", [QUESTION["answers"], [{"text": "total", "answer_start": 4}]])
 def test_an_answer_is_its_first_and_its_last_token(build: Build, tiny_tokenizer: Any, answers: Any) -> None:
     spec = build([{**QUESTION, "answers": answers}, QUESTION], "span")
@@ -155,7 +169,7 @@ def test_what_is_too_long_is_cut_and_said(build: Build, caplog: pytest.LogCaptur
     late = {**QUESTION, "answers": {"text": ["言葉"], "answer_start": [CONTEXT.index("言")]}}
     with caplog.at_level(logging.WARNING):
         spec = build([QUESTION, late], "span", max_seq_len=28)
-    assert "2 examples are longer than max_seq_len: 28 and were cut at their end; 1 without" in caplog.text
+    assert "max_seq_len: 28 truncates 2 examples; training skips 1 example without a label" in caplog.text
     (batch,) = batches(spec)
     assert batch["input_ids"].shape == (1, 28)
     (kept,) = batches(build([QUESTION, late], "span", max_seq_len=28, is_training=False))
@@ -283,7 +297,11 @@ def test_all_formats_hold_the_same(build: Build, tmp_path: Path, tiny_tokenizer:
         ("sequence", {"label": "\x1b[31m"}, r'label: "\\u001b\[31m" is not a label'),
         ("token", {"words": ["a"], "labels": [7]}, "labels: 7 is not a label"),
         ("span", {"question": ""}, "question: .* is not a text"),
-        ("span", {"question": "why" * 99}, r"question: has \d+ tokens of 64: no room for more"),
+        (
+            "span",
+            {"question": "why" * 99},
+            r"question: has \d+ tokens; max_seq_len: 64 leaves no room for the context",
+        ),
         ("span", {"answers": "total"}, r"answers: .* is not {text: \[...\], answer_start: \[...\]}"),
         (
             "span",

@@ -191,7 +191,9 @@ def test_a_checkpoint_inside_an_epoch_of_other_rows_is_refused(store: ExampleSto
     state = loader([store]).dataloader.dataset.state_dict(8, True)
     for other in ({"seed": 6}, {"packing_ratio": 2}, {"max_seq_len": 65}, {"passes": [2.0]}):
         dataset = loader([store], **other).dataloader.dataset
-        with pytest.raises(DataError, match=r"train_loader: the checkpoint stands in the middle of an epoch"):
+        with pytest.raises(
+            DataError, match=r"train_loader: the checkpoint was saved inside an epoch of other"
+        ):
             dataset.load_state_dict(state)
         dataset.load_state_dict({**state, "row": 0})
     for other_kind in (None, {"epoch": 0, "sample_in_epoch": 0}):
@@ -214,8 +216,8 @@ def test_it_is_said_how_examples_are_packed(store: ExampleStore, capsys: pytest.
     loader([store])
     loader([store], packing_ratio=9, where="eval_loader held_out")
     assert capsys.readouterr().out.splitlines() == [
-        "train_loader: 41 examples in 14 rows of 64 tokens: 2.9 in a row; 6.0% is padding.",
-        "eval_loader held_out: 41 examples in 14 rows of 64 tokens: 2.9 in a row, where 9 do not fit; "
+        "train_loader: 41 examples in 14 rows of 64 tokens: 2.9 per row; 6.0% is padding.",
+        "eval_loader held_out: 41 examples in 14 rows of 64 tokens: 2.9 per row (9 do not fit); "
         "6.0% is padding.",
     ]
 
@@ -253,7 +255,7 @@ def test_what_cannot_be_read_is_refused(store: ExampleStore, tmp_path: Path) -> 
     with write_examples(tmp_path / "store", vocab_size=9) as writer:
         for last in (True, False):
             writer.add(np.array([1, 2]), np.array([True, last]))
-    with pytest.raises(DataError, match="no token is in the loss of example 1 of"):
+    with pytest.raises(DataError, match=r"example 1 of .* has no token in the loss"):
         loader([ExampleStore(tmp_path / "store")])
 
 

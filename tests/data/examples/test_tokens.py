@@ -205,12 +205,14 @@ def test_a_loss_mask_that_learns_nothing_is_dropped_and_a_long_one_is_cut(
         {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, 7, 8]},
         {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, -100, 8]},
         {"input_ids": [], "labels": [5, 6]},
+        {"input_ids": [5, 6, 7, 8], "labels": [5, -100, -100, 8]},
     ]
     store = of_records(records, tmp_path, tiny_tokenizer, max_seq_len=3)
     assert rows(store) == [([5, 6, 7], [1, 2])]
-    assert (store.meta["counts"]["cut"], store.meta["counts"]["dropped"]) == (1, 3)
+    assert (store.meta["counts"]["cut"], store.meta["counts"]["dropped"]) == (1, 4)
     assert store.meta["counts"]["drops"] == [
         f"{tmp_path}/records.jsonl:1: labels: none of them is in the loss.",
-        f"{tmp_path}/records.jsonl:3: labels: the first token in the loss is token 3, past max_seq_len: 3.",
+        f"{tmp_path}/records.jsonl:3: labels: the first token in the loss is token 4, past max_seq_len: 3.",
         f"{tmp_path}/records.jsonl:4: input_ids: a prompt or a response has no tokens.",
+        f"{tmp_path}/records.jsonl:5: labels: the first token in the loss is token 4, past max_seq_len: 3.",
     ]

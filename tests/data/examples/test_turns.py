@@ -107,7 +107,7 @@ def test_an_example_whose_learned_part_is_cut_away_is_dropped_and_named(
     assert counts.drops == [
         f"{tmp_path}/records.jsonl:{line}: {field}: the first token in the loss is token {token}, past "
         "max_seq_len: 40."
-        for line, field, token in ((2, "prompt", 45), (3, "messages", 149))
+        for line, field, token in ((2, "prompt", 46), (3, "messages", 150))
     ]
 
 

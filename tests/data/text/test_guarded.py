@@ -402,5 +402,7 @@ def test_an_order_that_depends_on_the_batch_size_is_not_resumed_with_another(
 @pytest.mark.parametrize("place", [None, {}, {"epoch": 0, "row": 8, "rows_of": "1f"}])
 def test_the_place_of_another_loader_is_refused(build: Build, prepared: Path, place: Any) -> None:
     dataset = build(local=str(prepared), split="train").dataset
-    with pytest.raises(DataError, match=r"place in the data is that of another loader\. Restore that one"):
+    with pytest.raises(
+        DataError, match=r"another kind of loader saved the checkpoint's position in the data\. Use that"
+    ):
         dataset.load_state_dict(place)

@@ -51,7 +51,7 @@ def test_what_was_cut_dropped_or_bad_is_told_with_its_reasons(tmp_path: Path, ti
     assert text.startswith("5 examples of 10 records; 15 tokens, of which 10 are in the loss (66.7%)")
     for line in (
         "cut at max_seq_len, 64: 1 (10.0%)",
-        "dropped, since no token in the loss is left: 3 (30.0%)\n  a.jsonl:5: prompt: past.",
+        "dropped: 3 (30.0%)\n  a.jsonl:5: prompt: past.",
         "bad records: 2 (20.0%)\n  a.jsonl:2: prompt: is empty.\n  ... and 1 more",
         "records of two forms, of which one is read: 1 (10.0%)\n  a.jsonl:7: messages is read.",
         "columns not looked at: id, prompt (in 1 record)",
