@@ -302,8 +302,8 @@ class FinetuningDatasetConfig(Section):
         shuffle: Read the examples in random order. Default: true in training, false in evaluation.
         shuffle_seed: Seed of that order. Default, and has to equal: the run's `seed`.
         max_bad_records: How many bad records of a source may be left out; more end the run.
-        max_dropped: Share of a source's examples that may be dropped because `max_seq_len` cuts off
-            everything to train on.
+        max_dropped: Share of a source's examples that may be dropped because they have nothing to train on:
+            `max_seq_len` cuts it off, or a prompt or response is empty.
         token_encoding_type: Integer type of `input_ids` and `labels` that are stored as bytes; lists and
             arrays store their own type.
         cache_folder: Folder of tokenized examples. Default: `~/.cache/mptfoundry/examples`.

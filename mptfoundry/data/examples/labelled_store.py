@@ -28,7 +28,7 @@ from mptfoundry.mpt.head_config import HeadConfig
 from mptfoundry.tokenizer import backend_parts, fingerprint
 
 DATA, SIZES, ROWS = "examples.bin", "sizes.npy", "rows.bin"
-VERSION = 1
+VERSION = 2
 
 
 def prepare_labelled(
