@@ -36,7 +36,7 @@ from mptfoundry.optim.gradients import clamp, global_norm, scale_for_norm, scale
 from mptfoundry.optim.groups import parameter_groups
 from mptfoundry.optim.lion import DecoupledLionW
 from mptfoundry.plan.bf16_choice import has_bf16_gradients
-from mptfoundry.plan.devices import detect_device
+from mptfoundry.plan.devices import detect_device, keep_freed_memory
 from mptfoundry.plan.plan import make_plan
 
 WARMUP_STEPS = 3
@@ -155,6 +155,8 @@ def run_steps(work: Work, steps: int) -> tuple[int, list[list[tuple[str, Any]]],
 
     A limit is in seconds. On a CPU, whose speed changes, each step has its own.
     """
+    if work.kind == "cpu":
+        keep_freed_memory()
     network, optimizer, ids = work.start()
     pieces = work.pieces if work.kind == "cpu" else []
     measured: list[list[tuple[str, Any]]] = []

@@ -54,11 +54,8 @@ class LossSpikes(Callback):
             raise _senseless(f"window_size: {window_size} is too small. Use 2 or more.")
         if outlier_multiplier <= 1:
             raise _senseless(f"outlier_multiplier: {outlier_multiplier} is too small. Use more than 1.")
-        self.log_only = log_only
-        self.patience = patience
-        self.outlier_multiplier = outlier_multiplier
-        self.loss_cap = loss_cap
-        self.skip_batch = skip_batch
+        self.log_only, self.patience, self.skip_batch = log_only, patience, skip_batch
+        self.outlier_multiplier, self.loss_cap = outlier_multiplier, loss_cap
         self._window: deque[float] = deque(maxlen=window_size)
         self._in_a_row = 0
         self._batches = 0

@@ -28,7 +28,7 @@ from mptfoundry.config.load import refuse_redacted, to_yaml
 from mptfoundry.config.run import TrainConfig
 from mptfoundry.errors import CheckpointError, ConfigError, RunStopped
 from mptfoundry.files import Upload, whole_or_absent, writing_into
-from mptfoundry.plan.devices import Device, cpu_name
+from mptfoundry.plan.devices import Device, cpu_name, keep_freed_memory
 from mptfoundry.ranks import RankWatch, decided_by_rank_0, local_rank, rank, say, world_size
 from mptfoundry.run.atomic_checkpoints import BEST, AtomicCheckpoints, KeepBest
 from mptfoundry.run.changes import RunNotes
@@ -320,11 +320,12 @@ def is_finished(trainer: Trainer) -> bool:
 def set_up_process(config: TrainConfig, device: Device) -> None:
     """Apply the settings that must come before the first tensor, and let all ranks meet."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    for expected in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=expected)
+    warnings.filterwarnings("ignore", message="|".join(EXPECTED_WARNINGS))
     collect_env.get_cpu_model = cpu_name  # Composer's own sleeps for a second to measure the clock
     if device.kind == "gpu":
         _set_up_gpu(config)
+    else:
+        keep_freed_memory()
     if world_size() > 1:
         dist.initialize_dist(device.kind, timeout=config.dist_timeout)
 

@@ -98,12 +98,8 @@ def plain(value: Any) -> Any:
 
 def _progress(state: State) -> Row:
     now = state.timestamp
-    return {
-        "batch": int(now.batch),
-        "tokens": int(now.token),
-        "samples": int(now.sample),
-        "seconds": round(now.total_wct.total_seconds(), 3),
-    }
+    counts = {"batch": int(now.batch), "tokens": int(now.token), "samples": int(now.sample)}
+    return {**counts, "seconds": round(now.total_wct.total_seconds(), 3)}
 
 
 class MetricsFile(RowLogger):
