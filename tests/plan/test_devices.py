@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from mptfoundry.plan.devices import Device, cpu_name, detect_device, launcher_device
+from mptfoundry.plan.devices import MALLOC_OPTIONS, Device, cpu_name, detect_device, launcher_device
 from mptfoundry.plan.gpus import visible_gpus
 from tests.nvidia_smi import gpu_row, put_nvidia_smi
 
@@ -24,6 +28,31 @@ def two_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_processor_has_the_name_that_composer_finds_for_it() -> None:
     cpuinfo = pytest.importorskip("cpuinfo")
     assert cpu_name() == cpuinfo.get_cpu_info()["brand_raw"]
+
+
+MAPPED = """
+import ctypes, sys
+from mptfoundry.plan.devices import keep_freed_memory
+class Info(ctypes.Structure):  # of malloc.h
+    _fields_ = [(name, ctypes.c_int) for name in "arena ordblks smblks hblks hblkhd a b c d e".split()]
+mallinfo = ctypes.CDLL(None).mallinfo
+mallinfo.restype = Info
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+before = mallinfo().hblks
+large = ctypes.create_string_buffer(1 << 26)
+print(mallinfo().hblks - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has mallopt")
+def test_large_memory_is_not_given_back_unless_the_environment_says_so() -> None:
+    def mapped_alone(how: str, **environ: str) -> bool:
+        words, environ = [sys.executable, "-c", MAPPED, how], {**os.environ, **environ}
+        return subprocess.check_output(words, env=environ, text=True) == "1\n"
+
+    by_user = dict.fromkeys(MALLOC_OPTIONS.values(), "131072")
+    assert mapped_alone("usual") and not mapped_alone("kept") and mapped_alone("kept", **by_user)
 
 
 def test_a_device_has_torchs_name_for_its_kind() -> None:
