@@ -47,13 +47,12 @@ def test_two_sharded_ranks_train_the_model_that_one_trains(tiny_run: Path, tmp_p
 def test_two_sharded_ranks_store_a_momentum_in_8_bits_as_one_does_and_one_continues_it(
     tiny_run: Path, tmp_path: Path
 ) -> None:
-    words = ("model.d_model=64", "optimizer.momentum_dtype=int8", "save_interval=3ba", SHARDED[0])
+    constant = "scheduler={name: constant_with_warmup, t_warmup: 2ba}"
+    words = (constant, "model.d_model=64", "model.resid_pdrop=0", "optimizer.momentum_dtype=int8", SHARDED[0])
     for name, ranks, batches in (("two", 2, 6), ("two", 1, 8), ("one", 1, 8)):
         done = run_on_ranks(
             "scripts/train.py", tiny_run, f"run_name={name}", f"max_duration={batches}ba", *words, ranks=ranks
         )
         assert done.returncode == 0, done.stdout
     (measured, _), (expected, _) = result(tmp_path / "two"), result(tmp_path / "one")
-    assert len(measured[0]) == 8
-    # Where a gradient is near zero, its rounding may turn the sign of LION's step.
-    assert measured[0] == pytest.approx(expected[0], rel=2e-3)
+    assert len(measured[0]) == 8 and measured[0] == pytest.approx(expected[0], rel=1e-4)
