@@ -30,6 +30,7 @@ from mptfoundry.mpt.block import Block  # noqa: E402
 from mptfoundry.mpt.config import AttnConfig, MPTConfig  # noqa: E402
 from mptfoundry.mpt.network import MPT  # noqa: E402
 from mptfoundry.optim.lion import DecoupledLionW  # noqa: E402
+from tests.mpt.interpreter import patch_interpreter  # noqa: E402
 
 ROWS, SEQ, LAST, LR, WARMUP = 8, 128, 50, 1e-3, 25
 # Options in bf16 autocast, and what is replaced for them: the choice of the plain computation on a CPU.
@@ -51,6 +52,8 @@ def main(words: list[str]) -> None:
     plain = "bf16 autocast" if set(options) <= KERNELS.keys() else "float32"
     if plain == "float32" and KERNELS.keys() & set(options):
         raise SystemExit(f"error: options: {' and '.join(KERNELS)} are measured without others.")
+    if KERNELS.keys() & set(options):
+        patch_interpreter(setattr)
     print(f"{len(text):,} bytes; means of the last {LAST} losses")
     print(f"| seed | {plain} | " + " | ".join(f"{option} | difference" for option in options) + " |")
     print("|---:|---:|" + "---:|---:|" * len(options))

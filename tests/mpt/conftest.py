@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+
+from .interpreter import patch_interpreter
 
 
 @pytest.fixture
@@ -25,18 +25,7 @@ def triton_runs(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("Triton was imported without TRITON_INTERPRET=1, and there is no GPU")
     if (3, 6) <= _numbers(triton) < (3, 7) and _numbers(np) >= (2, 4):
         pytest.skip(f"Triton {triton.__version__}'s interpreter crashes with numpy {np.__version__}")
-    # Two thirds of the interpreter's time: the same patches at each call, and a check of each integer sum.
-    builder, patch, patched = interpreter.interpreter_builder, interpreter._patch_lang, set[str]()
-    options = dataclasses.replace(builder.options, sanitize_overflow=False)
-
-    def patch_once(function: Any) -> SimpleNamespace:
-        if function.__module__ not in patched:
-            patched.add(function.__module__)
-            patch(function)
-        return SimpleNamespace(restore=lambda: None)
-
-    monkeypatch.setattr(builder, "options", options)
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
+    patch_interpreter(monkeypatch.setattr)
 
 
 def _numbers(package: Any) -> tuple[int, ...]:
