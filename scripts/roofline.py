@@ -133,13 +133,13 @@ def deeper(small: dict[str, Any], large: dict[str, Any], times: float) -> dict[s
 
 def skip_blocks_of(step: dict[str, Any], own: dict[str, str], overrides: list[str]) -> None:
     """Take from attention the blocks that ALiBi lets the kernels skip."""
-    from skipped_blocks import computed_shares
+    from skipped_blocks import computed_shares, fresh_layer
 
     from mptfoundry.config.load import load_train_config
 
     config, _ = load_train_config(own["config"], overrides)
     network = config.model.network()
-    _, share = computed_shares(network, config.max_seq_len, [float(own["sharper"])])[0]
+    _, share = computed_shares(fresh_layer(network, config.max_seq_len), [float(own["sharper"])])[0]
     forwards = 2 if config.fsdp_config is not None and config.fsdp_config.activation_checkpointing else 1
     skip_blocks(step, share, forwards * network.n_layers * network.kv_heads * network.d_head * BF16)
 

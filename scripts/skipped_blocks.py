@@ -1,10 +1,12 @@
 """Which share of attention's blocks is computed where ALiBi lets the kernels skip the rest, without a GPU.
 
     python scripts/skipped_blocks.py [config=configs/mpt-7b.yaml] [sharper=1,2,4,8] [key=value ...]
+    python scripts/skipped_blocks.py model=RUN_OR_FOLDER text=FILE [sharper=1,2,4,8]
 
-It takes the first layer's queries and keys of a model with fresh weights and of random tokens, and goes by
-the kernels' own rule and block sizes (mptfoundry/mpt/attention_kernels.py). Scores grow while a model is
-trained, and then fewer blocks are skipped: `sharper` multiplies the scores. A row counts as one document.
+It goes by the kernels' own rule and block sizes (mptfoundry/mpt/attention_kernels.py). The first form takes
+queries and keys of the first layer, with fresh weights and random tokens. Scores grow while a model is
+trained, and then fewer blocks are skipped: `sharper` multiplies the scores. The second form takes all layers
+of a trained model and the first tokens of a text. A row counts as one document.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -34,42 +36,77 @@ LOG2_E = math.log2(math.e)
 
 
 def main(words: list[str]) -> None:
-    options = {"config": "configs/mpt-7b.yaml", "sharper": "1,2,4,8"} | dict(w.split("=", 1) for w in words)
-    factors = [float(number) for number in options.pop("sharper").split(",")]
-    config, _ = load_train_config(options.pop("config"), [f"{key}={value}" for key, value in options.items()])
+    options = {"config": "configs/mpt-7b.yaml", "model": "", "text": "", "sharper": "1,2,4,8"}
+    options |= dict(word.split("=", 1) for word in words)
+    config, model, text, sharper = (options.pop(key) for key in ("config", "model", "text", "sharper"))
+    factors = [float(number) for number in sharper.split(",")]
+    if model:
+        layers = trained_layers(model, Path(text).read_text(encoding="utf-8"))
+    else:
+        run, _ = load_train_config(config, [f"{key}={value}" for key, value in options.items()])
+        layers = fresh_layer(run.model.network(), run.max_seq_len)
     print("| scores times | largest possible score | share of blocks |\n|---:|---:|---:|")
-    shares = computed_shares(config.model.network(), config.max_seq_len, factors)
-    for factor, (largest, share) in zip(factors, shares, strict=True):
-        print(f"| {factor:g} | {largest:.0f} | {share:.3f} |")
+    for factor, (largest, share) in zip(factors, computed_shares(layers, factors), strict=True):
+        print(f"| {factor:g} | {' '.join(f'{each:.0f}' for each in largest)} | {share:.3f} |")
 
 
-def computed_shares(network: MPTConfig, seq: int, factors: Sequence[float]) -> list[tuple[float, float]]:
-    """For each factor on the scores: the largest score that is possible, and computed / all causal blocks."""
-    query, key, context = first_layer(network, seq)
-    tile = tile_of("forward", network.d_head, H200, BYTES_OF_BF16)
+def computed_shares(layers: Sequence[Layer], factors: Sequence[float]) -> list[tuple[list[float], float]]:
+    """For each factor on the scores: the largest score that is possible in each layer, and computed / all
+    causal blocks."""
+    tile = tile_of("forward", layers[0].query.shape[-1], H200, BYTES_OF_BF16)
     shares = []
     for factor in factors:
-        reach, largest = reach_of(query, key, context.slopes, factor * context.scale, tile)
-        stops = stops_of(len(reach[0]), seq, tile)
-        shares.append((largest, ((stops - reach).sum() / (stops.sum() * len(reach))).item()))
+        found = [reach_of(q, k, slopes, factor * scale, tile) for q, k, slopes, scale in layers]
+        reach = torch.stack([each for each, _ in found])  # (layers, n_heads, blocks)
+        stops = stops_of(reach.shape[-1], len(layers[0].query), tile)
+        share = (stops - reach).sum() / (stops.sum() * reach[..., 0].numel())
+        shares.append(([largest for _, largest in found], share.item()))
     return shares
 
 
-def first_layer(network: MPTConfig, seq: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """Queries (seq, n_heads, head_dim), keys (seq, kv_heads, head_dim) and context of a row of tokens."""
+class Layer(NamedTuple):
+    """Queries (seq, n_heads, head_dim), keys (seq, kv_heads, head_dim), ALiBi's slopes and the scale."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    slopes: torch.Tensor
+    scale: float
+
+
+def fresh_layer(network: MPTConfig, seq: int) -> list[Layer]:
+    """The first layer with fresh weights, of random tokens."""
     attention = replace(network.attn_config, attn_impl="torch")
-    net = MPT(replace(network, n_layers=1, max_seq_len=seq, attn_config=attention)).eval()
+    net = MPT(replace(network, n_layers=1, max_seq_len=seq, attn_config=attention), seed=17)
     net.transformer.blocks[0].ffn = torch.nn.Identity()  # nobody needs its result
-    ids = torch.randint(network.vocab_size, (1, seq), generator=torch.Generator().manual_seed(0))
-    seen: list[Any] = []
+    return layers_of(
+        net, torch.randint(network.vocab_size, (1, seq), generator=torch.Generator().manual_seed(0))
+    )
 
-    def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Any) -> torch.Tensor:
-        seen.extend((query[0], key[0], context))
-        return query
 
-    with torch.no_grad(), patch.object(attention_torch, "attend", attend):
-        net.transformer(ids, None, None, None)
-    return seen[0], seen[1], seen[2]
+def trained_layers(model: str, text: str) -> list[Layer]:
+    """All layers of a model, of the first `max_seq_len` tokens of a text."""
+    from mptfoundry.checkpoints.reading import load_network
+
+    net, tokenizer = load_network(model, device="cpu", dtype=torch.float32, attn_impl="torch")
+    ids = tokenizer(text, truncation=True, max_length=net.config.max_seq_len)["input_ids"]
+    return layers_of(net, torch.tensor([ids]))
+
+
+def layers_of(net: Any, ids: torch.Tensor) -> list[Layer]:
+    seen = []
+
+    def watched(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Any) -> torch.Tensor:
+        if context.slopes is None:
+            raise SystemExit("error: the model has no ALiBi, so that no block is skipped.")
+        seen.append(Layer(query[0], key[0], context.slopes, context.scale))
+        if len(seen) == len(net.transformer.blocks):
+            return query  # nobody needs the last layer's result, which takes minutes for a long row
+        return attend(query, key, value, context)
+
+    attend = attention_torch.attend
+    with torch.no_grad(), patch.object(attention_torch, "attend", watched):
+        net.eval().transformer(ids, None, None, None)
+    return seen
 
 
 def reach_of(
