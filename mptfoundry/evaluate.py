@@ -122,8 +122,7 @@ def _set_up(options: EvalConfig) -> tuple[Device, str]:
     precision = choose_precision(device)[0] if options.precision == "auto" else options.precision
     if problem := precision_problem(precision, device):
         raise ConfigError(f"precision: {problem}")
-    for expected in EXPECTED_WARNINGS:
-        warnings.filterwarnings("ignore", message=expected)
+    warnings.filterwarnings("ignore", message="|".join(EXPECTED_WARNINGS))
     collect_env.get_cpu_model = cpu_name  # Composer's own sleeps for a second to measure the clock
     refuse_missing_packages(options)
     if world_size() > 1:

@@ -52,7 +52,7 @@ def main(words: list[str]) -> None:
     plain = "bf16 autocast" if set(options) <= KERNELS.keys() else "float32"
     if plain == "float32" and KERNELS.keys() & set(options):
         raise SystemExit(f"error: options: {' and '.join(KERNELS)} are measured without others.")
-    if KERNELS.keys() & set(options):
+    if plain != "float32":
         patch_interpreter(setattr)
     print(f"{len(text):,} bytes; means of the last {LAST} losses")
     print(f"| seed | {plain} | " + " | ".join(f"{option} | difference" for option in options) + " |")

@@ -83,7 +83,7 @@ def _held(plan: Preparation) -> Iterator[None]:
 
 
 def _make(plan: Preparation, started_at: float) -> PrepareSummary:
-    """Run the preparation. If it fails and there is no work worth keeping, remove everything it wrote."""
+    """Run the preparation. If it fails before any work is worth keeping, remove everything it wrote."""
     job, sink = open_job(plan)
     config = plan.config
     try:
