@@ -101,7 +101,7 @@ def environment() -> str:
 def clean() -> str:
     """Remove what dead runs left, and return the list that `mptfoundry doctor clean=true` prints."""
     leftovers, gone = clean_now()
-    lines = [f"removed {each}" for each in gone]
+    lines = [f"removed {each}, {leftovers[each]:,} bytes" for each in gone]
     lines += [f"{each} can't be removed" for each in leftovers if each not in gone]
     return "\n".join(lines or ["dead runs left nothing here"])
 

@@ -94,8 +94,8 @@ def clean_start(seconds: float = 60.0) -> contextlib.ExitStack:
     return starts
 
 
-def clean_now() -> tuple[list[Path], list[Path]]:
-    """Remove leftovers while no run starts; returns what was there and what of it is gone.
+def clean_now() -> tuple[dict[Path, int], list[Path]]:
+    """Remove leftovers while no run starts; returns what was there, with its bytes, and what of it is gone.
 
     Raises:
         TrainingError: A run is starting here, whose new files may look like leftovers.
@@ -109,7 +109,7 @@ def clean_now() -> tuple[list[Path], list[Path]]:
                 f"{place}: {_holder(file)} is starting a run on this machine. Clean when that run trains."
             ) from None
         leftovers = find_leftovers()
-        return leftovers, remove_leftovers(leftovers)
+        return {each: size_of([each]) for each in leftovers}, remove_leftovers(leftovers)
 
 
 def _lock_file() -> tuple[Path, IO[str]]:

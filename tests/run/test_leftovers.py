@@ -202,7 +202,7 @@ def test_doctor_lists_what_it_removes(own_temporary: Path, capsys: pytest.Captur
         lock = own_temporary / "000998_cache_filelock"
         lock.touch()
         assert main(words) == 0
-        assert f"removed {lock}" in capsys.readouterr().out
+        assert f"removed {lock}, 0 bytes" in capsys.readouterr().out
         assert not lock.exists()
 
 
